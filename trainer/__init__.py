@@ -1,0 +1,1 @@
+"""Lockstep: the same training run on one GPU or many."""

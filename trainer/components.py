@@ -1,0 +1,76 @@
+"""Names in a config → the objects they stand for, built with the rest of their section."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trainer.errors import ConfigError, LockstepError, nearest
+
+
+def resolve(section: str, name: str, known: Mapping[str, Any]) -> Any:
+    """The object that `name` names: one of the short names `known`, or an import path `package.module.Object`."""
+    if name in known:
+        return known[name]
+    module_name, dot, attribute = name.rpartition(".")
+    if not dot:
+        raise ConfigError(
+            f"{section}.name",
+            f'"{name}" is not one of {", ".join(known)}, nor an import path{nearest(name, known)}',
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"{section}.name", f'cannot import "{module_name}" for "{name}": {error}') from None
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        raise ConfigError(
+            f"{section}.name", f'"{module_name}" has no "{attribute}"{nearest(attribute, dir(module))}'
+        ) from None
+
+
+def build(section: str, target: Callable[..., Any], arguments: Mapping[str, Any], *supplied: Any, **more: Any) -> Any:
+    """`target(*supplied, **more, **arguments)`, where `arguments` are the user's keys of `section`.
+
+    Of `more`, what the target does not take is left out, so that a component asks for what it needs by naming
+    it. A key that the target does not take, one that it lacks, and its own complaint are `ConfigError`s.
+    """
+    parameters = _parameters(target)
+    if parameters is not None:
+        more = {k: v for k, v in more.items() if k in parameters}
+        taken = list(parameters)[: len(supplied)]
+        for name in arguments:
+            if name not in parameters or name in taken:
+                choices = [p for p in parameters if p not in taken and p not in more]
+                raise ConfigError(
+                    f"{section}.{name}",
+                    f"{_name(target)} has no such argument{nearest(name, choices)}; it takes {', '.join(choices)}",
+                )
+        given = {*taken, *more, *arguments}
+        for name, parameter in parameters.items():
+            if parameter.default is parameter.empty and name not in given:
+                raise ConfigError(f"{section}.{name}", f"{_name(target)} needs this argument")
+    try:
+        return target(*supplied, **{**more, **arguments})
+    except LockstepError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(section, f"{_name(target)} refused its arguments {dict(arguments)}: {error}") from error
+
+
+def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
+    """The target's named parameters; None where it takes any."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # some built-in callables have no signature
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return {name: p for name, p in parameters.items() if p.kind is not p.VAR_POSITIONAL}
+
+
+def _name(target: Any) -> str:
+    return getattr(target, "__name__", str(target))

@@ -1,0 +1,56 @@
+"""Keys → random numbers. Every random draw of a run has a key: what it is for, and where in the run it falls.
+
+Nothing is drawn from a stream that runs on from step to step, so nothing random needs saving, and a draw does
+not depend on who makes it or on what was drawn before.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+
+import numpy as np
+import torch
+
+
+def key(seed: int, purpose: str, *position: int) -> int:
+    """A 64-bit key, the BLAKE2b digest (RFC 7693) of the seed, a purpose and a position in the run."""
+    text = f"{seed}/{purpose}/{'/'.join(map(str, position))}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def numpy_generator(seed: int, purpose: str, *position: int) -> np.random.Generator:
+    """A counter-based generator (Philox; Salmon et al., 2011) of its own for one key."""
+    return np.random.Generator(np.random.Philox(key=key(seed, purpose, *position)))
+
+
+def seed_cpu(value: int) -> None:
+    """Seed the three generators that data pipelines draw from: torch's on the CPU, `random`, and NumPy's."""
+    torch.default_generator.manual_seed(value)  # torch.manual_seed visits every back end: 100 times the cost
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+
+
+def seed_device(value: int, device: torch.device) -> None:
+    """Seed the one generator that a model's dropout on `device` draws from."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(value)
+    elif device.type == "cpu":
+        torch.default_generator.manual_seed(value)
+    else:
+        torch.manual_seed(value)
+
+
+@contextmanager
+def preserved_cpu_generators() -> Iterator[None]:
+    """Leave the three CPU generators as they were found."""
+    saved = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(saved[0])
+        random.setstate(saved[1])
+        np.random.set_state(saved[2])
