@@ -47,7 +47,8 @@ def build(section: str, target: Callable[..., Any], arguments: Mapping[str, Any]
                 choices = [p for p in parameters if p not in taken and p not in more]
                 raise ConfigError(
                     f"{section}.{name}",
-                    f"{_name(target)} has no such argument{nearest(name, choices)}; it takes {', '.join(choices)}",
+                    f"{_name(target)} has no such argument{nearest(name, choices)}; "
+                    f"it takes {', '.join(choices) or 'none'}",
                 )
         given = {*taken, *more, *arguments}
         for name, parameter in parameters.items():
@@ -57,8 +58,9 @@ def build(section: str, target: Callable[..., Any], arguments: Mapping[str, Any]
         return target(*supplied, **{**more, **arguments})
     except LockstepError:
         raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(section, f"{_name(target)} refused its arguments {dict(arguments)}: {error}") from error
+    except Exception as error:  # whatever a component makes of arguments it cannot use
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(section, f"{_name(target)} refused its arguments {dict(arguments)}: {reason}") from error
 
 
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:

@@ -64,7 +64,10 @@ class DataConfig:
 class BatchConfig:
     size: int = key(64, "samples of one optimizer update, over all processes", unit="samples", least=1)
     micro_size: int | None = key(
-        None, "samples that are never split: one BatchNorm statistic; null = batch.size", unit="samples", least=1
+        None,
+        "samples that are never split: one BatchNorm statistic; null = batch.size",
+        unit="samples",
+        least=1,
     )
     eval_size: int = key(256, "samples of one validation forward", unit="samples", least=1)
 
@@ -86,7 +89,10 @@ class BatchNormConfig:
         "micro_batch", "step: a step of M micro-batches ages the statistics as much as one update would"
     )
     recalibrate: int = key(
-        0, "compute exact statistics over this many steps' samples instead of running ones", unit="steps", least=0
+        0,
+        "compute exact statistics over this many steps' samples instead of running ones",
+        unit="steps",
+        least=0,
     )
     recalibrate_at: Literal["evaluation", "end"] = key("evaluation", "before each evaluation, or at the end only")
 
@@ -107,9 +113,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    name: str = key(
-        "step", "step, multi_step, cosine, one_cycle, polynomial, constant, plateau, or an import path"
-    )
+    name: str = key("step", "step, multi_step, cosine, one_cycle, polynomial, constant, plateau, or an import path")
     per: Literal["epoch", "step"] = key("epoch", "when the learning rate changes, and the unit of durations")
     warmup: float = key(0.0, "linear warmup, raised every step", unit="epochs or steps, as schedule.per", least=0)
     warmup_start: float = key(0.0, "factor of the learning rate at which warmup begins", least=0)
@@ -199,8 +203,8 @@ def load(path: Path | None, overrides: Sequence[str]) -> Config:
     Values of the file may use OmegaConf's interpolations, `${oc.env:NAME}` among them.
     Raises `ConfigError` with the key, where it came from and the nearest valid one.
     """
-    from omegaconf import OmegaConf  # noqa: PLC0415 - not needed for `--help`
-    from omegaconf.errors import OmegaConfBaseException  # noqa: PLC0415
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     lines: dict[str, str] = {}
     tree: Any = {}
@@ -277,8 +281,9 @@ def _lines(node: yaml.Node | None, prefix: str) -> list[tuple[str, int]]:
 
 
 def _with_origin(error: ConfigError, lines: Mapping[str, str]) -> ConfigError:
-    """The error, saying where its key, or the nearest key above it, was set."""
-    name = error.key
+    """The error, saying where its key, one within it, or the nearest one above it, was set."""
+    within = [name for name in lines if name.startswith(f"{error.key}.")]
+    name = error.key if error.key in lines else next(iter(within), error.key)
     while name and name not in lines:
         name = name.rpartition(".")[0]
     return ConfigError(error.key, f"{error.message} ({lines[name]})") if name else error
@@ -343,10 +348,17 @@ def _type_name(hint: Any, *, article: bool = False) -> str:
         return "|".join(args)
     if origin in (Union, types.UnionType):
         return "|".join("null" if a is type(None) else _type_name(a) for a in args)
-    names = {int: "integer", float: "number", bool: "boolean (true or false)", str: "text", list: "list", dict: "mapping"}
+    names = {
+        int: "integer",
+        float: "number",
+        bool: "boolean (true or false)",
+        str: "text",
+        list: "list",
+        dict: "mapping",
+    }
     name = names.get(origin or hint, str(hint))
     if origin is list:
-        name = f"list of {_type_name(args[0])}"
+        name = f"list of {_type_name(args[0])}s"
     if not article or name == "text":
         return name
     return f"an {name}" if name[0] in "aeio" else f"a {name}"

@@ -25,9 +25,12 @@ class ConfigError(LockstepError, ValueError):
     exit_status = 2
 
     def __init__(self, key: str, message: str) -> None:
-        super().__init__(f"{key}: {message}")
+        super().__init__(key, message)  # as given: errors travel between processes
         self.key = key
         self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}"
 
 
 class DataError(LockstepError, ValueError):
@@ -40,8 +43,11 @@ class Stopped(LockstepError):
     """A signal ended the run at a step boundary, a complete checkpoint behind it. Exit status 128 + signal."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
+        super().__init__(message, signal_number)
         self.exit_status = 128 + signal_number
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -73,7 +79,7 @@ def _first_to_report(error: BaseException) -> bool:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return True
-    from torch import distributed  # noqa: PLC0415 - `--help` and config errors need no torch
+    from torch import distributed
 
     if not distributed.is_initialized():
         return rank == 0  # every rank reads the same config and fails alike

@@ -7,6 +7,7 @@ them. Samples, order and micro-batches do not depend on the number of ranks; who
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ def split_evenly(count: int, parts: int) -> list[Range]:
     """
     size, larger = divmod(count, parts)
     bounds = [part * size + min(part, larger) for part in range(parts + 1)]
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(itertools.pairwise(bounds))
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Step:
 class Plan:
     """The plan of a run of `epochs` over `samples` samples, or of `max_steps` steps if that ends sooner.
 
-    `equal_ranks` gives every rank the same number of micro-batches, at least one, by cutting a step finer
-    where it must: what statistics shared across ranks (SyncBatchNorm) need. Such a plan depends on `ranks`.
+    `equal_ranks` gives every rank the same number of micro-batches, at least one, by cutting a step finer (or
+    coarser, where samples are too few): what statistics shared across ranks (SyncBatchNorm) need. Such a plan
+    depends on `ranks`.
     """
 
     samples: int
@@ -120,11 +122,10 @@ class Plan:
         """The order of the sample ids in `epoch`, a function of the seed and the epoch alone."""
         return _permutation(self.seed, epoch, self.samples)
 
-    def sample_ids(self, step: Step, micro_batch: int) -> list[int]:
+    def sample_ids(self, step: Step, micro_batch: int) -> npt.NDArray[np.int64]:
         """The sample ids of one micro-batch of `step`, in order."""
         start, stop = step.micro_batches[micro_batch]
-        ids: list[int] = self.permutation(step.epoch)[step.start + start : step.start + stop].tolist()
-        return ids
+        return self.permutation(step.epoch)[step.start + start : step.start + stop]
 
     def _cuts(self, size: int) -> int:
         return math.ceil(size / self.micro_size)
@@ -133,7 +134,7 @@ class Plan:
     def _layout(self, size: int) -> tuple[list[Range], list[Range]]:
         cuts = self._cuts(size)
         if self.equal_ranks:
-            cuts = math.ceil(cuts / self.ranks) * self.ranks
+            cuts = min(math.ceil(cuts / self.ranks), size // self.ranks) * self.ranks
         return split_evenly(size, cuts), split_evenly(cuts, self.ranks)
 
 

@@ -1,0 +1,12 @@
+"""One thread a process: the parent must hold no thread pool when it forks, and cores are few."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["WANDB_ERROR_REPORTING"] = "false"
+for launcher in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY", "WANDB_MODE"):
+    os.environ.pop(launcher, None)
+
+import torch
+
+torch.set_num_threads(1)

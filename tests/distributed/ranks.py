@@ -1,0 +1,74 @@
+"""Run a function in several real processes, joined by gloo as a launcher would join them."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+FORK = multiprocessing.get_context("fork")  # torch is imported once, here, and not in each process again
+
+
+def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: float = 120, **more: Any) -> list[Any]:
+    """`function(*args, **more)` on `count` ranks; what each returns, in rank order. One rank is a plain process.
+
+    Raises the first rank's failure with its traceback; a rank that does not end in time is killed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes = [FORK.Pipe(duplex=False) for _ in range(count)]
+    processes = [
+        FORK.Process(target=_child, args=(rank, count, port, pipe[1], function, args, more)) for rank, pipe in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    results = []
+    try:
+        for rank, (receiver, sender) in enumerate(pipes):
+            sender.close()
+            if not receiver.poll(timeout):
+                raise TimeoutError(f"rank {rank} of {count} did not end within {timeout} s")
+            failed, value = receiver.recv()
+            if failed:
+                raise AssertionError(f"rank {rank} of {count} failed:\n{value}")
+            results.append(torch.load(io.BytesIO(value), weights_only=False))
+    finally:
+        for process in processes:
+            process.join(5 if len(results) == count else 0.5)
+            if process.is_alive():
+                process.kill()
+    return results
+
+
+def _child(rank: int, count: int, port: int, pipe: Connection, function: Callable[..., Any], args: Any, more: Any) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if count > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    torch.set_num_threads(1)
+    try:
+        buffer = io.BytesIO()
+        torch.save(function(*args, **more), buffer)
+        assert int(os.environ.get("WORLD_SIZE", "1")) == count
+        if count > 1:
+            assert torch.distributed.get_world_size() == count, "the ranks were never joined"
+        pipe.send((False, buffer.getvalue()))
+    except BaseException:
+        pipe.send((True, traceback.format_exc()))
+    finally:
+        pipe.close()
+        os._exit(0)  # neither pytest's nor torch's exit handlers belong to this process

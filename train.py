@@ -1,0 +1,32 @@
+"""Train what a config describes.
+
+python train.py                                     configs/digits.yaml, on one GPU or the CPU
+python train.py configs/cifar10.yaml batch.size=256 another config, a key changed
+accelerate launch --config_file launch/cpu.yaml train.py        the same run on two CPU processes
+torchrun --nproc_per_node 8 train.py                the same run on eight GPUs
+"""
+
+import signal
+import sys
+
+from trainer.config import command_line, help_text, load
+from trainer.errors import report
+
+
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
+        print(f"usage: train.py [CONFIG.yaml] [key=value …]\n\n{__doc__}{help_text()}")
+        return 0
+    try:
+        config = load(*command_line(arguments))
+        from trainer.trainer import Trainer  # torch is loaded once the config is known to be right
+
+        Trainer(config).fit()
+    except Exception as error:
+        return report(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,234 @@
+"""Data sets by name: digits, folder, cifar10, mnist, fake, or an import path to a map-style data set.
+
+A sample's id is its position in the set. What a set holds depends on its own arguments and files, never on
+`run.seed`, on the number of processes, or on the order in which a file system lists its files.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from trainer.components import build, resolve
+from trainer.config import DataConfig
+from trainer.data.folder import image_folders
+from trainer.errors import ConfigError, DataError
+from trainer.seeding import numpy_generator
+
+
+class MapDataset(Protocol):
+    """Samples by id: an image (or anything that the transforms and the model take) and its target."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Any, Any]: ...
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The two parts of a data set; `val` is None only where an import path names a set without one."""
+
+    train: MapDataset
+    val: MapDataset | None
+    classes: list[str] | None  # names, by class id; None for regression or where unknown
+    name: str
+    note: str = ""  # what the user should know of it, such as files left out
+
+
+@dataclass(frozen=True)
+class ImageArrays:
+    """A set in memory: `images` uint8 `(N, C, H, W)`, `targets` int64 `(N,)`."""
+
+    images: torch.Tensor
+    targets: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index], int(self.targets[index])
+
+    def batch(self, ids: list[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images `(n, C, H, W)` and targets `(n,)` of several samples at once."""
+        index = torch.as_tensor(ids, dtype=torch.int64)
+        return self.images.index_select(0, index), self.targets.index_select(0, index)
+
+
+@dataclass(frozen=True)
+class FakeImages:
+    """Noise on a 4×4 pattern of the sample's class, which is `index % num_classes`. No image is kept."""
+
+    part: str
+    size: int
+    shape: tuple[int, int, int]  # channels, height, width
+    num_classes: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if not 0 <= index < self.size:
+            raise IndexError(f"sample {index} of {self.size}")
+        channels, height, width = self.shape
+        target = index % self.num_classes
+        of_class = numpy_generator(0, "fake/class", target)
+        of_sample = numpy_generator(0, f"fake/{self.part}", index)
+        pattern = of_class.integers(256, size=(channels, 4, 4), dtype=np.uint8)
+        noise = of_sample.integers(256, size=self.shape, dtype=np.uint8)
+        rows, columns = np.arange(height) * 4 // height, np.arange(width) * 4 // width
+        return torch.from_numpy(noise // 2 + pattern[:, rows][:, :, columns] // 2), target
+
+
+def build_datasets(section: DataConfig, device_main_first: Callable[[], AbstractContextManager[None]]) -> Datasets:
+    """The data set that `section` names, from its own arguments `section.args`.
+
+    A download (`data.download=true`) runs within `device_main_first()`, which lets one process go ahead.
+    Raises `ConfigError` for a wrong name or argument, `DataError` for files that are missing or of no use.
+    """
+    known = {maker.__name__: maker for maker in (digits, folder, cifar10, mnist, fake)}
+    target = resolve("data", section.name, known)
+    parameters = _parameters(target)
+    if section.root is not None and not {"root", "**"} & parameters:
+        raise ConfigError("data.root", f"{section.name} takes no root; leave it out")
+    if section.root is None and section.name in known and "root" in parameters:
+        raise ConfigError("data.root", f"is not set; {section.name} needs the folder that holds its files")
+    with device_main_first() if section.args.get("download") else nullcontext():
+        if section.name not in known:
+            return _imported(section, target, parameters)
+        made: Datasets = build("data", target, section.args, root=section.root)
+        return made
+
+
+def digits() -> Datasets:
+    """scikit-learn's handwritten digits, uint8 `(1, 8, 8)`: 1439 to train, 358 to validate, stratified."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    images = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8)).unsqueeze(1)
+    targets = torch.from_numpy(bunch.target).long()
+    parts = train_test_split(np.arange(len(targets)), test_size=358, stratify=bunch.target, random_state=0)
+    train, val = (ImageArrays(images[ids], targets[ids]) for ids in map(torch.from_numpy, parts))
+    return Datasets(train, val, [str(name) for name in bunch.target_names], "digits")
+
+
+def folder(root: str) -> Datasets:
+    """Images in class folders, `root/train/<class>/…` and `root/val/<class>/…`: see `trainer.data.folder`."""
+    train, val, classes, note = image_folders(Path(root).expanduser())
+    return Datasets(train, val, classes, "folder", note)
+
+
+def cifar10(root: str, download: bool = False) -> Datasets:
+    """CIFAR-10 (Krizhevsky, 2009), uint8 `(3, 32, 32)`: 50000 to train, 10000 to validate."""
+    from torchvision.datasets import CIFAR10
+
+    files = f"{CIFAR10.url} and unpack it in {root}"
+    train, val = _torchvision("cifar10", CIFAR10, root, download, files)
+    return Datasets(_nchw(train), _nchw(val), train.classes, "cifar10")
+
+
+def mnist(root: str, download: bool = False) -> Datasets:
+    """MNIST (LeCun et al., 1998), uint8 `(1, 28, 28)`: 60000 to train, 10000 to validate."""
+    from torchvision.datasets import MNIST
+
+    names = ", ".join(name for name, _ in MNIST.resources)
+    files = f"{names} from {MNIST.mirrors[0]} and unpack them in {Path(root, 'MNIST', 'raw')}"
+    train, val = _torchvision("mnist", MNIST, root, download, files)
+    return Datasets(_nchw(train), _nchw(val), [str(digit) for digit in range(10)], "mnist")
+
+
+def fake(
+    size: int = 1000,
+    val_size: int = 200,
+    image_size: int | list[int] = 32,
+    channels: int = 3,
+    num_classes: int = 10,
+) -> Datasets:
+    """Made-up images that a small net can learn, each a function of its id and part: see `FakeImages`."""
+    sides = image_size if isinstance(image_size, list) else [image_size, image_size]
+    if len(sides) != 2:
+        raise ConfigError("data.image_size", f"{image_size} is neither a whole number nor [height, width]")
+    numbers = {"size": size, "val_size": val_size, "channels": channels, "num_classes": num_classes}
+    for name, value in [*numbers.items(), *(("image_size", side) for side in sides)]:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"data.{name}", f"{value} is not a whole number of at least 1")
+    shape = (channels, sides[0], sides[1])
+    train = FakeImages("train", size, shape, num_classes)
+    val = FakeImages("val", val_size, shape, num_classes)
+    return Datasets(train, val, [str(name) for name in range(num_classes)], "fake")
+
+
+def _torchvision(name: str, cls: Any, root: str, download: bool, files: str) -> tuple[Any, Any]:
+    """Both parts of a torchvision set, or a `DataError` that says which `files` to put where."""
+    if not isinstance(download, bool):
+        raise ConfigError("data.download", f"{download} is neither true nor false")
+    try:
+        return cls(root, train=True, download=download), cls(root, train=False, download=download)
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        if download:
+            raise DataError(f"{name} cannot be downloaded to {root} ({error}); download {files}") from error
+        raise DataError(
+            f"{name} is missing or damaged in data.root={root}: set data.download=true, or download {files}"
+        ) from None
+
+
+def _nchw(part: Any) -> ImageArrays:
+    """A torchvision set, whose `data` is `(N, H, W)` or `(N, H, W, 3)`, in memory as `(N, C, H, W)`."""
+    data = torch.as_tensor(part.data)
+    images = data.unsqueeze(1) if data.ndim == 3 else data.permute(0, 3, 1, 2)
+    return ImageArrays(images, torch.as_tensor(part.targets))
+
+
+def _imported(section: DataConfig, target: Callable[..., Any], parameters: set[str]) -> Datasets:
+    """The data set of an import path.
+
+    A target with a parameter `train` is called with `train=True`, then `train=False`; else one with a
+    parameter `split`, with `split="train"`, then `split="val"`. Any other is called once and returns the pair
+    `(train, val)`, or a training set alone. `data.root`, where set, is passed as `root`.
+    """
+    root = {} if section.root is None else {"root": section.root}
+    keywords = {"train": (True, False), "split": ("train", "val")}
+    keyword = next((name for name in keywords if name in parameters), None)
+    if keyword is None:
+        made = build("data", target, section.args, **root)
+        train, val = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    elif keyword in section.args:
+        raise ConfigError(f"data.{keyword}", "leave it out: it is set once for training, once for validation")
+    else:
+        parts = ({**root, keyword: value} for value in keywords[keyword])
+        train, val = (build("data", target, section.args, **part) for part in parts)
+    for part, data in (("training", train), ("validation", val)):
+        _check_part(section.name, part, data)
+    classes = getattr(train, "classes", None)
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    return Datasets(train, val, classes if named else None, section.name)
+
+
+def _check_part(name: str, part: str, data: Any) -> None:
+    if part == "validation" and data is None:
+        return
+    by_id = all(hasattr(data, method) for method in ("__len__", "__getitem__"))
+    if not by_id or isinstance(data, torch.utils.data.IterableDataset):
+        raise ConfigError(
+            "data.name",
+            f"the {part} part of {name} is of type {type(data).__name__}; samples are read by their id, "
+            f"so it must have __len__ and __getitem__ and be no IterableDataset",
+        )
+    if len(data) == 0:
+        raise DataError(f"the {part} part of {name} holds no samples; data.name must give at least one")
+
+
+def _parameters(target: Callable[..., Any]) -> set[str]:
+    """The names that `target` takes, `**` among them where it takes any."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # some built-in callables have no signature
+        return set()
+    return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}

@@ -1,0 +1,265 @@
+"""Micro-batches in plan order: fetched here or in loader processes, copied ahead, normalised on the device."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from trainer.config import DataConfig
+from trainer.data.datasets import Datasets, ImageArrays, MapDataset
+from trainer.data.transforms import apply, build_transforms
+from trainer.errors import DataError
+from trainer.plan import Plan, Step, split_evenly
+from trainer.seeding import key, preserved_cpu_generators, seed_cpu
+
+Ids = npt.NDArray[np.int64]
+
+
+class MicroBatch(NamedTuple):
+    """Samples that are never split. `place` is its index among those of its step."""
+
+    place: int
+    inputs: Any
+    targets: Any
+
+
+class Request(NamedTuple):
+    """What a loader is asked for: a micro-batch's place, its epoch, and its sample ids."""
+
+    place: int
+    epoch: int
+    ids: Ids
+
+
+class KeyedDataset(Dataset[Any]):
+    """`Request` → `MicroBatch`, or a `DataError` to be raised by whoever asked.
+
+    A sample's random draws are keyed by (seed, purpose, epoch, sample id): they are the same in any process,
+    in any order, and new in each epoch.
+    """
+
+    def __init__(self, dataset: MapDataset, transform: Callable[..., Any] | None, *, seed: int, purpose: str) -> None:
+        self._dataset = dataset
+        self._transform = transform
+        self._seed = seed
+        self._purpose = purpose
+        # In-memory data without transforms has nothing random: a micro-batch is one look-up.
+        self._batch = dataset.batch if isinstance(dataset, ImageArrays) and transform is None else None
+        self.draws = self._batch is None
+
+    def __getitem__(self, request: Request) -> MicroBatch | DataError:
+        if self._batch is not None:
+            return MicroBatch(request.place, *self._batch(torch.from_numpy(request.ids)))
+        try:
+            samples = [self._sample(request.epoch, int(i)) for i in request.ids]
+            return MicroBatch(request.place, *self._collate(samples))
+        except DataError as error:
+            return error
+
+    def _sample(self, epoch: int, sample_id: int) -> tuple[Any, Any]:
+        seed_cpu(key(self._seed, self._purpose, epoch, sample_id))
+        try:
+            image, target = self._dataset[sample_id]
+            return (image, target) if self._transform is None else apply(self._transform, image, target)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"{self._name(sample_id)}: {type(error).__name__}: {error} ({_place(error)})") from error
+
+    def _collate(self, samples: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+        try:
+            inputs, targets = default_collate(samples)
+            return inputs, targets
+        except (RuntimeError, TypeError) as error:
+            shapes = sorted({str(tuple(image.shape)) for image, _ in samples if isinstance(image, Tensor)})
+            raise DataError(
+                f"{self._purpose} samples do not fit into one batch (shapes {', '.join(shapes) or 'unknown'}): "
+                f"{str(error).splitlines()[0]}; set data.{self._purpose}_transforms to give all one shape"
+            ) from error
+
+    def _name(self, sample_id: int) -> str:
+        paths = getattr(self._dataset, "paths", None)
+        return f"{self._purpose} sample {sample_id}" + (f" ({paths[sample_id]})" if paths is not None else "")
+
+
+class Normalize(nn.Module):
+    """Images on the device: uint8 scaled to [0, 1], cast to the run's dtype, `(x - mean) / std` by channel."""
+
+    def __init__(self, mean: list[float] | None, std: list[float] | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self._shifts = mean is not None or std is not None
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean or [0.0], dtype=dtype).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std or [1.0], dtype=dtype).view(-1, 1, 1))
+
+    def forward(self, images: Any) -> Any:
+        """`(N, C, H, W)` in, the same out; what is not a tensor of images passes untouched."""
+        if not isinstance(images, Tensor):
+            return images
+        if images.dtype == torch.uint8:
+            images = images.to(self._dtype).mul_(1 / 255)
+        elif images.is_floating_point():
+            images = images.to(self._dtype)
+        return (images - self.mean) / self.std if self._shifts else images
+
+    def undo(self, images: Tensor) -> Tensor:
+        """The images in [0, 1] again, on the CPU, to be looked at."""
+        return (images * self.std + self.mean if self._shifts else images).float().clamp(0, 1).cpu()
+
+
+class Loader:
+    """The micro-batches of some requests, in order, on the device.
+
+    With `workers`, the loader's processes are started once for the whole run and read ahead across steps and
+    epochs; a request carries its epoch, so no process can hold a stale one. On CUDA the next micro-batch is
+    copied, from pinned memory, on a side stream while the present one is computed.
+    """
+
+    def __init__(self, dataset: KeyedDataset, section: DataConfig, device: torch.device, normalize: Normalize) -> None:
+        self._dataset = dataset
+        self._section = section
+        self._device = device
+        self.normalize = normalize
+
+    def peek(self, ids: Sequence[int] | Ids) -> MicroBatch:
+        """Some samples as the model sees them in the first epoch, fetched at once."""
+        batch = next(_checked(self._here([Request(0, 0, np.asarray(ids))])))
+        batch = send_to_device(batch, self._device)
+        return batch._replace(inputs=self.normalize(batch.inputs))
+
+    def run(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
+        for batch in self._on_device(self._fetched(requests)):
+            yield batch._replace(inputs=self.normalize(batch.inputs))
+
+    def _fetched(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
+        return _checked(self._in_workers(requests) if self._section.workers else self._here(requests))
+
+    def _here(self, requests: Iterable[Request]) -> Iterator[MicroBatch | DataError]:
+        for request in requests:
+            with preserved_cpu_generators() if self._dataset.draws else nullcontext():
+                batch = self._dataset[request]
+            yield batch
+
+    def _in_workers(self, requests: Iterable[Request]) -> Iterator[MicroBatch | DataError]:
+        return iter(
+            DataLoader(
+                self._dataset,
+                sampler=requests,
+                batch_size=None,
+                collate_fn=_as_is,
+                num_workers=self._section.workers,
+                prefetch_factor=self._section.prefetch,
+                pin_memory=self._device.type == "cuda",
+                worker_init_fn=_init_worker,
+                generator=torch.Generator(),  # the loader seeds its workers; not from the run's generators
+            )
+        )
+
+    def _on_device(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        if self._device.type != "cuda":
+            for batch in batches:
+                yield batch if self._device.type == "cpu" else send_to_device(batch, self._device)
+            return
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        ahead: tuple[MicroBatch, torch.cuda.Event] | None = None
+        for batch in batches:
+            with torch.cuda.stream(stream):
+                moved = send_to_device(batch, self._device, non_blocking=True)
+                copied = stream.record_event()
+            if ahead is not None:
+                yield _received(*ahead)
+            ahead = moved, copied
+        if ahead is not None:
+            yield _received(*ahead)
+
+
+def build_loaders(
+    section: DataConfig, data: Datasets, *, seed: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Loader, Loader | None]:
+    """The loaders of training and validation samples."""
+    normalize = Normalize(section.mean, section.std, dtype).to(device)
+
+    def loader(dataset: MapDataset, purpose: str, items: list[dict[str, Any]]) -> Loader:
+        transform = build_transforms(f"data.{purpose}_transforms", items)
+        return Loader(KeyedDataset(dataset, transform, seed=seed, purpose=purpose), section, device, normalize)
+
+    train = loader(data.train, "train", section.train_transforms)
+    return train, None if data.val is None else loader(data.val, "val", section.val_transforms)
+
+
+class TrainLoader:
+    """A rank's micro-batches of every step, from the run's first step or any other."""
+
+    def __init__(self, loader: Loader, plan: Plan, rank: int, first_step: int) -> None:
+        self._plan = plan
+        self._rank = rank
+        self._batches = loader.run(self._requests(first_step))
+
+    def step(self, step: Step) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of `step`; steps must be asked for in their order."""
+        for index in range(*step.ranks[self._rank]):
+            batch = next(self._batches)
+            assert batch.place == index, "steps are taken in order"
+            yield batch
+
+    def _requests(self, first_step: int) -> Iterator[Request]:
+        for step in self._plan.steps(first_step):
+            yield from step_requests(self._plan, step, self._rank)
+
+
+def step_requests(plan: Plan, step: Step, rank: int) -> Iterator[Request]:
+    """What `rank` runs of `step`."""
+    for index in range(*step.ranks[rank]):
+        yield Request(index, step.epoch, plan.sample_ids(step, index))
+
+
+def whole_requests(samples: int, size: int, rank: int, ranks: int) -> Iterator[Request]:
+    """A rank's share of all samples in order, each exactly once, `size` or fewer at a time."""
+    parts = split_evenly(samples, -(-samples // size))
+    for index in range(*split_evenly(len(parts), ranks)[rank]):
+        yield Request(index, 0, np.arange(*parts[index]))
+
+
+def _checked(batches: Iterator[MicroBatch | DataError]) -> Iterator[MicroBatch]:
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _received(batch: MicroBatch, copied: torch.cuda.Event) -> MicroBatch:
+    """The batch, safe to use on the current stream."""
+    current = torch.cuda.current_stream()
+    current.wait_event(copied)
+    for part in (batch.inputs, batch.targets):
+        if isinstance(part, Tensor):
+            part.record_stream(current)
+    return batch
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _init_worker(_: int) -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rank decides when to stop; its loader goes with it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def _place(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}, line {frame.lineno}"

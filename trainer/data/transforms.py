@@ -1,0 +1,89 @@
+"""torchvision's v2 transforms, and users' own, from a config's list of `{name: …, argument: value, …}`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from trainer.components import build, resolve
+from trainer.errors import ConfigError, nearest
+
+DTYPES = ("uint8", "int64", "float16", "bfloat16", "float32", "float64")
+
+
+def build_transforms(key: str, items: list[dict[str, Any]]) -> Callable[..., Any] | None:
+    """The transforms that the list at `key` describes, as one callable; None for an empty list.
+
+    A name is a class of `torchvision.transforms.v2` or an import path, to a class or to a function that
+    returns a transform. For v2 classes an `interpolation`, a `policy` or a `dtype` is written as text, and
+    `transforms`, where a class takes others (RandomApply, RandomChoice, …), is again such a list.
+    """
+    transforms = _build_all(key, items)
+    if len(transforms) < 2:
+        return transforms[0] if transforms else None
+    from torchvision.transforms import v2
+
+    composed: Callable[..., Any] = v2.Compose(transforms)
+    return composed
+
+
+def apply(transform: Callable[..., Any], image: Any, target: Any) -> tuple[Any, Any]:
+    """The image transformed; a target with a place in it (a tv_tensor: mask, boxes, …) jointly with it."""
+    if isinstance(target, torch.Tensor):
+        from torchvision.tv_tensors import TVTensor
+
+        if isinstance(target, TVTensor):
+            image, target = transform(image, target)
+            return image, target
+    return transform(image), target
+
+
+def _build_all(key: str, items: Any) -> list[Callable[..., Any]]:
+    if not isinstance(items, list):
+        raise ConfigError(key, f"{items} is not a list of transforms such as {{name: RandomCrop, size: 32}}")
+    return [_build(f"{key}[{index}]", item) for index, item in enumerate(items)]
+
+
+def _build(key: str, item: Any) -> Callable[..., Any]:
+    from torchvision.transforms import v2
+
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+        raise ConfigError(f"{key}.name", f"is missing in {item}; write {{name: RandomCrop, size: 32}}")
+    name = item["name"]
+    arguments = {k: v for k, v in item.items() if k != "name"}
+    known = {n: c for n, c in vars(v2).items() if isinstance(c, type) and issubclass(c, v2.Transform)}
+    if name not in known and "." not in name:
+        raise ConfigError(f"{key}.name", f'"{name}" is no v2 transform, nor an import path{nearest(name, known)}')
+    target = resolve(key, name, known)
+    if target in (v2.MixUp, v2.CutMix):
+        raise ConfigError(f"{key}.name", f"{name} mixes a batch's samples; a transform sees one sample alone")
+    if isinstance(target, type) and issubclass(target, v2.Transform):
+        arguments = {k: _value(f"{key}.{k}", k, v) for k, v in arguments.items()}
+    transform: Callable[..., Any] = build(key, target, arguments)
+    if not callable(transform):
+        raise ConfigError(f"{key}.name", f"{name} gives a {type(transform).__name__}, which cannot be called")
+    return transform
+
+
+def _value(key: str, argument: str, value: Any) -> Any:
+    """An argument of a v2 class from what YAML can write of it."""
+    from torchvision.transforms.v2 import AutoAugmentPolicy, InterpolationMode
+
+    if argument == "transforms":
+        return _build_all(key, value)
+    if not isinstance(value, str):
+        return value
+    enums: dict[str, Any] = {"interpolation": InterpolationMode, "policy": AutoAugmentPolicy}
+    if argument in enums:
+        return _choice(key, value, {member.value: member for member in enums[argument]})
+    if argument == "dtype":
+        return _choice(key, value, {dtype: getattr(torch, dtype) for dtype in DTYPES})
+    return value
+
+
+def _choice(key: str, value: str, choices: dict[str, Any]) -> Any:
+    if value not in choices:
+        raise ConfigError(key, f'"{value}" is not one of {", ".join(choices)}{nearest(value, choices)}')
+    return choices[value]

@@ -1,0 +1,78 @@
+"""Evaluation: every validation sample exactly once, on any number of processes, the same numbers on each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.batch_norm import RunningStatistics
+from trainer.data.loading import Loader, MicroBatch, Request, whole_requests
+from trainer.distributed import Ranks
+from trainer.forward import Forward
+from trainer.metrics import Meter
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a classifier made of one validation sample."""
+
+    sample_id: int
+    predicted: int
+    true: int
+    confidence: float
+
+
+class Evaluator:
+    """Runs a model over a data set, in order, each rank a contiguous share of unequal size where it must be.
+
+    Loader processes are kept from one evaluation to the next and start on the next one early.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        loader: Loader,
+        statistics: RunningStatistics,
+        ranks: Ranks,
+        *,
+        samples: int,
+        batch_size: int,
+    ) -> None:
+        self._model = model
+        self._forward = forward
+        self._statistics = statistics
+        self._ranks = ranks
+        self._requests = list(whole_requests(samples, batch_size, ranks.rank, ranks.count))
+        self._batches = loader.run(itertools.cycle(self._requests))
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The mean loss and metrics over all samples. A collective."""
+        meter = Meter(self._forward.task, self._ranks)
+        for _, batch in self._in_eval_mode():
+            output, loss, weight = self._forward(self._model, batch, None)
+            meter.add(loss, weight, output, batch.targets)
+        return meter.read().means()
+
+    @torch.no_grad()
+    def decisions(self) -> list[Decision]:
+        """A classifier's decision for every sample, in order, on every rank; empty for other tasks."""
+        mine: list[Decision] = []
+        for request, batch in self._in_eval_mode():
+            decided = self._forward.task.decide(self._forward.output(self._model, batch))
+            if decided is None or not isinstance(batch.targets, Tensor) or batch.targets.dim() != 1:
+                continue
+            columns = request.ids.tolist(), decided[0].tolist(), batch.targets.tolist(), decided[1].tolist()
+            mine += [Decision(*row) for row in zip(*columns, strict=True)]
+        return sorted(self._ranks.gather(mine), key=lambda decision: decision.sample_id)
+
+    def _in_eval_mode(self) -> Iterator[tuple[Request, MicroBatch]]:
+        self._statistics.gather()
+        self._model.eval()
+        yield from zip(self._requests, itertools.islice(self._batches, len(self._requests)), strict=True)
+        self._model.train()

@@ -1,0 +1,74 @@
+"""Import path, torchvision name or `small_cnn` → a model with the run's initial weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from trainer.components import build, resolve
+from trainer.config import ModelConfig
+from trainer.errors import ConfigError, nearest
+from trainer.seeding import key, preserved_cpu_generators, seed_cpu
+
+
+def small_cnn(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Sequential:
+    """A convolutional net with BatchNorm for small images, `(N, in_channels, H, W)` → `(N, num_classes)`."""
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(in_channels, width),
+        nn.MaxPool2d(2),
+        *block(width, 2 * width),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(8 * width, num_classes),
+    )
+
+
+def build_model(section: ModelConfig, *, seed: int, num_classes: int | None, in_channels: int | None) -> nn.Module:
+    """The model that `model.name` names, its initial weights a function of `seed` alone.
+
+    `num_classes` (from the config, else from the data) and `in_channels` (from the data) are supplied to
+    models that take them; the section's other keys are the model's arguments.
+    """
+    supplied: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+    supplied = {name: value for name, value in supplied.items() if value is not None and name not in section.args}
+    with preserved_cpu_generators():
+        seed_cpu(key(seed, "weights"))
+        model = build("model", _constructor(section.name, supplied), section.args, **supplied)
+    if not isinstance(model, nn.Module):
+        raise ConfigError("model.name", f'"{section.name}" made a {type(model).__name__}, not a torch.nn.Module')
+    return model
+
+
+def _constructor(name: str, supplied: dict[str, Any]) -> Callable[..., Any]:
+    if "." in name or name == "small_cnn":
+        constructor: Callable[..., Any] = resolve("model", name, {"small_cnn": small_cnn})
+        return constructor
+    from torchvision import models
+
+    supplied.pop("in_channels", None)  # torchvision's models take three
+    try:
+        builder: Callable[..., Any] = models.get_model_builder(name)
+    except ValueError:
+        known = ["small_cnn", *models.list_models()]
+        raise ConfigError(
+            "model.name",
+            f'"{name}" is neither small_cnn, a torchvision model nor an import path{nearest(name, known)}',
+        ) from None
+    return builder
+
+
+def input_channels(sample: Any) -> int | None:
+    """Channels of an image `(C, H, W)`; None for what is not one."""
+    return sample.shape[0] if isinstance(sample, Tensor) and sample.dim() == 3 else None
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Parameters in all, and those that are trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)

@@ -1,0 +1,167 @@
+"""What a run shows of itself: the header's facts, the summary, the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trainer import checkpoint, figures
+from trainer.evaluation import Decision
+from trainer.files import tensors_sha256
+from trainer.models import count_parameters
+from trainer.optimizer import named_state
+from trainer.plan import Plan
+from trainer.tracking.jsonl import read_rows
+
+if TYPE_CHECKING:
+    from trainer.trainer import Trainer
+
+SHOWN = 6  # validation samples whose predictions are drawn
+
+
+def header(trainer: Trainer) -> list[tuple[str, str]]:
+    """What a person wants to see before a run begins."""
+    config, data, plan = trainer.config, trainer.data, trainer.plan
+    total, trained = count_parameters(trainer.module)
+    parameters = f"{total:,} parameters" + (f", {trained:,} trained" if trained != total else "")
+    sizes = [f"{len(data.train):,} train", *([f"{len(data.val):,} val"] if data.val is not None else [])]
+    classes = [f"{len(data.classes)} classes"] if data.classes else []
+    facts = [
+        ("run", str(trainer.journal.directory)),
+        ("model", f"{config.model.name} · {parameters}"),
+        ("data", " · ".join([data.name, *sizes, *classes])),
+        ("batch", batch_arithmetic(plan)),
+        ("optimizer", f"{config.optimizer.name} · lr {config.optimizer.lr:g}"),
+        ("schedule", trainer.schedule.describe()),
+        ("length", f"{plan.total_steps:,} steps · {plan.steps_per_epoch:,} an epoch"),
+        (
+            "device",
+            f"{trainer.ranks.count} × {_device_name(trainer.ranks.device)} · {config.train.precision}",
+        ),
+    ]
+    return facts + ([("note", data.note)] if data.note else [])
+
+
+def batch_arithmetic(plan: Plan) -> str:
+    """A full step in numbers: `64 = 8 × 8 on 3 processes: 3+3+2`."""
+    step = plan.step(0)
+    cuts = len(step.micro_batches)
+    sizes = sorted({stop - start for start, stop in step.micro_batches}, reverse=True)
+    text = (
+        f"{step.size} = {cuts} × {sizes[0]}"
+        if len(sizes) == 1
+        else f"{step.size} in {cuts} of {sizes[0]} or {sizes[1]}"
+    )
+    if plan.ranks == 1:
+        return f"{text} on 1 process"
+    shares = [stop - start for start, stop in step.ranks]
+    shown = "+".join(map(str, shares)) if len(shares) <= 8 else f"{shares[0]} to {shares[-1]} each"
+    return f"{text} on {plan.ranks} processes: {shown}"
+
+
+def summary(trainer: Trainer) -> dict[str, Any]:
+    """What `summary.json` holds."""
+    progress = trainer.progress
+    parameters = dict(trainer.module.named_parameters())
+    return {
+        "best": progress.best,
+        "best_epoch": progress.best_epoch,
+        "best_metric": trainer.config.best.metric,
+        "steps": progress.step,
+        "samples_seen": progress.samples_seen,
+        "world_size": trainer.ranks.count,
+        "seconds": progress.seconds,
+        "weights_sha256": tensors_sha256(parameters),
+        "buffers_sha256": tensors_sha256(dict(trainer.module.named_buffers())),
+        "optimizer_sha256": tensors_sha256(named_state(trainer.optimizer, trainer.module)[0]),
+    }
+
+
+def closing(trainer: Trainer, values: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a person wants to see when a run is over."""
+    best = (
+        "none"
+        if values["best"] is None
+        else f"{values['best_metric']} {values['best']:.4f} in epoch {values['best_epoch']}"
+    )
+    minutes, seconds = divmod(values["seconds"], 60)
+    return [
+        ("best", best),
+        ("elapsed", f"{minutes:.0f} min {seconds:.1f} s" if minutes else f"{seconds:.1f} s"),
+        ("trained", f"{values['steps']:,} steps · {values['samples_seen']:,} samples"),
+        ("weights", values["weights_sha256"][:16]),
+        ("files", str(trainer.journal.directory)),
+    ]
+
+
+def draw(trainer: Trainer) -> dict[str, Path]:
+    """Draw the run's figures by its best model. A collective; the main process gets their paths."""
+    directory = trainer.journal.directory / "figures"
+    decisions = _best_decisions(trainer)
+    drawn: dict[str, Path] = {}
+    if not trainer.ranks.is_main:
+        return drawn
+    directory.mkdir(exist_ok=True)
+
+    def path(name: str) -> Path:
+        drawn[name] = directory / f"{name}.png"
+        return drawn[name]
+
+    figures.curves(read_rows(trainer.journal.directory / "metrics.jsonl"), path("curves"))
+    names = trainer.data.classes
+    batch = trainer.train_loader.peek(trainer.plan.permutation(0)[: min(64, trainer.plan.batch_size)])
+    if _are_images(batch.inputs):
+        labels = [_label(target, names) for target in batch.targets]
+        figures.batch_grid(trainer.train_loader.normalize.undo(batch.inputs), labels, path("batch"))
+    if decisions and trainer.val_loader is not None:
+        shown = decisions[:SHOWN]
+        images = trainer.val_loader.peek([d.sample_id for d in shown]).inputs
+        if _are_images(images):
+            figures.predictions(
+                trainer.val_loader.normalize.undo(images),
+                [_label(d.predicted, names) for d in shown],
+                [_label(d.true, names) for d in shown],
+                [d.confidence for d in shown],
+                path("predictions"),
+            )
+        matrix = confusion(decisions, len(names) if names else None)
+        figures.confusion_matrix(matrix, names or [str(i) for i in range(len(matrix))], path("confusion_matrix"))
+    return drawn
+
+
+def _best_decisions(trainer: Trainer) -> list[Decision]:
+    """The best model's decisions over the validation data; the last model is put back after them."""
+    if trainer.evaluator is None or trainer.progress.best is None:
+        return []
+    last = checkpoint.snapshot(trainer.module)
+    trainer.load_best()
+    decisions = trainer.evaluator.decisions()
+    trainer.module.load_state_dict(last)
+    return decisions
+
+
+def confusion(decisions: Sequence[Decision], classes: int | None) -> Tensor:
+    """How often each class (row) was taken for each (column), integers `(C, C)`."""
+    true, predicted = (torch.tensor([getattr(d, name) for d in decisions]) for name in ("true", "predicted"))
+    size = classes or int(max(true.max(), predicted.max())) + 1
+    return torch.bincount(true * size + predicted, minlength=size * size).view(size, size)
+
+
+def _are_images(inputs: Any) -> bool:
+    return isinstance(inputs, Tensor) and inputs.dim() == 4
+
+
+def _label(target: Any, names: list[str] | None) -> str:
+    if isinstance(target, Tensor):
+        target = target.item() if target.numel() == 1 else target.tolist()
+    if isinstance(target, int):
+        return names[target] if names and 0 <= target < len(names) else str(target)
+    return f"{target:.3g}" if isinstance(target, float) else ""
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,131 @@
+"""The run directory: found or made, locked while a run uses it, and never overwritten."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from trainer import checkpoint
+from trainer.config import Config, RunConfig, load
+from trainer.errors import ConfigError
+from trainer.files import write_text
+
+# What a resumed run may change freely: where it runs and how it is watched, how far it goes. A whole section
+# or a key.
+FREE_KEYS = (
+    "run.name",
+    "run.dir",
+    "run.resume",
+    "run.resume_changes",
+    "run.figures",
+    "data.workers",
+    "data.prefetch",
+    "batch.eval_size",
+    "train.epochs",
+    "train.max_steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "wandb",
+)
+
+
+class RunDirectory:
+    """`<run.dir>/<run.name>`, held by this process until `close`. `resume_from` is the checkpoint to go on from."""
+
+    def __init__(self, section: RunConfig) -> None:
+        self.path = run_path(section)
+        self.moved_to: Path | None = None
+        self._lock: TextIO | None = None
+        if self.path.is_dir():
+            self._acquire()
+        self.resume_from = checkpoint.latest(self.path / "checkpoints") if section.resume == "auto" else None
+        if self.resume_from is None and self._holds_a_run():
+            self.close()
+            self.moved_to = _free_name(self.path)
+            self.path.rename(self.moved_to)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._acquire()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _acquire(self) -> None:
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ConfigError(
+                "run.name", f"another process is training in {self.path}; give this run another name"
+            ) from None
+
+    def _holds_a_run(self) -> bool:
+        return self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir())
+
+
+def run_path(section: RunConfig) -> Path:
+    """`<run.dir>/<run.name>`."""
+    if not section.name or section.name in (".", "..") or "/" in section.name:
+        raise ConfigError(
+            "run.name", f'"{section.name}" is not a directory\'s name; set run.dir for where runs are kept'
+        )
+    return Path(section.dir) / section.name
+
+
+def write_config(path: Path, config: Config) -> None:
+    write_text(path / "config.yaml", config_yaml(config))
+
+
+def config_yaml(config: Config) -> str:
+    """The resolved config as YAML; read back, it gives the same config."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a finished or unfinished run, `key=value` overrides laid over it."""
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(str(run), "is not a run directory: it has no config.yaml")
+    return load(run / "config.yaml", overrides)
+
+
+def check_same_run(before: Mapping[str, Any], now: Config, section: RunConfig) -> None:
+    """Refuse to resume under a config that would make another run of it, naming every key that differs."""
+    old, new = dict(_flat(before, "")), dict(_flat(json.loads(json.dumps(now.to_dict())), ""))
+    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name) and not _is_free(name)]
+    if changed and section.resume_changes == "refuse":
+        listed = "; ".join(
+            f"{name} was {old.get(name, 'not set')} and is {new.get(name, 'not set')}" for name in changed
+        )
+        raise ConfigError(
+            changed[0],
+            f"the run to resume was made with another config: {listed}. Set the old values, start a new run with "
+            f"run.resume=never, or accept the change with run.resume_changes=allow",
+        )
+
+
+def _is_free(name: str) -> bool:
+    return name in FREE_KEYS or name.partition(".")[0] in FREE_KEYS
+
+
+def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (candidate := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return candidate

@@ -1,0 +1,328 @@
+"""`Trainer`: the loop, the step, what is logged and what is kept; each reads top to bottom."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trainer import checkpoint, report
+from trainer.batch_norm import RunningStatistics, configure
+from trainer.checkpoint import Checkpoint, Progress
+from trainer.config import Config
+from trainer.data.datasets import Datasets, MapDataset, build_datasets
+from trainer.data.loading import TrainLoader, build_loaders, step_requests
+from trainer.distributed import Ranks
+from trainer.errors import ConfigError, LockstepError, Stopped, nearest
+from trainer.evaluation import Evaluator
+from trainer.forward import Forward
+from trainer.gradients import Gradients
+from trainer.metrics import Meter, Row, Stopwatch, Totals
+from trainer.models import build_model, input_channels
+from trainer.optimizer import build_optimizer, load_named_state, named_state, set_learning_rate
+from trainer.plan import Plan, Step
+from trainer.precision import Precision
+from trainer.recalibration import recalibrate
+from trainer.run_directory import check_same_run, config_yaml, run_path
+from trainer.schedule import Schedule, build_schedule
+from trainer.stopping import StopRequest
+from trainer.task import Task, build_task
+from trainer.tracking.journal import Journal
+
+
+class Trainer:
+    """A run: what a `Config` describes, on however many processes were launched.
+
+    A model, data sets or a task made elsewhere may be given instead of being named in the config:
+
+        Trainer(Config(), model=net, train_data=train, val_data=val).fit()
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        model: nn.Module | None = None,
+        train_data: MapDataset | None = None,
+        val_data: MapDataset | None = None,
+        task: Task | None = None,
+    ) -> None:
+        self.config, train = config, config.train
+        self.ranks = Ranks(train.precision, find_unused_parameters=train.find_unused_parameters)
+        self.precision = Precision(train.precision, self.ranks.device)
+        if train_data is None:
+            self.data = build_datasets(config.data, self.ranks.main_first)
+        else:
+            self.data = Datasets(train_data, val_data, getattr(train_data, "classes", None), type(train_data).__name__)
+        self.plan = self._plan()
+        self.train_loader, self.val_loader = build_loaders(
+            config.data, self.data, seed=config.run.seed, device=self.ranks.device, dtype=self.precision.dtype
+        )
+        num_classes = config.model.num_classes or (len(self.data.classes) if self.data.classes else None)
+        if model is None:
+            channels = input_channels(self.train_loader.peek([0]).inputs)
+            model = build_model(config.model, seed=config.run.seed, num_classes=num_classes, in_channels=channels)
+        self._place(model)
+        self.task = (task or build_task(config.loss, num_classes)).to(self.ranks.device, self.precision.dtype)
+        self.forward = Forward(self.task, self.precision, self.ranks.device, config.run.seed)
+        self.optimizer = build_optimizer(config.optimizer, self.module)
+        self.gradients = Gradients(self.model, self.ranks, may_be_unused=train.find_unused_parameters)
+        self.statistics = RunningStatistics(self.module, config.batch_norm, self.ranks)
+        self.evaluator = self._evaluator()
+        self.meter, self.interval, self.epoch = Meter(self.task, self.ranks), Totals(), Totals()
+        self.progress = Progress()
+        self.schedule = self._schedule()
+        self._check_best_metric()
+
+    # ---------------------------------------------------------------- the run
+
+    def fit(self) -> dict[str, Any]:
+        """Train from the start, or from the checkpoint that `run.resume` finds; returns what `summary.json` holds."""
+        with Journal(self.config, self.ranks) as self.journal, StopRequest(self.ranks) as stop:
+            self._resume(self.journal.resume_from)
+            self.journal.begin(report.header(self), self.plan, self.progress)
+            self.stopwatch = Stopwatch(self.progress)
+            self.batches = TrainLoader(self.train_loader, self.plan, self.ranks.rank, self.progress.step)
+            self.model.train()
+            for step in self.plan.steps(self.progress.step):
+                self.train_step(step)
+                if self._is_logged(step):
+                    self.log(step)
+                if step.last_in_epoch:
+                    self.end_epoch(step)
+                if step.last_in_epoch or self._is_checkpointed(step):
+                    self.save()
+                self.journal.advance(step.number)
+                if stop.agreed():
+                    self._stop(stop.signal_number)
+            return self._finish()
+
+    def train_step(self, step: Step) -> None:
+        """One optimizer update. Nothing here waits for the device."""
+        set_learning_rate(self.optimizer, self.schedule.factor(step.index))
+        self.statistics.begin(step)
+        for batch in self.batches.step(step):
+            with self.gradients.leaf(step, batch.place):
+                output, loss, weight = self.forward(self.model, batch, step)
+                self.precision.backward(loss * self.gradients.scale(step, batch.place, weight))
+            self.meter.add(loss, weight, output, batch.targets)
+        self.gradients.reduce(step)
+        self._clip(step)
+        self.precision.step(self.optimizer)
+        self.optimizer.zero_grad()
+        self.progress.step = step.number
+        self.progress.samples_seen += step.size
+
+    def _clip(self, step: Step) -> None:
+        """Clip the whole step's gradient; measure it where it is logged."""
+        clipped, logged = self.config.train.max_grad_norm, self._is_logged(step)
+        if clipped is None and not logged:
+            return
+        self.precision.unscale(self.optimizer)
+        self.grad_norm = self.gradients.norm() if clipped is None else self.gradients.clip(clipped)
+
+    # ---------------------------------------------------------------- what is logged
+
+    def _is_logged(self, step: Step) -> bool:
+        return (
+            step.number % self.config.train.log_every == 0 or step.last_in_epoch or step.number == self.plan.total_steps
+        )
+
+    def log(self, step: Step) -> None:
+        """A row of the steps since the last one: training's only host sync."""
+        self._collect()
+        row: Row = {"step": step.number, "epoch": step.epoch + 1}
+        row |= {f"train/{name}": value for name, value in self.interval.means().items()}
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row["grad_norm"] = self.grad_norm.item()
+        row["samples_per_second"] = self.stopwatch.rate(self.progress.samples_seen)
+        self.epoch.add(self.interval)
+        self.interval = Totals()
+        self.journal.log(row)
+        if not math.isfinite(row["train/loss"]):
+            raise LockstepError(
+                f"the loss is {row['train/loss']} in the {self.config.train.log_every} steps up to step {step.number}; "
+                f"lower optimizer.lr, set train.max_grad_norm, or raise train.precision"
+            )
+
+    def _collect(self) -> None:
+        """Bring what the meter has summed to the host."""
+        self.interval.add(self.meter.read())
+
+    def end_epoch(self, step: Step) -> None:
+        """The epoch's row: means over its samples, an evaluation where one is due."""
+        row = {f"train/epoch_{name}": value for name, value in self.epoch.means().items()}
+        self.epoch = Totals()
+        last = step.number == self.plan.total_steps
+        self._end_period(step, row, evaluated=last or (step.epoch + 1) % self.config.train.evaluate_every == 0)
+
+    def _end_period(self, step: Step, row: Row, *, evaluated: bool) -> None:
+        row = {"step": step.number, "epoch": step.epoch + 1, **row}
+        if evaluated and self.evaluator is not None:
+            row |= {f"val/{name}": value for name, value in self.evaluate().items()}
+        is_best = self._keep_best(row)
+        self.journal.epoch(row, is_best)
+        self.stopwatch.mark(self.progress.samples_seen)
+
+    def _keep_best(self, row: Row) -> bool:
+        """Keep the model if its row is the best so far: decided from numbers that are the same on every rank."""
+        section, progress = self.config.best, self.progress
+        value = row.get(section.metric.replace("train/", "train/epoch_"))
+        if value is None:
+            return False
+        progress.history.append(value)
+        gain = math.inf if progress.best is None else value - progress.best
+        if math.isnan(value) or (gain if section.mode == "max" or progress.best is None else -gain) <= 0:
+            return False
+        progress.best, progress.best_step, progress.best_epoch = value, int(row["step"]), int(row["epoch"])
+        self.statistics.gather()
+        self.ranks.on_main(
+            lambda: checkpoint.save_best(
+                self.journal.directory, checkpoint.snapshot(self.module), config_yaml(self.config), row
+            )
+        )
+        return True
+
+    def evaluate(self) -> Row:
+        """The loss and metrics over all validation samples. A collective."""
+        if self.evaluator is None:
+            raise ConfigError("data.name", f"{self.data.name} has no validation data")
+        if self.config.batch_norm.recalibrate_at == "evaluation":
+            self.recalibrate()
+        return self.evaluator.evaluate()
+
+    def recalibrate(self) -> bool:
+        """Exact BatchNorm statistics from the first `batch_norm.recalibrate` steps of the present epoch, if any."""
+        count = min(self.config.batch_norm.recalibrate, self.plan.steps_per_epoch)
+        if not count:
+            return False
+        self.statistics.gather()
+        first = (max(0, self.progress.step - 1) // self.plan.steps_per_epoch) * self.plan.steps_per_epoch
+        steps = [self.plan.step(first + i) for i in range(count)]
+        asked = [(step, request) for step in steps for request in step_requests(self.plan, step, self.ranks.rank)]
+        batches = self.train_loader.run([request for _, request in asked])
+        forwards = (
+            partial(self.forward, self.module, batch, step) for (step, _), batch in zip(asked, batches, strict=True)
+        )
+        recalibrate(self.module, forwards, self.ranks)
+        return True
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _is_checkpointed(self, step: Step) -> bool:
+        every = self.config.train.checkpoint_every
+        return (every is not None and step.number % every == 0) or step.number == self.plan.total_steps
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step boundary. A collective."""
+        self.statistics.gather()
+        self._collect()
+        self.stopwatch.stop(self.progress)
+        self.progress.interval, self.progress.epoch = self.interval.sums, self.epoch.sums
+        self.progress.scaler = self.precision.state()
+        self.ranks.on_main(self._write_checkpoint)
+        self.stopwatch.mark(self.progress.samples_seen)
+
+    def _write_checkpoint(self) -> None:
+        tensors, numbers = named_state(self.optimizer, self.module)
+        self.progress.rows, self.progress.wandb_id = self.journal.rows, self.journal.wandb_id
+        held = Checkpoint(checkpoint.snapshot(self.module), tensors, numbers, self.progress, self.config.to_dict())
+        checkpoint.save(self.journal.directory / "checkpoints", held, keep=self.config.train.keep_checkpoints)
+
+    def _resume(self, path: Path | None) -> None:
+        if path is None:
+            return
+        held = checkpoint.load(path)
+        check_same_run(held.config, self.config, self.config.run)
+        self.module.load_state_dict(held.model)
+        load_named_state(self.optimizer, self.module, held.optimizer, held.optimizer_numbers)
+        self.precision.load_state(held.progress.scaler)
+        self.progress = held.progress
+        self.ranks.on_main(lambda: checkpoint.restore_best(self.journal.directory, held.progress.best_step))
+        self.interval, self.epoch = Totals(held.progress.interval), Totals(held.progress.epoch)
+        self.schedule = self._schedule()
+
+    def _stop(self, signal_number: int) -> None:
+        self.save()
+        raise Stopped(
+            f"stopped by signal {signal_number} after step {self.progress.step}; a checkpoint is kept, "
+            f"go on with run.resume=auto",
+            signal_number,
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        """The last evaluation, if the run ended inside an epoch, then the summary and figures."""
+        last = self.plan.step(self.plan.total_steps - 1)
+        changed = self.config.batch_norm.recalibrate_at == "end" and self.recalibrate()
+        if changed or not last.last_in_epoch:
+            self._end_period(last, {}, evaluated=True)
+        self.statistics.gather()
+        self.stopwatch.stop(self.progress)
+        summary = report.summary(self)
+        figures = report.draw(self) if self.config.run.figures else {}
+        self.journal.finish(summary, report.closing(self, summary), figures)
+        return summary
+
+    def load_best(self, run: Path | None = None) -> Row:
+        """Load the best weights of a run (this one's) on every rank; returns the row they were kept with."""
+        tensors, row = checkpoint.load_best(run or run_path(self.config.run))
+        self.module.load_state_dict(tensors)
+        return row
+
+    # ---------------------------------------------------------------- its parts
+
+    def _plan(self) -> Plan:
+        batch, train = self.config.batch, self.config.train
+        return Plan(
+            samples=len(self.data.train),
+            batch_size=batch.size,
+            micro_size=batch.micro_size or batch.size,
+            ranks=self.ranks.count,
+            epochs=train.epochs,
+            seed=self.config.run.seed,
+            max_steps=train.max_steps,
+            equal_ranks=self.config.batch_norm.mode == "sync",
+        )
+
+    def _place(self, model: nn.Module) -> None:
+        """The model in its modes, on its device, in its dtype: `module` itself, `model` as training calls it."""
+        model = configure(model, self.config.batch_norm, ranks=self.ranks.count, device=self.ranks.device)
+        self.module = model.to(self.ranks.device, self.precision.dtype)
+        if self.config.train.compile:
+            self.module.compile()
+        self.model = self.ranks.prepare(self.module)
+
+    def _schedule(self) -> Schedule:
+        return build_schedule(
+            self.config.schedule,
+            total_steps=self.plan.total_steps,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            history=self.progress.history,
+            mode=self.config.best.mode,
+        )
+
+    def _evaluator(self) -> Evaluator | None:
+        if self.data.val is None or self.val_loader is None:
+            return None
+        return Evaluator(
+            self.module,
+            self.forward,
+            self.val_loader,
+            self.statistics,
+            self.ranks,
+            samples=len(self.data.val),
+            batch_size=self.config.batch.eval_size,
+        )
+
+    def _check_best_metric(self) -> None:
+        names = ["loss", *self.task.metrics]
+        known = [f"{phase}/{name}" for phase in (("val", "train") if self.evaluator else ("train",)) for name in names]
+        metric = self.config.best.metric
+        if metric not in known:
+            raise ConfigError(
+                "best.metric",
+                f'"{metric}" is not logged by this run{nearest(metric, known)}; it logs {", ".join(known)}',
+            )
