@@ -77,7 +77,9 @@ def test_types_from_the_command_line() -> None:
 
 def test_the_command_line_is_laid_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_NAME", "from-the-environment")
-    (tmp_path / "c.yaml").write_text("run: {name: '${oc.env:SOME_NAME}', seed: 3}\noptimizer: {lr: 0.5, momentum: 0.9}\n")
+    (tmp_path / "c.yaml").write_text(
+        "run: {name: '${oc.env:SOME_NAME}', seed: 3}\noptimizer: {lr: 0.5, momentum: 0.9}\n"
+    )
     config = load(tmp_path / "c.yaml", ["run.seed=4", "optimizer.nesterov=true"])
     assert (config.run.name, config.run.seed) == ("from-the-environment", 4)
     assert config.optimizer.args == {"momentum": 0.9, "nesterov": True}

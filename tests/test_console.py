@@ -30,7 +30,20 @@ class Clock:
 
 
 class Terminal(io.StringIO):
-    """A stdout that says it is a terminal."""
+    """A stdout that says it is a terminal, so many columns wide."""
+
+    def __init__(self, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.columns, self._monkeypatch = columns, monkeypatch
+
+    def console(self, *, active: bool = True) -> Console:
+        """A console that finds this terminal as its stdout."""
+        for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+            self._monkeypatch.delenv(name, raising=False)
+        self._monkeypatch.setenv("TERM", "xterm-256color")
+        self._monkeypatch.setenv("COLUMNS", str(self.columns))
+        self._monkeypatch.setattr(sys, "stdout", self)
+        return Console(active=active)
 
     def isatty(self) -> bool:
         return True
@@ -52,14 +65,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture(params=[80, 120])
 def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", str(request.param))
-    terminal = Terminal()
-    terminal.columns = request.param  # type: ignore[attr-defined]
-    monkeypatch.setattr(sys, "stdout", terminal)
-    return terminal
+    return Terminal(request.param, monkeypatch)
 
 
 def whole_run(console: Console, clock: Clock) -> None:
@@ -72,7 +78,7 @@ def whole_run(console: Console, clock: Clock) -> None:
             clock.now += 20
             console.advance(100_000 * (epoch - 1) + 10_000 * (step + 1))
         console.epoch(epoch, 100, {**ROW, "train/mean_iou": 0.5, "val/mean_iou": 0.5}, 4000.0, epoch == 5)
-    console.note("kept [7] of [8]")
+    console.note("kept [red]7[/red]")
     console.summary(FACTS)
     console.close()
 
@@ -83,7 +89,7 @@ def test_inactive_says_nothing(clock: Clock, capsys: pytest.CaptureFixture[str])
 
 
 def test_inactive_says_nothing_on_a_terminal(clock: Clock, terminal: Terminal) -> None:
-    whole_run(Console(active=False), clock)
+    whole_run(terminal.console(active=False), clock)
     assert terminal.getvalue() == ""
 
 
@@ -97,17 +103,17 @@ def test_plain_lines(clock: Clock, capsys: pytest.CaptureFixture[str], monkeypat
     assert "\x1b" not in out and "\r" not in out
     assert lines[:4] == ["model  my [bold]net[/bold] :smile:", "run    runs/digits", f"path   {LONG}", ""]
     assert lines[-4:] == ["", "model  my [bold]net[/bold] :smile:", "run    runs/digits", ""]
-    assert "kept [7] of [8]" in lines
+    assert "kept [red]7[/red]" in lines
 
 
 def test_terminal_shows_no_markup_and_wraps_nothing(clock: Clock, terminal: Terminal) -> None:
-    whole_run(Console(active=True), clock)
+    whole_run(terminal.console(), clock)
     raw = terminal.getvalue()
     assert raw.count("\x1b[?25l") == raw.count("\x1b[?25h") == 1  # the cursor is hidden, and shown again
     drawn = terminal.drawn()
-    assert max(map(len, drawn)) <= terminal.columns  # type: ignore[attr-defined]
+    assert max(map(len, drawn)) <= terminal.columns
     assert "model  my [bold]net[/bold] :smile:" in drawn
-    assert "kept [7] of [8]" in drawn
+    assert "kept [red]7[/red]" in drawn
     assert "│ model  my [bold]net[/bold] :smile: │" in drawn
     assert "".join(line.split()[-1] for line in drawn[2:6] if "long_name" in line) == LONG
     epoch_lines = [line for line in drawn if re.match(r" *\d+/100  ", line)]
@@ -147,16 +153,31 @@ def test_a_metric_met_later_gets_a_column_and_a_heading(capsys: pytest.CaptureFi
 
 def test_a_narrow_terminal_leaves_metrics_out_whole(terminal: Terminal) -> None:
     row = {f"{phase}/{name}": 0.5 for phase in ("train", "val") for name in ("mae", "mse", "loss", "r2", "bias")}
-    Console(active=True).epoch(1, 1, row, 1.0, False)
+    terminal.console().epoch(1, 1, row, 1.0, False)
     names, phases, line = terminal.drawn()
-    fits = {80: 2, 120: 4}[terminal.columns]  # type: ignore[attr-defined]
+    fits = {80: 2, 120: 4}[terminal.columns]
     assert re.findall(r"\w+", names) == ["loss", "mae", "mse", "r2", "bias"][:fits]
     assert phases.split() == ["epoch", *["train", "val"] * fits, "lr", "time"]
     assert line.split() == ["1/1", *["0.5000"] * 2 * fits, "–", "1.0", "s"]
 
 
+def test_the_bar_has_two_lines_however_narrow(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (20, 40, 60, 80):
+        terminal = Terminal(columns, monkeypatch)
+        console = terminal.console()
+        console.begin(10_000_000, 100_000, 9_000_000)
+        terminal.drawn()
+        console.log({"train/loss": 1234.5, "train/accuracy": 0.5, "lr": 1.25e-5, "samples_per_second": 1e6})
+        console.advance(9_999_999)
+        frame = terminal.drawn()
+        assert len(frame) == 2 and max(map(len, frame)) <= columns
+        console.epoch(100, 100, ROW, 1.0, True)
+        assert max(map(len, terminal.drawn())) <= columns
+        console.close()
+
+
 def test_times_after_a_resume_count_this_session_only(clock: Clock, terminal: Terminal) -> None:
-    console = Console(active=True)
+    console = terminal.console()
     console.begin(total_steps=1000, steps_per_epoch=100, first_step=500)
     assert "epoch  5/10" in terminal.drawn()[0]
     clock.now += 40  # a slow first step: compiling
@@ -175,7 +196,7 @@ def test_times_after_a_resume_count_this_session_only(clock: Clock, terminal: Te
 
 
 def test_the_bar_is_drawn_by_time(clock: Clock, terminal: Terminal) -> None:
-    console = Console(active=True)
+    console = terminal.console()
     console.begin(10_000, 100, 0)
     terminal.drawn()
     draws = []
@@ -200,6 +221,7 @@ def test_plain_progress_only_in_a_long_epoch(clock: Clock, capsys: pytest.Captur
         "epoch  1/10    6 %  1:01  eta 15:39  loss 0.5000",
         "epoch  1/10    9 %  1:31  eta 15:09  loss 0.5000",
     ]
+    console.epoch(1, 10, ROW, 100.0, False)
     for epoch in range(1, 5):  # short epochs need no line between theirs
         for step in range(25):
             clock.now += 1
@@ -209,12 +231,12 @@ def test_plain_progress_only_in_a_long_epoch(clock: Clock, capsys: pytest.Captur
 
 
 def test_closing_twice_and_after_an_exception(clock: Clock, terminal: Terminal) -> None:
-    console = Console(active=True)
+    console = terminal.console()
     console.close()
     console.begin(10, 5, 0)
     with pytest.raises(KeyError):
         try:
-            console.log({"train/loss": None})  # type: ignore[dict-item]
+            console.advance(1)
             raise KeyError
         finally:
             console.close()
@@ -234,7 +256,7 @@ def test_ascii_stdout_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_advance_is_cheap(terminal: Terminal) -> None:
-    console = Console(active=True)
+    console = terminal.console()
     console.begin(1000, 100, 0)
     console.advance(1)
     console._due += 1000

@@ -90,9 +90,7 @@ def test_split_evenly(count: int, parts: int) -> None:
 def test_equal_ranks_all_run_as_many_micro_batches(plan: Plan) -> None:
     shortest = plan.samples - (plan.steps_per_epoch - 1) * plan.batch_size
     assume(plan.ranks <= shortest)
-    equal = Plan(
-        plan.samples, plan.batch_size, plan.micro_size, plan.ranks, plan.epochs, plan.seed, equal_ranks=True
-    )
+    equal = Plan(plan.samples, plan.batch_size, plan.micro_size, plan.ranks, plan.epochs, plan.seed, equal_ranks=True)
     for step in equal.steps():
         assert len({stop - start for start, stop in step.ranks}) == 1
         assert not step.has_idle_rank

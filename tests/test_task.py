@@ -24,7 +24,11 @@ def drawn(*shape: int) -> Tensor:
 
 def labels(*shape: int, ignored: bool = False) -> Tensor:
     drawn_labels = torch.randint(5, shape, generator=torch.Generator().manual_seed(7))
-    return torch.where(torch.rand(shape, generator=torch.Generator().manual_seed(8)) < 0.3, -7, drawn_labels) if ignored else drawn_labels
+    return (
+        torch.where(torch.rand(shape, generator=torch.Generator().manual_seed(8)) < 0.3, -7, drawn_labels)
+        if ignored
+        else drawn_labels
+    )
 
 
 WEIGHTS = [0.1, 2.0, 1.0, 0.0, 5.0]
@@ -66,7 +70,9 @@ def test_top_k() -> None:
     output, targets = drawn(50, 5), labels(50)
     sums = task("cross_entropy", top_k=[2, 9]).metric_sums(output, targets)
     assert list(sums) == list(task("cross_entropy", top_k=[2, 9]).metrics)
-    by_hand = sum(int(label) in row.argsort(descending=True)[:2].tolist() for row, label in zip(output, targets, strict=True))
+    by_hand = sum(
+        int(label) in row.argsort(descending=True)[:2].tolist() for row, label in zip(output, targets, strict=True)
+    )
     assert int(sums["top2_accuracy"][0]) == by_hand
     assert int(sums["top9_accuracy"][0]) == 50
 

@@ -130,7 +130,7 @@ class TrainConfig:
     compile: bool = key(False, "compile the model with torch.compile")
     max_grad_norm: float | None = key(None, "clip the whole step's gradient to this L2 norm", least=0)
     find_unused_parameters: bool = key(False, "allow parameters that get no gradient in some steps")
-    log_every: int = key(10, "steps from one logged row to the next", unit="steps", least=1)
+    log_every: int = key(50, "steps from one logged row to the next", unit="steps", least=1)
     evaluate_every: int = key(1, "epochs from one evaluation to the next", unit="epochs", least=1)
     checkpoint_every: int | None = key(
         None, "steps from one checkpoint to the next, besides each epoch's end", unit="steps", least=1

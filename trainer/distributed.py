@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -48,6 +49,7 @@ class Ranks:
         check_launcher(precision, os.environ)
         self.accelerator = Accelerator(
             mixed_precision="no",  # `Precision` does it, with one code path for every device
+            cpu=None if torch.accelerator.is_available() else True,  # else torchrun's processes stay unjoined
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
                     broadcast_buffers=False,
@@ -58,6 +60,11 @@ class Ranks:
         )
         self.rank: int = self.accelerator.process_index
         self.count: int = self.accelerator.num_processes
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.count:
+            raise ConfigError(
+                "WORLD_SIZE", f"{launched} processes were launched, and {self.count} joined; use launch/*.yaml"
+            )
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
         # Host-side agreement must not wait for the device's queue, so on GPUs it has a group of its own.
@@ -66,7 +73,9 @@ class Ranks:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model on its device, in DDP where there are several processes."""
-        prepared: nn.Module = self.accelerator.prepare_model(model)
+        with warnings.catch_warnings():  # newer torch renames the option, older torch knows no other name
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            prepared: nn.Module = self.accelerator.prepare_model(model)
         return prepared
 
     def main_first(self) -> AbstractContextManager[None]:

@@ -53,7 +53,8 @@ def curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
     _plot(panels[-1], rows, "lr", color=QUIET, linewidth=1.4)
     _style_panel(panels[-1], "learning rate")
     panels[-1].set_ylim(bottom=0)
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    panels[-1].xaxis.set_major_formatter("{x:,.0f}")
     panels[-1].set_xlabel("step", fontsize=TEXT, color=INK)
     _write(figure, path)
 
@@ -77,6 +78,7 @@ def _style_panel(axes: Axes, title: str) -> None:
     axes.tick_params(colors=QUIET, labelcolor=INK, labelsize=SMALL)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
+    axes.yaxis.set_major_formatter("{x:g}")
     if not axes.lines:
         axes.set_yticks([])
         axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center", fontsize=TEXT, color=QUIET)
@@ -127,9 +129,7 @@ def _image_grid(
         top = gap + row * (title + down + gap) + title
         extent = (middle - across / 2, middle + across / 2, top + down, top)
         axes.imshow(picture, extent=extent, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="auto")
-        axes.text(
-            middle, top - 0.04, text, ha="center", va="bottom", fontsize=SMALL, color=colour, parse_math=False
-        )
+        axes.text(middle, top - 0.04, text, ha="center", va="bottom", fontsize=SMALL, color=colour, parse_math=False)
     axes.set(xlim=(0, size[0]), ylim=(size[1], 0))  # in inches, from the top left
     _write(figure, path)
 
@@ -151,8 +151,9 @@ def confusion_matrix(matrix: Tensor, classes: Sequence[str], path: Path) -> None
     side = min(max(2.6, 0.42 * size), 8.4)
     figure = _figure(side + 2.2, side + 1.4)
     axes = figure.subplots()
-    # The square root lets rare errors show beside a diagonal that is nearly 1.
-    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    # A root lets rare errors show beside a diagonal that is nearly 1, a higher one where they are but a dot.
+    norm = PowerNorm(1 / 2 if size <= MOST_NUMBERED_CLASSES else 1 / 3, 0, 1)
+    image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
     if size <= MOST_NUMBERED_CLASSES:
         _write_counts(axes, counts, shares)
     _name_classes(axes, classes, room=_fitting(side / size))
@@ -161,7 +162,8 @@ def confusion_matrix(matrix: Tensor, classes: Sequence[str], path: Path) -> None
     axes.set_title(f"{total:,.0f} samples · accuracy {right:.4f}", loc="left", fontsize=TITLE, color=INK)
     axes.set_xlabel("predicted", fontsize=TEXT, color=INK)
     axes.set_ylabel("true", fontsize=TEXT, color=INK)
-    bar = figure.colorbar(image, ax=axes, shrink=0.5, aspect=18, pad=0.02, ticks=[0, 0.1, 0.25, 0.5, 1], format="%g")
+    ticks = [0, 0.01, 0.1, 0.25, 0.5, 1]
+    bar = figure.colorbar(image, ax=axes, shrink=0.5, aspect=18, pad=0.02, ticks=ticks, format="%g")
     bar.set_label("share of the true class", fontsize=SMALL, color=INK)
     bar.ax.tick_params(colors=QUIET, labelcolor=INK, labelsize=SMALL)
     bar.outline.set_visible(False)

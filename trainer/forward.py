@@ -30,7 +30,7 @@ class Forward:
         is None where nothing is drawn.
         """
         if step is not None:
-            seed_device(key(self._seed, "device", step.index, batch.place), self._device)
+            seed_device(key(self._seed, "device", step.number, batch.place), self._device)
         output = self.output(model, batch)
         loss, weight = self.task.loss_sum(output, batch.targets)
         return output, loss, weight

@@ -31,6 +31,7 @@ class Gradients:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._check_unused = not may_be_unused
         self._weights: list[Tensor] = []
+        self._seeds: dict[float, Tensor] = {}  # a few values recur; each is moved to the device once
 
     def leaf(self, step: Step, index: int) -> AbstractContextManager[Any]:
         """The context of one micro-batch's forward and backward."""
@@ -38,17 +39,21 @@ class Gradients:
             return nullcontext()
         return self._ranks.accelerator.no_sync(self._model)  # type: ignore[no-any-return]
 
-    def scale(self, step: Step, index: int, weight: Tensor | int) -> float:
-        """What a micro-batch's loss sum is multiplied by before its backward.
+    def seed(self, step: Step, index: int, loss: Tensor, weight: Tensor | int) -> Tensor:
+        """The gradient that a micro-batch's backward starts from, a 0-dim tensor: what its loss sum is divided by.
 
         1 / (the step's targets), times the ranks that DDP will divide by. Where the targets' weight depends on
         their values, it is not known yet: 1 / (the step's samples), and `reduce` corrects it.
         """
         if isinstance(weight, Tensor):
             self._weights.append(weight)
-            return self._ranks.count / step.size
-        start, stop = step.micro_batches[index]
-        return self._ranks.count * (stop - start) / (step.size * weight)
+            value = self._ranks.count / step.size
+        else:
+            start, stop = step.micro_batches[index]
+            value = self._ranks.count * (stop - start) / (step.size * weight)
+        if value not in self._seeds:
+            self._seeds[value] = torch.tensor(value, dtype=loss.dtype, device=loss.device)
+        return self._seeds[value]
 
     def reduce(self, step: Step) -> None:
         """Finish the step's gradient: the same on every rank, that of the loss over all its targets."""

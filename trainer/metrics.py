@@ -137,4 +137,6 @@ def _joined(outputs: list[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
 
 
 def _detached(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.detach()
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)

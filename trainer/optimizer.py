@@ -146,10 +146,10 @@ def _check_parameters(saved: set[str], present: set[str]) -> None:
 
 
 def _restore_exactly(parameter: nn.Parameter, loaded: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Undo what torch's loading does beside moving tensors: casts to the parameter's dtype, rebuilt text."""
+    """Undo what torch's loading does beside moving tensors: casts to the parameter's dtype, sharing, spoilt text."""
     for key, value in saved.items():
         if not isinstance(value, torch.Tensor):
             loaded[key] = value
-        elif key != "step":  # torch itself knows where `step` must be
+        else:
             like = parameter if value.shape == parameter.shape else value  # strides as the parameter's
             loaded[key] = torch.empty_like(like, dtype=value.dtype, device=loaded[key].device).copy_(value)

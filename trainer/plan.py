@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,27 +34,17 @@ def split_evenly(count: int, parts: int) -> list[Range]:
     return list(itertools.pairwise(bounds))
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One optimizer update: the samples `[start, start + size)` of its epoch's permutation."""
 
-    index: int  # steps done before this one, over the whole run
+    number: int  # steps done once this one is: what logs and checkpoints show
     epoch: int
     start: int
     size: int
+    last_in_epoch: bool
     micro_batches: list[Range]  # ranges within the step, in order
     ranks: list[Range]  # each rank's range of micro-batches; empty for a rank with nothing to do
-    last_in_epoch: bool
-
-    @property
-    def number(self) -> int:
-        """Steps done once this one is: what logs and checkpoints show."""
-        return self.index + 1
-
-    @cached_property
-    def has_idle_rank(self) -> bool:
-        """Whether some rank has no micro-batch, as in a last step of fewer micro-batches than ranks."""
-        return any(start == stop for start, stop in self.ranks)
+    has_idle_rank: bool  # as in a last step of fewer micro-batches than ranks
 
 
 @dataclass(frozen=True)
@@ -73,6 +64,7 @@ class Plan:
     seed: int
     max_steps: int | None = None
     equal_ranks: bool = False
+    _layouts: dict[int, tuple[list[Range], list[Range], bool]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.micro_size > self.batch_size:
@@ -106,17 +98,18 @@ class Plan:
         planned = self.epochs * self.steps_per_epoch
         return planned if self.max_steps is None else min(planned, self.max_steps)
 
-    def step(self, index: int) -> Step:
-        """The step that follows `index` earlier ones. Found at once: nothing before it is replayed."""
-        epoch, in_epoch = divmod(index, self.steps_per_epoch)
+    def step(self, done: int) -> Step:
+        """The step that follows `done` earlier ones. Found at once: nothing before it is replayed."""
+        epoch, in_epoch = divmod(done, self.steps_per_epoch)
         start = in_epoch * self.batch_size
         size = min(self.batch_size, self.samples - start)
-        micro_batches, ranks = self._layout(size)
-        return Step(index, epoch, start, size, micro_batches, ranks, in_epoch + 1 == self.steps_per_epoch)
+        if size not in self._layouts:
+            self._layouts[size] = self._layout(size)
+        return Step(done + 1, epoch, start, size, in_epoch + 1 == self.steps_per_epoch, *self._layouts[size])
 
-    def steps(self, first: int = 0) -> Iterator[Step]:
-        """The run's steps from `first` on."""
-        return (self.step(index) for index in range(first, self.total_steps))
+    def steps(self, done: int = 0) -> Iterator[Step]:
+        """The run's steps after the first `done`."""
+        return map(self.step, range(done, self.total_steps))
 
     def permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         """The order of the sample ids in `epoch`, a function of the seed and the epoch alone."""
@@ -130,12 +123,12 @@ class Plan:
     def _cuts(self, size: int) -> int:
         return math.ceil(size / self.micro_size)
 
-    @lru_cache(maxsize=4)  # noqa: B019 - a plan lives as long as its run; full and last steps are all there is
-    def _layout(self, size: int) -> tuple[list[Range], list[Range]]:
+    def _layout(self, size: int) -> tuple[list[Range], list[Range], bool]:
         cuts = self._cuts(size)
         if self.equal_ranks:
             cuts = min(math.ceil(cuts / self.ranks), size // self.ranks) * self.ranks
-        return split_evenly(size, cuts), split_evenly(cuts, self.ranks)
+        ranks = split_evenly(cuts, self.ranks)
+        return split_evenly(size, cuts), ranks, any(start == stop for start, stop in ranks)
 
 
 @lru_cache(maxsize=2)  # the loader runs ahead into the next epoch

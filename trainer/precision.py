@@ -30,8 +30,9 @@ class Precision:
             return nullcontext()
         return torch.autocast(self._device_type, self._autocast)
 
-    def backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+    def backward(self, loss: Tensor, seed: Tensor) -> None:
+        """Add the gradient of `loss * seed`; a seed costs less than a product and its backward."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward(seed)  # type: ignore[no-untyped-call]
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Bring the gradients to their true size, once a step, before they are looked at."""

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from trainer import checkpoint, report
 from trainer.batch_norm import RunningStatistics, configure
@@ -73,6 +73,7 @@ class Trainer:
         self.statistics = RunningStatistics(self.module, config.batch_norm, self.ranks)
         self.evaluator = self._evaluator()
         self.meter, self.interval, self.epoch = Meter(self.task, self.ranks), Totals(), Totals()
+        self.grad_norm: Tensor | None = None
         self.progress = Progress()
         self.schedule = self._schedule()
         self._check_best_metric()
@@ -102,12 +103,12 @@ class Trainer:
 
     def train_step(self, step: Step) -> None:
         """One optimizer update. Nothing here waits for the device."""
-        set_learning_rate(self.optimizer, self.schedule.factor(step.index))
+        set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
         self.statistics.begin(step)
         for batch in self.batches.step(step):
             with self.gradients.leaf(step, batch.place):
                 output, loss, weight = self.forward(self.model, batch, step)
-                self.precision.backward(loss * self.gradients.scale(step, batch.place, weight))
+                self.precision.backward(loss, self.gradients.seed(step, batch.place, loss, weight))
             self.meter.add(loss, weight, output, batch.targets)
         self.gradients.reduce(step)
         self._clip(step)
@@ -118,8 +119,8 @@ class Trainer:
 
     def _clip(self, step: Step) -> None:
         """Clip the whole step's gradient; measure it where it is logged."""
-        clipped, logged = self.config.train.max_grad_norm, self._is_logged(step)
-        if clipped is None and not logged:
+        clipped = self.config.train.max_grad_norm
+        if clipped is None and not self._is_logged(step) and step.number != self.plan.total_steps:
             return
         self.precision.unscale(self.optimizer)
         self.grad_norm = self.gradients.norm() if clipped is None else self.gradients.clip(clipped)
@@ -127,9 +128,7 @@ class Trainer:
     # ---------------------------------------------------------------- what is logged
 
     def _is_logged(self, step: Step) -> bool:
-        return (
-            step.number % self.config.train.log_every == 0 or step.last_in_epoch or step.number == self.plan.total_steps
-        )
+        return step.number % self.config.train.log_every == 0 or step.last_in_epoch
 
     def log(self, step: Step) -> None:
         """A row of the steps since the last one: training's only host sync."""
@@ -137,7 +136,8 @@ class Trainer:
         row: Row = {"step": step.number, "epoch": step.epoch + 1}
         row |= {f"train/{name}": value for name, value in self.interval.means().items()}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
-        row["grad_norm"] = self.grad_norm.item()
+        if self.grad_norm is not None:
+            row["grad_norm"] = self.grad_norm.item()
         row["samples_per_second"] = self.stopwatch.rate(self.progress.samples_seen)
         self.epoch.add(self.interval)
         self.interval = Totals()
@@ -163,6 +163,7 @@ class Trainer:
         row = {"step": step.number, "epoch": step.epoch + 1, **row}
         if evaluated and self.evaluator is not None:
             row |= {f"val/{name}": value for name, value in self.evaluate().items()}
+        row["lr"] = self.optimizer.param_groups[0]["lr"]
         is_best = self._keep_best(row)
         self.journal.epoch(row, is_best)
         self.stopwatch.mark(self.progress.samples_seen)
@@ -254,9 +255,14 @@ class Trainer:
         )
 
     def _finish(self) -> dict[str, Any]:
-        """The last evaluation, if the run ended inside an epoch, then the summary and figures."""
+        """The summary and figures; before them, if the run ends inside an epoch, its last row and evaluation.
+
+        Those come after the last checkpoint: a run that goes on from it leaves no trace of having ended here.
+        """
         last = self.plan.step(self.plan.total_steps - 1)
         changed = self.config.batch_norm.recalibrate_at == "end" and self.recalibrate()
+        if not self._is_logged(last):
+            self.log(last)
         if changed or not last.last_in_epoch:
             self._end_period(last, {}, evaluated=True)
         self.statistics.gather()

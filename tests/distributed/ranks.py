@@ -26,7 +26,8 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: floa
         port = probe.getsockname()[1]
     pipes = [FORK.Pipe(duplex=False) for _ in range(count)]
     processes = [
-        FORK.Process(target=_child, args=(rank, count, port, pipe[1], function, args, more)) for rank, pipe in enumerate(pipes)
+        FORK.Process(target=_child, args=(rank, count, port, pipe[1], function, args, more))
+        for rank, pipe in enumerate(pipes)
     ]
     for process in processes:
         process.start()
@@ -48,7 +49,9 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: floa
     return results
 
 
-def _child(rank: int, count: int, port: int, pipe: Connection, function: Callable[..., Any], args: Any, more: Any) -> None:
+def _child(
+    rank: int, count: int, port: int, pipe: Connection, function: Callable[..., Any], args: Any, more: Any
+) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if count > 1:
         os.environ |= {

@@ -82,9 +82,7 @@ def test_a_step_ages_the_statistics_alike_however_it_is_cut(tmp_path: Path) -> N
     def left_over(directory: Path, micro_size: int) -> Tensor:
         model = conv_net()
         model[1].running_mean.fill_(1e9)  # so far off that only its remainder is seen
-        settings = config(
-            directory, batch__micro_size=micro_size, batch_norm__momentum_per="step", train__max_steps=3
-        )
+        settings = config(directory, batch__micro_size=micro_size, batch_norm__momentum_per="step", train__max_steps=3)
         trainer = fitted(settings, model, train_data=Images(SAMPLES), val_data=Images(20))
         return trainer.module.state_dict()["1.running_mean"]
 

@@ -15,7 +15,11 @@ from trainer.data.loading import TrainLoader
 
 Steps = dict[tuple[int, int], tuple[list[int], str, float]]
 
-TRANSFORMS = [{"name": "RandomCrop", "size": 8, "padding": 2}, {"name": "RandomHorizontalFlip"}, {"name": "ColorJitter", "brightness": 0.5}]
+TRANSFORMS = [
+    {"name": "RandomCrop", "size": 8, "padding": 2},
+    {"name": "RandomHorizontalFlip"},
+    {"name": "ColorJitter", "brightness": 0.5},
+]
 
 
 def steps(directory: Path, workers: int, first_step: int = 0) -> Steps:
@@ -41,7 +45,7 @@ def steps(directory: Path, workers: int, first_step: int = 0) -> Steps:
         for batch in loader.step(step):
             ids = trainer.plan.sample_ids(step, batch.place).tolist()
             pixels = hashlib.sha256(batch.inputs.numpy().tobytes() + batch.targets.numpy().tobytes()).hexdigest()
-            seen[step.number, batch.place] = ids, pixels, trainer.schedule.factor(step.index)
+            seen[step.number, batch.place] = ids, pixels, trainer.schedule.factor(step.number - 1)
     return seen
 
 

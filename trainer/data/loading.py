@@ -135,12 +135,12 @@ class Loader:
     def peek(self, ids: Sequence[int] | Ids) -> MicroBatch:
         """Some samples as the model sees them in the first epoch, fetched at once."""
         batch = next(_checked(self._here([Request(0, 0, np.asarray(ids))])))
-        batch = send_to_device(batch, self._device)
-        return batch._replace(inputs=self.normalize(batch.inputs))
+        place, inputs, targets = send_to_device(batch, self._device)
+        return MicroBatch(place, self.normalize(inputs), targets)
 
     def run(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
-        for batch in self._on_device(self._fetched(requests)):
-            yield batch._replace(inputs=self.normalize(batch.inputs))
+        for place, inputs, targets in self._on_device(self._fetched(requests)):
+            yield MicroBatch(place, self.normalize.forward(inputs), targets)
 
     def _fetched(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
         return _checked(self._in_workers(requests) if self._section.workers else self._here(requests))

@@ -193,9 +193,7 @@ class _EpochTable:
         self._headings: list[Text] = []
         self._lines_below = 0
 
-    def lines(
-        self, epoch: int, epochs: int, row: Row, *, seconds: float, best: bool, width: int
-    ) -> list[Text]:
+    def lines(self, epoch: int, epochs: int, row: Row, *, seconds: float, best: bool, width: int) -> list[Text]:
         """The line of an epoch, below a heading where one is due, with the metrics that fit in `width`."""
         for key in row:
             phase, _, name = key.partition("/")
@@ -273,7 +271,7 @@ def _number(name: str, value: float) -> str:
     size = abs(value)
     if "accuracy" in name or size == 0 or 1e-3 <= size < 100:
         return f"{value:.4f}"
-    return f"{value:.1e}" if size < 1e-3 else f"{value:.6g}" if size < 1e6 else f"{value:.2e}"
+    return f"{value:.6g}" if 100 <= size < 1e6 else f"{value:.1e}"
 
 
 def _compact(value: float) -> str:

@@ -54,8 +54,8 @@ class Journal:
 
     def begin(self, header: Facts, plan: Plan, progress: Progress) -> None:
         """Show the header, open the files and start the bar."""
-        self._epoch_began = time.monotonic()
         self._ranks.on_main(lambda: self._begin(header, plan, progress))
+        self._epoch_began = time.monotonic()
 
     def _begin(self, header: Facts, plan: Plan, progress: Progress) -> None:
         assert self._run is not None

@@ -1,0 +1,178 @@
+"""Checkpoints: complete or absent, verified when read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from trainer import checkpoint, files
+from trainer.checkpoint import Checkpoint, Progress
+from trainer.errors import ConfigError, LockstepError
+from trainer.config import Config, RunConfig
+from trainer.run_directory import RunDirectory, check_same_run
+
+
+def held(step: int) -> Checkpoint:
+    progress = Progress(
+        step=step, samples_seen=64 * step, best=0.5, history=[0.1, float("nan")], epoch={"loss": (1 / 3, 7.0)}
+    )
+    return Checkpoint(
+        {"w": torch.full((3,), float(step))},
+        {"momentum.w": torch.ones(3)},
+        {"a.w": 1.5},
+        progress,
+        {"run": {"seed": 1}},
+    )
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, held(7), keep=2)
+    assert path.name == "step_00000007"
+    assert (tmp_path / "last").read_text().strip() == path.name
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["step"] == 7
+    assert manifest["files"] == {f.name: files.file_sha256(f) for f in path.iterdir() if f.name != "manifest.json"}
+    loaded, due = checkpoint.load(path), held(7)
+    assert torch.equal(loaded.model["w"], due.model["w"])
+    assert torch.equal(loaded.optimizer["momentum.w"], due.optimizer["momentum.w"])
+    assert loaded.optimizer_numbers == due.optimizer_numbers
+    assert repr(loaded.progress.history) == repr(due.progress.history)
+    assert tuple(loaded.progress.epoch["loss"]) == due.progress.epoch["loss"]
+    assert loaded.config == due.config
+
+
+def test_the_newest_few_are_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        checkpoint.save(tmp_path, held(step), keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step_00000015", "step_00000020"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000020"
+    shutil.rmtree(tmp_path / "step_00000020")
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000015"
+    assert checkpoint.latest(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_noticed_and_named(tmp_path: Path, name: str, damage: str) -> None:
+    path = checkpoint.save(tmp_path, held(7), keep=2)
+    content = (path / name).read_bytes()
+    if damage == "flip":
+        (path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "cut":
+        (path / name).write_bytes(content[: len(content) // 2])
+    else:
+        (path / name).unlink()
+    with pytest.raises(LockstepError) as caught:
+        checkpoint.load(path)
+    assert str(path) in str(caught.value)
+    assert "checkpoint before it" in str(caught.value)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full at any of a checkpoint's syncs: the one before stays the last, and nothing half-written."""
+    checkpoint.save(tmp_path, held(5), keep=1)
+    sync, calls = files.sync, 0
+
+    def full(path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        sync(path)
+
+    monkeypatch.setattr(files, "sync", full)
+    for fails_at in range(1, 6):
+        calls = 0
+        with pytest.raises(OSError, match="No space left"):
+            checkpoint.save(tmp_path, held(6), keep=1)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step_00000005"]
+        assert checkpoint.load(tmp_path / "step_00000005").progress.step == 5
+
+
+def best(run: Path, step: int) -> None:
+    checkpoint.save_best(run, {"w": torch.tensor([float(step)])}, "run: {}\n", {"step": step, "val/loss": 1 / step})
+
+
+def test_best_is_replaced_whole_and_goes_back_with_the_run(tmp_path: Path) -> None:
+    best(tmp_path, 10)
+    best(tmp_path, 20)
+    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["config.yaml", "metrics.json", "model.safetensors"]
+    assert load_file(tmp_path / "best" / "model.safetensors")["w"].item() == 20
+    checkpoint.restore_best(tmp_path, 20)
+    assert checkpoint.load_best(tmp_path)[1]["step"] == 20
+    checkpoint.restore_best(tmp_path, 10)  # the run goes on from before step 20
+    tensors, row = checkpoint.load_best(tmp_path)
+    assert (tensors["w"].item(), row["step"]) == (10, 10)
+    (tmp_path / "best").rename(tmp_path / ".best.previous")  # cut off between the two renames
+    assert checkpoint.load_best(tmp_path)[1]["step"] == 10
+    with pytest.raises(LockstepError, match="has no best model yet"):
+        checkpoint.load_best(tmp_path / "elsewhere")
+
+
+def test_snapshots_are_copies_tied_weights_included() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    taken = checkpoint.snapshot(model)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert taken["0.weight"].abs().sum() > 0
+    assert taken["0.weight"].data_ptr() != taken["1.weight"].data_ptr()
+
+
+def test_digests_follow_names_values_and_dtypes() -> None:
+    a, b = torch.arange(4.0), torch.tensor(7)
+    assert files.tensors_sha256({"a": a, "b": b}) == files.tensors_sha256({"b": b, "a": a.clone()})
+    others = [{"a": a, "c": b}, {"a": a + 1e-6, "b": b}, {"a": a.double(), "b": b}]
+    assert len({files.tensors_sha256(t) for t in [{"a": a, "b": b}, *others]}) == 4
+    assert files.tensors_sha256({"t": a.view(2, 2).t()}) == files.tensors_sha256(
+        {"t": torch.tensor([[0.0, 2], [1, 3]])}
+    )
+
+
+def test_an_earlier_run_is_moved_aside_never_overwritten(tmp_path: Path) -> None:
+    section = RunConfig(name="r", dir=str(tmp_path))
+    for number in range(3):
+        run = RunDirectory(section)
+        (run.path / "metrics.jsonl").write_text(str(number))
+        run.close()
+    assert {p.name: (p / "metrics.jsonl").read_text() for p in tmp_path.iterdir()} == {"r": "2", "r.1": "0", "r.2": "1"}
+
+
+def test_a_run_in_use_is_left_alone(tmp_path: Path) -> None:
+    section = RunConfig(name="r", dir=str(tmp_path))
+    run = RunDirectory(section)
+    (run.path / "metrics.jsonl").write_text("x")
+    with pytest.raises(ConfigError, match=r"run\.name: another process is training in"):
+        RunDirectory(section)
+    assert (run.path / "metrics.jsonl").read_text() == "x"
+    run.close()
+    RunDirectory(section).close()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b"])
+def test_a_runs_name_is_a_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.name"):
+        RunDirectory(RunConfig(name=name, dir=str(tmp_path)))
+
+
+def test_what_may_change_between_sessions() -> None:
+    before = Config().to_dict()
+    free = {
+        "data": {"workers": 3},
+        "train": {"epochs": 99, "max_steps": 5, "log_every": 1},
+        "wandb": {"project": "other"},
+    }
+    check_same_run(before, Config.from_dict(free), RunConfig())
+    for section, key, value in (("optimizer", "lr", 0.2), ("optimizer", "momentum", 0.9), ("batch", "micro_size", 3)):
+        changed = Config.from_dict({section: {key: value}})
+        with pytest.raises(ConfigError) as caught:
+            check_same_run(before, changed, RunConfig())
+        assert caught.value.key == f"{section}.{key}"
+        check_same_run(before, changed, RunConfig(resume_changes="allow"))

@@ -1,0 +1,214 @@
+"""Figures: what is drawn is what was given, the files are whole, and nothing global is touched."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from torch import Tensor
+
+from trainer import figures
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were written, to look into."""
+    held: list[Figure] = []
+    write = figures._write
+
+    def keep(figure: Figure, path: Path, **more: Any) -> None:
+        write(figure, path, **more)
+        held.append(figure)
+
+    monkeypatch.setattr(figures, "_write", keep)
+    return held
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def panels(figure: Figure) -> dict[str, dict[str, Any]]:
+    """The lines of each panel by their labels, the panels by their titles."""
+    return {axes.get_title(loc="left"): {str(line.get_label()): line for line in axes.lines} for axes in figure.axes}
+
+
+def random_images(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_curves_show_every_row_in_its_panel(drawn: list[Figure], tmp_path: Path) -> None:
+    rows: list[dict[str, float]] = [
+        {"step": 1, "epoch": 1, "train/loss": 3.0, "lr": 0.1, "train/accuracy": 0.1},
+        {"step": 2, "epoch": 1, "train/loss": math.nan, "lr": 0.1, "train/accuracy": 0.2},
+        {"step": 2, "epoch": 1, "train/epoch_loss": 2.5, "val/loss": 2.6, "val/accuracy": 0.3, "val/mae": 7.0},
+        {"step": 3, "epoch": 2, "train/loss": 2.0, "lr": 0.05, "samples_per_second": 1e6},
+        {"step": 4, "epoch": 2, "train/loss": 1.0, "lr": 0.05},
+        {"step": 4, "epoch": 2, "train/epoch_loss": 1.5, "val/loss": math.inf},
+    ]
+    figures.curves(rows, tmp_path / "curves.png")
+    shown = panels(drawn[0])
+    assert list(shown) == ["loss", "accuracy", "mae", "learning rate"]
+    assert list(shown["loss"]) == ["train", "train, epoch", "val"]
+    train = shown["loss"]["train"]
+    np.testing.assert_array_equal(train.get_xdata(), [1, 2, 3, 4])
+    np.testing.assert_array_equal(train.get_ydata(), [3, math.nan, 2, 1])
+    assert list(train.get_markevery()) == [0]  # alone beside a gap: no line would show it
+    np.testing.assert_array_equal(shown["loss"]["train, epoch"].get_ydata(), [2.5, 1.5])
+    np.testing.assert_array_equal(shown["loss"]["val"].get_ydata(), [2.6, math.nan])
+    np.testing.assert_array_equal(shown["accuracy"]["val"].get_xdata(), [2])
+    (rate,) = shown["learning rate"].values()
+    np.testing.assert_array_equal(rate.get_ydata(), [0.1, 0.1, 0.05, 0.05])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"step": 5, "epoch": 1, "train/loss": 2.0, "lr": 0.1}],
+        [{"step": 5, "epoch": 1, "train/loss": math.nan, "val/$x_{$": -math.inf, "lr": 0.0}],
+        [{"step": 10**6 * i, "epoch": i, "train/loss": 1e9 * i, "lr": 1e-6 * i} for i in range(9)],
+    ],
+)
+def test_curves_of_next_to_nothing(rows: list[dict[str, float]], tmp_path: Path) -> None:
+    figures.curves(rows, tmp_path / "curves.png")
+    assert imread(tmp_path / "curves.png").shape[1] == 7.5 * figures.DPI
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (5, 3), (64, 8), (70, 8)])
+def test_batch_grid_shows_each_pixel_in_its_place(
+    drawn: list[Figure], tmp_path: Path, count: int, columns: int
+) -> None:
+    images = random_images(count, 1, 8, 8).round()
+    labels = [f"${i}_$" for i in range(count)]
+    figures.batch_grid(images, labels, tmp_path / "batch.png")
+    axes = drawn[0].axes[0]
+    assert texts(drawn[0]) == labels[:64]
+    assert len(axes.images) == min(count, 64)
+    assert len({image.get_extent()[0] for image in axes.images}) == columns
+    pixels = imread(tmp_path / "batch.png")[..., :3]
+    for image, label, given in zip(axes.images, axes.texts, images, strict=False):
+        left, right, bottom, top = (figures.DPI * edge for edge in image.get_extent())
+        assert label.get_position()[0] * figures.DPI == pytest.approx((left + right) / 2)
+        assert label.get_position()[1] * figures.DPI < top
+        seen = pixels[round(top) + 1 : round(bottom) - 1, round(left) + 1 : round(right) - 1]
+        assert set(seen.ravel()) <= {0.0, 1.0}  # no pixel is blended with its neighbour
+        centres = (np.arange(8) + 0.5) / 8
+        ys, xs = (top + centres * (bottom - top)).astype(int), (left + centres * (right - left)).astype(int)
+        np.testing.assert_array_equal(pixels[np.ix_(ys, xs)][..., 0], given[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_colour_grey_and_other_channels(drawn: list[Figure], tmp_path: Path, dtype: torch.dtype) -> None:
+    for channels, expected in ((3, (5, 7, 3)), (1, (5, 7)), (2, (5, 7)), (5, (5, 7))):
+        images = random_images(2, channels, 5, 7).to(dtype)
+        images[0, 0, 0, 0], images[0, 0, 0, 1] = math.nan, 1.5
+        figures.batch_grid(images, ["a", "b"], tmp_path / "batch.png")
+        shown = np.asarray(drawn[-1].axes[0].images[1].get_array())
+        given = images[1].double()
+        np.testing.assert_array_equal(shown, given.permute(1, 2, 0) if channels == 3 else given[0])
+        assert shown.shape == expected
+
+
+def test_large_and_oblong_images_keep_their_shape(drawn: list[Figure], tmp_path: Path) -> None:
+    figures.batch_grid(random_images(3, 3, 224, 112), ["a"] * 3, tmp_path / "tall.png")
+    figures.predictions(random_images(2, 3, 50, 400), ["a"] * 2, ["a"] * 2, None, tmp_path / "wide.png")
+    for figure, ratio in zip(drawn, (0.5, 8.0), strict=True):
+        left, right, bottom, top = figure.axes[0].images[0].get_extent()
+        assert (right - left) / (bottom - top) == pytest.approx(ratio)
+        box = figure.axes[0].get_window_extent()
+        (x0, x1), (y0, y1) = figure.axes[0].get_xlim(), figure.axes[0].get_ylim()
+        assert box.width / (x1 - x0) == pytest.approx(box.height / (y0 - y1))
+
+
+def test_predictions_tell_right_from_wrong(drawn: list[Figure], tmp_path: Path) -> None:
+    guesses, truths = ["cat", "d$g_$", "x" * 99], ["cat", "cat", "x" * 99]
+    figures.predictions(random_images(3, 3, 8, 8), guesses, truths, [0.987, 0.5, 1.0], tmp_path / "p.png")
+    figures.predictions(random_images(2, 3, 8, 8), guesses[:2], truths[:2], None, tmp_path / "p.png")
+    first, second, third = drawn[0].axes[0].texts
+    assert first.get_text() == "cat · 99 %"
+    assert second.get_text() == "d$g_$ · 50 %\nnot cat"
+    assert third.get_text().startswith("xxxx") and third.get_text().endswith("x… · 100 %")
+    assert first.get_color() == third.get_color() != second.get_color()
+    assert third.get_window_extent().width <= (2.0 + 0.12) * figures.DPI
+    assert texts(drawn[1]) == ["cat", "d$g_$\nnot cat"]
+
+
+def test_confusion_matrix_rows_are_true_classes(drawn: list[Figure], tmp_path: Path) -> None:
+    matrix = torch.tensor([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
+    figures.confusion_matrix(matrix, ["a", "$b_$", "c"], tmp_path / "c.png")
+    axes = drawn[0].axes[0]
+    assert {t.get_position(): t.get_text() for t in axes.texts} == {
+        (column, row): str(int(matrix[row, column])) for row in range(3) for column in range(3)
+    }
+    shares = np.asarray(axes.images[0].get_array())
+    np.testing.assert_allclose(shares, [[0.8, 0.2, 0], [0, 1, 0], [0, 0, 0]])
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "$b_$", "c"]
+    assert axes.get_title(loc="left") == "15 samples · accuracy 0.8667"
+
+
+@pytest.mark.parametrize(("size", "numbers", "names"), [(2, 4, 2), (20, 400, 20), (21, 0, 21), (1000, 0, None)])
+def test_confusion_matrix_of_any_size(
+    drawn: list[Figure], tmp_path: Path, size: int, numbers: int, names: int | None
+) -> None:
+    matrix = 123_456 * torch.eye(size, dtype=torch.int64)
+    figures.confusion_matrix(matrix, [f"class number {i}" for i in range(size)], tmp_path / "c.png")
+    axes = drawn[0].axes[0]
+    assert len(axes.texts) == numbers
+    assert names is None or len(axes.get_xticks()) == names
+    cell = axes.get_window_extent().width / size
+    assert cell >= 1  # every class has a pixel
+    assert all(text.get_window_extent().width <= cell for text in axes.texts[:1])
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()[:2]]
+    assert boxes[0].x1 <= boxes[1].x0
+
+
+def test_numbers_stand_out_from_their_cells(drawn: list[Figure], tmp_path: Path) -> None:
+    for share in (1, 10, 29, 31, 60, 100):
+        matrix = torch.tensor([[share, 100 - share], [0, 1]])
+        figures.confusion_matrix(matrix, ["a", "b"], tmp_path / "c.png")
+        axes = drawn[-1].axes[0]
+        image, text = axes.images[0], axes.texts[0]
+        cell = np.array(image.cmap(image.norm(share / 100))[:3])
+        assert abs(luminance(cell) - luminance(np.array(to_rgb(text.get_color())))) > 0.25
+
+
+def luminance(colour: np.ndarray[Any, Any]) -> float:
+    """Perceived lightness in [0, 1], near enough: the square root of the linear luminance."""
+    return float(np.sqrt((0.2126, 0.7152, 0.0722) @ colour**2.2))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "curves.png"
+    figures.curves([], path)
+    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
+    before = path.read_bytes()
+
+    def fail(self: Figure, target: Path, **_: Any) -> None:
+        target.write_bytes(b"half a")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        figures.curves([], path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_no_global_state(tmp_path: Path) -> None:
+    settings, had_pyplot = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
+    figures.curves([{"step": 1, "epoch": 1, "train/loss": 1.0}], tmp_path / "a.png")
+    figures.batch_grid(random_images(2, 1, 8, 8), ["a", "b"], tmp_path / "b.png")
+    figures.confusion_matrix(torch.eye(2), ["a", "b"], tmp_path / "c.png")
+    assert dict(matplotlib.rcParams) == settings
+    assert ("matplotlib.pyplot" in sys.modules) == had_pyplot

@@ -1,0 +1,236 @@
+"""The real client, offline or before a loopback server that refuses it, each time in a process of its own."""
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from trainer.config import WandbConfig
+from trainer.errors import ConfigError
+from trainer.tracking.wandb import WandbRun, start_wandb
+
+REPOSITORY = Path(__file__).parents[1]
+PREAMBLE = """
+import json, sys, time
+from pathlib import Path
+from trainer.config import WandbConfig
+from trainer.tracking.wandb import start_wandb
+
+notes = []
+def start(mode="auto", run_id=None, name="first"):
+    section = WandbConfig(mode=mode, project="things", group="g", tags=["t"])
+    return start_wandb(section, run_name=name, directory=Path("run"), config={"optimizer": {"lr": 0.1}},
+                       run_id=run_id, note=notes.append)
+def tell(**facts):
+    Path("facts.json").write_text(json.dumps({"notes": notes, "imported": "wandb" in sys.modules, **facts}))
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a script in `tmp_path`, which is its home too; returns what it told and what it printed."""
+
+    def run_script(script, **environment):
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
+        home = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "WANDB_ERROR_REPORTING": "false"}
+        done = subprocess.run(
+            [sys.executable, "-c", PREAMBLE + script],
+            cwd=tmp_path,
+            env={**kept, **home, "PYTHONPATH": str(REPOSITORY), **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / "facts.json").read_text()), done.stdout + done.stderr
+
+    return run_script
+
+
+def records(path: Path):
+    """The records of a `.wandb` file: LevelDB's log format behind a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, parts = path.read_bytes(), 7, []
+    while position + 7 <= len(data):
+        if (left := 32768 - position % 32768) < 7:  # a block's end too short for a record's header
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        parts.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = Record()
+            record.ParseFromString(b"".join(parts))
+            parts = []
+            yield record
+
+
+def rows(path: Path):
+    for record in records(path):
+        if record.HasField("history"):
+            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            yield {name: value for name, value in items.items() if not name.startswith("_")}
+
+
+def test_an_offline_run_and_its_resumption(run, tmp_path):
+    facts, printed = run(
+        """
+first = start()
+first.log({"step": 10, "train/loss": 0.1, "lr": 1e-05})
+first.log({"step": 20, "train/loss": float("nan")})
+import wandb, numpy
+wandb.Image(numpy.zeros((4, 4, 3), dtype="uint8")).image.save("figure.png")
+first.log_images({"figures/curves": Path("figure.png")})
+first.finish()
+first.log({"step": 30})
+again = start(run_id=first.id, name="again")
+again.log({"step": 15, "val/loss": 2})
+again.finish(failed=True)
+tell(ids=[first.id, again.id], described=first.describe())
+"""
+    )
+    assert facts["notes"] == []
+    assert printed == ""
+    assert facts["ids"][0] == facts["ids"][1]
+    assert facts["described"] == "offline (nobody is logged in), files in run/wandb"
+
+    first, again = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"), key=os.path.getmtime)
+    logged = list(rows(first))
+    assert logged[0] == {"step": 10, "train/loss": 0.1, "lr": 1e-05}
+    assert logged[1]["step"] == 20 and math.isnan(logged[1]["train/loss"])
+    assert len(logged) == 3 and "figures/curves" in logged[2]
+    assert len(list(first.parent.glob("files/media/images/figures/*.png"))) == 1
+    assert list(rows(again)) == [{"step": 15, "val/loss": 2}]  # an older step is a value like any other
+
+    (started,) = [record.run for record in records(first) if record.HasField("run")]
+    assert (started.run_id, started.display_name) == (facts["ids"][0], "first")
+    assert (started.project, started.run_group, list(started.tags)) == ("things", "g", ["t"])
+    config = {item.key: json.loads(item.value_json) for item in started.config.update}
+    assert config["optimizer"] == {"lr": 0.1}
+    metrics = [record.metric for record in records(first) if record.HasField("metric")]
+    assert [(m.name or m.glob_name, m.step_metric) for m in metrics][:2] == [("step", ""), ("*", "step")]
+    exits = [[r.exit.exit_code for r in records(path) if r.HasField("exit")] for path in (first, again)]
+    assert exits == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment"),
+    [("disabled", {}), ("auto", {"WANDB_MODE": "disabled"}), ("disabled", {"WANDB_MODE": "online"})],
+)
+def test_a_disabled_one_does_not_import_wandb(run, tmp_path, mode, environment):
+    facts, _ = run(f"assert start({mode!r}) is None\ntell()", **environment)
+    assert not facts["imported"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_environments_mode_counts_where_the_mode_is_auto(run):
+    facts, printed = run(
+        """
+online = None
+try:
+    start("online")
+except Exception as error:
+    online = str(error)
+one = start()
+tell(described=one.describe(), online=online)
+one.finish()
+""",
+        WANDB_MODE="offline",
+    )
+    assert facts["described"] == "offline (WANDB_MODE), files in run/wandb"
+    assert facts["online"].startswith("wandb.mode: online needs a W&B login")
+    assert printed == ""
+
+
+def test_an_unknown_mode_in_the_environment_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "of")
+    with pytest.raises(ConfigError) as error:
+        start_wandb(WandbConfig(), run_name="x", directory=tmp_path, config={}, run_id=None, note=print)
+    assert error.value.key == "WANDB_MODE"
+
+
+class Refusal(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(403)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_POST  # noqa: N815 - the base class's name
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_that_refuses_leaves_the_run_offline(run):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        facts, printed = run(
+            """
+one = start("online", run_id="kept1")
+one.log({"step": 1})
+tell(described=one.describe(), id=one.id)
+one.finish()
+""",
+            WANDB_BASE_URL=f"http://127.0.0.1:{server.server_address[1]}",
+            WANDB_API_KEY="0123456789" * 4,
+            NO_PROXY="127.0.0.1",
+        )
+    finally:
+        server.shutdown()
+    assert facts["described"].startswith("offline (") and "403" in facts["described"]
+    assert facts["id"] == "kept1"
+    assert facts["notes"] == []
+    assert printed == ""
+
+
+class Broken:
+    """A client's run that fails at its second row."""
+
+    calls = 0
+
+    def log(self, row):
+        self.calls += 1
+        if self.calls == 2:
+            raise RuntimeError("the service is gone\nand more")
+
+    def finish(self, **_):
+        raise AssertionError("it was to be left alone")
+
+
+def test_a_failing_client_is_told_of_once_and_left_alone(tmp_path):
+    notes = []
+    one = WandbRun.__new__(WandbRun)
+    one._run, one._active, one._note, one._files = Broken(), True, notes.append, tmp_path
+    for step in range(4):
+        one.log({"step": step})
+    one.log_images({"figure": tmp_path / "none.png"})
+    one.finish()
+    assert one._run.calls == 2
+    (note,) = notes
+    assert "the service is gone" in note and "more" not in note.partition("gone")[2][:5]
+
+
+def test_a_client_that_cannot_start_is_told_of(tmp_path):
+    (tmp_path / "run").write_text("in the way")
+    notes = []
+    one = start_wandb(
+        WandbConfig(mode="offline"),
+        run_name="x",
+        directory=tmp_path / "run",
+        config={},
+        run_id=None,
+        note=notes.append,
+    )
+    assert one is None
+    assert len(notes) == 1 and "did not start" in notes[0]
