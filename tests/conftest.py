@@ -7,6 +7,6 @@ os.environ["WANDB_ERROR_REPORTING"] = "false"
 for launcher in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY", "WANDB_MODE"):
     os.environ.pop(launcher, None)
 
-import torch
+import torch  # noqa: E402 - reads the environment
 
 torch.set_num_threads(1)

@@ -14,8 +14,8 @@ from torch import nn
 
 from trainer import checkpoint, files
 from trainer.checkpoint import Checkpoint, Progress
-from trainer.errors import ConfigError, LockstepError
 from trainer.config import Config, RunConfig
+from trainer.errors import ConfigError, LockstepError
 from trainer.run_directory import RunDirectory, check_same_run
 
 
@@ -78,18 +78,17 @@ def test_damage_is_noticed_and_named(tmp_path: Path, name: str, damage: str) -> 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full at any of a checkpoint's syncs: the one before stays the last, and nothing half-written."""
     checkpoint.save(tmp_path, held(5), keep=1)
-    sync, calls = files.sync, 0
+    sync, left = files.sync, 0
 
     def full(path: Path) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == fails_at:
+        nonlocal left
+        left -= 1
+        if not left:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         sync(path)
 
     monkeypatch.setattr(files, "sync", full)
-    for fails_at in range(1, 6):
-        calls = 0
+    for left in range(1, 6):  # noqa: B007 - read by `full`
         with pytest.raises(OSError, match="No space left"):
             checkpoint.save(tmp_path, held(6), keep=1)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step_00000005"]

@@ -135,12 +135,12 @@ def test_predictions_tell_right_from_wrong(drawn: list[Figure], tmp_path: Path) 
     figures.predictions(random_images(3, 3, 8, 8), guesses, truths, [0.987, 0.5, 1.0], tmp_path / "p.png")
     figures.predictions(random_images(2, 3, 8, 8), guesses[:2], truths[:2], None, tmp_path / "p.png")
     first, second, third = drawn[0].axes[0].texts
-    assert first.get_text() == "cat · 99 %"
-    assert second.get_text() == "d$g_$ · 50 %\nnot cat"
-    assert third.get_text().startswith("xxxx") and third.get_text().endswith("x… · 100 %")
+    assert first.get_text() == "cat · 99 %\ntrue: cat"
+    assert second.get_text() == "d$g_$ · 50 %\ntrue: cat"
+    assert third.get_text().startswith("xxxx") and "x… · 100 %\ntrue: xxxx" in third.get_text()
     assert first.get_color() == third.get_color() != second.get_color()
     assert third.get_window_extent().width <= (2.0 + 0.12) * figures.DPI
-    assert texts(drawn[1]) == ["cat", "d$g_$\nnot cat"]
+    assert texts(drawn[1]) == ["cat\ntrue: cat", "d$g_$\ntrue: cat"]
 
 
 def test_confusion_matrix_rows_are_true_classes(drawn: list[Figure], tmp_path: Path) -> None:

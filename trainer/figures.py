@@ -96,15 +96,17 @@ def batch_grid(images: Tensor, labels: Sequence[str], path: Path) -> None:
 def predictions(
     images: Tensor, predicted: Sequence[str], true: Sequence[str], confidence: Sequence[float] | None, path: Path
 ) -> None:
-    """Images, float `(N, C, H, W)` in [0, 1], below what a model took them for: right in blue, wrong in vermilion."""
+    """Images, float `(N, C, H, W)` in [0, 1], below what a model took them for and what they are.
+
+    Blue where the two agree, vermilion where not.
+    """
     cell = 2.0
     titles, colours = [], []
     for i, (guess, truth) in enumerate(zip(predicted, true, strict=True)):
         sure = "" if confidence is None else f" · {100 * confidence[i]:.0f} %"
         title = _shorten(guess, _fitting(cell) - len(sure)) + sure
-        right = guess == truth
-        titles.append(title if right else f"{title}\n{_shorten(f'not {truth}', _fitting(cell))}")
-        colours.append(BLUE if right else VERMILION)
+        titles.append(f"{title}\n{_shorten(f'true: {truth}', _fitting(cell))}")
+        colours.append(BLUE if guess == truth else VERMILION)
     _image_grid(images, titles, colours, path, columns=min(3, len(images)), cell=cell)
 
 

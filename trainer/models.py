@@ -63,9 +63,9 @@ def _constructor(name: str, supplied: dict[str, Any]) -> Callable[..., Any]:
     return builder
 
 
-def input_channels(sample: Any) -> int | None:
-    """Channels of an image `(C, H, W)`; None for what is not one."""
-    return sample.shape[0] if isinstance(sample, Tensor) and sample.dim() == 3 else None
+def input_channels(inputs: Any) -> int | None:
+    """Channels of images `(N, C, H, W)`; None for what are not images."""
+    return inputs.shape[1] if isinstance(inputs, Tensor) and inputs.dim() == 4 else None
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,15 @@ class Trainer:
         val_data: MapDataset | None = None,
         task: Task | None = None,
     ) -> None:
-        self.config, train = config, config.train
+        config = self.config = _naming(config, model=model, data=train_data, loss=task)
+        train = config.train
         self.ranks = Ranks(train.precision, find_unused_parameters=train.find_unused_parameters)
         self.precision = Precision(train.precision, self.ranks.device)
         if train_data is None:
             self.data = build_datasets(config.data, self.ranks.main_first)
         else:
-            self.data = Datasets(train_data, val_data, getattr(train_data, "classes", None), type(train_data).__name__)
+            classes = getattr(train_data, "classes", None)
+            self.data = Datasets(train_data, val_data, list(classes) if classes else None, config.data.name)
         self.plan = self._plan()
         self.train_loader, self.val_loader = build_loaders(
             config.data, self.data, seed=config.run.seed, device=self.ranks.device, dtype=self.precision.dtype
@@ -82,7 +85,7 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Train from the start, or from the checkpoint that `run.resume` finds; returns what `summary.json` holds."""
-        with Journal(self.config, self.ranks) as self.journal, StopRequest(self.ranks) as stop:
+        with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
             self._resume(self.journal.resume_from)
             self.journal.begin(report.header(self), self.plan, self.progress)
             self.stopwatch = Stopwatch(self.progress)
@@ -332,3 +335,13 @@ class Trainer:
                 "best.metric",
                 f'"{metric}" is not logged by this run{nearest(metric, known)}; it logs {", ".join(known)}',
             )
+
+
+def _naming(config: Config, **given: object) -> Config:
+    """The config, each section whose object was given under that object's own name: what is written is what ran."""
+    named = {
+        section: replace(getattr(config, section), name=f"{type(thing).__module__}.{type(thing).__qualname__}")
+        for section, thing in given.items()
+        if thing is not None
+    }
+    return replace(config, **named)

@@ -8,6 +8,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,7 +27,7 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: floa
         port = probe.getsockname()[1]
     pipes = [FORK.Pipe(duplex=False) for _ in range(count)]
     processes = [
-        FORK.Process(target=_child, args=(rank, count, port, pipe[1], function, args, more))
+        FORK.Process(target=_child, args=(rank, count, port, pipe[1], partial(function, *args, **more)))
         for rank, pipe in enumerate(pipes)
     ]
     for process in processes:
@@ -49,9 +50,7 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: floa
     return results
 
 
-def _child(
-    rank: int, count: int, port: int, pipe: Connection, function: Callable[..., Any], args: Any, more: Any
-) -> None:
+def _child(rank: int, count: int, port: int, pipe: Connection, function: Callable[[], Any]) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if count > 1:
         os.environ |= {
@@ -65,7 +64,7 @@ def _child(
     torch.set_num_threads(1)
     try:
         buffer = io.BytesIO()
-        torch.save(function(*args, **more), buffer)
+        torch.save(function(), buffer)
         assert int(os.environ.get("WORLD_SIZE", "1")) == count
         if count > 1:
             assert torch.distributed.get_world_size() == count, "the ranks were never joined"

@@ -102,13 +102,12 @@ def test_the_generators_of_user_data_are_keyed_too(tmp_path: Path) -> None:
 
         trainer = Trainer(settings, model=nn.Linear(3, 20), train_data=data, val_data=data)
         loader = TrainLoader(trainer.train_loader, trainer.plan, trainer.ranks.rank, 0)
-        rows = [
+        return [
             [step.epoch, int(target), *row.tolist()]
             for step in trainer.plan.steps()
             for batch in loader.step(step)
             for row, target in zip(batch.inputs, batch.targets, strict=True)
         ]
-        return rows
 
     (reference,) = on_ranks(1, pixels, tmp_path, 0)
     assert len({tuple(row[2:]) for row in reference}) == 40  # new in each epoch and sample

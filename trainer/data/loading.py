@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -253,10 +254,9 @@ def _as_is(batch: Any) -> Any:
 
 
 def _init_worker(_: int) -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rank decides when to stop; its loader goes with it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """A signal to the whole process group is for the rank: it decides when to stop, and its loader goes with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

@@ -43,10 +43,10 @@ class Journal:
         self._run = RunDirectory(self._config.run)
         return self._run.resume_from
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.console.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(failed=kind is not None)
         if self._metrics is not None:
             self._metrics.close()
         if self._run is not None:

@@ -1,0 +1,88 @@
+"""Loops timed in turn: a machine's moods fall on all of them alike, and what is reported is their ratio."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from time import perf_counter, process_time
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from trainer import Trainer
+from trainer.plan import Step
+
+OURS = "Lockstep"
+Clocks = npt.NDArray[np.float64]  # seconds on the wall, and of the process's CPU time
+Loop = Iterator[None]  # a training loop that yields after each of its steps
+Seconds = dict[str, list[Clocks]]  # of a step, by loop, one for each round
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """`count` rounds, in each of which every loop makes `steps` steps, after `warmup` steps that do not count."""
+
+    count: int
+    steps: int
+    warmup: int
+
+    @property
+    def total_steps(self) -> int:
+        """What a run needs: its last step comes after the last round, so that a run's end is in none."""
+        return self.warmup + self.count * self.steps + 1
+
+
+class InterleavedTrainer(Trainer):
+    """A `Trainer` that lets other loops run between rounds of its own `fit`.
+
+    Nothing of `fit` is left out or written anew: the time of a round is the time from one entry into
+    `train_step` to another, with all that `fit` does in between.
+    """
+
+    def fit_with(self, loops: Mapping[str, Loop], rounds: Rounds) -> Seconds:
+        """Run `fit`, `rounds.total_steps` long, and with it every one of `loops`."""
+        assert self.plan.total_steps == rounds.total_steps, "the run is as long as its rounds"
+        self._loops, self._rounds = loops, rounds
+        self._seconds: Seconds = {name: [] for name in (*loops, OURS)}
+        self.fit()
+        return self._seconds
+
+    def train_step(self, step: Step) -> None:
+        done, within = divmod(step.number - 1 - self._rounds.warmup, self._rounds.steps)
+        if within == 0 and done >= 0:
+            self._between_rounds(done)
+        super().train_step(step)
+
+    def _between_rounds(self, done: int) -> None:
+        now = self._clock()
+        if done:
+            self._seconds[OURS].append((now - self._began) / self._rounds.steps)
+        else:
+            for loop in self._loops.values():
+                _run(loop, self._rounds.warmup)
+            gc.collect()
+        if done < self._rounds.count:
+            for name in list(self._loops)[:: -1 if done % 2 else 1]:  # each comes before and after its neighbours
+                began = self._clock()
+                _run(self._loops[name], self._rounds.steps)
+                self._seconds[name].append((self._clock() - began) / self._rounds.steps)
+        self._began = self._clock()
+
+    def _clock(self) -> Clocks:
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        return np.array([perf_counter(), process_time()])
+
+
+def quartiles(seconds: Seconds, name: str, base: str) -> Clocks:
+    """Quartiles of a loop's time against that of `base`, round by round: `(3, 2)`, for each of the two clocks."""
+    quotients: Clocks = np.divide(seconds[name], seconds[base])
+    return np.percentile(quotients, [25, 50, 75], axis=0)
+
+
+def _run(loop: Loop, steps: int) -> None:
+    for _ in islice(loop, steps):
+        pass

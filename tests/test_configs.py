@@ -1,0 +1,75 @@
+"""Every YAML in configs/ runs: with its own data where that comes along, else with data of the same kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.io import write_jpeg
+
+from tests.distributed.ranks import on_ranks
+from trainer import Trainer
+from trainer.config import load
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+SHORT = ["train.max_steps=2", "wandb.mode=disabled", "data.workers=0"]
+
+
+def image_folder(root: Path) -> list[str]:
+    draw = torch.Generator().manual_seed(0)
+    for part, count in (("train", 9), ("val", 3)):
+        for label in ("ants", "bees"):
+            (root / part / label).mkdir(parents=True)
+            for i in range(count):
+                image = torch.randint(256, (3, 60, 50), generator=draw).to(torch.uint8)
+                write_jpeg(image, str(root / part / label / f"{i}.jpg"))
+    return [f"data.root={root}", "batch.size=8", "batch.micro_size=4"]
+
+
+def substitutes(config: Path, directory: Path) -> list[str]:
+    """Stand-ins for data that a config needs and the repository does not hold."""
+    name = load(config, []).data.name
+    if name == "folder":
+        return image_folder(directory / "images")
+    if name in ("cifar10", "mnist"):
+        shape = ["data.image_size=32"] if name == "cifar10" else ["data.image_size=28", "data.channels=1"]
+        return ["data.name=fake", "data.root=null", "data.size=600", "data.val_size=40", *shape]
+    return []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_it_runs(tmp_path: Path, path: Path) -> None:
+    def run() -> str:
+        config = load(path, [f"run.dir={tmp_path}", *SHORT, *substitutes(path, tmp_path)])
+        Trainer(config).fit()
+        return config.run.name
+
+    directory = tmp_path / on_ranks(1, run)[0]
+    assert json.loads((directory / "summary.json").read_text())["steps"] == 2
+    assert {p.name for p in (directory / "figures").iterdir()} == {
+        "batch.png",
+        "confusion_matrix.png",
+        "curves.png",
+        "predictions.png",
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_its_header_says_how_to_run_it_and_what_to_expect(path: Path) -> None:
+    header = path.read_text().split("\nrun:")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert "python train.py" in header
+    assert "accuracy" in header
+    assert "minute" in header or "second" in header
+
+
+def test_the_default_config_learns(tmp_path: Path) -> None:
+    """configs/digits.yaml to its end: the README's figure."""
+
+    def run() -> float:
+        config = load(Path("configs/digits.yaml"), [f"run.dir={tmp_path}", "wandb.mode=disabled"])
+        return float(Trainer(config).fit()["best"])
+
+    assert on_ranks(1, run)[0] >= 0.98
