@@ -78,7 +78,7 @@ def raw(work: Work) -> Loop:
 
 def raw_with_tqdm(work: Work) -> Loop:
     """The same with what people add to it: a tqdm bar, refreshed every step with the loss."""
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     with tqdm(file=io.StringIO()) as bar:
 
@@ -114,7 +114,7 @@ def raw_ddp(work: Work) -> Loop:
     model, optimizer = work.model_and_optimizer()
     ddp: Any = work.ranks.prepare(model)
     first, last = split_evenly(work.cuts, work.ranks.count)[work.ranks.rank]
-    own = torch.arange(work.batch_size).split(work.micro_size)[first:last]
+    own = torch.split(torch.arange(work.batch_size), work.micro_size)[first:last]
     draw = torch.Generator().manual_seed(0)  # the same order on every process
     while True:
         order = torch.randperm(len(work.data), generator=draw)
@@ -153,7 +153,7 @@ def accelerate(work: Work) -> Loop:
 
 def fabric(work: Work) -> Loop:
     """The loop of Lightning Fabric's guide to gradient accumulation, everything set up."""
-    from lightning.fabric import Fabric
+    from lightning.fabric import Fabric  # type: ignore[import-not-found]
 
     lightning = Fabric(accelerator=work.ranks.device.type, devices=1)
     model, optimizer = lightning.setup(*work.model_and_optimizer())

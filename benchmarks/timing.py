@@ -46,6 +46,7 @@ class InterleavedTrainer(Trainer):
         """Run `fit`, `rounds.total_steps` long, and with it every one of `loops`."""
         assert self.plan.total_steps == rounds.total_steps, "the run is as long as its rounds"
         self._loops, self._rounds = loops, rounds
+        self._began = self._clock()
         self._seconds: Seconds = {name: [] for name in (*loops, OURS)}
         self.fit()
         return self._seconds

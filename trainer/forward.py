@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trainer.data.loading import MicroBatch
 from trainer.plan import Step
 from trainer.precision import Precision
-from trainer.seeding import key, seed_device
+from trainer.seeding import key, mixed, seed_device
 from trainer.task import Task
 
 
@@ -21,7 +21,7 @@ class Forward:
         self.task = task
         self._precision = precision
         self._device = device
-        self._seed = seed
+        self._draws = key(seed, "device")
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: Step | None) -> tuple[Any, Tensor, Tensor | int]:
         """Output, loss sum and target weight.
@@ -30,7 +30,7 @@ class Forward:
         is None where nothing is drawn.
         """
         if step is not None:
-            seed_device(key(self._seed, "device", step.number, batch.place), self._device)
+            seed_device(mixed(self._draws, step.number, batch.place), self._device)
         output = self.output(model, batch)
         loss, weight = self.task.loss_sum(output, batch.targets)
         return output, loss, weight

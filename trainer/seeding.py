@@ -14,11 +14,24 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
+MASK = (1 << 64) - 1
+
 
 def key(seed: int, purpose: str, *position: int) -> int:
     """A 64-bit key, the BLAKE2b digest (RFC 7693) of the seed, a purpose and a position in the run."""
     text = f"{seed}/{purpose}/{'/'.join(map(str, position))}"
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def mixed(base: int, major: int, minor: int) -> int:
+    """A 64-bit key for a place in the run within `base`, for the hot loop, where a digest would be dear.
+
+    SplitMix64's finalizer (Steele, Lea and Flood, 2014) over two Weyl sequences of odd steps.
+    """
+    x = (base + major * 0x9E3779B97F4A7C15 + minor * 0xD1B54A32D192ED03) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
 
 
 def numpy_generator(seed: int, purpose: str, *position: int) -> np.random.Generator:

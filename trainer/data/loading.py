@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -99,8 +100,10 @@ class Normalize(nn.Module):
         super().__init__()
         self._dtype = dtype
         self._shifts = mean is not None or std is not None
+        self.scale: Tensor
         self.mean: Tensor
         self.std: Tensor
+        self.register_buffer("scale", torch.tensor(1 / 255, dtype=dtype))
         self.register_buffer("mean", torch.tensor(mean or [0.0], dtype=dtype).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std or [1.0], dtype=dtype).view(-1, 1, 1))
 
@@ -109,7 +112,7 @@ class Normalize(nn.Module):
         if not isinstance(images, Tensor):
             return images
         if images.dtype == torch.uint8:
-            images = images.to(self._dtype).mul_(1 / 255)
+            images = images * self.scale  # one operation casts and scales
         elif images.is_floating_point():
             images = images.to(self._dtype)
         return (images - self.mean) / self.std if self._shifts else images
@@ -254,9 +257,9 @@ def _as_is(batch: Any) -> Any:
 
 
 def _init_worker(_: int) -> None:
-    """A signal to the whole process group is for the rank: it decides when to stop, and its loader goes with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Out of the rank's process group: a signal to all of it is for the rank, which its loader must not leave first."""
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the rank's own handler, which a fork inherits
     torch.set_num_threads(1)
 
 

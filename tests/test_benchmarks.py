@@ -1,0 +1,140 @@
+"""The benchmarks run, take turns as they say, and leave no line out. Nothing here judges a time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import loops, step_time
+from benchmarks.gpu import CHECKS
+from benchmarks.subjects import first_digits, fitted, settings
+from benchmarks.timing import OURS, InterleavedTrainer, Rounds, quartiles
+from tests.distributed.ranks import on_ranks
+from tests.distributed.small import largest_difference, state
+
+ROOT = Path(__file__).parents[1]
+LOOPS = ["raw", OURS, *step_time.VARIANTS, *(name for name, _, _ in step_time.PEERS)]
+
+
+def run(module: str, *arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_step_time_prints_and_saves_every_line(tmp_path: Path) -> None:
+    printed = run("step_time", "--steps", "2", "--rounds", "2", "--save", str(tmp_path / "new" / "table.md"))
+    saved = (tmp_path / "new" / "table.md").read_text()
+    assert printed.strip() == saved.strip()
+    tables = [part.splitlines() for part in saved.split("\n\n") if part.startswith("|")]
+    assert len(tables) == len(step_time.workloads())
+    absent = [name for name, _, package in step_time.PEERS if not find_spec(package)]
+    for table in tables:
+        rows = {cells[0]: cells[1:] for line in table[2:] if (cells := [c.strip() for c in line.strip("|").split("|")])}
+        assert list(rows) == LOOPS
+        for name, (microseconds, ratio, spread, cpu_ratio) in rows.items():
+            if name in absent:
+                assert microseconds == "not installed"
+            else:
+                assert min(float(microseconds), float(ratio), float(spread.split()[0]), float(cpu_ratio)) > 0
+    for fact in ("torch", "accelerate", "Python", "1 thread"):
+        assert fact in saved
+
+
+def test_rounds_interleave_and_fit_is_whole(tmp_path: Path) -> None:
+    """Each loop makes its steps in its turn, and the interrupted run ends as one that nothing interrupts."""
+
+    def interleaved(directory: Path) -> tuple[list[str], dict[str, int], dict[str, Tensor], dict[str, Tensor]]:
+        events: list[str] = []
+
+        def loop(name: str) -> Iterator[None]:
+            while True:
+                events.append(name)
+                yield
+
+        class Counted(InterleavedTrainer):
+            def train_step(self, step: object) -> None:
+                super().train_step(step)  # type: ignore[arg-type]
+                events.append("o")
+
+        rounds = Rounds(count=2, steps=3, warmup=1)
+        model, data = step_time.mlp, first_digits(64 * rounds.total_steps)
+        plain = fitted(settings(directory / "plain"), model, data)
+        torch.manual_seed(0)
+        trainer = Counted(settings(directory / "interleaved"), model=model(), train_data=data)
+        seconds = trainer.fit_with({"a": loop("a"), "b": loop("b")}, rounds)
+        return events, {name: len(times) for name, times in seconds.items()}, state(trainer), state(plain)
+
+    ((events, counts, ours, plain),) = on_ranks(1, interleaved, tmp_path)
+    assert "".join(events) == "o" + "ab" + "aaabbb" + "ooo" + "bbbaaa" + "ooo" + "o"
+    assert counts == {"a": 2, "b": 2, OURS: 2}
+    assert largest_difference(ours, plain) == 0
+
+
+def test_every_loop_trains(tmp_path: Path) -> None:
+    """Two epochs of each loop bring the loss down: none of them saves time by leaving the work out."""
+
+    def losses(directory: Path) -> dict[str, float]:
+        from trainer.distributed import Ranks
+
+        ranks, data = Ranks("fp32", find_unused_parameters=False), first_digits(640)
+        inputs, targets = data.images.float() / 255, data.targets
+        result = {}
+        for name, loop, package in [("raw", loops.raw, "torch"), *step_time.PEERS]:
+            if find_spec(package):
+                model = step_time.mlp()
+                sgd = {"lr": 0.05, "momentum": 0.9}
+                work = loops.Work(lambda model=model: model, data, 64, 8, sgd, ranks)  # type: ignore[misc]
+                steps = loop(work)
+                for _ in range(20):
+                    next(steps)
+                result[name] = float(torch.nn.functional.cross_entropy(model(inputs), targets))
+                assert int(model[2].num_batches_tracked) == 20 * 8 + 1  # type: ignore[arg-type, index, union-attr]
+        return result
+
+    ((reached),) = on_ranks(1, losses, tmp_path)
+    assert {"raw", "Accelerate's guide"} <= reached.keys()
+    assert all(loss < 0.5 for loss in reached.values()), reached
+
+
+def test_quartiles_are_of_each_rounds_own_ratio() -> None:
+    clocks = [torch.tensor([t, 2 * t]).numpy() for t in (1.0, 10.0, 100.0)]
+    seconds = {"raw": clocks, OURS: [clocks[0] * 2, clocks[1] * 1.5, clocks[2] * 1.1]}
+    assert quartiles(seconds, OURS, "raw")[1].tolist() == pytest.approx([1.5, 1.5])
+
+
+def test_without_a_gpu_one_line_says_so() -> None:
+    printed = run("gpu", CUDA_VISIBLE_DEVICES="")
+    assert printed.startswith("no CUDA GPU here")
+    assert printed.count("\n") == 1
+
+
+def test_gpu_checks_run_on_the_cpu(tmp_path: Path) -> None:
+    names = [name for name in CHECKS if name not in ("step time of ResNet-18", "two processes")]  # those take long
+    printed = run("gpu", *names, "--device", "cpu", "--save", str(tmp_path / "gpu.md"), CUDA_VISIBLE_DEVICES="")
+    assert [line.split(" ", 2)[2].split(":")[0] for line in printed.splitlines() if line.startswith("- ")] == names
+    assert "FAIL" not in printed
+    assert all(f"**{name}**" in (tmp_path / "gpu.md").read_text() for name in names)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [name for name in CHECKS if not name.startswith("step time")])
+def test_on_a_gpu(name: str) -> None:
+    assert "PASS" in run("gpu", name)
