@@ -45,7 +45,7 @@ PATIENCE = 300.0  # seconds for the processes of a run to end
 
 def resnet_step_time(device: torch.device, directory: Path) -> Verdict:
     """ResNet-18, bf16, 256 samples a step in one micro-batch: at most 1.05 × the loop by hand."""
-    batch, side, rounds = (256, 128, Rounds(8, 5, 5)) if device.type == "cuda" else (4, 32, Rounds(2, 1, 1))
+    batch, side, rounds = (256, 128, Rounds(8, 5)) if device.type == "cuda" else (4, 32, Rounds(2, 1))
     data = noise(rounds.total_steps * batch, side)
     config = settings(directory, batch__size=batch, train__precision="bf16")
     trainer = InterleavedTrainer(config, model=resnet18(), train_data=data)
@@ -55,7 +55,7 @@ def resnet_step_time(device: torch.device, directory: Path) -> Verdict:
 
 def tiny_step_time(device: torch.device, directory: Path) -> Verdict:
     """A net so small that the loop's own work is most of the step: at most 1.05 × the loop by hand."""
-    rounds = Rounds(20, 50, 50) if device.type == "cuda" else Rounds(2, 2, 2)
+    rounds = Rounds(20, 50) if device.type == "cuda" else Rounds(2, 2)
     return _faster(device, measure(workloads()[0], rounds, {"raw": raw}, threads=torch.get_num_threads()))
 
 
@@ -207,7 +207,8 @@ def two_processes(device: torch.device, directory: Path) -> Verdict:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        ranks: Any = spawn(_train_as_rank, (count, port, device.type, directory), nprocs=count, join=False)
+        arguments = count, port, device.type, directory
+        ranks: Any = spawn(_train_as_rank, arguments, nprocs=count, join=False)  # type: ignore[no-untyped-call]
         deadline = time.monotonic() + PATIENCE
         while not ranks.join(timeout=1):
             if time.monotonic() > deadline:

@@ -38,7 +38,6 @@ from trainer.data.datasets import ImageArrays, digits
 from trainer.errors import report
 from trainer.models import small_cnn
 
-WARMUP = 20  # steps
 PEERS: list[tuple[str, Callable[[loops.Work], Loop], str]] = [  # name, loop, the package it needs
     ("raw + tqdm and .item()", loops.raw_with_tqdm, "tqdm"),
     ("Accelerate's guide", loops.accelerate, "accelerate"),
@@ -196,7 +195,7 @@ def main(arguments: Sequence[str]) -> int:
         for workload in workloads():
             if workload.cuts < int(os.environ.get("WORLD_SIZE", "1")):
                 continue
-            rounds = Rounds(options.rounds, options.steps or workload.steps, WARMUP)
+            rounds = Rounds(options.rounds, options.steps or workload.steps)
             lines = compare(workload, rounds, options.threads)
             text.append(f"## {workload.name}\n\n{rounds.count} rounds of {rounds.steps} steps\n\n{table(lines)}")
             if main_process:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -23,16 +22,15 @@ Seconds = dict[str, list[Clocks]]  # of a step, by loop, one for each round
 
 @dataclass(frozen=True)
 class Rounds:
-    """`count` rounds, in each of which every loop makes `steps` steps, after `warmup` steps that do not count."""
+    """`count` rounds, in each of which every loop makes `steps` steps, after one that warms up and does not count."""
 
     count: int
     steps: int
-    warmup: int
 
     @property
     def total_steps(self) -> int:
         """What a run needs: its last step comes after the last round, so that a run's end is in none."""
-        return self.warmup + self.count * self.steps + 1
+        return (self.count + 1) * self.steps + 1
 
 
 class InterleavedTrainer(Trainer):
@@ -49,26 +47,22 @@ class InterleavedTrainer(Trainer):
         self._began = self._clock()
         self._seconds: Seconds = {name: [] for name in (*loops, OURS)}
         self.fit()
-        return self._seconds
+        return {name: times[1:] for name, times in self._seconds.items()}
 
     def train_step(self, step: Step) -> None:
-        done, within = divmod(step.number - 1 - self._rounds.warmup, self._rounds.steps)
-        if within == 0 and done >= 0:
+        done, within = divmod(step.number - 1, self._rounds.steps)
+        if within == 0:
             self._between_rounds(done)
         super().train_step(step)
 
     def _between_rounds(self, done: int) -> None:
-        now = self._clock()
         if done:
-            self._seconds[OURS].append((now - self._began) / self._rounds.steps)
-        else:
-            for loop in self._loops.values():
-                _run(loop, self._rounds.warmup)
-            gc.collect()
-        if done < self._rounds.count:
+            self._seconds[OURS].append((self._clock() - self._began) / self._rounds.steps)
+        if done <= self._rounds.count:
             for name in list(self._loops)[:: -1 if done % 2 else 1]:  # each comes before and after its neighbours
                 began = self._clock()
-                _run(self._loops[name], self._rounds.steps)
+                for _ in islice(self._loops[name], self._rounds.steps):
+                    pass
                 self._seconds[name].append((self._clock() - began) / self._rounds.steps)
         self._began = self._clock()
 
@@ -82,8 +76,3 @@ def quartiles(seconds: Seconds, name: str, base: str) -> Clocks:
     """Quartiles of a loop's time against that of `base`, round by round: `(3, 2)`, for each of the two clocks."""
     quotients: Clocks = np.divide(seconds[name], seconds[base])
     return np.percentile(quotients, [25, 50, 75], axis=0)
-
-
-def _run(loop: Loop, steps: int) -> None:
-    for _ in islice(loop, steps):
-        pass

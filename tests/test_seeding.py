@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import torch
 
-from trainer.seeding import key, mixed, numpy_generator, preserved_cpu_generators, seed_cpu, seed_device
+from trainer.seeding import device_seeder, key, mixed, numpy_generator, preserved_cpu_generators, seed_cpu
 
 
 def test_keys_are_fixed_for_ever() -> None:
@@ -64,7 +64,7 @@ def test_seeding_decides_all_three_generators_and_leaves_no_trace() -> None:
 
 def test_dropout_is_the_keys() -> None:
     def mask(value: int) -> torch.Tensor:
-        seed_device(value, torch.device("cpu"))
+        device_seeder(torch.device("cpu"))(value)
         return torch.nn.functional.dropout(torch.ones(1000))
 
     assert torch.equal(mask(1), mask(1))

@@ -6,30 +6,17 @@ declare in `args`: they are the component's own arguments, checked against its s
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
 from trainer.errors import ConfigError, nearest
+from trainer.typed import component_arguments, key, read_section, show, type_name
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
-
-
-def key(default: Any, meaning: str, *, unit: str = "", least: float | None = None) -> Any:
-    """Declare a key: its default, what it means, its unit, and the least value it may have."""
-    metadata = {"meaning": meaning, "unit": unit, "least": least}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def component_arguments() -> Any:
-    """Declare where a section keeps the arguments of the component it names."""
-    return field(default_factory=dict, metadata={"arguments": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +173,7 @@ class Config:
         for name, section in tree.items():
             if name not in sections:
                 raise ConfigError(str(name), f"no such section{nearest(str(name), sections)}")
-            values[name] = _section(sections[name], name, section)
+            values[name] = read_section(sections[name], name, section)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -256,7 +243,7 @@ def help_text() -> str:
                 continue
             default = item.default_factory() if callable(item.default_factory) else item.default
             unit = f" [{item.metadata['unit']}]" if item.metadata["unit"] else ""
-            out.append(f"  {section.name}.{item.name}={_show(default)}  ({_type_name(hints[item.name])})")
+            out.append(f"  {section.name}.{item.name}={show(default)}  ({type_name(hints[item.name])})")
             out.append(f"      {item.metadata['meaning']}{unit}")
     return "\n".join(out)
 
@@ -287,85 +274,3 @@ def _with_origin(error: ConfigError, lines: Mapping[str, str]) -> ConfigError:
     while name and name not in lines:
         name = name.rpartition(".")[0]
     return ConfigError(error.key, f"{error.message} ({lines[name]})") if name else error
-
-
-def _section(cls: Any, prefix: str, tree: Any) -> Any:
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, Mapping):
-        raise ConfigError(prefix, f"is a section of keys, not {_show(tree)}")
-    hints = get_type_hints(cls)
-    declared = {f.name: f for f in fields(cls) if "arguments" not in f.metadata}
-    values: dict[str, Any] = {}
-    arguments: dict[str, Any] = {}
-    for raw, value in tree.items():
-        name = str(raw)
-        if name in declared:
-            values[name] = _convert(f"{prefix}.{name}", hints[name], value)
-            _check_least(f"{prefix}.{name}", values[name], declared[name].metadata["least"])
-        elif "args" in hints:
-            arguments[name] = value
-        else:
-            raise ConfigError(f"{prefix}.{name}", f"no such key{nearest(name, declared)}")
-    return cls(**values, **({"args": arguments} if "args" in hints else {}))
-
-
-def _check_least(name: str, value: Any, least: float | None) -> None:
-    if least is not None and value is not None and not value >= least:
-        raise ConfigError(name, f"{value} is less than {_show(least)}, the least it may be")
-
-
-def _convert(name: str, hint: Any, value: Any) -> Any:
-    """`value` as the type that `hint` names, or a `ConfigError`; never a silent change of meaning."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        (hint,) = (a for a in args if a is not type(None))
-        return _convert(name, hint, value)
-    if origin is Literal:
-        if value in args:
-            return value
-        raise ConfigError(name, f"{_show(value)} is not one of {', '.join(args)}{nearest(str(value), args)}")
-    if origin is list and isinstance(value, list):
-        return [_convert(name, args[0], item) for item in value]
-    if origin is dict and isinstance(value, Mapping):
-        return {str(k): v for k, v in value.items()}
-    if hint is Any or (isinstance(hint, type) and not isinstance(value, bool) and isinstance(value, hint)):
-        return value
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    raise ConfigError(name, f"{_show(value)} is not {_type_name(hint, article=True)}")
-
-
-def _type_name(hint: Any, *, article: bool = False) -> str:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return "|".join(args)
-    if origin in (Union, types.UnionType):
-        return "|".join("null" if a is type(None) else _type_name(a) for a in args)
-    names = {
-        int: "integer",
-        float: "number",
-        bool: "boolean (true or false)",
-        str: "text",
-        list: "list",
-        dict: "mapping",
-    }
-    name = names.get(origin or hint, str(hint))
-    if origin is list:
-        name = f"list of {_type_name(args[0])}s"
-    if not article or name == "text":
-        return name
-    return f"an {name}" if name[0] in "aeio" else f"a {name}"
-
-
-def _show(value: Any) -> str:
-    """A value as YAML writes it."""
-    if is_dataclass(value):
-        value = asdict(value)  # type: ignore[arg-type]
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()

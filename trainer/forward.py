@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trainer.data.loading import MicroBatch
 from trainer.plan import Step
 from trainer.precision import Precision
-from trainer.seeding import key, mixed, seed_device
+from trainer.seeding import device_seeder, key, mixed
 from trainer.task import Task
 
 
@@ -20,8 +20,8 @@ class Forward:
     def __init__(self, task: Task, precision: Precision, device: torch.device, seed: int) -> None:
         self.task = task
         self._precision = precision
-        self._device = device
         self._draws = key(seed, "device")
+        self._seed_device = device_seeder(device)
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: Step | None) -> tuple[Any, Tensor, Tensor | int]:
         """Output, loss sum and target weight.
@@ -30,13 +30,15 @@ class Forward:
         is None where nothing is drawn.
         """
         if step is not None:
-            seed_device(mixed(self._draws, step.number, batch.place), self._device)
+            self._seed_device(mixed(self._draws, step.number, batch.place))
         output = self.output(model, batch)
         loss, weight = self.task.loss_sum(output, batch.targets)
         return output, loss, weight
 
     def output(self, model: nn.Module, batch: MicroBatch) -> Any:
         """The model's output in the run's dtype: autocast's own is too short for sums."""
+        if not self._precision.autocasts:
+            return self.task.predict(model, batch.inputs)
         with self._precision.autocast():
             output = self.task.predict(model, batch.inputs)
         return output.to(self._precision.dtype) if isinstance(output, Tensor) else output

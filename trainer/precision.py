@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,10 +23,12 @@ class Precision:
         self._device_type = device.type
         self._autocast = AUTOCAST.get(name)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context of a forward."""
-        if self._autocast is None:
-            return nullcontext()
+    @property
+    def autocasts(self) -> bool:
+        return self._autocast is not None
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward in bf16 or fp16."""
         return torch.autocast(self._device_type, self._autocast)
 
     def backward(self, loss: Tensor, seed: Tensor) -> None:

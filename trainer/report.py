@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,33 +14,32 @@ from trainer.evaluation import Decision
 from trainer.files import tensors_sha256
 from trainer.models import count_parameters
 from trainer.optimizer import named_state
+from trainer.parts import Parts
 from trainer.plan import Plan
+from trainer.schedule import Schedule
 from trainer.tracking.jsonl import read_rows
-
-if TYPE_CHECKING:
-    from trainer.trainer import Trainer
 
 SHOWN = 6  # validation samples whose predictions are drawn
 
 
-def header(trainer: Trainer) -> list[tuple[str, str]]:
+def header(parts: Parts, schedule: Schedule, directory: Path) -> list[tuple[str, str]]:
     """What a person wants to see before a run begins."""
-    config, data, plan = trainer.config, trainer.data, trainer.plan
-    total, trained = count_parameters(trainer.module)
+    config, data, plan = parts.config, parts.data, parts.plan
+    total, trained = count_parameters(parts.module)
     parameters = f"{total:,} parameters" + (f", {trained:,} trained" if trained != total else "")
     sizes = [f"{len(data.train):,} train", *([f"{len(data.val):,} val"] if data.val is not None else [])]
     classes = [f"{len(data.classes)} classes"] if data.classes else []
     facts = [
-        ("run", str(trainer.journal.directory)),
+        ("run", str(directory)),
         ("model", f"{config.model.name} · {parameters}"),
         ("data", " · ".join([data.name, *sizes, *classes])),
         ("batch", batch_arithmetic(plan)),
         ("optimizer", f"{config.optimizer.name} · lr {config.optimizer.lr:g}"),
-        ("schedule", trainer.schedule.describe()),
+        ("schedule", schedule.describe()),
         ("length", f"{plan.total_steps:,} steps · {plan.steps_per_epoch:,} an epoch"),
         (
             "device",
-            f"{trainer.ranks.count} × {_device_name(trainer.ranks.device)} · {config.train.precision}",
+            f"{parts.ranks.count} × {_device_name(parts.ranks.device)} · {config.train.precision}",
         ),
     ]
     return facts + ([("note", data.note)] if data.note else [])
@@ -63,25 +62,25 @@ def batch_arithmetic(plan: Plan) -> str:
     return f"{text} on {plan.ranks} processes: {shown}"
 
 
-def summary(trainer: Trainer) -> dict[str, Any]:
+def summary(parts: Parts) -> dict[str, Any]:
     """What `summary.json` holds."""
-    progress = trainer.progress
-    parameters = dict(trainer.module.named_parameters())
+    progress = parts.progress
+    parameters = dict(parts.module.named_parameters())
     return {
         "best": progress.best,
         "best_epoch": progress.best_epoch,
-        "best_metric": trainer.config.best.metric,
+        "best_metric": parts.config.best.metric,
         "steps": progress.step,
         "samples_seen": progress.samples_seen,
-        "world_size": trainer.ranks.count,
+        "world_size": parts.ranks.count,
         "seconds": progress.seconds,
         "weights_sha256": tensors_sha256(parameters),
-        "buffers_sha256": tensors_sha256(dict(trainer.module.named_buffers())),
-        "optimizer_sha256": tensors_sha256(named_state(trainer.optimizer, trainer.module)[0]),
+        "buffers_sha256": tensors_sha256(dict(parts.module.named_buffers())),
+        "optimizer_sha256": tensors_sha256(named_state(parts.optimizer, parts.module)[0]),
     }
 
 
-def closing(trainer: Trainer, values: dict[str, Any]) -> list[tuple[str, str]]:
+def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     """What a person wants to see when a run is over."""
     best = (
         "none"
@@ -94,60 +93,60 @@ def closing(trainer: Trainer, values: dict[str, Any]) -> list[tuple[str, str]]:
         ("elapsed", f"{minutes:.0f} min {seconds:.1f} s" if minutes else f"{seconds:.1f} s"),
         ("trained", f"{values['steps']:,} steps · {values['samples_seen']:,} samples"),
         ("weights", values["weights_sha256"][:16]),
-        ("files", str(trainer.journal.directory)),
+        ("files", str(directory)),
     ]
 
 
-def draw(trainer: Trainer) -> dict[str, Path]:
+def draw(parts: Parts, directory: Path) -> dict[str, Path]:
     """Draw the run's figures by its best model. A collective; the main process gets their paths."""
-    directory = trainer.journal.directory / "figures"
-    decisions = _best_decisions(trainer)
+    decisions = _best_decisions(parts)
     drawn: dict[str, Path] = {}
-    if not trainer.ranks.is_main:
+    if not parts.ranks.is_main:
         return drawn
-    directory.mkdir(exist_ok=True)
+    folder = directory / "figures"
+    folder.mkdir(exist_ok=True)
 
     def path(name: str) -> Path:
-        drawn[name] = directory / f"{name}.png"
+        drawn[name] = folder / f"{name}.png"
         return drawn[name]
 
-    figures.curves(read_rows(trainer.journal.directory / "metrics.jsonl"), path("curves"))
-    names = trainer.data.classes
-    batch = trainer.train_loader.peek(trainer.plan.permutation(0)[: min(64, trainer.plan.batch_size)])
+    figures.curves(read_rows(directory / "metrics.jsonl"), path("curves"))
+    names = parts.data.classes
+    batch = parts.train_loader.peek(parts.plan.permutation(0)[: min(64, parts.plan.batch_size)])
     if _are_images(batch.inputs):
         labels = [_label(target, names) for target in batch.targets]
-        figures.batch_grid(trainer.train_loader.normalize.undo(batch.inputs), labels, path("batch"))
-    if decisions and trainer.val_loader is not None:
+        figures.batch_grid(parts.train_loader.normalize.undo(batch.inputs), labels, path("batch"))
+    if decisions and parts.val_loader is not None:
         shown = decisions[:SHOWN]
-        images = trainer.val_loader.peek([d.sample_id for d in shown]).inputs
+        images = parts.val_loader.peek([d.sample_id for d in shown]).inputs
         if _are_images(images):
             figures.predictions(
-                trainer.val_loader.normalize.undo(images),
+                parts.val_loader.normalize.undo(images),
                 [_label(d.predicted, names) for d in shown],
                 [_label(d.true, names) for d in shown],
                 [d.confidence for d in shown],
                 path("predictions"),
             )
         matrix = confusion(decisions, len(names) if names else None)
-        figures.confusion_matrix(matrix, names or [str(i) for i in range(len(matrix))], path("confusion_matrix"))
+        figures.confusion_matrix(matrix, [_label(i, names) for i in range(len(matrix))], path("confusion_matrix"))
     return drawn
 
 
-def _best_decisions(trainer: Trainer) -> list[Decision]:
+def _best_decisions(parts: Parts) -> list[Decision]:
     """The best model's decisions over the validation data; the last model is put back after them."""
-    if trainer.evaluator is None or trainer.progress.best is None:
+    if parts.evaluator is None or parts.progress.best is None:
         return []
-    last = checkpoint.snapshot(trainer.module)
-    trainer.load_best()
-    decisions = trainer.evaluator.decisions()
-    trainer.module.load_state_dict(last)
+    last = checkpoint.snapshot(parts.module)
+    parts.load_best()
+    decisions = parts.evaluator.decisions()
+    parts.module.load_state_dict(last)
     return decisions
 
 
 def confusion(decisions: Sequence[Decision], classes: int | None) -> Tensor:
     """How often each class (row) was taken for each (column), integers `(C, C)`."""
     true, predicted = (torch.tensor([getattr(d, name) for d in decisions]) for name in ("true", "predicted"))
-    size = classes or int(max(true.max(), predicted.max())) + 1
+    size = max(classes or 0, int(max(true.max(), predicted.max())) + 1)
     return torch.bincount(true * size + predicted, minlength=size * size).view(size, size)
 
 

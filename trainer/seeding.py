@@ -7,7 +7,7 @@ not depend on who makes it or on what was drawn before.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 
@@ -46,15 +46,13 @@ def seed_cpu(value: int) -> None:
     np.random.seed(value & 0xFFFFFFFF)
 
 
-def seed_device(value: int, device: torch.device) -> None:
-    """Seed the one generator that a model's dropout on `device` draws from."""
+def device_seeder(device: torch.device) -> Callable[[int], object]:
+    """What seeds the one generator that a model's dropout on `device` draws from."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.default_generators[index].manual_seed(value)
-    elif device.type == "cpu":
-        torch.default_generator.manual_seed(value)
-    else:
-        torch.manual_seed(value)
+        seeder: Callable[[int], object] = torch.cuda.default_generators[index].manual_seed
+        return seeder
+    return torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
 
 
 @contextmanager

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from trainer import checkpoint, report
-from trainer.batch_norm import RunningStatistics, configure
-from trainer.checkpoint import Checkpoint, Progress
+from trainer.checkpoint import Checkpoint
 from trainer.config import Config
-from trainer.data.datasets import Datasets, MapDataset, build_datasets
-from trainer.data.loading import TrainLoader, build_loaders, step_requests
-from trainer.distributed import Ranks
+from trainer.data.datasets import MapDataset
+from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError, Stopped, nearest
-from trainer.evaluation import Evaluator
-from trainer.forward import Forward
-from trainer.gradients import Gradients
 from trainer.metrics import Meter, Row, Stopwatch, Totals
-from trainer.models import build_model, input_channels
-from trainer.optimizer import build_optimizer, load_named_state, named_state, set_learning_rate
-from trainer.plan import Plan, Step
-from trainer.precision import Precision
-from trainer.recalibration import recalibrate
-from trainer.run_directory import check_same_run, config_yaml, run_path
+from trainer.optimizer import load_named_state, named_state, set_learning_rate
+from trainer.parts import Parts
+from trainer.plan import Step
+from trainer.run_directory import check_same_run, config_yaml
 from trainer.schedule import Schedule, build_schedule
 from trainer.stopping import StopRequest
-from trainer.task import Task, build_task
+from trainer.task import Task
 from trainer.tracking.journal import Journal
 
 
-class Trainer:
+class Trainer(Parts):
     """A run: what a `Config` describes, on however many processes were launched.
 
     A model, data sets or a task made elsewhere may be given instead of being named in the config:
@@ -51,33 +42,9 @@ class Trainer:
         val_data: MapDataset | None = None,
         task: Task | None = None,
     ) -> None:
-        config = self.config = _naming(config, model=model, data=train_data, loss=task)
-        train = config.train
-        self.ranks = Ranks(train.precision, find_unused_parameters=train.find_unused_parameters)
-        self.precision = Precision(train.precision, self.ranks.device)
-        if train_data is None:
-            self.data = build_datasets(config.data, self.ranks.main_first)
-        else:
-            classes = getattr(train_data, "classes", None)
-            self.data = Datasets(train_data, val_data, list(classes) if classes else None, config.data.name)
-        self.plan = self._plan()
-        self.train_loader, self.val_loader = build_loaders(
-            config.data, self.data, seed=config.run.seed, device=self.ranks.device, dtype=self.precision.dtype
-        )
-        num_classes = config.model.num_classes or (len(self.data.classes) if self.data.classes else None)
-        if model is None:
-            channels = input_channels(self.train_loader.peek([0]).inputs)
-            model = build_model(config.model, seed=config.run.seed, num_classes=num_classes, in_channels=channels)
-        self._place(model)
-        self.task = (task or build_task(config.loss, num_classes)).to(self.ranks.device, self.precision.dtype)
-        self.forward = Forward(self.task, self.precision, self.ranks.device, config.run.seed)
-        self.optimizer = build_optimizer(config.optimizer, self.module)
-        self.gradients = Gradients(self.model, self.ranks, may_be_unused=train.find_unused_parameters)
-        self.statistics = RunningStatistics(self.module, config.batch_norm, self.ranks)
-        self.evaluator = self._evaluator()
+        super().__init__(config, model=model, train_data=train_data, val_data=val_data, task=task)
         self.meter, self.interval, self.epoch = Meter(self.task, self.ranks), Totals(), Totals()
         self.grad_norm: Tensor | None = None
-        self.progress = Progress()
         self.schedule = self._schedule()
         self._check_best_metric()
 
@@ -87,7 +54,7 @@ class Trainer:
         """Train from the start, or from the checkpoint that `run.resume` finds; returns what `summary.json` holds."""
         with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
             self._resume(self.journal.resume_from)
-            self.journal.begin(report.header(self), self.plan, self.progress)
+            self.journal.begin(report.header(self, self.schedule, self.journal.directory), self.plan, self.progress)
             self.stopwatch = Stopwatch(self.progress)
             self.batches = TrainLoader(self.train_loader, self.plan, self.ranks.rank, self.progress.step)
             self.model.train()
@@ -190,30 +157,6 @@ class Trainer:
         )
         return True
 
-    def evaluate(self) -> Row:
-        """The loss and metrics over all validation samples. A collective."""
-        if self.evaluator is None:
-            raise ConfigError("data.name", f"{self.data.name} has no validation data")
-        if self.config.batch_norm.recalibrate_at == "evaluation":
-            self.recalibrate()
-        return self.evaluator.evaluate()
-
-    def recalibrate(self) -> bool:
-        """Exact BatchNorm statistics from the first `batch_norm.recalibrate` steps of the present epoch, if any."""
-        count = min(self.config.batch_norm.recalibrate, self.plan.steps_per_epoch)
-        if not count:
-            return False
-        self.statistics.gather()
-        first = (max(0, self.progress.step - 1) // self.plan.steps_per_epoch) * self.plan.steps_per_epoch
-        steps = [self.plan.step(first + i) for i in range(count)]
-        asked = [(step, request) for step in steps for request in step_requests(self.plan, step, self.ranks.rank)]
-        batches = self.train_loader.run([request for _, request in asked])
-        forwards = (
-            partial(self.forward, self.module, batch, step) for (step, _), batch in zip(asked, batches, strict=True)
-        )
-        recalibrate(self.module, forwards, self.ranks)
-        return True
-
     # ---------------------------------------------------------------- checkpoints
 
     def _is_checkpointed(self, step: Step) -> bool:
@@ -271,38 +214,9 @@ class Trainer:
         self.statistics.gather()
         self.stopwatch.stop(self.progress)
         summary = report.summary(self)
-        figures = report.draw(self) if self.config.run.figures else {}
-        self.journal.finish(summary, report.closing(self, summary), figures)
+        figures = report.draw(self, self.journal.directory) if self.config.run.figures else {}
+        self.journal.finish(summary, report.closing(summary, self.journal.directory), figures)
         return summary
-
-    def load_best(self, run: Path | None = None) -> Row:
-        """Load the best weights of a run (this one's) on every rank; returns the row they were kept with."""
-        tensors, row = checkpoint.load_best(run or run_path(self.config.run))
-        self.module.load_state_dict(tensors)
-        return row
-
-    # ---------------------------------------------------------------- its parts
-
-    def _plan(self) -> Plan:
-        batch, train = self.config.batch, self.config.train
-        return Plan(
-            samples=len(self.data.train),
-            batch_size=batch.size,
-            micro_size=batch.micro_size or batch.size,
-            ranks=self.ranks.count,
-            epochs=train.epochs,
-            seed=self.config.run.seed,
-            max_steps=train.max_steps,
-            equal_ranks=self.config.batch_norm.mode == "sync",
-        )
-
-    def _place(self, model: nn.Module) -> None:
-        """The model in its modes, on its device, in its dtype: `module` itself, `model` as training calls it."""
-        model = configure(model, self.config.batch_norm, ranks=self.ranks.count, device=self.ranks.device)
-        self.module = model.to(self.ranks.device, self.precision.dtype)
-        if self.config.train.compile:
-            self.module.compile()
-        self.model = self.ranks.prepare(self.module)
 
     def _schedule(self) -> Schedule:
         return build_schedule(
@@ -311,19 +225,6 @@ class Trainer:
             steps_per_epoch=self.plan.steps_per_epoch,
             history=self.progress.history,
             mode=self.config.best.mode,
-        )
-
-    def _evaluator(self) -> Evaluator | None:
-        if self.data.val is None or self.val_loader is None:
-            return None
-        return Evaluator(
-            self.module,
-            self.forward,
-            self.val_loader,
-            self.statistics,
-            self.ranks,
-            samples=len(self.data.val),
-            batch_size=self.config.batch.eval_size,
         )
 
     def _check_best_metric(self) -> None:
@@ -335,13 +236,3 @@ class Trainer:
                 "best.metric",
                 f'"{metric}" is not logged by this run{nearest(metric, known)}; it logs {", ".join(known)}',
             )
-
-
-def _naming(config: Config, **given: object) -> Config:
-    """The config, each section whose object was given under that object's own name: what is written is what ran."""
-    named = {
-        section: replace(getattr(config, section), name=f"{type(thing).__module__}.{type(thing).__qualname__}")
-        for section, thing in given.items()
-        if thing is not None
-    }
-    return replace(config, **named)

@@ -6,7 +6,6 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,25 +137,27 @@ class Loader:
 
     def peek(self, ids: Sequence[int] | Ids) -> MicroBatch:
         """Some samples as the model sees them in the first epoch, fetched at once."""
-        batch = next(_checked(self._here([Request(0, 0, np.asarray(ids))])))
-        place, inputs, targets = send_to_device(batch, self._device)
+        place, inputs, targets = send_to_device(next(self._here([Request(0, 0, np.asarray(ids))])), self._device)
         return MicroBatch(place, self.normalize(inputs), targets)
 
     def run(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
-        for place, inputs, targets in self._on_device(self._fetched(requests)):
-            yield MicroBatch(place, self.normalize.forward(inputs), targets)
+        batches = self._in_workers(requests) if self._section.workers else self._here(requests)
+        normalize = self.normalize.forward
+        for place, inputs, targets in self._copied_ahead(batches) if self._device.type != "cpu" else batches:
+            yield MicroBatch(place, normalize(inputs), targets)
 
-    def _fetched(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
-        return _checked(self._in_workers(requests) if self._section.workers else self._here(requests))
-
-    def _here(self, requests: Iterable[Request]) -> Iterator[MicroBatch | DataError]:
+    def _here(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
         for request in requests:
-            with preserved_cpu_generators() if self._dataset.draws else nullcontext():
+            if self._dataset.draws:
+                with preserved_cpu_generators():
+                    batch = self._dataset[request]
+            else:
                 batch = self._dataset[request]
-            yield batch
+            yield _checked(batch)
 
-    def _in_workers(self, requests: Iterable[Request]) -> Iterator[MicroBatch | DataError]:
-        return iter(
+    def _in_workers(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
+        return map(
+            _checked,
             DataLoader(
                 self._dataset,
                 sampler=requests,
@@ -167,13 +168,12 @@ class Loader:
                 pin_memory=self._device.type == "cuda",
                 worker_init_fn=_init_worker,
                 generator=torch.Generator(),  # the loader seeds its workers; not from the run's generators
-            )
+            ),
         )
 
-    def _on_device(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    def _copied_ahead(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         if self._device.type != "cuda":
-            for batch in batches:
-                yield batch if self._device.type == "cpu" else send_to_device(batch, self._device)
+            yield from (send_to_device(batch, self._device) for batch in batches)
             return
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         ahead: tuple[MicroBatch, torch.cuda.Event] | None = None
@@ -235,11 +235,10 @@ def whole_requests(samples: int, size: int, rank: int, ranks: int) -> Iterator[R
         yield Request(index, 0, np.arange(*parts[index]))
 
 
-def _checked(batches: Iterator[MicroBatch | DataError]) -> Iterator[MicroBatch]:
-    for batch in batches:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+def _checked(batch: MicroBatch | DataError) -> MicroBatch:
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
 
 
 def _received(batch: MicroBatch, copied: torch.cuda.Event) -> MicroBatch:

@@ -1,0 +1,145 @@
+"""What a config describes, built: data, plan, model, loss, optimizer, on this process among the run's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from trainer import checkpoint
+from trainer.batch_norm import RunningStatistics, configure
+from trainer.checkpoint import Progress
+from trainer.config import Config
+from trainer.data.datasets import Datasets, MapDataset, build_datasets
+from trainer.data.loading import build_loaders, step_requests
+from trainer.distributed import Ranks
+from trainer.errors import ConfigError
+from trainer.evaluation import Evaluator
+from trainer.forward import Forward
+from trainer.gradients import Gradients
+from trainer.metrics import Row
+from trainer.models import build_model, input_channels
+from trainer.optimizer import build_optimizer
+from trainer.plan import Plan
+from trainer.precision import Precision
+from trainer.recalibration import recalibrate
+from trainer.run_directory import run_path
+from trainer.task import Task, build_task
+
+
+class Parts:
+    """The parts of a run, each built from its own section of the config, and what they do without a loop.
+
+    `module` is the model itself; `model` is how training calls it, in DDP where there are several processes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        model: nn.Module | None = None,
+        train_data: MapDataset | None = None,
+        val_data: MapDataset | None = None,
+        task: Task | None = None,
+    ) -> None:
+        config = self.config = _naming(config, model=model, data=train_data, loss=task)
+        train = config.train
+        self.ranks = Ranks(train.precision, find_unused_parameters=train.find_unused_parameters)
+        self.precision = Precision(train.precision, self.ranks.device)
+        if train_data is None:
+            self.data = build_datasets(config.data, self.ranks.main_first)
+        else:
+            classes = getattr(train_data, "classes", None)
+            self.data = Datasets(train_data, val_data, list(classes) if classes else None, config.data.name)
+        self.plan = self._plan()
+        self.train_loader, self.val_loader = build_loaders(
+            config.data, self.data, seed=config.run.seed, device=self.ranks.device, dtype=self.precision.dtype
+        )
+        num_classes = config.model.num_classes or (len(self.data.classes) if self.data.classes else None)
+        if model is None:
+            channels = input_channels(self.train_loader.peek([0]).inputs)
+            model = build_model(config.model, seed=config.run.seed, num_classes=num_classes, in_channels=channels)
+        self._place(model)
+        self.task = (task or build_task(config.loss, num_classes)).to(self.ranks.device, self.precision.dtype)
+        self.forward = Forward(self.task, self.precision, self.ranks.device, config.run.seed)
+        self.optimizer = build_optimizer(config.optimizer, self.module)
+        self.gradients = Gradients(self.model, self.ranks, may_be_unused=train.find_unused_parameters)
+        self.statistics = RunningStatistics(self.module, config.batch_norm, self.ranks)
+        self.evaluator = self._evaluator()
+        self.progress = Progress()
+
+    def evaluate(self) -> Row:
+        """The loss and metrics over all validation samples. A collective."""
+        if self.evaluator is None:
+            raise ConfigError("data.name", f"{self.data.name} has no validation data")
+        if self.config.batch_norm.recalibrate_at == "evaluation":
+            self.recalibrate()
+        return self.evaluator.evaluate()
+
+    def recalibrate(self) -> bool:
+        """Exact BatchNorm statistics from the first `batch_norm.recalibrate` steps of the present epoch, if any."""
+        count = min(self.config.batch_norm.recalibrate, self.plan.steps_per_epoch)
+        if not count:
+            return False
+        self.statistics.gather()
+        first = (max(0, self.progress.step - 1) // self.plan.steps_per_epoch) * self.plan.steps_per_epoch
+        steps = [self.plan.step(first + i) for i in range(count)]
+        asked = [(step, request) for step in steps for request in step_requests(self.plan, step, self.ranks.rank)]
+        batches = self.train_loader.run([request for _, request in asked])
+        forwards = (
+            partial(self.forward, self.module, batch, step) for (step, _), batch in zip(asked, batches, strict=True)
+        )
+        recalibrate(self.module, forwards, self.ranks)
+        return True
+
+    def load_best(self, run: Path | None = None) -> Row:
+        """Load the best weights of a run (this one's) on every rank; returns the row they were kept with."""
+        tensors, row = checkpoint.load_best(run or run_path(self.config.run))
+        self.module.load_state_dict(tensors)
+        return row
+
+    def _plan(self) -> Plan:
+        batch, train = self.config.batch, self.config.train
+        return Plan(
+            samples=len(self.data.train),
+            batch_size=batch.size,
+            micro_size=batch.micro_size or batch.size,
+            ranks=self.ranks.count,
+            epochs=train.epochs,
+            seed=self.config.run.seed,
+            max_steps=train.max_steps,
+            equal_ranks=self.config.batch_norm.mode == "sync",
+        )
+
+    def _place(self, model: nn.Module) -> None:
+        """The model in its modes, on its device, in its dtype: `module` itself, `model` as training calls it."""
+        model = configure(model, self.config.batch_norm, ranks=self.ranks.count, device=self.ranks.device)
+        self.module = model.to(self.ranks.device, self.precision.dtype)
+        if self.config.train.compile:
+            self.module.compile()
+        self.model = self.ranks.prepare(self.module)
+
+    def _evaluator(self) -> Evaluator | None:
+        if self.data.val is None or self.val_loader is None:
+            return None
+        return Evaluator(
+            self.module,
+            self.forward,
+            self.val_loader,
+            self.statistics,
+            self.ranks,
+            samples=len(self.data.val),
+            batch_size=self.config.batch.eval_size,
+        )
+
+
+def _naming(config: Config, **given: object) -> Config:
+    """The config, each section whose object was given under that object's own name: what is written is what ran."""
+    named = {
+        section: replace(getattr(config, section), name=f"{type(thing).__module__}.{type(thing).__qualname__}")
+        for section, thing in given.items()
+        if thing is not None
+    }
+    return replace(config, **named)
