@@ -177,7 +177,7 @@ class Loader:
             return
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         ahead: tuple[MicroBatch, torch.cuda.Event] | None = None
-        for batch in batches:
+        for batch in batches if self._section.workers else map(_pinned, batches):
             with torch.cuda.stream(stream):
                 moved = send_to_device(batch, self._device, non_blocking=True)
                 copied = stream.record_event()
@@ -239,6 +239,12 @@ def _checked(batch: MicroBatch | DataError) -> MicroBatch:
     if isinstance(batch, DataError):
         raise batch
     return batch
+
+
+def _pinned(batch: MicroBatch) -> MicroBatch:
+    """What a loader process's batch is already: in memory that a copy can leave without the host's help."""
+    place, *parts = batch
+    return MicroBatch(place, *(part.pin_memory() if isinstance(part, Tensor) else part for part in parts))
 
 
 def _received(batch: MicroBatch, copied: torch.cuda.Event) -> MicroBatch:
