@@ -105,7 +105,7 @@ class RunningStatistics:
         else:
             self._settle(first)
         self._trailing = len(step.micro_batches) - last
-        if self._first_run is None:
+        if self._first_run is None and last > first:
             self._first_run = last - first, [int(n) for n in self._counters]
 
     def gather(self) -> None:
@@ -127,8 +127,8 @@ class RunningStatistics:
     def _settle(self, more: int = 0) -> None:
         """Age this rank's share for the others' micro-batches: those still due, and `more`."""
         count, self._trailing = self._trailing + more, 0
-        if not self._shared or self._gathered or not count:
-            return
+        if not self._shared or self._gathered or not count or self._first_run is None:
+            return  # a rank that has run nothing yet has an empty share
         if not self._ages:
             self._ages = self._group()
         for kept, statistics in self._ages:

@@ -19,11 +19,7 @@ from trainer.plan import Step
 
 
 class Gradients:
-    """Scales, sums and measures gradients. Shape of a step:
-
-    for each micro-batch: with leaf(...): (loss_sum * scale(...)).backward()
-    reduce(step)
-    """
+    """Scales, sums and measures gradients: `leaf` and `seed` for each micro-batch, `reduce` at the step's end."""
 
     def __init__(self, model: nn.Module, ranks: Ranks, *, may_be_unused: bool) -> None:
         self._model = model

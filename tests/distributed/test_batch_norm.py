@@ -69,6 +69,16 @@ def test_buffers_are_those_of_one_process_in_order(tmp_path: Path, ranks: int, p
         assert largest_difference(buffers, reference) < 1e-12
 
 
+@pytest.mark.parametrize("stop", [3, 4])
+def test_resumed_where_ranks_have_nothing_to_do(tmp_path: Path, stop: int) -> None:
+    """The first step after resuming is the short one: two of the ranks know no layer's calls yet."""
+    reference = plain_pytorch(conv_net(momentum=0.3), 7)
+    changes = {"run__resume": "auto", "train__max_steps": stop}
+    on_ranks(1, ours, tmp_path, lambda: conv_net(momentum=0.3), 7, **changes)
+    for buffers in on_ranks(3, ours, tmp_path, lambda: conv_net(momentum=0.3), 7, run__resume="auto"):
+        assert largest_difference(buffers, reference) < 1e-12
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_layers_called_twice_and_instance_norm(tmp_path: Path, ranks: int) -> None:
     reference = plain_pytorch(SharedNorm(), 7)
