@@ -2,7 +2,8 @@
 
 DDP averages over ranks and starts when the last backward of a rank does, bucket by bucket, while it runs; the
 micro-batches before it only add up. A step in which some rank has nothing to do, which every rank knows from
-the plan, is summed after the backward instead: DDP would wait for that rank's backward for ever.
+the plan, is run without DDP and summed after the backward: DDP would wait for that rank for ever, in the backward
+and, early in a run, even in the forward, where it agrees on its buckets.
 """
 
 from __future__ import annotations
@@ -21,17 +22,22 @@ from trainer.plan import Step
 class Gradients:
     """Scales, sums and measures gradients: `leaf` and `seed` for each micro-batch, `reduce` at the step's end."""
 
-    def __init__(self, model: nn.Module, ranks: Ranks, *, may_be_unused: bool) -> None:
+    def __init__(self, model: nn.Module, module: nn.Module, ranks: Ranks, *, may_be_unused: bool) -> None:
         self._model = model
+        self._module = module
         self._ranks = ranks
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._check_unused = not may_be_unused
         self._weights: list[Tensor] = []
         self._seeds: dict[float, Tensor] = {}  # a few values recur; each is moved to the device once
 
+    def model(self, step: Step) -> nn.Module:
+        """What `step`'s micro-batches are run through."""
+        return self._module if step.has_idle_rank else self._model
+
     def leaf(self, step: Step, index: int) -> AbstractContextManager[Any]:
         """The context of one micro-batch's forward and backward."""
-        if self._ranks.count == 1 or (index + 1 == step.ranks[self._ranks.rank][1] and not step.has_idle_rank):
+        if self._ranks.count == 1 or step.has_idle_rank or index + 1 == step.ranks[self._ranks.rank][1]:
             return nullcontext()
         return self._ranks.accelerator.no_sync(self._model)  # type: ignore[no-any-return]
 

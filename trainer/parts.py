@@ -65,7 +65,7 @@ class Parts:
         self.task = (task or build_task(config.loss, num_classes)).to(self.ranks.device, self.precision.dtype)
         self.forward = Forward(self.task, self.precision, self.ranks.device, config.run.seed)
         self.optimizer = build_optimizer(config.optimizer, self.module)
-        self.gradients = Gradients(self.model, self.ranks, may_be_unused=train.find_unused_parameters)
+        self.gradients = Gradients(self.model, self.module, self.ranks, may_be_unused=train.find_unused_parameters)
         self.statistics = RunningStatistics(self.module, config.batch_norm, self.ranks)
         self.evaluator = self._evaluator()
         self.progress = Progress()

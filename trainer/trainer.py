@@ -75,9 +75,10 @@ class Trainer(Parts):
         """One optimizer update. Nothing here waits for the device."""
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
         self.statistics.begin(step)
+        model = self.gradients.model(step)
         for batch in self.batches.step(step):
             with self.gradients.leaf(step, batch.place):
-                output, loss, weight = self.forward(self.model, batch, step)
+                output, loss, weight = self.forward(model, batch, step)
                 self.precision.backward(loss, self.gradients.seed(step, batch.place, loss, weight))
             self.meter.add(loss, weight, output, batch.targets)
         self.gradients.reduce(step)
