@@ -94,6 +94,7 @@ class RunningStatistics:
 
     def begin(self, step: Step) -> None:
         """Make ready for `step`'s micro-batches: momentum and, on several ranks, this rank's share."""
+        self._count_calls()
         if self._per_step and len(step.micro_batches) != self._cuts:
             self._settle()
             self._spread_momentum(len(step.micro_batches))
@@ -112,6 +113,7 @@ class RunningStatistics:
         """Put the true statistics on every rank. A collective; cheap when nothing has changed since the last."""
         if not self._shared or self._gathered:
             return
+        self._count_calls()
         self._settle()
         for tensors in (self._statistics, self._counters):
             flat = self._ranks.sum_(torch.cat([t.reshape(-1) for t in tensors]))
@@ -127,19 +129,22 @@ class RunningStatistics:
     def _settle(self, more: int = 0) -> None:
         """Age this rank's share for the others' micro-batches: those still due, and `more`."""
         count, self._trailing = self._trailing + more, 0
-        if not self._shared or self._gathered or not count or self._first_run is None:
+        if not self._shared or self._gathered or not count or self._calls is None:
             return  # a rank that has run nothing yet has an empty share
         if not self._ages:
             self._ages = self._group()
         for kept, statistics in self._ages:
             torch._foreach_mul_(statistics, kept**count)
 
-    def _group(self) -> list[tuple[float, list[Tensor]]]:
-        """The statistics by what one micro-batch leaves of them, (1 - momentum)^calls."""
-        if self._calls is None:
-            assert self._first_run is not None, "shares age only after the first step"
+    def _count_calls(self) -> None:
+        """After the first step that this rank ran a part of: how often each layer is called in a micro-batch."""
+        if self._calls is None and self._first_run is not None:
             own, before = self._first_run
             self._calls = [(int(now) - then) // own for now, then in zip(self._counters, before, strict=True)]
+
+    def _group(self) -> list[tuple[float, list[Tensor]]]:
+        """The statistics by what one micro-batch leaves of them, (1 - momentum)^calls."""
+        assert self._calls is not None
         groups: dict[float, list[Tensor]] = {}
         for layer, counted in zip(self._layers, self._calls, strict=True):
             calls = counted if isinstance(layer, _BatchNorm) else 1  # instance norms do not count theirs
