@@ -64,8 +64,8 @@ def save(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write a checkpoint, point `last` to it, and remove all but the newest `keep`."""
     target = directory / f"step_{checkpoint.progress.step:08d}"
     with new_directory(target) as partial:
-        save_file(checkpoint.model, partial / "model.safetensors")
-        save_file(checkpoint.optimizer, partial / "optimizer.safetensors")
+        _write_tensors(checkpoint.model, partial / "model.safetensors")
+        _write_tensors(checkpoint.optimizer, partial / "optimizer.safetensors")
         state = {
             "progress": asdict(checkpoint.progress),
             "optimizer": checkpoint.optimizer_numbers,
@@ -118,7 +118,7 @@ def save_best(run: Path, model: Tensors, config_yaml: str, metrics: Mapping[str,
     """Replace `best/`. The one before stays as `.best.previous` until the next, should the run be cut off here."""
     best, previous = run / "best", run / ".best.previous"
     with new_directory(run / ".best.next") as partial:
-        save_file(model, partial / "model.safetensors")
+        _write_tensors(model, partial / "model.safetensors")
         (partial / "config.yaml").write_text(config_yaml)
         (partial / "metrics.json").write_text(json.dumps(dict(metrics), indent=2) + "\n")
     if best.exists():
@@ -151,3 +151,10 @@ def load_best(run: Path) -> tuple[Tensors, dict[str, float]]:
         return load_file(best / "model.safetensors"), json.loads((best / "metrics.json").read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise LockstepError(f"{best} cannot be read ({error})") from error
+
+
+def _write_tensors(tensors: Tensors, path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # its word for what the system refused
+        raise OSError(None, str(error), str(path)) from error

@@ -107,10 +107,17 @@ class Ranks:
         if self.is_main:
             try:
                 outcome[0] = action()
+            except OSError as error:
+                outcome[1] = LockstepError(
+                    f"cannot write {error.filename or 'a file'}: {error.strerror or error}; what was complete before "
+                    f"is untouched, and run.resume=auto goes on from the last checkpoint"
+                )
             except LockstepError as error:
                 outcome[1] = error
-            except OSError as error:
-                outcome[1] = LockstepError(f"cannot write {error.filename or 'a file'}: {error.strerror or error}")
+            except Exception as error:  # a defect: shown here with its traceback, and the others must not wait
+                if self.count > 1:
+                    broadcast_object_list([None, LockstepError(f"the main process failed: {error}")])
+                raise
         if self.count > 1:
             broadcast_object_list(outcome)
         if outcome[1] is not None:

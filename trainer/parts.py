@@ -57,7 +57,7 @@ class Parts:
         self.train_loader, self.val_loader = build_loaders(
             config.data, self.data, seed=config.run.seed, device=self.ranks.device, dtype=self.precision.dtype
         )
-        num_classes = config.model.num_classes or (len(self.data.classes) if self.data.classes else None)
+        num_classes = self._num_classes()
         if model is None:
             channels = input_channels(self.train_loader.peek([0]).inputs)
             model = build_model(config.model, seed=config.run.seed, num_classes=num_classes, in_channels=channels)
@@ -112,6 +112,13 @@ class Parts:
             max_steps=train.max_steps,
             equal_ranks=self.config.batch_norm.mode == "sync",
         )
+
+    def _num_classes(self) -> int | None:
+        """Outputs of the model: the config's, else one for each class of the data."""
+        given, classes = self.config.model.num_classes, len(self.data.classes or [])
+        if given is not None and given < classes:
+            raise ConfigError("model.num_classes", f"{given} is less than the {classes} classes of {self.data.name}")
+        return given or classes or None
 
     def _place(self, model: nn.Module) -> None:
         """The model in its modes, on its device, in its dtype: `module` itself, `model` as training calls it."""

@@ -52,6 +52,8 @@ class Trainer(Parts):
 
     def fit(self) -> dict[str, Any]:
         """Train from the start, or from the checkpoint that `run.resume` finds; returns what `summary.json` holds."""
+        if self.progress.step:
+            raise LockstepError("this Trainer has trained already; make a new one, with run.resume=auto to go on")
         with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
             self._resume(self.journal.resume_from)
             self.journal.begin(report.header(self, self.schedule, self.journal.directory), self.plan, self.progress)
