@@ -21,7 +21,11 @@ from trainer.run_directory import RunDirectory, check_same_run
 
 def held(step: int) -> Checkpoint:
     progress = Progress(
-        step=step, samples_seen=64 * step, best=0.5, history=[0.1, float("nan")], epoch={"loss": (1 / 3, 7.0)}
+        step=step,
+        samples_seen=64 * step,
+        best=0.5,
+        history=[0.1, float("nan")],
+        epoch={"loss": ([1 / 3, 1e-20], [7.0])},
     )
     return Checkpoint(
         {"w": torch.full((3,), float(step))},

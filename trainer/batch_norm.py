@@ -81,7 +81,7 @@ class RunningStatistics:
         self._shared = ranks.count > 1 and section.mode == "micro" and bool(self._layers)
         self._per_step = section.momentum_per == "step"
         self._base = [float(layer.momentum or 0.0) for layer in self._layers]
-        self._statistics = [
+        self.statistics = [
             t for layer in self._layers for t in (layer.running_mean, layer.running_var) if t is not None
         ]
         self._counters = [n for layer in self._layers if (n := layer.num_batches_tracked) is not None]
@@ -115,7 +115,7 @@ class RunningStatistics:
             return
         self._count_calls()
         self._settle()
-        for tensors in (self._statistics, self._counters):
+        for tensors in (self.statistics, self._counters):
             flat = self._ranks.sum_(torch.cat([t.reshape(-1) for t in tensors]))
             for tensor, total in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
                 tensor.copy_(total.view_as(tensor))
@@ -123,7 +123,7 @@ class RunningStatistics:
 
     def _scatter(self) -> None:
         if not self._ranks.is_main:
-            torch._foreach_zero_([*self._statistics, *self._counters])
+            torch._foreach_zero_([*self.statistics, *self._counters])
         self._gathered = False
 
     def _settle(self, more: int = 0) -> None:

@@ -37,8 +37,8 @@ class Progress:
     best_step: int = 0
     best_epoch: int = 0
     history: list[float] = field(default_factory=list)  # the watched metric at each evaluation
-    interval: dict[str, tuple[float, float]] = field(default_factory=dict)  # sums since the last logged row
-    epoch: dict[str, tuple[float, float]] = field(default_factory=dict)  # sums since the epoch began
+    interval: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)  # sums since the last logged row
+    epoch: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)  # sums since the epoch began
     scaler: dict[str, Any] = field(default_factory=dict)
     rows: int = 0  # lines of metrics.jsonl
     wandb_id: str | None = None

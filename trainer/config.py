@@ -28,7 +28,9 @@ class RunConfig:
     resume_changes: Literal["refuse", "allow"] = key(
         "refuse", "what to do when a resumed run's config differs in a key that changes the run"
     )
-    reproducibility: Literal["standard"] = key("standard", "how equal runs on other hardware are")
+    reproducibility: Literal["standard", "bitwise"] = key(
+        "standard", "how equal runs on other process counts are: in their mathematics, or bit for bit"
+    )
     figures: bool = key(True, "draw the run's PNG figures at its end")
 
 

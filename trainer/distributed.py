@@ -78,6 +78,13 @@ class Ranks:
             prepared: nn.Module = self.accelerator.prepare_model(model)
         return prepared
 
+    def equalize(self, model: nn.Module) -> nn.Module:
+        """The model with rank 0's parameters and buffers on every rank."""
+        if self.count > 1:
+            for tensor in model.state_dict().values():
+                distributed.broadcast(tensor, src=0)
+        return model
+
     def main_first(self) -> AbstractContextManager[None]:
         """The main process runs the body first, the others after it."""
         context: AbstractContextManager[None] = self.accelerator.main_process_first()

@@ -42,18 +42,20 @@ class Evaluator:
         *,
         samples: int,
         batch_size: int,
+        exact: bool,
     ) -> None:
         self._model = model
         self._forward = forward
         self._statistics = statistics
         self._ranks = ranks
+        self._exact = exact
         self._requests = list(whole_requests(samples, batch_size, ranks.rank, ranks.count))
         self._batches = loader.run(itertools.cycle(self._requests))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The mean loss and metrics over all samples. A collective."""
-        meter = Meter(self._forward.task, self._ranks)
+        meter = Meter(self._forward.task, self._ranks, exact=self._exact)
         for _, batch in self._in_eval_mode():
             output, loss, weight = self._forward(self._model, batch, None)
             meter.add(loss, weight, output, batch.targets)

@@ -27,8 +27,10 @@ class Gradients:
         self._module = module
         self._ranks = ranks
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._check_unused = not may_be_unused
-        self._weights: list[Tensor] = []
+        self._may_be_unused = may_be_unused
+        self._checked = False
+        self._averaged_over = ranks.count  # DDP divides by it
+        self._weights: list[tuple[int, Tensor]] = []  # of this rank's micro-batches, by their place
         self._seeds: dict[float, Tensor] = {}  # a few values recur; each is moved to the device once
 
     def model(self, step: Step) -> nn.Module:
@@ -48,23 +50,21 @@ class Gradients:
         their values, it is not known yet: 1 / (the step's samples), and `reduce` corrects it.
         """
         if isinstance(weight, Tensor):
-            self._weights.append(weight)
-            value = self._ranks.count / step.size
+            self._weights.append((index, weight))
+            value = self._averaged_over / step.size
         else:
             start, stop = step.micro_batches[index]
-            value = self._ranks.count * (stop - start) / (step.size * weight)
+            value = self._averaged_over * (stop - start) / (step.size * weight)
         if value not in self._seeds:
             self._seeds[value] = torch.tensor(value, dtype=loss.dtype, device=loss.device)
         return self._seeds[value]
 
     def reduce(self, step: Step) -> None:
         """Finish the step's gradient: the same on every rank, that of the loss over all its targets."""
-        weighted = bool(self._weights)
-        if self._ranks.count > 1 and step.has_idle_rank:
-            weighted = self._sum_by_hand(weighted)
-        if self._check_unused:
+        self._combine(step)
+        if not self._checked:
             self._find_unused()
-        if weighted:
+        if self._is_weighted(step):
             self._divide_by_weight(step)
 
     def norm(self) -> Tensor:
@@ -78,34 +78,44 @@ class Gradients:
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._parameters.values() if p.grad is not None]
 
-    def _sum_by_hand(self, weighted: bool) -> bool:
-        """What DDP does, once the backwards are over; a gradient that no rank has stays None.
-
-        Returns whether targets are weighted, which a rank with nothing to do cannot know.
-        """
+    def _combine(self, step: Step) -> None:
+        """Sum the ranks' gradients, if DDP has not; a gradient that no rank has stays None."""
+        if self._ranks.count == 1 or not step.has_idle_rank:
+            return
         parameters = list(self._parameters.values())
-        has = [*(p.grad is not None for p in parameters), weighted]
-        *used, weighted_ranks = self._ranks.sum_(
-            torch.tensor(has, dtype=torch.int32, device=self._ranks.device)
-        ).tolist()
-        for parameter, ranks in zip(parameters, used, strict=True):
-            if ranks:
+        for parameter, used in zip(parameters, self._used([p.grad is not None for p in parameters]), strict=True):
+            if used:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                self._ranks.sum_(parameter.grad).div_(self._ranks.count)
-        return bool(weighted_ranks)
+                self._ranks.sum_(parameter.grad).div_(self._averaged_over)
+
+    def _used(self, mine: list[bool]) -> list[bool]:
+        """For each flag, whether any rank raises it."""
+        if self._ranks.count == 1:
+            return mine
+        flags = torch.tensor(mine, dtype=torch.int32, device=self._ranks.device)
+        return [bool(ranks) for ranks in self._ranks.sum_(flags).tolist()]
+
+    def _is_weighted(self, step: Step) -> bool:
+        """Whether targets are weighted by their values, which a rank with nothing to do cannot know by itself."""
+        weighted = bool(self._weights)
+        return self._used([weighted])[0] if step.has_idle_rank else weighted
 
     def _divide_by_weight(self, step: Step) -> None:
         """Turn a mean over the step's samples into one over its targets; no targets, no gradient."""
-        zero = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
-        total = self._ranks.sum_(sum(self._weights, zero))
+        weights = torch.zeros(len(step.micro_batches), dtype=torch.float64, device=self._ranks.device)
+        for place, weight in self._weights:
+            weights[place] = weight
         self._weights.clear()
-        factor = torch.where(total > 0, step.size / total, zero)
+        total = self._ranks.sum_(weights).sum()  # over the ranks each weight meets zeros: exact, in any order
+        factor = torch.where(total > 0, step.size / total, torch.zeros_like(total))
         gradients = self._gradients()
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
     def _find_unused(self) -> None:
         """After the run's first step: a parameter without a gradient would stall DDP, so refuse it anywhere."""
-        self._check_unused = False
+        self._checked = True
+        if self._may_be_unused:
+            return
         unused = [name for name, p in self._parameters.items() if p.grad is None]
         if unused:
             raise ConfigError(

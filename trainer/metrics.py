@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,35 +40,69 @@ class Stopwatch:
         progress.seconds = time.monotonic() - self._began
 
 
-class Totals:
-    """Sums and what divides them, by name, on the host: exact over any number of ranks and intervals."""
+Exact = tuple[list[float], list[float]]  # a sum and what divides it, each as floats that add up to it exactly
 
-    def __init__(self, sums: Mapping[str, tuple[float, float]] | None = None) -> None:
-        self.sums = {name: (total, weight) for name, (total, weight) in (sums or {}).items()}
+
+class Totals:
+    """Sums and what divides them, by name, on the host: exact, so that neither order nor grouping shows.
+
+    Each is held as an expansion of non-overlapping floats (Shewchuk, 1997, "Adaptive precision floating-point
+    arithmetic"), as within `math.fsum`; it is rounded once, when it is read. Plain values, which JSON keeps.
+    """
+
+    def __init__(self, sums: Mapping[str, Exact] | None = None) -> None:
+        self.sums: dict[str, Exact] = {name: (list(a), list(b)) for name, (a, b) in (sums or {}).items()}
+
+    def count(self, name: str, total: float, weight: float) -> None:
+        """Add one sum and its weight."""
+        mine = self.sums.setdefault(name, ([], []))
+        for expansion, value in zip(mine, (total, weight), strict=True):
+            _grow(expansion, value)
 
     def add(self, other: Totals) -> None:
-        for name, (total, weight) in other.sums.items():
-            mine = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = (mine[0] + total, mine[1] + weight)
+        for name, theirs in other.sums.items():
+            mine = self.sums.setdefault(name, ([], []))
+            for expansion, values in zip(mine, theirs, strict=True):
+                for value in values:
+                    _grow(expansion, value)
 
     def means(self) -> dict[str, float]:
         """The mean of each; NaN where nothing was counted."""
-        return {name: total / weight if weight else float("nan") for name, (total, weight) in self.sums.items()}
+        rounded = {name: (math.fsum(total), math.fsum(weight)) for name, (total, weight) in self.sums.items()}
+        return {name: total / weight if weight else math.nan for name, (total, weight) in rounded.items()}
+
+
+def _grow(expansion: list[float], value: float) -> None:
+    """Add `value` without rounding: each two-sum leaves its error as a float of its own."""
+    if not math.isfinite(value):
+        expansion[:] = [value]
+        return
+    kept = 0
+    for held in expansion.copy():
+        larger, smaller = (value, held) if abs(value) > abs(held) else (held, value)
+        value = larger + smaller
+        error = smaller - (value - larger)
+        if error:
+            expansion[kept] = error
+            kept += 1
+    expansion[kept:] = [value]
 
 
 class Meter:
     """The loss and metrics of many micro-batches, summed in fp64 on the device.
 
     `add` only keeps references; outputs are measured together, many micro-batches at a time, because a
-    handful of small operations for each would cost more than a small net's layer.
+    handful of small operations for each would cost more than a small net's layer. Where the sums must be `exact`,
+    the same on any number of ranks to the last bit, each micro-batch is measured by itself and the host adds up.
     """
 
-    def __init__(self, task: Task, ranks: Ranks) -> None:
+    def __init__(self, task: Task, ranks: Ranks, *, exact: bool = False) -> None:
         self._task = task
         self._ranks = ranks
+        self._exact = exact
         self._names = ("loss", *task.metrics)
         self._dtype = torch.float32 if ranks.device.type == "mps" else torch.float64  # MPS has no fp64
-        self._sums = self._zeros()
+        self._sums: list[Tensor] = []
         self._clear()
 
     def add(self, loss: Tensor, weight: Tensor | int, output: Any, targets: Any) -> None:
@@ -81,9 +116,16 @@ class Meter:
     def read(self) -> Totals:
         """All that was added since the last read, over all ranks: one collective, one host sync."""
         self._fold()
-        sums = self._ranks.sum_(self._sums).tolist()
-        self._sums = self._zeros()
-        return Totals({name: (total, weight) for name, (total, weight) in zip(self._names, sums, strict=True)})
+        if self._exact:
+            rows = self._ranks.gather(torch.stack(self._sums).tolist() if self._sums else [])
+        else:
+            rows = [self._ranks.sum_(self._sums[0] if self._sums else self._zeros()).tolist()]
+        self._sums = []
+        totals = Totals()
+        for row in rows:
+            for name, (total, weight) in zip(self._names, row, strict=True):
+                totals.count(name, total, weight)
+        return totals
 
     def _zeros(self) -> Tensor:
         return torch.zeros(len(self._names), 2, dtype=self._dtype, device=self._ranks.device)
@@ -96,24 +138,27 @@ class Meter:
     @torch.no_grad()
     def _fold(self) -> None:
         """Sum what is held back."""
-        if not self._losses:
-            return
-        for loss, weight in _added(self._losses):
-            self._count(0, loss, weight)
-        for output, targets in _joined(self._outputs):
-            sums = self._task.metric_sums(output, targets)
-            if tuple(sums) != self._task.metrics:
-                raise ConfigError(
-                    "loss.name",
-                    f"metric_sums gives {', '.join(sums)}; metrics declares {', '.join(self._task.metrics)}",
-                )
-            for row, (total, weight) in enumerate(sums.values(), start=1):
-                self._count(row, total, weight)
+        if self._exact:
+            for loss, output in zip(self._losses, self._outputs, strict=True):
+                self._sums.append(self._measured(self._zeros(), [loss], [output]))
+        elif self._losses:
+            self._sums = [self._measured(self._sums[0] if self._sums else self._zeros(), self._losses, self._outputs)]
         self._clear()
 
-    def _count(self, row: int, total: Tensor, weight: Tensor | int) -> None:
-        self._sums[row, 0] += total
-        self._sums[row, 1] += weight
+    def _measured(self, sums: Tensor, losses: list[Sum], outputs: list[tuple[Any, Any]]) -> Tensor:
+        """`sums`, one row for the loss and one for each metric, with some micro-batches added."""
+        for loss, weight in _added(losses):
+            sums[0, 0] += loss
+            sums[0, 1] += weight
+        for output, targets in _joined(outputs):
+            measured = self._task.metric_sums(output, targets)
+            if tuple(measured) != self._task.metrics:
+                declared = ", ".join(self._task.metrics)
+                raise ConfigError("loss.name", f"metric_sums gives {', '.join(measured)}; metrics declares {declared}")
+            for row, (total, weight) in enumerate(measured.values(), start=1):
+                sums[row, 0] += total
+                sums[row, 1] += weight
+        return sums
 
 
 def _added(losses: list[Sum]) -> Iterator[Sum]:

@@ -10,10 +10,12 @@ from torch import nn
 
 from trainer import checkpoint
 from trainer.batch_norm import RunningStatistics, configure
+from trainer.bitwise import LeafStatistics, TreeGradients
 from trainer.checkpoint import Progress
 from trainer.config import Config
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
 from trainer.data.loading import build_loaders, step_requests
+from trainer.determinism import make_deterministic
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluator
@@ -46,6 +48,9 @@ class Parts:
     ) -> None:
         config = self.config = _naming(config, model=model, data=train_data, loss=task)
         train = config.train
+        self.bitwise = config.run.reproducibility == "bitwise"
+        if self.bitwise:
+            make_deterministic()
         self.ranks = Ranks(train.precision, find_unused_parameters=train.find_unused_parameters)
         self.precision = Precision(train.precision, self.ranks.device)
         if train_data is None:
@@ -65,8 +70,7 @@ class Parts:
         self.task = (task or build_task(config.loss, num_classes)).to(self.ranks.device, self.precision.dtype)
         self.forward = Forward(self.task, self.precision, self.ranks.device, config.run.seed)
         self.optimizer = build_optimizer(config.optimizer, self.module)
-        self.gradients = Gradients(self.model, self.module, self.ranks, may_be_unused=train.find_unused_parameters)
-        self.statistics = RunningStatistics(self.module, config.batch_norm, self.ranks)
+        self._build_reduction()
         self.evaluator = self._evaluator()
         self.progress = Progress()
 
@@ -126,7 +130,19 @@ class Parts:
         self.module = model.to(self.ranks.device, self.precision.dtype)
         if self.config.train.compile:
             self.module.compile()
-        self.model = self.ranks.prepare(self.module)
+        self.model = self.ranks.equalize(self.module) if self.bitwise else self.ranks.prepare(self.module)
+
+    def _build_reduction(self) -> None:
+        """What makes one gradient and one set of statistics of those of all ranks."""
+        may_be_unused = self.config.train.find_unused_parameters
+        self.statistics: RunningStatistics
+        self.gradients: Gradients
+        if self.bitwise:
+            self.statistics = by_leaf = LeafStatistics(self.module, self.config.batch_norm, self.ranks)
+            self.gradients = TreeGradients(self.module, self.ranks, by_leaf, may_be_unused=may_be_unused)
+        else:
+            self.statistics = RunningStatistics(self.module, self.config.batch_norm, self.ranks)
+            self.gradients = Gradients(self.model, self.module, self.ranks, may_be_unused=may_be_unused)
 
     def _evaluator(self) -> Evaluator | None:
         if self.data.val is None or self.val_loader is None:
@@ -139,6 +155,7 @@ class Parts:
             self.ranks,
             samples=len(self.data.val),
             batch_size=self.config.batch.eval_size,
+            exact=self.bitwise,
         )
 
 

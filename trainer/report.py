@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer import checkpoint, figures
+from trainer.determinism import SETTINGS
 from trainer.evaluation import Decision
 from trainer.files import tensors_sha256
 from trainer.models import count_parameters
@@ -42,6 +43,8 @@ def header(parts: Parts, schedule: Schedule, directory: Path) -> list[tuple[str,
             f"{parts.ranks.count} × {_device_name(parts.ranks.device)} · {config.train.precision}",
         ),
     ]
+    if parts.bitwise:
+        facts.append(("bitwise", SETTINGS))
     return facts + ([("note", data.note)] if data.note else [])
 
 

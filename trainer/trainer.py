@@ -13,6 +13,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
+from trainer.determinism import explained
 from trainer.errors import ConfigError, LockstepError, Stopped, nearest
 from trainer.metrics import Meter, Row, Stopwatch, Totals
 from trainer.optimizer import load_named_state, named_state, set_learning_rate
@@ -43,7 +44,8 @@ class Trainer(Parts):
         task: Task | None = None,
     ) -> None:
         super().__init__(config, model=model, train_data=train_data, val_data=val_data, task=task)
-        self.meter, self.interval, self.epoch = Meter(self.task, self.ranks), Totals(), Totals()
+        self.meter = Meter(self.task, self.ranks, exact=self.bitwise)
+        self.interval, self.epoch = Totals(), Totals()
         self.grad_norm: Tensor | None = None
         self.schedule = self._schedule()
         self._check_best_metric()
@@ -60,18 +62,24 @@ class Trainer(Parts):
             self.stopwatch = Stopwatch(self.progress)
             self.batches = TrainLoader(self.train_loader, self.plan, self.ranks.rank, self.progress.step)
             self.model.train()
-            for step in self.plan.steps(self.progress.step):
-                self.train_step(step)
-                if self._is_logged(step):
-                    self.log(step)
-                if step.last_in_epoch:
-                    self.end_epoch(step)
-                if step.last_in_epoch or self._is_checkpointed(step):
-                    self.save()
-                self.journal.advance(step.number)
-                if stop.agreed():
-                    self._stop(stop.signal_number)
+            try:
+                self._loop(stop)
+            except RuntimeError as error:
+                raise explained(error) from error
             return self._finish()
+
+    def _loop(self, stop: StopRequest) -> None:
+        for step in self.plan.steps(self.progress.step):
+            self.train_step(step)
+            if self._is_logged(step):
+                self.log(step)
+            if step.last_in_epoch:
+                self.end_epoch(step)
+            if step.last_in_epoch or self._is_checkpointed(step):
+                self.save()
+            self.journal.advance(step.number)
+            if stop.agreed():
+                self._stop(stop.signal_number)
 
     def train_step(self, step: Step) -> None:
         """One optimizer update. Nothing here waits for the device."""

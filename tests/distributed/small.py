@@ -53,7 +53,7 @@ def conv_net(**batch_norm: Any) -> nn.Module:
 
 
 def config(directory: Path, **changes: Any) -> Config:
-    """fp64, nothing drawn or uploaded; changes are dotted keys with `__` for the dot."""
+    """fp64, nothing drawn or uploaded; changes are dotted keys with `__` for the dot, None to leave one out."""
     tree: dict[str, Any] = {
         "run": {"dir": str(directory), "figures": False},
         "batch": {"size": 28},
@@ -66,6 +66,8 @@ def config(directory: Path, **changes: Any) -> Config:
     for name, value in changes.items():
         section, _, key = name.partition("__")
         tree.setdefault(section, {})[key] = value
+        if value is None:
+            del tree[section][key]
     return Config.from_dict(tree)
 
 

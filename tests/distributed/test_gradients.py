@@ -65,7 +65,6 @@ def test_smoothing_clipping_and_adamw_do_not_see_the_ranks(tmp_path: Path) -> No
             optimizer__momentum=None,
             train__max_grad_norm=0.05,
         )
-        settings.optimizer.args.pop("momentum")
         return state(fitted(settings, mlp(), train_data=Points(103, ignored=False), val_data=Points(20, False)))
 
     (reference,) = on_ranks(1, run, tmp_path / "whole", 28)

@@ -1,0 +1,38 @@
+"""The settings under which one kind of device and one software stack give the same bits again."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from trainer.errors import LockstepError
+
+SETTINGS = "deterministic algorithms · no TF32 · no autotuning · 1 CPU thread a process"
+REFUSED = "does not have a deterministic implementation"
+
+
+def make_deterministic() -> None:
+    """Set what bitwise reproducibility needs, for the whole process.
+
+    Threads share out a CPU kernel's sums, and launchers give one process more of them than each of several:
+    so one thread, everywhere. See https://docs.pytorch.org/docs/stable/notes/randomness.html for the rest.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_num_threads(1)
+
+
+def explained(error: RuntimeError) -> Exception:
+    """The error, in the run's own terms if an operation was refused for lack of a deterministic kernel."""
+    if REFUSED not in str(error):
+        return error
+    operation = str(error).split(REFUSED, maxsplit=1)[0].strip()
+    return LockstepError(
+        f"{operation} has no deterministic kernel on this device, so run.reproducibility=bitwise cannot hold; "
+        f"replace the operation in the model or loss, or use run.reproducibility=standard"
+    )
