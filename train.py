@@ -10,7 +10,7 @@ import signal
 import sys
 
 from trainer.config import command_line, help_text, load
-from trainer.errors import report
+from trainer.errors import leave, report
 
 
 def main(arguments: list[str]) -> int:
@@ -22,11 +22,13 @@ def main(arguments: list[str]) -> int:
         config = load(*command_line(arguments))
         from trainer.trainer import Trainer  # torch is loaded once the config is known to be right
 
-        Trainer(config).fit()
+        trainer = Trainer(config)
+        trainer.fit()
+        trainer.ranks.close()
     except Exception as error:
         return report(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from trainer.errors import ConfigError, nearest, report
+from trainer.errors import ConfigError, leave, nearest, report
 from trainer.run_directory import read_config
 from trainer.trainer import Trainer
 
@@ -19,6 +19,7 @@ def evaluate(arguments: list[str]) -> None:
     trainer = Trainer(read_config(run, overrides))
     kept = trainer.load_best(run)
     metrics = trainer.evaluator.evaluate() if trainer.evaluator else {}
+    trainer.ranks.close()
     if trainer.ranks.is_main:
         print(f"{run}: best model, of epoch {kept['epoch']} (step {kept['step']})")
         for name, value in metrics.items():
@@ -49,4 +50,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

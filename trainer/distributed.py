@@ -96,6 +96,11 @@ class Ranks:
             distributed.all_reduce(tensor)
         return tensor
 
+    def close(self) -> None:
+        """Leave the other ranks in good order. Nothing can be done together afterwards."""
+        if self.count > 1:
+            distributed.destroy_process_group()
+
     def agree(self, flag: bool) -> Agreement:
         """Start to ask whether any rank raises `flag`; `result()` tells, the same on every rank."""
         if self.count == 1:

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import NoReturn
 
 REPORTED = "lockstep/failure"  # the key, in the process group's store, of the rank that reports a failure
 
@@ -73,6 +74,15 @@ def report(error: BaseException) -> int:
         traceback.print_exception(error)
         sys.stderr.flush()
     return status
+
+
+def leave(status: int) -> NoReturn:
+    """End the process. A rank that failed must not wait for the others in some destructor on its way out."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(status)
+    sys.exit(status)
 
 
 def _first_to_report(error: BaseException) -> bool:

@@ -29,7 +29,9 @@ class StopRequest:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._question is not None:
+            self._question.result()  # every rank asked: none may leave while another waits for its answer
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -42,7 +44,7 @@ class StopRequest:
         if self._question is None:
             return self.signal_number != 0
         answer = self._question.result()
-        self._question = self._ranks.agree(self.signal_number != 0)
+        self._question = None if answer else self._ranks.agree(self.signal_number != 0)
         if answer and not self.signal_number:
             self.signal_number = signal.SIGTERM
         return answer
