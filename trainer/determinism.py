@@ -27,10 +27,10 @@ def make_deterministic() -> None:
     torch.set_num_threads(1)
 
 
-def explained(error: RuntimeError) -> Exception:
-    """The error, in the run's own terms if an operation was refused for lack of a deterministic kernel."""
+def refused_operation(error: RuntimeError) -> LockstepError | None:
+    """The error in the run's own terms, if an operation was refused for lack of a deterministic kernel."""
     if REFUSED not in str(error):
-        return error
+        return None
     operation = str(error).split(REFUSED, maxsplit=1)[0].strip()
     return LockstepError(
         f"{operation} has no deterministic kernel on this device, so run.reproducibility=bitwise cannot hold; "

@@ -13,7 +13,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
-from trainer.determinism import explained
+from trainer.determinism import refused_operation
 from trainer.errors import ConfigError, LockstepError, Stopped, nearest
 from trainer.metrics import Meter, Row, Stopwatch, Totals
 from trainer.optimizer import load_named_state, named_state, set_learning_rate
@@ -65,7 +65,7 @@ class Trainer(Parts):
             try:
                 self._loop(stop)
             except RuntimeError as error:
-                raise explained(error) from error
+                raise refused_operation(error) or error from None
             return self._finish()
 
     def _loop(self, stop: StopRequest) -> None:
