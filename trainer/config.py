@@ -164,6 +164,12 @@ class Config:
         micro_size = self.batch.micro_size
         if micro_size is not None and micro_size > self.batch.size:
             raise ConfigError("batch.micro_size", f"{micro_size} is more than batch.size={self.batch.size}; lower it")
+        if self.run.reproducibility == "bitwise" and self.batch_norm.mode == "sync":
+            raise ConfigError(
+                "batch_norm.mode",
+                "sync takes its statistics over whatever the processes hold at once, which "
+                "run.reproducibility=bitwise cannot allow; use batch_norm.mode=micro",
+            )
         if self.batch_norm.momentum is not None and self.batch_norm.momentum > 1:
             raise ConfigError("batch_norm.momentum", f"{self.batch_norm.momentum} is more than 1")
 

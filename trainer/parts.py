@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -91,11 +92,12 @@ class Parts:
         first = (max(0, self.progress.step - 1) // self.plan.steps_per_epoch) * self.plan.steps_per_epoch
         steps = [self.plan.step(first + i) for i in range(count)]
         asked = [(step, request) for step in steps for request in step_requests(self.plan, step, self.ranks.rank)]
-        batches = self.train_loader.run([request for _, request in asked])
+        before = list(itertools.accumulate((len(step.micro_batches) for step in steps), initial=0))
         forwards = (
-            partial(self.forward, self.module, batch, step) for (step, _), batch in zip(asked, batches, strict=True)
+            (before[step.number - 1 - first] + batch.place, partial(self.forward, self.module, batch, step))
+            for (step, _), batch in zip(asked, self.train_loader.run([request for _, request in asked]), strict=True)
         )
-        recalibrate(self.module, forwards, self.ranks)
+        recalibrate(self.module, forwards, before[-1], self.ranks)
         return True
 
     def load_best(self, run: Path | None = None) -> Row:
@@ -120,7 +122,7 @@ class Parts:
     def _num_classes(self) -> int | None:
         """Outputs of the model: the config's, else one for each class of the data."""
         given, classes = self.config.model.num_classes, len(self.data.classes or [])
-        if given is not None and given < classes:
+        if given is not None and given < classes and self.config.loss.name == "cross_entropy":
             raise ConfigError("model.num_classes", f"{given} is less than the {classes} classes of {self.data.name}")
         return given or classes or None
 

@@ -8,7 +8,6 @@ mode, so that each layer sees inputs normalised as they are in training.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,38 +16,40 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from trainer.batch_norm import norm_layers
 from trainer.distributed import Ranks
 
-Item = Any
-
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, forwards: Iterable[Callable[[], object]], ranks: Ranks) -> None:
-    """Set the statistics of the model's BatchNorm layers from the forwards of all ranks, this rank's being given.
+def recalibrate(
+    model: nn.Module, forwards: Iterable[tuple[int, Callable[[], object]]], count: int, ranks: Ranks
+) -> None:
+    """Set the statistics of the model's BatchNorm layers from `count` forwards, of which this rank's are given.
 
-    Layers in eval mode (frozen ones) and counters of batches are left alone.
+    Each comes with its place among all. Their sums are kept apart and meet only zeros on the way between ranks,
+    so the result is the same, bit for bit, on any number of them. Layers in eval mode (frozen ones) and counters
+    of batches are left alone.
     """
     layers = [layer for layer in norm_layers(model) if isinstance(layer, _BatchNorm) and layer.training]
     if not layers:
         return
     counters = [layer.num_batches_tracked.clone() for layer in layers if layer.num_batches_tracked is not None]
-    sums = {
-        layer: torch.zeros(1 + 2 * layer.num_features, dtype=torch.float64, device=ranks.device) for layer in layers
-    }
-    hooks = [layer.register_forward_pre_hook(_adder(sums[layer])) for layer in layers]
+    sums = [
+        torch.zeros(count, 1 + 2 * layer.num_features, dtype=torch.float64, device=ranks.device) for layer in layers
+    ]
+    place = [0]
+    hooks = [layer.register_forward_pre_hook(_adder(rows, place)) for layer, rows in zip(layers, sums, strict=True)]
     try:
-        for forward in forwards:
+        for place[0], forward in forwards:
             forward()
     finally:
         for hook in hooks:
             hook.remove()
-    totals = torch.split(ranks.sum_(torch.cat(list(sums.values()))), [len(total) for total in sums.values()])
-    for layer, total, counter in zip(layers, totals, counters, strict=True):
-        _set_statistics(layer, total)
+    for layer, rows, counter in zip(layers, sums, counters, strict=True):
+        _set_statistics(layer, ranks.sum_(rows).sum(0))
         assert layer.num_batches_tracked is not None
         layer.num_batches_tracked.copy_(counter)
 
 
-def _adder(sums: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that adds a layer's input to `sums`: count, Σ x, Σ x² of each channel."""
+def _adder(rows: Tensor, place: list[int]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that adds a layer's input to the row of the present place: count, Σ x, Σ x² of each channel."""
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach()
@@ -56,7 +57,7 @@ def _adder(sums: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         dims = [d for d in range(x.dim()) if d != 1]
         variance, mean = (t.double() for t in torch.var_mean(x, dims, correction=0))
         count = x.numel() // x.shape[1]
-        sums.add_(torch.cat([mean.new_full((1,), count), count * mean, count * (variance + mean**2)]))
+        rows[place[0]] += torch.cat([mean.new_full((1,), count), count * mean, count * (variance + mean**2)])
 
     return add
 

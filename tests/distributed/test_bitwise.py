@@ -69,6 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer__name": "torch.optim.AdamW", "optimizer__momentum": None, "batch_norm__momentum_per": "step"},
     "weighted": {"loss__class_weights": [1.0, 0.3, 2.0, 0.5, 1.5], "loss__label_smoothing": 0.1},
     "sometimes": {"sometimes": True},
+    "recalibrated": {"batch_norm__recalibrate": 2},
 }
 
 
