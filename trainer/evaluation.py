@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,8 @@ class Evaluator:
         self._ranks = ranks
         self._exact = exact
         self._requests = list(whole_requests(samples, batch_size, ranks.rank, ranks.count))
-        self._batches = loader.run(itertools.cycle(self._requests))
+        self._loader = loader
+        self._batches: Generator[MicroBatch, None, None] | None = None
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -73,7 +74,15 @@ class Evaluator:
             mine += [Decision(*row) for row in zip(*columns, strict=True)]
         return sorted(self._ranks.gather(mine), key=lambda decision: decision.sample_id)
 
+    def close(self) -> None:
+        """End the loader processes; another evaluation starts them again."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
     def _in_eval_mode(self) -> Iterator[tuple[Request, MicroBatch]]:
+        if self._batches is None:
+            self._batches = self._loader.run(itertools.cycle(self._requests))
         self._statistics.gather()
         self._model.eval()
         yield from zip(self._requests, itertools.islice(self._batches, len(self._requests)), strict=True)

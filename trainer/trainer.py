@@ -64,9 +64,17 @@ class Trainer(Parts):
             self.model.train()
             try:
                 self._loop(stop)
+                return self._finish()
             except RuntimeError as error:
                 raise refused_operation(error) or error from None
-            return self._finish()
+            finally:
+                self._end_loading()
+
+    def _end_loading(self) -> None:
+        """Loader processes end with the run: left to the interpreter's exit, they would be seen as killed."""
+        self.batches.close()
+        if self.evaluator is not None:
+            self.evaluator.close()
 
     def _loop(self, stop: StopRequest) -> None:
         for step in self.plan.steps(self.progress.step):

@@ -119,6 +119,7 @@ def test_a_signal_ends_a_run_at_a_step_with_a_checkpoint(tmp_path: Path, launche
         "train.max_steps=null",
         "train.epochs=1000",
         "train.log_every=5",
+        "data.workers=1",
     ]
     process = subprocess.Popen(
         command(launcher, *arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -134,6 +135,8 @@ def test_a_signal_ends_a_run_at_a_step_with_a_checkpoint(tmp_path: Path, launche
     if launcher == "python":
         assert process.returncode == 128 + number
     assert stderr.count("a checkpoint is kept") == 1
+    assert "trainer/trainer.py" not in stderr
+    assert launcher != "python" or "Traceback" not in stderr
     last = tmp_path / "digits" / "checkpoints" / (tmp_path / "digits" / "checkpoints" / "last").read_text().strip()
     step = json.loads((last / "manifest.json").read_text())["step"]
     assert f"after step {step}" in stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,7 +140,8 @@ class Loader:
         place, inputs, targets = send_to_device(next(self._here([Request(0, 0, np.asarray(ids))])), self._device)
         return MicroBatch(place, self.normalize(inputs), targets)
 
-    def run(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
+    def run(self, requests: Iterable[Request]) -> Generator[MicroBatch, None, None]:
+        """The micro-batches that are asked for, in order. Closing the generator ends its loader processes."""
         batches = self._in_workers(requests) if self._section.workers else self._here(requests)
         normalize = self.normalize.forward
         for place, inputs, targets in self._copied_ahead(batches) if self._device.type != "cpu" else batches:
@@ -209,6 +210,10 @@ class TrainLoader:
         self._plan = plan
         self._rank = rank
         self._batches = loader.run(self._requests(first_step))
+
+    def close(self) -> None:
+        """End the loader processes."""
+        self._batches.close()
 
     def step(self, step: Step) -> Iterator[MicroBatch]:
         """This rank's micro-batches of `step`; steps must be asked for in their order."""
