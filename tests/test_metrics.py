@@ -6,11 +6,20 @@ import json
 import math
 from fractions import Fraction
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.metrics import Totals
+from tests.distributed.ranks import on_ranks
+from trainer import metrics
+from trainer.checkpoint import Progress
+from trainer.config import LossConfig
+from trainer.distributed import Ranks
+from trainer.metrics import Meter, Stopwatch, Totals
+from trainer.task import build_task
 
+IGNORED = -1
 VALUES = st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=40)
 
 
@@ -42,3 +51,42 @@ def test_means_of_nothing_and_of_what_is_not_finite() -> None:
     assert math.isnan(means["a"])
     assert math.isnan(means["b"])  # a NaN is not hidden by what follows it
     assert not math.isfinite(means["c"])
+
+
+def measured(held: int, exact: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Four ragged micro-batches with ignored targets: the meter's means and those by hand."""
+    metrics.HELD = held
+    task = build_task(LossConfig(args={"ignore_index": IGNORED}), 3)
+    meter = Meter(task, Ranks("fp32", find_unused_parameters=False), exact=exact)
+    draw = torch.Generator().manual_seed(0)
+    outputs = [torch.randn(n, 3, generator=draw, dtype=torch.float64) for n in (5, 4, 7, 1)]
+    targets = [torch.randint(-1, 3, (len(o),), generator=draw) for o in outputs]
+    for output, target in zip(outputs, targets, strict=True):
+        meter.add(*task.loss_sum(output, target), output, target)
+    means = meter.read().means()
+    assert all(math.isnan(mean) for mean in meter.read().means().values())  # nothing since
+    output, target = torch.cat(outputs), torch.cat(targets)
+    counted = target != IGNORED
+    hits = (output.argmax(1) == target)[counted].double().mean()
+    loss = torch.nn.functional.cross_entropy(output, target, ignore_index=IGNORED)
+    return means, {"loss": float(loss), "accuracy": float(hits)}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("held", [1, 13, 1 << 22])
+def test_means_are_over_counted_targets_however_much_is_held_back(held: int, exact: bool) -> None:
+    ((ours, theirs),) = on_ranks(1, measured, held, exact)
+    assert ours == pytest.approx(theirs, rel=1e-13)
+
+
+def test_the_stopwatch_goes_on_from_earlier_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    progress = Progress(samples_seen=50, seconds=30.0)
+    watch = Stopwatch(progress)
+    now += 5
+    assert watch.rate(150) == 20  # samples since the resume, not since the start
+    now += 10
+    assert watch.rate(250) == 10  # since the last row
+    watch.stop(progress)
+    assert progress.seconds == 45

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import CLASSES, Images, config, conv_net, fitted, largest_difference, state
-from trainer import ConfigError, Trainer
+from trainer import ConfigError, Trainer, checkpoint
 from trainer.batch_norm import norm_layers
 from trainer.plan import Plan
 
@@ -151,3 +151,30 @@ def test_cumulative_momentum_and_sync_on_the_cpu_are_refused(tmp_path: Path) -> 
     for message in on_ranks(2, refused, tmp_path, 0.1, "sync"):
         assert "GPU" in message
         assert "batch_norm.mode=micro" in message
+
+
+def test_the_configs_momentum_counts(tmp_path: Path) -> None:
+    reference = plain_pytorch(conv_net(momentum=0.3), 7)
+    for buffers in on_ranks(2, ours, tmp_path, conv_net, 7, batch_norm__momentum=0.3):
+        assert largest_difference(buffers, reference) < 1e-12
+
+
+def test_recalibration_at_the_end_leaves_no_trace_in_the_run(tmp_path: Path) -> None:
+    """The run's own statistics are in its last checkpoint, the population's in the model it ends with."""
+
+    def run(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        settings = config(
+            directory,
+            batch__micro_size=7,
+            batch_norm__recalibrate=100,
+            batch_norm__recalibrate_at="end",
+            optimizer__lr=0.0,
+        )
+        trainer = fitted(settings, conv_net(), train_data=Images(SAMPLES), val_data=Images(20))
+        return state(trainer), checkpoint.load(directory / "run" / "checkpoints" / "step_00000008").model
+
+    with torch.no_grad():
+        inputs = conv_net()[0].double()(Images(SAMPLES).points).transpose(0, 1).flatten(1)
+    for after, saved in on_ranks(2, run, tmp_path):
+        assert torch.allclose(after["1.running_var"], inputs.var(1), rtol=1e-12)
+        assert not torch.allclose(saved["1.running_var"], inputs.var(1), rtol=1e-3)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import IGNORED, Points, config, fitted, largest_difference, mlp, state
 from trainer import ConfigError, Task, Trainer
+from trainer.data.loading import TrainLoader
 from trainer.plan import Plan
+from trainer.tracking.jsonl import read_rows
 
 CLASS_WEIGHTS = [1.0, 0.2, 3.0, 0.7]
 
@@ -129,8 +131,6 @@ def test_the_logged_loss_is_the_loss_of_the_step(tmp_path: Path) -> None:
     """Every row's train/loss and train/error, against the formula over the step's samples at its weights."""
 
     def run(directory: Path, micro_size: int) -> list[dict[str, float]]:
-        from trainer.tracking.jsonl import read_rows
-
         data = Points(103, ignored=False)
         settings = config(directory, batch__micro_size=micro_size, train__epochs=1, optimizer__lr=0.0)
         fitted(settings, mlp(), train_data=data, val_data=data, task=SumOfSquares())
@@ -163,3 +163,32 @@ def test_one_fp32_step_from_equal_state(tmp_path: Path) -> None:
         for gradient in on_ranks(ranks, run, tmp_path / str(ranks), 4):
             error = torch.cat([(gradient[n] - reference[n]).flatten() for n in reference]).norm()
             assert error / torch.cat([g.flatten() for g in reference.values()]).norm() < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_logged_norm_is_that_of_the_whole_steps_gradient(tmp_path: Path, ranks: int) -> None:
+    def run(directory: Path) -> float:
+        settings = config(directory, batch__micro_size=7, train__max_steps=1)
+        data = Points(103, ignored=False)
+        fitted(settings, mlp(), train_data=data, val_data=data)
+        return read_rows(directory / "run" / "metrics.jsonl")[0]["grad_norm"]
+
+    data, model = Points(103, ignored=False), mlp().double()
+    ids = Plan(samples=103, batch_size=28, micro_size=28, ranks=1, epochs=1, seed=0).permutation(0)[:28]
+    nn.functional.cross_entropy(model(data.points[ids]), data.labels[ids]).backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    assert on_ranks(ranks, run, tmp_path)[0] == pytest.approx(float(norm), rel=1e-12)
+
+
+def test_a_step_without_targets_changes_nothing(tmp_path: Path) -> None:
+    def run(directory: Path) -> dict[str, Tensor]:
+        data = Points(28)
+        data.labels[:] = IGNORED
+        settings = config(directory, batch__micro_size=7, loss__ignore_index=IGNORED, train__log_every=99)
+        trainer = Trainer(settings, model=mlp(), train_data=data, val_data=Points(20))
+        trainer.batches = TrainLoader(trainer.train_loader, trainer.plan, trainer.ranks.rank, 0)
+        trainer.train_step(trainer.plan.step(0))
+        return state(trainer)
+
+    for weights in on_ranks(2, run, tmp_path):
+        assert largest_difference(weights, mlp().double().state_dict()) == 0

@@ -1,0 +1,31 @@
+"""What a model draws is a function of the seed, the step and the micro-batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import LossConfig
+from trainer.data.loading import MicroBatch
+from trainer.forward import Forward
+from trainer.plan import Plan
+from trainer.precision import Precision
+from trainer.task import build_task
+
+CPU = torch.device("cpu")
+
+
+def mask(seed: int, step_number: int, place: int) -> Tensor:
+    """What dropout leaves of a micro-batch of ones."""
+    step = Plan(samples=40, batch_size=20, micro_size=5, ranks=1, epochs=9, seed=0).step(step_number - 1)
+    forward = Forward(build_task(LossConfig(), 8), Precision("fp32", CPU), CPU, seed)
+    batch = MicroBatch(place, torch.ones(5, 8), torch.zeros(5, dtype=torch.long))
+    output: Tensor = forward(nn.Dropout(0.5), batch, step)[0]
+    return output
+
+
+def test_dropout_is_new_in_each_step_micro_batch_and_seed_and_else_the_same() -> None:
+    reference = mask(0, 3, 1)
+    assert torch.equal(mask(0, 3, 1), reference)
+    for other in (mask(1, 3, 1), mask(0, 4, 1), mask(0, 3, 2)):
+        assert not torch.equal(other, reference)

@@ -1,0 +1,125 @@
+"""Normalisation, each part's own transforms, keyed draws, and samples that cannot be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.config import DataConfig
+from trainer.data.datasets import Datasets, ImageArrays
+from trainer.data.loading import KeyedDataset, Loader, Normalize, Request, build_loaders
+from trainer.errors import DataError
+
+CPU = torch.device("cpu")
+MEAN, STD = [0.5, 0.25], [0.2, 0.4]
+
+
+def pixels(dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.arange(2 * 2 * 3 * 3).view(2, 2, 3, 3).mul(7).to(dtype)
+
+
+def test_bytes_are_scaled_to_one_then_normalised_by_channel() -> None:
+    ours = Normalize(MEAN, STD, torch.float64)(pixels())
+    mean, std = (np.array(values).reshape(1, 2, 1, 1) for values in (MEAN, STD))
+    assert ours.dtype == torch.float64
+    assert np.allclose(ours.numpy(), (pixels().numpy() / 255 - mean) / std, rtol=1e-14)
+
+
+def test_mean_and_std_alone_and_neither() -> None:
+    scaled = pixels().double() / 255
+    shift, spread = torch.tensor(MEAN).double().view(2, 1, 1), torch.tensor(STD).double().view(2, 1, 1)
+    for mean, std, expected in (
+        (None, None, scaled),
+        (MEAN, None, scaled - shift),
+        (None, STD, scaled / spread),
+    ):
+        assert torch.allclose(Normalize(mean, std, torch.float64)(pixels()), expected, rtol=1e-6)
+
+
+def test_floats_take_the_runs_dtype_unscaled_and_ids_stay_whole() -> None:
+    for mean in (None, MEAN):
+        assert Normalize(mean, STD if mean else None, torch.float64)(pixels(torch.float32)).dtype == torch.float64
+    assert torch.equal(Normalize(None, None, torch.float64)(pixels(torch.float32)), pixels(torch.float64))
+    assert Normalize(None, None, torch.float32)(pixels(torch.int64)).dtype == torch.int64
+
+
+def test_undo_gives_the_image_back() -> None:
+    normalize = Normalize(MEAN, STD, torch.float64)
+    assert torch.allclose(normalize.undo(normalize(pixels())), pixels().float() / 255, atol=1e-6)
+
+
+def test_each_part_has_its_own_transforms() -> None:
+    part = ImageArrays(pixels(), torch.tensor([0, 1]))
+    section = DataConfig(
+        train_transforms=[{"name": "RandomHorizontalFlip", "p": 1.0}],
+        val_transforms=[{"name": "RandomVerticalFlip", "p": 1.0}],
+    )
+    train, val = build_loaders(section, Datasets(part, part, None, "x"), seed=0, device=CPU, dtype=torch.float64)
+    assert val is not None
+    scaled = pixels().double() / 255
+    assert torch.allclose(train.peek([0, 1]).inputs, scaled.flip(-1))
+    assert torch.allclose(val.peek([0, 1]).inputs, scaled.flip(-2))
+
+
+class Draws:
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return torch.rand(3), i
+
+
+def drawn(seed: int) -> Tensor:
+    batch = KeyedDataset(Draws(), None, seed=seed, purpose="train")[Request(0, 0, np.arange(4))]
+    assert not isinstance(batch, DataError)
+    inputs: Tensor = batch.inputs
+    return inputs
+
+
+def test_augmentation_follows_the_seed_and_the_rank_keeps_its_generator() -> None:
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    keyed = KeyedDataset(Draws(), None, seed=1, purpose="train")
+    Loader(keyed, DataConfig(), CPU, Normalize(None, None, torch.float32)).peek([0, 1])
+    assert torch.equal(torch.rand(2), expected)
+
+
+class OneBad(Draws):
+    paths = ("a.png", "b.png", "c.png", "d.png")
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        if i == 2:
+            raise ZeroDivisionError("no such pixel")
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_is_an_error_that_names_it_and_never_its_neighbour(workers: int) -> None:
+    keyed = KeyedDataset(OneBad(), None, seed=0, purpose="train")
+    loader = Loader(keyed, DataConfig(workers=workers), CPU, Normalize(None, None, torch.float32))
+    batches = loader.run([Request(place, 0, np.array([place])) for place in range(4)])
+    assert [next(batches).place, next(batches).place] == [0, 1]
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    message = str(caught.value)
+    assert message.startswith("train sample 2 (c.png): ZeroDivisionError: no such pixel")
+    assert Path(__file__).name in message
+
+
+def test_samples_of_unlike_shapes_are_told_so() -> None:
+    class Unlike(Draws):
+        def __getitem__(self, i: int) -> tuple[Any, int]:
+            return torch.zeros(1, 2 + i, 2), i
+
+    answer = KeyedDataset(Unlike(), None, seed=0, purpose="val")[Request(0, 0, np.arange(2))]
+    assert isinstance(answer, DataError)
+    assert "(1, 2, 2), (1, 3, 2)" in str(answer)
+    assert "data.val_transforms" in str(answer)
