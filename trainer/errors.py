@@ -77,10 +77,15 @@ def report(error: BaseException) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process. A rank that failed must not wait for the others in some destructor on its way out."""
+    """End the process; one of several without the interpreter's own way out.
+
+    A rank that failed must not wait for the others in some destructor. And one that is done may not be ended by gloo:
+    its thread drops the last collective's tensors, for which it needs the interpreter, and where that is going down
+    already, the whole process aborts ("terminate called without an active exception").
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(status)
     sys.exit(status)
 
