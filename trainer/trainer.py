@@ -14,6 +14,7 @@ from trainer.config import Config
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
 from trainer.determinism import refused_operation
+from trainer.digest import digest, hexadecimal
 from trainer.errors import ConfigError, LockstepError, Stopped, nearest
 from trainer.metrics import Meter, Row, Stopwatch, Totals
 from trainer.optimizer import load_named_state, named_state, set_learning_rate
@@ -130,12 +131,16 @@ class Trainer(Parts):
         row["samples_per_second"] = self.stopwatch.rate(self.progress.samples_seen)
         self.epoch.add(self.interval)
         self.interval = Totals()
-        self.journal.log(row)
+        self.journal.log(row, self._digest())
         if not math.isfinite(row["train/loss"]):
             raise LockstepError(
                 f"the loss is {row['train/loss']} in the {self.config.train.log_every} steps up to step {step.number}; "
                 f"lower optimizer.lr, set train.max_grad_norm, or raise train.precision"
             )
+
+    def _digest(self) -> str:
+        """Of the weights, which every rank has alike: one of them says it."""
+        return hexadecimal(digest(dict(self.module.named_parameters()))) if self.ranks.is_main else ""
 
     def _collect(self) -> None:
         """Bring what the meter has summed to the host."""

@@ -87,9 +87,9 @@ class Journal:
     def advance(self, step_number: int) -> None:
         self.console.advance(step_number)
 
-    def log(self, row: Mapping[str, float]) -> None:
-        """A row of an interval of steps."""
-        self._ranks.on_main(lambda: self._write(row))
+    def log(self, row: Mapping[str, float], digest: str) -> None:
+        """A row of an interval of steps, and the digest of the weights after it."""
+        self._ranks.on_main(lambda: self._write(row, digest=digest))
         self.console.log(row)
 
     def epoch(self, row: Mapping[str, float], is_best: bool) -> None:
@@ -99,9 +99,10 @@ class Journal:
         shown = {name.replace("train/epoch_", "train/"): value for name, value in row.items()}
         self.console.epoch(int(row["epoch"]), self._config.train.epochs, shown, seconds, is_best)
 
-    def _write(self, row: Mapping[str, float]) -> None:
+    def _write(self, row: Mapping[str, float], **named: str) -> None:
+        """A row everywhere; what is text, in `metrics.jsonl` only."""
         if self._metrics is not None:
-            self._metrics.log(row)
+            self._metrics.log({**row, **named})
         if self._wandb is not None:
             self._wandb.log(row)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import LockstepError
 from trainer.files import write_text
@@ -22,7 +23,7 @@ class MetricsFile:
         self.rows = len(kept)
         self._file = path.open("a")
 
-    def log(self, row: Mapping[str, float]) -> None:
+    def log(self, row: Mapping[str, Any]) -> None:
         """Append a row, keys in their order. Floats read back exactly; NaN and infinities stay what they are."""
         self._file.write(json.dumps(dict(row)) + "\n")
         self._file.flush()
@@ -32,7 +33,7 @@ class MetricsFile:
         self._file.close()
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, which may be growing: a last line without its end is left out."""
     rows = []
     for number, line in enumerate(_complete_lines(path), start=1):
