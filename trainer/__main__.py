@@ -1,6 +1,7 @@
 """Commands on configs and runs.
 
 python -m trainer evaluate RUN [key=value …]     the best model's validation numbers, computed afresh
+python -m trainer compare RUN_A RUN_B            whether two runs are the same, and the first step at which they part
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 
 from trainer.errors import ConfigError, leave, nearest, report
 
-COMMANDS = ("evaluate",)
+COMMANDS = ("evaluate", "compare")
 
 
 def main(arguments: list[str]) -> int:
@@ -21,10 +22,9 @@ def main(arguments: list[str]) -> int:
         name, *rest = arguments
         if name not in COMMANDS:
             raise ConfigError(name, f"no such command{nearest(name, COMMANDS)}; --help lists them")
-        importlib.import_module(f"trainer.commands.{name}").main(rest)
+        return int(importlib.import_module(f"trainer.commands.{name}").main(rest) or 0)
     except Exception as error:
         return report(error)
-    return 0
 
 
 if __name__ == "__main__":

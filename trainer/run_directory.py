@@ -97,22 +97,27 @@ def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     return load(run / "config.yaml", overrides)
 
 
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys, in nested mappings, whose values differ, with both; "not set" where one lacks it."""
+    old, new = dict(_flat(before, "")), dict(_flat(json.loads(json.dumps(now)), ""))
+    pairs = {name: (old.get(name, "not set"), new.get(name, "not set")) for name in sorted({*old, *new})}
+    return {name: (was, now) for name, (was, now) in pairs.items() if was != now}
+
+
 def check_same_run(before: Mapping[str, Any], now: Config, section: RunConfig) -> None:
     """Refuse to resume under a config that would make another run of it, naming every key that differs."""
-    old, new = dict(_flat(before, "")), dict(_flat(json.loads(json.dumps(now.to_dict())), ""))
-    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name) and not _is_free(name)]
+    changed = {name: pair for name, pair in changed_keys(before, now.to_dict()).items() if not is_free(name)}
     if changed and section.resume_changes == "refuse":
-        listed = "; ".join(
-            f"{name} was {old.get(name, 'not set')} and is {new.get(name, 'not set')}" for name in changed
-        )
+        listed = "; ".join(f"{name} was {was} and is {now_is}" for name, (was, now_is) in changed.items())
         raise ConfigError(
-            changed[0],
+            next(iter(changed)),
             f"the run to resume was made with another config: {listed}. Set the old values, start a new run with "
             f"run.resume=never, or accept the change with run.resume_changes=allow",
         )
 
 
-def _is_free(name: str) -> bool:
+def is_free(name: str) -> bool:
+    """Whether a key may change without making another run of it."""
     return name in FREE_KEYS or name.partition(".")[0] in FREE_KEYS
 
 

@@ -15,6 +15,7 @@ from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
 from trainer.determinism import refused_operation
 from trainer.digest import digest, hexadecimal
+from trainer.environment import environment
 from trainer.errors import ConfigError, LockstepError, Stopped, nearest
 from trainer.metrics import Meter, Row, Stopwatch, Totals
 from trainer.optimizer import load_named_state, named_state, set_learning_rate
@@ -59,7 +60,8 @@ class Trainer(Parts):
             raise LockstepError("this Trainer has trained already; make a new one, with run.resume=auto to go on")
         with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
             self._resume(self.journal.resume_from)
-            self.journal.begin(report.header(self, self.schedule, self.journal.directory), self.plan, self.progress)
+            header = report.header(self, self.schedule, self.journal.directory)
+            self.journal.begin(header, self.plan, self.progress, lambda: environment(self.ranks, self.data))
             self.stopwatch = Stopwatch(self.progress)
             self.batches = TrainLoader(self.train_loader, self.plan, self.ranks.rank, self.progress.step)
             self.model.train()

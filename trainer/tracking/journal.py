@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,15 @@ class Journal:
         if self._run is not None:
             self._run.close()
 
-    def begin(self, header: Facts, plan: Plan, progress: Progress) -> None:
-        """Show the header, open the files and start the bar."""
-        self._ranks.on_main(lambda: self._begin(header, plan, progress))
+    def begin(self, header: Facts, plan: Plan, progress: Progress, environment: Callable[[], dict[str, Any]]) -> None:
+        """Show the header, open the files and start the bar. The main process alone asks for the `environment`."""
+        self._ranks.on_main(lambda: self._begin(header, plan, progress, environment()))
         self._epoch_began = time.monotonic()
 
-    def _begin(self, header: Facts, plan: Plan, progress: Progress) -> None:
+    def _begin(self, header: Facts, plan: Plan, progress: Progress, environment: dict[str, Any]) -> None:
         assert self._run is not None
         write_config(self.directory, self._config)
+        write_json(self.directory / "environment.json", environment)
         self._metrics = MetricsFile(self.directory / "metrics.jsonl", keep_rows=progress.rows)
         self._wandb = start_wandb(
             self._config.wandb,
