@@ -2,6 +2,7 @@
 
 python -m trainer evaluate RUN [key=value …]     the best model's validation numbers, computed afresh
 python -m trainer compare RUN_A RUN_B            whether two runs are the same, and the first step at which they part
+python -m trainer replay RUN --step K [key=value …]   step K again, on one process, and taken apart
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 
 from trainer.errors import ConfigError, leave, nearest, report
 
-COMMANDS = ("evaluate", "compare")
+COMMANDS = ("evaluate", "compare", "replay")
 
 
 def main(arguments: list[str]) -> int:

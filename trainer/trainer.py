@@ -62,9 +62,7 @@ class Trainer(Parts):
             self._resume(self.journal.resume_from)
             header = report.header(self, self.schedule, self.journal.directory)
             self.journal.begin(header, self.plan, self.progress, lambda: environment(self.ranks, self.data))
-            self.stopwatch = Stopwatch(self.progress)
-            self.batches = TrainLoader(self.train_loader, self.plan, self.ranks.rank, self.progress.step)
-            self.model.train()
+            self.start()
             try:
                 self._loop(stop)
                 return self._finish()
@@ -72,6 +70,12 @@ class Trainer(Parts):
                 raise refused_operation(error) or error from None
             finally:
                 self._end_loading()
+
+    def start(self) -> None:
+        """Begin to train, at the step after those that are done: what comes before `train_step`."""
+        self.stopwatch = Stopwatch(self.progress)
+        self.batches = TrainLoader(self.train_loader, self.plan, self.ranks.rank, self.progress.step)
+        self.model.train()
 
     def _end_loading(self) -> None:
         """Loader processes end with the run: left to the interpreter's exit, they would be seen as killed."""
@@ -122,8 +126,8 @@ class Trainer(Parts):
     def _is_logged(self, step: Step) -> bool:
         return step.number % self.config.train.log_every == 0 or step.last_in_epoch
 
-    def log(self, step: Step) -> None:
-        """A row of the steps since the last one: training's only host sync."""
+    def measure(self, step: Step) -> Row:
+        """A row of the steps since the last one: training's only host sync. A collective."""
         self._collect()
         row: Row = {"step": step.number, "epoch": step.epoch + 1}
         row |= {f"train/{name}": value for name, value in self.interval.means().items()}
@@ -133,16 +137,22 @@ class Trainer(Parts):
         row["samples_per_second"] = self.stopwatch.rate(self.progress.samples_seen)
         self.epoch.add(self.interval)
         self.interval = Totals()
-        self.journal.log(row, self._digest())
+        return row
+
+    def log(self, step: Step) -> None:
+        """Log a row, and end the run where its loss is no finite number."""
+        row = self.measure(step)
+        self.journal.log(row, self.digest() if self.ranks.is_main else "")
         if not math.isfinite(row["train/loss"]):
             raise LockstepError(
-                f"the loss is {row['train/loss']} in the {self.config.train.log_every} steps up to step {step.number}; "
-                f"lower optimizer.lr, set train.max_grad_norm, or raise train.precision"
+                f"the loss is {row['train/loss']} in the steps up to {step.number}; lower optimizer.lr, set "
+                f"train.max_grad_norm, or raise train.precision. To see the first such step taken apart, on one "
+                f"process:\n\n    python -m trainer replay {self.journal.directory} --step {step.number}\n"
             )
 
-    def _digest(self) -> str:
-        """Of the weights, which every rank has alike: one of them says it."""
-        return hexadecimal(digest(dict(self.module.named_parameters()))) if self.ranks.is_main else ""
+    def digest(self) -> str:
+        """Of the weights, which every rank has alike."""
+        return hexadecimal(digest(dict(self.module.named_parameters())))
 
     def _collect(self) -> None:
         """Bring what the meter has summed to the host."""
@@ -210,11 +220,15 @@ class Trainer(Parts):
             return
         held = checkpoint.load(path)
         check_same_run(held.config, self.config, self.config.run)
+        self.restore(held)
+        self.ranks.on_main(lambda: checkpoint.restore_best(self.journal.directory, held.progress.best_step))
+
+    def restore(self, held: Checkpoint) -> None:
+        """Become the run at the step boundary of a checkpoint."""
         self.module.load_state_dict(held.model)
         load_named_state(self.optimizer, self.module, held.optimizer, held.optimizer_numbers)
         self.precision.load_state(held.progress.scaler)
         self.progress = held.progress
-        self.ranks.on_main(lambda: checkpoint.restore_best(self.journal.directory, held.progress.best_step))
         self.interval, self.epoch = Totals(held.progress.interval), Totals(held.progress.epoch)
         self.schedule = self._schedule()
 

@@ -23,10 +23,10 @@ def split(arguments: list[str], *, options: tuple[str, ...] = (), flags: tuple[s
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
-        if not argument.startswith("--"):
-            (found.overrides if "=" in argument else found.paths).append(argument)
-            continue
         name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or (equals and "." in name):  # --optimizer.lr=1 is an override too
+            (found.overrides if equals else found.paths).append(argument.removeprefix("--"))
+            continue
         if name in flags and not equals:
             found.options[name] = "true"
         elif name in options and (equals or waiting):

@@ -1,0 +1,117 @@
+"""`replay`: a step of a run on several processes, done over on one, is that very step; and it tells the truth of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from tests.distributed.ranks import on_ranks
+from tests.distributed.small import Images, config, conv_net
+from trainer import ConfigError, Trainer
+from trainer.replay import replay
+
+ROOT = Path(__file__).parents[1]
+
+
+def make(directory: Path, **changes: Any) -> Trainer:
+    settings = config(
+        directory,
+        run__reproducibility="bitwise",
+        batch__micro_size=5,
+        train__max_grad_norm=0.5,
+        train__log_every=2,
+        train__checkpoint_every=3,
+        train__keep_checkpoints=9,
+        **changes,
+    )
+    return Trainer(settings, model=conv_net(), train_data=Images(), val_data=Images(28))
+
+
+def fit(directory: Path, **changes: Any) -> None:
+    make(directory, **changes).fit()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs")
+    on_ranks(3, fit, directory)
+    return directory / "run"
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 6, 8])
+def test_a_step_on_three_ranks_is_the_step_on_one(run: Path, tmp_path: Path, number: int) -> None:
+    """103 samples by 28: epochs of 4 steps, the last of 19; checkpoints after 3, 4, 6, 8."""
+    found = replay(lambda: make(tmp_path), run, number)
+    assert found.step == found.asked == number
+    assert found.began_after == max(step for step in (0, 3, 4, 6, 8) if step < number)
+    assert all(was == now for was, now in found.digests.values())
+    assert all(was == now for was, now in found.logged.values())
+    if number % 2 == 0:
+        assert number in found.digests
+        assert set(found.logged) == {"train/loss", "lr", "grad_norm"}
+        assert found.grad_norm == found.logged["grad_norm"][0]
+    assert len(found.samples) == len({sample["id"] for sample in found.samples}) == (19 if number % 4 == 0 else 28)
+
+
+def test_what_it_says_is_what_happened(run: Path, tmp_path: Path) -> None:
+    """Step 4, from the weights of checkpoint 3: losses, statistics, gradient and change computed by hand."""
+    found = replay(lambda: make(tmp_path), run, 4)
+    before, after = (load_file(run / "checkpoints" / f"step_0000000{step}" / "model.safetensors") for step in (3, 4))
+    net, data = conv_net().double(), Images()
+    net.load_state_dict(before)
+    means, total = [], torch.zeros((), dtype=torch.float64)
+    for place in sorted({sample["micro_batch"] for sample in found.samples}):
+        own = [sample for sample in found.samples if sample["micro_batch"] == place]
+        ids = [sample["id"] for sample in own]
+        hidden = net[0](data.points[ids])
+        means.append(hidden.mean((0, 2, 3)))
+        losses = F.cross_entropy(net[1:](hidden), data.labels[ids], reduction="none")
+        assert [sample["loss"] for sample in own] == pytest.approx(losses.tolist(), rel=1e-12)
+        assert [sample["target"] for sample in own] == ["abcd"[data.labels[i]] for i in ids]
+        total = total + losses.sum() / len(found.samples)
+    assert found.loss == pytest.approx(total.item(), rel=1e-12)
+    seen = found.batch_norm["1"]
+    assert seen["least_mean"] == pytest.approx(torch.stack(means).min().item(), rel=1e-9)
+    assert seen["largest_mean"] == pytest.approx(torch.stack(means).max().item(), rel=1e-9)
+    total.backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in net.parameters() if p.grad is not None))
+    assert found.grad_norm == pytest.approx(norm, rel=1e-9)
+    for name, numbers in found.weights.items():
+        assert numbers["change"] == pytest.approx((after[name] - before[name]).norm().item(), rel=1e-9)
+
+
+def test_a_step_that_is_none_of_the_run(run: Path, tmp_path: Path) -> None:
+    for number in (0, 9):
+        with pytest.raises(ConfigError, match="1 to 8"):
+            replay(lambda: make(tmp_path), run, number)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_a_run_without_a_finite_loss_says_how_to_look_at_it(tmp_path: Path) -> None:
+    settings = ["optimizer.lr=1e30", "train.log_every=20", "wandb.mode=disabled", "run.figures=false"]
+    failed = command("train.py", f"run.dir={tmp_path}", *settings)
+    assert failed.returncode == 1
+    (told,) = (line.split() for line in failed.stderr.splitlines() if "replay" in line)
+    assert told[-2:] == ["--step", "20"]
+    printed = command(*told[1:], "--json")
+    assert printed.returncode == 0, printed.stderr
+    found = json.loads(printed.stdout)
+    assert 1 < found["step"] < found["asked"] == 20
+    assert not math.isfinite(found["loss"])
+    kept = tmp_path / "digits" / "replay" / f"step_{found['step']:08d}"
+    assert {path.name for path in kept.iterdir()} == {"replay.json", "images.png"}
+    assert "is not finite already in step" in command(*told[1:]).stdout
