@@ -7,6 +7,7 @@ rank finishes the tree on its shard, and the results are gathered. Communication
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -81,8 +82,11 @@ class LeafStatistics(RunningStatistics):
 
 
 class TreeGradients(Gradients):
-    """Gradients summed by a fixed tree. At most about log2(M) of a rank's own are held at once, and as many again,
-    twice, while they are exchanged."""
+    """Gradients summed by a fixed tree.
+
+    At most about log2(M) of a rank's own are held at once; on several ranks as many again, twice, are kept for the
+    exchange, and one for its result.
+    """
 
     def __init__(self, module: nn.Module, ranks: Ranks, statistics: LeafStatistics, *, may_be_unused: bool) -> None:
         super().__init__(module, module, ranks, may_be_unused=may_be_unused)
@@ -90,6 +94,7 @@ class TreeGradients(Gradients):
         self._statistics = statistics
         self._fold: Fold[Leaf] | None = None
         self._has_gradient = dict.fromkeys(self._parameters, False)
+        self._buffers: dict[str, Tensor] = {}
 
     @contextmanager
     def leaf(self, step: Step, index: int) -> Iterator[None]:
@@ -124,25 +129,34 @@ class TreeGradients(Gradients):
         """The root, from the nodes of all ranks: shards out, the tree finished on each, shards back."""
         ranks, leaves = self._ranks.count, len(step.micro_batches)
         like = [*self._parameters.values(), *self._statistics.statistics]
-        dtype = _one_dtype(like)
         sizes = [tensor.numel() for tensor in like]
         length = -(-sum(sizes) // ranks)
         layout = [nodes_of(*own, leaves) for own in step.ranks]
-        own = torch.zeros(len(fold.nodes), ranks * length, dtype=dtype, device=self._ranks.device)
+        own = self._buffer("own", len(fold.nodes), ranks * length)
         for row, (_, leaf) in zip(own, fold.nodes, strict=True):
             torch.cat([tensor.reshape(-1) for tensor in leaf], out=row[: sum(sizes)])
-        send = own.view(len(own), ranks, length).transpose(0, 1).reshape(-1)
-        received = own.new_empty(sum(map(len, layout)), length)
+        received = self._buffer("received", sum(map(len, layout)), length)
         distributed.all_to_all_single(
-            received.view(-1), send, [len(nodes) * length for nodes in layout], [len(own) * length] * ranks
+            received.view(-1),
+            own.view(len(own), ranks, length).transpose(0, 1).reshape(-1),
+            [len(nodes) * length for nodes in layout],
+            [len(own) * length] * ranks,
         )
         finished: Fold[Tensor] = Fold(leaves, Tensor.add_)
         for node, shard in zip([node for nodes in layout for node in nodes], received, strict=True):
             finished.push(node, shard)
-        whole = own.new_empty(ranks * length)
-        distributed.all_gather_into_tensor(whole, finished.root())
-        parts = torch.split(whole[: sum(sizes)], sizes)
+        whole = self._buffer("whole", ranks, length)
+        self._ranks.spread(finished.root(), whole)
+        parts = torch.split(whole.view(-1)[: sum(sizes)], sizes)
         return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
+
+    def _buffer(self, name: str, *shape: int) -> Tensor:
+        """Memory that is kept from step to step: getting it anew costs as much as filling it."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            dtype = _one_dtype([*self._parameters.values(), *self._statistics.statistics])
+            self._buffers[name] = torch.empty(size, dtype=dtype, device=self._ranks.device)
+        return self._buffers[name][:size].view(shape)
 
 
 def _add(left: Leaf, right: Leaf) -> Leaf:

