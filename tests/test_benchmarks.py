@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import loops, step_time
+from benchmarks import loops, scale, step_time
 from benchmarks.gpu import CHECKS, main
 from benchmarks.subjects import first_digits, fitted, settings
 from benchmarks.timing import OURS, InterleavedTrainer, Rounds, quartiles
@@ -153,3 +154,28 @@ def test_gpu_checks_run_on_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in CHECKS if not name.startswith("step time")])
 def test_on_a_gpu(name: str) -> None:
     assert "PASS" in run("gpu", name)
+
+
+def test_scale_finds_equal_runs_and_reads_the_peers_rightly() -> None:
+    found = json.loads(run("scale", "--quick", "--json"))
+    assert found["equal"]
+    assert len({tuple(each["digests"].values()) for each in found["runs"]}) == 1
+    assert all(len(set(each["digests"].values())) == 4 for each in found["runs"])
+    guide, one, four = (
+        next(line for line in found["loops"] if (line["loop"], line["layout"]) == place)
+        for place in (("Accelerate's guide", "1 × 4"), ("Lockstep", "1 × 4"), ("Lockstep", "4 × 1"))
+    )
+    assert (guide["read"], guide["repeated"]) == ([159], [0])
+    assert guide["gradient_error"] == pytest.approx(0.5, abs=0.02)  # 2 of 4 micro-batches, divided by 4
+    for line in (one, four):
+        assert (line["read"], line["repeated"], line["other_steps"]) == ([159], [0], "0 of 3")
+        assert line["gradient_error"] < 1e-5
+        assert line["batch_norm_updates"] == 10
+    assert max(found["resume_seconds"].values()) > 0
+
+
+def test_scale_names_the_runs_that_differ() -> None:
+    digests = [{"weights": "a", "rows": "b"}, {"weights": "a", "rows": "b"}, {"weights": "a", "rows": "c"}]
+    found = [scale.Outcome([], each) for each in digests]
+    assert scale.verdict(found[:2])[0]
+    assert scale.verdict(found) == (False, "DIFFERENT from line 1: line 3 in its rows")

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net, fitted, largest_difference, state
-from trainer import ConfigError
+from trainer import ConfigError, Trainer, checkpoint, load
+from trainer.data.datasets import FakeImages
+from trainer.plan import Plan
 from trainer.tracking.jsonl import read_rows
 
 NOT_ROUNDING = ("samples_per_second", "digest")  # what no bound holds for
+ROOT = Path(__file__).parents[2]
+DIGESTS = ("weights_sha256", "buffers_sha256", "optimizer_sha256")
 
 
 def net() -> nn.Module:
@@ -87,3 +96,98 @@ def test_a_changed_key_is_refused_by_name(tmp_path: Path) -> None:
     changes = {"train__max_steps": 3, "optimizer__lr": 0.2, "run__resume_changes": "allow"}
     assert on_ranks(2, changed, tmp_path, **changes) == ["accepted", "accepted"]
     assert on_ranks(1, changed, tmp_path, train__max_steps=4, optimizer__lr=0.2, data__workers=1) == ["accepted"]
+
+
+def options(directory: Path, steps: int) -> list[str]:
+    """The default config, bitwise, `steps` long: 23 steps an epoch, a row every 5, a checkpoint at each epoch's end."""
+    chosen = ["run.reproducibility=bitwise", "run.name=run", "run.figures=false", "wandb.mode=disabled"]
+    return [*chosen, f"run.dir={directory}", f"train.max_steps={steps}", "train.epochs=1000", "train.log_every=5"]
+
+
+def killed_between_checkpoints(command: list[str], directory: Path) -> tuple[int, int]:
+    """Run the command, and end all its processes at once, 10 steps or more past a checkpoint: the steps of both."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    kept, deadline = directory / "run" / "checkpoints", time.monotonic() + 120
+
+    def reached() -> tuple[int, int]:
+        if not (kept / "last").exists():
+            return 0, 0
+        return int((kept / "last").read_text()[-9:]), int(rows(directory)[-1]["step"])
+
+    while not (at := reached())[0] or not 10 <= at[1] - at[0] < 20:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    tree = [process, *(p for p in psutil.Process(process.pid).children(recursive=True))]
+    for each in tree:
+        each.kill()
+    process.wait()
+    psutil.wait_procs(tree[1:], timeout=20)
+    return reached()
+
+
+def test_a_run_killed_between_checkpoints_is_done_over_to_the_same_bits(tmp_path: Path) -> None:
+    """SIGKILL to torchrun, its two ranks and their loader processes; one process goes on, and one never stopped."""
+
+    def straight_through(steps: int) -> dict[str, Any]:
+        return Trainer(load(ROOT / "configs" / "digits.yaml", options(tmp_path / "straight", steps))).fit()
+
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "train.py", *options(tmp_path / "cut", 20_000), "data.workers=1"]
+    saved, logged = killed_between_checkpoints(command, tmp_path / "cut")
+    assert saved < logged
+    end = logged + 9  # past the rows that the killed run had written after its checkpoint
+    resumed = [sys.executable, "train.py", *options(tmp_path / "cut", end), "run.resume=auto"]
+    done = subprocess.run(resumed, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed after step {saved}" in done.stdout
+    (due,) = on_ranks(1, straight_through, end)
+    summary = json.loads((tmp_path / "cut" / "run" / "summary.json").read_text())
+    assert {name: summary[name] for name in DIGESTS} == {name: due[name] for name in DIGESTS}
+    assert rows(tmp_path / "cut") == rows(tmp_path / "straight")
+
+
+class Noted(FakeImages):
+    """100,000 images that note in a file for each rank which of them are read, whichever process reads them."""
+
+    def __init__(self, train: bool, log: str) -> None:
+        super().__init__("train" if train else "val", 100_000 if train else 8, (3, 8, 8), 10)
+        self.log = Path(f"{log}{os.environ.get('RANK', '0')}") if train else Path(os.devnull)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with self.log.open("a") as file:
+            file.write(f"{index}\n")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_reads_nothing_before_its_place(tmp_path: Path, workers: int) -> None:
+    """At the last of an epoch's 1000 steps, each of two ranks reads its half of that step's samples, and no other."""
+
+    def go_on(until: int) -> None:
+        settings = config(
+            tmp_path,
+            run__resume="auto",
+            data__name=f"{__name__}.Noted",
+            data__log=str(tmp_path / "read"),
+            data__workers=workers,
+            batch__size=100,
+            batch__micro_size=50,
+            model__num_classes=10,
+            train__epochs=1,
+            train__max_steps=until,
+        )
+        Trainer(settings).fit()
+
+    on_ranks(1, go_on, 1)
+    kept = tmp_path / "run" / "checkpoints"
+    held = checkpoint.load(kept / "step_00000001")
+    held.progress.step, held.progress.samples_seen = 999, 99_900  # as after 998 steps more
+    checkpoint.save(kept, held, keep=1)
+    (tmp_path / "read0").unlink()
+    on_ranks(2, go_on, 1000)
+    order = Plan(100_000, 100, 50, 2, 1, seed=0).permutation(0)
+    for rank in (0, 1):
+        looked_at, *read = map(int, (tmp_path / f"read{rank}").read_text().split())
+        assert looked_at == 0  # the model is made for a sample's shape
+        assert read == order[99_900:][50 * rank :][:50].tolist()

@@ -1,0 +1,84 @@
+"""Runs on several real processes of one machine, joined by gloo as a launcher would join them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+CLEAN = multiprocessing.get_context("forkserver")  # torch is imported once, in a process without threads
+os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")  # scikit-learn's, or it leaves semaphores behind
+CLEAN.set_forkserver_preload(["benchmarks.preload"])
+PATIENCE = 300.0  # seconds for the processes of a run to end
+
+
+def on_processes(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(*args)` returns on each of `count` CPU processes; None of one that a signal ended.
+
+    `function` and what it takes and gives must be picklable. What the processes print is not shown, unless one fails.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes = [CLEAN.Pipe(duplex=False) for _ in range(count)]
+    processes = [
+        CLEAN.Process(target=_as_rank, args=(rank, count, port, pipe[1], partial(function, *args)))
+        for rank, pipe in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    for _, sender in pipes:
+        sender.close()
+    deadline = time.monotonic() + PATIENCE
+    try:
+        outcomes = [_received(receiver, deadline) for receiver, _ in pipes]
+    finally:
+        for process in processes:
+            process.join(1)
+            process.kill()
+    for outcome in outcomes:
+        if isinstance(outcome, str):
+            raise RuntimeError(f"one of {count} processes failed: {outcome}")
+    return [outcome and outcome[0] for outcome in outcomes]
+
+
+def _received(receiver: Connection, deadline: float) -> Any:
+    if not receiver.poll(max(0.0, deadline - time.monotonic())):
+        raise TimeoutError(f"the processes of a run did not end within {PATIENCE:.0f} s")
+    try:
+        return pickle.loads(receiver.recv_bytes())
+    except EOFError:  # a signal ended it
+        return None
+
+
+def _as_rank(rank: int, count: int, port: int, pipe: Connection, function: Callable[[], Any]) -> None:
+    """Ends without the interpreter's own way out, as `trainer.errors.leave` does."""
+    import torch
+
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if count > 1:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        os.environ |= {name: str(number) for name, number in numbers.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as in a process started by hand
+    torch.set_num_threads(1)
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            result: Any = (function(),)
+            if count > 1 and torch.distributed.get_world_size() != count:
+                result = "the processes were never joined"
+        except BaseException as error:
+            result = f"{type(error).__name__}: {error}"
+    pipe.send_bytes(pickle.dumps(result))  # tensors go as bytes: their memory would end with this process
+    pipe.close()
+    sys.stdout.flush()
+    os._exit(0)
