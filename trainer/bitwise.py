@@ -19,7 +19,7 @@ from trainer.config import BatchNormConfig
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.gradients import Gradients
-from trainer.plan import Step
+from trainer.plan import Range, Step
 from trainer.tree import Fold, nodes_of
 
 Leaf = list[Tensor]
@@ -92,7 +92,8 @@ class TreeGradients(Gradients):
         self._has_gradient = dict.fromkeys(self._parameters, False)
 
     @contextmanager
-    def leaf(self, step: Step, index: int) -> Iterator[None]:
+    def leaf(self, step: Step, places: Range) -> Iterator[None]:
+        index = places[0]  # alone in its forward: batch.fuse is refused
         self._statistics.enter()
         yield
         if self._fold is None:

@@ -15,6 +15,7 @@ from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
 from trainer.determinism import refused_operation
 from trainer.errors import ConfigError, LockstepError, Stopped, nearest
+from trainer.fuse_trial import settled_fuse
 from trainer.metrics import Meter, Row, Stopwatch, Totals
 from trainer.optimizer import load_named_state, named_state, set_learning_rate
 from trainer.parts import Parts
@@ -56,11 +57,12 @@ class Trainer(Parts):
         """Train from the start, or from the checkpoint that `run.resume` finds; returns what `summary.json` holds."""
         if self.progress.step:
             raise LockstepError("this Trainer has trained already; make a new one, with run.resume=auto to go on")
+        self.fuse = settled_fuse(self)
         with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
             self._resume(self.journal.resume_from)
             self.journal.begin(report.header(self, self.schedule, self.journal.directory), self.plan, self.progress)
             self.stopwatch = Stopwatch(self.progress)
-            self.batches = TrainLoader(self.train_loader, self.plan, self.ranks.rank, self.progress.step)
+            self.batches = TrainLoader(self.train_loader, self.plan, self.ranks.rank, self.progress.step, self.fuse)
             self.model.train()
             try:
                 self._loop(stop)
@@ -95,9 +97,9 @@ class Trainer(Parts):
         self.statistics.begin(step)
         model = self.gradients.model(step)
         for batch in self.batches.step(step):
-            with self.gradients.leaf(step, batch.place):
+            with self.gradients.leaf(step, batch.places):
                 output, loss, weight = self.forward(model, batch, step)
-                self.precision.backward(loss, self.gradients.seed(step, batch.place, loss, weight))
+                self.precision.backward(loss, self.gradients.seed(step, batch.places, loss, weight))
             self.meter.add(loss, weight, output, batch.targets)
         self.gradients.reduce(step)
         self._clip(step)
