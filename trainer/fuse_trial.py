@@ -69,7 +69,8 @@ def _prove(parts: Parts, step: Step, place: int) -> None:
     if wrong:
         raise ConfigError(
             "batch.fuse",
-            f"two micro-batches in one forward do not give what they give one by one (different: {', '.join(wrong[:5])}), "
+            f"two micro-batches in one forward do not give what they give one by one "
+            f"(different: {', '.join(wrong[:5])}), "
             f"so some part of the model or the loss looks at more than one sample; {ALONE}",
         )
 
