@@ -1,10 +1,10 @@
 """What `batch.fuse` gains: the time of one training step, several micro-batches in each forward, against one.
 
-python -m benchmarks.fuse                           three workloads, about two minutes on the CPU
+python -m benchmarks.fuse                           two workloads, about a minute on the CPU
 python -m benchmarks.fuse --save docs/results/fuse.md
 
 All runs take turns in one process, a round each; what counts is the ratio to the run that fuses nothing, round by
-round. A `deep` net is one of many small layers, where the host's own work is much of a step.
+round. The second net is one of many small layers, where the host's own work is much of a step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.step_time import Sink, Workload, line_of, machine, table, workloads
-from benchmarks.subjects import noise, resnet18, settings
+from benchmarks.subjects import settings
 from benchmarks.timing import OURS, InterleavedTrainer, Loop, Rounds, Seconds
 from trainer import Config, Trainer
 from trainer.data.datasets import ImageArrays, digits
@@ -47,7 +47,6 @@ def subjects() -> list[tuple[Workload, ImageArrays]]:
     return [
         (workloads()[1], data),
         (Workload("20 convolutions of 16 channels, 8 × 8 pixels", small, deep, steps=5), data),
-        (Workload("ResNet-18, 32 × 32 pixels", small, resnet18, steps=2), noise(256, 32)),
     ]
 
 
@@ -92,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fuse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, help="steps of a round (default: 20, then 5, then 2)")
+    parser.add_argument("--steps", type=int, help="steps of a round (default: 20, then 5)")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each run (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help="threads of the process (default: 1)")
     parser.add_argument("--save", type=Path, help="write the tables to this Markdown file too")
