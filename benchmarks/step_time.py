@@ -101,7 +101,7 @@ def measure(
     tree = workload.config.to_dict()
     tree["train"] |= {"epochs": 1}
     tree["wandb"] |= {"mode": wandb}
-    with TemporaryDirectory() as directory, redirect_stdout(_Sink(terminal)):
+    with TemporaryDirectory() as directory, redirect_stdout(Sink(terminal)):
         tree["run"] |= {"dir": directory, "figures": False}
         config = Config.from_dict(tree)
         trainer = InterleavedTrainer(config, model=workload.make_model(), train_data=train, val_data=val)
@@ -117,7 +117,7 @@ def measure(
         return trainer.fit_with({name: loop(work) for name, loop in others.items()}, rounds)
 
 
-class _Sink(io.StringIO):
+class Sink(io.StringIO):
     """A stdout that nobody reads: a file's, or a terminal's, where the console draws its bar."""
 
     def __init__(self, terminal: bool) -> None:
@@ -132,24 +132,24 @@ def compare(workload: Workload, rounds: Rounds, threads: int) -> list[Line]:
     """The table of a workload, Lockstep's lines and the loop by hand first."""
     if "WORLD_SIZE" in os.environ:
         seconds = measure(workload, rounds, {"raw DDP": loops.raw_ddp}, threads=threads)
-        return [_line(seconds, name, "raw DDP") for name in ("raw DDP", OURS)]
+        return [line_of(seconds, name, "raw DDP") for name in ("raw DDP", OURS)]
     raw: Loops = {"raw": loops.raw}
     peers = {name: loop for name, loop, package in PEERS if find_spec(package)}
     seconds = measure(workload, rounds, {**raw, **peers}, threads=threads)
-    lines = [_line(seconds, name, "raw") for name in ("raw", OURS)]
+    lines = [line_of(seconds, name, "raw") for name in ("raw", OURS)]
     for name, setting in VARIANTS.items():
         alone = measure(workload, rounds, raw, threads=threads, **setting)
-        lines.append(_line({name: alone[OURS], "raw": alone["raw"]}, name, "raw"))
-    return lines + [_line(seconds, name, "raw") if name in peers else Line(name) for name, _, _ in PEERS]
+        lines.append(line_of({name: alone[OURS], "raw": alone["raw"]}, name, "raw"))
+    return lines + [line_of(seconds, name, "raw") if name in peers else Line(name) for name, _, _ in PEERS]
 
 
-def _line(seconds: Seconds, name: str, base: str) -> Line:
+def line_of(seconds: Seconds, name: str, base: str) -> Line:
     return Line(name, 1e6 * float(np.median(seconds[name], axis=0)[0]), quartiles(seconds, name, base))
 
 
-def table(lines: Sequence[Line]) -> str:
+def table(lines: Sequence[Line], base: str = "raw") -> str:
     """Markdown that reads well as it is."""
-    cells = [("loop", "µs a step", "× raw", "half of the rounds", "× raw, CPU time"), ("---", *["--:"] * 4)]
+    cells = [("loop", "µs a step", f"× {base}", "half of the rounds", f"× {base}, CPU time"), ("---", *["--:"] * 4)]
     for line in lines:
         if line.microseconds is None:
             cells.append((line.name, "not installed", "", "", ""))

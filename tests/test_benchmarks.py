@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import loops, scale, step_time
+from benchmarks import fuse, loops, scale, step_time
 from benchmarks.gpu import CHECKS, main
 from benchmarks.subjects import first_digits, fitted, settings
 from benchmarks.timing import OURS, InterleavedTrainer, Rounds, quartiles
@@ -57,6 +57,16 @@ def test_step_time_prints_and_saves_every_line(tmp_path: Path) -> None:
                 assert min(float(microseconds), float(ratio), float(spread.split()[0]), float(cpu_ratio)) > 0
     for fact in ("torch", "accelerate", "Python", "1 thread"):
         assert fact in saved
+
+
+def test_fuse_prints_and_saves_every_line(tmp_path: Path) -> None:
+    printed = run("fuse", "--steps", "1", "--rounds", "1", "--save", str(tmp_path / "new" / "table.md"))
+    saved = (tmp_path / "new" / "table.md").read_text()
+    assert printed.strip() == saved.strip()
+    for workload, _ in fuse.subjects():
+        assert f"## {workload.name}" in saved
+    for name in (fuse.BASE, *(f"fuse={k}" for k in fuse.FUSED)):
+        assert saved.count(f"| {name} |") == len(fuse.subjects())
 
 
 def test_rounds_interleave_and_fit_is_whole(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from trainer.config import BatchNormConfig
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.gradients import Gradients
-from trainer.plan import Step
+from trainer.plan import Range, Step
 from trainer.tree import Fold, nodes_of
 
 Leaf = list[Tensor]
@@ -97,7 +97,8 @@ class TreeGradients(Gradients):
         self._buffers: dict[str, Tensor] = {}
 
     @contextmanager
-    def leaf(self, step: Step, index: int) -> Iterator[None]:
+    def leaf(self, step: Step, places: Range) -> Iterator[None]:
+        index = places[0]  # alone in its forward: batch.fuse is refused
         self._statistics.enter()
         yield
         if self._fold is None:

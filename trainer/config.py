@@ -58,6 +58,7 @@ class BatchConfig:
         unit="samples",
         least=1,
     )
+    fuse: int | Literal["auto"] = key(1, "micro-batches in one forward, for speed; auto: what memory holds", least=1)
     eval_size: int = key(256, "samples of one validation forward", unit="samples", least=1)
 
 
@@ -170,8 +171,20 @@ class Config:
                 "sync takes its statistics over whatever the processes hold at once, which "
                 "run.reproducibility=bitwise cannot allow; use batch_norm.mode=micro",
             )
+        if refused := self.unfused() if self.batch.fuse not in (1, "auto") else None:
+            raise ConfigError("batch.fuse", f"{self.batch.fuse} {refused}; use batch.fuse=1, or auto")
         if self.batch_norm.momentum is not None and self.batch_norm.momentum > 1:
             raise ConfigError("batch_norm.momentum", f"{self.batch_norm.momentum} is more than 1")
+
+    def unfused(self) -> str | None:
+        """Why no two micro-batches of this run can share a forward, if they cannot."""
+        if self.run.reproducibility == "bitwise":
+            return "cannot be with run.reproducibility=bitwise, which needs each micro-batch's own gradient"
+        if self.batch_norm.mode == "sync":
+            return "cannot be with batch_norm.mode=sync, whose statistics are of all that the processes run at once"
+        if self.train.compile:
+            return "cannot be with train.compile=true, whose one piece has no layers to run by micro-batch"
+        return None
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Config:

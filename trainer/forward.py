@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.loading import MicroBatch
+from trainer.fuse import Fused
 from trainer.plan import Step
 from trainer.precision import Precision
-from trainer.seeding import device_seeder, key, mixed
+from trainer.seeding import device_generator, device_seeder, key, mixed
 from trainer.task import Task
 
 
@@ -21,19 +22,33 @@ class Forward:
         self.task = task
         self._precision = precision
         self._draws = key(seed, "device")
+        self._device = device
         self._seed_device = device_seeder(device)
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: Step | None) -> tuple[Any, Tensor, Tensor | int]:
-        """Output, loss sum and target weight.
+        """Output, loss sum and target weight, of one micro-batch or of several at once.
 
         In training, dropout and whatever else the model draws is keyed by the step and the micro-batch; `step`
         is None where nothing is drawn.
         """
         if step is not None:
+            if batch.fused > 1:
+                return self._fused(model, batch, step)
             self._seed_device(mixed(self._draws, step.number, batch.place))
+        return self._outcome(model, batch)
+
+    def _outcome(self, model: nn.Module, batch: MicroBatch) -> tuple[Any, Tensor, Tensor | int]:
         output = self.output(model, batch)
         loss, weight = self.task.loss_sum(output, batch.targets)
         return output, loss, weight
+
+    def _fused(self, model: nn.Module, batch: MicroBatch, step: Step) -> tuple[Any, Tensor, Tensor | int]:
+        (start, _), (_, stop) = step.micro_batches[batch.place], step.micro_batches[batch.places[1] - 1]
+        seeds = [mixed(self._draws, step.number, place) for place in range(*batch.places)]
+        with Fused(model, device_generator(self._device), seeds, stop - start) as fused:
+            outcome = self._outcome(model, batch)
+        fused.finish()
+        return outcome
 
     def output(self, model: nn.Module, batch: MicroBatch) -> Any:
         """The model's output in the run's dtype: autocast's own is too short for sums."""

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
-from trainer.plan import Step
+from trainer.plan import Range, Step
 
 
 class Gradients:
-    """Scales, sums and measures gradients: `leaf` and `seed` for each micro-batch, `reduce` at the step's end."""
+    """Scales, sums and measures gradients: `leaf` and `seed` for each forward, `reduce` at the step's end."""
 
     def __init__(self, model: nn.Module, module: nn.Module, ranks: Ranks, *, may_be_unused: bool) -> None:
         self._model = model
@@ -30,31 +30,31 @@ class Gradients:
         self._may_be_unused = may_be_unused
         self._checked = False
         self._averaged_over = ranks.count  # DDP divides by it
-        self._weights: list[tuple[int, Tensor]] = []  # of this rank's micro-batches, by their place
+        self._weights: list[tuple[int, Tensor]] = []  # of this rank's forwards, by their first place
         self._seeds: dict[float, Tensor] = {}  # a few values recur; each is moved to the device once
 
     def model(self, step: Step) -> nn.Module:
         """What `step`'s micro-batches are run through."""
         return self._module if step.has_idle_rank else self._model
 
-    def leaf(self, step: Step, index: int) -> AbstractContextManager[Any]:
-        """The context of one micro-batch's forward and backward."""
-        if self._ranks.count == 1 or step.has_idle_rank or index + 1 == step.ranks[self._ranks.rank][1]:
+    def leaf(self, step: Step, places: Range) -> AbstractContextManager[Any]:
+        """The context of one forward and backward, of the micro-batches in `places`."""
+        if self._ranks.count == 1 or step.has_idle_rank or places[1] == step.ranks[self._ranks.rank][1]:
             return nullcontext()
         return self._ranks.accelerator.no_sync(self._model)  # type: ignore[no-any-return]
 
-    def seed(self, step: Step, index: int, loss: Tensor, weight: Tensor | int) -> Tensor:
-        """The gradient that a micro-batch's backward starts from, a 0-dim tensor: what its loss sum is divided by.
+    def seed(self, step: Step, places: Range, loss: Tensor, weight: Tensor | int) -> Tensor:
+        """The gradient that a backward starts from, a 0-dim tensor: what its micro-batches' loss sum is divided by.
 
         1 / (the step's targets), times the ranks that DDP will divide by. Where the targets' weight depends on
         their values, it is not known yet: 1 / (the step's samples), and `reduce` corrects it.
         """
         if isinstance(weight, Tensor):
-            self._weights.append((index, weight))
+            self._weights.append((places[0], weight))
             value = self._averaged_over / step.size
         else:
-            start, stop = step.micro_batches[index]
-            value = self._averaged_over * (stop - start) / (step.size * weight)
+            samples = step.micro_batches[places[1] - 1][1] - step.micro_batches[places[0]][0]
+            value = self._averaged_over * samples / (step.size * weight)
         if value not in self._seeds:
             self._seeds[value] = torch.tensor(value, dtype=loss.dtype, device=loss.device)
         return self._seeds[value]

@@ -74,6 +74,7 @@ class Parts:
         self._build_reduction()
         self.evaluator = self._evaluator()
         self.progress = Progress()
+        self.fuse = 1  # micro-batches in one forward, until a trial before training settles it
 
     def evaluate(self) -> Row:
         """The loss and metrics over all validation samples. A collective."""

@@ -115,10 +115,20 @@ class Plan:
         """The order of the sample ids in `epoch`, a function of the seed and the epoch alone."""
         return _permutation(self.seed, epoch, self.samples)
 
-    def sample_ids(self, step: Step, micro_batch: int) -> npt.NDArray[np.int64]:
-        """The sample ids of one micro-batch of `step`, in order."""
-        start, stop = step.micro_batches[micro_batch]
+    def sample_ids(self, step: Step, micro_batch: int, last: int | None = None) -> npt.NDArray[np.int64]:
+        """The sample ids of one micro-batch of `step`, in order, or of all from it to before `last`."""
+        start, stop = step.micro_batches[micro_batch][0], step.micro_batches[(last or micro_batch + 1) - 1][1]
         return self.permutation(step.epoch)[step.start + start : step.start + stop]
+
+    def groups(self, step: Step, rank: int, fuse: int) -> list[Range]:
+        """A rank's micro-batches of `step` in even ranges of at most `fuse` neighbours of one size."""
+        groups: list[Range] = []
+        sizes = [stop - start for start, stop in step.micro_batches]
+        for _, run in itertools.groupby(range(*step.ranks[rank]), key=sizes.__getitem__):
+            first, *more = run
+            count = 1 + len(more)
+            groups += [(first + start, first + stop) for start, stop in split_evenly(count, math.ceil(count / fuse))]
+        return groups
 
     def _cuts(self, size: int) -> int:
         return math.ceil(size / self.micro_size)

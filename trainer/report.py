@@ -34,7 +34,7 @@ def header(parts: Parts, schedule: Schedule, directory: Path) -> list[tuple[str,
         ("run", str(directory)),
         ("model", f"{config.model.name} · {parameters}"),
         ("data", " · ".join([data.name, *sizes, *classes])),
-        ("batch", batch_arithmetic(plan)),
+        ("batch", batch_arithmetic(plan, parts.fuse)),
         ("optimizer", f"{config.optimizer.name} · lr {config.optimizer.lr:g}"),
         ("schedule", schedule.describe()),
         ("length", f"{plan.total_steps:,} steps · {plan.steps_per_epoch:,} an epoch"),
@@ -48,8 +48,8 @@ def header(parts: Parts, schedule: Schedule, directory: Path) -> list[tuple[str,
     return facts + ([("note", data.note)] if data.note else [])
 
 
-def batch_arithmetic(plan: Plan) -> str:
-    """A full step in numbers: `64 = 8 × 8 on 3 processes: 3+3+2`."""
+def batch_arithmetic(plan: Plan, fuse: int = 1) -> str:
+    """A full step in numbers: `64 = 8 × 8 on 3 processes: 3+3+2`; `, up to 2 at once` where a forward runs several."""
     step = plan.step(0)
     cuts = len(step.micro_batches)
     sizes = sorted({stop - start for start, stop in step.micro_batches}, reverse=True)
@@ -58,11 +58,13 @@ def batch_arithmetic(plan: Plan) -> str:
         if len(sizes) == 1
         else f"{step.size} in {cuts} of {sizes[0]} or {sizes[1]}"
     )
+    largest = max(stop - start for rank in range(plan.ranks) for start, stop in plan.groups(step, rank, fuse))
+    at_once = f", up to {largest} at once" if largest > 1 else ""
     if plan.ranks == 1:
-        return f"{text} on 1 process"
+        return f"{text} on 1 process{at_once}"
     shares = [stop - start for start, stop in step.ranks]
     shown = "+".join(map(str, shares)) if len(shares) <= 8 else f"{shares[0]} to {shares[-1]} each"
-    return f"{text} on {plan.ranks} processes: {shown}"
+    return f"{text} on {plan.ranks} processes: {shown}{at_once}"
 
 
 def summary(parts: Parts) -> dict[str, Any]:

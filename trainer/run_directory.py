@@ -25,6 +25,7 @@ FREE_KEYS = (
     "run.figures",
     "data.workers",
     "data.prefetch",
+    "batch.fuse",
     "batch.eval_size",
     "train.epochs",
     "train.max_steps",

@@ -48,11 +48,16 @@ def seed_cpu(value: int) -> None:
 
 def device_seeder(device: torch.device) -> Callable[[int], object]:
     """What seeds the one generator that a model's dropout on `device` draws from."""
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        seeder: Callable[[int], object] = torch.cuda.default_generators[index].manual_seed
-        return seeder
-    return torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
+    return device_generator(device).manual_seed if device.type in ("cpu", "cuda") else torch.manual_seed
+
+
+def device_generator(device: torch.device) -> torch.Generator:
+    """The generator that a model's dropout on `device`, a CPU or a CUDA device, draws from."""
+    if device.type == "cpu":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator: torch.Generator = torch.cuda.default_generators[index]
+    return generator
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from trainer.determinism import refused_operation
 from trainer.digest import digest, hexadecimal
 from trainer.environment import environment
 from trainer.errors import ConfigError, LockstepError, Stopped, nearest
+from trainer.fuse_trial import settled_fuse
 from trainer.metrics import Meter, Row, Stopwatch, Totals
 from trainer.optimizer import load_named_state, named_state, set_learning_rate
 from trainer.parts import Parts
@@ -58,6 +59,7 @@ class Trainer(Parts):
         """Train from the start, or from the checkpoint that `run.resume` finds; returns what `summary.json` holds."""
         if self.progress.step:
             raise LockstepError("this Trainer has trained already; make a new one, with run.resume=auto to go on")
+        self.fuse = settled_fuse(self)
         with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
             self._resume(self.journal.resume_from)
             header = report.header(self, self.schedule, self.journal.directory)
@@ -74,7 +76,7 @@ class Trainer(Parts):
     def start(self) -> None:
         """Begin to train, at the step after those that are done: what comes before `train_step`."""
         self.stopwatch = Stopwatch(self.progress)
-        self.batches = TrainLoader(self.train_loader, self.plan, self.ranks.rank, self.progress.step)
+        self.batches = TrainLoader(self.train_loader, self.plan, self.ranks.rank, self.progress.step, self.fuse)
         self.model.train()
 
     def _end_loading(self) -> None:
@@ -102,9 +104,9 @@ class Trainer(Parts):
         self.statistics.begin(step)
         model = self.gradients.model(step)
         for batch in self.batches.step(step):
-            with self.gradients.leaf(step, batch.place):
+            with self.gradients.leaf(step, batch.places):
                 output, loss, weight = self.forward(model, batch, step)
-                self.precision.backward(loss, self.gradients.seed(step, batch.place, loss, weight))
+                self.precision.backward(loss, self.gradients.seed(step, batch.places, loss, weight))
             self.meter.add(loss, weight, output, batch.targets)
         self.gradients.reduce(step)
         self._clip(step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -48,7 +49,7 @@ def read_section(cls: Any, prefix: str, tree: Any) -> Any:
 
 
 def _check_least(name: str, value: Any, least: float | None) -> None:
-    if least is not None and value is not None and not value >= least:
+    if least is not None and isinstance(value, int | float) and not value >= least:
         raise ConfigError(name, f"{value} is less than {show(least)}, the least it may be")
 
 
@@ -58,8 +59,13 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (hint,) = (a for a in args if a is not type(None))
-        return _convert(name, hint, value)
+        options = [a for a in args if a is not type(None)]
+        if len(options) == 1:
+            return _convert(name, options[0], value)
+        for option in options:
+            with suppress(ConfigError):
+                return _convert(name, option, value)
+        raise ConfigError(name, f"{show(value)} is not {' or '.join(type_name(a, article=True) for a in options)}")
     if origin is Literal:
         if value in args:
             return value

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 FORK = multiprocessing.get_context("fork")  # torch is imported once, here, and not in each process again
 
@@ -62,6 +63,7 @@ def _child(rank: int, count: int, port: int, pipe: Connection, function: Callabl
             "MASTER_PORT": str(port),
         }
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # a fork has its parent's, if a test there made a Trainer
     try:
         buffer = io.BytesIO()
         torch.save(function(), buffer)

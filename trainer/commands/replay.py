@@ -19,7 +19,7 @@ from trainer.replay import Replay, replay
 from trainer.run_directory import read_config
 from trainer.trainer import Trainer
 
-QUIET = ["wandb.mode=disabled", "run.figures=false", "data.workers=0", "train.compile=false"]
+QUIET = ["wandb.mode=disabled", "run.figures=false", "data.workers=0", "train.compile=false", "batch.fuse=1"]
 SHOWN = 12  # lines of a table
 
 

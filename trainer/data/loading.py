@@ -19,26 +19,35 @@ from trainer.config import DataConfig
 from trainer.data.datasets import Datasets, ImageArrays, MapDataset
 from trainer.data.transforms import apply, build_transforms
 from trainer.errors import DataError
-from trainer.plan import Plan, Step, split_evenly
+from trainer.plan import Plan, Range, Step, split_evenly
 from trainer.seeding import key, preserved_cpu_generators, seed_cpu
 
 Ids = npt.NDArray[np.int64]
 
 
 class MicroBatch(NamedTuple):
-    """Samples that are never split. `place` is its index among those of its step."""
+    """Samples that are never split. `place` is its index among those of its step.
+
+    Or `fused` of them, neighbours of one size, that are run in one forward: the first is at `place`.
+    """
 
     place: int
     inputs: Any
     targets: Any
+    fused: int = 1
+
+    @property
+    def places(self) -> Range:
+        return self.place, self.place + self.fused
 
 
 class Request(NamedTuple):
-    """What a loader is asked for: a micro-batch's place, its epoch, and its sample ids."""
+    """What a loader is asked for: a micro-batch's place, its epoch, and its sample ids; or those of `fused` of them."""
 
     place: int
     epoch: int
     ids: Ids
+    fused: int = 1
 
 
 class KeyedDataset(Dataset[Any]):
@@ -59,10 +68,10 @@ class KeyedDataset(Dataset[Any]):
 
     def __getitem__(self, request: Request) -> MicroBatch | DataError:
         if self._batch is not None:
-            return MicroBatch(request.place, *self._batch(torch.from_numpy(request.ids)))
+            return MicroBatch(request.place, *self._batch(torch.from_numpy(request.ids)), request.fused)
         try:
             samples = [self._sample(request.epoch, int(i)) for i in request.ids]
-            return MicroBatch(request.place, *self._collate(samples))
+            return MicroBatch(request.place, *self._collate(samples), request.fused)
         except DataError as error:
             return error
 
@@ -135,17 +144,18 @@ class Loader:
         self._device = device
         self.normalize = normalize
 
-    def peek(self, ids: Sequence[int] | Ids) -> MicroBatch:
+    def peek(self, ids: Sequence[int] | Ids, place: int = 0, fused: int = 1) -> MicroBatch:
         """Some samples as the model sees them in the first epoch, fetched at once."""
-        place, inputs, targets = send_to_device(next(self._here([Request(0, 0, np.asarray(ids))])), self._device)
-        return MicroBatch(place, self.normalize(inputs), targets)
+        request = Request(place, 0, np.asarray(ids), fused)
+        batch: MicroBatch = send_to_device(next(self._here([request])), self._device)
+        return batch._replace(inputs=self.normalize(batch.inputs))
 
     def run(self, requests: Iterable[Request]) -> Generator[MicroBatch, None, None]:
         """The micro-batches that are asked for, in order. Closing the generator ends its loader processes."""
         batches = self._in_workers(requests) if self._section.workers else self._here(requests)
         normalize = self.normalize.forward
-        for place, inputs, targets in self._copied_ahead(batches) if self._device.type != "cpu" else batches:
-            yield MicroBatch(place, normalize(inputs), targets)
+        for place, inputs, targets, fused in self._copied_ahead(batches) if self._device.type != "cpu" else batches:
+            yield MicroBatch(place, normalize(inputs), targets, fused)
 
     def _here(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
         for request in requests:
@@ -204,11 +214,13 @@ def build_loaders(
 
 
 class TrainLoader:
-    """A rank's micro-batches of every step, from the run's first step or any other."""
+    """A rank's micro-batches of every step, from the run's first step or any other, at most `fuse` at a time."""
 
-    def __init__(self, loader: Loader, plan: Plan, rank: int, first_step: int) -> None:
+    def __init__(self, loader: Loader, plan: Plan, rank: int, first_step: int, fuse: int = 1) -> None:
         self._plan = plan
         self._rank = rank
+        self._fuse = fuse
+        self._groups: dict[int, list[Range]] = {}  # by a step's size
         self._batches = loader.run(self._requests(first_step))
 
     def close(self) -> None:
@@ -217,18 +229,24 @@ class TrainLoader:
 
     def step(self, step: Step) -> Iterator[MicroBatch]:
         """This rank's micro-batches of `step`; steps must be asked for in their order."""
-        for index in range(*step.ranks[self._rank]):
+        for first, last in self._grouped(step):
             batch = next(self._batches)
-            assert batch.place == index, "steps are taken in order"
+            assert batch.places == (first, last), "steps are taken in order"
             yield batch
 
     def _requests(self, first_step: int) -> Iterator[Request]:
         for step in self._plan.steps(first_step):
-            yield from step_requests(self._plan, step, self._rank)
+            for first, last in self._grouped(step):
+                yield Request(first, step.epoch, self._plan.sample_ids(step, first, last), last - first)
+
+    def _grouped(self, step: Step) -> list[Range]:
+        if step.size not in self._groups:
+            self._groups[step.size] = self._plan.groups(step, self._rank, self._fuse)
+        return self._groups[step.size]
 
 
 def step_requests(plan: Plan, step: Step, rank: int) -> Iterator[Request]:
-    """What `rank` runs of `step`."""
+    """What `rank` runs of `step`, one micro-batch at a time."""
     for index in range(*step.ranks[rank]):
         yield Request(index, step.epoch, plan.sample_ids(step, index))
 
@@ -248,8 +266,8 @@ def _checked(batch: MicroBatch | DataError) -> MicroBatch:
 
 def _pinned(batch: MicroBatch) -> MicroBatch:
     """What a loader process's batch is already: in memory that a copy can leave without the host's help."""
-    place, *parts = batch
-    return MicroBatch(place, *(part.pin_memory() if isinstance(part, Tensor) else part for part in parts))
+    inputs, targets = (part.pin_memory() if isinstance(part, Tensor) else part for part in batch[1:3])
+    return batch._replace(inputs=inputs, targets=targets)
 
 
 def _received(batch: MicroBatch, copied: torch.cuda.Event) -> MicroBatch:
