@@ -33,6 +33,9 @@ class Task(nn.Module):
 
     metrics: tuple[str, ...] = ()
 
+    def __init__(self) -> None:  # nn.Module's own takes any keyword, and refuses each
+        super().__init__()
+
     def predict(self, model: nn.Module, inputs: Any) -> Any:
         """The model's output for a micro-batch. Override it for models that return more than one tensor."""
         return model(inputs)
