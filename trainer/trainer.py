@@ -131,7 +131,7 @@ class Trainer(Parts):
         self.epoch.add(self.interval)
         self.interval = Totals()
         self.journal.log(row)
-        if not math.isfinite(row["train/loss"]):
+        if not math.isfinite(row.get("train/loss", 0.0)):  # absent where every target was ignored
             raise LockstepError(
                 f"the loss is {row['train/loss']} in the {self.config.train.log_every} steps up to step {step.number}; "
                 f"lower optimizer.lr, set train.max_grad_norm, or raise train.precision"
