@@ -1,4 +1,4 @@
-"""BatchNorm under gradient accumulation, drawn: runs/batch_norm_figures/*.png.
+"""BatchNorm under gradient accumulation, drawn: runs/batch_norm_lesson/figures/*.png.
 
 python -m examples.lessons.batch_norm [key=value …]      configs/lessons/batch_norm.yaml, nine times over
 
@@ -80,7 +80,7 @@ def running_statistics(overrides: list[str]) -> Figure:
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     for column, setting in enumerate(SETTINGS):
         for cuts, size in CUTS.items():
-            name = f"batch_norm_M{cuts}_{setting}"
+            name = f"M{cuts}_{setting}"
             more = [
                 "train.epochs=1",
                 f"run.name={name}",
@@ -106,7 +106,12 @@ def switches(overrides: list[str]) -> Figure:
     axes = figure.subplots()
     colours = {"model.affine=true": INK, "model.affine=false": BLUE, "model.track_running_stats=false": VERMILION}
     for switch, colour in colours.items():
-        chosen = [*overrides, "run.figures=false", f"run.name=batch_norm_{switch}", switch]
+        chosen = [
+            *overrides,
+            "run.figures=false",
+            f"run.name={switch.removeprefix('model.').replace('=', '_')}",
+            switch,
+        ]
         Trainer(load(CONFIG, chosen)).fit()
         losses = []
         for size in EVAL_SIZES:
@@ -141,10 +146,11 @@ def _style(axes: Axes, title: str = "") -> None:
 
 def main(overrides: list[str]) -> int:
     try:
-        folder = Path(load(CONFIG, overrides).run.dir) / "batch_norm_figures"
+        runs = Path(load(CONFIG, overrides).run.dir) / "batch_norm_lesson"
+        folder = runs / "figures"
         folder.mkdir(parents=True, exist_ok=True)
         for draw in (running_statistics, switches):
-            draw(overrides).savefig(folder / f"{draw.__name__}.png")
+            draw([*overrides, f"run.dir={runs}"]).savefig(folder / f"{draw.__name__}.png")
             print(f"drawn    {folder / draw.__name__}.png")
     except Exception as error:
         return report(error)

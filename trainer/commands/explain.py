@@ -37,13 +37,18 @@ def main(arguments: list[str]) -> None:
     if "json" in given.options:
         print(json.dumps(report))
         return
+    show(report, rows=None if "all" in given.options else FIRST + LAST)
+
+
+def show(report: Report, rows: int | None) -> None:
+    """Print the lesson; of long tables, `rows` rows."""
     console = Console(width=min(WIDTH, Console().width) if Console().is_terminal else WIDTH, highlight=False)
-    for title, parts in lesson(report, rows=None if "all" in given.options else FIRST + LAST):
+    for title, parts in lesson(report, rows):
         console.print(Panel(Group(*parts), title=f"[bold]{title}", title_align="left", box=box.ROUNDED, padding=(0, 1)))
 
 
 def lesson(report: Report, rows: int | None) -> Iterator[tuple[str, list[RenderableType]]]:
-    """The lesson's panels: a title and what stands below it; of long tables, `rows` rows."""
+    """The lesson's panels: a title and what stands below it."""
     yield "1 · The batch", _batch(report)
     yield "2 · The loss", _loss(report, rows)
     yield "3 · The way back", _chain(report, rows)
