@@ -161,29 +161,25 @@ def printed(*arguments: str) -> str:
     return out.getvalue()
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["configs/digits.yaml"],
-        ["configs/lessons/parabola.yaml"],
-        ["configs/lessons/patterns.yaml", "train.max_steps=1"],
-        ["configs/lessons/batch_norm.yaml", "run.reproducibility=bitwise", "train.precision=bf16"],
-    ],
-    ids=["digits", "parabola", "one_step", "bitwise"],
-)
-def test_a_lesson_of_100_columns_and_no_run_directory(tmp_path: Path, arguments: list[str]) -> None:
-    arguments = [*arguments, f"run.dir={tmp_path}", "wandb.mode=disabled"]
-    (text,) = on_ranks(1, printed, *arguments)
-    assert max(map(len, text.splitlines())) == 100
-    assert [f"{number} · " in text for number in range(1, 8)] == [True] * 7
-    assert list(tmp_path.iterdir()) == []
+CALLS = [
+    ["configs/digits.yaml"],
+    ["configs/lessons/parabola.yaml"],
+    ["configs/lessons/patterns.yaml", "train.max_steps=1"],
+    ["configs/lessons/batch_norm.yaml", "run.reproducibility=bitwise", "train.precision=bf16"],
+    ["configs/lessons/patterns.yaml", "--json"],
+]
 
 
-def test_json_is_one_object() -> None:
-    (text,) = on_ranks(1, printed, "configs/lessons/patterns.yaml", "--json")
-    report = json.loads(text)
+def test_lessons_of_100_columns_json_and_no_run_directory(tmp_path: Path) -> None:
+    more = [f"run.dir={tmp_path}", "wandb.mode=disabled"]
+    ((*texts, as_json),) = on_ranks(1, lambda: [printed(*call, *more) for call in CALLS])
+    for text in texts:
+        assert max(map(len, text.splitlines())) == 100
+        assert [f"{number} · " in text for number in range(1, 8)] == [True] * 7
+    report = json.loads(as_json)
     assert report["parameters"] == 64
     assert report["batch_norm"]["layers"] == {}
+    assert list(tmp_path.iterdir()) == []
 
 
 def of_a_resnet() -> list[str]:
