@@ -172,8 +172,8 @@ def reductions(directory: Path, name: str) -> list[tuple[list[dict[str, Any]], d
         more: dict[str, Any] = {"loss__ignore_index": IGNORED if ignored else None} if ignored else {}
         settings = config(
             directory,
-            batch__micro_size=1,
-            batch__size=2,
+            batch__micro_size=1 if ignored else 2,
+            batch__size=2 if ignored else 3,
             loss__name=name,
             optimizer__lr=0.01,
             best__metric="train/loss",
