@@ -1,8 +1,9 @@
 """Commands on configs and runs.
 
-python -m trainer evaluate RUN [key=value …]     the best model's validation numbers, computed afresh
-python -m trainer compare RUN_A RUN_B            whether two runs are the same, and the first step at which they part
-python -m trainer replay RUN --step K [key=value …]   step K again, on one process, and taken apart
+python -m trainer evaluate RUN [key=value …]            the best model's validation numbers, computed afresh
+python -m trainer compare RUN_A RUN_B                   whether two runs are the same, and where they part first
+python -m trainer replay RUN --step K [key=value …]     step K again, on one process, and taken apart
+python -m trainer explain [CONFIG.yaml] [key=value …]   one step taken apart, in memory; --json, --all
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 
 from trainer.errors import ConfigError, leave, nearest, report
 
-COMMANDS = ("evaluate", "compare", "replay")
+COMMANDS = ("evaluate", "compare", "replay", "explain")
 
 
 def main(arguments: list[str]) -> int:

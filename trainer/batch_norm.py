@@ -37,6 +37,13 @@ def configure(model: nn.Module, section: BatchNormConfig, *, ranks: int, device:
                 f"size or resume can leave unchanged; set batch_norm.momentum=0.1, or use batch_norm.recalibrate",
             )
     if section.mode == "frozen":
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm) and module.running_mean is None:
+                raise ConfigError(
+                    "batch_norm.mode",
+                    f'layer "{name}" keeps no running statistics (track_running_stats=False), so there are none to '
+                    f"freeze; use batch_norm.mode=micro, or let it keep them",
+                )
         for layer in norm_layers(model):
             freeze(layer)
     if section.mode == "sync":

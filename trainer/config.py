@@ -89,7 +89,11 @@ class BatchNormConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    name: str = key("cross_entropy", "cross_entropy, mse, bce_with_logits, or an import path to a Task")
+    name: str = key(
+        "cross_entropy",
+        "cross_entropy, mse, bce_with_logits, or an import path to a Task or a loss of torch.nn; loss.reduction=mean "
+        "and sum are one run, as a step divides by its targets once",
+    )
     args: dict[str, Any] = component_arguments()
 
 

@@ -24,6 +24,7 @@ def make_deterministic() -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # train.compile: no kernel chosen by timing it
     torch.set_num_threads(1)
 
 

@@ -67,9 +67,9 @@ class Totals:
                     _grow(expansion, value)
 
     def means(self) -> dict[str, float]:
-        """The mean of each; NaN where nothing was counted."""
+        """The mean of each of which anything was counted; where every target was ignored, there is no loss."""
         rounded = {name: (math.fsum(total), math.fsum(weight)) for name, (total, weight) in self.sums.items()}
-        return {name: total / weight if weight else math.nan for name, (total, weight) in rounded.items()}
+        return {name: total / weight for name, (total, weight) in rounded.items() if weight}
 
 
 def _grow(expansion: list[float], value: float) -> None:

@@ -5,7 +5,6 @@ The step is reached from the nearest checkpoint before it, or from the run's fir
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +89,7 @@ def _advance(trainer: Trainer, to: int, logged: Rows, digests: dict[int, tuple[s
             return None
         with Watch(trainer, detailed=False) as watch:
             trainer.train_step(step)
-        if not math.isfinite(watch.loss()):
+        if not watch.is_finite():
             return step.number
         _check(trainer, step, logged, digests)
     return None

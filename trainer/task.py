@@ -33,6 +33,9 @@ class Task(nn.Module):
 
     metrics: tuple[str, ...] = ()
 
+    def __init__(self) -> None:  # nn.Module's own takes any keyword, and refuses each
+        super().__init__()
+
     def predict(self, model: nn.Module, inputs: Any) -> Any:
         """The model's output for a micro-batch. Override it for models that return more than one tensor."""
         return model(inputs)
@@ -183,12 +186,26 @@ TASKS: Mapping[str, Callable[..., Task]] = {
 
 
 def build_task(section: LossConfig, num_classes: int | None) -> Task:
-    """The task that `loss.name` names: short, a `Task`, or a loss of `torch.nn` between equal shapes."""
+    """The task that `loss.name` names: short, a `Task`, or a loss of `torch.nn` between equal shapes.
+
+    The short ones and torch's may be given torch's `reduction`, mean or sum. Either is the same run: a task sums, and
+    the step divides once, by all its targets. (The mean of a micro-batch without any counted target would be NaN.)
+    """
     target = resolve("loss", section.name, TASKS)
-    if isinstance(target, type) and issubclass(target, nn.Module) and not issubclass(target, Task):
-        loss = build("loss", target, section.args, reduction="sum")
-        return Regression(loss)
-    task = build("loss", target, section.args, num_classes=num_classes)
+    of_torch = isinstance(target, type) and issubclass(target, nn.Module) and not issubclass(target, Task)
+    args = dict(section.args)
+    if of_torch or section.name in TASKS:
+        _check_reduction(args.pop("reduction", "sum"))
+    if of_torch:
+        return Regression(build("loss", target, args, reduction="sum"))
+    task = build("loss", target, args, num_classes=num_classes)
     if not isinstance(task, Task):
         raise ConfigError("loss.name", f'"{section.name}" is neither a trainer.Task nor a loss module of torch.nn')
     return task
+
+
+def _check_reduction(reduction: Any) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ConfigError(
+            "loss.reduction", f'"{reduction}" is not one of mean, sum, of which the step makes the same; leave it out'
+        )

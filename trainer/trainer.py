@@ -145,7 +145,7 @@ class Trainer(Parts):
         """Log a row, and end the run where its loss is no finite number."""
         row = self.measure(step)
         self.journal.log(row, self.digest() if self.ranks.is_main else "")
-        if not math.isfinite(row["train/loss"]):
+        if not math.isfinite(row.get("train/loss", 0.0)):  # absent where every target was ignored
             raise LockstepError(
                 f"the loss is {row['train/loss']} in the steps up to {step.number}; lower optimizer.lr, set "
                 f"train.max_grad_norm, or raise train.precision. To see the first such step taken apart, on one "

@@ -62,6 +62,10 @@ class Watch:
         weight = math.fsum(weight for _, weight in self._losses)
         return math.fsum(loss for loss, _ in self._losses) / weight if weight else math.nan
 
+    def is_finite(self) -> bool:
+        """Whether the loss of every micro-batch is a number; there may be no targets."""
+        return all(math.isfinite(loss) for loss, _ in self._losses)
+
     def grad_norm(self) -> float:
         """The L2 norm of the step's gradient before clipping."""
         if self._trainer.config.train.max_grad_norm is not None and self._trainer.grad_norm is not None:

@@ -1,0 +1,1 @@
+"""Small projects outside the package that use it: lessons, and a project to copy."""

@@ -1,0 +1,1 @@
+"""What training is made of, one small run at a time; their configs are in `configs/lessons/`."""
