@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trainer.components import build, resolve
@@ -61,6 +62,17 @@ def _constructor(name: str, supplied: dict[str, Any]) -> Callable[..., Any]:
             f'"{name}" is neither small_cnn, a torchvision model nor an import path{nearest(name, known)}',
         ) from None
     return builder
+
+
+def compile_model(model: nn.Module, *, bitwise: bool) -> None:
+    """Compile a model in place. `bitwise`: each shape's kernels depend on that shape alone, and not on those before it.
+
+    Left to itself, torch.compile makes kernels for any shape once it has seen a second one, and no more kernels at all
+    after a number of shapes; which shapes a rank sees first depends on the number of ranks.
+    """
+    if bitwise:
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+    model.compile(dynamic=False if bitwise else None)
 
 
 def input_channels(inputs: Any) -> int | None:

@@ -23,7 +23,7 @@ from trainer.evaluation import Evaluator
 from trainer.forward import Forward
 from trainer.gradients import Gradients
 from trainer.metrics import Row
-from trainer.models import build_model, input_channels
+from trainer.models import build_model, compile_model, input_channels
 from trainer.optimizer import build_optimizer
 from trainer.plan import Plan
 from trainer.precision import Precision
@@ -132,7 +132,7 @@ class Parts:
         model = configure(model, self.config.batch_norm, ranks=self.ranks.count, device=self.ranks.device)
         self.module = model.to(self.ranks.device, self.precision.dtype)
         if self.config.train.compile:
-            self.module.compile()
+            compile_model(self.module, bitwise=self.bitwise)
         self.model = self.ranks.equalize(self.module) if self.bitwise else self.ranks.prepare(self.module)
 
     def _build_reduction(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,14 @@ def test_the_same_bits_through_any_stop(tmp_path: Path, stops: list[tuple[int, i
     for ranks, step in stops:
         on_ranks(ranks, run, tmp_path / "cut", train__max_steps=step)
     assert on_ranks(3, run, tmp_path / "cut")[0] == reference
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_models_too(tmp_path: Path) -> None:
+    """Micro-batches of two sizes, met in another order on each number of ranks."""
+    changes: dict[str, Any] = {"train__compile": True, "train__max_steps": 5}
+    (reference,) = on_ranks(1, run, tmp_path / "1", **changes)
+    assert on_ranks(3, run, tmp_path / "3", **changes)[0] == reference
 
 
 def test_bitwise_and_standard_are_the_same_mathematics(tmp_path: Path) -> None:
