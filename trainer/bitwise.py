@@ -99,18 +99,30 @@ class TreeGradients(Gradients):
     @contextmanager
     def leaf(self, step: Step, places: Range) -> Iterator[None]:
         index = places[0]  # alone in its forward: batch.fuse is refused
-        self._statistics.enter()
-        yield
         if self._fold is None:
             self._fold = Fold(len(step.micro_batches), _add)
-        self._fold.push((0, index), [*self._harvest(), *self._statistics.difference(step, index)])
+        self._statistics.enter()
+        sibling = self._fold.take((0, index - 1)) if index % 2 else None
+        if sibling is not None:
+            self._put_back(sibling)
+        yield
+        gradients, changes = self._harvest(), self._statistics.difference(step, index)
+        if sibling is None:
+            self._fold.push((0, index), [*gradients, *changes])
+        else:
+            self._fold.push((1, index // 2), [*gradients, *_add(sibling[len(gradients) :], changes)])
+
+    def _put_back(self, sibling: Leaf) -> None:
+        """Let the backward itself add to a left sibling's gradients: the same sums, while they are in the cache."""
+        for (name, parameter), gradient in zip(self._parameters.items(), sibling, strict=False):
+            parameter.grad = gradient if self._has_gradient[name] else None
 
     def _harvest(self) -> Leaf:
-        """Take the gradients of one micro-batch away; a parameter it did not use adds nothing."""
+        """Take the gradients away; a parameter that was not used adds -0, which leaves every number as it is."""
         gradients = []
         for name, parameter in self._parameters.items():
             self._has_gradient[name] |= parameter.grad is not None
-            gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            gradients.append(torch.full_like(parameter, -0.0) if parameter.grad is None else parameter.grad)
             parameter.grad = None
         return gradients
 
@@ -161,7 +173,8 @@ class TreeGradients(Gradients):
 
 
 def _add(left: Leaf, right: Leaf) -> Leaf:
-    torch._foreach_add_(left, right)
+    if left:
+        torch._foreach_add_(left, right)
     return left
 
 

@@ -33,6 +33,10 @@ class Fold(Generic[Value]):
         while self._join():
             pass
 
+    def take(self, node: Node) -> Value | None:
+        """The value of the last node, to be pushed again as part of its parent, if the last node is this one."""
+        return self.nodes.pop()[1] if self.nodes and self.nodes[-1][0] == node else None
+
     def _join(self) -> bool:
         """Make the parent of the last node, if its sibling is there or there is none to wait for."""
         (level, index), value = self.nodes[-1]
