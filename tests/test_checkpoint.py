@@ -100,7 +100,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
 
 
 def best(run: Path, step: int) -> None:
-    checkpoint.save_best(run, {"w": torch.tensor([float(step)])}, "run: {}\n", {"step": step, "val/loss": 1 / step})
+    checkpoint.save_best(run, {"w": torch.tensor([float(step)])}, "run: {}\n", {"step": step, "val/loss": 1 / step}, {})
 
 
 def test_best_is_replaced_whole_and_goes_back_with_the_run(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def test_it_runs(tmp_path: Path, path: Path) -> None:
         "confusion_matrix.png",
         "curves.png",
         "predictions.png",
+        "saliency.png",
     }
 
 
