@@ -1,6 +1,8 @@
 """Commands on configs and runs.
 
 python -m trainer evaluate RUN [key=value …]     the best model's validation numbers, computed afresh
+python -m trainer predict RUN PATH… [key=value …] what it says of images, folders and globs; --json, --top K, and
+                                                 --export onnx|torch, which writes RUN/best.onnx or RUN/best.pt2
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import sys
 
 from trainer.errors import ConfigError, leave, nearest, report
 
-COMMANDS = ("evaluate",)
+COMMANDS = ("evaluate", "predict")
 
 
 def main(arguments: list[str]) -> int:

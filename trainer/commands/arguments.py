@@ -24,7 +24,8 @@ def split(arguments: list[str], *, options: tuple[str, ...] = (), flags: tuple[s
     while waiting:
         argument = waiting.pop(0)
         if not argument.startswith("--"):
-            (found.overrides if "=" in argument else found.paths).append(argument)
+            is_path = "=" not in argument or Path(argument).exists()  # a sweep's folders may be named lr=0.1
+            (found.paths if is_path else found.overrides).append(argument)
             continue
         name, equals, value = argument.removeprefix("--").partition("=")
         if name in flags and not equals:
