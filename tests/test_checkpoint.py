@@ -106,7 +106,8 @@ def best(run: Path, step: int) -> None:
 def test_best_is_replaced_whole_and_goes_back_with_the_run(tmp_path: Path) -> None:
     best(tmp_path, 10)
     best(tmp_path, 20)
-    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["config.yaml", "metrics.json", "model.safetensors"]
+    files = ["config.yaml", "metrics.json", "model.safetensors", "signature.json"]
+    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == files
     assert load_file(tmp_path / "best" / "model.safetensors")["w"].item() == 20
     checkpoint.restore_best(tmp_path, 20)
     assert checkpoint.load_best(tmp_path)[1]["step"] == 20

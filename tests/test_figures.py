@@ -145,7 +145,7 @@ def test_predictions_tell_right_from_wrong(drawn: list[Figure], tmp_path: Path) 
     first, second, third = drawn[0].axes[0].texts
     assert first.get_text() == "cat · 99 %\ntrue: cat"
     assert second.get_text() == "d$g_$ · 50 %\ntrue: cat"
-    assert third.get_text().startswith("xxxx") and "x… · 100 %\ntrue: xxxx" in third.get_text()
+    assert third.get_text().startswith("xxxx") and "x…xxxxxx · 100 %\ntrue: xxxx" in third.get_text()
     assert first.get_color() == third.get_color() != second.get_color()
     assert third.get_window_extent().width <= (1.8 + 0.12) * DPI
 

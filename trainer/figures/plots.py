@@ -129,7 +129,7 @@ def _name_classes(axes: Axes, classes: Sequence[str], room: int) -> None:
     axes.tick_params(length=0, labelcolor=INK, labelsize=SMALL)
     if len(classes) > MOST_NAMED_CLASSES:
         return
-    names = [shorten(name, 20) for name in classes]
+    names = [shorten(name, 24) for name in classes]
     places = range(len(names))
     upright = max(map(len, names)) > room
     axes.set_yticks(places, names, parse_math=False)

@@ -23,7 +23,11 @@ Floats = npt.NDArray[np.float64]
 
 
 def shorten(name: str, length: int) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    """The name in at most `length` characters: its beginning and its end, in which long names of one kind differ."""
+    if len(name) <= length:
+        return name
+    end = (length - 1) // 3
+    return f"{name[: length - 1 - end]}…{name[len(name) - end :]}"
 
 
 def fitting(width: float) -> int:
