@@ -72,7 +72,9 @@ def test_files_get_the_decisions_of_the_evaluation(held: tuple[Path, list[Decisi
     broken.write_bytes(b"no image")
     write_png(torch.zeros(1, 9, 8, dtype=torch.uint8), str(tmp_path / "large.png"))
     odd = shutil.copytree(root / "digits", tmp_path / "lr=0.1")
-    done = predict("--top=2", odd, single, tmp_path, pattern, root / "images", "batch.eval_size=5", status=2)
+    done = predict(
+        "--top=2", "--export", "torch", odd, single, tmp_path, pattern, root / "images", "batch.eval_size=5", status=2
+    )
     answers = {Path(answer["file"]).stem: answer for answer in map(json.loads, done.stdout.splitlines())}
     assert list(answers) == ["01", *(f"{i:02}" for i in range(0, 12, 2)), *(f"{i:02}" for i in range(3, 12, 2))]
     for i, decision in enumerate(decisions[:12]):
@@ -81,7 +83,8 @@ def test_files_get_the_decisions_of_the_evaluation(held: tuple[Path, list[Decisi
         assert answer["probability"] == pytest.approx(decision.confidence, rel=1e-5)
         assert [list(other) for other in answer["top"]] == [["class", "class_id", "probability"]] * 2
         assert answer["top"][0]["probability"] >= answer["top"][1]["probability"]
-    errors = done.stderr.splitlines()
+    written, *errors = done.stderr.splitlines()
+    assert Path(written) == odd / "best.pt2" and (odd / "best.pt2").is_file()
     assert len(errors) == 3
     assert f"{broken} cannot be decoded" in errors[0]
     assert "large.png is 1 × 9 × 8" in errors[1] and "1 × 8 × 8" in errors[1] and "{name: Resize" in errors[1]

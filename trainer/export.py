@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import logging
@@ -45,7 +46,7 @@ def export(predictor: Predictor, kind: str, path: Path) -> Path:
     shape, dtype = predictor.signature.shape, predictor.signature.dtype
     if shape is None or dtype is None:
         raise ConfigError("--export", "the run's inputs are no tensors, and an exported program takes one")
-    classifier = Classifier(predictor).cpu().eval()
+    classifier = copy.deepcopy(Classifier(predictor)).cpu().eval()  # the predictor stays where it is
     example = torch.zeros(2, *shape, dtype=getattr(torch, dtype))  # of one, a program for one would be made
     if classifier(example) is None:
         raise ConfigError("loss.name", f"{predictor.config.loss.name} makes no classifier, whose output has a meaning")

@@ -40,10 +40,10 @@ def main(arguments: list[str]) -> None:
         raise ConfigError("PATH", "is missing: predict RUN PATH…, where a PATH is an image, a folder or a glob")
     files = list(dict.fromkeys(file for path in paths for file in _found(path)))
     predictor = Predictor(Path(run), given.overrides)
+    if kind is not None:  # first: files that cannot be read are no reason to go without
+        print(export(predictor, kind, Path(run) / f"best{ENDINGS[kind]}"), file=sys.stderr)
     if files:
         _classify(predictor, files, top, as_json="json" in given.options or not sys.stdout.isatty())
-    if kind is not None:
-        print(export(predictor, kind, Path(run) / f"best{ENDINGS[kind]}"), file=sys.stderr)
 
 
 def _found(path: str) -> Iterator[Path]:
