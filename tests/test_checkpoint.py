@@ -100,13 +100,14 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
 
 
 def best(run: Path, step: int) -> None:
-    checkpoint.save_best(run, {"w": torch.tensor([float(step)])}, "run: {}\n", {"step": step, "val/loss": 1 / step})
+    checkpoint.save_best(run, {"w": torch.tensor([float(step)])}, "run: {}\n", {"step": step, "val/loss": 1 / step}, {})
 
 
 def test_best_is_replaced_whole_and_goes_back_with_the_run(tmp_path: Path) -> None:
     best(tmp_path, 10)
     best(tmp_path, 20)
-    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["config.yaml", "metrics.json", "model.safetensors"]
+    files = ["config.yaml", "metrics.json", "model.safetensors", "signature.json"]
+    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == files
     assert load_file(tmp_path / "best" / "model.safetensors")["w"].item() == 20
     checkpoint.restore_best(tmp_path, 20)
     assert checkpoint.load_best(tmp_path)[1]["step"] == 20

@@ -55,7 +55,7 @@ def test_it_runs(tmp_path: Path, path: Path) -> None:
 
     directory = tmp_path / on_ranks(1, run)[0]
     assert json.loads((directory / "summary.json").read_text())["steps"] == 2
-    classified = {"batch.png", "confusion_matrix.png", "curves.png", "predictions.png"}
+    classified = {"batch.png", "confusion_matrix.png", "curves.png", "predictions.png", "saliency.png"}
     assert {p.name for p in (directory / "figures").iterdir()} == WITHOUT_CLASSES.get(path.stem, classified)
 
 

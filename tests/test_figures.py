@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,21 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from trainer import figures
+from trainer.figures import Predicted
+from trainer.figures.style import DPI
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were written, to look into."""
     held: list[Figure] = []
-    write = figures._write
+    save = Figure.savefig
 
     def keep(figure: Figure, path: Path, **more: Any) -> None:
-        write(figure, path, **more)
+        save(figure, path, **more)
         held.append(figure)
 
-    monkeypatch.setattr(figures, "_write", keep)
+    monkeypatch.setattr(Figure, "savefig", keep)
     return held
 
 
@@ -81,7 +85,7 @@ def test_curves_show_every_row_in_its_panel(drawn: list[Figure], tmp_path: Path)
 )
 def test_curves_of_next_to_nothing(rows: list[dict[str, float]], tmp_path: Path) -> None:
     figures.curves(rows, tmp_path / "curves.png")
-    assert imread(tmp_path / "curves.png").shape[1] == 7.5 * figures.DPI
+    assert imread(tmp_path / "curves.png").shape[1] == 7.5 * DPI
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (5, 3), (64, 8), (70, 8)])
@@ -97,9 +101,9 @@ def test_batch_grid_shows_each_pixel_in_its_place(
     assert len({image.get_extent()[0] for image in axes.images}) == columns
     pixels = imread(tmp_path / "batch.png")[..., :3]
     for image, label, given in zip(axes.images, axes.texts, images, strict=False):
-        left, right, bottom, top = (figures.DPI * edge for edge in image.get_extent())
-        assert label.get_position()[0] * figures.DPI == pytest.approx((left + right) / 2)
-        assert label.get_position()[1] * figures.DPI < top
+        left, right, bottom, top = (DPI * edge for edge in image.get_extent())
+        assert label.get_position()[0] * DPI == pytest.approx((left + right) / 2)
+        assert label.get_position()[1] * DPI < top
         seen = pixels[round(top) + 1 : round(bottom) - 1, round(left) + 1 : round(right) - 1]
         assert set(seen.ravel()) <= {0.0, 1.0}  # no pixel is blended with its neighbour
         centres = (np.arange(8) + 0.5) / 8
@@ -121,7 +125,7 @@ def test_colour_grey_and_other_channels(drawn: list[Figure], tmp_path: Path, dty
 
 def test_large_and_oblong_images_keep_their_shape(drawn: list[Figure], tmp_path: Path) -> None:
     figures.batch_grid(random_images(3, 3, 224, 112), ["a"] * 3, tmp_path / "tall.png")
-    figures.predictions(random_images(2, 3, 50, 400), ["a"] * 2, ["a"] * 2, None, tmp_path / "wide.png")
+    figures.predictions([predicted(random_images(2, 3, 50, 400), "aa", "aa", [0, 1])], tmp_path / "wide.png")
     for figure, ratio in zip(drawn, (0.5, 8.0), strict=True):
         left, right, bottom, top = figure.axes[0].images[0].get_extent()
         assert (right - left) / (bottom - top) == pytest.approx(ratio)
@@ -130,17 +134,45 @@ def test_large_and_oblong_images_keep_their_shape(drawn: list[Figure], tmp_path:
         assert box.width / (x1 - x0) == pytest.approx(box.height / (y0 - y1))
 
 
+def predicted(images: Tensor, guesses: Sequence[str], truths: Sequence[str], sure: Sequence[float]) -> Predicted:
+    return Predicted("", images, guesses, sure, truths)
+
+
 def test_predictions_tell_right_from_wrong(drawn: list[Figure], tmp_path: Path) -> None:
     guesses, truths = ["cat", "d$g_$", "x" * 99], ["cat", "cat", "x" * 99]
-    figures.predictions(random_images(3, 3, 8, 8), guesses, truths, [0.987, 0.5, 1.0], tmp_path / "p.png")
-    figures.predictions(random_images(2, 3, 8, 8), guesses[:2], truths[:2], None, tmp_path / "p.png")
+    group = predicted(random_images(3, 3, 8, 8), guesses, truths, [0.987, 0.5, 1.0])
+    figures.predictions([group], tmp_path / "p.png")
     first, second, third = drawn[0].axes[0].texts
     assert first.get_text() == "cat · 99 %\ntrue: cat"
     assert second.get_text() == "d$g_$ · 50 %\ntrue: cat"
-    assert third.get_text().startswith("xxxx") and "x… · 100 %\ntrue: xxxx" in third.get_text()
+    assert third.get_text().startswith("xxxx") and "x…xxxxxx · 100 %\ntrue: xxxx" in third.get_text()
     assert first.get_color() == third.get_color() != second.get_color()
-    assert third.get_window_extent().width <= (2.0 + 0.12) * figures.DPI
-    assert texts(drawn[1]) == ["cat\ntrue: cat", "d$g_$\ntrue: cat"]
+    assert third.get_window_extent().width <= (1.8 + 0.12) * DPI
+
+
+def test_groups_stand_apart_and_nothing_overlaps(drawn: list[Figure], tmp_path: Path) -> None:
+    names = ["n" * 60] * 6
+    wrong = Predicted("Wrong", random_images(6, 1, 8, 8), names, [0.5] * 6, names)
+    right = Predicted("Right: " + "r" * 60, random_images(1, 1, 16, 8), names[:1], [0.5], names[:1])
+    figures.predictions([wrong, right], tmp_path / "p.png")
+    axes = drawn[0].axes[0]
+    boxes = [thing.get_window_extent() for thing in (*axes.texts, *axes.images)]
+    assert len(boxes) == 7 + 7 + 2
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.shrunk(0.98, 0.9).overlaps(other)
+    whole = drawn[0].bbox
+    assert all(whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1 for box in boxes)
+
+
+def test_a_map_lies_over_its_own_image(drawn: list[Figure], tmp_path: Path) -> None:
+    images, maps = random_images(2, 3, 10, 10), torch.zeros(2, 10, 10)
+    maps[1, 2, 3] = 1
+    figures.saliency(predicted(images, "ab", "ab", [1, 1]), maps, tmp_path / "s.png")
+    for image, shown, heat in zip(images, drawn[0].axes[0].images, maps, strict=True):
+        pair = np.asarray(shown.get_array())
+        np.testing.assert_array_equal(pair[:, :10], image.double().permute(1, 2, 0))
+        coloured = np.ptp(pair[:, 11:], axis=-1) > 1e-6
+        np.testing.assert_array_equal(coloured, heat > 0)
 
 
 def test_confusion_matrix_rows_are_true_classes(drawn: list[Figure], tmp_path: Path) -> None:

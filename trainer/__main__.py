@@ -4,6 +4,8 @@ python -m trainer evaluate RUN [key=value …]            the best model's valid
 python -m trainer compare RUN_A RUN_B                   whether two runs are the same, and where they part first
 python -m trainer replay RUN --step K [key=value …]     step K again, on one process, and taken apart
 python -m trainer explain [CONFIG.yaml] [key=value …]   one step taken apart, in memory; --json, --all
+python -m trainer predict RUN PATH… [key=value …]        what it says of images, folders and globs; --json, --top K, and
+                                                        --export onnx|torch, which writes RUN/best.onnx or best.pt2
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import sys
 
 from trainer.errors import ConfigError, leave, nearest, report
 
-COMMANDS = ("evaluate", "compare", "replay", "explain")
+COMMANDS = ("evaluate", "compare", "replay", "explain", "predict")
 
 
 def main(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
     checkpoints/step_00000023/   model.safetensors  optimizer.safetensors  state.json  manifest.json
     checkpoints/last             a text file: the name of the newest complete one
-    best/                        model.safetensors  config.yaml  metrics.json
+    best/                        model.safetensors  config.yaml  metrics.json  signature.json
 
 A run's position is its step number, and all that is random has a key, so this is all there is to save.
 """
@@ -114,13 +114,16 @@ def load(path: Path) -> Checkpoint:
         ) from error
 
 
-def save_best(run: Path, model: Tensors, config_yaml: str, metrics: Mapping[str, float]) -> None:
+def save_best(
+    run: Path, model: Tensors, config_yaml: str, metrics: Mapping[str, float], signature: Mapping[str, Any]
+) -> None:
     """Replace `best/`. The one before stays as `.best.previous` until the next, should the run be cut off here."""
     best, previous = run / "best", run / ".best.previous"
     with new_directory(run / ".best.next") as partial:
         _write_tensors(model, partial / "model.safetensors")
         (partial / "config.yaml").write_text(config_yaml)
         (partial / "metrics.json").write_text(json.dumps(dict(metrics), indent=2) + "\n")
+        (partial / "signature.json").write_text(json.dumps(dict(signature), indent=2) + "\n")
     if best.exists():
         shutil.rmtree(previous, ignore_errors=True)
         best.rename(previous)
@@ -142,11 +145,17 @@ def _best_step(path: Path) -> int | None:
         return None
 
 
-def load_best(run: Path) -> tuple[Tensors, dict[str, float]]:
-    """The best model's tensors and metrics."""
+def best_directory(run: Path) -> Path:
+    """Where the best model is: `best/`, or the one before where the run was cut off while replacing it."""
     best = next((path for path in (run / "best", run / ".best.previous") if path.is_dir()), None)
     if best is None:
         raise LockstepError(f"{run} has no best model yet: it is kept at a run's first evaluation")
+    return best
+
+
+def load_best(run: Path) -> tuple[Tensors, dict[str, float]]:
+    """The best model's tensors and metrics."""
+    best = best_directory(run)
     try:
         return load_file(best / "model.safetensors"), json.loads((best / "metrics.json").read_text())
     except (OSError, ValueError, SafetensorError) as error:

@@ -64,14 +64,17 @@ class Evaluator:
 
     @torch.no_grad()
     def decisions(self) -> list[Decision]:
-        """A classifier's decision for every sample, in order, on every rank; empty for other tasks."""
+        """A classifier's decision for every sample that counts, in order, on every rank; empty for other tasks."""
+        task = self._forward.task
         mine: list[Decision] = []
         for request, batch in self._in_eval_mode():
-            decided = self._forward.task.decide(self._forward.output(self._model, batch))
-            if decided is None or not isinstance(batch.targets, Tensor) or batch.targets.dim() != 1:
+            shares = task.probabilities(self._forward.output(self._model, batch))
+            if shares is None or not isinstance(batch.targets, Tensor) or batch.targets.dim() != 1:
                 continue
-            columns = request.ids.tolist(), decided[0].tolist(), batch.targets.tolist(), decided[1].tolist()
-            mine += [Decision(*row) for row in zip(*columns, strict=True)]
+            confidence, predicted = shares.max(1)
+            columns = request.ids.tolist(), predicted.tolist(), batch.targets.tolist(), confidence.tolist()
+            rows = [Decision(*row) for row in zip(*columns, strict=True)]
+            mine += [row for row in rows if row.true != task.ignore_index]
         return sorted(self._ranks.gather(mine), key=lambda decision: decision.sample_id)
 
     def close(self) -> None:

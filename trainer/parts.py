@@ -29,6 +29,7 @@ from trainer.plan import Plan
 from trainer.precision import Precision
 from trainer.recalibration import recalibrate
 from trainer.run_directory import run_path
+from trainer.signature import of_samples
 from trainer.task import Task, build_task
 
 
@@ -64,6 +65,9 @@ class Parts:
             config.data, self.data, seed=config.run.seed, device=self.ranks.device, dtype=self.precision.dtype
         )
         num_classes = self._num_classes()
+        self.signature = of_samples(
+            self.val_loader or self.train_loader, num_classes=num_classes, classes=self.data.classes
+        )
         if model is None:
             channels = input_channels(self.train_loader.peek([0]).inputs)
             model = build_model(config.model, seed=config.run.seed, num_classes=num_classes, in_channels=channels)

@@ -1,26 +1,19 @@
-"""What a run shows of itself: the header's facts, the summary, the figures."""
+"""What a run says of itself: the header's facts, the summary."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from trainer import checkpoint, figures
 from trainer.determinism import SETTINGS
-from trainer.evaluation import Decision
 from trainer.files import tensors_sha256
 from trainer.models import count_parameters
 from trainer.optimizer import named_state
 from trainer.parts import Parts
 from trainer.plan import Plan
 from trainer.schedule import Schedule
-from trainer.tracking.jsonl import read_rows
-
-SHOWN = 6  # validation samples whose predictions are drawn
 
 
 def header(parts: Parts, schedule: Schedule, directory: Path) -> list[tuple[str, str]]:
@@ -100,71 +93,6 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
         ("weights", values["weights_sha256"][:16]),
         ("files", str(directory)),
     ]
-
-
-def draw(parts: Parts, directory: Path) -> dict[str, Path]:
-    """Draw the run's figures by its best model. A collective; the main process gets their paths."""
-    decisions = _best_decisions(parts)
-    drawn: dict[str, Path] = {}
-    if not parts.ranks.is_main:
-        return drawn
-    folder = directory / "figures"
-    folder.mkdir(exist_ok=True)
-
-    def path(name: str) -> Path:
-        drawn[name] = folder / f"{name}.png"
-        return drawn[name]
-
-    figures.curves(read_rows(directory / "metrics.jsonl"), path("curves"))
-    names = parts.data.classes
-    batch = parts.train_loader.peek(parts.plan.permutation(0)[: min(64, parts.plan.batch_size)])
-    if _are_images(batch.inputs):
-        labels = [_label(target, names) for target in batch.targets]
-        figures.batch_grid(parts.train_loader.normalize.undo(batch.inputs), labels, path("batch"))
-    if decisions and parts.val_loader is not None:
-        shown = decisions[:SHOWN]
-        images = parts.val_loader.peek([d.sample_id for d in shown]).inputs
-        if _are_images(images):
-            figures.predictions(
-                parts.val_loader.normalize.undo(images),
-                [_label(d.predicted, names) for d in shown],
-                [_label(d.true, names) for d in shown],
-                [d.confidence for d in shown],
-                path("predictions"),
-            )
-        matrix = confusion(decisions, len(names) if names else None)
-        figures.confusion_matrix(matrix, [_label(i, names) for i in range(len(matrix))], path("confusion_matrix"))
-    return drawn
-
-
-def _best_decisions(parts: Parts) -> list[Decision]:
-    """The best model's decisions over the validation data; the last model is put back after them."""
-    if parts.evaluator is None or parts.progress.best is None:
-        return []
-    last = checkpoint.snapshot(parts.module)
-    parts.load_best()
-    decisions = parts.evaluator.decisions()
-    parts.module.load_state_dict(last)
-    return decisions
-
-
-def confusion(decisions: Sequence[Decision], classes: int | None) -> Tensor:
-    """How often each class (row) was taken for each (column), integers `(C, C)`."""
-    true, predicted = (torch.tensor([getattr(d, name) for d in decisions]) for name in ("true", "predicted"))
-    size = max(classes or 0, int(max(true.max(), predicted.max())) + 1)
-    return torch.bincount(true * size + predicted, minlength=size * size).view(size, size)
-
-
-def _are_images(inputs: Any) -> bool:
-    return isinstance(inputs, Tensor) and inputs.dim() == 4
-
-
-def _label(target: Any, names: list[str] | None) -> str:
-    if isinstance(target, Tensor):
-        target = target.item() if target.numel() == 1 else target.tolist()
-    if isinstance(target, int):
-        return names[target] if names and 0 <= target < len(names) else str(target)
-    return f"{target:.3g}" if isinstance(target, float) else ""
 
 
 def _device_name(device: torch.device) -> str:

@@ -32,6 +32,7 @@ class Task(nn.Module):
     """
 
     metrics: tuple[str, ...] = ()
+    ignore_index: int | None = None  # targets of this value count nowhere; None: every target counts
 
     def __init__(self) -> None:  # nn.Module's own takes any keyword, and refuses each
         super().__init__()
@@ -48,8 +49,8 @@ class Task(nn.Module):
         """Sums of further metrics by name, each with what divides it. `output` is detached."""
         return {}
 
-    def decide(self, output: Any) -> tuple[Tensor, Tensor] | None:
-        """For a classifier, the predicted class of each sample `(N,)` and its probability `(N,)`."""
+    def probabilities(self, output: Any) -> Tensor | None:
+        """For a classifier of whole samples, the probability of each class, `(N, C)`; None for other tasks."""
         return None
 
 
@@ -112,11 +113,8 @@ class CrossEntropy(Task):
             sums[f"top{k}_accuracy"] = ((best == labels.unsqueeze(1)).sum(), count)
         return sums
 
-    def decide(self, output: Tensor) -> tuple[Tensor, Tensor] | None:
-        if output.dim() != 2:
-            return None
-        confidence, label = output.softmax(1).max(1)
-        return label, confidence
+    def probabilities(self, output: Tensor) -> Tensor | None:
+        return output.softmax(1) if output.dim() == 2 else None
 
 
 class Regression(Task):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainer import checkpoint, report
+from trainer import checkpoint, drawing, report
 from trainer.checkpoint import Checkpoint
 from trainer.config import Config
 from trainer.data.datasets import MapDataset
@@ -190,7 +190,11 @@ class Trainer(Parts):
         self.statistics.gather()
         self.ranks.on_main(
             lambda: checkpoint.save_best(
-                self.journal.directory, checkpoint.snapshot(self.module), config_yaml(self.config), row
+                self.journal.directory,
+                checkpoint.snapshot(self.module),
+                config_yaml(self.config),
+                row,
+                self.signature.to_dict(),
             )
         )
         return True
@@ -256,7 +260,7 @@ class Trainer(Parts):
         self.statistics.gather()
         self.stopwatch.stop(self.progress)
         summary = report.summary(self)
-        figures = report.draw(self, self.journal.directory) if self.config.run.figures else {}
+        figures = drawing.draw(self, self.journal.directory) if self.config.run.figures else {}
         self.journal.finish(summary, report.closing(summary, self.journal.directory), figures)
         return summary
 

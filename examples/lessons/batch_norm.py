@@ -21,7 +21,7 @@ from torch import nn
 
 from trainer import Trainer, load
 from trainer.errors import leave, report
-from trainer.figures import BLUE, DPI, FAINT, INK, QUIET, SMALL, TITLE, VERMILION
+from trainer.figures.style import BLUE, DPI, FAINT, INK, QUIET, SMALL, TITLE, VERMILION
 from trainer.plan import Step
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from trainer import Trainer, load
 from trainer.config import command_line
 from trainer.errors import leave, report
-from trainer.figures import BLUE, DPI, FAINT, INK, QUIET, SMALL, TITLE, VERMILION
+from trainer.figures.style import BLUE, DPI, FAINT, INK, QUIET, SMALL, TITLE, VERMILION
 from trainer.plan import Step
 from trainer.run_directory import run_path
 

@@ -25,7 +25,8 @@ def split(arguments: list[str], *, options: tuple[str, ...] = (), flags: tuple[s
         argument = waiting.pop(0)
         name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or (equals and "." in name):  # --optimizer.lr=1 is an override too
-            (found.overrides if equals else found.paths).append(argument.removeprefix("--"))
+            is_path = not equals or Path(argument).exists()  # a folder may be named lr=0.1
+            (found.paths if is_path else found.overrides).append(argument.removeprefix("--"))
             continue
         if name in flags and not equals:
             found.options[name] = "true"

@@ -34,7 +34,7 @@ class ImageFolder:
 
         Raises `DataError` where the file cannot be decoded: a sample is never replaced by another.
         """
-        return _decode(self.root / self.paths[index]), self.targets[index]
+        return decode(self.root / self.paths[index]), self.targets[index]
 
 
 def image_folders(root: Path) -> tuple[ImageFolder, ImageFolder, list[str], str]:
@@ -90,8 +90,13 @@ def _files(root: Path, folder: Path) -> Iterator[str]:
     """Every file under `folder` that is not hidden, relative to `root`; links are followed."""
     for parent, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        prefix = Path(parent).relative_to(root).as_posix()
-        yield from (f"{prefix}/{name}" for name in names if not name.startswith("."))
+        within = Path(parent).relative_to(root)
+        yield from ((within / name).as_posix() for name in names if not name.startswith("."))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files under `folder`, sorted by path."""
+    return [folder / path for path in sorted(_files(folder, folder)) if path.lower().endswith(IMAGE_TYPES)]
 
 
 def _unreadable(error: OSError) -> None:
@@ -108,12 +113,14 @@ def _note(reason: str, files: list[str]) -> str:
     return f"{len(files)} file{'s' if len(files) > 1 else ''} left out: {reason} ({names})"
 
 
-def _decode(path: Path) -> torch.Tensor:
+def decode(path: Path, channels: int = 3) -> torch.Tensor:
+    """The image file, uint8 `(channels, H, W)`, in colour (3) or grey (1), turned upright by its EXIF data."""
     from torchvision.io import ImageReadMode, decode_image, read_file
     from torchvision.transforms.v2.functional import to_dtype
 
+    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
     try:
-        image = decode_image(read_file(str(path)), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        image = decode_image(read_file(str(path)), mode=mode, apply_exif_orientation=True)
     except RuntimeError as error:
         reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0])  # not where torchvision noticed it
         raise DataError(f"{path} cannot be decoded ({reason}); remove or replace the file") from None

@@ -58,7 +58,7 @@ class KeyedDataset(Dataset[Any]):
     """
 
     def __init__(self, dataset: MapDataset, transform: Callable[..., Any] | None, *, seed: int, purpose: str) -> None:
-        self._dataset = dataset
+        self.dataset = dataset
         self._transform = transform
         self._seed = seed
         self._purpose = purpose
@@ -78,7 +78,7 @@ class KeyedDataset(Dataset[Any]):
     def _sample(self, epoch: int, sample_id: int) -> tuple[Any, Any]:
         seed_cpu(key(self._seed, self._purpose, epoch, sample_id))
         try:
-            image, target = self._dataset[sample_id]
+            image, target = self.dataset[sample_id]
             return (image, target) if self._transform is None else apply(self._transform, image, target)
         except DataError:
             raise
@@ -97,7 +97,7 @@ class KeyedDataset(Dataset[Any]):
             ) from error
 
     def _name(self, sample_id: int) -> str:
-        paths = getattr(self._dataset, "paths", None)
+        paths = getattr(self.dataset, "paths", None)
         return f"{self._purpose} sample {sample_id}" + (f" ({paths[sample_id]})" if paths is not None else "")
 
 
@@ -146,9 +146,17 @@ class Loader:
 
     def peek(self, ids: Sequence[int] | Ids, place: int = 0, fused: int = 1) -> MicroBatch:
         """Some samples as the model sees them in the first epoch, fetched at once."""
-        request = Request(place, 0, np.asarray(ids), fused)
-        batch: MicroBatch = send_to_device(next(self._here([request])), self._device)
+        batch: MicroBatch = send_to_device(self.fetch(ids, place, fused), self._device)
         return batch._replace(inputs=self.normalize(batch.inputs))
+
+    def fetch(self, ids: Sequence[int] | Ids, place: int = 0, fused: int = 1) -> MicroBatch:
+        """The same as the transforms leave them: on the CPU, not normalised."""
+        return next(self._here([Request(place, 0, np.asarray(ids), fused)]))
+
+    def raw(self, sample_id: int) -> Any:
+        """A sample's input as the data set gives it."""
+        with preserved_cpu_generators():
+            return self._dataset.dataset[sample_id][0]
 
     def run(self, requests: Iterable[Request]) -> Generator[MicroBatch, None, None]:
         """The micro-batches that are asked for, in order. Closing the generator ends its loader processes."""

@@ -1,0 +1,232 @@
+"""`python -m trainer predict`: the run's own answers, from the run directory alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchvision.io import write_jpeg, write_png
+
+from tests.distributed.ranks import on_ranks
+from tests.distributed.small import Images, config, conv_net
+from trainer import Trainer
+from trainer.config import load
+from trainer.data.datasets import digits
+from trainer.data.folder import decode
+from trainer.errors import ConfigError, LockstepError
+from trainer.evaluation import Decision
+from trainer.export import Classifier, export
+from trainer.prediction import Predictor
+from trainer.signature import Signature
+
+ROOT = Path(__file__).parents[1]
+RESIZE = "data.val_transforms=[{name: Resize, size: [8, 8], interpolation: nearest}]"
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Decision]]:
+    """A short run on digits, its validation images as files, and what its best model decided on them."""
+    root = tmp_path_factory.mktemp("digits")
+
+    def run() -> list[Decision]:
+        settings = load(
+            ROOT / "configs/digits.yaml",
+            [f"run.dir={root}", "train.epochs=1", "train.max_steps=9", "run.figures=false", "wandb.mode=disabled"],
+        )
+        trainer = Trainer(settings)
+        trainer.fit()
+        trainer.load_best()
+        assert trainer.evaluator is not None
+        return trainer.evaluator.decisions()
+
+    decisions: list[Decision] = on_ranks(1, run)[0]
+    (root / "images" / "sub").mkdir(parents=True)
+    val: Any = digits().val
+    for i in range(12):
+        write_png(val.images[i], str(root / "images" / ("sub" if i % 2 else "") / f"{i:02}.png"))
+    return root, decisions
+
+
+def predict(*arguments: object, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", "predict", *map(str, arguments)],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_files_get_the_decisions_of_the_evaluation(held: tuple[Path, list[Decision]], tmp_path: Path) -> None:
+    root, decisions = held
+    pattern, single = f"{root}/images/*.png", root / "images" / "sub" / "01.png"
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    write_png(torch.zeros(1, 9, 8, dtype=torch.uint8), str(tmp_path / "large.png"))
+    odd = shutil.copytree(root / "digits", tmp_path / "lr=0.1")
+    done = predict(
+        "--top=2", "--export", "torch", odd, single, tmp_path, pattern, root / "images", "batch.eval_size=5", status=2
+    )
+    answers = {Path(answer["file"]).stem: answer for answer in map(json.loads, done.stdout.splitlines())}
+    assert list(answers) == ["01", *(f"{i:02}" for i in range(0, 12, 2)), *(f"{i:02}" for i in range(3, 12, 2))]
+    for i, decision in enumerate(decisions[:12]):
+        answer = answers[f"{i:02}"]
+        assert (answer["class"], answer["class_id"]) == (str(decision.predicted), decision.predicted)
+        assert answer["probability"] == pytest.approx(decision.confidence, rel=1e-5)
+        assert [list(other) for other in answer["top"]] == [["class", "class_id", "probability"]] * 2
+        assert answer["top"][0]["probability"] >= answer["top"][1]["probability"]
+    written, *errors = done.stderr.splitlines()
+    assert Path(written) == odd / "best.pt2" and (odd / "best.pt2").is_file()
+    assert len(errors) == 3
+    assert f"{broken} cannot be decoded" in errors[0]
+    assert "large.png is 1 × 9 × 8" in errors[1] and "1 × 8 × 8" in errors[1] and "{name: Resize" in errors[1]
+    assert errors[2] == "error: 2 of 14 files could not be classified"
+
+
+def test_colour_files_become_grey_and_overridden_transforms_hold(
+    held: tuple[Path, list[Decision]], tmp_path: Path
+) -> None:
+    root, decisions = held
+    val: Any = digits().val
+    for i in range(3):
+        large = val.images[i].repeat_interleave(16, 1).repeat_interleave(16, 2).expand(3, -1, -1)
+        write_jpeg(large.contiguous(), str(tmp_path / f"{i}.jpg"), quality=100)
+    predictor = on_ranks(1, lambda: list(Predictor(root / "digits", [RESIZE]).classify(sorted(tmp_path.iterdir()))))[0]
+    for (_, shares), decision in zip(predictor, decisions, strict=False):
+        assert isinstance(shares, torch.Tensor)
+        assert int(shares.argmax()) == decision.predicted
+        assert float(shares.sum()) == pytest.approx(1)
+        assert float(shares.max()) == pytest.approx(decision.confidence, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "PATH: is missing"),
+        (["{run}"], "PATH: is missing"),
+        (["{run}", "nowhere/*.png"], "nowhere/*.png does not exist"),
+        (["{run}", "{root}/empty"], "empty holds no image files"),
+        (["{root}/images", "{root}/images"], "images: is not a run directory"),
+        (["{run}", "{root}/images", "--top", "0"], "--top: 0 classes"),
+        (["{run}", "{root}/images", "--export", "onx"], '"onx" is not one of torch, onnx; did you mean'),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(
+    held: tuple[Path, list[Decision]], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    from trainer.commands.predict import main
+
+    (held[0] / "empty").mkdir(exist_ok=True)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # of this process
+    with pytest.raises(LockstepError) as raised:
+        main([argument.format(run=held[0] / "digits", root=held[0]) for argument in arguments])
+    assert message in str(raised.value) and raised.value.exit_status == 2
+
+
+def test_one_process_predicts(held: tuple[Path, list[Decision]]) -> None:
+    def refused() -> str:
+        with pytest.raises(ConfigError) as raised:
+            Predictor(held[0] / "digits")
+        return str(raised.value)
+
+    assert "2 processes were started" in on_ranks(2, refused)[0]
+
+
+def test_a_model_that_was_given_is_asked_for_again(tmp_path: Path) -> None:
+    def run() -> tuple[Signature, list[float], list[float]]:
+        trainer = Trainer(config(tmp_path), model=conv_net(), train_data=Images(56), val_data=Images(5))
+        trainer.fit()
+        trainer.load_best()
+        with pytest.raises(LockstepError, match="does not fit the weights"):
+            Predictor(tmp_path / "run")
+        predictor = Predictor(tmp_path / "run", model=conv_net())
+        images = Images(5).points
+        shares = trainer.module.eval()(images).softmax(1)
+        return predictor.signature, shares.tolist(), Classifier(predictor)(images).tolist()
+
+    signature, expected, found = on_ranks(1, run)[0]
+    assert signature == Signature(2, [2, 5, 5], "float64", 4, list("abcd"))
+    assert found == expected
+
+
+def exported_torch(run: Path, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    files = {"classes.json": ""}
+    program = torch.export.load(export(Predictor(run), "torch", path), extra_files=files).module()
+    assert json.loads(files["classes.json"]) == [str(i) for i in range(10)]
+    return program
+
+
+def exported_onnx(run: Path, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    import onnxruntime as runtime
+
+    session = runtime.InferenceSession(export(Predictor(run), "onnx", path))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [str(i) for i in range(10)]
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@pytest.mark.parametrize(("write", "name"), [(exported_torch, "m.pt2"), (exported_onnx, "m.onnx")])
+def test_exported_programs_give_the_same_numbers(
+    held: tuple[Path, list[Decision]], tmp_path: Path, write: Any, name: str
+) -> None:
+    root, decisions = held
+    val: Any = digits().val
+
+    def exported() -> list[tuple[list[int], list[float]]]:
+        program = write(root / "digits", tmp_path / name)
+        largest = [program(val.images[:count]).max(1) for count in (1, 7)]
+        return [(predicted.tolist(), confidence.tolist()) for confidence, predicted in largest]
+
+    if write is exported_onnx:
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    # In a process of its own: after torch.export, no fork of a process that has run a backward can run one.
+    for count, (predicted, confidence) in zip((1, 7), on_ranks(1, exported)[0], strict=True):
+        assert predicted == [decision.predicted for decision in decisions[:count]]
+        assert confidence == pytest.approx([d.confidence for d in decisions[:count]], rel=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_onnx_names_what_is_missing(held: tuple[Path, list[Decision]], monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = Predictor(held[0] / "digits")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else object())
+    with pytest.raises(ConfigError, match="--export: onnx needs onnx: pip install onnx onnxscript"):
+        export(predictor, "onnx", held[0] / "m.onnx")
+
+
+def test_the_folder_may_be_gone_and_colour_stays_colour(tmp_path: Path) -> None:
+    """A run on colour files that its transforms turn grey, predicted after its data are gone."""
+    draw = torch.Generator().manual_seed(0)
+    for part in ("train", "val"):
+        for label in ("ants", "bees"):
+            (tmp_path / "data" / part / label).mkdir(parents=True)
+            for i in range(4):
+                image = torch.randint(256, (3, 12, 10), generator=draw).to(torch.uint8)
+                write_png(image, str(tmp_path / "data" / part / label / f"{i}.png"))
+
+    def run() -> list[Decision]:
+        transforms = "transforms=[{name: Grayscale}, {name: Resize, size: [8, 8]}]"
+        overrides = [f"data.root={tmp_path / 'data'}", f"data.train_{transforms}", f"data.val_{transforms}"]
+        overrides += ["data.name=folder", "batch.size=4", "wandb.mode=disabled", f"run.dir={tmp_path}", "run.name=r"]
+        trainer = Trainer(load(None, [*overrides, "train.epochs=1", "run.figures=false"]))
+        trainer.fit()
+        trainer.load_best()
+        assert trainer.evaluator is not None
+        return trainer.evaluator.decisions()
+
+    decisions = on_ranks(1, run)[0]
+    (tmp_path / "data" / "val").rename(tmp_path / "asked")
+    shutil.rmtree(tmp_path / "data")
+    done = predict(tmp_path / "r", tmp_path / "asked", "--json", "data.workers=1")
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == 8 and decode(tmp_path / "asked" / "ants" / "0.png").shape == (3, 12, 10)
+    for answer, decision in zip(answers, decisions, strict=True):
+        assert answer["class"] == ["ants", "bees"][decision.predicted]
+        assert answer["probability"] == pytest.approx(decision.confidence, rel=1e-6)

@@ -1,0 +1,114 @@
+"""A run's figures: what is drawn, of which samples, by which model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import checkpoint, figures
+from trainer.data.loading import Loader
+from trainer.evaluation import Decision
+from trainer.figures import Predicted
+from trainer.parts import Parts
+from trainer.saliency import saliency
+from trainer.tracking.jsonl import read_rows
+
+WRONG, RIGHT, MAPPED = 8, 4, 6  # validation samples whose predictions are drawn, and those with a map
+
+
+def draw(parts: Parts, directory: Path) -> dict[str, Path]:
+    """Draw the run's figures by its best model. A collective; the main process gets their paths."""
+    folder = directory / "figures"
+    drawn: dict[str, Path] = {}
+    if parts.ranks.is_main:
+        folder.mkdir(exist_ok=True)
+        drawn["curves"] = folder / "curves.png"
+        figures.curves(read_rows(directory / "metrics.jsonl"), drawn["curves"])
+        drawn |= _draw_batch(parts, folder)
+    if parts.evaluator is None or parts.progress.best is None:
+        return drawn
+    last = checkpoint.snapshot(parts.module)
+    parts.load_best()
+    decisions = parts.evaluator.decisions()
+    if parts.ranks.is_main and decisions:
+        drawn |= _draw_decisions(parts, decisions, folder)
+    parts.module.load_state_dict(last)
+    return drawn
+
+
+def _draw_batch(parts: Parts, folder: Path) -> dict[str, Path]:
+    """The run's first samples, as the model saw them."""
+    path = folder / "batch.png"
+    batch = parts.train_loader.peek(parts.plan.permutation(0)[: min(64, parts.plan.batch_size)])
+    if not _are_images(batch.inputs):
+        return {}
+    labels = [_label(target, parts.data.classes) for target in batch.targets]
+    figures.batch_grid(parts.train_loader.normalize.undo(batch.inputs), labels, path)
+    return {"batch": path}
+
+
+def _draw_decisions(parts: Parts, decisions: list[Decision], folder: Path) -> dict[str, Path]:
+    """The confusion matrix of the validation data; where they are images, some of them and what the model saw there."""
+    assert parts.val_loader is not None
+    paths = {name: folder / f"{name}.png" for name in ("predictions", "saliency", "confusion_matrix")}
+    names, loader = parts.data.classes, parts.val_loader
+    matrix = confusion(decisions, len(names) if names else None)
+    figures.confusion_matrix(matrix, [_label(i, names) for i in range(len(matrix))], paths["confusion_matrix"])
+    wrong, right = apart(decisions)
+    shown = [*wrong[:WRONG], *right[:RIGHT]][:MAPPED]
+    inputs = loader.peek([decision.sample_id for decision in shown]).inputs
+    if not _are_images(inputs):
+        return {"confusion_matrix": paths["confusion_matrix"]}
+    of = f"of {len(decisions):,} validation samples"
+    groups = [
+        _predicted(f"Wrong: {len(wrong):,} {of}, the surest first", wrong[:WRONG], loader, names),
+        _predicted(f"Right: {len(right):,} {of}, the least sure first", right[:RIGHT], loader, names),
+    ]
+    figures.predictions([group for group in groups if group.true], paths["predictions"])
+    maps = saliency(parts.task, parts.module, inputs)
+    if maps is None:
+        del paths["saliency"]
+    else:
+        heading = "What the predicted class rests on: bright places count most"
+        figures.saliency(_predicted(heading, shown, loader, names), maps, paths["saliency"])
+    return paths
+
+
+def apart(decisions: Sequence[Decision]) -> tuple[list[Decision], list[Decision]]:
+    """The wrong ones, the surest first, and the right ones, the least sure first."""
+    by_confidence = sorted(decisions, key=lambda decision: (decision.confidence, -decision.sample_id))
+    wrong = [decision for decision in reversed(by_confidence) if decision.predicted != decision.true]
+    return wrong, [decision for decision in by_confidence if decision.predicted == decision.true]
+
+
+def _predicted(heading: str, shown: Sequence[Decision], loader: Loader, names: list[str] | None) -> Predicted:
+    return Predicted(
+        heading,
+        loader.normalize.undo(loader.peek([d.sample_id for d in shown]).inputs) if shown else torch.empty(0),
+        [_label(d.predicted, names) for d in shown],
+        [d.confidence for d in shown],
+        [_label(d.true, names) for d in shown],
+    )
+
+
+def confusion(decisions: Sequence[Decision], classes: int | None) -> Tensor:
+    """How often each class (row) was taken for each (column), integers `(C, C)`."""
+    true, predicted = (torch.tensor([getattr(d, name) for d in decisions]) for name in ("true", "predicted"))
+    size = max(classes or 0, int(max(true.max(), predicted.max())) + 1)
+    return torch.bincount(true * size + predicted, minlength=size * size).view(size, size)
+
+
+def _are_images(inputs: Any) -> bool:
+    return isinstance(inputs, Tensor) and inputs.dim() == 4
+
+
+def _label(target: Any, names: list[str] | None) -> str:
+    if isinstance(target, Tensor):
+        target = target.item() if target.numel() == 1 else target.tolist()
+    if isinstance(target, int):
+        return names[target] if names and 0 <= target < len(names) else str(target)
+    return f"{target:.3g}" if isinstance(target, float) else ""
