@@ -11,6 +11,9 @@ from trainer.components import build, resolve
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError, nearest
 from trainer.seeding import key, preserved_cpu_generators, seed_cpu
+from trainer.weights import torchvision_weights
+
+AUXILIARY = ("googlenet", "inception_v3")  # torchvision's with further heads, which a loss of one output cannot take
 
 
 def small_cnn(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Sequential:
@@ -36,22 +39,27 @@ def build_model(section: ModelConfig, *, seed: int, num_classes: int | None, in_
     models that take them; the section's other keys are the model's arguments.
     """
     supplied: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+    constructor = _constructor(section, supplied)
     supplied = {name: value for name, value in supplied.items() if value is not None and name not in section.args}
     with preserved_cpu_generators():
         seed_cpu(key(seed, "weights"))
-        model = build("model", _constructor(section.name, supplied), section.args, **supplied)
+        model = build("model", constructor, section.args, **supplied)
     if not isinstance(model, nn.Module):
         raise ConfigError("model.name", f'"{section.name}" made a {type(model).__name__}, not a torch.nn.Module')
     return model
 
 
-def _constructor(name: str, supplied: dict[str, Any]) -> Callable[..., Any]:
+def _constructor(section: ModelConfig, supplied: dict[str, Any]) -> Callable[..., Any]:
+    name = section.name
     if "." in name or name == "small_cnn":
+        if name.startswith("timm."):
+            supplied["in_chans"] = supplied.pop("in_channels")  # its word for it
         constructor: Callable[..., Any] = resolve("model", name, {"small_cnn": small_cnn})
         return constructor
     from torchvision import models
 
-    supplied.pop("in_channels", None)  # torchvision's models take three
+    supplied.pop("in_channels")  # torchvision's models take three
+    supplied |= _as_weights_need(section)
     try:
         builder: Callable[..., Any] = models.get_model_builder(name)
     except ValueError:
@@ -61,6 +69,19 @@ def _constructor(name: str, supplied: dict[str, Any]) -> Callable[..., Any]:
             f'"{name}" is neither small_cnn, a torchvision model nor an import path{nearest(name, known)}',
         ) from None
     return builder
+
+
+def _as_weights_need(section: ModelConfig) -> dict[str, Any]:
+    """What torchvision's builders set when they load weights themselves, which they do not here."""
+    arguments: dict[str, Any] = {}
+    if section.name in AUXILIARY:
+        arguments |= {"aux_logits": False, "init_weights": True}  # true is the default, without its warning
+    weights = torchvision_weights(section)
+    if weights is not None and section.name in AUXILIARY:
+        arguments |= {"transform_input": True, "init_weights": False}
+    if weights is not None and section.name.startswith("vit_"):
+        arguments["image_size"] = weights.meta["min_size"][0]
+    return arguments
 
 
 def input_channels(inputs: Any) -> int | None:

@@ -78,6 +78,8 @@ class Trainer(Parts):
 
     def _loop(self, stop: StopRequest) -> None:
         for step in self.plan.steps(self.progress.step):
+            if step.start == 0:
+                self.freeze_as_in(step.epoch)
             self.train_step(step)
             if self._is_logged(step):
                 self.log(step)
@@ -210,6 +212,9 @@ class Trainer(Parts):
         self.ranks.on_main(lambda: checkpoint.restore_best(self.journal.directory, held.progress.best_step))
         self.interval, self.epoch = Totals(held.progress.interval), Totals(held.progress.epoch)
         self.schedule = self._schedule()
+        self.freeze_as_in(min(self.progress.step, self.plan.total_steps - 1) // self.plan.steps_per_epoch)
+        if self.evaluator is not None:
+            self.evaluator.forget()
 
     def _stop(self, signal_number: int) -> None:
         self.save()

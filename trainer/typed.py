@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -58,8 +59,11 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (hint,) = (a for a in args if a is not type(None))
-        return _convert(name, hint, value)
+        *others, last = (a for a in args if a is not type(None))
+        for other in others:
+            with suppress(ConfigError):
+                return _convert(name, other, value)
+        return _convert(name, last, value)
     if origin is Literal:
         if value in args:
             return value
