@@ -41,7 +41,7 @@ def build_optimizer(section: OptimizerConfig, model: nn.Module, *, head: str | N
     target = resolve("optimizer", section.name, OPTIMIZERS)
     groups = [group for group in groups if group["params"]]
     optimizer = build("optimizer", target, section.args, groups, lr=section.lr)
-    if not isinstance(optimizer, Optimizer) or "lr" not in optimizer.param_groups[0]:
+    if not isinstance(optimizer, Optimizer) or "lr" not in optimizer.defaults:
         raise ConfigError("optimizer.name", f'"{section.name}" is not an optimizer with a learning rate `lr`')
     if not section.decay_norm_and_bias and "weight_decay" not in optimizer.defaults:
         raise ConfigError("optimizer.decay_norm_and_bias", f'"{section.name}" has no weight_decay; leave it true')

@@ -115,6 +115,8 @@ class Parts:
             self.statistics.release()
             self._build_reduction()
             self.model.train()
+            if self.evaluator is not None:
+                self.evaluator.forget()
 
     def load_best(self, run: Path | None = None) -> Row:
         """Load the best weights of a run (this one's) on every rank; returns the row they were kept with."""
