@@ -71,13 +71,9 @@ class BatchConfig:
 class ModelConfig:
     name: str = key("small_cnn", "small_cnn, a torchvision model, or an import path to a class or function")
     num_classes: int | None = key(None, "outputs of the model; null = as many as the data has classes", least=1)
-    weights: str | None = key(
-        None, "weights to begin with: a name of torchvision's, such as DEFAULT, or a safetensors or state-dict file"
-    )
+    weights: str | None = key(None, "weights to begin with: a name of torchvision's, such as DEFAULT, or a file")
     head: str | None = key(None, "dotted name of the last layer; null = found by itself")
-    freeze: str | list[str] | None = key(
-        None, 'what is not trained: backbone (all but the head), or names such as [conv1, "layer[12]"]'
-    )
+    freeze: str | list[str] | None = key(None, 'not trained: backbone (all but the head), or [conv1, "layer[12]"]')
     unfreeze: dict[str, Any] = key({}, "what is trained after so many epochs after all: {5: [layer4], 10: backbone}")
     args: dict[str, Any] = component_arguments()
 
@@ -111,9 +107,7 @@ class OptimizerConfig:
     name: str = key("sgd", "sgd, adam, adamw, or an import path to a torch.optim.Optimizer")
     lr: float = key(0.1, "learning rate, before the schedule's factor", least=0)
     backbone_lr: float | None = key(None, "learning rate of all but the model's head; null = optimizer.lr", least=0)
-    layer_decay: float = key(
-        1.0, "factor of the learning rate from each layer to the one before it, beginning at the head", least=0
-    )
+    layer_decay: float = key(1.0, "factor of the learning rate from a layer to the one before it", least=0)
     decay_norm_and_bias: bool = key(True, "apply weight_decay to biases and to the weights of norm layers too")
     args: dict[str, Any] = component_arguments()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +40,9 @@ def build_model(section: ModelConfig, *, seed: int, num_classes: int | None, in_
     models that take them; the section's other keys are the model's arguments.
     """
     supplied: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+    supplied = {name: value for name, value in supplied.items() if value is not None}
     constructor = _constructor(section, supplied)
-    supplied = {name: value for name, value in supplied.items() if value is not None and name not in section.args}
+    supplied = {name: value for name, value in supplied.items() if name not in section.args}
     with preserved_cpu_generators():
         seed_cpu(key(seed, "weights"))
         model = build("model", constructor, section.args, **supplied)
@@ -52,14 +54,13 @@ def build_model(section: ModelConfig, *, seed: int, num_classes: int | None, in_
 def _constructor(section: ModelConfig, supplied: dict[str, Any]) -> Callable[..., Any]:
     name = section.name
     if "." in name or name == "small_cnn":
-        if name.startswith("timm."):
+        if name.startswith("timm.") and "in_channels" in supplied:
             supplied["in_chans"] = supplied.pop("in_channels")  # its word for it
         constructor: Callable[..., Any] = resolve("model", name, {"small_cnn": small_cnn})
         return constructor
     from torchvision import models
 
-    supplied.pop("in_channels")  # torchvision's models take three
-    supplied |= _as_weights_need(section)
+    supplied.pop("in_channels", None)  # torchvision's models take three
     try:
         builder: Callable[..., Any] = models.get_model_builder(name)
     except ValueError:
@@ -68,6 +69,9 @@ def _constructor(section: ModelConfig, supplied: dict[str, Any]) -> Callable[...
             "model.name",
             f'"{name}" is neither small_cnn, a torchvision model nor an import path{nearest(name, known)}',
         ) from None
+    supplied |= _as_weights_need(section)
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        supplied["weights_backbone"] = None  # else torchvision downloads some unasked
     return builder
 
 

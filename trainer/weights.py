@@ -44,11 +44,11 @@ def torchvision_weights(section: ModelConfig) -> Any | None:
             f"({', '.join(FILES)})",
         ) from None
     if name not in choices.__members__:
-        known = [*choices.__members__, "DEFAULT"]
+        known = list(choices.__members__)
         raise ConfigError(
             "model.weights",
-            f'{section.name} has no weights "{name}"{nearest(name, known)}; it has {", ".join(known)}, or give a file '
-            f"({', '.join(FILES)})",
+            f'{section.name} has {", ".join(known)}, not "{name}"; set one of them or a file '
+            f"({', '.join(FILES)}){nearest(name, known)}",
         )
     return choices[name]
 
