@@ -37,9 +37,11 @@ def image_folder(root: Path) -> list[str]:
 
 def substitutes(config: Path, directory: Path) -> list[str]:
     """Stand-ins for data that a config needs and the repository does not hold."""
-    name = load(config, []).data.name
+    given = load(config, [])
+    name = given.data.name
     if name == "folder":
-        return image_folder(directory / "images")
+        untrained = ["model.weights=null"] if given.model.weights else []
+        return [*image_folder(directory / "images"), *untrained]
     if name in ("cifar10", "mnist"):
         shape = ["data.image_size=32"] if name == "cifar10" else ["data.image_size=28", "data.channels=1"]
         return ["data.name=fake", "data.root=null", "data.size=600", "data.val_size=40", *shape]

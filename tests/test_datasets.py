@@ -198,6 +198,23 @@ def test_files_left_out_are_noted_and_hidden_ones_ignored(root: Path) -> None:
     assert (len(data.train), len(data.val), data.classes) == (4, 1, ["ants", "bees"])
 
 
+def test_kept_images_are_the_decoded_ones_and_as_many_as_fit(root: Path) -> None:
+    plain = make("folder", root)
+    parts = [plain.train, plain.val]
+    total = sum(part[i][0].nbytes for part in parts for i in range(len(part)))
+    for room, all_fit in ((total, True), (total - 1, False)):
+        data = build_datasets(DataConfig(name="folder", root=str(root), cache=room / 2**30), MainFirst())
+        for kept, part in zip((data.train, data.val), parts, strict=True):
+            for i in range(len(part)):
+                kept[i][0].zero_()  # what a transform writes into stays its own
+                assert torch.equal(kept[i][0], part[i][0])
+                assert kept[i][1] == part[i][1]
+        held = len(data.train._held) + len(data.val._held)
+        assert held == len(plain.train) + len(plain.val) if all_fit else 0 < held < len(plain.train) + len(plain.val)
+    with pytest.raises(ConfigError, match=r"data.cache: keeps the images of data.name=folder, not of digits"):
+        build_datasets(DataConfig(name="digits", cache=1.0), MainFirst())
+
+
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "gone", "animation"])
 def test_a_corrupt_image_is_an_error_that_names_it_and_never_its_neighbour(root: Path, damage: str) -> None:
     path = picture(root / "train/ants/9.jpeg", (64, 64))

@@ -21,6 +21,11 @@ class Net(nn.Linear):
     def __init__(self, num_classes: int, width: int = 4) -> None:
         super().__init__(width, num_classes)
 
+    @classmethod
+    def of_width(cls, width: int, **more: int) -> Net:
+        assert more.keys() == {"num_classes", "in_channels"}
+        return cls(more["num_classes"], width)
+
 
 @pytest.mark.parametrize(
     ("name", "shape"), [("small_cnn", (2, 3, 8, 8)), ("resnet18", (2, 3, 32, 32)), (f"{__name__}.Net", (2, 4))]
@@ -36,6 +41,7 @@ def test_data_gives_channels_and_the_config_overrules() -> None:
     assert model("small_cnn", in_channels=5)(torch.rand(1, 5, 8, 8)).shape == (1, 7)
     assert input_channels(torch.rand(5, 2)) is None
     assert model(f"{__name__}.Net", width=6)(torch.rand(1, 6)).shape == (1, 7)
+    assert model(f"{__name__}.Net.of_width", width=6)(torch.rand(1, 6)).shape == (1, 7)
 
 
 def test_initial_weights_are_the_seeds() -> None:
@@ -54,6 +60,8 @@ def test_initial_weights_are_the_seeds() -> None:
         ("resnet81", {}, 'model.name: "resnet81" is neither small_cnn, a torchvision model nor an import path'),
         ("small_cnn", {"widht": 3}, 'model.widht: small_cnn has no such argument; did you mean "width"?'),
         ("math.sqrt", {}, "model"),
+        (f"{__name__}.Net.of_widht", {}, 'has no "of_widht"; did you mean "of_width"?'),
+        (f"{__name__}.Nte.of_width", {}, f'cannot import "{__name__}.Nte"'),
         ("no_such_package.Net", {}, 'cannot import "no_such_package"'),
     ],
 )

@@ -62,10 +62,24 @@ def norm_layers(model: nn.Module) -> list[_NormBase]:
 
 
 def freeze(layer: nn.Module) -> None:
-    """Fix a norm layer's weights and statistics; it stays in eval mode whatever `train()` is called above it."""
+    """Fix a norm layer's weights and statistics."""
     layer.requires_grad_(False)
-    layer.eval()
-    layer.train = MethodType(lambda self, mode=True: self, layer)  # type: ignore[method-assign]
+    hold_in_eval(layer)
+
+
+def hold_in_eval(module: nn.Module) -> None:
+    """The module stays in eval mode, with all that it holds, whatever `train()` is called above it."""
+    module.eval()
+    module.train = MethodType(lambda self, mode=True: self, module)  # type: ignore[method-assign]
+
+
+def is_held(module: nn.Module) -> bool:
+    return "train" in vars(module)
+
+
+def release(module: nn.Module) -> None:
+    """Undo `hold_in_eval`: the next `train()` reaches the module again."""
+    del module.train
 
 
 def _named_norm_layers(model: nn.Module) -> list[tuple[str, _NormBase]]:
@@ -84,7 +98,7 @@ class RunningStatistics:
 
     def __init__(self, model: nn.Module, section: BatchNormConfig, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._layers = [] if section.mode == "frozen" else norm_layers(model)
+        self._layers = [layer for layer in norm_layers(model) if not is_held(layer)]
         self._shared = ranks.count > 1 and section.mode == "micro" and bool(self._layers)
         self._per_step = section.momentum_per == "step"
         self._base = [float(layer.momentum or 0.0) for layer in self._layers]
@@ -98,6 +112,11 @@ class RunningStatistics:
         self._first_run: tuple[int, list[int]] | None = None  # the first step: own micro-batches, counters before
         self._calls: list[int] | None = None  # for each layer, its calls in a micro-batch
         self._ages: list[tuple[float, list[Tensor]]] = []  # what one micro-batch leaves, of which statistics
+
+    def release(self) -> None:
+        """Give the layers their own momenta back. For what comes after this: parts that are trained from now on."""
+        for layer, base in zip(self._layers, self._base, strict=True):
+            layer.momentum = base
 
     def begin(self, step: Step) -> None:
         """Make ready for `step`'s micro-batches: momentum and, on several ranks, this rank's share."""

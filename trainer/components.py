@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,16 +21,26 @@ def resolve(section: str, name: str, known: Mapping[str, Any]) -> Any:
             f"{section}.name",
             f'"{name}" is not one of {", ".join(known)}, nor an import path{nearest(name, known)}',
         )
+    holder = _imported(section, name, module_name)
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"{section}.name", f'cannot import "{module_name}" for "{name}": {error}') from None
-    try:
-        return getattr(module, attribute)
+        return getattr(holder, attribute)
     except AttributeError:
         raise ConfigError(
-            f"{section}.name", f'"{module_name}" has no "{attribute}"{nearest(attribute, dir(module))}'
+            f"{section}.name", f'"{module_name}" has no "{attribute}"{nearest(attribute, dir(holder))}'
         ) from None
+
+
+def _imported(section: str, name: str, module_name: str) -> Any:
+    """The module, or the class of a module, called `module_name`: a class method is a constructor too."""
+    try:
+        return importlib.import_module(module_name)
+    except ImportError as error:
+        outer, _, attribute = module_name.rpartition(".")
+        if getattr(error, "name", None) == module_name and outer in sys.modules:
+            holder = getattr(sys.modules[outer], attribute, None)
+            if isinstance(holder, type):
+                return holder
+        raise ConfigError(f"{section}.name", f'cannot import "{module_name}" for "{name}": {error}') from None
 
 
 def build(section: str, target: Callable[..., Any], arguments: Mapping[str, Any], *supplied: Any, **more: Any) -> Any:

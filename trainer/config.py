@@ -38,6 +38,12 @@ class RunConfig:
 class DataConfig:
     name: str = key("digits", "digits, folder, cifar10, mnist, fake, or an import path to a map-style dataset")
     root: str | None = key(None, "folder that holds the data set, where it has files")
+    cache: float = key(
+        0.0,
+        "decoded images of a folder that each process keeps in memory; the rest is decoded anew",
+        unit="GiB",
+        least=0,
+    )
     workers: int = key(0, "loader processes of each rank; 0 loads in the rank itself", least=0)
     prefetch: int = key(4, "micro-batches each loader process keeps ready", least=1)
     train_transforms: list[dict[str, Any]] = key(
@@ -66,6 +72,10 @@ class BatchConfig:
 class ModelConfig:
     name: str = key("small_cnn", "small_cnn, a torchvision model, or an import path to a class or function")
     num_classes: int | None = key(None, "outputs of the model; null = as many as the data has classes", least=1)
+    weights: str | None = key(None, "weights to begin with: a name of torchvision's, such as DEFAULT, or a file")
+    head: str | None = key(None, "dotted name of the last layer; null = found by itself")
+    freeze: str | list[str] | None = key(None, 'not trained: backbone (all but the head), or [conv1, "layer[12]"]')
+    unfreeze: dict[str, Any] = key({}, "what is trained after so many epochs after all: {5: [layer4], 10: backbone}")
     args: dict[str, Any] = component_arguments()
 
 
@@ -101,6 +111,8 @@ class LossConfig:
 class OptimizerConfig:
     name: str = key("sgd", "sgd, adam, adamw, or an import path to a torch.optim.Optimizer")
     lr: float = key(0.1, "learning rate, before the schedule's factor", least=0)
+    backbone_lr: float | None = key(None, "learning rate of all but the model's head; null = optimizer.lr", least=0)
+    layer_decay: float = key(1.0, "factor of the learning rate from a layer to the one before it", least=0)
     decay_norm_and_bias: bool = key(True, "apply weight_decay to biases and to the weights of norm layers too")
     args: dict[str, Any] = component_arguments()
 
@@ -121,6 +133,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = key(
         "fp32", "bf16 and fp16: autocast over fp32 weights; fp64: everything"
     )
+    channels_last: bool = key(False, "keep weights and activations of images as (N, H, W, C), which convolutions like")
     compile: bool = key(False, "compile the model with torch.compile")
     max_grad_norm: float | None = key(None, "clip the whole step's gradient to this L2 norm", least=0)
     find_unused_parameters: bool = key(False, "allow parameters that get no gradient in some steps")

@@ -72,7 +72,8 @@ class Ranks:
         self._host_group: Any = None if on_host else distributed.new_group(backend="gloo")
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model on its device, in DDP where there are several processes."""
+        """The model on its device, in DDP where there are several processes; one prepared before it is let go."""
+        self.accelerator.free_memory()
         with warnings.catch_warnings():  # newer torch renames the option, older torch knows no other name
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             prepared: nn.Module = self.accelerator.prepare_model(model)
@@ -88,6 +89,11 @@ class Ranks:
     def main_first(self) -> AbstractContextManager[None]:
         """The main process runs the body first, the others after it."""
         context: AbstractContextManager[None] = self.accelerator.main_process_first()
+        return context
+
+    def node_main_first(self) -> AbstractContextManager[None]:
+        """One process of each machine runs the body first, its others after it."""
+        context: AbstractContextManager[None] = self.accelerator.local_main_process_first()
         return context
 
     def sum_(self, tensor: Tensor) -> Tensor:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from trainer.batch_norm import RunningStatistics
 from trainer.data.loading import Loader, MicroBatch, Request, whole_requests
 from trainer.distributed import Ranks
+from trainer.features import Features
 from trainer.forward import Forward
 from trainer.metrics import Meter
 
@@ -37,16 +37,18 @@ class Evaluator:
         model: nn.Module,
         forward: Forward,
         loader: Loader,
-        statistics: RunningStatistics,
+        gather_statistics: Callable[[], None],
         ranks: Ranks,
         *,
         samples: int,
         batch_size: int,
         exact: bool,
+        features: Features,
     ) -> None:
         self._model = model
         self._forward = forward
-        self._statistics = statistics
+        self._gather_statistics = gather_statistics
+        self._features = features
         self._ranks = ranks
         self._exact = exact
         self._requests = list(whole_requests(samples, batch_size, ranks.rank, ranks.count))
@@ -57,8 +59,8 @@ class Evaluator:
     def evaluate(self) -> dict[str, float]:
         """The mean loss and metrics over all samples. A collective."""
         meter = Meter(self._forward.task, self._ranks, exact=self._exact)
-        for _, batch in self._in_eval_mode():
-            output, loss, weight = self._forward(self._model, batch, None)
+        for _, model, batch in self._in_eval_mode():
+            output, loss, weight = self._forward(model, batch, None)
             meter.add(loss, weight, output, batch.targets)
         return meter.read().means()
 
@@ -67,8 +69,8 @@ class Evaluator:
         """A classifier's decision for every sample that counts, in order, on every rank; empty for other tasks."""
         task = self._forward.task
         mine: list[Decision] = []
-        for request, batch in self._in_eval_mode():
-            shares = task.probabilities(self._forward.output(self._model, batch))
+        for request, model, batch in self._in_eval_mode():
+            shares = task.probabilities(self._forward.output(model, batch))
             if shares is None or not isinstance(batch.targets, Tensor) or batch.targets.dim() != 1:
                 continue
             confidence, predicted = shares.max(1)
@@ -83,10 +85,24 @@ class Evaluator:
             self._batches.close()
             self._batches = None
 
-    def _in_eval_mode(self) -> Iterator[tuple[Request, MicroBatch]]:
-        if self._batches is None:
-            self._batches = self._loader.run(itertools.cycle(self._requests))
-        self._statistics.gather()
+    def forget(self) -> None:
+        """The model's weights are others now: compute everything anew."""
+        self._features.clear()
+
+    def _in_eval_mode(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
+        """Each batch with what it is to be run through: the model, or its head where the batch holds its features."""
+        self._gather_statistics()
         self._model.eval()
-        yield from zip(self._requests, itertools.islice(self._batches, len(self._requests)), strict=True)
+        held = self._features.held()
+        if held is not None:
+            self.close()
+            yield from ((request, *pair) for request, pair in zip(self._requests, held, strict=True))
+        else:
+            if self._batches is None:
+                self._batches = self._loader.run(itertools.cycle(self._requests))
+            with self._features.recorded(self._model) as record:
+                batches = itertools.islice(self._batches, len(self._requests))
+                for request, batch in zip(self._requests, batches, strict=True):
+                    yield request, self._model, batch
+                    record(batch)
         self._model.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ from trainer.components import build, resolve
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError, nearest
 from trainer.seeding import key, preserved_cpu_generators, seed_cpu
+from trainer.weights import torchvision_weights
+
+AUXILIARY = ("googlenet", "inception_v3")  # torchvision's with further heads, which a loss of one output cannot take
 
 
 def small_cnn(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Sequential:
@@ -37,17 +41,22 @@ def build_model(section: ModelConfig, *, seed: int, num_classes: int | None, in_
     models that take them; the section's other keys are the model's arguments.
     """
     supplied: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
-    supplied = {name: value for name, value in supplied.items() if value is not None and name not in section.args}
+    supplied = {name: value for name, value in supplied.items() if value is not None}
+    constructor = _constructor(section, supplied)
+    supplied = {name: value for name, value in supplied.items() if name not in section.args}
     with preserved_cpu_generators():
         seed_cpu(key(seed, "weights"))
-        model = build("model", _constructor(section.name, supplied), section.args, **supplied)
+        model = build("model", constructor, section.args, **supplied)
     if not isinstance(model, nn.Module):
         raise ConfigError("model.name", f'"{section.name}" made a {type(model).__name__}, not a torch.nn.Module')
     return model
 
 
-def _constructor(name: str, supplied: dict[str, Any]) -> Callable[..., Any]:
+def _constructor(section: ModelConfig, supplied: dict[str, Any]) -> Callable[..., Any]:
+    name = section.name
     if "." in name or name == "small_cnn":
+        if name.startswith("timm.") and "in_channels" in supplied:
+            supplied["in_chans"] = supplied.pop("in_channels")  # its word for it
         constructor: Callable[..., Any] = resolve("model", name, {"small_cnn": small_cnn})
         return constructor
     from torchvision import models
@@ -61,6 +70,9 @@ def _constructor(name: str, supplied: dict[str, Any]) -> Callable[..., Any]:
             "model.name",
             f'"{name}" is neither small_cnn, a torchvision model nor an import path{nearest(name, known)}',
         ) from None
+    supplied |= _as_weights_need(section)
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        supplied["weights_backbone"] = None  # else torchvision downloads some unasked
     return builder
 
 
@@ -73,6 +85,19 @@ def compile_model(model: nn.Module, *, bitwise: bool) -> None:
     if bitwise:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     model.compile(dynamic=False if bitwise else None)
+
+
+def _as_weights_need(section: ModelConfig) -> dict[str, Any]:
+    """What torchvision's builders set when they load weights themselves, which they do not here."""
+    arguments: dict[str, Any] = {}
+    if section.name in AUXILIARY:
+        arguments |= {"aux_logits": False, "init_weights": True}  # true is the default, without its warning
+    weights = torchvision_weights(section)
+    if weights is not None and section.name in AUXILIARY:
+        arguments |= {"transform_input": True, "init_weights": False}
+    if weights is not None and section.name.startswith("vit_"):
+        arguments["image_size"] = weights.meta["min_size"][0]
+    return arguments
 
 
 def input_channels(inputs: Any) -> int | None:

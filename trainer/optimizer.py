@@ -6,39 +6,42 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from trainer.components import build, resolve
 from trainer.config import OptimizerConfig
 from trainer.errors import ConfigError, LockstepError
+from trainer.learning_rates import NORMS, base_rates
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 Numbers = dict[str, Any]  # int, float, bool, str or None by name; under "parameters" a list of names
 TRAINED = "parameters"  # no clash: every other name holds a dot
 OURS = {"params", "lr", "initial_lr", "weight_decay"}  # entries of a group that the config decides
 
 
-def build_optimizer(section: OptimizerConfig, model: nn.Module) -> Optimizer:
+def build_optimizer(section: OptimizerConfig, model: nn.Module, *, head: str | None = None) -> Optimizer:
     """The optimizer that `section` names, over the parameters of `model` that require a gradient.
 
-    With `decay_norm_and_bias: false`, biases, other parameters of at most one dimension and all parameters of
-    norm layers form a second group without weight decay. Each group keeps its base rate as `initial_lr`.
+    Parameters of one learning rate (see `base_rates`; `head` is `model.head`) form a group. With
+    `decay_norm_and_bias: false`, biases, other parameters of at most one dimension and all parameters of norm layers
+    form further groups without weight decay. Each group keeps its base rate as `initial_lr`; the first has
+    `optimizer.lr`, if any has.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ConfigError("model", "no parameter requires a gradient, so there is nothing to train; freeze less")
     spared = set() if section.decay_norm_and_bias else _norms_and_biases(model)
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for name, parameter in trained.items() if name not in spared]},
-        {"params": [parameter for name, parameter in trained.items() if name in spared], "weight_decay": 0.0},
-    ]
+    rates = base_rates(section, model, head)
+    groups: list[dict[str, Any]] = []
+    for extra, members in ({}, trained.keys() - spared), ({"weight_decay": 0.0}, spared):
+        for rate in sorted({rates[name] for name in trained}, key=lambda rate: (rate != section.lr, -rate)):
+            chosen = [p for name, p in trained.items() if name in members and rates[name] == rate]
+            groups.append({"params": chosen, "lr": rate, **extra})
     target = resolve("optimizer", section.name, OPTIMIZERS)
     groups = [group for group in groups if group["params"]]
     optimizer = build("optimizer", target, section.args, groups, lr=section.lr)
-    if not isinstance(optimizer, Optimizer) or "lr" not in optimizer.param_groups[0]:
+    if not isinstance(optimizer, Optimizer) or "lr" not in optimizer.defaults:
         raise ConfigError("optimizer.name", f'"{section.name}" is not an optimizer with a learning rate `lr`')
     if not section.decay_norm_and_bias and "weight_decay" not in optimizer.defaults:
         raise ConfigError("optimizer.decay_norm_and_bias", f'"{section.name}" has no weight_decay; leave it true')

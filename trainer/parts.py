@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from trainer import checkpoint
@@ -20,7 +21,9 @@ from trainer.determinism import make_deterministic
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.evaluation import Evaluator
+from trainer.features import Features
 from trainer.forward import Forward
+from trainer.freezing import Freezing
 from trainer.gradients import Gradients
 from trainer.metrics import Row
 from trainer.models import build_model, compile_model, input_channels
@@ -31,6 +34,7 @@ from trainer.recalibration import recalibrate
 from trainer.run_directory import run_path
 from trainer.signature import of_samples
 from trainer.task import Task, build_task
+from trainer.weights import begin_with, weights_file
 
 
 class Parts:
@@ -68,13 +72,17 @@ class Parts:
         self.signature = of_samples(
             self.val_loader or self.train_loader, num_classes=num_classes, classes=self.data.classes
         )
+        weights = weights_file(config.model, self.ranks.node_main_first)
         if model is None:
             channels = input_channels(self.train_loader.peek([0]).inputs)
             model = build_model(config.model, seed=config.run.seed, num_classes=num_classes, in_channels=channels)
+        self.weights_note = begin_with(weights, model, config.model, num_classes, config.run.seed)
         self._place(model)
         self.task = (task or build_task(config.loss, num_classes)).to(self.ranks.device, self.precision.dtype)
         self.forward = Forward(self.task, self.precision, self.ranks.device, config.run.seed)
-        self.optimizer = build_optimizer(config.optimizer, self.module)
+        self.freezing = Freezing(self.module, config.model)
+        self.optimizer = build_optimizer(config.optimizer, self.module, head=config.model.head)
+        self.freezing.at(epoch=0)
         self._build_reduction()
         self.evaluator = self._evaluator()
         self.progress = Progress()
@@ -105,10 +113,22 @@ class Parts:
         recalibrate(self.module, forwards, before[-1], self.ranks)
         return True
 
+    def freeze_as_in(self, epoch: int) -> None:
+        """Train what is trained in `epoch`, and no more. A collective, at an epoch's begin."""
+        if self.freezing.at(epoch):
+            self.statistics.gather()
+            self.statistics.release()
+            self._build_reduction()
+            self.model.train()
+            if self.evaluator is not None:
+                self.evaluator.forget()
+
     def load_best(self, run: Path | None = None) -> Row:
         """Load the best weights of a run (this one's) on every rank; returns the row they were kept with."""
         tensors, row = checkpoint.load_best(run or run_path(self.config.run))
         self.module.load_state_dict(tensors)
+        if run is not None and self.evaluator is not None:
+            self.evaluator.forget()
         return row
 
     def _plan(self) -> Plan:
@@ -132,15 +152,17 @@ class Parts:
         return given or classes or None
 
     def _place(self, model: nn.Module) -> None:
-        """The model in its modes, on its device, in its dtype: `module` itself, `model` as training calls it."""
+        """The model in its modes, on its device, in its dtype."""
         model = configure(model, self.config.batch_norm, ranks=self.ranks.count, device=self.ranks.device)
         self.module = model.to(self.ranks.device, self.precision.dtype)
+        if self.config.train.channels_last:
+            self.module.to(memory_format=torch.channels_last)
         if self.config.train.compile:
             compile_model(self.module, bitwise=self.bitwise)
-        self.model = self.ranks.equalize(self.module) if self.bitwise else self.ranks.prepare(self.module)
 
     def _build_reduction(self) -> None:
-        """What makes one gradient and one set of statistics of those of all ranks."""
+        """`model` as training calls it, and what makes one gradient and one set of statistics of those of all ranks."""
+        self.model = self.ranks.equalize(self.module) if self.bitwise else self.ranks.prepare(self.module)
         may_be_unused = self.config.train.find_unused_parameters
         self.statistics: RunningStatistics
         self.gradients: Gradients
@@ -158,12 +180,18 @@ class Parts:
             self.module,
             self.forward,
             self.val_loader,
-            self.statistics,
+            lambda: self.statistics.gather(),  # noqa: PLW0108 - others take their place where parts are thawed
             self.ranks,
             samples=len(self.data.val),
             batch_size=self.config.batch.eval_size,
             exact=self.bitwise,
+            features=Features(self._head_of_fixed_features),
         )
+
+    def _head_of_fixed_features(self) -> nn.Module | None:
+        """The head, where running it on kept features is running the model."""
+        alone = not self.config.train.compile and type(self.task).predict is Task.predict
+        return self.freezing.head if alone else None
 
 
 def _naming(config: Config, **given: object) -> Config:

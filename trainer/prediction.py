@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class Predictor:
     def _build(self) -> nn.Module:
         shape, config = self.signature.shape, self.config
         return build_model(
-            config.model,
+            replace(config.model, weights=None),  # the run's own come next
             seed=config.run.seed,
             num_classes=self.signature.num_classes,
             in_channels=shape[0] if shape is not None and len(shape) == 3 else None,

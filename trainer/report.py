@@ -26,6 +26,7 @@ def header(parts: Parts, schedule: Schedule, directory: Path) -> list[tuple[str,
     facts = [
         ("run", str(directory)),
         ("model", f"{config.model.name} · {parameters}"),
+        *([("weights", parts.weights_note)] if parts.weights_note else []),
         ("data", " · ".join([data.name, *sizes, *classes])),
         ("batch", batch_arithmetic(plan, parts.fuse)),
         ("optimizer", f"{config.optimizer.name} · lr {config.optimizer.lr:g}"),

@@ -23,6 +23,7 @@ FREE_KEYS = (
     "run.resume",
     "run.resume_changes",
     "run.figures",
+    "data.cache",
     "data.workers",
     "data.prefetch",
     "batch.fuse",

@@ -100,6 +100,8 @@ class Trainer(Parts):
 
     def train_step(self, step: Step) -> None:
         """One optimizer update. Nothing here waits for the device."""
+        if step.start == 0:
+            self.freeze_as_in(step.epoch)
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
         self.statistics.begin(step)
         model = self.gradients.model(step)
@@ -237,6 +239,9 @@ class Trainer(Parts):
         self.progress = held.progress
         self.interval, self.epoch = Totals(held.progress.interval), Totals(held.progress.epoch)
         self.schedule = self._schedule()
+        self.freeze_as_in(min(self.progress.step, self.plan.total_steps - 1) // self.plan.steps_per_epoch)
+        if self.evaluator is not None:
+            self.evaluator.forget()
 
     def _stop(self, signal_number: int) -> None:
         self.save()

@@ -97,12 +97,14 @@ def build_datasets(section: DataConfig, device_main_first: Callable[[], Abstract
     parameters = _parameters(target)
     if section.root is not None and not {"root", "**"} & parameters:
         raise ConfigError("data.root", f"{section.name} takes no root; leave it out")
+    if section.cache and target is not folder:
+        raise ConfigError("data.cache", f"keeps the images of data.name=folder, not of {section.name}; leave it out")
     if section.root is None and section.name in known and "root" in parameters:
         raise ConfigError("data.root", f"is not set; {section.name} needs the folder that holds its files")
     with device_main_first() if section.args.get("download") else nullcontext():
         if section.name not in known:
             return _imported(section, target, parameters)
-        made: Datasets = build("data", target, section.args, root=section.root)
+        made: Datasets = build("data", target, section.args, root=section.root, cache=section.cache)
         return made
 
 
@@ -119,9 +121,13 @@ def digits() -> Datasets:
     return Datasets(train, val, [str(name) for name in bunch.target_names], "digits")
 
 
-def folder(root: str) -> Datasets:
-    """Images in class folders, `root/train/<class>/…` and `root/val/<class>/…`: see `trainer.data.folder`."""
+def folder(root: str, cache: float = 0.0) -> Datasets:
+    """Images in class folders, `root/train/<class>/…` and `root/val/<class>/…`: see `trainer.data.folder`.
+
+    Up to `cache` GiB of them are decoded at once and kept, those to train from first.
+    """
     train, val, classes, note = image_folders(Path(root).expanduser())
+    val.hold(train.hold(round(cache * 2**30)))
     return Datasets(train, val, classes, "folder", note)
 
 

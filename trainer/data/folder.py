@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from trainer.errors import DataError, nearest
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
+AHEAD = 64  # images decoded before they are known to fit
 OTHER_TYPE, NO_CLASS = "not an image type that is read", "not in a class folder"  # why files are left out
 
 
@@ -25,6 +27,7 @@ class ImageFolder:
         self.root = root
         self.paths = paths
         self.targets = targets
+        self._held: list[torch.Tensor] = []  # the first images, decoded
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -34,7 +37,23 @@ class ImageFolder:
 
         Raises `DataError` where the file cannot be decoded: a sample is never replaced by another.
         """
+        if 0 <= index < len(self._held):
+            return self._held[index].clone(), self.targets[index]  # a transform may write into what it is given
         return decode(self.root / self.paths[index]), self.targets[index]
+
+    def hold(self, room: int) -> int:
+        """Decode the first images, as many as fit into `room` bytes, and keep them; the room that is left.
+
+        Loader processes that are forked share them.
+        """
+        with ThreadPoolExecutor() as threads:  # decoding leaves the interpreter to others
+            for start in range(0, len(self) if room else 0, AHEAD):
+                for image in threads.map(lambda path: decode(self.root / path), self.paths[start : start + AHEAD]):
+                    if image.nbytes > room:
+                        return 0
+                    room -= image.nbytes
+                    self._held.append(image)
+        return room
 
 
 def image_folders(root: Path) -> tuple[ImageFolder, ImageFolder, list[str], str]:

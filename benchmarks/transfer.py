@@ -1,0 +1,157 @@
+"""The two transfer recipes against a script in the form that tutorials have made common: accuracy and time.
+
+python -m benchmarks.transfer DATA_ROOT                     ResNet-18, whose weights are downloaded if need be
+python -m benchmarks.transfer DATA_ROOT --epochs 3 model.name=my_package.Net model.weights=PATH
+
+The script: torchvision's ImageFolder, PIL images, v1 transforms, four loader processes, a training and a validation
+phase in each epoch, a log by `.item()`, the best weights kept in a file. Network, initial weights, head, data, epochs,
+batch, optimizer and schedule are the config's. The two take turns, an epoch each, in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import datasets
+from torchvision import transforms as v1
+
+from benchmarks.step_time import machine
+from benchmarks.timing import Clocks
+from trainer import Config, Trainer, load
+from trainer.errors import report
+from trainer.heads import find_head
+from trainer.models import build_model
+from trainer.weights import begin_with, weights_file
+
+RECIPES = ("extract", "finetune")
+CONFIGS = Path(__file__).parents[1] / "configs" / "transfer"
+
+
+def initial_model(config: Config, classes: int) -> nn.Module:
+    """The network as Lockstep begins with it."""
+    model = build_model(config.model, seed=config.run.seed, num_classes=classes, in_channels=3)
+    begin_with(weights_file(config.model, nullcontext), model, config.model, classes, config.run.seed)
+    return model
+
+
+def by_hand(config: Config, best_file: Path) -> Iterator[float]:
+    """The script; it yields each epoch's validation accuracy."""
+    normalize = v1.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    transforms = {
+        "train": v1.Compose([v1.RandomResizedCrop(224), v1.RandomHorizontalFlip(), v1.ToTensor(), normalize]),
+        "val": v1.Compose([v1.Resize(256), v1.CenterCrop(224), v1.ToTensor(), normalize]),
+    }
+    folders = {
+        phase: datasets.ImageFolder(str(Path(config.data.root or "", phase)), transform)
+        for phase, transform in transforms.items()
+    }
+    loaders = {
+        phase: DataLoader(folder, config.batch.size, shuffle=True, num_workers=4) for phase, folder in folders.items()
+    }
+    model = initial_model(config, len(folders["train"].classes))
+    if config.model.freeze:
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+        for parameter in model.get_submodule(find_head(model, config.model.head)).parameters():
+            parameter.requires_grad = True
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, config.optimizer.lr, **config.optimizer.args)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, **config.schedule.args)
+    criterion, best = nn.CrossEntropyLoss(), 0.0
+    for _ in range(config.train.epochs):
+        for phase, loader in loaders.items():
+            model.train(phase == "train")
+            loss_sum, correct = 0.0, 0
+            for inputs, labels in loader:
+                optimizer.zero_grad()
+                with torch.set_grad_enabled(phase == "train"):
+                    outputs = model(inputs)
+                    loss = criterion(outputs, labels)
+                    if phase == "train":
+                        loss.backward()
+                        optimizer.step()
+                loss_sum += loss.item() * len(inputs)
+                correct += int((outputs.argmax(1) == labels).sum())
+            if phase == "train":
+                scheduler.step()
+            accuracy = correct / len(folders[phase])
+            if phase == "val" and accuracy > best:
+                best = accuracy
+                torch.save(model.state_dict(), best_file)
+        yield accuracy
+
+
+class Turns(Trainer):
+    """A `Trainer` after each of whose epochs the script has one."""
+
+    def race(self, script: Iterator[float], began: Clocks) -> tuple[Clocks, Clocks, list[float]]:
+        """Train; the seconds since `began`, the script's of them, and its accuracies."""
+        self._script, self._accuracies = script, list[float]()
+        self._others = np.zeros(2)
+        self.fit()
+        return clocks() - began - self._others, self._others, self._accuracies
+
+    def save(self) -> None:
+        super().save()
+        began = clocks()
+        self._accuracies += [accuracy for accuracy, _ in zip(self._script, range(1), strict=False)]
+        self._others += clocks() - began
+
+
+def clocks() -> Clocks:
+    """Seconds on the wall, and of CPU time, that of loader processes included once they have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return np.array([perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in used)])
+
+
+def compare(config: Config, directory: Path, threads: int) -> list[tuple[str, float, Clocks]]:
+    """Best accuracy and seconds of the script and of Lockstep."""
+    began = clocks()
+    trainer = Turns(config)
+    torch.set_num_threads(threads)
+    ours, script, accuracies = trainer.race(by_hand(config, directory / "best.pth"), began)
+    return [("script", max(accuracies), script), ("Lockstep", trainer.progress.best or 0.0, ours)]
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("root", help="the folder with train/ and val/")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="changes of the config, for both")
+    parser.add_argument("--epochs", type=int, default=25, help="epochs of each run (default: 25)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the process (default: 1)")
+    parser.add_argument("--recipes", nargs="*", default=RECIPES, choices=RECIPES, help="which (default: both)")
+    options = parser.parse_intermixed_args(arguments)
+    print(machine(options.threads), end="\n\n")
+    print("| recipe | loop | best accuracy | wall s | × | CPU s | × |\n|---|---|--:|--:|--:|--:|--:|")
+    torch.set_num_threads(options.threads)
+    try:
+        for recipe in options.recipes:
+            with TemporaryDirectory() as directory:
+                own = [f"data.root={options.root}", f"train.epochs={options.epochs}", "train.keep_checkpoints=1"]
+                quiet = [f"run.dir={directory}", "run.figures=false", "wandb.mode=disabled"]
+                config = load(CONFIGS / f"{recipe}.yaml", [*own, *options.changes, *quiet])
+                with redirect_stdout(sys.stderr):
+                    rows = compare(config, Path(directory), options.threads)
+            for name, accuracy, seconds in rows:
+                wall, cpu = (f"{s:.1f} | {s / other:.2f}" for s, other in zip(seconds, rows[0][2], strict=True))
+                print(f"| {recipe} | {name} | {accuracy:.4f} | {wall} | {cpu} |", flush=True)
+    except Exception as error:
+        return report(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
