@@ -1,6 +1,7 @@
 """Commands on configs and runs.
 
 python -m trainer evaluate RUN [key=value …]     the best model's validation numbers, computed afresh
+python -m trainer sync RUN…                      send to W&B what it lacks of runs: offline ones, those cut off
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 
 from trainer.errors import ConfigError, leave, nearest, report
 
-COMMANDS = ("evaluate",)
+COMMANDS = ("evaluate", "sync")
 
 
 def main(arguments: list[str]) -> int:

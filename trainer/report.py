@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor
 from trainer import checkpoint, figures
 from trainer.determinism import SETTINGS
 from trainer.evaluation import Decision
-from trainer.files import tensors_sha256
+from trainer.files import tensors_sha256, write_text
 from trainer.models import count_parameters
 from trainer.optimizer import named_state
 from trainer.parts import Parts
@@ -100,6 +102,18 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     ]
 
 
+def draw_batch(parts: Parts, directory: Path) -> dict[str, Path]:
+    """Draw samples of the first batch with their labels, where they are images."""
+    batch = parts.train_loader.peek(parts.plan.permutation(0)[: min(64, parts.plan.batch_size)])
+    if not _are_images(batch.inputs):
+        return {}
+    path = directory / "figures" / "batch.png"
+    path.parent.mkdir(exist_ok=True)
+    labels = [_label(target, parts.data.classes) for target in batch.targets]
+    figures.batch_grid(parts.train_loader.normalize.undo(batch.inputs), labels, path)
+    return {"batch": path}
+
+
 def draw(parts: Parts, directory: Path) -> dict[str, Path]:
     """Draw the run's figures by its best model. A collective; the main process gets their paths."""
     decisions = _best_decisions(parts)
@@ -115,10 +129,6 @@ def draw(parts: Parts, directory: Path) -> dict[str, Path]:
 
     figures.curves(read_rows(directory / "metrics.jsonl"), path("curves"))
     names = parts.data.classes
-    batch = parts.train_loader.peek(parts.plan.permutation(0)[: min(64, parts.plan.batch_size)])
-    if _are_images(batch.inputs):
-        labels = [_label(target, names) for target in batch.targets]
-        figures.batch_grid(parts.train_loader.normalize.undo(batch.inputs), labels, path("batch"))
     if decisions and parts.val_loader is not None:
         shown = decisions[:SHOWN]
         images = parts.val_loader.peek([d.sample_id for d in shown]).inputs
@@ -131,7 +141,10 @@ def draw(parts: Parts, directory: Path) -> dict[str, Path]:
                 path("predictions"),
             )
         matrix = confusion(decisions, len(names) if names else None)
-        figures.confusion_matrix(matrix, [_label(i, names) for i in range(len(matrix))], path("confusion_matrix"))
+        classes = [_label(i, names) for i in range(len(matrix))]
+        figures.confusion_matrix(matrix, classes, path("confusion_matrix"))
+        drawn["per_class"] = folder / "per_class.csv"
+        write_text(drawn["per_class"], per_class(matrix, classes))
     return drawn
 
 
@@ -151,6 +164,21 @@ def confusion(decisions: Sequence[Decision], classes: int | None) -> Tensor:
     true, predicted = (torch.tensor([getattr(d, name) for d in decisions]) for name in ("true", "predicted"))
     size = max(classes or 0, int(max(true.max(), predicted.max())) + 1)
     return torch.bincount(true * size + predicted, minlength=size * size).view(size, size)
+
+
+def per_class(matrix: Tensor, classes: Sequence[str]) -> str:
+    """A confusion matrix as CSV: each class that has samples, how many, its accuracy, what it is most taken for."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["class", "samples", "accuracy", "most taken for", "times"])
+    for number, (name, counts) in enumerate(zip(classes, matrix.tolist(), strict=True)):
+        right, samples = counts[number], sum(counts)
+        counts[number] = 0
+        worst = max(range(len(counts)), key=counts.__getitem__)
+        if samples:
+            taken_for = classes[worst] if counts[worst] else ""
+            table.writerow([name, samples, round(right / samples, 6), taken_for, counts[worst]])
+    return text.getvalue()
 
 
 def _are_images(inputs: Any) -> bool:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net, fitted, largest_difference, state
 from trainer import ConfigError
+from trainer.metrics import TIMINGS
 from trainer.tracking.jsonl import read_rows
-
-TIMINGS = ("samples_per_second",)
 
 
 def net() -> nn.Module:
