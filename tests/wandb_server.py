@@ -121,6 +121,12 @@ class WandbServer:
                 self._listener.shutdown_request(connection)
             self._listener = None
 
+    def let_go(self) -> None:
+        """In a forked process: close what it inherited, else the port stays open when the server is gone."""
+        if self._listener is not None:
+            for inherited in (self._listener.socket, *self._listener.connections):
+                inherited.close()
+
     def fault(self, kind: str) -> None:
         """Answer with an HTTP status, or `hang`; with `""`, well again."""
         self.broken = kind
@@ -131,7 +137,8 @@ class WandbServer:
     @property
     def environment(self) -> dict[str, str]:
         key = "0123456789" * 4
-        return {"WANDB_BASE_URL": self.backend.url, "WANDB_API_KEY": key, "NO_PROXY": "127.0.0.1"}
+        often = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
+        return {"WANDB_BASE_URL": self.backend.url, "WANDB_API_KEY": key, "NO_PROXY": "127.0.0.1"} | often
 
     def wait_for_step(self, run: str, step: int, seconds: float = 20) -> None:
         """Return once a row of `step` or a later one has arrived."""

@@ -11,7 +11,7 @@ from trainer.config import WandbConfig
 from trainer.errors import LockstepError
 from trainer.redaction import redacted
 from trainer.tracking.wandb_client import Messages, first_line, start_client, wanted_mode, within
-from trainer.tracking.wandb_files import best_model, histograms, mark_sent, shown
+from trainer.tracking.wandb_files import best_model, histograms, is_offline, mark_sent, sessions, shown
 from trainer.tracking.wandb_rows import Row, Sent
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class WandbRun:
         }
         if "WANDB_SWEEP_ID" not in os.environ:  # else the agent has set project, entity and id
             arguments |= {"project": section.project, "entity": section.entity, "id": run_id, "resume": "allow"}
+        before = sessions(directory, unsent=True)
         self._run, self._state, error = start_client(section, arguments, self._messages, **settings)
         self._online = self._state == "online"
         self.id: str = self._run.id
@@ -90,6 +91,7 @@ class WandbRun:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         if error is not None:
+            mark_sent(file for file in sessions(directory, unsent=True) if file not in before and not is_offline(file))
             warn(section, note, f"W&B is out of reach ({first_line(error)}), so the run is offline; {later(directory)}")
 
     def describe(self) -> str:
@@ -139,7 +141,7 @@ class WandbRun:
             lambda: within(self._section.finish_timeout, lambda: self._finish(status, failure, step, figures or {}))
         )
         if self._online and not self._failed:
-            mark_sent(self._directory)
+            mark_sent(sessions(self._directory, unsent=True))
         return self._online and not self._failed
 
     def _finish(self, status: int, failure: str, step: int, figures: Mapping[str, Path]) -> None:

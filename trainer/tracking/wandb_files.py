@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +73,9 @@ def is_offline(file: Path) -> bool:
     return file.parent.name.startswith("offline-")
 
 
-def mark_sent(directory: Path) -> None:
-    """Have all sessions so far count as sent, for `wandb sync` too."""
-    for file in sessions(directory, unsent=True):
+def mark_sent(files: Iterable[Path]) -> None:
+    """Have sessions count as sent, for `wandb sync` too."""
+    for file in files:
         _marker(file).touch()
 
 
