@@ -137,7 +137,7 @@ class WandbServer:
     @property
     def environment(self) -> dict[str, str]:
         key = "0123456789" * 4
-        often = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
+        often = {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
         return {"WANDB_BASE_URL": self.backend.url, "WANDB_API_KEY": key, "NO_PROXY": "127.0.0.1"} | often
 
     def wait_for_step(self, run: str, step: int, seconds: float = 20) -> None:
