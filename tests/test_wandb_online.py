@@ -219,7 +219,8 @@ def test_an_outage_costs_no_row(at_home: Path, server: WandbServer, kind: str) -
 def break_when_waiting(directory: Path, server: WandbServer, kind: str) -> None:
     while (directory / "waiting").exists():
         time.sleep(0.02)
-    server.wait_for_step(next(iter(server.backend.runs)), 6)
+    if kind == "500":  # partly received; the client sends its first rows after 15 seconds, so once is enough
+        server.wait_for_step(next(iter(server.backend.runs)), 6)
     if kind == "down":
         server.stop()
     else:

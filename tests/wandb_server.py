@@ -137,15 +137,14 @@ class WandbServer:
     @property
     def environment(self) -> dict[str, str]:
         key = "0123456789" * 4
-        often = {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
-        return {"WANDB_BASE_URL": self.backend.url, "WANDB_API_KEY": key, "NO_PROXY": "127.0.0.1"} | often
+        return {"WANDB_BASE_URL": self.backend.url, "WANDB_API_KEY": key, "NO_PROXY": "127.0.0.1"}
 
     def wait_for_step(self, run: str, step: int, seconds: float = 20) -> None:
         """Return once a row of `step` or a later one has arrived."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             with self.lock:
-                if run in self.backend.runs and self.backend.runs[run]["summary"].get("step", -1) >= step:
+                if any(row.get("step", -1) >= step for row in self.backend.history(run)):
                     return
             time.sleep(0.05)
         raise TimeoutError(f"step {step} of {run} never arrived")
