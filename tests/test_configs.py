@@ -52,6 +52,7 @@ def test_it_runs(tmp_path: Path, path: Path) -> None:
         "batch.png",
         "confusion_matrix.png",
         "curves.png",
+        "per_class.csv",
         "predictions.png",
     }
 
