@@ -17,12 +17,12 @@ from torch import nn
 
 from benchmarks.processes import on_processes
 from trainer import Config, Stopped, Trainer, checkpoint
+from trainer.metrics import TIMINGS
 from trainer.models import small_cnn
 from trainer.plan import Step
 from trainer.tracking.jsonl import read_rows
 
 HASHED = ("weights", "buffers", "optimizer")
-TIMES = {"samples_per_second"}  # of a row's values, those that are times: no two runs have them alike
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
 
 
@@ -104,7 +104,9 @@ def outcome(parts: Sequence[Part], directory: Path, quick: bool) -> Outcome:
         summaries = on_processes(part.processes, train_part, directory, part, quick)
     summary = summaries[0]
     digests = {name: summary[f"{name}_sha256"] for name in HASHED}
-    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(directory / "run" / "metrics.jsonl")]
+    rows = [
+        {k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(directory / "run" / "metrics.jsonl")
+    ]
     return Outcome(parts, digests | {"rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()})
 
 

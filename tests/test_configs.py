@@ -57,7 +57,7 @@ def test_it_runs(tmp_path: Path, path: Path) -> None:
 
     directory = tmp_path / on_ranks(1, run)[0]
     assert json.loads((directory / "summary.json").read_text())["steps"] == 2
-    classified = {"batch.png", "confusion_matrix.png", "curves.png", "predictions.png", "saliency.png"}
+    classified = {"batch.png", "confusion_matrix.png", "curves.png", "per_class.csv", "predictions.png", "saliency.png"}
     assert {p.name for p in (directory / "figures").iterdir()} == WITHOUT_CLASSES.get(path.stem, classified)
 
 

@@ -6,15 +6,14 @@ import os
 import struct
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from tests.wandb_server import WandbServer
 from trainer.config import WandbConfig
 from trainer.errors import ConfigError
-from trainer.tracking.wandb import WandbRun, start_wandb
+from trainer.tracking.wandb import start_wandb
 
 REPOSITORY = Path(__file__).parents[1]
 PREAMBLE = """
@@ -89,12 +88,11 @@ first.log({"step": 10, "train/loss": 0.1, "lr": 1e-05})
 first.log({"step": 20, "train/loss": float("nan")})
 import wandb, numpy
 wandb.Image(numpy.zeros((4, 4, 3), dtype="uint8")).image.save("figure.png")
-first.log_images({"figures/curves": Path("figure.png")})
+first.log_figures(20, {"curves": Path("figure.png")})
 first.finish()
-first.log({"step": 30})
 again = start(run_id=first.id, name="again")
 again.log({"step": 15, "val/loss": 2})
-again.finish(failed=True)
+again.finish(status=1)
 tell(ids=[first.id, again.id], described=first.describe())
 """
     )
@@ -158,23 +156,9 @@ def test_an_unknown_mode_in_the_environment_is_refused(monkeypatch, tmp_path):
     assert error.value.key == "WANDB_MODE"
 
 
-class Refusal(BaseHTTPRequestHandler):
-    def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.send_response(403)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_GET = do_POST  # noqa: N815 - the base class's name
-
-    def log_message(self, *_):
-        pass
-
-
 def test_a_server_that_refuses_leaves_the_run_offline(run):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusal)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with WandbServer() as server:
+        server.fault("403")
         facts, printed = run(
             """
 one = start("online", run_id="kept1")
@@ -182,43 +166,13 @@ one.log({"step": 1})
 tell(described=one.describe(), id=one.id)
 one.finish()
 """,
-            WANDB_BASE_URL=f"http://127.0.0.1:{server.server_address[1]}",
-            WANDB_API_KEY="0123456789" * 4,
-            NO_PROXY="127.0.0.1",
+            **server.environment,
         )
-    finally:
-        server.shutdown()
-    assert facts["described"].startswith("offline (") and "403" in facts["described"]
+    assert facts["described"] == "offline, files in run/wandb"
     assert facts["id"] == "kept1"
-    assert facts["notes"] == []
+    (note,) = facts["notes"]
+    assert "403" in note and "python -m trainer sync run" in note
     assert printed == ""
-
-
-class Broken:
-    """A client's run that fails at its second row."""
-
-    calls = 0
-
-    def log(self, row):
-        self.calls += 1
-        if self.calls == 2:
-            raise RuntimeError("the service is gone\nand more")
-
-    def finish(self, **_):
-        raise AssertionError("it was to be left alone")
-
-
-def test_a_failing_client_is_told_of_once_and_left_alone(tmp_path):
-    notes = []
-    one = WandbRun.__new__(WandbRun)
-    one._run, one._active, one._note, one._files = Broken(), True, notes.append, tmp_path
-    for step in range(4):
-        one.log({"step": step})
-    one.log_images({"figure": tmp_path / "none.png"})
-    one.finish()
-    assert one._run.calls == 2
-    (note,) = notes
-    assert "the service is gone" in note and "more" not in note.partition("gone")[2][:5]
 
 
 def test_a_client_that_cannot_start_is_told_of(tmp_path):

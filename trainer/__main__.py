@@ -6,6 +6,7 @@ python -m trainer replay RUN --step K [key=value …]     step K again, on one p
 python -m trainer explain [CONFIG.yaml] [key=value …]   one step taken apart, in memory; --json, --all
 python -m trainer predict RUN PATH… [key=value …]        what it says of images, folders and globs; --json, --top K, and
                                                         --export onnx|torch, which writes RUN/best.onnx or best.pt2
+python -m trainer sync RUN…                             send to W&B what it lacks of runs: offline ones, those cut off
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 
 from trainer.errors import ConfigError, leave, nearest, report
 
-COMMANDS = ("evaluate", "compare", "replay", "explain", "predict")
+COMMANDS = ("evaluate", "compare", "replay", "explain", "predict", "sync")
 
 
 def main(arguments: list[str]) -> int:

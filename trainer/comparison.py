@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import LockstepError
+from trainer.metrics import TIMINGS
 from trainer.run_directory import changed_keys, is_free, read_config
 from trainer.tracking.jsonl import read_rows
 
 Pair = tuple[Any, Any]
-IS_TIME = ("samples_per_second",)  # columns that no two runs have alike
 
 
 @dataclass
@@ -55,7 +55,7 @@ def _compare_rows(found: Comparison, ours: Mapping[str, dict[int, Any]], theirs:
     """Column by column, since an epoch's rows and those of its steps stand beside each other."""
     shared: set[int] = set()
     every: tuple[set[int], set[int]] = ({s for c in ours.values() for s in c}, {s for c in theirs.values() for s in c})
-    for name in ours.keys() & theirs.keys() - set(IS_TIME):
+    for name in ours.keys() & theirs.keys() - set(TIMINGS):
         for step in sorted(ours[name].keys() & theirs[name].keys()):
             shared.add(step)
             pair = ours[name][step], theirs[name][step]

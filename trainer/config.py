@@ -14,6 +14,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from trainer.errors import ConfigError, nearest
+from trainer.redaction import mark_environment
 from trainer.typed import component_arguments, key, read_section, show, type_name
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
@@ -158,8 +159,19 @@ class WandbConfig:
     )
     project: str = key("lockstep", "W&B project")
     entity: str | None = key(None, "W&B user or team; null = your default")
+    name: str | None = key(None, "the run's name in W&B; null = run.name")
     group: str | None = key(None, "W&B group of the run")
+    job_type: str | None = key(None, "W&B job type of the run")
     tags: list[str] = key([], "W&B tags of the run")
+    notes: str | None = key(None, "W&B notes of the run")
+    log_model: Literal["none", "best"] = key("none", "best: the best model becomes an artifact when the run ends")
+    log_histograms_every: int | None = key(
+        None, "steps from one set of histograms of gradients and weights to the next", unit="steps", least=1
+    )
+    alerts: bool = key(False, "have W&B send an alert when the run fails")
+    strict: bool = key(False, "end the run with an error when W&B fails, instead of a warning")
+    init_timeout: float = key(10, "how long a start may wait for W&B's server", unit="seconds", least=1)
+    finish_timeout: float = key(10, "how long an end may wait for what is not sent yet", unit="seconds", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +259,8 @@ def load(path: Path | None, overrides: Sequence[str]) -> Config:
                 raise ConfigError(override, "an override is written key=value, as in optimizer.lr=0.01")
             lines[name] = "the command line"
         merged = OmegaConf.merge(tree or {}, OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(merged, resolve=True)
-        return Config.from_dict(plain)  # type: ignore[arg-type]  # keys are checked there
+        plain = mark_environment(OmegaConf.to_container(merged), OmegaConf.to_container(merged, resolve=True))
+        return Config.from_dict(plain)  # keys are checked there
     except ConfigError as error:
         raise _with_origin(error, lines) from None
     except (OmegaConfBaseException, yaml.YAMLError) as error:

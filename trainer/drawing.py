@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from trainer import checkpoint, figures
 from trainer.data.loading import Loader
 from trainer.evaluation import Decision
 from trainer.figures import Predicted
+from trainer.files import write_text
 from trainer.parts import Parts
 from trainer.saliency import saliency
 from trainer.tracking.jsonl import read_rows
@@ -28,7 +31,6 @@ def draw(parts: Parts, directory: Path) -> dict[str, Path]:
         folder.mkdir(exist_ok=True)
         drawn["curves"] = folder / "curves.png"
         figures.curves(read_rows(directory / "metrics.jsonl"), drawn["curves"])
-        drawn |= _draw_batch(parts, folder)
     if parts.evaluator is None or parts.progress.best is None:
         return drawn
     last = checkpoint.snapshot(parts.module)
@@ -40,12 +42,13 @@ def draw(parts: Parts, directory: Path) -> dict[str, Path]:
     return drawn
 
 
-def _draw_batch(parts: Parts, folder: Path) -> dict[str, Path]:
-    """The run's first samples, as the model saw them."""
-    path = folder / "batch.png"
+def draw_batch(parts: Parts, directory: Path) -> dict[str, Path]:
+    """Draw the run's first samples, as the model sees them, where they are images."""
+    path = directory / "figures" / "batch.png"
     batch = parts.train_loader.peek(parts.plan.permutation(0)[: min(64, parts.plan.batch_size)])
     if not _are_images(batch.inputs):
         return {}
+    path.parent.mkdir(exist_ok=True)
     labels = [_label(target, parts.data.classes) for target in batch.targets]
     figures.batch_grid(parts.train_loader.normalize.undo(batch.inputs), labels, path)
     return {"batch": path}
@@ -55,14 +58,17 @@ def _draw_decisions(parts: Parts, decisions: list[Decision], folder: Path) -> di
     """The confusion matrix of the validation data; where they are images, some of them and what the model saw there."""
     assert parts.val_loader is not None
     paths = {name: folder / f"{name}.png" for name in ("predictions", "saliency", "confusion_matrix")}
+    paths["per_class"] = folder / "per_class.csv"
     names, loader = parts.data.classes, parts.val_loader
     matrix = confusion(decisions, len(names) if names else None)
-    figures.confusion_matrix(matrix, [_label(i, names) for i in range(len(matrix))], paths["confusion_matrix"])
+    classes = [_label(i, names) for i in range(len(matrix))]
+    figures.confusion_matrix(matrix, classes, paths["confusion_matrix"])
+    write_text(paths["per_class"], per_class(matrix, classes))
     wrong, right = apart(decisions)
     shown = [*wrong[:WRONG], *right[:RIGHT]][:MAPPED]
     inputs = loader.peek([decision.sample_id for decision in shown]).inputs
     if not _are_images(inputs):
-        return {"confusion_matrix": paths["confusion_matrix"]}
+        return {name: paths[name] for name in ("confusion_matrix", "per_class")}
     of = f"of {len(decisions):,} validation samples"
     groups = [
         _predicted(f"Wrong: {len(wrong):,} {of}, the surest first", wrong[:WRONG], loader, names),
@@ -100,6 +106,21 @@ def confusion(decisions: Sequence[Decision], classes: int | None) -> Tensor:
     true, predicted = (torch.tensor([getattr(d, name) for d in decisions]) for name in ("true", "predicted"))
     size = max(classes or 0, int(max(true.max(), predicted.max())) + 1)
     return torch.bincount(true * size + predicted, minlength=size * size).view(size, size)
+
+
+def per_class(matrix: Tensor, classes: Sequence[str]) -> str:
+    """A confusion matrix as CSV: each class that has samples, how many, its accuracy, what it is most taken for."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["class", "samples", "accuracy", "most taken for", "times"])
+    for number, (name, counts) in enumerate(zip(classes, matrix.tolist(), strict=True)):
+        right, samples = counts[number], sum(counts)
+        counts[number] = 0
+        worst = max(range(len(counts)), key=counts.__getitem__)
+        if samples:
+            taken_for = classes[worst] if counts[worst] else ""
+            table.writerow([name, samples, round(right / samples, 6), taken_for, counts[worst]])
+    return text.getvalue()
 
 
 def _are_images(inputs: Any) -> bool:

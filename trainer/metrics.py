@@ -17,11 +17,12 @@ from trainer.errors import ConfigError
 from trainer.task import Sum, Task
 
 Row = dict[str, float]  # one logged row
+TIMINGS = ("samples_per_second", "data_wait")  # columns that depend on the hardware
 HELD = 1 << 22  # elements of outputs kept back before they are summed
 
 
 class Stopwatch:
-    """Seconds of training, those of earlier sessions included, and samples per second since the last mark."""
+    """Seconds of training, those of earlier sessions included, and the pace since the last mark."""
 
     def __init__(self, progress: Progress) -> None:
         self._began = time.monotonic() - progress.seconds
@@ -30,10 +31,12 @@ class Stopwatch:
     def mark(self, samples_seen: int) -> None:
         self._mark, self._samples = time.monotonic(), samples_seen
 
-    def rate(self, samples_seen: int) -> float:
-        rate = (samples_seen - self._samples) / max(time.monotonic() - self._mark, 1e-9)
+    def pace(self, samples_seen: int, waited: float) -> Row:
+        """Samples per second, and the share of the time in which this process waited for data, `waited` seconds."""
+        seconds = max(time.monotonic() - self._mark, 1e-9)
+        row = {"samples_per_second": (samples_seen - self._samples) / seconds, "data_wait": min(1.0, waited / seconds)}
         self.mark(samples_seen)
-        return rate
+        return row
 
     def stop(self, progress: Progress) -> None:
         """Write the seconds so far into the run's progress."""

@@ -56,6 +56,15 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """`lr`, the first group's; where there are several, `lr/<name or number>` of each besides."""
+    groups = optimizer.param_groups
+    rates = {"lr": groups[0]["lr"]}
+    if len(groups) > 1:
+        rates |= {f"lr/{group.get('name', number)}": group["lr"] for number, group in enumerate(groups)}
+    return rates
+
+
 def named_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, torch.Tensor], Numbers]:
     """The state as contiguous tensors and plain values, each under `<state key>.<parameter name>`.
 

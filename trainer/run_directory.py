@@ -14,6 +14,7 @@ from trainer import checkpoint
 from trainer.config import Config, RunConfig, load
 from trainer.errors import ConfigError
 from trainer.files import write_text
+from trainer.redaction import without_secrets
 
 # What a resumed run may change freely: where it runs and how it is watched, how far it goes. A whole section
 # or a key.
@@ -45,7 +46,7 @@ class RunDirectory:
         self.moved_to: Path | None = None
         self._lock: TextIO | None = None
         if self.path.is_dir():
-            self._acquire()
+            self._lock = lock(self.path)
         self.resume_from = checkpoint.latest(self.path / "checkpoints") if section.resume == "auto" else None
         if self.resume_from is None and self._holds_a_run():
             self.close()
@@ -53,25 +54,26 @@ class RunDirectory:
             self.path.rename(self.moved_to)
         self.path.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
-            self._acquire()
+            self._lock = lock(self.path)
 
     def close(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
-    def _acquire(self) -> None:
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise ConfigError(
-                "run.name", f"another process is training in {self.path}; give this run another name"
-            ) from None
-
     def _holds_a_run(self) -> bool:
         return self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir())
+
+
+def lock(path: Path) -> TextIO:
+    """Hold a run directory until the returned file is closed."""
+    file = (path / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError("run.name", f"another process is training in {path}; give this run another name") from None
+    return file
 
 
 def run_path(section: RunConfig) -> Path:
@@ -88,7 +90,7 @@ def write_config(path: Path, config: Config) -> None:
 
 
 def config_yaml(config: Config) -> str:
-    """The resolved config as YAML; read back, it gives the same config."""
+    """The resolved config as YAML, text from the environment as the reference to it; it reads back to the same."""
     return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
 
 
@@ -108,7 +110,8 @@ def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
 
 def check_same_run(before: Mapping[str, Any], now: Config, section: RunConfig) -> None:
     """Refuse to resume under a config that would make another run of it, naming every key that differs."""
-    changed = {name: pair for name, pair in changed_keys(before, now.to_dict()).items() if not is_free(name)}
+    now_plain = without_secrets(now.to_dict())
+    changed = {name: pair for name, pair in changed_keys(before, now_plain).items() if not is_free(name)}
     if changed and section.resume_changes == "refuse":
         listed = "; ".join(f"{name} was {was} and is {now_is}" for name, (was, now_is) in changed.items())
         raise ConfigError(

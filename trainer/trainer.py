@@ -19,9 +19,10 @@ from trainer.environment import environment
 from trainer.errors import ConfigError, LockstepError, Stopped, nearest
 from trainer.fuse_trial import settled_fuse
 from trainer.metrics import Meter, Row, Stopwatch, Totals
-from trainer.optimizer import load_named_state, named_state, set_learning_rate
+from trainer.optimizer import learning_rates, load_named_state, named_state, set_learning_rate
 from trainer.parts import Parts
 from trainer.plan import Step
+from trainer.redaction import without_secrets
 from trainer.run_directory import check_same_run, config_yaml
 from trainer.schedule import Schedule, build_schedule
 from trainer.stopping import StopRequest
@@ -64,6 +65,7 @@ class Trainer(Parts):
             self._resume(self.journal.resume_from)
             header = report.header(self, self.schedule, self.journal.directory)
             self.journal.begin(header, self.plan, self.progress, lambda: environment(self.ranks, self.data))
+            self._show_first_batch()
             self.start()
             try:
                 self._loop(stop)
@@ -78,6 +80,10 @@ class Trainer(Parts):
         self.stopwatch = Stopwatch(self.progress)
         self.batches = TrainLoader(self.train_loader, self.plan, self.ranks.rank, self.progress.step, self.fuse)
         self.model.train()
+
+    def _show_first_batch(self) -> None:
+        if self.config.run.figures and not self.progress.step:
+            self.ranks.on_main(lambda: self.journal.figures(drawing.draw_batch(self, self.journal.directory)))
 
     def _end_loading(self) -> None:
         """Loader processes end with the run: left to the interpreter's exit, they would be seen as killed."""
@@ -119,26 +125,32 @@ class Trainer(Parts):
 
     def _clip(self, step: Step) -> None:
         """Clip the whole step's gradient; measure it where it is logged."""
-        clipped = self.config.train.max_grad_norm
-        if clipped is None and not self._is_logged(step) and step.number != self.plan.total_steps:
+        clipped, shown = self.config.train.max_grad_norm, self._has_histograms(step)
+        if clipped is None and not shown and not self._is_logged(step) and step.number != self.plan.total_steps:
             return
         self.precision.unscale(self.optimizer)
         self.grad_norm = self.gradients.norm() if clipped is None else self.gradients.clip(clipped)
+        if shown:
+            self.journal.histograms(step.number, self.module)
 
     # ---------------------------------------------------------------- what is logged
 
     def _is_logged(self, step: Step) -> bool:
         return step.number % self.config.train.log_every == 0 or step.last_in_epoch
 
+    def _has_histograms(self, step: Step) -> bool:
+        every = self.config.wandb.log_histograms_every
+        return every is not None and step.number % every == 0
+
     def measure(self, step: Step) -> Row:
         """A row of the steps since the last one: training's only host sync. A collective."""
         self._collect()
         row: Row = {"step": step.number, "epoch": step.epoch + 1}
         row |= {f"train/{name}": value for name, value in self.interval.means().items()}
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row |= learning_rates(self.optimizer)
         if self.grad_norm is not None:
             row["grad_norm"] = self.grad_norm.item()
-        row["samples_per_second"] = self.stopwatch.rate(self.progress.samples_seen)
+        row |= self.stopwatch.pace(self.progress.samples_seen, self.batches.take_waited())
         self.epoch.add(self.interval)
         self.interval = Totals()
         return row
@@ -173,8 +185,10 @@ class Trainer(Parts):
         row = {"step": step.number, "epoch": step.epoch + 1, **row}
         if evaluated and self.evaluator is not None:
             row |= {f"val/{name}": value for name, value in self.evaluate().items()}
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row |= learning_rates(self.optimizer)
         is_best = self._keep_best(row)
+        if self.progress.best is not None:
+            row[f"best/{self.config.best.metric}"] = self.progress.best
         self.journal.epoch(row, is_best)
         self.stopwatch.mark(self.progress.samples_seen)
 
@@ -220,7 +234,8 @@ class Trainer(Parts):
     def _write_checkpoint(self) -> None:
         tensors, numbers = named_state(self.optimizer, self.module)
         self.progress.rows, self.progress.wandb_id = self.journal.rows, self.journal.wandb_id
-        held = Checkpoint(checkpoint.snapshot(self.module), tensors, numbers, self.progress, self.config.to_dict())
+        config = without_secrets(self.config.to_dict())
+        held = Checkpoint(checkpoint.snapshot(self.module), tensors, numbers, self.progress, config)
         checkpoint.save(self.journal.directory / "checkpoints", held, keep=self.config.train.keep_checkpoints)
 
     def _resume(self, path: Path | None) -> None:

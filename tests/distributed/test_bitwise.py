@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, largest_difference, state
 from trainer import LockstepError, Trainer
+from trainer.metrics import TIMINGS
 from trainer.tracking.jsonl import read_rows
 
 DIGESTS = ("weights_sha256", "buffers_sha256", "optimizer_sha256")
@@ -59,8 +60,7 @@ def run(directory: Path, *, threads: int = 1, sometimes: bool = False, **changes
     trainer = Trainer(settings, model=Net(sometimes))
     summary = trainer.fit()
     rows = [
-        {k: repr(v) for k, v in r.items() if k != "samples_per_second"}
-        for r in read_rows(directory / "run" / "metrics.jsonl")
+        {k: repr(v) for k, v in r.items() if k not in TIMINGS} for r in read_rows(directory / "run" / "metrics.jsonl")
     ]
     return {"digests": [summary[name] for name in DIGESTS], "rows": rows}
 

@@ -6,6 +6,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -230,15 +231,23 @@ class TrainLoader:
         self._fuse = fuse
         self._groups: dict[int, list[Range]] = {}  # by a step's size
         self._batches = loader.run(self._requests(first_step))
+        self._waited = 0.0
 
     def close(self) -> None:
         """End the loader processes."""
         self._batches.close()
 
+    def take_waited(self) -> float:
+        """Seconds in which the loop waited for a micro-batch since this was asked last, on the host's clock."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
     def step(self, step: Step) -> Iterator[MicroBatch]:
         """This rank's micro-batches of `step`; steps must be asked for in their order."""
         for first, last in self._grouped(step):
+            asked = perf_counter()
             batch = next(self._batches)
+            self._waited += perf_counter() - asked
             assert batch.places == (first, last), "steps are taken in order"
             yield batch
 

@@ -7,14 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from trainer.checkpoint import Progress
 from trainer.config import Config
 from trainer.distributed import Ranks
+from trainer.errors import Stopped
 from trainer.files import write_json
 from trainer.plan import Plan
 from trainer.run_directory import RunDirectory, run_path, write_config
 from trainer.tracking.console import Console
-from trainer.tracking.jsonl import MetricsFile
+from trainer.tracking.histograms import take_histograms
+from trainer.tracking.jsonl import MetricsFile, read_rows
 from trainer.tracking.wandb import WandbRun, start_wandb
 
 Facts = Sequence[tuple[str, str]]
@@ -34,6 +38,7 @@ class Journal:
         self._run: RunDirectory | None = None
         self._metrics: MetricsFile | None = None
         self._wandb: WandbRun | None = None
+        self._steps, self._figures = 0, dict[str, Path]()  # drawn at the end
 
     def __enter__(self) -> Journal:
         self.resume_from: Path | None = self._ranks.on_main(self._open)
@@ -43,14 +48,18 @@ class Journal:
         self._run = RunDirectory(self._config.run)
         return self._run.resume_from
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self.console.close()
-        if self._wandb is not None:
-            self._wandb.finish(failed=kind is not None)
         if self._metrics is not None:
             self._metrics.close()
-        if self._run is not None:
-            self._run.close()
+        try:
+            if self._wandb is not None:
+                failure = "" if error is None or isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
+                status = 0 if error is None else getattr(error, "exit_status", 1)
+                self._wandb.finish(status=status, failure=failure, step=self._steps, figures=self._figures)
+        finally:
+            if self._run is not None:
+                self._run.close()
 
     def begin(self, header: Facts, plan: Plan, progress: Progress, environment: Callable[[], dict[str, Any]]) -> None:
         """Show the header, open the files and start the bar. The main process alone asks for the `environment`."""
@@ -61,7 +70,9 @@ class Journal:
         assert self._run is not None
         write_config(self.directory, self._config)
         write_json(self.directory / "environment.json", environment)
-        self._metrics = MetricsFile(self.directory / "metrics.jsonl", keep_rows=progress.rows)
+        path = self.directory / "metrics.jsonl"
+        earlier = read_rows(path) if progress.rows and path.exists() else []
+        self._metrics = MetricsFile(path, keep_rows=progress.rows)
         self._wandb = start_wandb(
             self._config.wandb,
             run_name=self._config.run.name,
@@ -69,6 +80,8 @@ class Journal:
             config=self._config.to_dict(),
             run_id=progress.wandb_id,
             note=self.console.note,
+            earlier=earlier,
+            kept=progress.rows,
         )
         self.console.header([*header, ("tracking", self._wandb.describe() if self._wandb else "W&B disabled")])
         if self._run.moved_to is not None:
@@ -90,7 +103,7 @@ class Journal:
 
     def log(self, row: Mapping[str, float], digest: str) -> None:
         """A row of an interval of steps, and the digest of the weights after it."""
-        self._ranks.on_main(lambda: self._write(row, digest=digest))
+        self._ranks.on_main(lambda: self._write({**row, "digest": digest}))
         self.console.log(row)
 
     def epoch(self, row: Mapping[str, float], is_best: bool) -> None:
@@ -100,16 +113,24 @@ class Journal:
         shown = {name.replace("train/epoch_", "train/"): value for name, value in row.items()}
         self.console.epoch(int(row["epoch"]), self._config.train.epochs, shown, seconds, is_best)
 
-    def _write(self, row: Mapping[str, float], **named: str) -> None:
-        """A row everywhere; what is text, in `metrics.jsonl` only."""
+    def _write(self, row: Mapping[str, Any]) -> None:
         if self._metrics is not None:
-            self._metrics.log({**row, **named})
+            self._metrics.log(row)
         if self._wandb is not None:
             self._wandb.log(row)
+
+    def histograms(self, step: int, module: nn.Module) -> None:
+        """Send histograms of weights and gradients to W&B, the only place for them."""
+        if self._wandb is not None:
+            self._wandb.log_histograms(step, take_histograms(module))
+
+    def figures(self, figures: Mapping[str, Path]) -> None:
+        """Show what was drawn before the first step."""
+        if self._wandb is not None:
+            self._wandb.log_figures(0, figures)
 
     def finish(self, summary: Mapping[str, Any], facts: Facts, figures: Mapping[str, Path]) -> None:
         """Write `summary.json` and close with what matters of it."""
         self._ranks.on_main(lambda: write_json(self.directory / "summary.json", dict(summary)))
-        if self._wandb is not None:
-            self._wandb.log_images(figures)
+        self._steps, self._figures = summary["steps"], dict(figures)
         self.console.summary(facts)

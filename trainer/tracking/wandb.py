@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import WandbConfig
-from trainer.errors import ConfigError
+from trainer.errors import LockstepError
+from trainer.redaction import redacted
+from trainer.tracking.wandb_client import Messages, first_line, start_client, wanted_mode, within
+from trainer.tracking.wandb_files import best_model, histograms, is_offline, mark_sent, sessions, shown
+from trainer.tracking.wandb_rows import Row, Sent
 
-PATIENCE = 10  # seconds that W&B's server may take to let a run start, and to take its last rows
-ENVIRONMENT_MODES = {  # what WANDB_MODE may say → wandb.mode
-    "online": "online",
-    "run": "online",
-    "offline": "offline",
-    "dryrun": "offline",
-    "disabled": "disabled",
-}
+if TYPE_CHECKING:
+    from trainer.tracking.histograms import Histogram
 
 Note = Callable[[str], None]
 
@@ -30,23 +28,32 @@ def start_wandb(
     config: Mapping[str, Any],
     run_id: str | None,
     note: Note,
+    earlier: Sequence[Row] = (),
+    kept: int = 0,
 ) -> WandbRun | None:
-    """The W&B run, or None where it is disabled or cannot start; disabled, wandb is not even imported."""
-    if _wanted_mode(section) == "disabled":
+    """The W&B run, or None where it is disabled or cannot start; disabled, wandb is not even imported.
+
+    `run_id` goes on with an earlier run, whose rows were `earlier`; only the first `kept` of them still count.
+    """
+    if wanted_mode(section) == "disabled":
         return None
     try:
-        return WandbRun(section, run_name=run_name, directory=directory, config=config, run_id=run_id, note=note)
-    except ConfigError:
+        run = WandbRun(section, run_name=run_name, directory=directory, config=config, run_id=run_id, note=note)
+    except LockstepError:
         raise
     except Exception as error:
-        note(f"W&B did not start ({_first_line(error)}); the run goes on without it")
+        warn(section, note, f"W&B did not start ({first_line(error)}); the run goes on without it")
         return None
+    if run_id is not None:
+        run.go_on(earlier, kept)
+    return run
 
 
 class WandbRun:
-    """A W&B run whose files lie in `directory/wandb`. `run_id` goes on with an earlier run.
+    """A W&B run whose files lie in `directory/wandb`.
 
-    The first thing that goes wrong in it is told through `note`, and W&B is left alone from then on.
+    Nothing that goes wrong in it is raised, and the first thing is told through `note`; with `wandb.strict` that is
+    raised instead.
     """
 
     def __init__(
@@ -58,99 +65,117 @@ class WandbRun:
         config: Mapping[str, Any],
         run_id: str | None,
         note: Note,
+        **settings: Any,
     ) -> None:
-        self._note = note
-        self._files = directory / "wandb"
-        directory.mkdir(parents=True, exist_ok=True)  # wandb would go elsewhere without a word
-        in_sweep = "WANDB_SWEEP_ID" in os.environ  # then the agent has set project, entity and id
+        self._section, self._note, self._directory = section, note, directory
+        self._messages = Messages()
+        self._sent = Sent((), 0, None)
+        (directory / "wandb").mkdir(parents=True, exist_ok=True)  # wandb would go elsewhere without a word
         arguments = {
-            "name": run_name,
+            "name": section.name or run_name,
             "dir": str(directory),
-            "config": dict(config),
+            "config": redacted(config),
             "group": section.group,
-            "tags": section.tags,
+            "job_type": section.job_type,
+            "tags": section.tags or None,
+            "notes": section.notes,
         }
-        if not in_sweep:
+        if "WANDB_SWEEP_ID" not in os.environ:  # else the agent has set project, entity and id
             arguments |= {"project": section.project, "entity": section.entity, "id": run_id, "resume": "allow"}
-        self._run, self._mode = _start(section, arguments)
+        before = sessions(directory, unsent=True)
+        self._run, self._state, error = start_client(section, arguments, self._messages, **settings)
+        self._online = self._state == "online"
         self.id: str = self._run.id
-        self._active = True
+        self._takes_rows, self._failed = True, False
         # An explicit step that is not past the last one is dropped, so the step is a value like any other.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        if error is not None:
+            mark_sent(file for file in sessions(directory, unsent=True) if file not in before and not is_offline(file))
+            warn(section, note, f"W&B is out of reach ({first_line(error)}), so the run is offline; {later(directory)}")
 
     def describe(self) -> str:
         """`online, <the run's page>`, or `offline (why), files in <directory>`."""
-        if self._mode == "online":
+        if self._online:
             return f"online, {self._run.url}"
-        return f"{self._mode}, files in {self._files}"
+        return f"{self._state}, files in {self._directory / 'wandb'}"
 
-    def log(self, row: Mapping[str, float]) -> None:
-        self._guarded(lambda: self._run.log(dict(row)))
+    def go_on(self, earlier: Sequence[Row], kept: int) -> int:
+        """Send what a server lacks of an earlier session's rows, and mind which it has; returns how many it lacked."""
 
-    def log_images(self, images: Mapping[str, Path]) -> None:
-        """Send image files, each under its name."""
-        self._guarded(lambda: self._run.log(_images(images)))
+        def catch_up() -> None:
+            self._sent = Sent(earlier, kept, dict(self._run.summary) if self._online else None)
+            for row in self._sent.missing:
+                self._run.log(dict(row))
 
-    def finish(self, *, failed: bool = False) -> None:
-        """Wait for what is not sent yet, `PATIENCE` seconds at most; the rest stays in the files."""
-        self._guarded(lambda: self._run.finish(exit_code=int(failed)))
-        self._active = False
+        self._takes_rows = self._guarded(catch_up)
+        return len(self._sent.missing)
 
-    def _guarded(self, action: Callable[[], Any]) -> None:
-        if not self._active:
-            return
+    def has(self, name: str) -> bool:
+        """Whether the run holds a value of that name."""
+        return name in self._run.summary.keys()  # noqa: SIM118 - no mapping
+
+    def log(self, row: Row) -> None:
+        """Send a row. After one that failed none is sent: what is missing must be the end, for `sync` to find it."""
+        if self._takes_rows and not self._sent.has(row):
+            self._takes_rows = self._guarded(lambda: self._run.log(dict(row)))
+
+    def log_histograms(self, step: int, taken: Mapping[str, Histogram]) -> None:
+        if step > self._sent.last_step:
+            self._guarded(lambda: self._run.log({"step": step, **histograms(taken)}))
+
+    def log_figures(self, step: int, figures: Mapping[str, Path]) -> None:
+        """Send PNG files as images and CSV files as tables, each under `figures/` and its name."""
+        if figures:
+            self._guarded(lambda: self._run.log({"step": step, **shown(figures)}))
+
+    def finish(
+        self, *, status: int = 0, failure: str = "", step: int = 0, figures: Mapping[str, Path] | None = None
+    ) -> bool:
+        """Send the last figures, the best model and an alert of a `failure` where they are wanted, and what is left.
+
+        Takes `wandb.finish_timeout` seconds at most; the rest stays in the files. Returns whether all was sent,
+        which it never is offline.
+        """
+        self._guarded(
+            lambda: within(self._section.finish_timeout, lambda: self._finish(status, failure, step, figures or {}))
+        )
+        if self._online and not self._failed:
+            mark_sent(sessions(self._directory, unsent=True))
+        return self._online and not self._failed
+
+    def _finish(self, status: int, failure: str, step: int, figures: Mapping[str, Path]) -> None:
+        try:
+            if failure and self._section.alerts:
+                self._run.alert(title=f"{self._run.name} failed", text=failure, level="ERROR")
+            if figures:
+                self._run.log({"step": step, **shown(figures)})
+            best = best_model(self._directory, self.id) if self._section.log_model == "best" else None
+            if best is not None:
+                artifact, aliases = best
+                self._run.log_artifact(artifact, aliases=aliases)
+        finally:
+            self._run.finish(exit_code=status)
+        if self._messages.unsent:
+            raise RuntimeError("the server refused the rest of the run")
+
+    def _guarded(self, action: Callable[[], Any]) -> bool:
+        """Whether `action` went well. The first that does not is told of."""
         try:
             action()
         except Exception as error:
-            self._active = False
-            self._note(
-                f"W&B failed ({_first_line(error)}) and gets nothing more of this run; "
-                f"`wandb sync` sends what is in {self._files}"
-            )
+            if not self._failed:
+                self._failed = True
+                warn(self._section, self._note, f"W&B failed ({first_line(error)}); {later(self._directory)}")
+            return False
+        return True
 
 
-def _start(section: WandbConfig, arguments: Mapping[str, Any]) -> tuple[Any, str]:
-    """The run and its mode in words. Offline where nobody is logged in or the server does not answer."""
-    import wandb  # heavy, and not wanted where it is disabled
-
-    settings = wandb.Settings(
-        silent=True, console="off", init_timeout=PATIENCE, finish_timeout=PATIENCE, finish_timeout_raises=True
-    )
-    mode = _wanted_mode(section)
-    why = " (WANDB_MODE)" if section.mode == "auto" and mode == "offline" else ""
-    if mode != "offline":
-        wandb.setup(wandb.Settings(silent=True, mode="online"))  # else the login is announced
-        if not wandb.login(prompt=False, verify=False):
-            if mode == "online":
-                raise ConfigError(
-                    "wandb.mode", "online needs a W&B login; run `wandb login`, or set wandb.mode=offline"
-                )
-            why = " (nobody is logged in)"
-        else:
-            try:
-                return wandb.init(mode="online", settings=settings, **arguments), "online"
-            except Exception as error:
-                why = f" (going online failed: {_first_line(error)})"
-                wandb.teardown()  # else the failed try still holds the run's id
-    return wandb.init(mode="offline", settings=settings, **arguments), f"offline{why}"
+def warn(section: WandbConfig, note: Note, message: str) -> None:
+    if section.strict:
+        raise LockstepError(f"{message} (wandb.strict)")
+    note(message)
 
 
-def _wanted_mode(section: WandbConfig) -> str:
-    """`wandb.mode`, or what WANDB_MODE says where that is `auto`; still `auto` where that says nothing."""
-    said = os.environ.get("WANDB_MODE", "")
-    if section.mode != "auto" or not said:
-        return section.mode
-    if said not in ENVIRONMENT_MODES:
-        raise ConfigError("WANDB_MODE", f'"{said}" is not one of online, offline, disabled')
-    return ENVIRONMENT_MODES[said]
-
-
-def _images(images: Mapping[str, Path]) -> dict[str, Any]:
-    import wandb
-
-    return {name: wandb.Image(str(path)) for name, path in images.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def later(directory: Path) -> str:
+    return f"metrics.jsonl has every row, and `python -m trainer sync {directory}` sends what is left"

@@ -1,0 +1,36 @@
+"""Histograms of weights and gradients, counted on the device; of a large model, of some tensors only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+MOST_TENSORS = 64  # evenly spread over the model's parameters: what a set of histograms costs is bounded
+BINS = 64
+
+Histogram = tuple[list[float], list[float]]  # counts, and the edges of the bins, one more
+
+
+@torch.no_grad()
+def take_histograms(module: nn.Module) -> dict[str, Histogram]:
+    """`weights/<name>` and `gradients/<name>` of the trained parameters that have a gradient. A host sync."""
+    trained = [(name, p) for name, p in module.named_parameters() if p.grad is not None]
+    count = min(len(trained), MOST_TENSORS)
+    found = {}
+    for name, parameter in (trained[i * len(trained) // count] for i in range(count)):
+        for kind, tensor in (("weights", parameter), ("gradients", parameter.grad)):
+            assert tensor is not None
+            if (histogram := _histogram(tensor)) is not None:
+                found[f"{kind}/{name}"] = histogram
+    return found
+
+
+def _histogram(tensor: Tensor) -> Histogram | None:
+    """None where a value is no finite number: there are no bins for it."""
+    values = tensor.detach().float().flatten()
+    low, high = torch.stack(values.aminmax()).tolist()
+    if not torch.isfinite(torch.tensor([low, high])).all():
+        return None
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    return torch.histc(values, BINS, low, high).tolist(), torch.linspace(low, high, BINS + 1).tolist()
