@@ -94,7 +94,7 @@ first.finish()
 first.log({"step": 30})
 again = start(run_id=first.id, name="again")
 again.log({"step": 15, "val/loss": 2})
-again.finish(failed=True)
+again.finish(failure="no luck")
 tell(ids=[first.id, again.id], described=first.describe())
 """
     )

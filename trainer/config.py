@@ -195,7 +195,8 @@ class Config:
 def load(path: Path | None, overrides: Sequence[str]) -> Config:
     """Read `path` (defaults alone where it is None), lay the `key=value` overrides over it, check everything.
 
-    Values of the file may use OmegaConf's interpolations, `${oc.env:NAME}` among them.
+    Values of the file may use OmegaConf's interpolations, `${oc.env:NAME}` among them. In an override `None` is null
+    too: that is how W&B's agent writes it.
     Raises `ConfigError` with the key, where it came from and the nearest valid one.
     """
     from omegaconf import OmegaConf
@@ -216,7 +217,8 @@ def load(path: Path | None, overrides: Sequence[str]) -> Config:
             if not equals or not name:
                 raise ConfigError(override, "an override is written key=value, as in optimizer.lr=0.01")
             lines[name] = "the command line"
-        merged = OmegaConf.merge(tree or {}, OmegaConf.from_dotlist(list(overrides)))
+        laid_over = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
+        merged = OmegaConf.merge(tree or {}, OmegaConf.create(_none_is_null(laid_over)))
         plain = OmegaConf.to_container(merged, resolve=True)
         return Config.from_dict(plain)  # type: ignore[arg-type]  # keys are checked there
     except ConfigError as error:
@@ -254,6 +256,14 @@ def help_text() -> str:
             out.append(f"  {section.name}.{item.name}={show(default)}  ({type_name(hints[item.name])})")
             out.append(f"      {item.metadata['meaning']}{unit}")
     return "\n".join(out)
+
+
+def _none_is_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _none_is_null(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_none_is_null(inner) for inner in value]
+    return None if value == "None" else value
 
 
 def _read(path: Path) -> str:

@@ -16,6 +16,7 @@ from trainer.run_directory import RunDirectory, run_path, write_config
 from trainer.tracking.console import Console
 from trainer.tracking.jsonl import MetricsFile
 from trainer.tracking.wandb import WandbRun, start_wandb
+from trainer.trial import reason
 
 Facts = Sequence[tuple[str, str]]
 
@@ -43,10 +44,10 @@ class Journal:
         self._run = RunDirectory(self._config.run)
         return self._run.resume_from
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, *__: object) -> None:
         self.console.close()
         if self._wandb is not None:
-            self._wandb.finish(failed=kind is not None)
+            self._wandb.finish(failure=None if error is None else reason(error))
         if self._metrics is not None:
             self._metrics.close()
         if self._run is not None:

@@ -92,9 +92,14 @@ class WandbRun:
         """Send image files, each under its name."""
         self._guarded(lambda: self._run.log(_images(images)))
 
-    def finish(self, *, failed: bool = False) -> None:
-        """Wait for what is not sent yet, `PATIENCE` seconds at most; the rest stays in the files."""
-        self._guarded(lambda: self._run.finish(exit_code=int(failed)))
+    def finish(self, *, failure: str | None = None) -> None:
+        """Wait for what is not sent yet, `PATIENCE` seconds at most; the rest stays in the files.
+
+        `failure` is why the run failed, if it did; it becomes a value of the run's summary.
+        """
+        if failure is not None:
+            self._guarded(lambda: self._run.summary.update({"failure": failure}))
+        self._guarded(lambda: self._run.finish(exit_code=int(failure is not None)))
         self._active = False
 
     def _guarded(self, action: Callable[[], Any]) -> None:
