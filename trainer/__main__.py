@@ -1,6 +1,8 @@
 """Commands on configs and runs.
 
 python -m trainer evaluate RUN [key=value …]     the best model's validation numbers, computed afresh
+python -m trainer sweep SWEEP.yaml [--check] [--parallel N] [--seed N] [key=value …]
+                                                 a sweep without a server; the same command goes on with it
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import sys
 
 from trainer.errors import ConfigError, leave, nearest, report
 
-COMMANDS = ("evaluate",)
+COMMANDS = ("evaluate", "sweep")
 
 
 def main(arguments: list[str]) -> int:
