@@ -240,6 +240,12 @@ def command_line(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     return path, [argument for argument in arguments if "=" in argument]
 
 
+def section_keys(section: str) -> list[str]:
+    """The keys that a section declares itself, a component's arguments aside; none where there is no such section."""
+    cls = get_type_hints(Config).get(section)
+    return [item.name for item in fields(cls) if "arguments" not in item.metadata] if cls else []
+
+
 def help_text() -> str:
     """Every key with its type, default, meaning and unit."""
     out = []

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.errors import Stopped
+from trainer.errors import LockstepError, Stopped
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -75,5 +75,5 @@ def record_failure(error: BaseException) -> None:
 
 def reason(error: BaseException) -> str:
     """One line on what went wrong."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first if isinstance(error, LockstepError) else f"{type(error).__name__}: {first}"

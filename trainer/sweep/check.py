@@ -23,11 +23,6 @@ def check(sweep: Sweep, overrides: list[str]) -> Config:
     """
     if not Path(sweep.program).is_file():
         raise ConfigError("program", f"there is no {sweep.program} here; start where it is ({sweep.file})")
-    if sweep.method == "grid":
-        for parameter in sweep.parameters:
-            parameter.grid()
-    elif sweep.run_cap is None:
-        raise ConfigError("run_cap", f"is missing: a {sweep.method} sweep has no end without one ({sweep.file})")
     path, shared = sweep.base()
     base = load(path, [*shared, *overrides])
     first = {parameter.name: parameter.extremes()[0] for parameter in sweep.parameters}

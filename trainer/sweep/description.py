@@ -93,6 +93,8 @@ def _sweep(file: Path, tree: Any) -> Sweep:
     run_cap = _whole("run_cap", tree["run_cap"]) if tree.get("run_cap") is not None else None
     method = _one_of("method", tree["method"], ("grid", "random", "bayes"))
     command, arguments = _command(tree["command"], str(tree["program"]))
+    parameters = read_parameters(tree["parameters"])
+    _check_method(method, parameters, run_cap)
     return Sweep(
         file=file,
         name=name,
@@ -100,12 +102,23 @@ def _sweep(file: Path, tree: Any) -> Sweep:
         method=method,
         metric=str(metric.get("name")),
         goal=_one_of("metric.goal", metric.get("goal", "minimize"), ("minimize", "maximize")),
-        parameters=read_parameters(tree["parameters"]),
+        parameters=parameters,
         hyperband=_hyperband(tree["early_terminate"]) if tree.get("early_terminate") is not None else None,
         run_cap=run_cap,
         command=command,
         arguments=arguments,
     )
+
+
+def _check_method(method: str, parameters: list[Parameter], run_cap: int | None) -> None:
+    """Each method needs something: a grid an end, a search bounds, both of the endless ones a number of trials."""
+    for parameter in parameters:
+        if method == "grid":
+            parameter.grid()
+        if method == "bayes" and "normal" in parameter.distribution:
+            raise ConfigError(f"parameters.{parameter.name}", "bayes searches between bounds; give min and max")
+    if method != "grid" and run_cap is None:
+        raise ConfigError("run_cap", f"is missing: a {method} sweep has no end without one")
 
 
 def _hyperband(tree: Any) -> Hyperband:

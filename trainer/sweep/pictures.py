@@ -34,10 +34,11 @@ def parallel_coordinates(sweep: Sweep, trials: list[Trial], path: Path) -> None:
         best = rank[i] == 1 or len(ended) == 1
         width, alpha = (2.2, 1.0) if best else (1.1, 0.15 + 0.55 * rank[i])
         axes.plot(range(len(columns)), heights, color=BLUE, linewidth=width, alpha=alpha, solid_capstyle="round")
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     for place, (_, ticks) in enumerate(columns):
         axes.axvline(place, color=QUIET, linewidth=0.8, zorder=0)
         for height, label in ticks:
-            axes.text(place + 0.03, height, label, fontsize=SMALL, color=INK, va="center", parse_math=False)
+            axes.text(place + 0.03, height, label, fontsize=SMALL, color=INK, va="center", parse_math=False, bbox=box)
     axes.set_xticks(range(len(columns)), [*names, sweep.metric], fontsize=TEXT, color=INK, parse_math=False)
     axes.set_xlim(-0.1, len(columns) - 0.6)
     axes.set_yticks([])
