@@ -44,13 +44,14 @@ class LocalSweep:
         previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             while self._start_due() or self._running:
+                if self._signal:
+                    self._stop_all()
                 self._follow()
                 show(self.trials)
                 time.sleep(POLL)
             show(self.trials)
         finally:
-            for process in self._running.values():  # left where something here failed
-                process.stop()
+            self._stop_all()  # those left where something here failed
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self._store.close()
@@ -59,6 +60,8 @@ class LocalSweep:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self._signal = number
+
+    def _stop_all(self) -> None:
         for process in self._running.values():
             process.stop()
 

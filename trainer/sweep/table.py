@@ -55,15 +55,21 @@ def ranked(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
 
 
 def table(sweep: Sweep, trials: list[Trial]) -> Table:
-    """One row for each trial."""
-    grid = Table(box=None, pad_edge=False, header_style="dim", collapse_padding=True)
-    for heading in ("trial", "state", sweep.metric, *varying(sweep), "time"):
-        grid.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
+    """One row for each trial. On a narrow terminal the reasons give way, not the numbers."""
+    names = varying(sweep)
+    headings = ["trial", "state", sweep.metric, *names, "time"]
+    rows = [
+        [str(t.number), t.state, shown(t), *(show_value(t.values[name]) for name in names), f"{t.seconds:.0f} s"]
+        for t in trials
+    ]
+    grid = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+    for place, heading in enumerate(headings):
+        width = max(len(cells[place]) for cells in [headings, *rows])
+        grid.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True, min_width=width)
     grid.add_column("", overflow="ellipsis", no_wrap=True)
-    for trial in trials:
-        values = [show_value(trial.values[name]) for name in varying(sweep)]
-        state = Text(trial.state, STYLES[trial.state])
-        grid.add_row(str(trial.number), state, shown(trial), *values, f"{trial.seconds:.0f} s", Text(trial.reason))
+    for trial, cells in zip(trials, rows, strict=True):
+        styled = [Text(cell, STYLES[trial.state] if place == 1 else "") for place, cell in enumerate(cells)]
+        grid.add_row(*styled, Text(trial.reason))
     return grid
 
 
