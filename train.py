@@ -9,8 +9,9 @@ torchrun --nproc_per_node 8 train.py                the same run on eight GPUs
 import signal
 import sys
 
-from trainer.config import command_line, help_text, load
+from trainer.config_file import command_line, help_text, load
 from trainer.errors import leave, report
+from trainer.trial import end_with_launcher, named, record_failure
 
 
 def main(arguments: list[str]) -> int:
@@ -18,15 +19,18 @@ def main(arguments: list[str]) -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
         print(f"usage: train.py [CONFIG.yaml] [key=value …]\n\n{__doc__}{help_text()}")
         return 0
+    end_with_launcher()
     try:
-        config = load(*command_line(arguments))
+        config = named(load(*command_line(arguments)))
         from trainer.trainer import Trainer  # torch is loaded once the config is known to be right
 
         trainer = Trainer(config)
         trainer.fit()
         trainer.ranks.close()
     except Exception as error:
-        return report(error)
+        status = report(error)
+        record_failure(error)
+        return status
     return 0
 
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.components import build, resolve
-from trainer.config import Config, command_line, help_text, load
+from trainer.config import Config
+from trainer.config_file import command_line, help_text, load
 from trainer.errors import ConfigError
 from trainer.run_directory import config_yaml
 

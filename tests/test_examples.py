@@ -15,7 +15,8 @@ from examples.bring_your_own.task import Segmentation
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import largest_difference, state
 from trainer import Task, Trainer
-from trainer.config import LossConfig, load
+from trainer.config import LossConfig
+from trainer.config_file import load
 from trainer.task import build_task
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from trainer.autograd_chain import chain
 from trainer.commands.explain import main, show
-from trainer.config import load
+from trainer.config_file import load
 from trainer.errors import ConfigError
 from trainer.explain import Dissected
 

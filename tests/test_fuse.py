@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import CLASSES, Images, config, conv_net, fitted, largest_difference, state
 from trainer import ConfigError, Task, Trainer
-from trainer.config import Config, load
+from trainer.config import Config
+from trainer.config_file import load
 from trainer.fuse import Fused, _as_channels, _one_by_one
 from trainer.fuse_trial import settled_fuse
 from trainer.plan import Plan

@@ -16,7 +16,7 @@ from examples.lessons.gradient_descent import GradientDescent
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import IGNORED, Points, config, fitted, mlp, state
 from trainer import Config, ConfigError, Trainer
-from trainer.config import load
+from trainer.config_file import load
 from trainer.plan import Step
 from trainer.tracking.jsonl import read_rows
 

@@ -18,7 +18,7 @@ from torchvision.io import write_jpeg, write_png
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
 from trainer import Trainer
-from trainer.config import load
+from trainer.config_file import load
 from trainer.data.datasets import digits
 from trainer.data.folder import decode
 from trainer.errors import ConfigError, LockstepError

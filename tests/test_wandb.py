@@ -92,7 +92,7 @@ first.log_figures(20, {"curves": Path("figure.png")})
 first.finish()
 again = start(run_id=first.id, name="again")
 again.log({"step": 15, "val/loss": 2})
-again.finish(status=1)
+again.finish(status=1, failure="no luck")
 tell(ids=[first.id, again.id], described=first.describe())
 """
     )

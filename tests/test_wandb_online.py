@@ -22,7 +22,8 @@ from tests.distributed.small import Images, Points, config, conv_net, mlp
 from tests.wandb_server import WandbServer
 from trainer import LockstepError, Trainer
 from trainer.commands.sync import sync
-from trainer.config import Config, load
+from trainer.config import Config
+from trainer.config_file import load
 from trainer.plan import Step
 from trainer.tracking.jsonl import read_rows
 

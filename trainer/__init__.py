@@ -4,14 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.config import Config, load
+    from trainer.config import Config
+    from trainer.config_file import load
     from trainer.errors import ConfigError, DataError, LockstepError, Stopped
     from trainer.task import Task
     from trainer.trainer import Trainer
 
 __all__ = ["Config", "ConfigError", "DataError", "LockstepError", "Stopped", "Task", "Trainer", "load"]
 
-HOMES = {"Trainer": "trainer", "Task": "task", "Config": "config", "load": "config"}
+HOMES = {"Trainer": "trainer", "Task": "task", "Config": "config", "load": "config_file"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,8 @@ python -m trainer explain [CONFIG.yaml] [key=value …]   one step taken apart, 
 python -m trainer predict RUN PATH… [key=value …]        what it says of images, folders and globs; --json, --top K, and
                                                         --export onnx|torch, which writes RUN/best.onnx or best.pt2
 python -m trainer sync RUN…                             send to W&B what it lacks of runs: offline ones, those cut off
+python -m trainer sweep SWEEP.yaml [--check] [--parallel N] [--seed N] [key=value …]
+                                                        a sweep without a server; the same command goes on with it
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 
 from trainer.errors import ConfigError, leave, nearest, report
 
-COMMANDS = ("evaluate", "compare", "replay", "explain", "predict", "sync")
+COMMANDS = ("evaluate", "compare", "replay", "explain", "predict", "sync", "sweep")
 
 
 def main(arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from trainer.config import section_keys
 from trainer.errors import ConfigError, LockstepError, nearest
 
 
@@ -58,7 +59,7 @@ def build(section: str, target: Callable[..., Any], arguments: Mapping[str, Any]
                 choices = [p for p in parameters if p not in taken and p not in more]
                 raise ConfigError(
                     f"{section}.{name}",
-                    f"{_name(target)} has no such argument{nearest(name, choices)}; "
+                    f"{_name(target)} has no such argument{nearest(name, [*choices, *section_keys(section)])}; "
                     f"it takes {', '.join(choices) or 'none'}",
                 )
         given = {*taken, *more, *arguments}

@@ -6,18 +6,12 @@ declare in `args`: they are the component's own arguments, checked against its s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-import yaml
-
 from trainer.errors import ConfigError, nearest
-from trainer.redaction import mark_environment
-from trainer.typed import component_arguments, key, read_section, show, type_name
-
-DEFAULT_CONFIG = Path("configs/digits.yaml")
+from trainer.typed import component_arguments, key, read_section
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,93 +228,7 @@ class Config:
         return tree
 
 
-def load(path: Path | None, overrides: Sequence[str]) -> Config:
-    """Read `path` (defaults alone where it is None), lay the `key=value` overrides over it, check everything.
-
-    Values of the file may use OmegaConf's interpolations, `${oc.env:NAME}` among them.
-    Raises `ConfigError` with the key, where it came from and the nearest valid one.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    lines: dict[str, str] = {}
-    tree: Any = {}
-    if path is not None:
-        text = _read(path)
-        try:
-            lines = {k: f"{path}, line {line}" for k, line in _lines(yaml.compose(text, yaml.SafeLoader), "")}
-            tree = OmegaConf.create(text)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(str(path), f"is not valid YAML: {' '.join(str(error).split())}") from None
-    try:
-        for override in overrides:
-            name, equals, _ = override.partition("=")
-            if not equals or not name:
-                raise ConfigError(override, "an override is written key=value, as in optimizer.lr=0.01")
-            lines[name] = "the command line"
-        merged = OmegaConf.merge(tree or {}, OmegaConf.from_dotlist(list(overrides)))
-        plain = mark_environment(OmegaConf.to_container(merged), OmegaConf.to_container(merged, resolve=True))
-        return Config.from_dict(plain)  # keys are checked there
-    except ConfigError as error:
-        raise _with_origin(error, lines) from None
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        name = str(getattr(error, "full_key", "") or path or "command line")
-        raise _with_origin(ConfigError(name, str(error).splitlines()[0]), lines) from None
-
-
-def command_line(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Split `[CONFIG.yaml] [key=value …]`; without a CONFIG the default one is meant."""
-    paths = [argument for argument in arguments if "=" not in argument]
-    for extra in paths:
-        if extra.startswith("-"):
-            raise ConfigError(extra, "no such option; keys are set as key=value, and --help lists them")
-    if len(paths) > 1:
-        raise ConfigError(paths[1], f"one config at a time, and {paths[0]} is given already")
-    path = Path(paths[0]) if paths else DEFAULT_CONFIG
-    return path, [argument for argument in arguments if "=" in argument]
-
-
-def help_text() -> str:
-    """Every key with its type, default, meaning and unit."""
-    out = []
-    for section in fields(Config):
-        cls = get_type_hints(Config)[section.name]
-        hints = get_type_hints(cls)
-        out.append(f"\n{section.name}")
-        for item in fields(cls):
-            if "arguments" in item.metadata:
-                out.append("  …  any further key is an argument of the component that `name` names")
-                continue
-            default = item.default_factory() if callable(item.default_factory) else item.default
-            unit = f" [{item.metadata['unit']}]" if item.metadata["unit"] else ""
-            out.append(f"  {section.name}.{item.name}={show(default)}  ({type_name(hints[item.name])})")
-            out.append(f"      {item.metadata['meaning']}{unit}")
-    return "\n".join(out)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError as error:
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
-        raise ConfigError(str(path), f"cannot read this config ({error.strerror}){near}") from None
-
-
-def _lines(node: yaml.Node | None, prefix: str) -> list[tuple[str, int]]:
-    """The dotted keys of a YAML document with their line numbers."""
-    found = []
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            dotted = f"{prefix}{name.value}"
-            found.append((dotted, name.start_mark.line + 1))
-            found += _lines(value, f"{dotted}.")
-    return found
-
-
-def _with_origin(error: ConfigError, lines: Mapping[str, str]) -> ConfigError:
-    """The error, saying where its key, one within it, or the nearest one above it, was set."""
-    within = [name for name in lines if name.startswith(f"{error.key}.")]
-    name = error.key if error.key in lines else next(iter(within), error.key)
-    while name and name not in lines:
-        name = name.rpartition(".")[0]
-    return ConfigError(error.key, f"{error.message} ({lines[name]})") if name else error
+def section_keys(section: str) -> list[str]:
+    """The keys that a section declares itself, a component's arguments aside; none where there is no such section."""
+    cls = get_type_hints(Config).get(section)
+    return [item.name for item in fields(cls) if "arguments" not in item.metadata] if cls else []

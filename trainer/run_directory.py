@@ -11,7 +11,8 @@ from typing import Any, TextIO
 import yaml
 
 from trainer import checkpoint
-from trainer.config import Config, RunConfig, load
+from trainer.config import Config, RunConfig
+from trainer.config_file import load
 from trainer.errors import ConfigError
 from trainer.files import write_text
 from trainer.redaction import without_secrets

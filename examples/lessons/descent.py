@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from trainer import Trainer, load
-from trainer.config import command_line
+from trainer.config_file import command_line
 from trainer.errors import leave, report
 from trainer.figures.style import BLUE, DPI, FAINT, INK, QUIET, SMALL, TITLE, VERMILION
 from trainer.plan import Step

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.commands.arguments import split
-from trainer.config import DEFAULT_CONFIG, load
+from trainer.config_file import DEFAULT_CONFIG, load
 from trainer.errors import ConfigError
 from trainer.explain import Dissected
 

@@ -20,6 +20,7 @@ from trainer.tracking.console import Console
 from trainer.tracking.histograms import take_histograms
 from trainer.tracking.jsonl import MetricsFile, read_rows
 from trainer.tracking.wandb import WandbRun, start_wandb
+from trainer.trial import reason
 
 Facts = Sequence[tuple[str, str]]
 
@@ -54,9 +55,12 @@ class Journal:
             self._metrics.close()
         try:
             if self._wandb is not None:
-                failure = "" if error is None or isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
+                failure = "" if error is None else reason(error)
                 status = 0 if error is None else getattr(error, "exit_status", 1)
-                self._wandb.finish(status=status, failure=failure, step=self._steps, figures=self._figures)
+                wanted = not isinstance(error, Stopped)
+                self._wandb.finish(
+                    status=status, failure=failure, alert=wanted, step=self._steps, figures=self._figures
+                )
         finally:
             if self._run is not None:
                 self._run.close()

@@ -130,7 +130,13 @@ class WandbRun:
             self._guarded(lambda: self._run.log({"step": step, **shown(figures)}))
 
     def finish(
-        self, *, status: int = 0, failure: str = "", step: int = 0, figures: Mapping[str, Path] | None = None
+        self,
+        *,
+        status: int = 0,
+        failure: str = "",
+        alert: bool = True,
+        step: int = 0,
+        figures: Mapping[str, Path] | None = None,
     ) -> bool:
         """Send the last figures, the best model and an alert of a `failure` where they are wanted, and what is left.
 
@@ -138,15 +144,19 @@ class WandbRun:
         which it never is offline.
         """
         self._guarded(
-            lambda: within(self._section.finish_timeout, lambda: self._finish(status, failure, step, figures or {}))
+            lambda: within(
+                self._section.finish_timeout, lambda: self._finish(status, failure, alert, step, figures or {})
+            )
         )
         if self._online and not self._failed:
             mark_sent(sessions(self._directory, unsent=True))
         return self._online and not self._failed
 
-    def _finish(self, status: int, failure: str, step: int, figures: Mapping[str, Path]) -> None:
+    def _finish(self, status: int, failure: str, alert: bool, step: int, figures: Mapping[str, Path]) -> None:
         try:
-            if failure and self._section.alerts:
+            if failure:
+                self._run.summary["failure"] = failure
+            if failure and alert and self._section.alerts:
                 self._run.alert(title=f"{self._run.name} failed", text=failure, level="ERROR")
             if figures:
                 self._run.log({"step": step, **shown(figures)})

@@ -1,0 +1,143 @@
+"""The real `wandb sweep` and `wandb agent` before a loopback server, started as users start them: launch/sweep.sh."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.sweep_server import Server
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="launch/sweep.sh is for Linux")
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as started:
+        yield started
+
+
+def sweep_file(directory: Path, launcher: str, parameters: dict[str, Any], *shared: str) -> Path:
+    overrides = [f"run.dir={directory / 'runs'}", "run.figures=false", "wandb.mode=online", *shared]
+    start = ["${env}", "accelerate", "launch", "--config_file", f"launch/{launcher}.yaml", "${program}"]
+    tree = {
+        "program": "train.py",
+        "method": "grid",
+        "metric": {"name": "val/accuracy", "goal": "maximize"},
+        "parameters": parameters,
+        "command": [*start, *overrides, "${args_no_hyphens}"],
+    }
+    file = directory / "sweep.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def environment(server: Server, directory: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    path = f"{BIN}:{os.environ['PATH']}"
+    return {**kept, **server.environment(directory / "wandb"), "PATH": path, "SWEEP_PAUSE": "1"}
+
+
+def started(server: Server, directory: Path, what: str) -> subprocess.Popen[str]:
+    with (directory / "agent.log").open("w") as log:
+        return subprocess.Popen(
+            ["launch/sweep.sh", what],
+            cwd=ROOT,
+            env=environment(server, directory),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def processes(directory: Path) -> list[str]:
+    """The command lines that name a directory: launchers and ranks of its runs."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().decode()
+        except OSError:
+            continue
+        if str(directory) in command:
+            found.append(command.replace("\0", " "))
+    return found
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, directory: Path) -> float:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, (directory / "agent.log").read_text()[-3000:]
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+def test_a_grid_on_two_processes_is_one_run_a_trial(tmp_path: Path, server: Server) -> None:
+    parameters = {"optimizer.lr": {"values": [1e-5, 0.1]}, "train.max_grad_norm": {"values": [None, 1]}}
+    file = sweep_file(tmp_path, "cpu", parameters, "train.max_steps=3", "train.log_every=1")
+    agent = started(server, tmp_path, str(file))
+    assert agent.wait(timeout=240) == 0, (tmp_path / "agent.log").read_text()
+    assert server.unknown == []
+    assert len(server.runs) == 4
+    for run in server.runs.values():
+        assert (run["state"], len(run["writers"]), run["rewritten"]) == ("finished", 1, 0)
+        rows = [json.loads(line) for line in run["history"].values()]
+        assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3]
+    directories = sorted((tmp_path / "runs").iterdir())
+    assert [path.name for path in directories] == [f"digits-{name}" for name in sorted(server.runs)]
+    trained = []
+    for path in directories:
+        assert json.loads((path / "summary.json").read_text())["world_size"] == 2
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        trained.append((config["optimizer"]["lr"], config["train"]["max_grad_norm"]))
+    assert sorted(trained, key=str) == sorted([(lr, norm) for lr in (1e-5, 0.1) for norm in (None, 1.0)], key=str)
+
+
+def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(tmp_path: Path, server: Server) -> None:
+    parameters = {"optimizer": {"parameters": {"lr": {"values": [0.05, 1e30, -1.0, 0.01]}}}}
+    long = sweep_file(tmp_path, "one_gpu", parameters, "train.epochs=5000", "train.log_every=5")
+    refused = subprocess.run(
+        ["launch/sweep.sh", str(long)],
+        cwd=ROOT,
+        env=environment(server, tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "optimizer.lr: -1.0 is less than 0" in refused.stderr
+    assert not server.sweeps
+    subprocess.run(["wandb", "sweep", str(long)], env=environment(server, tmp_path), check=True, capture_output=True)
+    ((name, sweep),) = server.sweeps.items()
+    agent = started(server, tmp_path, f"tester/uncategorized/{name}")
+    runs, logged = tmp_path / "runs", "metrics.jsonl"
+    first, blown_up, refused_value, last = (f"{name}r{i}" for i in range(4))
+
+    wait_for((runs / f"digits-{first}" / logged).exists, 60, tmp_path)
+    assert processes(runs)
+    server.stop_run(first)  # as early termination and the Stop button do
+    wait_for(lambda: len(sweep["runs"]) > 1, 30, tmp_path)
+    assert not any(first in line for line in processes(runs))
+    assert (runs / f"digits-{first}" / "checkpoints" / "last").exists()
+
+    wait_for((runs / f"digits-{last}" / logged).exists, 90, tmp_path)  # the second and third failed
+    assert server.runs[blown_up]["state"] == server.runs[refused_value]["state"] == "failed"
+    assert "the loss is" in server.runs[blown_up]["summary"]["failure"]
+    assert "optimizer.lr: -1.0 is less than 0" in server.runs[refused_value]["summary"]["failure"]
+
+    agent.send_signal(signal.SIGTERM)
+    assert agent.wait(timeout=30) == 143
+    assert wait_for(lambda: not processes(runs), 10, tmp_path) < 10
+    assert (runs / f"digits-{last}" / "checkpoints" / "last").exists()
+    assert server.unknown == []

@@ -1,0 +1,79 @@
+"""What a run does as a trial of a sweep, or below a launcher: ends with its parent, has its own name, leaves a reason.
+
+`wandb agent` hands each trial its values by argv, the same on every rank, and the ids of sweep and run by environment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.errors import LockstepError, Stopped
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+LAUNCHED = ("WANDB_SWEEP_ID", "LOCKSTEP_SWEEP", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+
+
+def end_with_launcher() -> None:
+    """Where a launcher or an agent started this process, have its end be a SIGTERM here: a stop at a step boundary.
+
+    `accelerate launch` of one process dies of a SIGTERM without passing it on; the run would go on as an orphan and
+    hold its GPU. A run that a shell started may outlive it, and is left alone.
+    """
+    if not any(name in os.environ for name in LAUNCHED):
+        return
+    end_with_parent()
+    if os.getppid() == 1 and not _is_launcher(1):  # it had ended already (seen where orphans go to process 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_with_parent() -> None:
+    """Ask the kernel for a SIGTERM when the parent ends. On Linux alone; elsewhere nothing happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def _is_launcher(process: int) -> bool:
+    """Whether a process (the first one of a container, say) may well be what starts trials."""
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return True
+    return any(word in command for word in (Path(sys.argv[0]).name.encode(), b"wandb", b"trainer"))
+
+
+def named(config: Config) -> Config:
+    """The config, in a W&B sweep with the run's id behind `run.name`: each trial needs a directory of its own."""
+    if "WANDB_SWEEP_ID" not in os.environ or "WANDB_RUN_ID" not in os.environ:
+        return config
+    return replace(config, run=replace(config.run, name=f"{config.run.name}-{os.environ['WANDB_RUN_ID']}"))
+
+
+def record_failure(error: BaseException) -> None:
+    """In a W&B sweep, leave a failed run with its reason where the trial failed before its run began."""
+    begun = "wandb" in sys.modules  # the client is imported to begin a run, never before
+    if "WANDB_SWEEP_ID" not in os.environ or int(os.environ.get("RANK", "0")) or begun or isinstance(error, Stopped):
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends every process once another rank has failed
+    with suppress(Exception):
+        import wandb
+
+        settings = wandb.Settings(silent=True, console="off", init_timeout=10, finish_timeout=10)
+        run = wandb.init(settings=settings)
+        run.summary["failure"] = reason(error)
+        run.finish(exit_code=1)
+
+
+def reason(error: BaseException) -> str:
+    """One line on what went wrong."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first if isinstance(error, LockstepError) else f"{type(error).__name__}: {first}"
