@@ -111,6 +111,9 @@ class Drawing(nn.Module):
         x = self.drops(x) + F.batch_norm(x, None, None, training=True)
         x = stochastic_depth(x, 0.3, "row", self.training)
         x = torch.tanh(self.flat_norm(self.second(F.dropout1d(x.flatten(2), 0.2, self.training))))
+        if self.training:
+            x = x * (0.5 + torch.rand(len(x), 1, 1, dtype=x.dtype)) + 0.1 * torch.rand_like(x)
+            x = x * torch.floor(0.9 + torch.rand([x.shape[0], 4, 1], dtype=x.dtype)) + torch.randn((len(x), 1, 1)).to(x)
         return self.head(F.dropout(x.flatten(1), 0.1, self.training))
 
 
@@ -153,7 +156,7 @@ class Odd(nn.Module):
 
 
 def noise(x: Tensor) -> Tensor:
-    return x + torch.randn_like(x)
+    return x + torch.empty_like(x).normal_()
 
 
 def noise_before_dropout(x: Tensor) -> Tensor:
@@ -186,6 +189,8 @@ def test_what_micro_batches_cannot_share_is_refused(
     assert message in refused
     assert refused.endswith("set batch.fuse=1")
     assert not (tmp_path / "run").exists(), "refused before the run directory is touched"
+    (found,) = on_ranks(1, run, tmp_path, lambda: Odd(odd), "auto")
+    assert not isinstance(found, str), "auto looks for what works"
     (alone,) = on_ranks(1, run, tmp_path, lambda: Odd(odd), 1)
     assert not isinstance(alone, str)
 

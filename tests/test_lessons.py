@@ -17,6 +17,7 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.small import IGNORED, Points, config, fitted, mlp, state
 from trainer import Config, ConfigError, Trainer
 from trainer.config_file import load
+from trainer.metrics import TIMINGS
 from trainer.plan import Step
 from trainer.tracking.jsonl import read_rows
 
@@ -184,7 +185,7 @@ def reductions(directory: Path, name: str) -> list[tuple[list[dict[str, Any]], d
         model = mlp() if ignored else nn.Sequential(mlp(), nn.Linear(4, 1))
         trainer = fitted(settings, model, train_data=Points() if ignored else Values())
         rows = read_rows(directory / "run" / "metrics.jsonl")
-        kept = [{k: v for k, v in row.items() if k != "samples_per_second"} for row in rows]
+        kept = [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
         runs.append((kept, state(trainer)))
     return runs
 

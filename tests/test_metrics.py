@@ -85,8 +85,8 @@ def test_the_stopwatch_goes_on_from_earlier_sessions(monkeypatch: pytest.MonkeyP
     progress = Progress(samples_seen=50, seconds=30.0)
     watch = Stopwatch(progress)
     now += 5
-    assert watch.rate(150) == 20  # samples since the resume, not since the start
+    assert watch.pace(150, 2.0) == {"samples_per_second": 20, "data_wait": 0.4}  # since the resume, not the start
     now += 10
-    assert watch.rate(250) == 10  # since the last row
+    assert watch.pace(250, 0.0) == {"samples_per_second": 10, "data_wait": 0}  # since the last row
     watch.stop(progress)
     assert progress.seconds == 45

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from trainer.errors import ConfigError
 
 RANDOM = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu)
 ALONE = "set batch.fuse=1"
+Part = TypeVar("Part")
 
 
 class Fused(TorchFunctionMode):
@@ -61,7 +62,7 @@ class Fused(TorchFunctionMode):
             raise ConfigError(
                 "batch.fuse",
                 "the model or the loss draws random numbers for several micro-batches at once; draw them by "
-                f"nn.Dropout or torch.nn.functional.dropout with the samples as first dimension, or {ALONE}",
+                f"dropout, torch.rand or torch.randn with the samples as first dimension, or {ALONE}",
             )
         with torch.no_grad():
             for running, momentum, calls in self._seen.values():
@@ -81,7 +82,13 @@ class Fused(TorchFunctionMode):
             return None
         return x.chunk(self._count)
 
-    def draw(self, parts: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    def rows(self, shape: tuple[int, ...]) -> list[tuple[int, ...]] | None:
+        """A shape by micro-batch; None where its first dimension is not that of the samples."""
+        if not shape or not shape[0] or shape[0] % self._samples:
+            return None
+        return [(shape[0] // self._count, *shape[1:])] * self._count
+
+    def draw(self, parts: Sequence[Part], function: Callable[[Part], Tensor]) -> list[Tensor]:
         """`function` of each part, each drawing on from where its micro-batch's stream is."""
         self._look_for_strays()
         if not self._states:
@@ -126,6 +133,23 @@ def _random(fused: Fused, function: Any, x: Tensor, **kwargs: Any) -> Tensor:
         return function(x, **kwargs)  # type: ignore[no-any-return]
     kwargs["inplace"] = False  # a part is a view, which autograd does not let be overwritten
     return torch.cat(fused.draw(parts, lambda part: function(part, **kwargs)))
+
+
+def _like(fused: Fused, function: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    """Noise in the shape of the samples."""
+    parts = fused.parts(x) if "generator" not in kwargs else None
+    if parts is None:
+        return function(x, **kwargs)  # type: ignore[no-any-return]
+    return torch.cat(fused.draw(parts, lambda part: function(part, **kwargs)))
+
+
+def _sized(fused: Fused, function: Any, *size: Any, **kwargs: Any) -> Tensor:
+    """Noise of which each sample has a row, such as the mask of a drop-connect."""
+    given = kwargs.pop("size", size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+    rows = fused.rows(tuple(given)) if "generator" not in kwargs else None
+    if rows is None:
+        return function(given, **kwargs)  # type: ignore[no-any-return]
+    return torch.cat(fused.draw(rows, lambda shape: function(shape, **kwargs)))
 
 
 def _bernoulli_(fused: Fused, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -231,6 +255,8 @@ def _instance_norm(
 HANDLERS: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys(RANDOM, _random),
     Tensor.bernoulli_: _bernoulli_,
+    **dict.fromkeys((torch.rand_like, torch.randn_like, torch.bernoulli), _like),
+    **dict.fromkeys((torch.rand, torch.randn), _sized),
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
 }

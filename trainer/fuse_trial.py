@@ -29,7 +29,8 @@ CGROUP = Path("/sys/fs/cgroup")
 def settled_fuse(parts: Parts) -> int:
     """The number that `batch.fuse` asks for, proved right, or the largest that fits: the same on every rank.
 
-    Raises a `ConfigError` where several micro-batches in one forward are not what they are one by one. A collective.
+    Where several micro-batches in one forward are not what they are one by one, `auto` is 1, and `parts.alone` says
+    why; any number raises a `ConfigError`. A collective.
     """
     asked = parts.config.batch.fuse
     if asked == 1 or parts.config.unfused():
@@ -45,7 +46,13 @@ def settled_fuse(parts: Parts) -> int:
     if last - first == 1:
         return 1  # no rank has two micro-batches to run at once
     parts.module.train()
-    _prove(parts, step, first)
+    try:
+        _prove(parts, step, first)
+    except ConfigError as error:
+        if asked != "auto":
+            raise
+        parts.alone = error.message.partition(", so ")[0].partition("; ")[0]
+        return 1
     return asked if asked != "auto" else min(parts.ranks.gather([_largest_that_fits(parts, step, first, last)]))
 
 

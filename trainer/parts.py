@@ -87,6 +87,7 @@ class Parts:
         self.evaluator = self._evaluator()
         self.progress = Progress()
         self.fuse = 1  # micro-batches in one forward, until a trial before training settles it
+        self.alone = ""  # why that is no more, where batch.fuse=auto
 
     def evaluate(self) -> Row:
         """The loss and metrics over all validation samples. A collective."""

@@ -37,6 +37,8 @@ def header(parts: Parts, schedule: Schedule, directory: Path) -> list[tuple[str,
             f"{parts.ranks.count} × {_device_name(parts.ranks.device)} · {config.train.precision}",
         ),
     ]
+    if parts.alone:
+        facts.append(("fuse", f"1: {parts.alone}"))
     if parts.bitwise:
         facts.append(("bitwise", SETTINGS))
     return facts + ([("note", data.note)] if data.note else [])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net, fitted, largest_difference, state
 from tests.distributed.test_batch_norm import SAMPLES, SharedNorm, plain_pytorch
+from trainer.metrics import TIMINGS
 from trainer.tracking.jsonl import read_rows
 
 Outcome = tuple[dict[str, Tensor], list[dict[str, float]], int]
@@ -26,7 +27,7 @@ def run(directory: Path, make: Any, fuse: int | str, samples: int = 103, micro: 
     settings = config(directory, batch__micro_size=micro, batch__fuse=fuse, **changes)
     trainer = fitted(settings, make(), train_data=Images(samples), val_data=Images(20))
     rows = [
-        {k: v for k, v in r.items() if k not in ("samples_per_second", "digest")}
+        {k: v for k, v in r.items() if k not in (*TIMINGS, "digest")}
         for r in read_rows(directory / "run/metrics.jsonl")
     ]
     return state(trainer), rows, trainer.fuse
