@@ -1,5 +1,6 @@
 """Commands on configs and runs.
 
+python -m trainer check [CONFIG.yaml] [key=value …]     whether it would run here: the header, and one step in memory
 python -m trainer evaluate RUN [key=value …]            the best model's validation numbers, computed afresh
 python -m trainer compare RUN_A RUN_B                   whether two runs are the same, and where they part first
 python -m trainer replay RUN --step K [key=value …]     step K again, on one process, and taken apart
@@ -18,7 +19,7 @@ import sys
 
 from trainer.errors import ConfigError, leave, nearest, report
 
-COMMANDS = ("evaluate", "compare", "replay", "explain", "predict", "sync", "sweep")
+COMMANDS = ("check", "evaluate", "compare", "replay", "explain", "predict", "sync", "sweep")
 
 
 def main(arguments: list[str]) -> int:

@@ -73,7 +73,7 @@ class Trainer(Parts):
             except RuntimeError as error:
                 raise refused_operation(error) or error from None
             finally:
-                self._end_loading()
+                self.end_loading()
 
     def start(self) -> None:
         """Begin to train, at the step after those that are done: what comes before `train_step`."""
@@ -85,7 +85,7 @@ class Trainer(Parts):
         if self.config.run.figures and not self.progress.step:
             self.ranks.on_main(lambda: self.journal.figures(drawing.draw_batch(self, self.journal.directory)))
 
-    def _end_loading(self) -> None:
+    def end_loading(self) -> None:
         """Loader processes end with the run: left to the interpreter's exit, they would be seen as killed."""
         self.batches.close()
         if self.evaluator is not None:

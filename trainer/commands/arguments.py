@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.config import Config
+from trainer.config_file import DEFAULT_CONFIG, load
 from trainer.errors import ConfigError, nearest
 
 
@@ -44,6 +46,13 @@ def the_run(paths: list[str]) -> Path:
     if len(paths) != 1:
         raise ConfigError("RUN", f"one run directory is needed, and {len(paths)} are given")
     return Path(paths[0])
+
+
+def the_config(given: Arguments) -> Config:
+    """The config that a command is about; without a path the default one."""
+    if len(given.paths) > 1:
+        raise ConfigError(given.paths[1], f"one config at a time, and {given.paths[0]} is given already")
+    return load(Path(given.paths[0]) if given.paths else DEFAULT_CONFIG, given.overrides)
 
 
 def whole_number(options: dict[str, str], name: str) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -14,8 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from trainer.commands.arguments import split
-from trainer.config_file import DEFAULT_CONFIG, load
+from trainer.commands.arguments import split, the_config
 from trainer.errors import ConfigError
 from trainer.explain import Dissected
 
@@ -30,10 +28,7 @@ def main(arguments: list[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("explain", "takes a step apart on one process; start it without a launcher")
     given = split(arguments, flags=("json", "all"))
-    if len(given.paths) > 1:
-        raise ConfigError(given.paths[1], f"one config at a time, and {given.paths[0]} is given already")
-    config = load(Path(given.paths[0]) if given.paths else DEFAULT_CONFIG, given.overrides)
-    report = Dissected(config).report()
+    report = Dissected(the_config(given)).report()
     if "json" in given.options:
         print(json.dumps(report))
         return

@@ -1,0 +1,30 @@
+"""`check`: a run's header and first step, and nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def check(directory: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "trainer", "check", str(ROOT / "configs/digits.yaml"), *arguments]
+    command.append(f"run.dir={directory}")
+    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_it_shows_the_first_step_once_and_writes_nothing(tmp_path: Path) -> None:
+    done = check(tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("64 = 8 × 8 on 2 processes: 4+4") == 1
+    assert done.stdout.count("this runs: a first step of 64 samples") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number_is_an_error(tmp_path: Path) -> None:
+    exploded = check(tmp_path, "train.precision=fp16", "data.mean=[1e-30]", "data.std=[1e-30]")
+    assert exploded.returncode == 1
+    assert "the loss of the first step is nan" in exploded.stderr

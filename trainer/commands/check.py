@@ -1,0 +1,37 @@
+"""Whether a config would run here: everything built, one step trained in memory, and nothing written."""
+
+from __future__ import annotations
+
+import math
+from time import perf_counter
+
+from trainer import report
+from trainer.commands.arguments import split, the_config
+from trainer.errors import LockstepError
+from trainer.fuse_trial import settled_fuse
+from trainer.run_directory import run_path
+from trainer.tracking.console import Console
+from trainer.trainer import Trainer
+
+
+def main(arguments: list[str]) -> None:
+    """Show a run's header and its first step, on any number of processes."""
+    given = split(arguments)
+    config = the_config(given)
+    trainer = Trainer(config)
+    trainer.fuse = settled_fuse(trainer)
+    console = Console(active=trainer.ranks.is_main)
+    console.header(report.header(trainer, trainer.schedule, run_path(config.run)))
+    step = trainer.plan.step(0)
+    trainer.start()
+    began = perf_counter()
+    try:
+        trainer.train_step(step)
+        row = trainer.measure(step)
+    finally:
+        trainer.end_loading()
+    if not math.isfinite(row.get("train/loss", 0.0)):
+        raise LockstepError(f"the loss of the first step is {row['train/loss']}; see `python -m trainer explain`")
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("train/"))
+    console.note(f"this runs: a first step of {step.size} samples in {perf_counter() - began:.2f} s, {shown}")
+    trainer.ranks.close()
