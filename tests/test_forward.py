@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import LossConfig
-from trainer.data.loading import MicroBatch
+from trainer.data.samples import MicroBatch
 from trainer.forward import Forward
 from trainer.plan import Plan
 from trainer.precision import Precision

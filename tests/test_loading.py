@@ -12,7 +12,8 @@ from torch import Tensor
 
 from trainer.config import DataConfig
 from trainer.data.datasets import Datasets, ImageArrays
-from trainer.data.loading import KeyedDataset, Loader, Normalize, Request, build_loaders
+from trainer.data.loading import Loader, Normalize, build_loaders
+from trainer.data.samples import KeyedDataset, Request
 from trainer.errors import DataError
 
 CPU = torch.device("cpu")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trainer.data.loading import Loader, MicroBatch, Request, whole_requests
+from trainer.data.loading import Loader, whole_requests
+from trainer.data.samples import MicroBatch, Request
 from trainer.distributed import Ranks
 from trainer.features import Features
 from trainer.forward import Forward

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainer.data.loading import MicroBatch
+from trainer.data.samples import MicroBatch
 
 LIMIT = 1 << 30  # bytes of features that each process keeps; of more, none
 

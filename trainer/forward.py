@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.data.loading import MicroBatch
+from trainer.data.samples import MicroBatch
 from trainer.fuse import Fused
 from trainer.plan import Step
 from trainer.precision import Precision

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from trainer.data.loading import MicroBatch
+from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.forward import Forward
 from trainer.fuse import ALONE

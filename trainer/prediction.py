@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from trainer import checkpoint, signature
 from trainer.data.folder import decode
-from trainer.data.loading import KeyedDataset, MicroBatch, Normalize, Request
+from trainer.data.loading import Normalize
+from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
 from trainer.determinism import make_deterministic
 from trainer.distributed import Ranks

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trainer.batch_norm import norm_layers
-from trainer.data.loading import MicroBatch
+from trainer.data.samples import MicroBatch
 from trainer.forward import Forward
 from trainer.plan import Step
 from trainer.trainer import Trainer
