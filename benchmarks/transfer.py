@@ -18,6 +18,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,13 +61,16 @@ def by_hand(config: Config, best_file: Path) -> Iterator[float]:
         phase: DataLoader(folder, config.batch.size, shuffle=True, num_workers=4) for phase, folder in folders.items()
     }
     model = initial_model(config, len(folders["train"].classes))
+    head = list(model.get_submodule(find_head(model, config.model.head)).parameters())
+    of_head = {id(parameter) for parameter in head}
+    backbone = [parameter for parameter in model.parameters() if id(parameter) not in of_head]
+    groups: list[dict[str, Any]] = [{"params": head}]
     if config.model.freeze:
-        for parameter in model.parameters():
+        for parameter in backbone:
             parameter.requires_grad = False
-        for parameter in model.get_submodule(find_head(model, config.model.head)).parameters():
-            parameter.requires_grad = True
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, config.optimizer.lr, **config.optimizer.args)
+    else:
+        groups.append({"params": backbone, "lr": config.optimizer.backbone_lr or config.optimizer.lr})
+    optimizer = torch.optim.SGD(groups, config.optimizer.lr, **config.optimizer.args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, **config.schedule.args)
     criterion, best = nn.CrossEntropyLoss(), 0.0
     for _ in range(config.train.epochs):
