@@ -135,7 +135,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("root", help="the folder with train/ and val/")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="changes of the config, for both")
     parser.add_argument("--epochs", type=int, default=25, help="epochs of each run (default: 25)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the process (default: 1)")
+    own = torch.get_num_threads()
+    parser.add_argument("--threads", type=int, default=own, help="threads of the process (default: torch's own)")
     parser.add_argument("--recipes", nargs="*", default=RECIPES, choices=RECIPES, help="which (default: both)")
     options = parser.parse_intermixed_args(arguments)
     print(machine(options.threads), end="\n\n")
@@ -144,9 +145,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         for recipe in options.recipes:
             with TemporaryDirectory() as directory:
-                own = [f"data.root={options.root}", f"train.epochs={options.epochs}", "train.keep_checkpoints=1"]
+                given = [f"data.root={options.root}", f"train.epochs={options.epochs}", "train.keep_checkpoints=1"]
                 quiet = [f"run.dir={directory}", "run.figures=false", "wandb.mode=disabled"]
-                config = load(CONFIGS / f"{recipe}.yaml", [*own, *options.changes, *quiet])
+                config = load(CONFIGS / f"{recipe}.yaml", [*given, *options.changes, *quiet])
                 with redirect_stdout(sys.stderr):
                     rows = compare(config, Path(directory), options.threads)
             for name, accuracy, seconds in rows:

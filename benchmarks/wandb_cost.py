@@ -32,7 +32,7 @@ def pace(mode: str, epochs: int, directory: Path, environment: dict[str, str]) -
     subprocess.run(command, env=os.environ | environment, check=True, capture_output=True)
     rows = read_rows(directory / mode / "metrics.jsonl")
     size = load(Path("configs/digits.yaml"), []).batch.size
-    return statistics.median(row["samples_per_second"] for row in rows if "samples_per_second" in row) / size
+    return float(statistics.median(row["samples_per_second"] for row in rows if "samples_per_second" in row)) / size
 
 
 def main() -> None:
