@@ -25,6 +25,7 @@ from trainer.features import Features
 from trainer.forward import Forward
 from trainer.freezing import Freezing
 from trainer.gradients import Gradients
+from trainer.memory import keep_freed_memory
 from trainer.metrics import Row
 from trainer.models import build_model, compile_model, input_channels
 from trainer.optimizer import build_optimizer
@@ -58,6 +59,8 @@ class Parts:
         if self.bitwise:
             make_deterministic()
         self.ranks = Ranks(train.precision, find_unused_parameters=train.find_unused_parameters)
+        if self.ranks.device.type == "cpu":
+            keep_freed_memory()
         self.precision = Precision(train.precision, self.ranks.device)
         if train_data is None:
             self.data = build_datasets(config.data, self.ranks.main_first)
