@@ -1,6 +1,6 @@
 """What W&B costs a run's pace: steps per second without it, offline, and online before a loopback server.
 
-python -m benchmarks.wandb_cost                         about two minutes
+python -m benchmarks.wandb_cost                         about three minutes
 python -m benchmarks.wandb_cost --rounds 3 --epochs 2
 
 Whole runs of configs/digits.yaml, each in a process of its own, in turn; a run's pace is the median over its
@@ -38,7 +38,7 @@ def pace(mode: str, epochs: int, directory: Path, environment: dict[str, str]) -
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.wandb_cost")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each mode (default: 5)")
-    parser.add_argument("--epochs", type=int, default=4, help="epochs of a run (default: 4)")
+    parser.add_argument("--epochs", type=int, default=15, help="epochs of a run (default: 15)")
     options = parser.parse_args()
     found: dict[str, list[float]] = {mode: [] for mode in MODES}
     with TemporaryDirectory() as directory, WandbServer() as server:
