@@ -36,6 +36,8 @@ CHECKS: dict[str, Callable[[torch.device, Path], checks.Verdict]] = {
     "bf16": checks.bf16,
     "compile": checks.compiled,
     "two processes": checks.two_processes,
+    "bitwise": checks.bitwise,
+    "fused": checks.fused,
     "sync BatchNorm": checks.sync_batch_norm,
     "resume": checks.resume,
 }

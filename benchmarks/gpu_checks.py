@@ -203,11 +203,23 @@ def _learns(directory: Path, **changes: Any) -> Verdict:
 
 def two_processes(device: torch.device, directory: Path) -> Verdict:
     """Two processes that share the device, over gloo, end with the weights and statistics of one."""
-    for count in (1, 2):
+    return _equal(*_on_two_and_one(device, directory, train__precision="fp64"))
+
+
+def bitwise(device: torch.device, directory: Path) -> Verdict:
+    """In fp32 and bitwise mode, they do so to the last bit."""
+    two, one = _on_two_and_one(device, directory, run__reproducibility="bitwise")
+    other = [name for name, tensor in one.items() if not torch.equal(two[name], tensor)]
+    return not other, f"{len(one) - len(other)} of {len(one)} tensors have the same bits {' '.join(other[:3])}".strip()
+
+
+def _on_two_and_one(device: torch.device, directory: Path, **changes: Any) -> list[Mapping[str, Tensor]]:
+    """The end of the same run on two processes and on one."""
+    for count in (2, 1):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        arguments = count, port, device.type, directory
+        arguments = (count, port), device.type, directory, changes
         ranks: Any = spawn(_train_as_rank, arguments, nprocs=count, join=False)  # type: ignore[no-untyped-call]
         deadline = time.monotonic() + PATIENCE
         while not ranks.join(timeout=1):
@@ -215,22 +227,38 @@ def two_processes(device: torch.device, directory: Path) -> Verdict:
                 for process in ranks.processes:
                     process.kill()
                 raise TimeoutError(f"{count} processes did not end within {PATIENCE:.0f} s")
-    return _equal(*(torch.load(directory / f"{count}.pt", weights_only=True) for count in (2, 1)))
+    return [torch.load(directory / f"{count}.pt", weights_only=True) for count in (2, 1)]
 
 
-def _train_as_rank(rank: int, count: int, port: int, device_type: str, directory: Path) -> None:
+def _train_as_rank(
+    rank: int, group: tuple[int, int], device_type: str, directory: Path, changes: dict[str, Any]
+) -> None:
     """21 steps, the last of a single micro-batch, so that one of two ranks has nothing to do in it."""
+    count, port = group
     if count > 1:
         numbers = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
         os.environ |= {name: str(number) for name, number in numbers.items()}  # local rank 0: both on device 0
         os.environ["MASTER_ADDR"] = "127.0.0.1"
         distributed.init_process_group("gloo")  # NCCL refuses two processes on one device
-    config = settings(directory / str(count), batch__micro_size=8, train__precision="fp64")
+    config = settings(directory / str(count), batch__micro_size=8, **changes)
     with redirect_stdout(io.StringIO()):
         trainer = fitted(config, lambda: small_cnn(10), first_digits(64 * 20 + 5))
     assert (trainer.ranks.count, trainer.ranks.device.type) == (count, device_type)
     if rank == 0:
         torch.save(trainer.module.state_dict(), directory / f"{count}.pt")
+
+
+def fused(device: torch.device, directory: Path) -> Verdict:
+    """8 micro-batches in one forward are those 8 one by one, BatchNorm and dropout included."""
+    states = []
+    for fuse in (8, 1):
+        config = settings(directory / str(fuse), batch__micro_size=8, batch__fuse=fuse, train__precision="fp64")
+        states.append(fitted(config, _with_dropout, first_digits(640)).module.state_dict())
+    return _equal(*states)
+
+
+def _with_dropout() -> nn.Module:
+    return nn.Sequential(small_cnn(64), nn.Dropout(0.3), nn.Linear(64, 10))
 
 
 def sync_batch_norm(device: torch.device, directory: Path) -> Verdict:
@@ -244,15 +272,13 @@ def sync_batch_norm(device: torch.device, directory: Path) -> Verdict:
 
 def resume(device: torch.device, directory: Path) -> Verdict:
     """A run stopped after 7 of 15 steps, and gone on with, ends as one that was not, dropout and all."""
-
-    def model() -> nn.Module:
-        return nn.Sequential(small_cnn(64), nn.Dropout(0.3), nn.Linear(64, 10))
-
     states = []
     for name, stops in {"stopped": (7, 15), "straight": (15,)}.items():
         for stop in stops:
             changes = {"train__max_steps": stop, "train__precision": "fp64", "run__resume": "auto"}
-            trainer = fitted(settings(directory / name, batch__micro_size=16, **changes), model, first_digits(64 * 20))
+            trainer = fitted(
+                settings(directory / name, batch__micro_size=16, **changes), _with_dropout, first_digits(64 * 20)
+            )
         states.append(trainer.module.state_dict())
     return _equal(*states)
 

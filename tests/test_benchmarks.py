@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torchvision.models import mobilenet_v3_small
 
 from benchmarks import fuse, loops, scale, step_time
 from benchmarks.gpu import CHECKS, main
@@ -22,6 +23,7 @@ from benchmarks.subjects import first_digits, fitted, settings
 from benchmarks.timing import OURS, InterleavedTrainer, Rounds, quartiles
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import largest_difference, state
+from tests.test_configs import image_folder
 
 ROOT = Path(__file__).parents[1]
 LOOPS = ["raw", OURS, *step_time.VARIANTS, *(name for name, _, _ in step_time.PEERS)]
@@ -151,7 +153,15 @@ def test_without_a_gpu_one_line_says_so() -> None:
 
 
 def test_gpu_checks_run_on_the_cpu(tmp_path: Path) -> None:
-    names = ["peak memory", "host syncs", "pixels", "bf16", "sync BatchNorm", "resume"]  # the others take longer
+    names = [
+        "peak memory",
+        "host syncs",
+        "pixels",
+        "bf16",
+        "fused",
+        "sync BatchNorm",
+        "resume",
+    ]  # the others take longer
     status, printed = gpu(*names, "--device", "cpu", "--save", str(tmp_path / "gpu.md"))
     assert status == 0
     assert [line.split(" ", 2)[2].split(":")[0] for line in printed.splitlines() if line.startswith("- ")] == names
@@ -164,6 +174,17 @@ def test_gpu_checks_run_on_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in CHECKS if not name.startswith("step time")])
 def test_on_a_gpu(name: str) -> None:
     assert "PASS" in run("gpu", name)
+
+
+def test_transfer_compares_both_recipes_with_the_script(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save(mobilenet_v3_small().state_dict(), weights)
+    image_folder(tmp_path)
+    changes = ["model.name=mobilenet_v3_small", f"model.weights={weights}", "--epochs", "1"]
+    lines = [line for line in run("transfer", str(tmp_path), *changes).splitlines() if line.startswith("|")][2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[:2] for row in cells] == [[r, loop] for r in ("extract", "finetune") for loop in ("script", "Lockstep")]
+    assert all(0 <= float(accuracy) <= 1 and min(map(float, rest)) > 0 for _, _, accuracy, *rest in cells)
 
 
 def test_scale_finds_equal_runs_and_reads_the_peers_rightly() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -29,6 +31,8 @@ LAUNCHER_SETTINGS = (
     ),
     ("ACCELERATE_USE_FSDP", {"false"}, "FSDP is not supported; start plain processes"),
 )
+
+GRACE = 0.2  # seconds before the interpreter goes down, for gloo's thread to drop the last collective's tensors
 
 
 def check_launcher(precision: str, environment: Mapping[str, str]) -> None:
@@ -65,6 +69,8 @@ class Ranks:
             raise ConfigError(
                 "WORLD_SIZE", f"{launched} processes were launched, and {self.count} joined; use launch/*.yaml"
             )
+        if self.count > 1:
+            atexit.register(time.sleep, GRACE)
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
         # Host-side agreement must not wait for the device's queue, so on GPUs it has a group of its own.
