@@ -140,6 +140,24 @@ def test_the_sweeps_that_come_along_can_run(file: Path, monkeypatch: pytest.Monk
         ({"optimizer.lr": {"values": ["1e-3"]}}, {}, "YAML reads 1e-3 as text, not as the number 0.001; write 1.0e-3"),
         ({"optimizer.lr": {"vals": [1]}}, {}, 'optimizer.lr.vals: no such key; did you mean "values"'),
         ({"optimizer.lr": {"min": 1.0}}, {}, "optimizer.lr.max: is missing"),
+        (
+            {"optimizer.lr": {"value": 1, "values": [1, 2]}},
+            {},
+            "optimizer.lr.values: does nothing here: constant takes",
+        ),
+        ({"optimizer.lr": {"min": 1.0, "max": 2.0, "q": 0.1}}, {}, "optimizer.lr.q: does nothing here: uniform takes"),
+        (
+            {"optimizer": {"parameters": {"lr": {"value": 1}}, "value": 1}},
+            {},
+            "parameters.optimizer.value: does nothing",
+        ),
+        ({"optimizer.lr": {"distribution": "beta", "a": 1, "b": 2}}, {}, "beta is not one of constant, categorical"),
+        ({"optimizer.lr": {"distribution": "constant"}}, {}, "optimizer.lr.value: is missing"),
+        ({"optimizer.lr": {"distribution": "log_uniform", "min": 0, "max": 1000}}, {}, "too large for a number"),
+        ({"optimizer.lr": {"values": [1, 2], "probabilities": [-1, 2]}}, {}, "must be 2 numbers that add up to 1"),
+        ({"run.name": {"values": ["a", "b"]}}, {}, "parameters.run.name: every trial has its own"),
+        ({"optimizer.lr": {"value": 1}}, {"command": ["${args_no_hyphens}", "${program}"]}, "comes after ${program}"),
+        ({"optimizer.lr": {"value": 1}}, {"metric": {"goal": "maximize"}}, "metric.name: is missing"),
         ({"optimizer.lr": {"value": 1}}, {"metric": {"name": "val/acc"}}, 'did you mean "val/accuracy"'),
         ({"optimizer.lr": {"value": 1}}, {"methd": "grid"}, 'methd: no such key of a sweep; did you mean "method"'),
         ({"optimizer.lr": {"min": 0.1, "max": 0.2}}, {"method": "random"}, "run_cap: is missing"),
@@ -188,6 +206,36 @@ def test_the_same_seed_gives_the_same_trials(tmp_path: Path, method: str) -> Non
     assert len(first) == 30
     assert first == again != other
     assert next_values(sweep, 1, first[:17]) == first[17].values  # also where it goes on after a kill
+
+
+@pytest.mark.parametrize(("goal", "target", "trials"), [("maximize", 0.5, 2), ("minimize", 0.2, 1), ("maximize", 1, 3)])
+def test_a_target_that_is_reached_ends_the_sweep(tmp_path: Path, goal: str, target: float, trials: int) -> None:
+    metric = {"name": "val/accuracy", "goal": goal, "target": target}
+    sweep = read_sweep(write(tmp_path, {"optimizer.lr": {"values": [0.2, 0.5, 0.9]}}, metric=metric))
+    ended: list[Trial] = []
+    while (values := next_values(sweep, 0, ended)) is not None:
+        ended.append(Trial(len(ended), values, "done", values["optimizer.lr"]))
+    assert len(ended) == trials
+
+
+def test_a_bound_that_leaves_one_value_is_that_value(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    parameters = {"optimizer.lr": {"min": 0.1, "max": 0.1}, "optimizer.momentum": {"min": 0.0, "max": 0.9}}
+    sweep = read_sweep(write(tmp_path, parameters, method="bayes", run_cap=2))
+    assert (next_values(sweep, 0, []) or {})["optimizer.lr"] == 0.1
+
+
+def test_a_sweep_of_any_name_is_a_group_of_its_project(tmp_path: Path) -> None:
+    file = write(tmp_path, {"optimizer.lr": {"value": 1}}, name="x: [y", project="2024")
+    command = read_sweep(file).trial_command([], {"optimizer.lr": 1}, [])
+    section = load(None, [word for word in command if word.startswith("wandb.")]).wandb
+    assert (section.group, section.project) == ("x: [y", "2024")
+
+
+def test_a_damaged_state_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "sweep.sqlite").write_text("no database, but text of some length")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        Store(tmp_path, {})
 
 
 def test_bayes_comes_closer_than_chance(tmp_path: Path) -> None:

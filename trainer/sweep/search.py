@@ -22,13 +22,15 @@ def next_values(sweep: Sweep, seed: int, trials: list[Trial]) -> Values | None:
     number = len(trials)
     if sweep.run_cap is not None and number >= sweep.run_cap:
         return None
+    if any(trial.value is not None and sweep.has_reached(trial.value) for trial in trials):
+        return None
     if sweep.method == "grid":
         return next(itertools.islice(grid(sweep.parameters), number, None), None)
     if sweep.method == "random":
         return {parameter.name: parameter.draw(seed, number) for parameter in sweep.parameters}
     space = distributions(sweep.parameters)
     asked = make_study(sweep, space, trials, key(seed, "sweep", number) % 2**32).ask(space).params
-    return {p.name: from_optuna(p, asked[p.name]) if p.name in asked else p.choices[0] for p in sweep.parameters}
+    return {p.name: from_optuna(p, asked[p.name]) if p.name in asked else p.extremes()[0] for p in sweep.parameters}
 
 
 def rungs_reached(band: Hyperband, values: int) -> int:
