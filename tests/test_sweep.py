@@ -225,6 +225,12 @@ def test_a_bound_that_leaves_one_value_is_that_value(tmp_path: Path) -> None:
     assert (next_values(sweep, 0, []) or {})["optimizer.lr"] == 0.1
 
 
+def test_bayes_without_optuna_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match="bayes needs Optuna"):
+        next_values(bowl(tmp_path, "bayes"), 0, [])
+
+
 def test_a_sweep_of_any_name_is_a_group_of_its_project(tmp_path: Path) -> None:
     file = write(tmp_path, {"optimizer.lr": {"value": 1}}, name="x: [y", project="2024")
     command = read_sweep(file).trial_command([], {"optimizer.lr": 1}, [])

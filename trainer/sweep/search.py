@@ -64,12 +64,7 @@ def make_study(sweep: Sweep, space: dict[str, Any], trials: list[Trial], seed: i
 
     It is made anew for each question, so that the sweep's own file is all there is to keep.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise ConfigError(
-            "method", "bayes needs Optuna: pip install 'lockstep[sweep]', or use grid or random"
-        ) from None
+    optuna = _optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     states = optuna.trial.TrialState
     study = optuna.create_study(direction=sweep.goal, sampler=optuna.samplers.TPESampler(seed=seed))
@@ -83,18 +78,27 @@ def make_study(sweep: Sweep, space: dict[str, Any], trials: list[Trial], seed: i
 
 def distributions(parameters: list[Parameter]) -> dict[str, Any]:
     """Optuna's distributions of the parameters that vary; choices go by their place, as they may be of any type."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
+    known = _optuna().distributions
     found: dict[str, Any] = {}
     for parameter in parameters:
         low, high = parameter.span
         if parameter.choices:
-            found[parameter.name] = CategoricalDistribution(range(len(parameter.choices)))
+            found[parameter.name] = known.CategoricalDistribution(range(len(parameter.choices)))
         elif parameter.base == "int_uniform":
-            found[parameter.name] = IntDistribution(int(low), int(high))
+            found[parameter.name] = known.IntDistribution(int(low), int(high))
         else:
-            found[parameter.name] = FloatDistribution(low, high, log=parameter.base.startswith("log"))
+            found[parameter.name] = known.FloatDistribution(low, high, log=parameter.base.startswith("log"))
     return {name: found[name] for name in found if not found[name].single()}
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise ConfigError(
+            "method", "bayes needs Optuna: pip install 'lockstep[sweep]', or use grid or random"
+        ) from None
+    return optuna
 
 
 def to_optuna(parameter: Parameter, value: Any) -> Any:
