@@ -178,6 +178,7 @@ def test_no_secret_leaves_the_machine(at_home: Path, server: WandbServer, monkey
     monkeypatch.setenv("SECRET_ROOT", "from-the-environment")
     tree = config(at_home, **QUICK, wandb__log_model="best").to_dict()
     tree["data"] |= {"root": "${oc.env:SECRET_ROOT}", "url": "https://me:inside-a-url@host/${data.root}"}
+    tree["wandb"]["notes"] = "see https://me:in-the-notes@host"
     (at_home / "given.yaml").write_text(json.dumps(tree))
     given = ["data.api_key=under-a-key", "data.more={password: in-a-mapping}"]
     monkeypatch.setattr(sys, "argv", ["train.py", "given.yaml", *given])
@@ -187,7 +188,7 @@ def test_no_secret_leaves_the_machine(at_home: Path, server: WandbServer, monkey
     assert error == ""
     received = repr(server.backend.runs) + repr(server.backend.artifacts)
     assert "data.api_key=<redacted>" in received
-    for secret in ("from-the-environment", "inside-a-url", "under-a-key", "in-a-mapping"):
+    for secret in ("from-the-environment", "inside-a-url", "under-a-key", "in-a-mapping", "in-the-notes"):
         assert secret not in received
     written = load(at_home / "run" / "config.yaml", []).data
     assert (written.root, written.args) == (settings.data.root, settings.data.args)
