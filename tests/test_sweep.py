@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from scipy import stats
 
 from trainer.config import Config
@@ -28,6 +30,7 @@ from trainer.sweep.pictures import importances, parallel_coordinates
 from trainer.sweep.search import next_values, rungs_reached, should_stop
 from trainer.sweep.space import Parameter, grid, read_parameters
 from trainer.sweep.store import Store, Trial
+from trainer.sweep.table import table
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -238,6 +241,17 @@ def test_a_sweep_of_any_name_is_a_group_of_its_project(tmp_path: Path) -> None:
     assert (section.group, section.project) == ("x: [y", "2024")
 
 
+@pytest.mark.parametrize("length", [0, 30, 70, 300])
+def test_a_long_reason_gives_way_to_the_numbers(tmp_path: Path, length: int) -> None:
+    console = Console(width=80, file=io.StringIO(), force_jupyter=False)
+    trials = [Trial(7, {"optimizer.lr": 0.25, "optimizer.momentum": 0.9}, "failed", 0.125, "R" * length, 12.0)]
+    console.print(table(bowl(tmp_path, "random"), trials))
+    assert isinstance(console.file, io.StringIO)
+    heading, row = console.file.getvalue().splitlines()
+    assert heading.split() == ["trial", "state", "val/loss", "optimizer.lr", "optimizer.momentum", "time"]
+    assert row.split()[:7] == ["7", "failed", "0.125", "0.25", "0.9", "12", "s"]
+
+
 def test_a_damaged_state_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "sweep.sqlite").write_text("no database, but text of some length")
     with pytest.raises(ConfigError, match="cannot be used"):
@@ -283,7 +297,7 @@ def test_a_sweep_goes_on_only_as_what_it_was(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another sweep is running"):
         Store(tmp_path, {"seed": 0, "method": "grid"})
     store.close()
-    with pytest.raises(ConfigError, match="made with another seed"):
+    with pytest.raises(ConfigError, match="in: seed; name it otherwise"):
         Store(tmp_path, {"seed": 1, "method": "grid"})
     assert Store(tmp_path, {"seed": 0, "method": "grid"}).trials() == [
         Trial(0, {"a": None, "b": [1, 2]}, "interrupted")

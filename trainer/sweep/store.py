@@ -69,7 +69,7 @@ class Store:
             before, now = json.loads(row[0]), json.loads(text)
             changed = ", ".join(name for name in now if now[name] != before.get(name))
             raise ConfigError(
-                "name", f"the sweep in {self._path} was made with another {changed}; name this one otherwise"
+                "name", f"this sweep differs from the one in {self._path} in: {changed}; name it otherwise"
             )
 
     def trials(self) -> list[Trial]:
