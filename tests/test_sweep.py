@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from scipy import stats
 
 from trainer.config import Config
@@ -28,6 +30,7 @@ from trainer.sweep.pictures import importances, parallel_coordinates
 from trainer.sweep.search import next_values, rungs_reached, should_stop
 from trainer.sweep.space import Parameter, grid, read_parameters
 from trainer.sweep.store import Store, Trial
+from trainer.sweep.table import table
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -140,6 +143,24 @@ def test_the_sweeps_that_come_along_can_run(file: Path, monkeypatch: pytest.Monk
         ({"optimizer.lr": {"values": ["1e-3"]}}, {}, "YAML reads 1e-3 as text, not as the number 0.001; write 1.0e-3"),
         ({"optimizer.lr": {"vals": [1]}}, {}, 'optimizer.lr.vals: no such key; did you mean "values"'),
         ({"optimizer.lr": {"min": 1.0}}, {}, "optimizer.lr.max: is missing"),
+        (
+            {"optimizer.lr": {"value": 1, "values": [1, 2]}},
+            {},
+            "optimizer.lr.values: does nothing here: constant takes",
+        ),
+        ({"optimizer.lr": {"min": 1.0, "max": 2.0, "q": 0.1}}, {}, "optimizer.lr.q: does nothing here: uniform takes"),
+        (
+            {"optimizer": {"parameters": {"lr": {"value": 1}}, "value": 1}},
+            {},
+            "parameters.optimizer.value: does nothing",
+        ),
+        ({"optimizer.lr": {"distribution": "beta", "a": 1, "b": 2}}, {}, "beta is not one of constant, categorical"),
+        ({"optimizer.lr": {"distribution": "constant"}}, {}, "optimizer.lr.value: is missing"),
+        ({"optimizer.lr": {"distribution": "log_uniform", "min": 0, "max": 1000}}, {}, "too large for a number"),
+        ({"optimizer.lr": {"values": [1, 2], "probabilities": [-1, 2]}}, {}, "must be 2 numbers that add up to 1"),
+        ({"run.name": {"values": ["a", "b"]}}, {}, "parameters.run.name: every trial has its own"),
+        ({"optimizer.lr": {"value": 1}}, {"command": ["${args_no_hyphens}", "${program}"]}, "comes after ${program}"),
+        ({"optimizer.lr": {"value": 1}}, {"metric": {"goal": "maximize"}}, "metric.name: is missing"),
         ({"optimizer.lr": {"value": 1}}, {"metric": {"name": "val/acc"}}, 'did you mean "val/accuracy"'),
         ({"optimizer.lr": {"value": 1}}, {"methd": "grid"}, 'methd: no such key of a sweep; did you mean "method"'),
         ({"optimizer.lr": {"min": 0.1, "max": 0.2}}, {"method": "random"}, "run_cap: is missing"),
@@ -190,6 +211,53 @@ def test_the_same_seed_gives_the_same_trials(tmp_path: Path, method: str) -> Non
     assert next_values(sweep, 1, first[:17]) == first[17].values  # also where it goes on after a kill
 
 
+@pytest.mark.parametrize(("goal", "target", "trials"), [("maximize", 0.5, 2), ("minimize", 0.2, 1), ("maximize", 1, 3)])
+def test_a_target_that_is_reached_ends_the_sweep(tmp_path: Path, goal: str, target: float, trials: int) -> None:
+    metric = {"name": "val/accuracy", "goal": goal, "target": target}
+    sweep = read_sweep(write(tmp_path, {"optimizer.lr": {"values": [0.2, 0.5, 0.9]}}, metric=metric))
+    ended: list[Trial] = []
+    while (values := next_values(sweep, 0, ended)) is not None:
+        ended.append(Trial(len(ended), values, "done", values["optimizer.lr"]))
+    assert len(ended) == trials
+
+
+def test_a_bound_that_leaves_one_value_is_that_value(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    parameters = {"optimizer.lr": {"min": 0.1, "max": 0.1}, "optimizer.momentum": {"min": 0.0, "max": 0.9}}
+    sweep = read_sweep(write(tmp_path, parameters, method="bayes", run_cap=2))
+    assert (next_values(sweep, 0, []) or {})["optimizer.lr"] == 0.1
+
+
+def test_bayes_without_optuna_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match="bayes needs Optuna"):
+        next_values(bowl(tmp_path, "bayes"), 0, [])
+
+
+def test_a_sweep_of_any_name_is_a_group_of_its_project(tmp_path: Path) -> None:
+    file = write(tmp_path, {"optimizer.lr": {"value": 1}}, name="x: [y", project="2024")
+    command = read_sweep(file).trial_command([], {"optimizer.lr": 1}, [])
+    section = load(None, [word for word in command if word.startswith("wandb.")]).wandb
+    assert (section.group, section.project) == ("x: [y", "2024")
+
+
+@pytest.mark.parametrize("length", [0, 30, 70, 300])
+def test_a_long_reason_gives_way_to_the_numbers(tmp_path: Path, length: int) -> None:
+    console = Console(width=80, file=io.StringIO(), force_jupyter=False)
+    trials = [Trial(7, {"optimizer.lr": 0.25, "optimizer.momentum": 0.9}, "failed", 0.125, "R" * length, 12.0)]
+    console.print(table(bowl(tmp_path, "random"), trials))
+    assert isinstance(console.file, io.StringIO)
+    heading, row = console.file.getvalue().splitlines()
+    assert heading.split() == ["trial", "state", "val/loss", "optimizer.lr", "optimizer.momentum", "time"]
+    assert row.split()[:7] == ["7", "failed", "0.125", "0.25", "0.9", "12", "s"]
+
+
+def test_a_damaged_state_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "sweep.sqlite").write_text("no database, but text of some length")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        Store(tmp_path, {})
+
+
 def test_bayes_comes_closer_than_chance(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     late = {m: np.median([t.value for t in search(bowl(tmp_path, m), 3)[15:]]) for m in ("random", "bayes")}
@@ -229,7 +297,7 @@ def test_a_sweep_goes_on_only_as_what_it_was(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another sweep is running"):
         Store(tmp_path, {"seed": 0, "method": "grid"})
     store.close()
-    with pytest.raises(ConfigError, match="made with another seed"):
+    with pytest.raises(ConfigError, match="in: seed; name it otherwise"):
         Store(tmp_path, {"seed": 1, "method": "grid"})
     assert Store(tmp_path, {"seed": 0, "method": "grid"}).trials() == [
         Trial(0, {"a": None, "b": [1, 2]}, "interrupted")

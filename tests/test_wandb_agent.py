@@ -141,3 +141,25 @@ def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(tmp_p
     assert wait_for(lambda: not processes(runs), 10, tmp_path) < 10
     assert (runs / f"digits-{last}" / "checkpoints" / "last").exists()
     assert server.unknown == []
+
+
+def test_a_trial_ends_with_an_agent_that_is_killed(tmp_path: Path, server: Server) -> None:
+    """On both ranks, though the launcher between them and the agent knows of nothing."""
+    file = sweep_file(tmp_path, "cpu", {"optimizer.lr": {"values": [0.05]}}, "train.epochs=5000", "train.log_every=5")
+    subprocess.run(["wandb", "sweep", str(file)], env=environment(server, tmp_path), check=True, capture_output=True)
+    ((name, _),) = server.sweeps.items()
+    with (tmp_path / "agent.log").open("w") as log:
+        agent = subprocess.Popen(
+            ["wandb", "agent", f"tester/uncategorized/{name}"],
+            cwd=ROOT,
+            env=environment(server, tmp_path),
+            stdout=log,
+            stderr=log,
+        )
+    runs = tmp_path / "runs"
+    wait_for((runs / f"digits-{name}r0" / "metrics.jsonl").exists, 60, tmp_path)
+    assert len(processes(runs)) == 3
+    agent.kill()
+    agent.wait()
+    wait_for(lambda: not processes(runs), 40, tmp_path)
+    assert (runs / f"digits-{name}r0" / "checkpoints" / "last").exists()

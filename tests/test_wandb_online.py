@@ -52,6 +52,11 @@ class Dying(Trainer):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Telling(Trainer):
+    def train_step(self, step: Step) -> None:
+        raise RuntimeError("no from-the-environment, under-a-key, http://me:login@host")
+
+
 class Spoilt(Trainer):
     def train_step(self, step: Step) -> None:
         super().train_step(step)
@@ -173,6 +178,7 @@ def test_no_secret_leaves_the_machine(at_home: Path, server: WandbServer, monkey
     monkeypatch.setenv("SECRET_ROOT", "from-the-environment")
     tree = config(at_home, **QUICK, wandb__log_model="best").to_dict()
     tree["data"] |= {"root": "${oc.env:SECRET_ROOT}", "url": "https://me:inside-a-url@host/${data.root}"}
+    tree["wandb"]["notes"] = "see https://me:in-the-notes@host"
     (at_home / "given.yaml").write_text(json.dumps(tree))
     given = ["data.api_key=under-a-key", "data.more={password: in-a-mapping}"]
     monkeypatch.setattr(sys, "argv", ["train.py", "given.yaml", *given])
@@ -182,7 +188,7 @@ def test_no_secret_leaves_the_machine(at_home: Path, server: WandbServer, monkey
     assert error == ""
     received = repr(server.backend.runs) + repr(server.backend.artifacts)
     assert "data.api_key=<redacted>" in received
-    for secret in ("from-the-environment", "inside-a-url", "under-a-key", "in-a-mapping"):
+    for secret in ("from-the-environment", "inside-a-url", "under-a-key", "in-a-mapping", "in-the-notes"):
         assert secret not in received
     written = load(at_home / "run" / "config.yaml", []).data
     assert (written.root, written.args) == (settings.data.root, settings.data.args)
@@ -272,6 +278,18 @@ def test_a_killed_run_goes_on_as_the_same_run(at_home: Path, server: WandbServer
     (run,) = server.backend.runs.values()
     assert [row["step"] for row in logged(server)] == [row["step"] for row in kept(at_home)]
     assert (run["rewritten"], run["state"]) == (0, "finished")
+
+
+def test_a_failure_is_told_without_secrets(at_home: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_ROOT", "from-the-environment")
+    tree = config(at_home, **QUICK, wandb__alerts=True).to_dict()
+    tree["data"] |= {"root": "http://${oc.env:SECRET_ROOT}/", "api_key": "under-a-key"}
+    (at_home / "given.yaml").write_text(json.dumps(tree))
+    ((_, error, _),) = on_ranks(1, train, load(at_home / "given.yaml", []), server, Telling)
+    assert error.startswith("no from-the-environment, under-a-key, http://me:login@host")
+    (run,) = server.backend.runs.values()
+    ((_, text),) = run["alerts"]
+    assert text == run["summary"]["failure"] == "RuntimeError: no <redacted>, <redacted>, http://<redacted>@host"
 
 
 def test_strict_makes_an_error_of_it(at_home: Path, server: WandbServer) -> None:

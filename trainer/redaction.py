@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,10 @@ SECRET = re.compile(
     r"(?:^|[_.-])(?:token|secrets?|password|passwd|passphrase|credentials?|auth|(?:api|private|access)_?key)(?:$|[_.-])"
 )
 LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+VARIABLE = re.compile(r"\boc\.env:\s*(\w+)")
+LEAST = 4  # letters of a text that is looked for in messages; a shorter one is no secret, and in many words
+
+_seen: set[str] = set()  # what configs read by this process took from the environment or hold under a secret's key
 
 
 class FromEnvironment(str):
@@ -40,10 +45,13 @@ yaml.SafeDumper.add_representer(
 
 def mark_environment(raw: Any, resolved: Any) -> Any:
     """`resolved` with each text that came from the environment as a `FromEnvironment`; `raw` is unresolved."""
-    values = {value for source, value in _interpolated(raw, resolved) if "oc.env" in source and value}
+    taken = {source: value for source, value in _interpolated(raw, resolved) if "oc.env" in source and value}
+    values = set(taken.values())
+    _seen.update(values, (os.environ.get(name, "") for source in taken for name in VARIABLE.findall(source)))
 
     def mark(source: Any, value: Any) -> Any:
         if isinstance(value, Mapping) and isinstance(source, Mapping):
+            _seen.update(str(item) for name, item in value.items() if _is_secret(str(name), item))
             return {name: mark(source[name], item) for name, item in value.items()}
         if isinstance(value, list) and isinstance(source, list):
             return [mark(*pair) for pair in zip(source, value, strict=True)]
@@ -75,6 +83,14 @@ def redacted(tree: Any) -> Any:
         return LOGIN_IN_URL.sub(f"{REDACTED}@", value) if isinstance(value, str) else value
 
     return _replaced(tree, show, hide_secrets=True)
+
+
+def redacted_message(text: str) -> str:
+    """A message, of an error say, that may hold a value of the config."""
+    for secret in sorted(_seen, key=len, reverse=True):
+        if len(secret) >= LEAST:
+            text = text.replace(secret, REDACTED)
+    return LOGIN_IN_URL.sub(f"{REDACTED}@", text)
 
 
 def redacted_arguments(arguments: Sequence[str]) -> list[str]:

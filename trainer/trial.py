@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from trainer.errors import LockstepError, Stopped
+from trainer.redaction import redacted_message
 
 if TYPE_CHECKING:
     from trainer.config import Config
 
-LAUNCHED = ("WANDB_SWEEP_ID", "LOCKSTEP_SWEEP", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+SWEEP = "WANDB_SWEEP_ID"  # set by W&B's agent
+LAUNCHED = (SWEEP, "LOCKSTEP_SWEEP", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
@@ -27,11 +31,14 @@ def end_with_launcher() -> None:
     """Where a launcher or an agent started this process, have its end be a SIGTERM here: a stop at a step boundary.
 
     `accelerate launch` of one process dies of a SIGTERM without passing it on; the run would go on as an orphan and
-    hold its GPU. A run that a shell started may outlive it, and is left alone.
+    hold its GPU. And a W&B agent that is killed leaves the launchers below it running. A run that a shell started may
+    outlive it, and is left alone.
     """
     if not any(name in os.environ for name in LAUNCHED):
         return
     end_with_parent()
+    if SWEEP in os.environ:
+        _end_with_agent()
     if os.getppid() == 1 and not _is_launcher(1):  # it had ended already (seen where orphans go to process 1)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -40,6 +47,35 @@ def end_with_parent() -> None:
     """Ask the kernel for a SIGTERM when the parent ends. On Linux alone; elsewhere nothing happens."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def _end_with_agent() -> None:
+    """Wait for the agent's end in a thread. Only what it started has the sweep's id in its environment from the start.
+
+    On Linux alone; a process whose environment may not be read is of another user, and no launcher of this run.
+    """
+    if sys.platform != "linux":
+        return
+    with suppress(OSError, ValueError):  # an ancestor that ends meanwhile has had its children told
+        process = os.getppid()
+        while process > 1 and _began_with(process, SWEEP):
+            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        agent = os.pidfd_open(process)
+
+        def watch() -> None:
+            ended = select.poll()
+            ended.register(agent, select.POLLIN)
+            ended.poll()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        Thread(target=watch, daemon=True, name="agent").start()
+
+
+def _began_with(process: int, variable: str) -> bool:
+    try:
+        return f"\0{variable}=".encode() in b"\0" + Path(f"/proc/{process}/environ").read_bytes()
+    except PermissionError:
+        return False
 
 
 def _is_launcher(process: int) -> bool:
@@ -53,7 +89,7 @@ def _is_launcher(process: int) -> bool:
 
 def named(config: Config) -> Config:
     """The config, in a W&B sweep with the run's id behind `run.name`: each trial needs a directory of its own."""
-    if "WANDB_SWEEP_ID" not in os.environ or "WANDB_RUN_ID" not in os.environ:
+    if SWEEP not in os.environ or "WANDB_RUN_ID" not in os.environ:
         return config
     return replace(config, run=replace(config.run, name=f"{config.run.name}-{os.environ['WANDB_RUN_ID']}"))
 
@@ -61,7 +97,7 @@ def named(config: Config) -> Config:
 def record_failure(error: BaseException) -> None:
     """In a W&B sweep, leave a failed run with its reason where the trial failed before its run began."""
     begun = "wandb" in sys.modules  # the client is imported to begin a run, never before
-    if "WANDB_SWEEP_ID" not in os.environ or int(os.environ.get("RANK", "0")) or begun or isinstance(error, Stopped):
+    if SWEEP not in os.environ or int(os.environ.get("RANK", "0")) or begun or isinstance(error, Stopped):
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends every process once another rank has failed
     with suppress(Exception):
@@ -74,6 +110,6 @@ def record_failure(error: BaseException) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """One line on what went wrong."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    """One line on what went wrong, for the eyes of others."""
+    first = (redacted_message(str(error)).strip() or type(error).__name__).splitlines()[0]
     return first if isinstance(error, LockstepError) else f"{type(error).__name__}: {first}"

@@ -21,12 +21,19 @@ PATIENCE = 3600.0  # seconds for one run's files
 
 
 def main(arguments: list[str]) -> None:
-    """Send what is left of each run directory, and say what that was."""
-    runs = [Path(path) for path in split(arguments).paths]
-    if not runs:
+    """Send what is left of each run directory, or of every run of a local sweep's directory, and say what that was."""
+    given = [Path(path) for path in split(arguments).paths]
+    if not given:
         raise ConfigError("RUN", "at least one run directory is needed")
-    for run in runs:
+    for run in itertools.chain.from_iterable(map(_runs, given)):
         print(f"{run}: {sync(run)}", flush=True)
+
+
+def _runs(path: Path) -> list[Path]:
+    """The runs in a local sweep's directory; else the path itself."""
+    if not (path / "sweep.sqlite").is_file():
+        return [path]
+    return sorted(config.parent for config in path.glob("*/config.yaml"))
 
 
 def sync(run: Path) -> str:

@@ -9,11 +9,13 @@ from pathlib import Path
 from trainer.config import Config
 from trainer.config_file import load
 from trainer.errors import ConfigError, DataError, nearest
+from trainer.metrics import TIMINGS
 from trainer.sweep.description import Sweep
 from trainer.sweep.space import Values
 from trainer.typed import show
 
-ROW_VALUES = ("lr", "grad_norm", "samples_per_second")
+ROW_VALUES = ("lr", "grad_norm", *TIMINGS)
+OWN = ("run.dir", "run.name", "run.resume")  # which the sweep sets
 STEPS_PER_EPOCH = 1000  # of a schedule that is built to see whether it takes its arguments
 
 
@@ -24,6 +26,11 @@ def check(sweep: Sweep, overrides: list[str]) -> Config:
     """
     if not Path(sweep.program).is_file():
         raise ConfigError("program", f"there is no {sweep.program} here; start where it is ({sweep.file})")
+    for parameter in sweep.parameters:
+        if parameter.name in OWN:
+            raise ConfigError(
+                f"parameters.{parameter.name}", f"every trial has its own, given by the sweep ({sweep.file})"
+            )
     path, shared = sweep.base()
     base = load(path, [*shared, *overrides])
     first = {parameter.name: parameter.extremes()[0] for parameter in sweep.parameters}
@@ -83,6 +90,7 @@ def _metrics(config: Config) -> list[str]:
 def _check_metric(sweep: Sweep, config: Config) -> None:
     names = _metrics(config)
     known = [f"{phase}{name}" for phase in ("val/", "train/", "train/epoch_") for name in names]
+    known.append(f"best/{config.best.metric}")
     if sweep.metric not in [*known, *ROW_VALUES]:
         raise ConfigError(
             "metric.name",

@@ -14,7 +14,7 @@ import yaml
 
 from trainer.config_file import command_line
 from trainer.errors import ConfigError, nearest
-from trainer.sweep.space import Parameter, Values, read_parameters
+from trainer.sweep.space import Parameter, Values, number, read_parameters
 from trainer.typed import show
 
 KEYS = (
@@ -35,7 +35,10 @@ class Hyperband:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep. `command` is a trial's, with `VALUES` still in it; `arguments` are what follows the program in it."""
+    """A sweep. `command` is a trial's, with `VALUES` still in it; `arguments` are what follows the program in it.
+
+    `target`, of the metric, ends the sweep. `wandb` are overrides that make its runs one group, where it wants them.
+    """
 
     file: Path
     name: str
@@ -43,11 +46,13 @@ class Sweep:
     method: Literal["grid", "random", "bayes"]
     metric: str
     goal: Literal["minimize", "maximize"]
+    target: float | None
     parameters: list[Parameter]
     hyperband: Hyperband | None
     run_cap: int | None
     command: list[str]
     arguments: list[str]
+    wandb: list[str]
 
     def base(self) -> tuple[Path | None, list[str]]:
         """The config and overrides that all trials share."""
@@ -55,12 +60,15 @@ class Sweep:
 
     def trial_command(self, shared: list[str], values: Values, own: list[str]) -> list[str]:
         """What starts a trial: `shared` overrides, the trial's values, and its `own` overrides above all."""
-        given = [*shared, *(f"{name}={show(value)}" for name, value in values.items()), *own]
+        given = [*self.wandb, *shared, *(f"{name}={show(value)}" for name, value in values.items()), *own]
         place = self.command.index(VALUES)
         return [*self.command[:place], *given, *self.command[place + 1 :]]
 
-    def is_better(self, value: float, other: float | None) -> bool:
-        return other is None or (value > other if self.goal == "maximize" else value < other)
+    def has_reached(self, value: float) -> bool:
+        """Whether a trial's value is as good as the target, after which there are no new trials."""
+        if self.target is None:
+            return False
+        return value >= self.target if self.goal == "maximize" else value <= self.target
 
 
 def read_sweep(file: Path) -> Sweep:
@@ -69,7 +77,7 @@ def read_sweep(file: Path) -> Sweep:
         tree = yaml.safe_load(file.read_text())
     except OSError as error:
         raise ConfigError(str(file), f"cannot read this sweep ({error.strerror})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(str(file), f"is not valid YAML: {' '.join(str(error).split())}") from None
     try:
         return _sweep(file, tree)
@@ -87,6 +95,8 @@ def _sweep(file: Path, tree: Any) -> Sweep:
         if name not in tree:
             raise ConfigError(name, "is missing")
     metric = _section("metric", tree["metric"], ("name", "goal", "target"))
+    if not metric.get("name"):
+        raise ConfigError("metric.name", "is missing")
     name = str(tree.get("name") or file.stem)
     if "/" in name or name in (".", ".."):
         raise ConfigError("name", f'"{name}" is to name a directory')
@@ -100,13 +110,16 @@ def _sweep(file: Path, tree: Any) -> Sweep:
         name=name,
         program=str(tree["program"]),
         method=method,
-        metric=str(metric.get("name")),
+        metric=str(metric["name"]),
         goal=_one_of("metric.goal", metric.get("goal", "minimize"), ("minimize", "maximize")),
+        target=number("metric.target", metric["target"]) if metric.get("target") is not None else None,
         parameters=parameters,
         hyperband=_hyperband(tree["early_terminate"]) if tree.get("early_terminate") is not None else None,
         run_cap=run_cap,
         command=command,
         arguments=arguments,
+        wandb=[f"wandb.group={show(name)}"]
+        + [f"wandb.{key}={show(str(tree[key]))}" for key in ("project", "entity") if tree.get(key) is not None],
     )
 
 
@@ -130,6 +143,8 @@ def _hyperband(tree: Any) -> Hyperband:
     if rate < 2:
         raise ConfigError("early_terminate.eta", f"{rate} is less than 2, the least it may be")
     if "min_iter" in given:
+        for other in {"max_iter", "s"} & set(given):
+            raise ConfigError(f"early_terminate.{other}", "does nothing beside min_iter")
         return Hyperband(_whole("early_terminate.min_iter", given["min_iter"]), rate)
     if "max_iter" not in given or "s" not in given:
         raise ConfigError("early_terminate", "needs min_iter, or max_iter and s")
@@ -142,6 +157,8 @@ def _command(tree: Any, program: str) -> tuple[list[str], list[str]]:
     if not isinstance(tree, list) or VALUES not in tree or "${program}" not in tree:
         raise ConfigError("command", f'is a list with "${{program}}" and "{VALUES}" in it: train.py takes key=value')
     words = {"${env}": "/usr/bin/env", "${interpreter}": sys.executable, "${program}": program, VALUES: VALUES}
+    if tree.index(VALUES) < tree.index("${program}"):
+        raise ConfigError("command", f"{VALUES} comes after ${{program}}, which takes them")
     command = []
     for word in map(str, tree):
         if word.startswith("${") and word not in words and not ENVIRONMENT.fullmatch(word):

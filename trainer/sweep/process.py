@@ -14,6 +14,7 @@ from trainer.sweep.description import Sweep
 from trainer.sweep.store import Trial
 from trainer.tracking.jsonl import read_rows
 from trainer.trial import end_with_parent
+from trainer.typed import show
 
 PATIENCE = 60.0  # seconds from a SIGTERM to a SIGKILL
 EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*")
@@ -33,13 +34,13 @@ class Process:
         self._before = trial.seconds
         self._size = -1
         self._kill_at = 0.0
-        own = [f"run.dir={directory.parent}", f"run.name={directory.name}", "run.resume=auto"]
+        own = [f"run.dir={show(str(directory.parent))}", f"run.name={show(directory.name)}", "run.resume=auto"]
         environment = {**os.environ, "LOCKSTEP_SWEEP": sweep.name}
         if devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = devices
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                sweep.trial_command([f"wandb.group={sweep.name}", *shared], trial.values, own),
+                sweep.trial_command(shared, trial.values, own),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

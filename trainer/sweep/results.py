@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from html import escape
 from pathlib import Path
 
@@ -38,9 +39,9 @@ def write_results(sweep: Sweep, trials: list[Trial], directory: Path) -> None:
         importance_bars(method, shares, directory / "importance.png")
         pictures.append(directory / "importance.png")
     write_text(directory / "sweep.html", _page(sweep, order, pictures))
-    console.print(f"\n{_facts(sweep, trials)}\nfiles  {directory / 'sweep.html'}")
+    print(f"\n{_facts(sweep, trials)}\nfiles  {directory / 'sweep.html'}")
     if any(directory.glob("*/wandb/offline-run-*")):
-        console.print(f"to W&B  wandb sync {directory}/*/wandb/offline-run-*", markup=False)
+        print(f"to W&B  python -m trainer sync {shlex.quote(str(directory))}")
 
 
 def _facts(sweep: Sweep, trials: list[Trial]) -> str:

@@ -22,13 +22,15 @@ def next_values(sweep: Sweep, seed: int, trials: list[Trial]) -> Values | None:
     number = len(trials)
     if sweep.run_cap is not None and number >= sweep.run_cap:
         return None
+    if any(trial.value is not None and sweep.has_reached(trial.value) for trial in trials):
+        return None
     if sweep.method == "grid":
         return next(itertools.islice(grid(sweep.parameters), number, None), None)
     if sweep.method == "random":
         return {parameter.name: parameter.draw(seed, number) for parameter in sweep.parameters}
     space = distributions(sweep.parameters)
     asked = make_study(sweep, space, trials, key(seed, "sweep", number) % 2**32).ask(space).params
-    return {p.name: from_optuna(p, asked[p.name]) if p.name in asked else p.choices[0] for p in sweep.parameters}
+    return {p.name: from_optuna(p, asked[p.name]) if p.name in asked else p.extremes()[0] for p in sweep.parameters}
 
 
 def rungs_reached(band: Hyperband, values: int) -> int:
@@ -62,12 +64,7 @@ def make_study(sweep: Sweep, space: dict[str, Any], trials: list[Trial], seed: i
 
     It is made anew for each question, so that the sweep's own file is all there is to keep.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise ConfigError(
-            "method", "bayes needs Optuna: pip install 'lockstep[sweep]', or use grid or random"
-        ) from None
+    optuna = _optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     states = optuna.trial.TrialState
     study = optuna.create_study(direction=sweep.goal, sampler=optuna.samplers.TPESampler(seed=seed))
@@ -81,18 +78,27 @@ def make_study(sweep: Sweep, space: dict[str, Any], trials: list[Trial], seed: i
 
 def distributions(parameters: list[Parameter]) -> dict[str, Any]:
     """Optuna's distributions of the parameters that vary; choices go by their place, as they may be of any type."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
+    known = _optuna().distributions
     found: dict[str, Any] = {}
     for parameter in parameters:
         low, high = parameter.span
         if parameter.choices:
-            found[parameter.name] = CategoricalDistribution(range(len(parameter.choices)))
+            found[parameter.name] = known.CategoricalDistribution(range(len(parameter.choices)))
         elif parameter.base == "int_uniform":
-            found[parameter.name] = IntDistribution(int(low), int(high))
+            found[parameter.name] = known.IntDistribution(int(low), int(high))
         else:
-            found[parameter.name] = FloatDistribution(low, high, log=parameter.base.startswith("log"))
+            found[parameter.name] = known.FloatDistribution(low, high, log=parameter.base.startswith("log"))
     return {name: found[name] for name in found if not found[name].single()}
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise ConfigError(
+            "method", "bayes needs Optuna: pip install 'lockstep[sweep]', or use grid or random"
+        ) from None
+    return optuna
 
 
 def to_optuna(parameter: Parameter, value: Any) -> Any:

@@ -22,8 +22,13 @@ BOUNDS = {  # what each distribution over numbers needs; with q_ before it, valu
     "log_normal": ("mu", "sigma"),
 }
 ROUNDED = ("q_uniform", "q_log_uniform", "q_log_uniform_values", "q_normal", "q_log_normal")
-DISTRIBUTIONS = ("constant", "categorical", "int_uniform", *BOUNDS, *ROUNDED)
-KEYS = ("value", "values", "probabilities", "distribution", "min", "max", "mu", "sigma", "q")
+CHOICES = {  # the distributions over given values, and what each takes
+    "constant": ("value",),
+    "categorical": ("values", "probabilities"),
+    "categorical_w_probabilities": ("values", "probabilities"),
+}
+DISTRIBUTIONS = (*CHOICES, "int_uniform", *BOUNDS, *ROUNDED)
+KEYS = ("value", "values", "probabilities", "distribution", "min", "max", "mu", "sigma", "a", "b", "q")
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ def read_parameters(tree: Any, prefix: str = "") -> list[Parameter]:
     for name, spec in tree.items():
         dotted = f"{prefix}{name}"
         if isinstance(spec, Mapping) and "parameters" in spec:
+            _takes(f"parameters.{dotted}", spec, ("parameters",), "a section of parameters")
             found += read_parameters(spec["parameters"], f"{dotted}.")
         else:
             found.append(_read(dotted, spec))
@@ -112,46 +118,83 @@ def _read(name: str, spec: Any) -> Parameter:
         raise ConfigError(key, f"needs value, values or a distribution, and is {show(spec)}")
     for unknown in set(spec) - set(KEYS):
         raise ConfigError(f"{key}.{unknown}", f"no such key{nearest(str(unknown), KEYS)}")
-    if "value" in spec:
-        return Parameter(name, "constant", (_plain(key, spec["value"]),))
-    if "values" in spec:
+    distribution = _distribution(key, spec)
+    if distribution in CHOICES:
+        _takes(key, spec, CHOICES[distribution], distribution)
+        if distribution == "constant":
+            return Parameter(name, "constant", (_plain(key, _given(key, spec, "value")),))
         return _categorical(name, key, spec)
+    return _bounded(name, key, spec, distribution)
+
+
+def _distribution(key: str, spec: Mapping[str, Any]) -> str:
+    """The distribution that is named, or that the other keys speak of."""
     whole = all(isinstance(spec.get(bound), int) for bound in ("min", "max"))
-    distribution = spec.get("distribution", "int_uniform" if whole else "uniform")
+    bounded = "int_uniform" if whole else "uniform"
+    meant = "constant" if "value" in spec else "categorical" if "values" in spec else bounded
+    distribution = spec.get("distribution", meant)
     if distribution not in DISTRIBUTIONS:
         raise ConfigError(
             f"{key}.distribution",
-            f'"{distribution}" is not one of {", ".join(DISTRIBUTIONS)}{nearest(str(distribution), DISTRIBUTIONS)}',
+            f"{show(distribution)} is not one of {', '.join(DISTRIBUTIONS)}{nearest(str(distribution), DISTRIBUTIONS)}",
         )
+    if distribution == "int_uniform" and not whole:
+        raise ConfigError(f"{key}.min", "int_uniform needs whole bounds, min and max")
+    return str(distribution)
+
+
+def _bounded(name: str, key: str, spec: Mapping[str, Any], distribution: str) -> Parameter:
+    """A distribution between bounds, or around a mean."""
     first, second = BOUNDS.get(distribution.removeprefix("q_"), ("min", "max"))
-    a, b = (_number(f"{key}.{bound}", spec.get(bound)) for bound in (first, second))
-    q = _number(f"{key}.q", spec.get("q", 1)) if distribution.startswith("q_") else None
+    rounds = distribution.startswith("q_")
+    _takes(key, spec, (first, second, *(("q",) if rounds else ())), distribution)
+    a, b = (number(f"{key}.{bound}", _given(key, spec, bound)) for bound in (first, second))
+    q = number(f"{key}.q", spec.get("q", 1)) if rounds else None
     if first == "min" and a > b:
         raise ConfigError(f"{key}.min", f"{a} is more than max={b}")
     if distribution.endswith("log_uniform_values") and a <= 0:
         raise ConfigError(f"{key}.min", f"{a} has no logarithm; it must be more than 0")
-    if distribution == "int_uniform" and not whole:
-        raise ConfigError(f"{key}.min", "int_uniform needs whole bounds")
     if b <= 0 and first == "mu":
         raise ConfigError(f"{key}.sigma", f"{b} is not more than 0")
     if q is not None and q <= 0:
         raise ConfigError(f"{key}.q", f"{q} is not more than 0")
-    return Parameter(name, distribution, a=a, b=b, q=q)
+    parameter = Parameter(name, distribution, a=a, b=b, q=q)
+    try:
+        parameter.extremes()
+    except OverflowError:
+        raise ConfigError(key, f"{a} and {b} are exponents of e, and too large for a number") from None
+    return parameter
+
+
+def _given(key: str, spec: Mapping[str, Any], name: str) -> Any:
+    if name not in spec:
+        raise ConfigError(f"{key}.{name}", "is missing; give value, values, or a distribution with its bounds")
+    return spec[name]
+
+
+def _takes(key: str, spec: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:
+    """Refuse a key that would do nothing."""
+    for other in spec:
+        if other not in (*names, "distribution"):
+            raise ConfigError(f"{key}.{other}", f"does nothing here: {what} takes {', '.join(names)}")
 
 
 def _categorical(name: str, key: str, spec: Mapping[str, Any]) -> Parameter:
-    values, probabilities = spec["values"], spec.get("probabilities")
+    values, probabilities = _given(key, spec, "values"), spec.get("probabilities")
     if not isinstance(values, list) or not values:
         raise ConfigError(f"{key}.values", f"{show(values)} is not a list of values")
     if probabilities is not None:
-        numbers = isinstance(probabilities, list) and all(isinstance(p, int | float) for p in probabilities)
+        numbers = isinstance(probabilities, list) and all(
+            isinstance(p, int | float) and not isinstance(p, bool) and p >= 0 for p in probabilities
+        )
         if not numbers or len(probabilities) != len(values) or not math.isclose(sum(probabilities), 1, abs_tol=1e-6):
             raise ConfigError(f"{key}.probabilities", f"must be {len(values)} numbers that add up to 1")
         probabilities = tuple(p / sum(probabilities) for p in probabilities)
     return Parameter(name, "categorical", tuple(_plain(key, value) for value in values), probabilities)
 
 
-def _number(key: str, value: Any) -> float:
+def number(key: str, value: Any) -> float:
+    """A finite number, or a `ConfigError`."""
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return value
     _plain(key, value)

@@ -49,10 +49,15 @@ class Store:
         except BlockingIOError:
             raise ConfigError("name", f"another sweep is running in {directory}; give this one another name") from None
         self._connection = sqlite3.connect(self._path)
-        self._connection.executescript(TABLES)
-        self._check(made_of)
-        with self._connection:
-            self._connection.execute("UPDATE trials SET state = 'interrupted' WHERE state = 'running'")
+        try:
+            self._connection.executescript(TABLES)
+            self._check(made_of)
+            with self._connection:
+                self._connection.execute("UPDATE trials SET state = 'interrupted' WHERE state = 'running'")
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(
+                str(self._path), f"cannot be used ({error}); move it away, or name this sweep otherwise"
+            ) from None
 
     def _check(self, made_of: dict[str, object]) -> None:
         text = json.dumps(made_of, sort_keys=True)
@@ -64,7 +69,7 @@ class Store:
             before, now = json.loads(row[0]), json.loads(text)
             changed = ", ".join(name for name in now if now[name] != before.get(name))
             raise ConfigError(
-                "name", f"the sweep in {self._path} was made with another {changed}; name this one otherwise"
+                "name", f"this sweep differs from the one in {self._path} in: {changed}; name it otherwise"
             )
 
     def trials(self) -> list[Trial]:

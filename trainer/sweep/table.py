@@ -62,11 +62,11 @@ def table(sweep: Sweep, trials: list[Trial]) -> Table:
         [str(t.number), t.state, shown(t), *(show_value(t.values[name]) for name in names), f"{t.seconds:.0f} s"]
         for t in trials
     ]
-    grid = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+    grid = Table(box=None, expand=True, pad_edge=False, header_style="dim", padding=(0, 1))
     for place, heading in enumerate(headings):
         width = max(len(cells[place]) for cells in [headings, *rows])
         grid.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True, min_width=width)
-    grid.add_column("", overflow="ellipsis", no_wrap=True)
+    grid.add_column("", overflow="ellipsis", no_wrap=True, ratio=1)  # what is left of the width
     for trial, cells in zip(trials, rows, strict=True):
         styled = [Text(cell, STYLES[trial.state] if place == 1 else "") for place, cell in enumerate(cells)]
         grid.add_row(*styled, Text(trial.reason))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import WandbConfig
 from trainer.errors import LockstepError
-from trainer.redaction import redacted
-from trainer.tracking.wandb_client import Messages, first_line, start_client, wanted_mode, within
+from trainer.redaction import LOGIN_IN_URL, REDACTED, redacted
+from trainer.tracking.wandb_client import Messages, in_short, start_client, wanted_mode, within
 from trainer.tracking.wandb_files import best_model, histograms, is_offline, mark_sent, sessions, shown
 from trainer.tracking.wandb_rows import Row, Sent
 
@@ -42,7 +42,7 @@ def start_wandb(
     except LockstepError:
         raise
     except Exception as error:
-        warn(section, note, f"W&B did not start ({first_line(error)}); the run goes on without it")
+        warn(section, note, f"W&B did not start ({in_short(error)}); the run goes on without it")
         return None
     if run_id is not None:
         run.go_on(earlier, kept)
@@ -78,7 +78,7 @@ class WandbRun:
             "group": section.group,
             "job_type": section.job_type,
             "tags": section.tags or None,
-            "notes": section.notes,
+            "notes": section.notes and LOGIN_IN_URL.sub(f"{REDACTED}@", section.notes),
         }
         if "WANDB_SWEEP_ID" not in os.environ:  # else the agent has set project, entity and id
             arguments |= {"project": section.project, "entity": section.entity, "id": run_id, "resume": "allow"}
@@ -92,7 +92,7 @@ class WandbRun:
         self._run.define_metric("*", step_metric="step")
         if error is not None:
             mark_sent(file for file in sessions(directory, unsent=True) if file not in before and not is_offline(file))
-            warn(section, note, f"W&B is out of reach ({first_line(error)}), so the run is offline; {later(directory)}")
+            warn(section, note, f"W&B is out of reach ({in_short(error)}), so the run is offline; {later(directory)}")
 
     def describe(self) -> str:
         """`online, <the run's page>`, or `offline (why), files in <directory>`."""
@@ -176,7 +176,7 @@ class WandbRun:
         except Exception as error:
             if not self._failed:
                 self._failed = True
-                warn(self._section, self._note, f"W&B failed ({first_line(error)}); {later(self._directory)}")
+                warn(self._section, self._note, f"W&B failed ({in_short(error)}); {later(self._directory)}")
             return False
         return True
 

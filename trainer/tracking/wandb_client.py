@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from textwrap import shorten
 from threading import Thread
 from typing import Any, Literal
 
@@ -54,6 +55,8 @@ def start_client(
     section: WandbConfig, arguments: Mapping[str, Any], messages: Messages, **settings: Any
 ) -> tuple[Any, str, Exception | None]:
     """A run of the client; `online`, or `offline` and why; and the error, if the server could not be reached."""
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]  # set to nothing is as good as not set, but not to the client
     import wandb  # heavy, and not wanted where it is disabled
 
     def start(mode: Literal["online", "offline"]) -> Any:
@@ -75,7 +78,7 @@ def start_client(
     except Exception as error:
         wandb.teardown()  # else the failed try still holds the run's id
         if section.strict:
-            raise LockstepError(f"W&B is out of reach ({first_line(error)})") from None
+            raise LockstepError(f"W&B is out of reach ({in_short(error)})") from None
         return start("offline"), "offline", error
 
 
@@ -133,5 +136,6 @@ def _end_client() -> None:
         wandb_setup.singleton().ensure_service()._proc._process.kill()  # type: ignore[union-attr]
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def in_short(error: Exception) -> str:
+    """What an error says, shortened: the first line of some is a heading."""
+    return shorten(str(error), 200, placeholder=" …") or type(error).__name__
