@@ -166,6 +166,12 @@ def test_a_runs_name_is_a_name(tmp_path: Path, name: str) -> None:
         RunDirectory(RunConfig(name=name, dir=str(tmp_path)))
 
 
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"run\.dir: .*file/a cannot be made \(Not a directory\)"):
+        RunDirectory(RunConfig(name="a", dir=str(tmp_path / "file")))
+
+
 def test_what_may_change_between_sessions() -> None:
     before = Config().to_dict()
     free = {
@@ -180,3 +186,18 @@ def test_what_may_change_between_sessions() -> None:
             check_same_run(before, changed, RunConfig())
         assert caught.value.key == f"{section}.{key}"
         check_same_run(before, changed, RunConfig(resume_changes="allow"))
+    changed = Config.from_dict({"optimizer": {"name": "adamw"}})
+    with pytest.raises(ConfigError, match=r"optimizer\.name: adamw cannot go on from the state of sgd"):
+        check_same_run(before, changed, RunConfig(resume_changes="allow"))
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model: is not the checkpoint's: .*size mismatch for weight"):
+        checkpoint.restore_model(nn.Linear(3, 2), checkpoint.snapshot(nn.Linear(4, 2)))
+
+
+@pytest.mark.parametrize("damaged", [b"", b"\xff\xfe", b".", b"step_00000009"])
+def test_a_damaged_pointer_is_passed_over(tmp_path: Path, damaged: bytes) -> None:
+    (tmp_path / "step_00000003").mkdir()
+    (tmp_path / "last").write_bytes(damaged)
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000003"

@@ -16,6 +16,7 @@ from trainer.comparison import compare
 from trainer.data.datasets import FakeImages, ImageArrays
 from trainer.data.fingerprint import fingerprint
 from trainer.data.folder import ImageFolder
+from trainer.errors import DataError
 
 
 def fit(directory: Path, *, name: str, samples: int = 56, spoilt: bool = False, **changes: object) -> None:
@@ -96,3 +97,6 @@ def test_fingerprints_see_samples_and_not_their_place_on_disk(tmp_path: Path) ->
     arrays = [ImageArrays(images, targets), ImageArrays(images + 1, targets), ImageArrays(images, targets.flip(0))]
     fakes = [FakeImages("train", 5, (1, 2, 2), 2), FakeImages("val", 5, (1, 2, 2), 2)]
     assert len({fingerprint(each) for each in [*arrays, *fakes, Images(5), Images(6)]}) == 7
+    (tmp_path / "x" / "a" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"1\.png cannot be read \(No such file or directory\)"):
+        fingerprint(same)

@@ -48,6 +48,12 @@ def error(*overrides: str, text: str = "", directory: Path | None = None) -> str
         ("batch.micro_size=100", "batch.micro_size: 100 is more than batch.size=64; lower it (the command line)"),
         ("=3", "=3: an override is written key=value, as in optimizer.lr=0.01"),
         ("run.name=${oc.env:NO_SUCH_NAME}", "run.name: "),
+        ("batch.size=[", "batch.size: [ is not valid YAML: "),
+        (
+            "train.max_grad_norm=0",
+            "train.max_grad_norm: 0 leaves nothing of a gradient; null does not clip (the command line)",
+        ),
+        ("data.std=[1,0]", "data.std: [1.0, 0.0] is not all above 0: channels are divided by it (the command line)"),
     ],
 )
 def test_a_mistake_is_one_message(override: str, message: str) -> None:
@@ -64,6 +70,15 @@ def test_a_mistake_in_a_file_is_found_by_its_line(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             load(tmp_path / name, [])
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"- a\n- b", b"some text", b"42", b"\xff\xfe\x00"])
+def test_a_file_that_is_no_mapping_is_named(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(text)
+    with pytest.raises(ConfigError, match=r"a\.yaml: (is no mapping|cannot read .*: it is no text)"):
+        load(tmp_path / "a.yaml", [])
+    (tmp_path / "a.yaml").write_text("# nothing but a comment\n")
+    assert load(tmp_path / "a.yaml", []) == Config()
 
 
 def test_types_from_the_command_line() -> None:

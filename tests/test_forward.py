@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from trainer.config import LossConfig
 from trainer.data.samples import MicroBatch
+from trainer.errors import ConfigError
 from trainer.forward import Forward
 from trainer.plan import Plan
 from trainer.precision import Precision
@@ -29,3 +31,11 @@ def test_dropout_is_new_in_each_step_micro_batch_and_seed_and_else_the_same() ->
     assert torch.equal(mask(0, 3, 1), reference)
     for other in (mask(1, 3, 1), mask(0, 4, 1), mask(0, 3, 2)):
         assert not torch.equal(other, reference)
+
+
+def test_one_value_has_no_variance() -> None:
+    step = Plan(samples=3, batch_size=3, micro_size=1, ranks=1, epochs=1, seed=0).step(0)
+    forward = Forward(build_task(LossConfig(), 4), Precision("fp32", CPU), CPU, 0)
+    batch = MicroBatch(0, torch.ones(1, 4), torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ConfigError, match=r"batch\.micro_size: a micro-batch of one sample leaves BatchNorm one value"):
+        forward(nn.BatchNorm1d(4), batch, step)

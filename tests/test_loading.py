@@ -14,7 +14,7 @@ from trainer.config import DataConfig
 from trainer.data.datasets import Datasets, ImageArrays
 from trainer.data.loading import Loader, Normalize, build_loaders
 from trainer.data.samples import KeyedDataset, Request
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.5, 0.25], [0.2, 0.4]
@@ -40,6 +40,12 @@ def test_mean_and_std_alone_and_neither() -> None:
         (None, STD, scaled / spread),
     ):
         assert torch.allclose(Normalize(mean, std, torch.float64)(pixels()), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "mean"), [((4, 3, 2, 2), [0.5, 0.5]), ((4, 9), [0.5])])
+def test_a_mean_fits_the_channels(shape: tuple[int, ...], mean: list[float]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.mean: .* (3 channels|inputs of \(4, 9\))"):
+        Normalize(mean, None, torch.float32)(torch.zeros(shape))
 
 
 def test_floats_take_the_runs_dtype_unscaled_and_ids_stay_whole() -> None:

@@ -246,6 +246,7 @@ class WithoutRate(torch.optim.Optimizer):
         ("torch.optim.SDG", {}, "optimizer.name"),
         (f"{__name__}.WithoutRate", {}, "optimizer.name"),
         ("builtins.list", {}, "optimizer.name"),
+        ("torch.optim.LBFGS", {}, "optimizer.name"),
         (f"{__name__}.Custom", {"decay_norm_and_bias": False}, "optimizer.decay_norm_and_bias"),
     ],
 )

@@ -220,6 +220,7 @@ def test_a_function_named_by_its_import_path():
         ("constant", {"gamma": 0.1}, "schedule.gamma"),
         ("cosinus", {}, "schedule.name"),
         ("builtins.print", {}, "schedule.name"),
+        ("torch.optim.lr_scheduler.StepLR", {"step_size": 3}, "schedule.name"),
     ],
 )
 def test_a_wrong_argument_is_named_by_its_key(name, arguments, key):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import LossConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.task import Task, build_task
 
 
@@ -62,7 +62,7 @@ def test_soft_targets() -> None:
 
 def test_no_label_is_ignored_unless_asked() -> None:
     """torch would leave out -100 by default, and divide by too many."""
-    with pytest.raises(IndexError):
+    with pytest.raises(DataError, match="target -100 is out of bounds"):
         task("cross_entropy").loss_sum(drawn(2, 5), torch.tensor([1, -100]))
 
 
@@ -104,6 +104,13 @@ def test_a_column_against_a_row_is_no_table() -> None:
     assert float(total) == pytest.approx(float(((output[:, 0] - targets) ** 2).sum()), rel=1e-12)
     with pytest.raises(ConfigError, match=r"loss\.name: the model gives \(8, 3\) for targets of shape \(8,\)"):
         task("mse").loss_sum(drawn(8, 3), targets)
+
+
+def test_what_cross_entropy_cannot_use_is_said() -> None:
+    with pytest.raises(DataError, match=r"target 3 is out of bounds: the model gives 3 classes, 0 to 2"):
+        task("cross_entropy").loss_sum(drawn(2, 3), torch.tensor([0, 3]))
+    with pytest.raises(ConfigError, match=r"loss\.name: cross_entropy needs one tensor of scores, .* gives a dict"):
+        task("cross_entropy").loss_sum({"out": drawn(2, 3)}, torch.tensor([0, 2]))
 
 
 def test_positive_weights() -> None:

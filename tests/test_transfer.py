@@ -149,7 +149,12 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("no tensors")
     torch.save(net(), tmp_path / "module.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    cases = [("missing.pth", "No such file"), ("text.pth", "cannot be read|more than tensors")]
+    (tmp_path / "empty.pth").touch()
+    cases = [
+        ("missing.pth", "No such file"),
+        ("empty.pth", "it ends too soon|cannot be read"),
+        ("text.pth", "cannot be read|more than tensors"),
+    ]
     for name, message in [*cases, ("module.pth", "more than tensors"), ("list.pth", "no state dict")]:
         with pytest.raises(ConfigError, match=message):
             load_weights(net(), tmp_path / name, "5")

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trainer.errors import LockstepError
+from trainer.errors import ConfigError, LockstepError
 from trainer.files import file_sha256, new_directory, write_text
 
 Tensors = dict[str, Tensor]
@@ -84,10 +84,10 @@ def save(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
 
 def latest(directory: Path) -> Path | None:
     """The newest complete checkpoint, by `last`, or by name where that was lost."""
+    kept = {path.name: path for path in directory.glob("step_*")}
     pointer = directory / "last"
-    if pointer.is_file() and (named := directory / pointer.read_text().strip()).is_dir():
-        return named
-    return max(directory.glob("step_*"), default=None)
+    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    return kept.get(named) or max(kept.values(), default=None)
 
 
 def load(path: Path) -> Checkpoint:
@@ -112,6 +112,14 @@ def load(path: Path) -> Checkpoint:
         raise LockstepError(
             f"{path} cannot be read ({error}); remove it to go on from the checkpoint before it"
         ) from error
+
+
+def restore_model(module: nn.Module, tensors: Tensors) -> None:
+    """Give the module a checkpoint's weights and buffers, all of them."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ConfigError("model", f"is not the checkpoint's: {' '.join(str(error).split())}") from None
 
 
 def save_best(

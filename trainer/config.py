@@ -198,6 +198,10 @@ class Config:
             raise ConfigError("batch.fuse", f"{self.batch.fuse} {refused}; use batch.fuse=1, or auto")
         if self.batch_norm.momentum is not None and self.batch_norm.momentum > 1:
             raise ConfigError("batch_norm.momentum", f"{self.batch_norm.momentum} is more than 1")
+        if self.train.max_grad_norm == 0:
+            raise ConfigError("train.max_grad_norm", "0 leaves nothing of a gradient; null does not clip")
+        if not all(deviation > 0 for deviation in self.data.std or []):
+            raise ConfigError("data.std", f"{self.data.std} is not all above 0: channels are divided by it")
 
     def unfused(self) -> str | None:
         """Why no two micro-batches of this run can share a forward, if they cannot."""

@@ -35,16 +35,16 @@ def load(path: Path | None, overrides: Sequence[str]) -> Config:
     if path is not None:
         text = _read(path)
         try:
-            lines = {k: f"{path}, line {line}" for k, line in _lines(yaml.compose(text, yaml.SafeLoader), "")}
+            document = yaml.compose(text, yaml.SafeLoader)
+            if not isinstance(document, yaml.MappingNode | None):
+                raise ConfigError(str(path), "is no mapping of sections; write, for example, batch: {size: 64}")
+            lines = {k: f"{path}, line {line}" for k, line in _lines(document, "")}
             tree = OmegaConf.create(text)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(str(path), f"is not valid YAML: {' '.join(str(error).split())}") from None
+            raise ConfigError(str(path), f"is not valid YAML: {_reason(error)}") from None
     try:
         for override in overrides:
-            name, equals, _ = override.partition("=")
-            if not equals or not name:
-                raise ConfigError(override, "an override is written key=value, as in optimizer.lr=0.01")
-            lines[name] = "the command line"
+            lines[_checked(override)] = "the command line"
         laid_over = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
         merged = OmegaConf.merge(tree or {}, OmegaConf.create(_none_is_null(laid_over)))
         plain = mark_environment(OmegaConf.to_container(merged), OmegaConf.to_container(merged, resolve=True))
@@ -54,6 +54,23 @@ def load(path: Path | None, overrides: Sequence[str]) -> Config:
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         name = str(getattr(error, "full_key", "") or path or "command line")
         raise _with_origin(ConfigError(name, str(error).splitlines()[0]), lines) from None
+
+
+def _checked(override: str) -> str:
+    """The key of `key=value`, whose value is YAML."""
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(override, "an override is written key=value, as in optimizer.lr=0.01")
+    try:
+        yaml.compose(value, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(name, f"{value} is not valid YAML: {_reason(error)} (the command line)") from None
+    return name
+
+
+def _reason(error: Exception) -> str:
+    """What a parser says, in one line."""
+    return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
 
 
 def command_line(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -100,6 +117,8 @@ def _read(path: Path) -> str:
     except OSError as error:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
         raise ConfigError(str(path), f"cannot read this config ({error.strerror}){near}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), f"cannot read this config: it is no text in UTF-8 ({error.reason})") from None
 
 
 def _lines(node: yaml.Node | None, prefix: str) -> list[tuple[str, int]]:

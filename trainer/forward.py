@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.samples import MicroBatch
+from trainer.errors import ConfigError
 from trainer.fuse import Fused
 from trainer.plan import Step
 from trainer.precision import Precision
 from trainer.seeding import device_generator, device_seeder, key, mixed
 from trainer.task import Task
+
+ONE_VALUE = "Expected more than 1 value per channel when training"  # what torch's BatchNorm says
 
 
 class Forward:
@@ -53,7 +56,19 @@ class Forward:
     def output(self, model: nn.Module, batch: MicroBatch) -> Any:
         """The model's output in the run's dtype: autocast's own is too short for sums."""
         if not self._precision.autocasts:
-            return self.task.predict(model, batch.inputs)
+            return self._predicted(model, batch)
         with self._precision.autocast():
-            output = self.task.predict(model, batch.inputs)
+            output = self._predicted(model, batch)
         return output.to(self._precision.dtype) if isinstance(output, Tensor) else output
+
+    def _predicted(self, model: nn.Module, batch: MicroBatch) -> Any:
+        try:
+            return self.task.predict(model, batch.inputs)
+        except ValueError as error:
+            if ONE_VALUE not in str(error):
+                raise
+            raise ConfigError(
+                "batch.micro_size",
+                "a micro-batch of one sample leaves BatchNorm one value a channel, which has no variance; raise it, "
+                "or batch.size if this is an epoch's short last step, or set batch_norm.mode=frozen",
+            ) from None

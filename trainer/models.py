@@ -20,6 +20,8 @@ AUXILIARY = ("googlenet", "inception_v3")  # torchvision's with further heads, w
 
 def small_cnn(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Sequential:
     """A convolutional net with BatchNorm for small images, `(N, in_channels, H, W)` → `(N, num_classes)`."""
+    if width < 1:
+        raise ValueError(f"width must be 1 or more, not {width}")
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -43,6 +44,12 @@ def build_optimizer(section: OptimizerConfig, model: nn.Module, *, head: str | N
     optimizer = build("optimizer", target, section.args, groups, lr=section.lr)
     if not isinstance(optimizer, Optimizer) or "lr" not in optimizer.defaults:
         raise ConfigError("optimizer.name", f'"{section.name}" is not an optimizer with a learning rate `lr`')
+    try:
+        inspect.signature(optimizer.step).bind()
+    except TypeError:
+        raise ConfigError(
+            "optimizer.name", f'"{section.name}" runs the model itself, several times a step; use another'
+        ) from None
     if not section.decay_norm_and_bias and "weight_decay" not in optimizer.defaults:
         raise ConfigError("optimizer.decay_norm_and_bias", f'"{section.name}" has no weight_decay; leave it true')
     for group in optimizer.param_groups:

@@ -130,7 +130,7 @@ class Parts:
     def load_best(self, run: Path | None = None) -> Row:
         """Load the best weights of a run (this one's) on every rank; returns the row they were kept with."""
         tensors, row = checkpoint.load_best(run or run_path(self.config.run))
-        self.module.load_state_dict(tensors)
+        checkpoint.restore_model(self.module, tensors)
         if run is not None and self.evaluator is not None:
             self.evaluator.forget()
         return row

@@ -53,7 +53,10 @@ class RunDirectory:
             self.close()
             self.moved_to = _free_name(self.path)
             self.path.rename(self.moved_to)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError("run.dir", f"{self.path} cannot be made ({error.strerror}); name another") from None
         if self._lock is None:
             self._lock = lock(self.path)
 
@@ -119,6 +122,13 @@ def check_same_run(before: Mapping[str, Any], now: Config, section: RunConfig) -
             next(iter(changed)),
             f"the run to resume was made with another config: {listed}. Set the old values, start a new run with "
             f"run.resume=never, or accept the change with run.resume_changes=allow",
+        )
+    if "optimizer.name" in changed:
+        was, now_is = changed["optimizer.name"]
+        raise ConfigError(
+            "optimizer.name",
+            f"{now_is} cannot go on from the state of {was}; start a new run, with the old one's "
+            "best/model.safetensors as model.weights",
         )
 
 

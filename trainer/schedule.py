@@ -228,6 +228,8 @@ CURVES: dict[str, Callable[..., Curve]] = {
 
 
 def _imported(section: ScheduleConfig, function: Callable[..., float], total: int) -> Curve:
+    if isinstance(function, type):
+        raise ConfigError("schedule.name", f'"{section.name}" is a class; name a function (position, total) → factor')
     first = build("schedule", function, section.args, 0, total)
     if not isinstance(first, SupportsFloat):
         raise ConfigError("schedule.name", f'"{section.name}" gave {first!r} as a factor, not a number')

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainer.components import build, resolve
 from trainer.config import LossConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 
 # A sum and what it is to be divided by: an int is a count that is the same for every sample (so that it is
 # known for the whole step beforehand), a 0-dim tensor one that depends on the targets' values.
@@ -86,14 +86,26 @@ class CrossEntropy(Task):
         self.metrics = ("accuracy", *(f"top{k}_accuracy" for k in self.top_k))
 
     def loss_sum(self, output: Tensor, targets: Tensor) -> Sum:
-        total = F.cross_entropy(
-            output,
-            targets,
-            self.class_weights,
-            ignore_index=-(2**31) if self.ignore_index is None else self.ignore_index,  # torch's -100 hides labels
-            label_smoothing=self.label_smoothing,
-            reduction="sum",
-        )
+        if not isinstance(output, Tensor):
+            raise ConfigError(
+                "loss.name",
+                f"cross_entropy needs one tensor of scores, and the model gives a {type(output).__name__}; "
+                "name a Task of your own, whose `predict` picks the tensor",
+            )
+        try:
+            total = F.cross_entropy(
+                output,
+                targets,
+                self.class_weights,
+                ignore_index=-(2**31) if self.ignore_index is None else self.ignore_index,  # torch's -100 hides labels
+                label_smoothing=self.label_smoothing,
+                reduction="sum",
+            )
+        except IndexError as error:  # on the CPU, that is
+            raise DataError(
+                f"{str(error).rstrip('.').lower()}: the model gives {output.shape[1]} classes, 0 to "
+                f"{output.shape[1] - 1}; correct the data, or set model.num_classes or loss.ignore_index"
+            ) from None
         return total, self._weight(targets)
 
     def _weight(self, targets: Tensor) -> Tensor | int:

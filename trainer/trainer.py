@@ -248,7 +248,7 @@ class Trainer(Parts):
 
     def restore(self, held: Checkpoint) -> None:
         """Become the run at the step boundary of a checkpoint."""
-        self.module.load_state_dict(held.model)
+        checkpoint.restore_model(self.module, held.model)
         load_named_state(self.optimizer, self.module, held.optimizer, held.optimizer_numbers)
         self.precision.load_state(held.progress.scaler)
         self.progress = held.progress

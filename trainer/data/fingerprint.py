@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer.data.datasets import FakeImages, ImageArrays, MapDataset
 from trainer.data.folder import ImageFolder
+from trainer.errors import DataError
 from trainer.files import raw_bytes
 
 
@@ -33,13 +35,20 @@ def _parts(dataset: MapDataset) -> Iterator[bytes]:
         yield raw_bytes(dataset.targets)
     elif isinstance(dataset, ImageFolder):
         for path, target in zip(dataset.paths, dataset.targets, strict=True):
-            yield f"{path} {(dataset.root / path).stat().st_size} {target}".encode()
+            yield f"{path} {_size(dataset.root / path)} {target}".encode()
     elif isinstance(dataset, FakeImages):
         yield repr(dataset).encode()
     else:
         yield f"{type(dataset).__module__}.{type(dataset).__qualname__} {len(dataset)}".encode()
         for name in ("paths", "samples", "targets"):
             yield _plain(getattr(dataset, name, None))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:  # a link to nowhere, for one
+        raise DataError(f"{path} cannot be read ({error.strerror}); remove or replace the file") from None
 
 
 def _plain(value: Any) -> bytes:

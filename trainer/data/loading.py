@@ -18,7 +18,7 @@ from trainer.config import DataConfig
 from trainer.data.datasets import Datasets, MapDataset
 from trainer.data.samples import Ids, KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.plan import Plan, Range, Step, split_evenly
 from trainer.seeding import preserved_cpu_generators
 
@@ -45,7 +45,19 @@ class Normalize(nn.Module):
             images = images * self.scale  # one operation casts and scales
         elif images.is_floating_point():
             images = images.to(self._dtype)
-        return (images - self.mean) / self.std if self._shifts else images
+        if not self._shifts:
+            return images
+        self._check(images)
+        return (images - self.mean) / self.std
+
+    def _check(self, images: Tensor) -> None:
+        if images.dim() < 3:
+            raise ConfigError("data.mean", f"and data.std are for images, not for inputs of {tuple(images.shape)}")
+        channels, means, deviations = images.shape[-3], len(self.mean), len(self.std)
+        if len({channels, means, deviations} - {1}) > 1:
+            raise ConfigError(
+                "data.mean", f"has {means} values and data.std has {deviations}, for images of {channels} channels"
+            )
 
     def undo(self, images: Tensor) -> Tensor:
         """The images in [0, 1] again, on the CPU, to be looked at."""
