@@ -6,6 +6,7 @@ import doctest
 import io
 import math
 import re
+import subprocess
 import sys
 from timeit import repeat
 
@@ -269,3 +270,17 @@ def test_number_formats() -> None:
     assert doctest.testmod(console_module).failed == 0
     values = (0.0, -0.5, 99.99994, 99.99999, 999999.4, 1234567.0, 1e-12, math.nan, -math.inf, -123456.7, 1e300)
     assert all(len(console_module._number("loss", value)) <= 8 for value in values)
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    """`train.py | head -1`."""
+    code = (
+        "from trainer.errors import leave, report\n"
+        "try:\n    while True: print('row', flush=True)\nexcept Exception as error: leave(report(error))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b"stopped: nothing reads its output any more\n"
+    assert process.returncode == 141

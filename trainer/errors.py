@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import select
+import signal
 import sys
 import time
 import traceback
@@ -63,6 +65,8 @@ def report(error: BaseException) -> int:
     A `LockstepError` prints as its message, anything else as its traceback. When one rank fails, the others
     fail soon after because it is gone; only the first to get here prints, so the cause is what one reads.
     """
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        return 128 + signal.SIGPIPE
     status = error.exit_status if isinstance(error, LockstepError) else 1
     if not _first_to_report(error):
         time.sleep(2.0)  # launchers end every process once one has exited: let the reporter finish its sentence
@@ -74,6 +78,17 @@ def report(error: BaseException) -> int:
         traceback.print_exception(error)
         sys.stderr.flush()
     return status
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has gone, as in `| head -1`; then what is left to print is dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("stopped: nothing reads its output any more", file=sys.stderr, flush=True)
+    return True
 
 
 def leave(status: int) -> NoReturn:
