@@ -36,6 +36,15 @@ def test_names_and_paths(name: str, shape: tuple[int, ...]) -> None:
     assert count_parameters(made)[0] == sum(p.numel() for p in made.parameters())
 
 
+class Bare(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_a_class_without_a_constructor_of_its_own() -> None:
+    assert isinstance(model("tests.test_models.Bare"), Bare)
+
+
 def test_data_gives_channels_and_the_config_overrules() -> None:
     assert model("small_cnn", channels=input_channels(torch.rand(5, 2, 8, 8)))(torch.rand(1, 2, 8, 8)).shape == (1, 7)
     assert model("small_cnn", in_channels=5)(torch.rand(1, 5, 8, 8)).shape == (1, 7)

@@ -60,6 +60,8 @@ def _constructor(section: ModelConfig, supplied: dict[str, Any]) -> Callable[...
         if name.startswith("timm.") and "in_channels" in supplied:
             supplied["in_chans"] = supplied.pop("in_channels")  # its word for it
         constructor: Callable[..., Any] = resolve("model", name, {"small_cnn": small_cnn})
+        if getattr(constructor, "__init__", None) is nn.Module.__init__:  # it looks as if it took any argument
+            supplied.clear()
         return constructor
     from torchvision import models
 

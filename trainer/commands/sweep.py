@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.commands.arguments import split, whole_number
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, LockstepError
 from trainer.sweep.check import check
 from trainer.sweep.description import read_sweep
 from trainer.sweep.results import write_results
@@ -35,3 +35,5 @@ def main(arguments: list[str]) -> None:
             local.run(table.show)
     finally:
         write_results(sweep, local.trials, directory)
+    if local.trials and all(trial.state == "failed" for trial in local.trials):
+        raise LockstepError("every trial of the sweep failed; the first one's reason is in the table above")

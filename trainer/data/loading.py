@@ -54,7 +54,7 @@ class Normalize(nn.Module):
         if images.dim() < 3:
             raise ConfigError("data.mean", f"and data.std are for images, not for inputs of {tuple(images.shape)}")
         channels, means, deviations = images.shape[-3], len(self.mean), len(self.std)
-        if len({channels, means, deviations} - {1}) > 1:
+        if not {means, deviations} <= {1, channels}:
             raise ConfigError(
                 "data.mean", f"has {means} values and data.std has {deviations}, for images of {channels} channels"
             )
