@@ -19,7 +19,7 @@ from trainer.data.datasets import Datasets, MapDataset, build_datasets
 from trainer.data.loading import build_loaders, step_requests
 from trainer.determinism import make_deterministic
 from trainer.distributed import Ranks
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, nearest
 from trainer.evaluation import Evaluator
 from trainer.features import Features
 from trainer.forward import Forward
@@ -88,6 +88,7 @@ class Parts:
         self.freezing.at(epoch=0)
         self._build_reduction()
         self.evaluator = self._evaluator()
+        self._check_best_metric()
         self.progress = Progress()
         self.fuse = 1  # micro-batches in one forward, until a trial before training settles it
         self.alone = ""  # why that is no more, where batch.fuse=auto
@@ -176,6 +177,16 @@ class Parts:
         else:
             self.statistics = RunningStatistics(self.module, self.config.batch_norm, self.ranks)
             self.gradients = Gradients(self.model, self.module, self.ranks, may_be_unused=may_be_unused)
+
+    def _check_best_metric(self) -> None:
+        names = ["loss", *self.task.metrics]
+        known = [f"{phase}/{name}" for phase in (("val", "train") if self.evaluator else ("train",)) for name in names]
+        metric = self.config.best.metric
+        if metric not in known:
+            raise ConfigError(
+                "best.metric",
+                f'"{metric}" is not logged by this run{nearest(metric, known)}; it logs {", ".join(known)}',
+            )
 
     def _evaluator(self) -> Evaluator | None:
         if self.data.val is None or self.val_loader is None:

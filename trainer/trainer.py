@@ -16,7 +16,7 @@ from trainer.data.loading import TrainLoader
 from trainer.determinism import refused_operation
 from trainer.digest import digest, hexadecimal
 from trainer.environment import environment
-from trainer.errors import ConfigError, LockstepError, Stopped, nearest
+from trainer.errors import LockstepError, Stopped
 from trainer.fuse_trial import settled_fuse
 from trainer.metrics import Meter, Row, Stopwatch, Totals
 from trainer.optimizer import learning_rates, load_named_state, named_state, set_learning_rate
@@ -52,7 +52,6 @@ class Trainer(Parts):
         self.interval, self.epoch = Totals(), Totals()
         self.grad_norm: Tensor | None = None
         self.schedule = self._schedule()
-        self._check_best_metric()
 
     # ---------------------------------------------------------------- the run
 
@@ -292,13 +291,3 @@ class Trainer(Parts):
             history=self.progress.history,
             mode=self.config.best.mode,
         )
-
-    def _check_best_metric(self) -> None:
-        names = ["loss", *self.task.metrics]
-        known = [f"{phase}/{name}" for phase in (("val", "train") if self.evaluator else ("train",)) for name in names]
-        metric = self.config.best.metric
-        if metric not in known:
-            raise ConfigError(
-                "best.metric",
-                f'"{metric}" is not logged by this run{nearest(metric, known)}; it logs {", ".join(known)}',
-            )
