@@ -11,7 +11,9 @@ from trainer.distributed import Ranks
 
 
 class StopRequest:
-    """Turns a signal into a flag; a second signal acts at once, as without it.
+    """Turns the first signal into a flag. After it a SIGINT (a second Ctrl-C) acts at once, a SIGTERM changes nothing.
+
+    One stop may bring several SIGTERMs: a launcher passes its own on, then ends, and so does the agent above it.
 
     The ranks are signalled at different moments, so each asks the others once a step. The question goes out
     when the step begins and is answered when it ends: its cost is hidden behind the step.
@@ -36,8 +38,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        self.signal_number = number
-        signal.signal(number, self._previous[number])
+        if not self.signal_number:
+            self.signal_number = number
+            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
 
     def agreed(self) -> bool:
         """Whether to stop now: at this step on every rank, or on none."""

@@ -1,0 +1,46 @@
+"""The signals of one stop: several SIGTERMs are one request, a second Ctrl-C means now."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+import pytest
+
+from trainer.distributed import Ranks
+from trainer.stopping import StopRequest
+
+
+class AtOnceError(Exception):
+    """Raised where a signal acts as it would without a `StopRequest`."""
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    def act(number: int, _: FrameType | None) -> None:
+        raise AtOnceError(number)
+
+    before = {number: signal.signal(number, act) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_and_an_agent_that_both_ask_for_the_stop_do_not_cut_it_short(first: int) -> None:
+    with StopRequest(Ranks("fp32", find_unused_parameters=False)) as stop:
+        assert not stop.agreed()
+        for number in (first, signal.SIGTERM, signal.SIGTERM):
+            send(number)
+        assert stop.agreed()
+        assert stop.signal_number == first
+        with pytest.raises(AtOnceError, match=str(int(signal.SIGINT))):
+            send(signal.SIGINT)
+    with pytest.raises(AtOnceError):
+        send(signal.SIGTERM)
