@@ -106,7 +106,8 @@ class RunningStatistics:
             t for layer in self._layers for t in (layer.running_mean, layer.running_var) if t is not None
         ]
         self._counters = [n for layer in self._layers if (n := layer.num_batches_tracked) is not None]
-        self._cuts = 0 if self._per_step else 1  # micro-batches over which a momentum is spread
+        self._at_once = ranks.count if section.mode == "sync" else 1  # micro-batches that make one update
+        self._cuts = 0 if self._per_step else 1  # updates over which a momentum is spread
         self._gathered = True  # every rank holds the true statistics, not its share
         self._trailing = 0  # others' micro-batches, after this rank's own, for which its share has not aged yet
         self._first_run: tuple[int, list[int]] | None = None  # the first step: own micro-batches, counters before
@@ -121,9 +122,9 @@ class RunningStatistics:
     def begin(self, step: Step) -> None:
         """Make ready for `step`'s micro-batches: momentum and, on several ranks, this rank's share."""
         self._count_calls()
-        if self._per_step and len(step.micro_batches) != self._cuts:
+        if self._per_step and len(step.micro_batches) != self._cuts * self._at_once:
             self._settle()
-            self._spread_momentum(len(step.micro_batches))
+            self._spread_momentum(len(step.micro_batches) // self._at_once)
         if not self._shared:
             return
         first, last = step.ranks[self._ranks.rank]
@@ -180,7 +181,7 @@ class RunningStatistics:
         return [(kept, statistics) for kept, statistics in groups.items() if kept != 1.0]
 
     def _spread_momentum(self, cuts: int) -> None:
-        """Spread each momentum over `cuts` micro-batches: 1 - (1 - m)^(1/cuts)."""
+        """Spread each momentum over `cuts` updates: 1 - (1 - m)^(1/cuts)."""
         for layer, base in zip(self._layers, self._base, strict=True):
             layer.momentum = 1.0 - (1.0 - base) ** (1.0 / cuts)
         self._cuts = cuts

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import CLASSES, Images, config, conv_net, fitted, largest_difference, state
 from trainer import ConfigError, Trainer, checkpoint
-from trainer.batch_norm import norm_layers
+from trainer.batch_norm import RunningStatistics, norm_layers
+from trainer.config import BatchNormConfig
+from trainer.distributed import Ranks
 from trainer.plan import Plan
 
 SAMPLES = 86  # 3 × 28 + 2: with micro-batches of 7, two ranks of three have nothing to do in a last step
@@ -100,6 +102,19 @@ def test_a_step_ages_the_statistics_alike_however_it_is_cut(tmp_path: Path) -> N
     for micro_size in (28, 7, 4):
         (left,) = on_ranks(1, left_over, tmp_path / str(micro_size), micro_size)
         assert torch.allclose(left, torch.tensor(1e9 * 0.9**3, dtype=torch.float64), rtol=1e-7)
+
+
+@pytest.mark.parametrize(("ranks", "cuts"), [(1, 4), (2, 2), (3, 2)])  # 28 samples in 4 micro-batches, or 3 × 2
+def test_with_sync_the_micro_batches_of_all_ranks_at_once_are_one_update(ranks: int, cuts: int) -> None:
+    def momentum() -> float:
+        model = conv_net(momentum=0.3)
+        section = BatchNormConfig(mode="sync", momentum_per="step")
+        plan = Plan(samples=28, batch_size=28, micro_size=7, ranks=ranks, epochs=1, seed=0, equal_ranks=True)
+        RunningStatistics(model, section, Ranks("fp64", find_unused_parameters=False)).begin(plan.step(0))
+        return float(model[1].momentum)
+
+    for found in on_ranks(ranks, momentum):
+        assert (1 - found) ** cuts == pytest.approx(0.7, rel=1e-12)
 
 
 def test_frozen_layers_stay_as_they_were(tmp_path: Path) -> None:
