@@ -33,9 +33,9 @@ from benchmarks.step_time import machine
 from benchmarks.timing import Clocks
 from trainer import Config, Trainer, load
 from trainer.errors import report
-from trainer.heads import find_head
 from trainer.models import build_model
-from trainer.weights import begin_with, weights_file
+from trainer.transfer.heads import find_head
+from trainer.transfer.weights import begin_with, weights_file
 
 RECIPES = ("extract", "finetune")
 CONFIGS = Path(__file__).parents[1] / "configs" / "transfer"

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
-from trainer.autograd_chain import chain
 from trainer.commands.explain import main, show
 from trainer.config_file import load
 from trainer.errors import ConfigError
-from trainer.explain import Dissected
+from trainer.inspection.autograd_chain import chain
+from trainer.inspection.explain import Dissected
 
 SIZE, LR, SHOWN = 13, 0.1, 4
 BASE = [

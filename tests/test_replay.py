@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
 from trainer import ConfigError, Trainer
-from trainer.replay import replay
+from trainer.inspection.replay import replay
 
 ROOT = Path(__file__).parents[1]
 

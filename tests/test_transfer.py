@@ -18,12 +18,12 @@ from tests.distributed.ranks import on_ranks
 from trainer.config import BatchNormConfig, ModelConfig, OptimizerConfig
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
-from trainer.freezing import Freezing
-from trainer.heads import find_head, fit_head, head_outputs
-from trainer.learning_rates import layers_of
 from trainer.models import build_model
 from trainer.optimizer import build_optimizer
-from trainer.weights import begin_with, download, load_weights, weights_file
+from trainer.transfer.freezing import Freezing
+from trainer.transfer.heads import find_head, fit_head, head_outputs
+from trainer.transfer.learning_rates import layers_of
+from trainer.transfer.weights import begin_with, download, load_weights, weights_file
 
 LARGE_TABLES = ("regnet",)  # compute their widths with tensors, which the meta device cannot
 

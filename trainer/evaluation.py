@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from trainer.data.loading import Loader, whole_requests
 from trainer.data.samples import MicroBatch, Request
 from trainer.distributed import Ranks
-from trainer.features import Features
 from trainer.forward import Forward
 from trainer.metrics import Meter
+from trainer.transfer.features import Features
 
 
 @dataclass(frozen=True)

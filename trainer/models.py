@@ -13,7 +13,7 @@ from trainer.components import build, resolve
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError, nearest
 from trainer.seeding import key, preserved_cpu_generators, seed_cpu
-from trainer.weights import torchvision_weights
+from trainer.transfer.weights import torchvision_weights
 
 AUXILIARY = ("googlenet", "inception_v3")  # torchvision's with further heads, which a loss of one output cannot take
 

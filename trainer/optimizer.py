@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from trainer.components import build, resolve
 from trainer.config import OptimizerConfig
 from trainer.errors import ConfigError, LockstepError
-from trainer.learning_rates import NORMS, base_rates
+from trainer.transfer.learning_rates import NORMS, base_rates
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 

@@ -21,9 +21,7 @@ from trainer.determinism import make_deterministic
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError, nearest
 from trainer.evaluation import Evaluator
-from trainer.features import Features
 from trainer.forward import Forward
-from trainer.freezing import Freezing
 from trainer.gradients import Gradients
 from trainer.memory import keep_freed_memory
 from trainer.metrics import Row
@@ -35,7 +33,9 @@ from trainer.recalibration import recalibrate
 from trainer.run_directory import run_path
 from trainer.signature import of_samples
 from trainer.task import Task, build_task
-from trainer.weights import begin_with, weights_file
+from trainer.transfer.features import Features
+from trainer.transfer.freezing import Freezing
+from trainer.transfer.weights import begin_with, weights_file
 
 
 class Parts:

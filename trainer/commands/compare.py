@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.commands.arguments import split
-from trainer.comparison import Comparison, compare
 from trainer.errors import ConfigError
+from trainer.inspection.comparison import Comparison, compare
 
 
 def main(arguments: list[str]) -> int:

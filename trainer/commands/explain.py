@@ -15,7 +15,7 @@ from rich.text import Text
 
 from trainer.commands.arguments import split, the_config
 from trainer.errors import ConfigError
-from trainer.explain import Dissected
+from trainer.inspection.explain import Dissected
 
 WIDTH = 100  # columns, at most
 FIRST, LAST = 6, 4  # rows of a long table that are shown

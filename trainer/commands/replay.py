@@ -15,7 +15,7 @@ from rich.table import Table
 from trainer import figures
 from trainer.commands.arguments import split, the_run, whole_number
 from trainer.files import write_json
-from trainer.replay import Replay, replay
+from trainer.inspection.replay import Replay, replay
 from trainer.run_directory import read_config
 from trainer.trainer import Trainer
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError, nearest
-from trainer.heads import find_head, fit_head
+from trainer.transfer.heads import find_head, fit_head
 
 FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 PATIENCE = 20.0  # seconds that a server may be silent

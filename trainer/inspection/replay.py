@@ -14,10 +14,10 @@ from torch import Tensor
 
 from trainer import checkpoint
 from trainer.errors import ConfigError
+from trainer.inspection.watch import Watch
 from trainer.plan import Step
 from trainer.tracking.jsonl import read_rows
 from trainer.trainer import Trainer
-from trainer.watch import Watch
 
 Rows = dict[int, dict[str, Any]]  # logged rows of steps, by step
 

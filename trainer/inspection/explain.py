@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from trainer.autograd_chain import chain
 from trainer.batch_norm import norm_layers
 from trainer.config import Config
 from trainer.data.loading import TrainLoader
+from trainer.inspection.autograd_chain import chain
 from trainer.metrics import Meter
 from trainer.plan import Step
 from trainer.trainer import Trainer

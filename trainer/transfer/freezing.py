@@ -16,7 +16,7 @@ from torch import nn
 from trainer.batch_norm import hold_in_eval, is_held, release
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError, nearest
-from trainer.heads import find_head
+from trainer.transfer.heads import find_head
 
 BACKBONE = "backbone"  # all but the head
 

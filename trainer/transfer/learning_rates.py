@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from trainer.config import OptimizerConfig
-from trainer.heads import find_head
+from trainer.transfer.heads import find_head
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

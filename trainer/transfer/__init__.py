@@ -1,0 +1,1 @@
+"""Transfer learning: pretrained weights, a new head, frozen parts, kept features, learning rates by layer."""
