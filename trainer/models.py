@@ -50,7 +50,7 @@ def build_model(section: ModelConfig, *, seed: int, num_classes: int | None, in_
         seed_cpu(key(seed, "weights"))
         model = build("model", constructor, section.args, **supplied)
     if not isinstance(model, nn.Module):
-        raise ConfigError("model.name", f'"{section.name}" made a {type(model).__name__}, not a torch.nn.Module')
+        raise ConfigError("model.name", f'"{section.name}" made {type(model).__name__}, not a torch.nn.Module')
     return model
 
 

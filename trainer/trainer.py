@@ -16,7 +16,7 @@ from trainer.data.loading import TrainLoader
 from trainer.determinism import refused_operation
 from trainer.digest import digest, hexadecimal
 from trainer.environment import environment
-from trainer.errors import LockstepError, Stopped
+from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.fuse_trial import settled_fuse
 from trainer.metrics import Meter, Row, Stopwatch, Totals
 from trainer.optimizer import learning_rates, load_named_state, named_state, set_learning_rate
@@ -242,6 +242,12 @@ class Trainer(Parts):
             return
         held = checkpoint.load(path)
         check_same_run(held.config, self.config, self.config.run)
+        if held.progress.step > self.plan.total_steps:
+            raise ConfigError(
+                "train.max_steps" if self.config.train.max_steps else "train.epochs",
+                f"the run to resume is at step {held.progress.step} and would end at {self.plan.total_steps}; raise "
+                f"it, or start a new run with run.resume=never",
+            )
         self.restore(held)
         self.ranks.on_main(lambda: checkpoint.restore_best(self.journal.directory, held.progress.best_step))
 

@@ -97,6 +97,10 @@ def test_a_changed_key_is_refused_by_name(tmp_path: Path) -> None:
     changes = {"train__max_steps": 3, "optimizer__lr": 0.2, "run__resume_changes": "allow"}
     assert on_ranks(2, changed, tmp_path, **changes) == ["accepted", "accepted"]
     assert on_ranks(1, changed, tmp_path, train__max_steps=4, optimizer__lr=0.2, data__workers=1) == ["accepted"]
+    kept = (tmp_path / "run" / "config.yaml").read_bytes()
+    (message,) = on_ranks(1, changed, tmp_path, train__max_steps=3, optimizer__lr=0.2)
+    assert message.startswith("train.max_steps: the run to resume is at step 4 and would end at 3")
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == kept
 
 
 def options(directory: Path, steps: int) -> list[str]:

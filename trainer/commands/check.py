@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> None:
         trainer.end_loading()
     if not math.isfinite(row.get("train/loss", 0.0)):
         raise LockstepError(f"the loss of the first step is {row['train/loss']}; see `python -m trainer explain`")
+    took, samples = perf_counter() - began, f"{step.size} sample" + "s" * (step.size > 1)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("train/"))
-    console.note(f"this runs: a first step of {step.size} samples in {perf_counter() - began:.2f} s, {shown}")
+    console.note(f"this runs: a first step of {samples} in {took:.2f} s, {shown}")
     trainer.ranks.close()
