@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
-from tests.sweep_server import Server
+from tests.wandb_server import WandbServer
+from tests.wandb_sweeps import SweepBackend
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -24,9 +25,15 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="launch/sweep.sh
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as started:
+def server() -> Iterator[WandbServer]:
+    with WandbServer(SweepBackend()) as started:
         yield started
+    assert started.backend.unknown == []
+
+
+@pytest.fixture
+def backend(server: WandbServer) -> SweepBackend:
+    return cast(SweepBackend, server.backend)
 
 
 def sweep_file(directory: Path, launcher: str, parameters: dict[str, Any], *shared: str) -> Path:
@@ -44,13 +51,13 @@ def sweep_file(directory: Path, launcher: str, parameters: dict[str, Any], *shar
     return file
 
 
-def environment(server: Server, directory: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    path = f"{BIN}:{os.environ['PATH']}"
-    return {**kept, **server.environment(directory / "wandb"), "PATH": path, "SWEEP_PAUSE": "1"}
+def environment(server: WandbServer, directory: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "XDG_"))}
+    own = {"HOME": str(directory), "WANDB_DIR": str(directory), "WANDB_ERROR_REPORTING": "false", "SWEEP_PAUSE": "1"}
+    return {**kept, **server.environment, **own, "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
-def started(server: Server, directory: Path, what: str) -> subprocess.Popen[str]:
+def started(server: WandbServer, directory: Path, what: str) -> subprocess.Popen[str]:
     with (directory / "agent.log").open("w") as log:
         return subprocess.Popen(
             ["launch/sweep.sh", what],
@@ -83,19 +90,18 @@ def wait_for(condition: Callable[[], Any], seconds: float, directory: Path) -> f
     return time.monotonic() - began
 
 
-def test_a_grid_on_two_processes_is_one_run_a_trial(tmp_path: Path, server: Server) -> None:
+def test_a_grid_on_two_processes_is_one_run_a_trial(tmp_path: Path, server: WandbServer, backend: SweepBackend) -> None:
     parameters = {"optimizer.lr": {"values": [1e-5, 0.1]}, "train.max_grad_norm": {"values": [None, 1]}}
     file = sweep_file(tmp_path, "cpu", parameters, "train.max_steps=3", "train.log_every=1")
     agent = started(server, tmp_path, str(file))
     assert agent.wait(timeout=240) == 0, (tmp_path / "agent.log").read_text()
-    assert server.unknown == []
-    assert len(server.runs) == 4
-    for run in server.runs.values():
+    assert len(backend.runs) == 4
+    for run in backend.runs.values():
         assert (run["state"], len(run["writers"]), run["rewritten"]) == ("finished", 1, 0)
-        rows = [json.loads(line) for line in run["history"].values()]
+        rows = backend.history(run["name"])
         assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3]
     directories = sorted((tmp_path / "runs").iterdir())
-    assert [path.name for path in directories] == [f"digits-{name}" for name in sorted(server.runs)]
+    assert [path.name for path in directories] == [f"digits-{name}" for name in sorted(backend.runs)]
     trained = []
     for path in directories:
         assert json.loads((path / "summary.json").read_text())["world_size"] == 2
@@ -104,7 +110,9 @@ def test_a_grid_on_two_processes_is_one_run_a_trial(tmp_path: Path, server: Serv
     assert sorted(trained, key=str) == sorted([(lr, norm) for lr in (1e-5, 0.1) for norm in (None, 1.0)], key=str)
 
 
-def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(tmp_path: Path, server: Server) -> None:
+def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(
+    tmp_path: Path, server: WandbServer, backend: SweepBackend
+) -> None:
     parameters = {"optimizer": {"parameters": {"lr": {"values": [0.05, 1e30, -1.0, 0.01]}}}}
     long = sweep_file(tmp_path, "one_gpu", parameters, "train.epochs=5000", "train.log_every=5")
     refused = subprocess.run(
@@ -117,37 +125,36 @@ def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(tmp_p
     )
     assert refused.returncode == 2
     assert "optimizer.lr: -1.0 is less than 0" in refused.stderr
-    assert not server.sweeps
+    assert not backend.sweeps
     subprocess.run(["wandb", "sweep", str(long)], env=environment(server, tmp_path), check=True, capture_output=True)
-    ((name, sweep),) = server.sweeps.items()
+    ((name, sweep),) = backend.sweeps.items()
     agent = started(server, tmp_path, f"tester/uncategorized/{name}")
     runs, logged = tmp_path / "runs", "metrics.jsonl"
     first, blown_up, refused_value, last = (f"{name}r{i}" for i in range(4))
 
     wait_for((runs / f"digits-{first}" / logged).exists, 60, tmp_path)
     assert processes(runs)
-    server.stop_run(first)  # as early termination and the Stop button do
+    backend.run(first)["stop"] = True  # as early termination and the Stop button do
     wait_for(lambda: len(sweep["runs"]) > 1, 30, tmp_path)
     assert not any(first in line for line in processes(runs))
     assert (runs / f"digits-{first}" / "checkpoints" / "last").exists()
 
     wait_for((runs / f"digits-{last}" / logged).exists, 90, tmp_path)  # the second and third failed
-    assert server.runs[blown_up]["state"] == server.runs[refused_value]["state"] == "failed"
-    assert "the loss is" in server.runs[blown_up]["summary"]["failure"]
-    assert "optimizer.lr: -1.0 is less than 0" in server.runs[refused_value]["summary"]["failure"]
+    assert backend.runs[blown_up]["state"] == backend.runs[refused_value]["state"] == "failed"
+    assert "the loss is" in backend.runs[blown_up]["summary"]["failure"]
+    assert "optimizer.lr: -1.0 is less than 0" in backend.runs[refused_value]["summary"]["failure"]
 
     agent.send_signal(signal.SIGTERM)
     assert agent.wait(timeout=30) == 143
     assert wait_for(lambda: not processes(runs), 10, tmp_path) < 10
     assert (runs / f"digits-{last}" / "checkpoints" / "last").exists()
-    assert server.unknown == []
 
 
-def test_a_trial_ends_with_an_agent_that_is_killed(tmp_path: Path, server: Server) -> None:
+def test_a_trial_ends_with_an_agent_that_is_killed(tmp_path: Path, server: WandbServer, backend: SweepBackend) -> None:
     """On both ranks, though the launcher between them and the agent knows of nothing."""
     file = sweep_file(tmp_path, "cpu", {"optimizer.lr": {"values": [0.05]}}, "train.epochs=5000", "train.log_every=5")
     subprocess.run(["wandb", "sweep", str(file)], env=environment(server, tmp_path), check=True, capture_output=True)
-    ((name, _),) = server.sweeps.items()
+    ((name, _),) = backend.sweeps.items()
     with (tmp_path / "agent.log").open("w") as log:
         agent = subprocess.Popen(
             ["wandb", "agent", f"tester/uncategorized/{name}"],

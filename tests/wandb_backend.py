@@ -34,6 +34,7 @@ class Backend:
         if name not in self.runs:
             blank = {"name": name, "config": {}, "summary": {}, "lines": {}, "files": {}, "alerts": []}
             self.runs[name] = blank | {"state": "running", "exit": None, "rewritten": 0, "project": "p", "fields": {}}
+            self.runs[name] |= {"stop": False, "writers": set()}  # asked to stop; the client's processes
         return self.runs[name]
 
     def history(self, name: str) -> list[dict[str, Any]]:
@@ -50,6 +51,7 @@ class Backend:
             run["state"] = "running"
         if v.get("config"):
             run["config"] = {key: item["value"] for key, item in json.loads(v["config"]).items()}
+            run["writers"] |= set((run["config"].get("_wandb") or {}).get("e") or {})
         if v.get("summaryMetrics"):
             run["summary"] |= json.loads(v["summaryMetrics"])
         # With the true count of lines here the client would append to them by itself.
@@ -76,6 +78,8 @@ class Backend:
             "eventsTail": json.dumps([events[max(events)]] if events else []),
             "wandbConfig": json.dumps({"t": 1} | (run["config"].get("_wandb") or {})),
             "tags": run["fields"].get("tags") or [],
+            "shouldStop": run["stop"],
+            "stopped": run["stop"],
         }
 
     def project(self, name: str | None) -> dict[str, Any]:
@@ -96,7 +100,7 @@ class Backend:
         if body.get("complete"):
             run["exit"] = body.get("exitcode")
             run["state"] = "failed" if run["exit"] else "finished"
-        return {"exitcode": None, "limits": {}, "stopped": False}
+        return {"exitcode": None, "limits": {}, "stopped": run["stop"]}
 
     def on_notifyscriptablerunalert(self, v: dict[str, Any]) -> Any:
         self.run(v["runName"])["alerts"].append((v["title"], v["text"]))

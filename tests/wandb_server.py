@@ -92,8 +92,8 @@ class _Listener(ThreadingHTTPServer):
 class WandbServer:
     """`with WandbServer() as server:`; `server.environment` points the real client to it."""
 
-    def __init__(self) -> None:
-        self.backend, self.lock = Backend(), threading.RLock()
+    def __init__(self, backend: Backend | None = None) -> None:
+        self.backend, self.lock = backend or Backend(), threading.RLock()
         self.port, self.broken = 0, ""
         self._listener: _Listener | None = None
 
