@@ -9,6 +9,7 @@ import torch
 from trainer.errors import LockstepError
 
 SETTINGS = "deterministic algorithms · no TF32 · no autotuning · 1 CPU thread a process"
+ASSERTED = "device-side assert triggered"
 REFUSED = "does not have a deterministic implementation"
 
 
@@ -29,7 +30,12 @@ def make_deterministic() -> None:
 
 
 def refused_operation(error: RuntimeError) -> LockstepError | None:
-    """The error in the run's own terms, if an operation was refused for lack of a deterministic kernel."""
+    """The error in the run's own terms, if the device refused an operation or what it was given."""
+    if ASSERTED in str(error):  # told by a later operation than the one that failed, and the device is lost
+        return LockstepError(
+            "a CUDA kernel refused what it was given, most often a target that is no class of the model; the CPU says "
+            "which: the same command with CUDA_VISIBLE_DEVICES= before it"
+        )
     if REFUSED not in str(error):
         return None
     operation = str(error).split(REFUSED, maxsplit=1)[0].strip()

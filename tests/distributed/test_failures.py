@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, Points, config, conv_net, fitted, mlp
 from trainer import ConfigError, DataError, LockstepError, Trainer, checkpoint
+from trainer.determinism import refused_operation
 
 
 def failure(settings: Any, model: nn.Module, data: Any) -> tuple[str, str]:
@@ -116,3 +117,10 @@ def test_a_trainer_trains_once(tmp_path: Path) -> None:
 
     assert "make a new one" in on_ranks(1, run, tmp_path)[0]
     assert torch.get_num_threads() == 1
+
+
+def test_what_a_cuda_kernel_refuses_is_sent_to_the_cpu_for_its_name() -> None:
+    """By the words that PyTorch has for it; the error itself takes a GPU."""
+    error = RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later")
+    assert "CUDA_VISIBLE_DEVICES= before it" in str(refused_operation(error))
+    assert refused_operation(RuntimeError("odd")) is None
