@@ -39,6 +39,7 @@ CHECKS: dict[str, Callable[[torch.device, Path], checks.Verdict]] = {
     "bitwise": checks.bitwise,
     "fused": checks.fused,
     "sync BatchNorm": checks.sync_batch_norm,
+    "sync BatchNorm on two processes": checks.sync_on_two,
     "resume": checks.resume,
 }
 WORDS = {True: "PASS", False: "FAIL", None: "SKIP"}

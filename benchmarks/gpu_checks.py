@@ -6,27 +6,23 @@ On the CPU they run the same code on less, and say of what only CUDA has that it
 from __future__ import annotations
 
 import gc
-import io
 import math
-import os
-import socket
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.multiprocessing.spawn import spawn
+from torch import Tensor, nn
 
 from benchmarks.loops import Work, raw
+from benchmarks.processes import on_processes
 from benchmarks.step_time import measure, workloads
 from benchmarks.subjects import SGD, first_digits, fitted, noise, resnet18, settings
 from benchmarks.timing import OURS, InterleavedTrainer, Rounds, Seconds, quartiles
-from trainer import Trainer
+from trainer import Config, Trainer
 from trainer.config import DataConfig
 from trainer.data.datasets import Datasets, ImageArrays
 from trainer.data.loading import build_loaders, whole_requests
@@ -38,7 +34,6 @@ from trainer.tracking.jsonl import read_rows
 
 Verdict = tuple[bool | None, str]  # passed, failed or (None) not checked; the figures
 EQUAL = 1e-12  # relative, in fp64
-PATIENCE = 300.0  # seconds for the processes of a run to end
 
 # ---------------------------------------------------------------- speed and memory
 
@@ -217,37 +212,18 @@ def _on_two_and_one(
     device: torch.device, directory: Path, on_two: dict[str, Any] | None = None, **changes: Any
 ) -> list[Mapping[str, Tensor]]:
     """The end of the same run on two processes, with `on_two` changed besides, and on one."""
+    ends = []
     for count, more in ((2, on_two or {}), (1, {})):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        arguments = (count, port), device.type, directory, {"batch__micro_size": 8, **changes, **more}
-        ranks: Any = spawn(_train_as_rank, arguments, nprocs=count, join=False)  # type: ignore[no-untyped-call]
-        deadline = time.monotonic() + PATIENCE
-        while not ranks.join(timeout=1):
-            if time.monotonic() > deadline:
-                for process in ranks.processes:
-                    process.kill()
-                raise TimeoutError(f"{count} processes did not end within {PATIENCE:.0f} s")
-    return [torch.load(directory / f"{count}.pt", weights_only=True) for count in (2, 1)]
+        config = settings(directory / str(count), **{"batch__micro_size": 8, **changes, **more})
+        ends.append(on_processes(count, _trained, config, device.type, device=device.type)[0])
+    return ends
 
 
-def _train_as_rank(
-    rank: int, group: tuple[int, int], device_type: str, directory: Path, changes: dict[str, Any]
-) -> None:
+def _trained(config: Config, device_type: str) -> dict[str, Tensor]:
     """21 steps, the last of a single micro-batch, so that one of two ranks has nothing to do in it."""
-    count, port = group
-    if count > 1:
-        numbers = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-        os.environ |= {name: str(number) for name, number in numbers.items()}  # local rank 0: both on device 0
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        distributed.init_process_group("gloo")  # NCCL refuses two processes on one device
-    config = settings(directory / str(count), **changes)
-    with redirect_stdout(io.StringIO()):
-        trainer = fitted(config, lambda: small_cnn(10), first_digits(64 * 20 + 5))
-    assert (trainer.ranks.count, trainer.ranks.device.type) == (count, device_type)
-    if rank == 0:
-        torch.save(trainer.module.state_dict(), directory / f"{count}.pt")
+    trainer = fitted(config, lambda: small_cnn(10), first_digits(64 * 20 + 5))
+    assert trainer.ranks.device.type == device_type
+    return {name: tensor.cpu() for name, tensor in trainer.module.state_dict().items()}
 
 
 def fused(device: torch.device, directory: Path) -> Verdict:
@@ -264,7 +240,16 @@ def _with_dropout() -> nn.Module:
 
 
 def sync_batch_norm(device: torch.device, directory: Path) -> Verdict:
-    """A micro-batch on each of two processes, with `batch_norm.mode=sync`, is one of twice the size on one."""
+    """`batch_norm.mode=sync` on one process is `micro`."""
+    states = []
+    for mode in ("sync", "micro"):
+        config = settings(directory / mode, batch__micro_size=32, batch_norm__mode=mode, train__precision="fp64")
+        states.append(fitted(config, lambda: small_cnn(10), first_digits(640)).module.state_dict())
+    return _equal(*states)
+
+
+def sync_on_two(device: torch.device, directory: Path) -> Verdict:
+    """With it, a micro-batch on each of two processes is one of twice the size on one."""
     if device.type != "cuda":
         return None, "torch's SyncBatchNorm runs on CUDA only"
     sync = {"batch_norm__mode": "sync", "batch__micro_size": 32}

@@ -21,8 +21,10 @@ CLEAN.set_forkserver_preload(["benchmarks.preload"])
 PATIENCE = 300.0  # seconds for the processes of a run to end
 
 
-def on_processes(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(*args)` returns on each of `count` CPU processes; None of one that a signal ended.
+def on_processes(count: int, function: Callable[..., Any], *args: Any, device: str = "cpu") -> list[Any]:
+    """What `function(*args)` returns on each of `count` processes; None of one that a signal ended.
+
+    They run on the CPU, or share the first GPU (`device="cuda"`).
 
     `function` and what it takes and gives must be picklable. What the processes print is not shown, unless one fails.
     """
@@ -31,7 +33,7 @@ def on_processes(count: int, function: Callable[..., Any], *args: Any) -> list[A
         port = probe.getsockname()[1]
     pipes = [CLEAN.Pipe(duplex=False) for _ in range(count)]
     processes = [
-        CLEAN.Process(target=_as_rank, args=(rank, count, port, pipe[1], partial(function, *args)))
+        CLEAN.Process(target=_as_rank, args=((rank, count, port), device, pipe[1], partial(function, *args)))
         for rank, pipe in enumerate(pipes)
     ]
     for process in processes:
@@ -60,15 +62,23 @@ def _received(receiver: Connection, deadline: float) -> Any:
         return None
 
 
-def _as_rank(rank: int, count: int, port: int, pipe: Connection, function: Callable[[], Any]) -> None:
-    """Ends without the interpreter's own way out, as `trainer.errors.leave` does."""
+def _as_rank(group: tuple[int, int, int], device: str, pipe: Connection, function: Callable[[], Any]) -> None:
+    """`group`: which rank, of how many, who meet at which port.
+
+    Ends without the interpreter's own way out, as `trainer.errors.leave` does.
+    """
     import torch
 
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    rank, count, port = group
+    if device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     if count > 1:
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        local = rank if device == "cpu" else 0  # of one GPU each rank is the first
+        numbers = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         os.environ |= {name: str(number) for name, number in numbers.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if device != "cpu":
+            torch.distributed.init_process_group("gloo")  # NCCL refuses two processes on one GPU
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as in a process started by hand
     torch.set_num_threads(1)
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):

@@ -153,15 +153,8 @@ def test_without_a_gpu_one_line_says_so() -> None:
 
 
 def test_gpu_checks_run_on_the_cpu(tmp_path: Path) -> None:
-    names = [
-        "peak memory",
-        "host syncs",
-        "pixels",
-        "bf16",
-        "fused",
-        "sync BatchNorm",
-        "resume",
-    ]  # the others take longer
+    # The others take longer.
+    names = ["peak memory", "host syncs", "pixels", "bf16", "bitwise", "fused", "sync BatchNorm", "resume"]
     status, printed = gpu(*names, "--device", "cpu", "--save", str(tmp_path / "gpu.md"))
     assert status == 0
     assert [line.split(" ", 2)[2].split(":")[0] for line in printed.splitlines() if line.startswith("- ")] == names

@@ -41,7 +41,7 @@ def load(path: Path | None, overrides: Sequence[str]) -> Config:
             lines = {k: f"{path}, line {line}" for k, line in _lines(document, "")}
             tree = OmegaConf.create(text)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(str(path), f"is not valid YAML: {_reason(error)}") from None
+            raise ConfigError(str(path), f"is not valid YAML: {parser_reason(error)}") from None
     try:
         for override in overrides:
             lines[_checked(override)] = "the command line"
@@ -64,11 +64,11 @@ def _checked(override: str) -> str:
     try:
         yaml.compose(value, yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(name, f"{value} is not valid YAML: {_reason(error)} (the command line)") from None
+        raise ConfigError(name, f"{value} is not valid YAML: {parser_reason(error)} (the command line)") from None
     return name
 
 
-def _reason(error: Exception) -> str:
+def parser_reason(error: Exception) -> str:
     """What a parser says, in one line."""
     return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
 

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,6 +44,12 @@ def check_launcher(precision: str, environment: Mapping[str, str]) -> None:
             raise ConfigError(variable, f'the launcher asks for "{value}", which the config decides; {instead}')
 
 
+@cache
+def _end_after_gloo() -> None:
+    """Once a process, however many `Trainer`s it makes."""
+    atexit.register(time.sleep, GRACE)
+
+
 class Ranks:
     """This process among the run's processes.
 
@@ -70,7 +77,7 @@ class Ranks:
                 "WORLD_SIZE", f"{launched} processes were launched, and {self.count} joined; use launch/*.yaml"
             )
         if self.count > 1:
-            atexit.register(time.sleep, GRACE)
+            _end_after_gloo()
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
         # Host-side agreement must not wait for the device's queue, so on GPUs it has a group of its own.

@@ -80,7 +80,7 @@ def redacted(tree: Any) -> Any:
     def show(value: Any) -> Any:
         if isinstance(value, FromEnvironment):
             return REDACTED
-        return LOGIN_IN_URL.sub(f"{REDACTED}@", value) if isinstance(value, str) else value
+        return without_logins(value) if isinstance(value, str) else value
 
     return _replaced(tree, show, hide_secrets=True)
 
@@ -90,6 +90,11 @@ def redacted_message(text: str) -> str:
     for secret in sorted(_seen, key=len, reverse=True):
         if len(secret) >= LEAST:
             text = text.replace(secret, REDACTED)
+    return without_logins(text)
+
+
+def without_logins(text: str) -> str:
+    """Text without what URLs in it say of user and password."""
     return LOGIN_IN_URL.sub(f"{REDACTED}@", text)
 
 

@@ -59,7 +59,7 @@ def _end_with_agent() -> None:
     with suppress(OSError, ValueError):  # an ancestor that ends meanwhile has had its children told
         process = os.getppid()
         while process > 1 and _began_with(process, SWEEP):
-            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+            process = status(process)[1]
         agent = os.pidfd_open(process)
 
         def watch() -> None:
@@ -69,6 +69,12 @@ def _end_with_agent() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
         Thread(target=watch, daemon=True, name="agent").start()
+
+
+def status(process: int) -> tuple[str, int, int]:
+    """State, parent and group of a process. An `OSError` where it has ended; on Linux alone."""
+    state, parent, group = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[:3]
+    return state, int(parent), int(group)
 
 
 def _began_with(process: int, variable: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from trainer.config_file import command_line
+from trainer.config_file import command_line, parser_reason
 from trainer.errors import ConfigError, nearest
 from trainer.sweep.space import Parameter, Values, number, read_parameters
 from trainer.typed import show
@@ -78,7 +78,7 @@ def read_sweep(file: Path) -> Sweep:
     except OSError as error:
         raise ConfigError(str(file), f"cannot read this sweep ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(str(file), f"is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(str(file), f"is not valid YAML: {parser_reason(error)}") from None
     try:
         return _sweep(file, tree)
     except ConfigError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from trainer.sweep.description import Sweep
 from trainer.sweep.store import Trial
 from trainer.tracking.jsonl import read_rows
-from trainer.trial import end_with_parent
+from trainer.trial import end_with_parent, status
 from trainer.typed import show
 
 PATIENCE = 60.0  # seconds from a SIGTERM to a SIGKILL
@@ -107,13 +107,13 @@ def _group_lives(group: int) -> bool:
         os.killpg(group, 0)
     except ProcessLookupError:
         return False
-    return sys.platform != "linux" or any(_group_of(entry) == group for entry in Path("/proc").glob("[0-9]*"))
+    return sys.platform != "linux" or any(_group_of(int(entry.name)) == group for entry in Path("/proc").glob("[0-9]*"))
 
 
-def _group_of(entry: Path) -> int:
-    """The group of a process under /proc; 0 where it has ended."""
+def _group_of(process: int) -> int:
+    """The group of a process; 0 where it has ended."""
     try:
-        state, _, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+        state, _, group = status(process)
     except OSError:
         return 0
-    return 0 if state in "ZX" else int(group)
+    return 0 if state in "ZX" else group

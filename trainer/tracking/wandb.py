@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import WandbConfig
 from trainer.errors import LockstepError
-from trainer.redaction import LOGIN_IN_URL, REDACTED, redacted
+from trainer.redaction import redacted, without_logins
 from trainer.tracking.wandb_client import Messages, in_short, start_client, wanted_mode, within
 from trainer.tracking.wandb_files import best_model, histograms, is_offline, mark_sent, sessions, shown
 from trainer.tracking.wandb_rows import Row, Sent
@@ -78,7 +78,7 @@ class WandbRun:
             "group": section.group,
             "job_type": section.job_type,
             "tags": section.tags or None,
-            "notes": section.notes and LOGIN_IN_URL.sub(f"{REDACTED}@", section.notes),
+            "notes": section.notes and without_logins(section.notes),
         }
         if "WANDB_SWEEP_ID" not in os.environ:  # else the agent has set project, entity and id
             arguments |= {"project": section.project, "entity": section.entity, "id": run_id, "resume": "allow"}

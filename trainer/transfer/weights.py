@@ -133,11 +133,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             return load_file(path)
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (
-            error.strerror
-            if isinstance(error, OSError) and error.strerror
-            else (str(error) or "it is empty").splitlines()[0]
-        )
+        reason = (getattr(error, "strerror", None) or str(error) or "it is empty").splitlines()[0]
         raise ConfigError(
             "model.weights", f"{path} cannot be read ({reason}); give a {' or '.join(FILES)} file"
         ) from None
