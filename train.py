@@ -9,9 +9,9 @@ torchrun --nproc_per_node 8 train.py                the same run on eight GPUs
 import signal
 import sys
 
-from trainer.config_file import command_line, help_text, load
+from trainer.config.load import command_line, help_text, load
 from trainer.errors import leave, report
-from trainer.trial import end_with_launcher, named, record_failure
+from trainer.process.parent import end_with_launcher, record_failure, with_trial_name
 
 
 def main(arguments: list[str]) -> int:
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
         return 0
     end_with_launcher()
     try:
-        config = named(load(*command_line(arguments)))
+        config = with_trial_name(load(*command_line(arguments)))
         from trainer.trainer import Trainer  # torch is loaded once the config is known to be right
 
         trainer = Trainer(config)

@@ -27,9 +27,9 @@ from benchmarks.step_time import machine
 from benchmarks.subjects import noise, resnet18, settings
 from benchmarks.timing import OURS, InterleavedTrainer, Loop, Rounds, quartiles
 from trainer import Trainer
+from trainer.components.models import small_cnn
 from trainer.data.datasets import ImageArrays
 from trainer.errors import leave, report
-from trainer.models import small_cnn
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from benchmarks.step_time import Sink, Workload, line_of, machine, table, worklo
 from benchmarks.subjects import settings
 from benchmarks.timing import OURS, InterleavedTrainer, Loop, Rounds, Seconds
 from trainer import Config, Trainer
+from trainer.core.fuse_check import choose_fuse
 from trainer.data.datasets import ImageArrays, digits
 from trainer.data.loading import TrainLoader
-from trainer.fuse_trial import settled_fuse
 
 FUSED = (2, 4, 8)  # of the 8 micro-batches of a step
 BASE = "fuse=1"
@@ -77,7 +77,7 @@ def measure(workload: Workload, data: ImageArrays, rounds: Rounds, threads: int)
 
 def _steps(trainer: Trainer) -> Loop:
     """The steps of a run, as `Trainer.fit` makes them, with what it reads from the device."""
-    trainer.fuse = settled_fuse(trainer)
+    trainer.fuse = choose_fuse(trainer)
     trainer.batches = TrainLoader(trainer.train_loader, trainer.plan, trainer.ranks.rank, 0, trainer.fuse)
     trainer.model.train()
     for step in trainer.plan.steps():

@@ -23,14 +23,14 @@ from benchmarks.step_time import measure, workloads
 from benchmarks.subjects import SGD, first_digits, fitted, noise, resnet18, settings
 from benchmarks.timing import OURS, InterleavedTrainer, Rounds, Seconds, quartiles
 from trainer import Config, Trainer
-from trainer.config import DataConfig
+from trainer.components.models import small_cnn
+from trainer.config.schema import DataConfig
+from trainer.core.precision import AUTOCAST
 from trainer.data.datasets import Datasets, ImageArrays
 from trainer.data.loading import build_loaders, whole_requests
-from trainer.distributed import Ranks
-from trainer.models import small_cnn
-from trainer.plan import Step
-from trainer.precision import AUTOCAST
-from trainer.tracking.jsonl import read_rows
+from trainer.exact.plan import Step
+from trainer.process.ranks import Ranks
+from trainer.reporting.jsonl import read_rows
 
 Verdict = tuple[bool | None, str]  # passed, failed or (None) not checked; the figures
 EQUAL = 1e-12  # relative, in fp64

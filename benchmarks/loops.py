@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.timing import Loop
 from trainer.data.datasets import ImageArrays
-from trainer.distributed import Ranks
-from trainer.plan import split_evenly
+from trainer.exact.plan import split_evenly
+from trainer.process.ranks import Ranks
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.processes import on_processes
 from trainer import Config, Trainer
+from trainer.components.models import small_cnn
 from trainer.data.datasets import ImageArrays, digits
-from trainer.models import small_cnn
 
 BATCH, MICRO, LR = 64, 16, 0.05
 

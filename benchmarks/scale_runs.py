@@ -16,11 +16,12 @@ from typing import Any
 from torch import nn
 
 from benchmarks.processes import on_processes
-from trainer import Config, Stopped, Trainer, checkpoint
-from trainer.metrics import TIMINGS
-from trainer.models import small_cnn
-from trainer.plan import Step
-from trainer.tracking.jsonl import read_rows
+from trainer import Config, Stopped, Trainer
+from trainer.components.models import small_cnn
+from trainer.core.metrics import TIMINGS
+from trainer.exact.plan import Step
+from trainer.reporting.jsonl import read_rows
+from trainer.storage import checkpoint
 
 HASHED = ("weights", "buffers", "optimizer")
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}

@@ -34,9 +34,9 @@ from torch import nn
 from benchmarks import loops
 from benchmarks.timing import OURS, InterleavedTrainer, Loop, Rounds, Seconds, quartiles
 from trainer import Config, load
+from trainer.components.models import small_cnn
 from trainer.data.datasets import ImageArrays, digits
 from trainer.errors import report
-from trainer.models import small_cnn
 
 PEERS: list[tuple[str, Callable[[loops.Work], Loop], str]] = [  # name, loop, the package it needs
     ("raw + tqdm and .item()", loops.raw_with_tqdm, "tqdm"),

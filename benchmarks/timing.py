@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from trainer import Trainer
-from trainer.plan import Step
+from trainer.exact.plan import Step
 
 OURS = "Lockstep"
 Clocks = npt.NDArray[np.float64]  # seconds on the wall, and of the process's CPU time

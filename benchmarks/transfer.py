@@ -32,10 +32,10 @@ from torchvision import transforms as v1
 from benchmarks.step_time import machine
 from benchmarks.timing import Clocks
 from trainer import Config, Trainer, load
+from trainer.components.heads import find_head
+from trainer.components.models import build_model
+from trainer.components.weights import start_from_weights, weights_file
 from trainer.errors import report
-from trainer.models import build_model
-from trainer.transfer.heads import find_head
-from trainer.transfer.weights import begin_with, weights_file
 
 RECIPES = ("extract", "finetune")
 CONFIGS = Path(__file__).parents[1] / "configs" / "transfer"
@@ -44,7 +44,7 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "transfer"
 def initial_model(config: Config, classes: int) -> nn.Module:
     """The network as Lockstep begins with it."""
     model = build_model(config.model, seed=config.run.seed, num_classes=classes, in_channels=3)
-    begin_with(weights_file(config.model, nullcontext), model, config.model, classes, config.run.seed)
+    start_from_weights(weights_file(config.model, nullcontext), model, config.model, classes, config.run.seed)
     return model
 
 

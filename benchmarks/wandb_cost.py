@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 from tests.wandb_server import WandbServer
 from trainer import load
-from trainer.tracking.jsonl import read_rows
+from trainer.reporting.jsonl import read_rows
 
 MODES = ("disabled", "offline", "online")
 

@@ -105,7 +105,7 @@ def test_every_loop_trains(tmp_path: Path) -> None:
     """Two epochs of each loop bring the loss down: none of them saves time by leaving the work out."""
 
     def losses(directory: Path) -> dict[str, float]:
-        from trainer.distributed import Ranks
+        from trainer.process.ranks import Ranks
 
         ranks, data = Ranks("fp32", find_unused_parameters=False), first_digits(640)
         inputs, targets = data.images.float() / 255, data.targets

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from trainer import checkpoint, files
-from trainer.checkpoint import Checkpoint, Progress
-from trainer.config import Config, RunConfig
+from trainer.config.schema import Config, RunConfig
 from trainer.errors import ConfigError, LockstepError
-from trainer.run_directory import RunDirectory, check_same_run
+from trainer.storage import checkpoint, files
+from trainer.storage.checkpoint import Checkpoint, Progress
+from trainer.storage.run_directory import RunDirectory, check_same_run
 
 
 def held(step: int) -> Checkpoint:

@@ -13,10 +13,10 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
 from trainer import Trainer
 from trainer.data.datasets import FakeImages, ImageArrays
-from trainer.data.fingerprint import fingerprint
 from trainer.data.folder import ImageFolder
 from trainer.errors import DataError
-from trainer.inspection.comparison import compare
+from trainer.inspection.compare import compare
+from trainer.storage.fingerprint import fingerprint
 
 
 def fit(directory: Path, *, name: str, samples: int = 56, spoilt: bool = False, **changes: object) -> None:

@@ -11,11 +11,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.components import build, resolve
-from trainer.config import Config
-from trainer.config_file import command_line, help_text, load
+from trainer.config.load import command_line, help_text, load
+from trainer.config.registry import build, resolve
+from trainer.config.schema import Config
 from trainer.errors import ConfigError
-from trainer.run_directory import config_yaml
+from trainer.storage.run_directory import config_yaml
 
 
 def error(*overrides: str, text: str = "", directory: Path | None = None) -> str:

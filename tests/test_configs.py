@@ -12,7 +12,7 @@ from torchvision.io import write_jpeg
 
 from tests.distributed.ranks import on_ranks
 from trainer import Trainer
-from trainer.config_file import load
+from trainer.config.load import load
 
 ROOT = Path(__file__).parents[1]
 YAMLS = [*sorted((ROOT / "configs").rglob("*.yaml")), *sorted((ROOT / "examples").rglob("*.yaml"))]

@@ -12,8 +12,8 @@ from timeit import repeat
 
 import pytest
 
-from trainer.tracking import console as console_module
-from trainer.tracking.console import Console
+from trainer.reporting import console as console_module
+from trainer.reporting.console import Console
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 FACTS = [("model", "my [bold]net[/bold] :smile:"), ("run", "runs/digits")]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer import digest as module
-from trainer.digest import digest, hexadecimal
+from trainer.storage import digest as module
+from trainer.storage.digest import digest, hexadecimal
 
 MASK = (1 << 64) - 1
 

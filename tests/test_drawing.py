@@ -9,8 +9,8 @@ import torch
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
 from trainer import Trainer
-from trainer.drawing import apart, confusion
-from trainer.evaluation import Decision
+from trainer.core.evaluation import Decision
+from trainer.reporting.figures.drawing import confusion, split_by_correctness
 
 NAMES = ("predictions", "saliency", "confusion_matrix")
 
@@ -18,7 +18,7 @@ NAMES = ("predictions", "saliency", "confusion_matrix")
 def test_the_surest_mistakes_and_the_least_sure_hits_come_first() -> None:
     sure = [0.9, 0.3, 0.99, 0.6, 0.3, 0.99]
     decisions = [Decision(i, i % 2, 0, share) for i, share in enumerate(sure)]
-    wrong, right = apart(decisions)
+    wrong, right = split_by_correctness(decisions)
     assert [decision.sample_id for decision in wrong] == [5, 3, 1]
     assert [decision.sample_id for decision in right] == [4, 0, 2]
     assert torch.equal(confusion(decisions, None), torch.tensor([[3, 3], [0, 0]]))

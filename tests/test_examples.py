@@ -15,9 +15,9 @@ from examples.bring_your_own.task import Segmentation
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import largest_difference, state
 from trainer import Task, Trainer
-from trainer.config import LossConfig
-from trainer.config_file import load
-from trainer.task import build_task
+from trainer.components.task import build_task
+from trainer.config.load import load
+from trainer.config.schema import LossConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "examples" / "bring_your_own" / "discs.yaml"

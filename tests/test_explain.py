@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
 from trainer.commands.explain import main, show
-from trainer.config_file import load
+from trainer.config.load import load
 from trainer.errors import ConfigError
 from trainer.inspection.autograd_chain import chain
 from trainer.inspection.explain import Dissected

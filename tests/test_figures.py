@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import Tensor
 
-from trainer import figures
-from trainer.figures import Predicted
-from trainer.figures.style import DPI
+from trainer.reporting import figures
+from trainer.reporting.figures import Predicted
+from trainer.reporting.figures.style import DPI
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.config import LossConfig
+from trainer.components.task import build_task
+from trainer.config.schema import LossConfig
+from trainer.core.forward import Forward
+from trainer.core.precision import Precision
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
-from trainer.forward import Forward
-from trainer.plan import Plan
-from trainer.precision import Precision
-from trainer.task import build_task
+from trainer.exact.plan import Plan
 
 CPU = torch.device("cpu")
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import CLASSES, Images, config, conv_net, fitted, largest_difference, state
 from trainer import ConfigError, Task, Trainer
-from trainer.config import Config
-from trainer.config_file import load
-from trainer.fuse import Fused, _as_channels, _one_by_one
-from trainer.fuse_trial import settled_fuse
-from trainer.plan import Plan
+from trainer.config.load import load
+from trainer.config.schema import Config
+from trainer.core.fuse_check import choose_fuse
+from trainer.exact.fuse import Fused, _as_channels, _one_by_one
+from trainer.exact.plan import Plan
 
 MICRO = 4  # 103 samples in steps of 28: 7 micro-batches of 4; a last step of 19, in 4 of 4 and one of 3
 
@@ -217,7 +217,7 @@ def test_what_fuse_does_not_go_with(other: str) -> None:
     with pytest.raises(ConfigError, match=other.replace("=", ".")) as caught:
         load(None, ["batch.micro_size=8", "batch.fuse=2", other])
     assert caught.value.key == "batch.fuse"
-    assert load(None, ["batch.fuse=auto", other]).unfused()
+    assert load(None, ["batch.fuse=auto", other]).fuse_refusal()
 
 
 def test_values_of_the_key() -> None:
@@ -263,7 +263,7 @@ def test_auto_takes_what_fits_and_leaves_no_trace_of_its_tries(
         settings = config(directory, batch__micro_size=MICRO, batch__fuse="auto")
         trainer = Trainer(settings, model=Small(most, backward), train_data=Images(), val_data=Images(20))
         before, drawn = state(trainer), torch.get_rng_state()
-        fuse = settled_fuse(trainer)
+        fuse = choose_fuse(trainer)
         same = torch.equal(torch.get_rng_state(), drawn)
         return (
             fuse,
@@ -276,21 +276,21 @@ def test_auto_takes_what_fits_and_leaves_no_trace_of_its_tries(
 
 
 def test_auto_on_the_cpu_asks_how_much_memory_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer import fuse_trial
+    from trainer.core import fuse_check
 
     def settled(directory: Path, room: int) -> tuple[int, int]:
         settings = config(directory, batch__micro_size=MICRO, batch__fuse="auto")
         trainer = Trainer(settings, model=conv_net(), train_data=Images(), val_data=Images(20))
-        one = fuse_trial._bytes_of_one(trainer, trainer.plan.step(0), 0)
-        monkeypatch.setattr(fuse_trial, "_room", lambda: room * one)
-        return settled_fuse(trainer), one
+        one = fuse_check._bytes_of_one(trainer, trainer.plan.step(0), 0)
+        monkeypatch.setattr(fuse_check, "_room", lambda: room * one)
+        return choose_fuse(trainer), one
 
     for room, due in ((0, 1), (1, 1), (5, 5), (99, 7)):
         ((fuse, one),) = on_ranks(1, settled, tmp_path, room)
         assert fuse == due
     activations = 2 * MICRO * (50 + 4 * 9 * 3 + CLASSES) * 8  # input, three maps of (4, 3, 3), logits; fp64
     assert 0.5 * activations < one < 2 * activations
-    assert fuse_trial._room() > 0
+    assert fuse_check._room() > 0
 
 
 def test_nothing_stays_active_after_a_forward() -> None:

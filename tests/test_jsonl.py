@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.errors import LockstepError
-from trainer.tracking.jsonl import MetricsFile, read_rows
+from trainer.reporting.jsonl import MetricsFile, read_rows
 
 
 def rows_of(*steps):

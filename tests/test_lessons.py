@@ -16,10 +16,10 @@ from examples.lessons.gradient_descent import GradientDescent
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import IGNORED, Points, config, fitted, mlp, state
 from trainer import Config, ConfigError, Trainer
-from trainer.config_file import load
-from trainer.metrics import TIMINGS
-from trainer.plan import Step
-from trainer.tracking.jsonl import read_rows
+from trainer.config.load import load
+from trainer.core.metrics import TIMINGS
+from trainer.exact.plan import Step
+from trainer.reporting.jsonl import read_rows
 
 LESSONS = Path(__file__).parents[1] / "configs" / "lessons"
 QUIET = ["wandb.mode=disabled", "run.figures=false"]
@@ -204,8 +204,8 @@ def test_reduction_mean_and_sum_are_one_run_without_nan(tmp_path: Path, name: st
 
 
 def test_another_reduction_is_refused() -> None:
-    from trainer.config import LossConfig
-    from trainer.task import build_task
+    from trainer.components.task import build_task
+    from trainer.config.schema import LossConfig
 
     with pytest.raises(ConfigError, match=r'loss\.reduction: "none" is not one of mean, sum'):
         build_task(LossConfig(name="mse", args={"reduction": "none"}), None)

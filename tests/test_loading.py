@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.config import DataConfig
+from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets, ImageArrays
 from trainer.data.loading import Loader, Normalize, build_loaders
 from trainer.data.samples import KeyedDataset, Request
@@ -113,7 +113,7 @@ def test_a_bad_sample_is_an_error_that_names_it_and_never_its_neighbour(workers:
     keyed = KeyedDataset(OneBad(), None, seed=0, purpose="train")
     loader = Loader(keyed, DataConfig(workers=workers), CPU, Normalize(None, None, torch.float32))
     batches = loader.run([Request(place, 0, np.array([place])) for place in range(4)])
-    assert [next(batches).place, next(batches).place] == [0, 1]
+    assert [next(batches).first, next(batches).first] == [0, 1]
     with pytest.raises(DataError) as caught:
         next(batches)
     message = str(caught.value)

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.distributed.ranks import on_ranks
-from trainer import metrics
-from trainer.checkpoint import Progress
-from trainer.config import LossConfig
-from trainer.distributed import Ranks
-from trainer.metrics import Meter, Stopwatch, Totals
-from trainer.task import build_task
+from trainer.components.task import build_task
+from trainer.config.schema import LossConfig
+from trainer.core import metrics
+from trainer.core.metrics import Meter, Stopwatch, Totals
+from trainer.process.ranks import Ranks
+from trainer.storage.checkpoint import Progress
 
 IGNORED = -1
 VALUES = st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=40)

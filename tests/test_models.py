@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import ModelConfig
+from trainer.components.models import build_model, count_parameters, input_channels
+from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError
-from trainer.models import build_model, count_parameters, input_channels
 
 
 def model(name: str, seed: int = 0, channels: int | None = 3, **args: Any) -> nn.Module:

@@ -7,9 +7,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from trainer.config import OptimizerConfig
+from trainer.components.optimizer import build_optimizer, load_named_state, named_state, set_learning_rate
+from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError, LockstepError
-from trainer.optimizer import build_optimizer, load_named_state, named_state, set_learning_rate
 
 
 class Net(nn.Module):

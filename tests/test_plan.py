@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from trainer.errors import ConfigError
-from trainer.plan import Plan, split_evenly
+from trainer.exact.plan import Plan, split_evenly
 
 
 @st.composite

@@ -18,14 +18,14 @@ from torchvision.io import write_jpeg, write_png
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
 from trainer import Trainer
-from trainer.config_file import load
+from trainer.config.load import load
+from trainer.core.evaluation import Decision
 from trainer.data.datasets import digits
 from trainer.data.folder import decode
 from trainer.errors import ConfigError, LockstepError
-from trainer.evaluation import Decision
-from trainer.export import Classifier, export
-from trainer.prediction import Predictor
-from trainer.signature import Signature
+from trainer.inspection.export import Classifier, export
+from trainer.inspection.predictor import Predictor
+from trainer.storage.signature import Signature
 
 ROOT = Path(__file__).parents[1]
 RESIZE = "data.val_transforms=[{name: Resize, size: [8, 8], interpolation: nearest}]"

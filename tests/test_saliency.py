@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import CLASSES, Images, Points, config, conv_net, mlp
 from trainer import Trainer
-from trainer.files import tensors_sha256
-from trainer.saliency import saliency
-from trainer.task import CrossEntropy, Regression
+from trainer.components.task import CrossEntropy, Regression
+from trainer.reporting.figures.saliency_maps import saliency
+from trainer.storage.files import tensors_sha256
 
 IMAGES = Images(3).points.float()
 

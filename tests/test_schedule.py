@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from trainer.config import ScheduleConfig
+from trainer.components.schedule import Schedule, build_schedule
+from trainer.config.schema import ScheduleConfig
 from trainer.errors import ConfigError
-from trainer.schedule import Schedule, build_schedule
 
 STEPS_PER_EPOCH = 5
 TOTAL = 12 * STEPS_PER_EPOCH

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import torch
 
-from trainer.seeding import device_seeder, key, mixed, numpy_generator, preserved_cpu_generators, seed_cpu
+from trainer.exact.seeding import device_seeder, key, mixed, numpy_generator, preserved_cpu_generators, seed_cpu
 
 
 def test_keys_are_fixed_for_ever() -> None:

@@ -9,8 +9,8 @@ from types import FrameType
 
 import pytest
 
-from trainer.distributed import Ranks
-from trainer.stopping import StopRequest
+from trainer.process.ranks import Ranks
+from trainer.process.signals import StopRequest
 
 
 class AtOnceError(Exception):

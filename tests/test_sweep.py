@@ -21,8 +21,8 @@ import yaml
 from rich.console import Console
 from scipy import stats
 
-from trainer.config import Config
-from trainer.config_file import load
+from trainer.config.load import load
+from trainer.config.schema import Config
 from trainer.errors import ConfigError
 from trainer.sweep.check import check
 from trainer.sweep.description import Hyperband, Sweep, read_sweep

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.config import LossConfig
+from trainer.components.task import Task, build_task
+from trainer.config.schema import LossConfig
 from trainer.errors import ConfigError, DataError
-from trainer.task import Task, build_task
 
 
 def task(name: str, num_classes: int | None = None, **args: Any) -> Task:

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torchvision import models
 
 from tests.distributed.ranks import on_ranks
-from trainer.config import BatchNormConfig, ModelConfig, OptimizerConfig
-from trainer.distributed import Ranks
+from trainer.components.freezing import Freezing
+from trainer.components.heads import find_head, fit_head, head_outputs
+from trainer.components.learning_rates import layers_of
+from trainer.components.models import build_model
+from trainer.components.optimizer import build_optimizer
+from trainer.components.weights import download, load_weights, start_from_weights, weights_file
+from trainer.config.schema import BatchNormConfig, ModelConfig, OptimizerConfig
 from trainer.errors import ConfigError
-from trainer.models import build_model
-from trainer.optimizer import build_optimizer
-from trainer.transfer.freezing import Freezing
-from trainer.transfer.heads import find_head, fit_head, head_outputs
-from trainer.transfer.learning_rates import layers_of
-from trainer.transfer.weights import begin_with, download, load_weights, weights_file
+from trainer.process.ranks import Ranks
 
 LARGE_TABLES = ("regnet",)  # compute their widths with tensors, which the meta device cannot
 
@@ -115,7 +115,7 @@ def test_a_file_is_loaded_but_for_the_head(tmp_path: Path, name: str, wrapper: s
     path = saved(tmp_path / name, prefixed, wrapper)
     model = net(3)
     section = ModelConfig(weights=str(path))
-    account = begin_with(weights_file(section, nullcontext), model, section, 3, seed=0)
+    account = start_from_weights(weights_file(section, nullcontext), model, section, 3, seed=0)
     assert "12 of 14 tensors" in account
     assert "new: 5.bias, 5.weight" in account
     for k, v in model.state_dict().items():
@@ -126,7 +126,7 @@ def test_a_model_of_fixed_outputs_gets_a_new_head(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.pth", net(1000).state_dict())
     model = net(1000)
     section = ModelConfig(weights=str(path))
-    assert "new head 5 with 3 outputs" in begin_with(path, model, section, 3, seed=0)
+    assert "new head 5 with 3 outputs" in start_from_weights(path, model, section, 3, seed=0)
     assert model[5].out_features == 3
 
 
@@ -175,7 +175,7 @@ def test_weights_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     path = weights_file(section, nullcontext)
     assert path == place
     model = build_model(section, seed=0, num_classes=4, in_channels=3)
-    assert "new: classifier.1.bias, classifier.1.weight" in begin_with(path, model, section, 4, seed=0)
+    assert "new: classifier.1.bias, classifier.1.weight" in start_from_weights(path, model, section, 4, seed=0)
     with pytest.raises(ConfigError, match=r'not "DEFUALT"; .* did you mean "DEFAULT"'):
         weights_file(ModelConfig(name="resnet18", weights="DEFUALT"), nullcontext)
     with pytest.raises(ConfigError, match="which small_cnn is not; give a file"):
@@ -276,7 +276,7 @@ def test_thawing_is_a_function_of_the_epoch() -> None:
 
 
 def test_thawed_parts_keep_a_batch_norm_that_is_frozen_for_another_reason() -> None:
-    from trainer.batch_norm import configure
+    from trainer.exact.batch_norm import configure
 
     model = configure(net(), BatchNormConfig(mode="frozen"), ranks=1, device=torch.device("cpu"))
     freezing = frozen(model, freeze="backbone", unfreeze={"1": "backbone"})

@@ -8,7 +8,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.tree import Fold, nodes_of
+from trainer.exact.tree import TreeSum, nodes_of
 
 
 def added(left: str, right: str) -> str:
@@ -31,9 +31,9 @@ def root_level(leaves: int) -> int:
 @given(st.integers(1, 70), st.data())
 def test_any_sharing_out_makes_the_same_additions(leaves: int, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, leaves), max_size=9)))
-    whole: Fold[str] = Fold(leaves, added)
+    whole: TreeSum[str] = TreeSum(leaves, added)
     for first, last in itertools.pairwise([0, *cuts, leaves]):
-        part: Fold[str] = Fold(leaves, added)
+        part: TreeSum[str] = TreeSum(leaves, added)
         for leaf in range(first, last):
             part.push((0, leaf), str(leaf))
         assert [node for node, _ in part.nodes] == nodes_of(first, last, leaves)

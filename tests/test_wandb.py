@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests.wandb_server import WandbServer
-from trainer.config import WandbConfig
+from trainer.config.schema import WandbConfig
 from trainer.errors import ConfigError
-from trainer.tracking.wandb import start_wandb
+from trainer.reporting.wandb.run import start_wandb
 
 REPOSITORY = Path(__file__).parents[1]
 PREAMBLE = """
 import json, sys, time
 from pathlib import Path
-from trainer.config import WandbConfig
-from trainer.tracking.wandb import start_wandb
+from trainer.config.schema import WandbConfig
+from trainer.reporting.wandb.run import start_wandb
 
 notes = []
 def start(mode="auto", run_id=None, name="first"):

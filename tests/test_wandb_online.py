@@ -22,10 +22,10 @@ from tests.distributed.small import Images, Points, config, conv_net, mlp
 from tests.wandb_server import WandbServer
 from trainer import LockstepError, Trainer
 from trainer.commands.sync import sync
-from trainer.config import Config
-from trainer.config_file import load
-from trainer.plan import Step
-from trainer.tracking.jsonl import read_rows
+from trainer.config.load import load
+from trainer.config.schema import Config
+from trainer.exact.plan import Step
+from trainer.reporting.jsonl import read_rows
 
 QUICK = {"wandb__mode": "auto", "wandb__init_timeout": 2, "wandb__finish_timeout": 2, "run__resume": "auto"}
 
@@ -312,7 +312,7 @@ def test_a_run_that_fails_sends_an_alert(at_home: Path, server: WandbServer) -> 
 def test_sync_leaves_a_run_alone_that_is_in_use(at_home: Path, server: WandbServer) -> None:
     ((_, error, _),) = on_ranks(1, train, config(at_home, **QUICK), server, online=False)
     assert error == ""
-    from trainer.run_directory import lock
+    from trainer.storage.run_directory import lock
 
     with lock(at_home / "run"), pytest.raises(LockstepError, match="another process is training"):
         sync(at_home / "run")

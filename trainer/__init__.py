@@ -4,15 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.config import Config
-    from trainer.config_file import load
+    from trainer.components.task import Task
+    from trainer.config.load import load
+    from trainer.config.schema import Config
     from trainer.errors import ConfigError, DataError, LockstepError, Stopped
-    from trainer.task import Task
     from trainer.trainer import Trainer
 
 __all__ = ["Config", "ConfigError", "DataError", "LockstepError", "Stopped", "Task", "Trainer", "load"]
 
-HOMES = {"Trainer": "trainer", "Task": "task", "Config": "config", "load": "config_file"}
+HOMES = {"Trainer": "trainer", "Task": "components.task", "Config": "config.schema", "load": "config.load"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,29 +8,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainer import checkpoint, drawing, report
-from trainer.checkpoint import Checkpoint
-from trainer.config import Config
+from trainer.components.optimizer import learning_rates, load_named_state, named_state, set_learning_rate
+from trainer.components.schedule import Schedule, build_schedule
+from trainer.components.task import Task
+from trainer.config.schema import Config
+from trainer.config.secrets import without_secrets
+from trainer.core.build import Run
+from trainer.core.fuse_check import choose_fuse
+from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
-from trainer.determinism import refused_operation
-from trainer.digest import digest, hexadecimal
-from trainer.environment import environment
 from trainer.errors import ConfigError, LockstepError, Stopped
-from trainer.fuse_trial import settled_fuse
-from trainer.metrics import Meter, Row, Stopwatch, Totals
-from trainer.optimizer import learning_rates, load_named_state, named_state, set_learning_rate
-from trainer.parts import Parts
-from trainer.plan import Step
-from trainer.redaction import without_secrets
-from trainer.run_directory import check_same_run, config_yaml
-from trainer.schedule import Schedule, build_schedule
-from trainer.stopping import StopRequest
-from trainer.task import Task
-from trainer.tracking.journal import Journal
+from trainer.exact.determinism import refused_operation
+from trainer.exact.plan import Step
+from trainer.process.signals import StopRequest
+from trainer.reporting import summary as report
+from trainer.reporting.figures import drawing
+from trainer.reporting.journal import Journal
+from trainer.storage import checkpoint
+from trainer.storage.checkpoint import Checkpoint
+from trainer.storage.digest import digest, hexadecimal
+from trainer.storage.environment import environment
+from trainer.storage.run_directory import check_same_run, config_yaml
 
 
-class Trainer(Parts):
+class Trainer(Run):
     """A run: what a `Config` describes, on however many processes were launched.
 
     A model, data sets or a task made elsewhere may be given instead of being named in the config:
@@ -59,7 +61,7 @@ class Trainer(Parts):
         """Train from the start, or from the checkpoint that `run.resume` finds; returns what `summary.json` holds."""
         if self.progress.step:
             raise LockstepError("this Trainer has trained already; make a new one, with run.resume=auto to go on")
-        self.fuse = settled_fuse(self)
+        self.fuse = choose_fuse(self)
         with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
             self._resume(self.journal.resume_from)
             header = report.header(self, self.schedule, self.journal.directory)
@@ -111,9 +113,9 @@ class Trainer(Parts):
         self.statistics.begin(step)
         model = self.gradients.model(step)
         for batch in self.batches.step(step):
-            with self.gradients.leaf(step, batch.places):
+            with self.gradients.leaf(step, batch.indices):
                 output, loss, weight = self.forward(model, batch, step)
-                self.precision.backward(loss, self.gradients.seed(step, batch.places, loss, weight))
+                self.precision.backward(loss, self.gradients.seed(step, batch.indices, loss, weight))
             self.meter.add(loss, weight, output, batch.targets)
         self.gradients.reduce(step)
         self._clip(step)

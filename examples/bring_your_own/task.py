@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer import Task
-from trainer.task import Sum
+from trainer.components.task import Sum
 
 
 class Segmentation(Task):

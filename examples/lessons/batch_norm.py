@@ -21,8 +21,8 @@ from torch import nn
 
 from trainer import Trainer, load
 from trainer.errors import leave, report
-from trainer.figures.style import BLUE, DPI, FAINT, INK, QUIET, SMALL, TITLE, VERMILION
-from trainer.plan import Step
+from trainer.exact.plan import Step
+from trainer.reporting.figures.style import BLUE, DPI, FAINT, INK, QUIET, SMALL, TITLE, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from trainer import Trainer, load
-from trainer.config_file import command_line
+from trainer.config.load import command_line
 from trainer.errors import leave, report
-from trainer.figures.style import BLUE, DPI, FAINT, INK, QUIET, SMALL, TITLE, VERMILION
-from trainer.plan import Step
-from trainer.run_directory import run_path
+from trainer.exact.plan import Step
+from trainer.reporting.figures.style import BLUE, DPI, FAINT, INK, QUIET, SMALL, TITLE, VERMILION
+from trainer.storage.run_directory import run_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

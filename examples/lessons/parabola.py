@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import Task
-from trainer.task import Sum
+from trainer.components.task import Sum
 
 
 class Place(nn.Module):

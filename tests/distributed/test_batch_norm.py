@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import CLASSES, Images, config, conv_net, fitted, largest_difference, state
-from trainer import ConfigError, Trainer, checkpoint
-from trainer.batch_norm import RunningStatistics, norm_layers
-from trainer.config import BatchNormConfig
-from trainer.distributed import Ranks
-from trainer.plan import Plan
+from trainer import ConfigError, Trainer
+from trainer.config.schema import BatchNormConfig
+from trainer.exact.batch_norm import RunningStatistics, norm_layers
+from trainer.exact.plan import Plan
+from trainer.process.ranks import Ranks
+from trainer.storage import checkpoint
 
 SAMPLES = 86  # 3 × 28 + 2: with micro-batches of 7, two ranks of three have nothing to do in a last step
 

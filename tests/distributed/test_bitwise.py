@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, largest_difference, state
 from trainer import LockstepError, Trainer
-from trainer.metrics import TIMINGS
-from trainer.tracking.jsonl import read_rows
+from trainer.core.metrics import TIMINGS
+from trainer.reporting.jsonl import read_rows
 
 DIGESTS = ("weights_sha256", "buffers_sha256", "optimizer_sha256")
 

@@ -12,7 +12,7 @@ from torch import nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
 from trainer import Trainer
-from trainer.evaluation import Decision
+from trainer.core.evaluation import Decision
 
 SAMPLES = 358
 

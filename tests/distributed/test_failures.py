@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, Points, config, conv_net, fitted, mlp
-from trainer import ConfigError, DataError, LockstepError, Trainer, checkpoint
-from trainer.determinism import refused_operation
+from trainer import ConfigError, DataError, LockstepError, Trainer
+from trainer.exact.determinism import refused_operation
+from trainer.storage import checkpoint
 
 
 def failure(settings: Any, model: nn.Module, data: Any) -> tuple[str, str]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net, fitted, largest_difference, state
 from tests.distributed.test_batch_norm import SAMPLES, SharedNorm, plain_pytorch
-from trainer.metrics import TIMINGS
-from trainer.tracking.jsonl import read_rows
+from trainer.core.metrics import TIMINGS
+from trainer.reporting.jsonl import read_rows
 
 Outcome = tuple[dict[str, Tensor], list[dict[str, float]], int]
 

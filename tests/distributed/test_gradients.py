@@ -13,8 +13,8 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.small import IGNORED, Points, config, fitted, largest_difference, mlp, state
 from trainer import ConfigError, Task, Trainer
 from trainer.data.loading import TrainLoader
-from trainer.plan import Plan
-from trainer.tracking.jsonl import read_rows
+from trainer.exact.plan import Plan
+from trainer.reporting.jsonl import read_rows
 
 CLASS_WEIGHTS = [1.0, 0.2, 3.0, 0.7]
 

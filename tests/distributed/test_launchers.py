@@ -15,8 +15,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.distributed.small import largest_difference
-from trainer.metrics import TIMINGS
-from trainer.tracking.jsonl import read_rows
+from trainer.core.metrics import TIMINGS
+from trainer.reporting.jsonl import read_rows
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

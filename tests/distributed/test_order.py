@@ -43,9 +43,9 @@ def steps(directory: Path, workers: int, first_step: int = 0) -> Steps:
     seen: Steps = {}
     for step in trainer.plan.steps(first_step):
         for batch in loader.step(step):
-            ids = trainer.plan.sample_ids(step, batch.place).tolist()
+            ids = trainer.plan.sample_ids(step, batch.first).tolist()
             pixels = hashlib.sha256(batch.inputs.numpy().tobytes() + batch.targets.numpy().tobytes()).hexdigest()
-            seen[step.number, batch.place] = ids, pixels, trainer.schedule.factor(step.number - 1)
+            seen[step.number, batch.first] = ids, pixels, trainer.schedule.factor(step.number - 1)
     return seen
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, Points, config, conv_net, fitted, largest_difference, mlp, state
 from trainer import Trainer
-from trainer.tracking.jsonl import read_rows
+from trainer.reporting.jsonl import read_rows
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

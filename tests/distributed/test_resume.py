@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net, fitted, largest_difference, state
-from trainer import ConfigError, Trainer, checkpoint, load
+from trainer import ConfigError, Trainer, load
+from trainer.core.metrics import TIMINGS
 from trainer.data.datasets import FakeImages
-from trainer.metrics import TIMINGS
-from trainer.plan import Plan
-from trainer.tracking.jsonl import read_rows
+from trainer.exact.plan import Plan
+from trainer.reporting.jsonl import read_rows
+from trainer.storage import checkpoint
 
 NOT_ROUNDING = (*TIMINGS, "digest")  # what no bound holds for
 ROOT = Path(__file__).parents[2]

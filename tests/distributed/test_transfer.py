@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import CLASSES, Images, config, fitted, largest_difference, state
 from trainer import Trainer
-from trainer.plan import Plan
+from trainer.exact.plan import Plan
 
 SAMPLES, SIZE = 56, 12  # the last of an epoch's 5 steps has 2 micro-batches, the others 3
 

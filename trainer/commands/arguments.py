@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import Config
-from trainer.config_file import DEFAULT_CONFIG, load
+from trainer.config.load import DEFAULT_CONFIG, load
+from trainer.config.schema import Config
 from trainer.errors import ConfigError, nearest
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from time import perf_counter
 
-from trainer import report
 from trainer.commands.arguments import split, the_config
+from trainer.core.fuse_check import choose_fuse
 from trainer.errors import LockstepError
-from trainer.fuse_trial import settled_fuse
-from trainer.run_directory import run_path
-from trainer.tracking.console import Console
+from trainer.reporting import summary as report
+from trainer.reporting.console import Console
+from trainer.storage.run_directory import run_path
 from trainer.trainer import Trainer
 
 
@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
     given = split(arguments)
     config = the_config(given)
     trainer = Trainer(config)
-    trainer.fuse = settled_fuse(trainer)
+    trainer.fuse = choose_fuse(trainer)
     console = Console(active=trainer.ranks.is_main)
     console.header(report.header(trainer, trainer.schedule, run_path(config.run)))
     step = trainer.plan.step(0)

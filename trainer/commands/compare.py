@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.commands.arguments import split
 from trainer.errors import ConfigError
-from trainer.inspection.comparison import Comparison, compare
+from trainer.inspection.compare import Comparison, compare
 
 
 def main(arguments: list[str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer.commands.arguments import split, the_run
-from trainer.run_directory import read_config
+from trainer.storage.run_directory import read_config
 from trainer.trainer import Trainer
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from trainer.commands.arguments import split, whole_number
 from trainer.data.folder import image_files
 from trainer.errors import ConfigError, DataError, nearest
-from trainer.export import ENDINGS, export
-from trainer.prediction import Predictor
+from trainer.inspection.export import ENDINGS, export
+from trainer.inspection.predictor import Predictor
 
 BAR = 12  # columns
 

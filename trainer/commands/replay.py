@@ -12,11 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from trainer import figures
 from trainer.commands.arguments import split, the_run, whole_number
-from trainer.files import write_json
 from trainer.inspection.replay import Replay, replay
-from trainer.run_directory import read_config
+from trainer.reporting import figures
+from trainer.storage.files import write_json
+from trainer.storage.run_directory import read_config
 from trainer.trainer import Trainer
 
 QUIET = ["wandb.mode=disabled", "run.figures=false", "data.workers=0", "train.compile=false", "batch.fuse=1"]

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.commands.arguments import split
-from trainer.config import Config
+from trainer.config.schema import Config
 from trainer.errors import ConfigError
-from trainer.run_directory import lock, read_config
-from trainer.tracking.jsonl import read_rows
-from trainer.tracking.wandb import WandbRun
-from trainer.tracking.wandb_files import is_offline, sessions
+from trainer.reporting.jsonl import read_rows
+from trainer.reporting.wandb.files import is_offline, sessions
+from trainer.reporting.wandb.run import WandbRun
+from trainer.storage.run_directory import lock, read_config
 
 PATIENCE = 3600.0  # seconds for one run's files
 

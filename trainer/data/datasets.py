@@ -16,11 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from trainer.components import build, resolve
-from trainer.config import DataConfig
+from trainer.config.registry import build, resolve
+from trainer.config.schema import DataConfig
 from trainer.data.folder import image_folders
 from trainer.errors import ConfigError, DataError
-from trainer.seeding import numpy_generator
+from trainer.exact.seeding import numpy_generator
 
 
 class MapDataset(Protocol):

@@ -14,13 +14,13 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from trainer.config import DataConfig
+from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets, MapDataset
 from trainer.data.samples import Ids, KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
 from trainer.errors import ConfigError, DataError
-from trainer.plan import Plan, Range, Step, split_evenly
-from trainer.seeding import preserved_cpu_generators
+from trainer.exact.plan import IndexRange, Plan, Step, split_evenly
+from trainer.exact.seeding import preserved_cpu_generators
 
 
 class Normalize(nn.Module):
@@ -78,14 +78,14 @@ class Loader:
         self._device = device
         self.normalize = normalize
 
-    def peek(self, ids: Sequence[int] | Ids, place: int = 0, fused: int = 1) -> MicroBatch:
+    def peek(self, ids: Sequence[int] | Ids, first: int = 0, fused: int = 1) -> MicroBatch:
         """Some samples as the model sees them in the first epoch, fetched at once."""
-        batch: MicroBatch = send_to_device(self.fetch(ids, place, fused), self._device)
+        batch: MicroBatch = send_to_device(self.fetch(ids, first, fused), self._device)
         return batch._replace(inputs=self.normalize(batch.inputs))
 
-    def fetch(self, ids: Sequence[int] | Ids, place: int = 0, fused: int = 1) -> MicroBatch:
+    def fetch(self, ids: Sequence[int] | Ids, first: int = 0, fused: int = 1) -> MicroBatch:
         """The same as the transforms leave them: on the CPU, not normalised."""
-        return next(self._here([Request(place, 0, np.asarray(ids), fused)]))
+        return next(self._here([Request(first, 0, np.asarray(ids), fused)]))
 
     def raw(self, sample_id: int) -> Any:
         """A sample's input as the data set gives it."""
@@ -96,8 +96,8 @@ class Loader:
         """The micro-batches that are asked for, in order. Closing the generator ends its loader processes."""
         batches = self._in_workers(requests) if self._section.workers else self._here(requests)
         normalize = self.normalize.forward
-        for place, inputs, targets, fused in self._copied_ahead(batches) if self._device.type != "cpu" else batches:
-            yield MicroBatch(place, normalize(inputs), targets, fused)
+        for first, inputs, targets, fused in self._copied_ahead(batches) if self._device.type != "cpu" else batches:
+            yield MicroBatch(first, normalize(inputs), targets, fused)
 
     def _here(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
         for request in requests:
@@ -162,7 +162,7 @@ class TrainLoader:
         self._plan = plan
         self._rank = rank
         self._fuse = fuse
-        self._groups: dict[int, list[Range]] = {}  # by a step's size
+        self._groups: dict[int, list[IndexRange]] = {}  # by a step's size
         self._batches = loader.run(self._requests(first_step))
         self._waited = 0.0
 
@@ -181,7 +181,7 @@ class TrainLoader:
             asked = perf_counter()
             batch = next(self._batches)
             self._waited += perf_counter() - asked
-            assert batch.places == (first, last), "steps are taken in order"
+            assert batch.indices == (first, last), "steps are taken in order"
             yield batch
 
     def _requests(self, first_step: int) -> Iterator[Request]:
@@ -189,7 +189,7 @@ class TrainLoader:
             for first, last in self._grouped(step):
                 yield Request(first, step.epoch, self._plan.sample_ids(step, first, last), last - first)
 
-    def _grouped(self, step: Step) -> list[Range]:
+    def _grouped(self, step: Step) -> list[IndexRange]:
         if step.size not in self._groups:
             self._groups[step.size] = self._plan.groups(step, self._rank, self._fuse)
         return self._groups[step.size]

@@ -15,32 +15,32 @@ from torch.utils.data import Dataset, default_collate
 from trainer.data.datasets import ImageArrays, MapDataset
 from trainer.data.transforms import apply
 from trainer.errors import DataError
-from trainer.plan import Range
-from trainer.seeding import key, seed_cpu
+from trainer.exact.plan import IndexRange
+from trainer.exact.seeding import key, seed_cpu
 
 Ids = npt.NDArray[np.int64]
 
 
 class MicroBatch(NamedTuple):
-    """Samples that are never split. `place` is its index among those of its step.
+    """Samples that are never split. `first` is its index among those of its step.
 
-    Or `fused` of them, neighbours of one size, that are run in one forward: the first is at `place`.
+    Or `fused` of them, neighbours of one size, that are run in one forward: `first` is the index of the first one.
     """
 
-    place: int
+    first: int
     inputs: Any
     targets: Any
     fused: int = 1
 
     @property
-    def places(self) -> Range:
-        return self.place, self.place + self.fused
+    def indices(self) -> IndexRange:
+        return self.first, self.first + self.fused
 
 
 class Request(NamedTuple):
-    """What a loader is asked for: a micro-batch's place, its epoch, and its sample ids; or those of `fused` of them."""
+    """What a loader is asked for: a micro-batch's index, its epoch, and its sample ids; or those of `fused` of them."""
 
-    place: int
+    first: int
     epoch: int
     ids: Ids
     fused: int = 1
@@ -64,10 +64,10 @@ class KeyedDataset(Dataset[Any]):
 
     def __getitem__(self, request: Request) -> MicroBatch | DataError:
         if self._batch is not None:
-            return MicroBatch(request.place, *self._batch(torch.from_numpy(request.ids)), request.fused)
+            return MicroBatch(request.first, *self._batch(torch.from_numpy(request.ids)), request.fused)
         try:
             samples = [self._sample(request.epoch, int(i)) for i in request.ids]
-            return MicroBatch(request.place, *self._collate(samples), request.fused)
+            return MicroBatch(request.first, *self._collate(samples), request.fused)
         except DataError as error:
             return error
 

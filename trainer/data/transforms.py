@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trainer.components import build, resolve
+from trainer.config.registry import build, resolve
 from trainer.errors import ConfigError, nearest
 
 DTYPES = ("uint8", "int64", "float16", "bfloat16", "float32", "float64")

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from trainer.batch_norm import norm_layers
-from trainer.config import Config
+from trainer.config.schema import Config
+from trainer.core.metrics import Meter
 from trainer.data.loading import TrainLoader
+from trainer.exact.batch_norm import norm_layers
+from trainer.exact.plan import Step
 from trainer.inspection.autograd_chain import chain
-from trainer.metrics import Meter
-from trainer.plan import Step
 from trainer.trainer import Trainer
 
 SHOWN = 4  # values of a tensor, samples of a batch

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from trainer import checkpoint
 from trainer.errors import ConfigError
+from trainer.exact.plan import Step
 from trainer.inspection.watch import Watch
-from trainer.plan import Step
-from trainer.tracking.jsonl import read_rows
+from trainer.reporting.jsonl import read_rows
+from trainer.storage import checkpoint
 from trainer.trainer import Trainer
 
 Rows = dict[int, dict[str, Any]]  # logged rows of steps, by step

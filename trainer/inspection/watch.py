@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trainer.batch_norm import norm_layers
+from trainer.core.forward import Forward
 from trainer.data.samples import MicroBatch
-from trainer.forward import Forward
-from trainer.plan import Step
+from trainer.exact.batch_norm import norm_layers
+from trainer.exact.plan import Step
 from trainer.trainer import Trainer
 
 Numbers = dict[str, float]
@@ -89,10 +89,10 @@ class Watch:
         paths = getattr(data.train, "paths", None)
         found = []
         for batch, output in self._batches:
-            ids = self._trainer.plan.sample_ids(step, batch.place).tolist()
+            ids = self._trainer.plan.sample_ids(step, batch.first).tolist()
             for i, sample in enumerate(ids):
                 found.append({"id": sample, **({} if paths is None else {"file": paths[sample]})})
-                found[-1] |= {"target": _target(batch.targets, i, data.classes), "micro_batch": batch.place}
+                found[-1] |= {"target": _target(batch.targets, i, data.classes), "micro_batch": batch.first}
                 found[-1] |= {"loss": self._loss_of(output, batch.targets, i)}
         return found
 

@@ -6,13 +6,13 @@ import math
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from trainer.config import Config
-from trainer.config_file import load
+from trainer.config.fields import show
+from trainer.config.load import load
+from trainer.config.schema import Config
+from trainer.core.metrics import TIMINGS
 from trainer.errors import ConfigError, DataError, nearest
-from trainer.metrics import TIMINGS
 from trainer.sweep.description import Sweep
 from trainer.sweep.space import Values
-from trainer.typed import show
 
 ROW_VALUES = ("lr", "grad_norm", *TIMINGS)
 OWN = ("run.dir", "run.name", "run.resume")  # which the sweep sets
@@ -55,11 +55,11 @@ def _try_components(config: Config, swept: set[str]) -> None:
     from torch import nn
 
     if "optimizer" in swept:
-        from trainer.optimizer import build_optimizer
+        from trainer.components.optimizer import build_optimizer
 
         build_optimizer(config.optimizer, nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)))
     if "schedule" in swept:
-        from trainer.schedule import build_schedule
+        from trainer.components.schedule import build_schedule
 
         build_schedule(
             config.schedule,
@@ -71,7 +71,7 @@ def _try_components(config: Config, swept: set[str]) -> None:
     if "loss" in swept:
         _metrics(config)
     if "model" in swept:
-        from trainer.models import build_model
+        from trainer.components.models import build_model
 
         build_model(config.model, seed=0, num_classes=config.model.num_classes or 10, in_channels=3)
     if "data" in swept:
@@ -82,7 +82,7 @@ def _try_components(config: Config, swept: set[str]) -> None:
 
 
 def _metrics(config: Config) -> list[str]:
-    from trainer.task import build_task
+    from trainer.components.task import build_task
 
     return ["loss", *build_task(config.loss, config.model.num_classes).metrics]
 

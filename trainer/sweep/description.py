@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import yaml
 
-from trainer.config_file import command_line, parser_reason
+from trainer.config.fields import show
+from trainer.config.load import command_line, parser_reason
 from trainer.errors import ConfigError, nearest
 from trainer.sweep.space import Parameter, Values, number, read_parameters
-from trainer.typed import show
 
 KEYS = (
     *("name", "description", "project", "entity", "program", "method"),

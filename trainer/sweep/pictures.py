@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainer.figures.style import BLUE, INK, QUIET, SMALL, TEXT, new_figure, write
+from trainer.reporting.figures.style import BLUE, INK, QUIET, SMALL, TEXT, new_figure, write
 from trainer.sweep.description import Sweep
 from trainer.sweep.search import distributions, make_study
 from trainer.sweep.space import Parameter

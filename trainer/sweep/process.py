@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+from trainer.config.fields import show
+from trainer.process.parent import end_with_parent, process_status
+from trainer.reporting.jsonl import read_rows
 from trainer.sweep.description import Sweep
 from trainer.sweep.store import Trial
-from trainer.tracking.jsonl import read_rows
-from trainer.trial import end_with_parent, status
-from trainer.typed import show
 
 PATIENCE = 60.0  # seconds from a SIGTERM to a SIGKILL
 EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*")
@@ -113,7 +113,7 @@ def _group_lives(group: int) -> bool:
 def _group_of(process: int) -> int:
     """The group of a process; 0 where it has ended."""
     try:
-        state, _, group = status(process)
+        state, _, group = process_status(process)
     except OSError:
         return 0
     return 0 if state in "ZX" else group

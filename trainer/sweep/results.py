@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from trainer.files import write_text
+from trainer.storage.files import write_text
 from trainer.sweep.description import Sweep
 from trainer.sweep.pictures import importance_bars, importances, parallel_coordinates
 from trainer.sweep.store import Trial

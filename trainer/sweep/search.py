@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.seeding import key
+from trainer.exact.seeding import key
 from trainer.sweep.description import Hyperband, Sweep
 from trainer.sweep.space import Parameter, Values, grid
 from trainer.sweep.store import Trial

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.config.fields import show
 from trainer.errors import ConfigError, nearest
-from trainer.seeding import numpy_generator
-from trainer.typed import show
+from trainer.exact.seeding import numpy_generator
 
 Values = dict[str, Any]  # one trial's value of each parameter, by dotted name
 

@@ -9,9 +9,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from trainer.config.fields import show
 from trainer.sweep.description import Sweep
 from trainer.sweep.store import Trial
-from trainer.typed import show
 
 MOST_ROWS = 20
 STYLES = {"done": "green", "stopped": "yellow", "failed": "bold red", "running": "cyan", "interrupted": "dim"}

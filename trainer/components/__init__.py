@@ -1,0 +1,1 @@
+"""What a config names: models, tasks, optimizers, schedules, and what adapts a pretrained network."""

@@ -1,0 +1,265 @@
+"""Position in the run → factor of the base learning rate. Nothing is kept between calls, so nothing is saved.
+
+The position is the number of whole epochs done (`per: epoch`) or of steps done (`per: step`), and every
+duration among the arguments is in that unit. Warmup multiplies the curve and does not shift its clock.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, SupportsFloat
+
+from trainer.config.registry import build, resolve
+from trainer.config.schema import ScheduleConfig
+from trainer.errors import ConfigError
+
+Curve = tuple[Callable[[int], float], str]  # position → factor, and what to call it in the run's header
+Rule = tuple[str, Callable[[Any], bool]]  # what an argument must be, in words and as a test
+
+POSITIVE: Rule = ("a number above 0", lambda value: 0 < value < math.inf)
+FRACTION: Rule = ("a number from 0 to 1", lambda value: 0 <= value <= 1)
+COUNT: Rule = ("a whole number, 0 or more", lambda value: isinstance(value, int) and value >= 0)
+LENGTH: Rule = ("a whole number, 1 or more", lambda value: isinstance(value, int) and value >= 1)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What a curve may know of the run. `history` is the trainer's own list: it grows during the run."""
+
+    total: int  # the run's length in `unit`
+    unit: Literal["epoch", "step"]
+    history: list[float]  # the watched metric, one value for each evaluation so far
+    mode: Literal["min", "max"]  # whether less or more of it is better
+
+
+class Schedule:
+    """The factor by which each step's learning rate differs from `optimizer.lr`."""
+
+    def __init__(self, curve: Curve, section: ScheduleConfig, steps_per_position: int) -> None:
+        self._curve, self._phrase = curve
+        self._section = section
+        self._steps_per_position = steps_per_position
+        self._warmup_steps = round(section.warmup * steps_per_position)
+
+    def factor(self, step_index: int) -> float:
+        """The factor of the step that follows `step_index` earlier ones."""
+        value = self._curve(step_index // self._steps_per_position)
+        if step_index + 1 < self._warmup_steps:
+            start = self._section.warmup_start
+            value *= start + (1 - start) * (step_index + 1) / self._warmup_steps
+        return value
+
+    def describe(self) -> str:
+        """One short phrase, such as `step: ×0.1 every 7 epochs, warmup 1 epoch`."""
+        if not self._warmup_steps:
+            return self._phrase
+        start = f" from {_times(self._section.warmup_start)}" if self._section.warmup_start else ""
+        return f"{self._phrase}, warmup {_count(self._section.warmup, self._section.per)}{start}"
+
+
+def build_schedule(
+    section: ScheduleConfig,
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+    history: list[float],
+    mode: Literal["min", "max"],
+) -> Schedule:
+    """The schedule that `section` names. `plateau` alone reads `history`, anew at each call of `factor`.
+
+    An import path names a function `f(position, total, **arguments) -> factor`, both in unit `schedule.per`.
+    """
+    steps_per_position = steps_per_epoch if section.per == "epoch" else 1
+    clock = Clock(math.ceil(total_steps / steps_per_position), section.per, history, mode)
+    target = resolve("schedule", section.name, CURVES)
+    if target in CURVES.values():
+        curve = build("schedule", target, section.args, clock)
+    else:
+        curve = _imported(section, target, clock.total)
+    return Schedule(curve, section, steps_per_position)
+
+
+def constant(clock: Clock) -> Curve:
+    """The base learning rate, throughout."""
+    return lambda position: 1.0, "constant"
+
+
+def step(clock: Clock, *, step_size: int = 7, gamma: float = 0.1) -> Curve:
+    """Multiplied by `gamma` every `step_size`, as torch's StepLR."""
+    _check(LENGTH, step_size=step_size)
+    _check(POSITIVE, gamma=gamma)
+    phrase = f"step: {_times(gamma)} every {_count(step_size, clock.unit)}"
+    return lambda position: gamma ** (position // step_size), phrase
+
+
+def multi_step(clock: Clock, *, milestones: list[int], gamma: float = 0.1) -> Curve:
+    """Multiplied by `gamma` at each of the `milestones`, as torch's MultiStepLR."""
+    if not isinstance(milestones, list) or not milestones:
+        raise ConfigError("schedule.milestones", f"{milestones} is not a list such as [30, 60]")
+    for milestone in milestones:
+        _check(LENGTH, milestones=milestone)
+    _check(POSITIVE, gamma=gamma)
+    ordered = sorted(milestones)
+    phrase = f"multi_step: {_times(gamma)} at {clock.unit} {', '.join(map(str, ordered))}"
+    return lambda position: gamma ** bisect_right(ordered, position), phrase
+
+
+def cosine(clock: Clock, *, min_factor: float = 0.0) -> Curve:
+    """Half a cosine from 1 to `min_factor` over the run (Loshchilov and Hutter, 2017), as torch's."""
+    _check(FRACTION, min_factor=min_factor)
+    total = clock.total
+    return (
+        lambda position: _along_cosine(1.0, min_factor, min(position / total, 1.0)),
+        f"cosine: to {_times(min_factor)} over {_count(total, clock.unit)}",
+    )
+
+
+def polynomial(clock: Clock, *, power: float = 1.0, min_factor: float = 0.0) -> Curve:
+    """From 1 to `min_factor` over the run, as (1 - done / total) ** power; torch's PolynomialLR ends at 0."""
+    _check(POSITIVE, power=power)
+    _check(FRACTION, min_factor=min_factor)
+    total = clock.total
+    return (
+        lambda position: min_factor + (1 - min_factor) * max(0.0, 1 - position / total) ** power,
+        f"polynomial: power {power:g} to {_times(min_factor)} over {_count(total, clock.unit)}",
+    )
+
+
+def one_cycle(
+    clock: Clock,
+    *,
+    pct_start: float = 0.3,
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+    anneal: Literal["cos", "linear"] = "cos",
+) -> Curve:
+    """Up to the base learning rate and down again (Smith and Topin, 2018), as torch's OneCycleLR.
+
+    `optimizer.lr` is the peak. The first step has a `div_factor`th of it, the last a `final_div_factor`th of
+    that again, and the peak lies `pct_start` into the run. The momentum is not cycled.
+    """
+    _check(FRACTION, pct_start=pct_start)
+    _check(POSITIVE, div_factor=div_factor, final_div_factor=final_div_factor)
+    if anneal not in ("cos", "linear"):
+        raise ConfigError("schedule.anneal", f'"{anneal}" is not one of cos, linear')
+    along = _along_cosine if anneal == "cos" else _along_line
+    first, last = 1 / div_factor, 1 / (div_factor * final_div_factor)
+    peak, end = pct_start * clock.total - 1, clock.total - 1
+
+    def factor(position: int) -> float:
+        if peak > 0 and position <= peak:
+            return along(first, 1.0, position / peak)
+        return along(1.0, last, (position - peak) / (end - peak)) if position < end else last
+
+    run = _count(clock.total, clock.unit)
+    return factor, f"one_cycle: {_times(first)} to {_times(1)} to {_times(last)} over {run}"
+
+
+def plateau(
+    clock: Clock,
+    *,
+    factor: float = 0.1,
+    patience: int = 10,
+    threshold: float = 1e-4,
+    cooldown: int = 0,
+    min_factor: float = 0.0,
+) -> Curve:
+    """Multiplied by `factor` after more than `patience` evaluations without a better value, then `cooldown`.
+
+    As torch's ReduceLROnPlateau with a relative threshold, but without its least change (`eps`).
+    """
+    if clock.unit == "step":
+        raise ConfigError("schedule.per", "plateau counts evaluations, not steps; use schedule.per=epoch")
+    _check(FRACTION, threshold=threshold, min_factor=min_factor)
+    _check(("a number between 0 and 1", lambda value: 0 < value < 1), factor=factor)
+    _check(COUNT, patience=patience, cooldown=cooldown)
+    terms = _Plateau(clock.mode, factor, patience, threshold, cooldown, min_factor)
+    seen: list[float] = []
+    result = 1.0
+
+    def current_factor(position: int) -> float:
+        nonlocal seen, result
+        if seen != clock.history:  # it grew, or a resumed run put its own in place
+            seen = list(clock.history)
+            result = terms.factor_after(seen)
+        return result
+
+    return current_factor, f"plateau: {_times(factor)} after {patience} evaluations without a better one"
+
+
+@dataclass(frozen=True)
+class _Plateau:
+    mode: Literal["min", "max"]
+    factor: float
+    patience: int
+    threshold: float
+    cooldown: int
+    least: float
+
+    def factor_after(self, values: list[float]) -> float:
+        """What ReduceLROnPlateau arrives at after `values`. A NaN is not better than anything."""
+        sign = 1 if self.mode == "min" else -1
+        current, best, bad, cooling = 1.0, sign * math.inf, 0, 0
+        for value in values:
+            if sign * value < sign * best * (1 - sign * self.threshold):
+                best, bad = value, 0
+            else:
+                bad += 1
+            if cooling:
+                cooling, bad = cooling - 1, 0
+            if bad > self.patience:
+                current, bad, cooling = max(current * self.factor, self.least), 0, self.cooldown
+        return current
+
+
+CURVES: dict[str, Callable[..., Curve]] = {
+    "step": step,
+    "multi_step": multi_step,
+    "cosine": cosine,
+    "one_cycle": one_cycle,
+    "polynomial": polynomial,
+    "constant": constant,
+    "plateau": plateau,
+}
+
+
+def _imported(section: ScheduleConfig, function: Callable[..., float], total: int) -> Curve:
+    if isinstance(function, type):
+        raise ConfigError("schedule.name", f'"{section.name}" is a class; name a function (position, total) → factor')
+    first = build("schedule", function, section.args, 0, total)
+    if not isinstance(first, SupportsFloat):
+        raise ConfigError("schedule.name", f'"{section.name}" gave {first!r} as a factor, not a number')
+
+    @lru_cache(maxsize=1)
+    def factor(position: int) -> float:
+        return float(function(position, total, **section.args))
+
+    return factor, section.name
+
+
+def _check(rule: Rule, **arguments: Any) -> None:
+    """Raise a `ConfigError` for the first argument, called by its own name, that breaks `rule`."""
+    wanted, holds = rule
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+            raise ConfigError(f"schedule.{name}", f"{value} is not {wanted}")
+
+
+def _along_cosine(start: float, end: float, part: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * part))
+
+
+def _along_line(start: float, end: float, part: float) -> float:
+    return start + (end - start) * part
+
+
+def _times(factor: float) -> str:
+    return f"\N{MULTIPLICATION SIGN}{factor:g}"
+
+
+def _count(number: float, unit: str) -> str:
+    return f"{number:g} {unit}" if number == 1 else f"{number:g} {unit}s"

@@ -1,0 +1,1 @@
+"""A config: its keys, how values are read and checked, files and overrides, names and secrets."""

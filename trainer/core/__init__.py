@@ -1,0 +1,1 @@
+"""A run composed from its config: forward, metrics, evaluation."""

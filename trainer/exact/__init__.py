@@ -1,0 +1,1 @@
+"""The promise: plan, seeding, reduction of gradients and statistics, BatchNorm, fuse, determinism."""

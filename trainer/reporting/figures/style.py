@@ -1,0 +1,56 @@
+"""What the figures share: colours, sizes, and how one is made and written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.storage.files import sync
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Blue and vermilion of Okabe and Ito's palette (2008): told apart with any colour vision, and in grey.
+BLUE, VERMILION = "#0072B2", "#D55E00"
+INK, QUIET, FAINT = "#262626", "#767676", "#E4E4E4"
+TITLE, TEXT, SMALL = 10, 9, 8  # points
+DPI = 144
+
+Floats = npt.NDArray[np.float64]
+
+
+def shorten(name: str, length: int) -> str:
+    """The name in at most `length` characters: its beginning and its end, in which long names of one kind differ."""
+    if len(name) <= length:
+        return name
+    end = (length - 1) // 3
+    return f"{name[: length - 1 - end]}…{name[len(name) - end :]}"
+
+
+def fitting(width: float) -> int:
+    """About how many characters of small text fit in `width` inches."""
+    return int(width * 72 / (0.58 * SMALL))
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A white figure of `width` × `height` inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def write(figure: Figure, path: Path, *, cropped: bool = False) -> None:
+    """Write a figure whole or not at all; `cropped`, without its empty margins."""
+    partial = path.with_name(f".{path.stem}.partial.png")
+    try:
+        figure.savefig(partial, bbox_inches="tight" if cropped else None)
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

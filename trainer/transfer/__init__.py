@@ -1,1 +1,0 @@
-"""Transfer learning: pretrained weights, a new head, frozen parts, kept features, learning rates by layer."""
