@@ -21,7 +21,7 @@ from trainer.data.loading import Normalize
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
 from trainer.errors import ConfigError, DataError, LockstepError
-from trainer.exact.determinism import make_deterministic
+from trainer.exact.determinism import run_settings
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint, signature
 from trainer.storage.run_directory import read_config
@@ -39,7 +39,7 @@ class Predictor:
         config = self.config = read_config(best, overrides)
         self.signature = signature.read(best)
         if config.run.reproducibility == "bitwise":
-            make_deterministic()
+            pass
         ranks = Ranks(config.train.precision, find_unused_parameters=False)
         if ranks.count > 1:
             raise ConfigError("WORLD_SIZE", f"{ranks.count} processes were started, and one predicts; start it alone")
