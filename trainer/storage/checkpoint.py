@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent, verified when read, free of ranks and of random state.
 
     checkpoints/step_00000023/   model.safetensors  optimizer.safetensors  state.json  manifest.json
+                                 and, for each stateful object, <name>.safetensors  <name>.json
     checkpoints/last             a text file: the name of the newest complete one
     best/                        model.safetensors  config.yaml  metrics.json  signature.json
 
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError, LockstepError
 from trainer.storage.files import file_sha256, new_directory, write_text
+from trainer.storage.stateful import load_state, save_state, write_tensors
 
 Tensors = dict[str, Tensor]
 
@@ -53,6 +55,7 @@ class Checkpoint:
     optimizer_numbers: dict[str, Any]
     progress: Progress
     config: dict[str, Any]
+    stateful: dict[str, dict[Any, Any]] = field(default_factory=dict)  # other objects' `state_dict()`s, by name
 
 
 def snapshot(module: nn.Module) -> Tensors:
@@ -64,13 +67,15 @@ def save(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write a checkpoint, point `last` to it, and remove all but the newest `keep`."""
     target = directory / f"step_{checkpoint.progress.step:08d}"
     with new_directory(target) as partial:
-        _write_tensors(checkpoint.model, partial / "model.safetensors")
-        _write_tensors(checkpoint.optimizer, partial / "optimizer.safetensors")
-        state = {
+        write_tensors(partial / "model.safetensors", checkpoint.model)
+        write_tensors(partial / "optimizer.safetensors", checkpoint.optimizer)
+        state: dict[str, Any] = {
             "progress": asdict(checkpoint.progress),
             "optimizer": checkpoint.optimizer_numbers,
             "config": checkpoint.config,
         }
+        if checkpoint.stateful:
+            state["stateful"] = _save_stateful(partial, checkpoint.stateful)
         (partial / "state.json").write_text(json.dumps(state))
         files = {file.name: file_sha256(file) for file in sorted(partial.iterdir())}
         manifest = {"step": checkpoint.progress.step, "files": files}
@@ -107,6 +112,7 @@ def load(path: Path) -> Checkpoint:
             optimizer_numbers=state["optimizer"],
             progress=Progress(**state["progress"]),
             config=state["config"],
+            stateful={name: load_state(path, name) for name in state.get("stateful", ())},
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise LockstepError(
@@ -128,7 +134,7 @@ def save_best(
     """Replace `best/`. The one before stays as `.best.previous` until the next, should the run be cut off here."""
     best, previous = run / "best", run / ".best.previous"
     with new_directory(run / ".best.next") as partial:
-        _write_tensors(model, partial / "model.safetensors")
+        write_tensors(partial / "model.safetensors", model)
         (partial / "config.yaml").write_text(config_yaml)
         (partial / "metrics.json").write_text(json.dumps(dict(metrics), indent=2) + "\n")
         (partial / "signature.json").write_text(json.dumps(dict(signature), indent=2) + "\n")
@@ -170,8 +176,12 @@ def load_best(run: Path) -> tuple[Tensors, dict[str, float]]:
         raise LockstepError(f"{best} cannot be read ({error})") from error
 
 
-def _write_tensors(tensors: Tensors, path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # its word for what the system refused
-        raise OSError(None, str(error), str(path)) from error
+def _save_stateful(directory: Path, stateful: Mapping[str, Mapping[Any, Any]]) -> list[str]:
+    """Write each object's state to files of its own; returns the names."""
+    names = sorted(stateful)
+    folded = [name.lower() for name in names]
+    if len(set(folded)) < len(names):  # one file on a disk that ignores case
+        raise LockstepError(f"the names of stateful objects differ in case only: {', '.join(names)}; rename one")
+    for name in names:
+        save_state(directory, name, stateful[name])
+    return names
