@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.errors import LockstepError
-from trainer.storage import checkpoint, files
+from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint, Progress
+from trainer.storage.sha256 import file_sha256, raw_bytes
 from trainer.storage.stateful import DTYPES, load_state, save_state
 
 
@@ -35,7 +36,7 @@ def assert_identical(actual: Any, expected: Any) -> None:
     """Equal in type and in every bit, nested values included."""
     if isinstance(expected, Tensor):
         assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-        assert files.raw_bytes(actual) == files.raw_bytes(expected)
+        assert raw_bytes(actual) == raw_bytes(expected)
         return
     assert type(actual) is type(expected)
     if isinstance(expected, dict):
@@ -188,7 +189,7 @@ def test_names_that_differ_in_case_only_are_refused(tmp_path: Path) -> None:
 def test_the_manifest_covers_these_files(tmp_path: Path, name: str, damage: str) -> None:
     path = checkpoint.save(tmp_path, with_stateful({"ema-1.0_b": {"w": torch.ones(2), "n": 1}}), keep=1)
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["files"][name] == files.file_sha256(path / name)
+    assert manifest["files"][name] == file_sha256(path / name)
     content = (path / name).read_bytes()
     (path / name).unlink()
     if damage == "flip":

@@ -13,7 +13,7 @@ from trainer.components.schedule import Schedule
 from trainer.core.build import Run
 from trainer.exact.determinism import SETTINGS
 from trainer.exact.plan import Plan
-from trainer.storage.files import tensors_sha256
+from trainer.storage.sha256 import tensors_sha256
 
 
 def header(run: Run, schedule: Schedule, directory: Path) -> list[tuple[str, str]]:
