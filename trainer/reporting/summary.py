@@ -15,7 +15,7 @@ from trainer.core.build import Run
 from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.plan import Plan
 from trainer.storage.checkpoint import Progress
-from trainer.storage.files import tensors_sha256
+from trainer.storage.sha256 import tensors_sha256
 
 
 def header(run: Run, schedule: Schedule, fuse: int, fuse_note: str, directory: Path) -> list[tuple[str, str]]:
