@@ -47,7 +47,7 @@ class Trainer(Run):
         model: nn.Module | None = None,
         train_data: MapDataset | None = None,
         val_data: MapDataset | None = None,
-        task: Task | None = None,
+        task: Task | nn.Module | None = None,
     ) -> None:
         super().__init__(config, model=model, train_data=train_data, val_data=val_data, task=task)
         self.meter = Meter(self.task, self.ranks, exact=self.bitwise)

@@ -13,7 +13,7 @@ from torch import nn
 from trainer.components.freezing import Freezing
 from trainer.components.models import build_model, compile_model, input_channels
 from trainer.components.optimizer import build_optimizer
-from trainer.components.task import Task, build_task
+from trainer.components.task import Task, as_task
 from trainer.components.weights import start_from_weights, weights_file
 from trainer.config.schema import Config
 from trainer.core.evaluation import Evaluator
@@ -51,7 +51,7 @@ class Run:
         model: nn.Module | None = None,
         train_data: MapDataset | None = None,
         val_data: MapDataset | None = None,
-        task: Task | None = None,
+        task: Task | nn.Module | None = None,
     ) -> None:
         config = self.config = _naming(config, model=model, data=train_data, loss=task)
         train = config.train
@@ -81,7 +81,8 @@ class Run:
             model = build_model(config.model, seed=config.run.seed, num_classes=num_classes, in_channels=channels)
         self.weights_note = start_from_weights(weights, model, config.model, num_classes, config.run.seed)
         self._place(model)
-        self.task = (task or build_task(config.loss, num_classes)).to(self.ranks.device, self.precision.dtype)
+        self.task = as_task(config.loss if task is None else task, num_classes)
+        self.task.to(self.ranks.device, self.precision.dtype)
         self.forward = Forward(self.task, self.precision, self.ranks.device, config.run.seed)
         self.freezing = Freezing(self.module, config.model)
         self.optimizer = build_optimizer(config.optimizer, self.module, head=config.model.head)

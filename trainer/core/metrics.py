@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from trainer.components.task import Sum, Task
+from trainer.components.task import Task, WeightedSum
 from trainer.errors import ConfigError
 from trainer.process.ranks import Ranks
 from trainer.storage.checkpoint import Progress
@@ -110,7 +110,7 @@ class Meter:
 
     def add(self, loss: Tensor, weight: Tensor | int, output: Any, targets: Any) -> None:
         """Count one micro-batch: its loss sum, the weight of its targets, and what its metrics need."""
-        self._losses.append((loss.detach(), weight))
+        self._losses.append(WeightedSum(loss.detach(), weight))
         self._outputs.append((_detached(output), targets))
         self._held += output.numel() if isinstance(output, Tensor) else HELD
         if self._held >= HELD:
@@ -134,7 +134,7 @@ class Meter:
         return torch.zeros(len(self._names), 2, dtype=self._dtype, device=self._ranks.device)
 
     def _clear(self) -> None:
-        self._losses: list[Sum] = []
+        self._losses: list[WeightedSum] = []
         self._outputs: list[tuple[Any, Any]] = []
         self._held = 0
 
@@ -148,7 +148,7 @@ class Meter:
             self._sums = [self._measured(self._sums[0] if self._sums else self._zeros(), self._losses, self._outputs)]
         self._clear()
 
-    def _measured(self, sums: Tensor, losses: list[Sum], outputs: list[tuple[Any, Any]]) -> Tensor:
+    def _measured(self, sums: Tensor, losses: list[WeightedSum], outputs: list[tuple[Any, Any]]) -> Tensor:
         """`sums`, one row for the loss and one for each metric, with some micro-batches added."""
         for loss, weight in _added(losses):
             sums[0, 0] += loss
@@ -164,15 +164,15 @@ class Meter:
         return sums
 
 
-def _added(losses: list[Sum]) -> Iterator[Sum]:
+def _added(losses: list[WeightedSum]) -> Iterator[WeightedSum]:
     """The same sums, those whose weight is a plain count as one."""
-    yield (
+    yield WeightedSum(
         torch.stack([loss for loss, _ in losses]).sum(dtype=torch.float64),
         sum(weight for _, weight in losses if isinstance(weight, int)),
     )
     for _, weight in losses:
         if isinstance(weight, Tensor):
-            yield weight.new_zeros(()), weight
+            yield WeightedSum(weight.new_zeros(()), weight)
 
 
 def _joined(outputs: list[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
