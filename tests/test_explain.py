@@ -39,7 +39,7 @@ def explained(*overrides: str) -> tuple[dict[str, Any], nn.Module, list[tuple[Te
     dissected = Dissection(load(None, [*BASE, *overrides]))
     trainer = dissected.trainer
     before = copy.deepcopy(trainer.module)
-    drawn = [trainer.data.train[int(i)] for i in trainer.plan.permutation(0)[: 2 * SIZE]]
+    drawn = [trainer.run.data.train[int(i)] for i in trainer.plan.permutation(0)[: 2 * SIZE]]
     images, targets = torch.stack([image for image, _ in drawn]), torch.tensor([target for _, target in drawn])
     return dissected.report(), before, list(zip((images.double() / 255).split(SIZE), targets.split(SIZE), strict=True))
 

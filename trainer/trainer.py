@@ -331,14 +331,12 @@ class Trainer:
         self.ranks.on_main(lambda: self._write_checkpoint(states))
         self.stopwatch.mark(self.progress.samples_seen)
 
-    def _write_checkpoint(self, states: dict[str, Mapping[str, Any]]) -> None:
+    def _write_checkpoint(self, states: dict[str, dict[str, Any]]) -> None:
         tensors, numbers = named_state(self.optimizer, self.module)
         self.progress.rows = self.journal.rows
         self.progress.wandb_id = self.journal.wandb_id
         config = without_secrets(self.config.to_dict())
-        content = Checkpoint(
-            checkpoint.snapshot(self.module), tensors, numbers, self.progress, config, stateful=dict(states)
-        )
+        content = Checkpoint(checkpoint.snapshot(self.module), tensors, numbers, self.progress, config, stateful=states)
         checkpoint.save(self.journal.directory / "checkpoints", content, keep=self.config.train.keep_checkpoints)
 
     def _resume(self, path: Path | None) -> None:

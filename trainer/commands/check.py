@@ -19,20 +19,24 @@ def main(arguments: list[str]) -> None:
     given = split(arguments)
     config = the_config(given)
     trainer = Trainer(config)
-    trainer.fuse = choose_fuse(trainer)
     console = Console(active=trainer.ranks.is_main)
-    console.header(report.header(trainer, trainer.schedule, run_path(config.run)))
-    step = trainer.plan.step(0)
-    trainer.start()
-    began = perf_counter()
-    try:
-        trainer.train_step(step)
-        row = trainer.measure(step)
-    finally:
-        trainer.end_loading()
+    with trainer.run.settings():
+        trainer.fuse, trainer.fuse_note = choose_fuse(trainer.run)
+        console.header(
+            report.header(trainer.run, trainer.schedule, trainer.fuse, trainer.fuse_note, run_path(config.run))
+        )
+        step = trainer.plan.step(0)
+        trainer.start()
+        start = perf_counter()
+        try:
+            trainer.train_step(step)
+            row = trainer.measure(step)
+        finally:
+            trainer.end_loading()
     if not math.isfinite(row.get("train/loss", 0.0)):
         raise LockstepError(f"the loss of the first step is {row['train/loss']}; see `python -m trainer explain`")
-    took, samples = perf_counter() - began, f"{step.size} sample" + "s" * (step.size > 1)
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("train/"))
-    console.note(f"this runs: a first step of {samples} in {took:.2f} s, {shown}")
+    seconds = perf_counter() - start
+    samples = f"{step.size} sample" + "s" * (step.size > 1)
+    values = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("train/"))
+    console.note(f"this runs: a first step of {samples} in {seconds:.2f} s, {values}")
     trainer.ranks.close()

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from trainer.commands.arguments import split, the_run
+from trainer.core.build import build_run, settings_of
 from trainer.storage.run_directory import read_config
-from trainer.trainer import Trainer
 
 
 def main(arguments: list[str]) -> None:
     """Load the best model of a run and print its validation numbers, on any number of processes."""
     given = split(arguments)
-    run = the_run(given.paths)
-    trainer = Trainer(read_config(run, given.overrides))
-    kept = trainer.load_best(run)
-    metrics = trainer.evaluator.evaluate() if trainer.evaluator else {}
-    trainer.ranks.close()
-    if trainer.ranks.is_main:
-        print(f"{run}: best model, of epoch {kept['epoch']} (step {kept['step']})")
+    directory = the_run(given.paths)
+    config = read_config(directory, given.overrides)
+    with settings_of(config):
+        run = build_run(config)
+        row = run.load_best(directory)
+        metrics = run.evaluate() if run.evaluator is not None else {}
+    run.ranks.close()
+    if run.ranks.is_main:
+        print(f"{directory}: best model, of epoch {row['epoch']} (step {row['step']})")
         for name, value in metrics.items():
-            print(f"  val/{name}  {value:.6f}  (kept with {kept.get(f'val/{name}', float('nan')):.6f})")
+            print(f"  val/{name}  {value:.6f}  (kept with {row.get(f'val/{name}', float('nan')):.6f})")

@@ -27,11 +27,11 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def choose_fuse(run: Run) -> tuple[int, str]:
-    """The number of micro-batches in one forward, the same on every rank, and why `auto` is 1 where it is. A collective.
+    """The number of micro-batches in one forward, and why `auto` is 1 where it is: the same on every rank.
 
     A number that the config asks for is proved right; `auto` is the largest that fits in memory. Where several
     micro-batches in one forward do not give what they give one by one, `auto` is 1, and a number raises
-    `ConfigError`.
+    `ConfigError`. A collective.
     """
     asked = run.config.batch.fuse
     if asked == 1 or run.config.fuse_refusal():
