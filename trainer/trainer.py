@@ -87,6 +87,7 @@ class Trainer:
             )
         self.observers = Observers([*observers])
         self.stateful: dict[str, Stateful] = dict(stateful or {})
+        named_stateful(self.stateful, self.observers)  # refuses now what could not be saved later
         self.progress = Progress()
         self.schedule = self._build_schedule()
         self.meter = Meter(self.run.task, self.ranks, exact=self.run.bitwise)
