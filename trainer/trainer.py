@@ -12,7 +12,6 @@ from trainer.components.optimizer import learning_rates, load_named_state, named
 from trainer.components.schedule import Schedule, build_schedule
 from trainer.components.task import Task
 from trainer.config.schema import Config
-from trainer.config.secrets import without_secrets
 from trainer.core.build import Run
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
@@ -235,7 +234,7 @@ class Trainer(Run):
     def _write_checkpoint(self) -> None:
         tensors, numbers = named_state(self.optimizer, self.module)
         self.progress.rows, self.progress.wandb_id = self.journal.rows, self.journal.wandb_id
-        config = without_secrets(self.config.to_dict())
+        config = self.config.to_dict(digests=True)
         held = Checkpoint(checkpoint.snapshot(self.module), tensors, numbers, self.progress, config)
         checkpoint.save(self.journal.directory / "checkpoints", held, keep=self.config.train.keep_checkpoints)
 

@@ -12,7 +12,6 @@ import yaml
 
 from trainer.config.load import load
 from trainer.config.schema import Config, RunConfig
-from trainer.config.secrets import without_secrets
 from trainer.errors import ConfigError
 from trainer.storage import checkpoint
 from trainer.storage.files import write_text
@@ -36,6 +35,7 @@ FREE_KEYS = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "wandb",
+    "observers",
 )
 
 
@@ -114,7 +114,7 @@ def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
 
 def check_same_run(before: Mapping[str, Any], now: Config, section: RunConfig) -> None:
     """Refuse to resume under a config that would make another run of it, naming every key that differs."""
-    now_plain = without_secrets(now.to_dict())
+    now_plain = now.to_dict(digests=True)
     changed = {name: pair for name, pair in changed_keys(before, now_plain).items() if not is_free(name)}
     if changed and section.resume_changes == "refuse":
         listed = "; ".join(f"{name} was {was} and is {now_is}" for name, (was, now_is) in changed.items())
