@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -14,7 +14,15 @@ import yaml
 from trainer.config.secrets import remember_secrets, secrets_in
 from trainer.errors import ConfigError, nearest
 
-TYPE_NAMES = {int: "integer", float: "number", bool: "boolean (true or false)", str: "text", dict: "mapping"}
+PLAIN_TYPES = (str, int, float, bool, type(None))
+TYPE_NAMES = {
+    int: "integer",
+    float: "number",
+    bool: "boolean (true or false)",
+    str: "text",
+    dict: "mapping",
+    type(None): "null",
+}
 
 
 class Key(NamedTuple):
@@ -29,7 +37,7 @@ class Key(NamedTuple):
 
 def key(default: Any, meaning: str, *, unit: str = "", minimum: float | None = None) -> Any:
     """Declare a key in the body of a section."""
-    metadata = {"meaning": meaning, "unit": unit, "minimum": minimum}
+    metadata = {"default": default, "meaning": meaning, "unit": unit, "minimum": minimum}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -69,10 +77,11 @@ class ComponentSection(Section):
             raise ConfigError(f"{self.SECTION}.args", f"{show(self.args)} is not a mapping of arguments")
         arguments = {}
         for name, value in self.args.items():
+            key_name = f"{self.SECTION}.{name}"
             if name in declared_keys(type(self)):
                 # In YAML both stand side by side, and one of the values would be lost.
-                raise ConfigError(f"{self.SECTION}.{name}", "is a key of this section, so it cannot stand in args too")
-            arguments[str(name)] = to_plain(f"{self.SECTION}.{name}", value)
+                raise ConfigError(key_name, "is a key of this section, so it cannot stand in args too")
+            arguments[str(name)] = to_plain(key_name, value)
         object.__setattr__(self, "args", arguments)
         remember_secrets(secrets_in(vars(self)))
 
@@ -98,7 +107,8 @@ def read_section(cls: Any, tree: Any) -> Any:
         elif issubclass(cls, ComponentSection):
             arguments[name] = value
         else:
-            raise ConfigError(f"{cls.SECTION}.{name}", f"no such key{nearest(str(name), keys)}")
+            hint = nearest(str(name), keys)
+            raise ConfigError(f"{cls.SECTION}.{name}", f"no such key{hint}")
     if arguments:
         values["args"] = arguments
     return cls(**values)
@@ -107,26 +117,26 @@ def read_section(cls: Any, tree: Any) -> Any:
 def declared_keys(cls: Any) -> dict[str, Key]:
     """The keys that a section declares by `key`, by name."""
     if cls not in _declared_keys:  # resolving type hints takes longer than all checks of a config
+        keys = {}
         hints = get_type_hints(cls)
-        items = [item for item in fields(cls) if item.metadata]
-        _declared_keys[cls] = {item.name: _read_key(item, hints[item.name]) for item in items}
+        for item in fields(cls):
+            if item.metadata:
+                keys[item.name] = Key(hints[item.name], **item.metadata)
+        _declared_keys[cls] = keys
     return _declared_keys[cls]
 
 
 _declared_keys: dict[Any, dict[str, Key]] = {}
 
 
-def _read_key(item: Any, hint: Any) -> Key:
-    default = item.default if item.default_factory is MISSING else item.default_factory()
-    return Key(hint, default, **item.metadata)
-
-
 def to_plain(name: str, value: Any) -> Any:
     """A copy of `value` made of what YAML can write: text, numbers, booleans, None, lists and mappings."""
-    if value is None or type(value) in (str, int, float, bool):
+    if type(value) in PLAIN_TYPES:
         return value
     if isinstance(value, Mapping):
-        return {to_plain(name, inner): to_plain(name, item) for inner, item in value.items()}
+        names = to_plain(name, list(value))
+        items = to_plain(name, list(value.values()))
+        return dict(zip(names, items, strict=True))
     if isinstance(value, list | tuple):
         return [to_plain(name, item) for item in value]
     if hasattr(value, "tolist"):  # a number or an array of numpy or torch, neither of which is imported here
@@ -154,39 +164,48 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
 
     An integer is also a number, and a number is also text. Text is never a number, and 1 is not true.
     """
+    kind = type(value)
+    origin = get_origin(hint)
     if is_union(hint):
         return _convert_to_any_of(name, get_args(hint), value)
-    if get_origin(hint) is Literal:
-        choices = get_args(hint)
-        if value not in choices:
-            raise ConfigError(name, f"{show(value)} is not one of {', '.join(choices)}{nearest(str(value), choices)}")
-        return value
-    if get_origin(hint) is list and type(value) is list:
+    if origin is Literal:
+        return _check_choice(name, get_args(hint), value)
+    if origin is list and kind is list:
         (item_hint,) = get_args(hint)
         return [_convert(name, item_hint, item) for item in value]
-    if get_origin(hint) is dict and type(value) is dict:
+    if origin is dict and kind is dict:
         return {str(inner): item for inner, item in value.items()}
-    if hint is Any or type(value) is hint:
+    if hint in (kind, Any):
         return value
-    if hint is float and type(value) is int:
+    if hint is float and kind is int:
         return float(value)
-    if hint is str and type(value) in (int, float):
+    if hint is str and kind in (int, float):
         return str(value)
-    raise ConfigError(name, f"{show(value)} is not {with_article(type_name(hint))}")
+    wanted_type = with_article(type_name(hint))
+    raise ConfigError(name, f"{show(value)} is not {wanted_type}")
 
 
-def _convert_to_any_of(name: str, hints: Iterable[Any], value: Any) -> Any:
+def _check_choice(name: str, choices: Sequence[str], value: Any) -> Any:
+    if value in choices:
+        return value
+    hint = nearest(str(value), choices)
+    raise ConfigError(name, f"{show(value)} is not one of {', '.join(choices)}{hint}")
+
+
+def _convert_to_any_of(name: str, hints: Sequence[Any], value: Any) -> Any:
     """`value` as the first type of a union that takes it."""
-    if value is None and type(None) in hints:
-        return None
-    options = [hint for hint in hints if hint is not type(None)]
+    options = list(hints)
+    if type(None) in options:
+        options.remove(type(None))
+        if value is None:
+            return None
     if len(options) == 1:
         return _convert(name, options[0], value)  # its own message says more than the one below
     for option in options:
         with suppress(ConfigError):
             return _convert(name, option, value)
-    types_allowed = [with_article(type_name(option)) for option in options]
-    raise ConfigError(name, f"{show(value)} is not {' or '.join(types_allowed)}")
+    wanted_types = " or ".join(with_article(type_name(option)) for option in options)
+    raise ConfigError(name, f"{show(value)} is not {wanted_types}")
 
 
 def is_union(hint: Any) -> bool:
@@ -195,22 +214,22 @@ def is_union(hint: Any) -> bool:
 
 def type_name(hint: Any) -> str:
     """A type as `--help` and messages call it: `integer|null`, `list of numbers`."""
+    origin = get_origin(hint)
     members = get_args(hint)
-    if get_origin(hint) is Literal:
+    if origin is Literal:
         return "|".join(members)
     if is_union(hint):
         return "|".join(type_name(member) for member in members)
-    if hint is type(None):
-        return "null"
-    if get_origin(hint) is list:
+    if origin is list:
         return f"list of {type_name(members[0])}s"
-    return TYPE_NAMES.get(get_origin(hint) or hint, str(hint))
+    return TYPE_NAMES[origin or hint]
 
 
 def with_article(noun: str) -> str:
     if noun == "text":
         return noun
-    return f"an {noun}" if noun[0] in "aeio" else f"a {noun}"
+    article = "an" if noun[0] in "aeio" else "a"
+    return f"{article} {noun}"
 
 
 def show(value: Any) -> str:

@@ -13,13 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from trainer.config.secrets import remember_secrets, texts_in
+from trainer.config.secrets import remember_secrets
+from trainer.config.trees import map_leaves, texts_in
 from trainer.errors import ConfigError
 
 VARIABLE = re.compile(r"\boc\.env\s*:\s*(\w+)")
-LITERAL_DOLLAR = re.compile(r"(\\*)\$\{")
-
-Path = tuple[Any, ...]  # the keys, and indices within lists, that lead to a value
+BEFORE_INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 
 class Reference(NamedTuple):
@@ -29,8 +28,11 @@ class Reference(NamedTuple):
     value: Any
 
 
-def resolve(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[Path, Reference]]:
-    """The tree with its interpolations resolved, and the reference of each value that came from the environment.
+References = dict[tuple[Any, ...], Reference]  # by the keys, and indices in lists, that lead to the value
+
+
+def resolve(tree: Mapping[str, Any]) -> tuple[dict[str, Any], References]:
+    """The tree with its interpolations resolved, and the references of what came from the environment.
 
     Raises `ConfigError` with the key of an interpolation that cannot be resolved.
     """
@@ -43,11 +45,25 @@ def resolve(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[Path, Referen
         config = OmegaConf.create(dict(tree), flags={"allow_objects": True})
         resolved: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error.full_key or "config"), str(error).splitlines()[0]) from None
-    return resolved, _references(dict(_interpolated(tree, resolved)))
+        raise as_config_error(error) from None
+    interpolated = dict(_interpolated(tree, resolved))
+    secrets = _environment_texts(interpolated.values())
+    remember_secrets(secrets)
+    references = {}
+    for path, reference in interpolated.items():
+        # A key that refers to another holds what that one took from the environment.
+        if _contains_any(reference.value, secrets):
+            references[path] = reference
+    return resolved, references
 
 
-def restore_references(tree: dict[str, Any], references: Mapping[Path, Reference], *, digests: bool = False) -> None:
+def as_config_error(error: Any) -> ConfigError:
+    """What OmegaConf says in the first line of its error, with the key it names."""
+    reason, *_ = str(error).splitlines()
+    return ConfigError(error.full_key or "config", reason)
+
+
+def restore_references(tree: dict[str, Any], references: References, *, digests: bool = False) -> None:
     """In `tree`, which is escaped, put each reference in the place of its value, if that has not changed since.
 
     With `digests` a short SHA-256 of the value follows, by which a change of the environment is noticed.
@@ -55,60 +71,59 @@ def restore_references(tree: dict[str, Any], references: Mapping[Path, Reference
     for path, reference in references.items():
         text = reference.text
         if digests:
-            text += f" ({hashlib.sha256(str(reference.value).encode()).hexdigest()[:8]})"
+            sha256 = hashlib.sha256(str(reference.value).encode())
+            text += f" ({sha256.hexdigest()[:8]})"
         with suppress(LookupError, TypeError):  # the config was changed in Python, and the place is gone
             parent: Any = tree
             for name in path[:-1]:
                 parent = parent[_key_in(parent, name)]
             last = _key_in(parent, path[-1])
-            if parent[last] == escape(reference.value):
+            if parent[last] == map_leaves(reference.value, escape):
                 parent[last] = text
+
+
+def escape(value: Any) -> Any:
+    """Text in which `${` is meant literally, as OmegaConf reads it: `\\${`. Other values stay as they are."""
+    if not isinstance(value, str):
+        return value
+    # Backslashes of the text itself are doubled there, because an odd one escapes the `${`.
+    return BEFORE_INTERPOLATION.sub(r"\1\1\\${", value)
 
 
 def _key_in(parent: Any, name: Any) -> Any:
     """`name`, or its text: some sections hold the keys of a mapping as text."""
-    return str(name) if isinstance(parent, Mapping) and name not in parent else name
+    if isinstance(parent, Mapping) and name not in parent:
+        return str(name)
+    return name
 
 
-def escape(value: Any) -> Any:
-    """A copy in which `${` is meant literally: as OmegaConf reads it, `\\${`."""
-    if isinstance(value, str):
-        # A backslash before `${` escapes it, so backslashes of the text itself are doubled there.
-        return LITERAL_DOLLAR.sub(r"\1\1\\${", value)
-    if isinstance(value, Mapping):
-        return {name: escape(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [escape(item) for item in value]
-    return value
-
-
-def _references(interpolated: Mapping[Path, Reference]) -> dict[Path, Reference]:
-    """Those of the interpolated values that hold text from the environment, directly or through another key.
+def _environment_texts(interpolated: Iterable[Reference]) -> set[str]:
+    """The texts that interpolations took from environment variables.
 
     Numbers do not count: a config's number is no secret, and config.yaml should say it.
     """
-    secrets: set[str] = set()
-    for text, value in interpolated.values():
-        if "oc.env" in text:
-            secrets.update(texts_in(value))
-            secrets.update(os.environ.get(name, "") for name in VARIABLE.findall(text))
-    secrets.discard("")
-    remember_secrets(secrets)
-    return {path: item for path, item in interpolated.items() if _contains_any(item.value, secrets)}
+    texts: set[str] = set()
+    for reference in interpolated:
+        if "oc.env" in reference.text:
+            texts.update(texts_in(reference.value))
+            for name in VARIABLE.findall(reference.text):
+                texts.add(os.environ.get(name, ""))
+    texts.discard("")
+    return texts
 
 
 def _contains_any(value: Any, secrets: Iterable[str]) -> bool:
     return any(secret in text for text in texts_in(value) for secret in secrets)
 
 
-def _interpolated(raw: Any, resolved: Any, path: Path = ()) -> Iterator[tuple[Path, Reference]]:
+def _interpolated(raw: Any, resolved: Any, *path: Any) -> Iterator[tuple[tuple[Any, ...], Reference]]:
     """Every value that an interpolation had a part in, with its path."""
     if isinstance(raw, str):
         if "${" in raw:
             yield path, Reference(raw, resolved)
     elif isinstance(raw, Mapping):
         for name, item in raw.items():
-            yield from _interpolated(item, resolved[name], (*path, name))
+            yield from _interpolated(item, resolved[name], *path, name)
     elif isinstance(raw, list | tuple):
         for index, item in enumerate(raw):
-            yield from _interpolated(item, resolved[index], (*path, index))
+            yield from _interpolated(item, resolved[index], *path, index)

@@ -8,16 +8,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
-from trainer.config.fields import ComponentSection, Key, declared_keys, show, type_name
+from trainer.config.fields import ComponentSection, declared_keys, show, type_name
+from trainer.config.interpolation import as_config_error
 from trainer.config.schema import SECTIONS, Config
+from trainer.config.trees import map_leaves
 from trainer.errors import ConfigError, nearest
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
 PACKAGE = Path(__file__).parents[1]
+
+OBSERVERS_HELP = """
+
+observers
+  observers=[]  (list of mappings)
+      called in every step, in this order: [{name: my_package.MyObserver, argument: value}]"""
 
 Overrides = Sequence[str] | Mapping[str, Any]
 
@@ -47,11 +55,18 @@ def load(path: str | os.PathLike[str] | None = None, overrides: Overrides = ()) 
 def find_config(path: str | os.PathLike[str]) -> Path:
     """The file that `path` means: the path itself, or `configs/…` as it comes with the package."""
     path = Path(path)
-    if not path.exists() and path.parts[:1] == DEFAULT_CONFIG.parts[:1]:
-        for directory in (PACKAGE, PACKAGE.parent):  # as installed; in a checkout
-            if (directory / path).is_file():
-                return directory / path
+    for place in _places_of(path):
+        if place.exists():
+            return place
     return path
+
+
+def _places_of(path: Path) -> list[Path]:
+    places = [path]
+    if path.parts[:1] == ("configs",):
+        places.append(PACKAGE / path)  # as installed
+        places.append(PACKAGE.parent / path)  # in a checkout
+    return places
 
 
 def command_line(arguments: Sequence[str]) -> tuple[Path, list[str]]:
@@ -70,20 +85,14 @@ def help_text() -> str:
     """Every key with its type, default, meaning and unit."""
     lines = [f"CONFIG.yaml is by default {find_config(DEFAULT_CONFIG)}; what it leaves out has the defaults below."]
     for name, cls in SECTIONS.items():
-        lines += ["", name]
+        lines.append(f"\n{name}")
         for key_name, item in declared_keys(cls).items():
-            lines += _help_on_key(f"{name}.{key_name}", item)
+            unit = f" [{item.unit}]" if item.unit else ""
+            lines.append(f"  {name}.{key_name}={show(item.default)}  ({type_name(item.hint)})")
+            lines.append(f"      {item.meaning}{unit}")
         if issubclass(cls, ComponentSection):
             lines.append("  …  any further key is an argument of the component that `name` names")
-    lines += ["", "observers"]
-    lines.append("  observers=[]  (list of mappings)")
-    lines.append("      called at every step: [{name: my_package.MyObserver, argument: value}]")
-    return "\n".join(lines)
-
-
-def _help_on_key(name: str, item: Key) -> list[str]:
-    unit = f" [{item.unit}]" if item.unit else ""
-    return [f"  {name}={show(item.default)}  ({type_name(item.hint)})", f"      {item.meaning}{unit}"]
+    return "\n".join(lines) + OBSERVERS_HELP
 
 
 def parser_reason(error: Exception) -> str:
@@ -134,10 +143,10 @@ def _read_text(path: Path) -> str:
 
 
 def _yaml_files_beside(path: Path) -> list[str]:
-    directories = [path.parent]
-    if path.parts[:1] == DEFAULT_CONFIG.parts[:1]:
-        directories += [PACKAGE / path.parent, PACKAGE.parent / path.parent]
-    return [file.name for directory in directories for file in directory.glob("*.yaml")]
+    names = []
+    for place in _places_of(path):
+        names += [file.name for file in place.parent.glob("*.yaml")]
+    return names
 
 
 def _lay_over(tree: Any, overrides: Overrides, origins: dict[str, str]) -> dict[str, Any]:
@@ -145,22 +154,25 @@ def _lay_over(tree: Any, overrides: Overrides, origins: dict[str, str]) -> dict[
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    config: Any = OmegaConf.create(tree, flags={"allow_objects": True})  # objects are refused later, by key
+    objects = {"allow_objects": True}  # they are refused later, by key
+    config: Any = OmegaConf.create(tree, flags=objects)
+    changes: Any = OmegaConf.create({}, flags=objects)
     try:
         if isinstance(overrides, Mapping):
             for name, value in overrides.items():
                 origins[str(name)] = "the overrides"
-                OmegaConf.update(config, str(name), value)
+                OmegaConf.update(changes, str(name), value)
         else:
-            changes = OmegaConf.create()
             for override in overrides:
-                origins[override.partition("=")[0]] = "the command line"
+                name, _, _ = override.partition("=")
+                origins[name] = "the command line"
                 _add_override(changes, override)
-            config.merge_with(_none_to_null(OmegaConf.to_container(changes)))
-        merged: Any = OmegaConf.to_container(config)
-        return dict(merged)
+            changes = map_leaves(OmegaConf.to_container(changes), _none_to_null)
+        config.merge_with(changes)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error.full_key or "command line"), str(error).splitlines()[0]) from None
+        raise as_config_error(error) from None
+    merged: dict[str, Any] = cast(Any, OmegaConf.to_container(config))
+    return merged
 
 
 def _add_override(changes: Any, override: str) -> None:
@@ -175,32 +187,32 @@ def _add_override(changes: Any, override: str) -> None:
 
 
 def _none_to_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _none_to_null(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_none_to_null(item) for item in value]
     return None if value == "None" else value
 
 
 def _key_lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
     """The dotted keys of a YAML document, `observers[0].name` within lists, with their line numbers."""
     if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            dotted = f"{prefix}.{name.value}" if prefix else name.value
-            yield dotted, name.start_mark.line + 1
-            yield from _key_lines(value, dotted)
+        for key_node, value_node in node.value:
+            name = f"{prefix}.{key_node.value}".removeprefix(".")
+            yield name, key_node.start_mark.line + 1
+            yield from _key_lines(value_node, name)
     elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield f"{prefix}[{index}]", value.start_mark.line + 1
-            yield from _key_lines(value, f"{prefix}[{index}]")
+        for index, item_node in enumerate(node.value):
+            name = f"{prefix}[{index}]"
+            yield name, item_node.start_mark.line + 1
+            yield from _key_lines(item_node, name)
 
 
 def _with_origin(error: ConfigError, origins: Mapping[str, str]) -> ConfigError:
     """The error, saying where its key was set, or else a key within it or above it."""
     name = error.key
-    if name not in origins:
-        inner = [key for key in origins if key.startswith((f"{name}.", f"{name}["))]
-        name = inner[0] if inner else name
-    while name and name not in origins:
-        name = name[: max(name.rfind("."), name.rfind("["), 0)]  # its parent
-    return ConfigError(error.key, f"{error.message} ({origins[name]})") if name else error
+    for key in origins:
+        if name not in origins and key.startswith(f"{error.key}."):
+            name = key
+    while name not in origins:
+        end = max(name.rfind("."), name.rfind("["))
+        if end < 0:
+            return error
+        name = name[:end]  # its parent
+    return ConfigError(error.key, f"{error.message} ({origins[name]})")

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.config.fields import ComponentSection, Section, declared_keys, key, read_section, show
-from trainer.config.interpolation import Path, Reference, escape, resolve, restore_references
+from trainer.config.interpolation import References, escape, resolve, restore_references
+from trainer.config.trees import map_leaves
 from trainer.errors import ConfigError, nearest
 
 
@@ -22,13 +23,13 @@ class RunConfig(Section):
 
     name: str = key("run", "the run's directory is <run.dir>/<run.name>; an earlier run there is moved aside")
     dir: str = key("runs", "where runs are kept")
-    seed: int = key(0, "decides initial weights, sample order, augmentation and dropout", minimum=0)
-    resume: Literal["never", "auto"] = key("never", "auto goes on from the run's newest complete checkpoint")
+    seed: int = key(0, "determines initial weights, sample order, augmentation and dropout", minimum=0)
+    resume: Literal["never", "auto"] = key("never", "auto resumes from the run's newest complete checkpoint")
     resume_changes: Literal["refuse", "allow"] = key(
-        "refuse", "what to do when a resumed run's config differs in a key that changes the run"
+        "refuse", "what to do when the config of a resumed run differs in a key that changes the run"
     )
     reproducibility: Literal["standard", "bitwise"] = key(
-        "standard", "how equal runs on other process counts are: in their mathematics, or bit for bit"
+        "standard", "what runs on different process counts share: the mathematics, or every bit"
     )
     figures: bool = key(True, "draw the run's PNG figures at its end")
 
@@ -41,7 +42,7 @@ class DataConfig(ComponentSection):
     root: str | None = key(None, "folder that holds the data set, where it has files")
     cache: float = key(
         0.0,
-        "decoded images of a folder that each process keeps in memory; the rest is decoded anew",
+        "memory of each process for decoded images of a folder; the other images are decoded every time",
         unit="GiB",
         minimum=0,
     )
@@ -76,10 +77,10 @@ class ModelConfig(ComponentSection):
 
     name: str = key("small_cnn", "small_cnn, a torchvision model, or an import path to a class or function")
     num_classes: int | None = key(None, "outputs of the model; null = as many as the data has classes", minimum=1)
-    weights: str | None = key(None, "weights to begin with: a name of torchvision's, such as DEFAULT, or a file")
-    head: str | None = key(None, "dotted name of the last layer; null = found by itself")
+    weights: str | None = key(None, "weights to start from: torchvision's name for them, such as DEFAULT, or a file")
+    head: str | None = key(None, "dotted name of the last layer; null = found automatically")
     freeze: str | list[str] | None = key(None, 'not trained: backbone (all but the head), or [conv1, "layer[12]"]')
-    unfreeze: dict[str, Any] = key({}, "what is trained after so many epochs after all: {5: [layer4], 10: backbone}")
+    unfreeze: dict[str, Any] = key({}, "from which epoch on frozen parts are trained: {5: [layer4], 10: backbone}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +92,15 @@ class BatchNormConfig(Section):
     )
     momentum: float | None = key(None, "momentum of the running statistics; null = the model's own", minimum=0)
     momentum_per: Literal["micro_batch", "step"] = key(
-        "micro_batch", "step: a step of M micro-batches ages the statistics as much as one update would"
+        "micro_batch", "step: the M micro-batches of a step together move the statistics as far as one update"
     )
     recalibrate: int = key(
         0,
-        "compute exact statistics over this many steps' samples instead of running ones",
+        "use exact statistics over the samples of this many steps instead of running ones; 0 = off",
         unit="steps",
         minimum=0,
     )
-    recalibrate_at: Literal["evaluation", "end"] = key("evaluation", "before each evaluation, or at the end only")
+    recalibrate_at: Literal["evaluation", "end"] = key("evaluation", "before each evaluation, or only at the end")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class LossConfig(ComponentSection):
     name: str = key(
         "cross_entropy",
         "cross_entropy, mse, bce_with_logits, or an import path to a Task or a loss of torch.nn; loss.reduction=mean "
-        "and sum are one run, as a step divides by its targets once",
+        "and sum give the same run, because a step always divides by its number of targets",
     )
 
 
@@ -119,8 +120,10 @@ class OptimizerConfig(ComponentSection):
 
     name: str = key("sgd", "sgd, adam, adamw, or an import path to a torch.optim.Optimizer")
     lr: float = key(0.1, "learning rate, before the schedule's factor", minimum=0)
-    backbone_lr: float | None = key(None, "learning rate of all but the model's head; null = optimizer.lr", minimum=0)
-    layer_decay: float = key(1.0, "factor of the learning rate from a layer to the one before it", minimum=0)
+    backbone_lr: float | None = key(
+        None, "learning rate of everything but the model's head; null = optimizer.lr", minimum=0
+    )
+    layer_decay: float = key(1.0, "factor from the learning rate of a layer to that of the layer before it", minimum=0)
     decay_norm_and_bias: bool = key(True, "apply weight_decay to biases and to the weights of norm layers too")
 
 
@@ -139,20 +142,26 @@ class TrainConfig(Section):
     SECTION = "train"
 
     epochs: int = key(10, "passes over the training data", unit="epochs", minimum=1)
-    max_steps: int | None = key(None, "end after this many steps, if epochs do not end sooner", unit="steps", minimum=1)
+    max_steps: int | None = key(
+        None, "stop after this many steps, unless the epochs end first", unit="steps", minimum=1
+    )
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = key(
         "fp32", "bf16 and fp16: autocast over fp32 weights; fp64: everything"
     )
-    channels_last: bool = key(False, "keep weights and activations of images as (N, H, W, C), which convolutions like")
-    compile: bool = key(False, "compile the model with torch.compile")
-    max_grad_norm: float | None = key(None, "clip the whole step's gradient to this L2 norm", minimum=0)
-    find_unused_parameters: bool = key(False, "allow parameters that get no gradient in some steps")
-    log_every: int = key(50, "steps from one logged row to the next", unit="steps", minimum=1)
-    evaluate_every: int = key(1, "epochs from one evaluation to the next", unit="epochs", minimum=1)
-    checkpoint_every: int | None = key(
-        None, "steps from one checkpoint to the next, besides each epoch's end", unit="steps", minimum=1
+    channels_last: bool = key(
+        False, "store weights and activations of images as (N, H, W, C), which is faster for convolutions"
     )
-    keep_checkpoints: int = key(2, "newest checkpoints that are kept", minimum=1)
+    compile: bool = key(False, "compile the model with torch.compile")
+    max_grad_norm: float | None = key(
+        None, "clip the gradient of the whole step to this L2 norm; null = no clipping", minimum=0
+    )
+    find_unused_parameters: bool = key(False, "allow parameters that receive no gradient in some steps")
+    log_every: int = key(50, "steps between logged rows", unit="steps", minimum=1)
+    evaluate_every: int = key(1, "epochs between evaluations", unit="epochs", minimum=1)
+    checkpoint_every: int | None = key(
+        None, "steps between checkpoints, in addition to one at the end of each epoch", unit="steps", minimum=1
+    )
+    keep_checkpoints: int = key(2, "how many of the newest checkpoints to keep", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +169,7 @@ class BestConfig(Section):
     SECTION = "best"
 
     metric: str = key("val/loss", "the logged value that decides which model is best")
-    mode: Literal["min", "max"] = key("min", "whether less or more is better")
+    mode: Literal["min", "max"] = key("min", "whether lower or higher values are better")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,12 +188,14 @@ class WandbConfig(Section):
     notes: str | None = key(None, "W&B notes of the run")
     log_model: Literal["none", "best"] = key("none", "best: the best model becomes an artifact when the run ends")
     log_histograms_every: int | None = key(
-        None, "steps from one set of histograms of gradients and weights to the next", unit="steps", minimum=1
+        None, "steps between histograms of gradients and weights; null = none", unit="steps", minimum=1
     )
-    alerts: bool = key(False, "have W&B send an alert when the run fails")
-    strict: bool = key(False, "end the run with an error when W&B fails, instead of a warning")
-    init_timeout: float = key(10, "how long a start may wait for W&B's server", unit="seconds", minimum=1)
-    finish_timeout: float = key(10, "how long an end may wait for what is not sent yet", unit="seconds", minimum=1)
+    alerts: bool = key(False, "let W&B send an alert when the run fails")
+    strict: bool = key(False, "stop the run with an error when W&B fails, instead of a warning")
+    init_timeout: float = key(10, "how long to wait for W&B's server at the start", unit="seconds", minimum=1)
+    finish_timeout: float = key(
+        10, "how long to wait at the end for data that is not sent yet", unit="seconds", minimum=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,19 +215,20 @@ class ObserverConfig(ComponentSection):
             )
 
 
-SECTIONS: dict[str, Any] = {
-    "run": RunConfig,
-    "data": DataConfig,
-    "batch": BatchConfig,
-    "model": ModelConfig,
-    "batch_norm": BatchNormConfig,
-    "loss": LossConfig,
-    "optimizer": OptimizerConfig,
-    "schedule": ScheduleConfig,
-    "train": TrainConfig,
-    "best": BestConfig,
-    "wandb": WandbConfig,
-}
+_SECTION_CLASSES = (
+    RunConfig,
+    DataConfig,
+    BatchConfig,
+    ModelConfig,
+    BatchNormConfig,
+    LossConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    BestConfig,
+    WandbConfig,
+)
+SECTIONS: dict[str, Any] = {cls.SECTION: cls for cls in _SECTION_CLASSES}  # in the order of --help and config.yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +252,7 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     observers: tuple[ObserverConfig, ...] = ()
     # How values from the environment were written. A field, so that it survives `dataclasses.replace`.
-    references: Mapping[Path, Reference] = field(default_factory=dict, repr=False, compare=False)
+    references: References = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check_sections()
@@ -276,7 +288,7 @@ class Config:
             raise ConfigError("batch_norm.momentum", f"{batch_norm.momentum} is more than 1")
         if self.train.max_grad_norm == 0:
             raise ConfigError("train.max_grad_norm", "0 would make every gradient zero; null turns clipping off")
-        if any(deviation <= 0 for deviation in self.data.std or []):
+        if not all(deviation > 0 for deviation in self.data.std or []):
             raise ConfigError("data.std", f"{self.data.std} is not all above 0: channels are divided by it")
 
     def fuse_refusal(self) -> str | None:
@@ -297,7 +309,6 @@ class Config:
         """
         if not isinstance(tree, Mapping):
             raise ConfigError("config", f"is a mapping of sections, not {_describe(tree)}")
-        names = [*SECTIONS, "observers"]
         values: dict[str, Any] = {}
         resolved, references = resolve(tree)
         for name, section in resolved.items():
@@ -306,7 +317,8 @@ class Config:
             elif name in SECTIONS:
                 values[name] = read_section(SECTIONS[name], section)
             else:
-                raise ConfigError(str(name), f"no such section{nearest(str(name), names)}")
+                hint = nearest(str(name), [*SECTIONS, "observers"])
+                raise ConfigError(str(name), f"no such section{hint}")
         return cls(**values, references=references)
 
     def to_dict(self, *, digests: bool = False) -> dict[str, Any]:
@@ -315,9 +327,11 @@ class Config:
         Values from the environment are given as the reference to them, `${oc.env:NAME}`, so that the result may be
         written. With `digests` each is followed by a short digest of its value, for comparison only.
         """
-        values: dict[str, Any] = {name: getattr(self, name).to_dict() for name in SECTIONS}
+        values: dict[str, Any] = {}
+        for name in SECTIONS:
+            values[name] = getattr(self, name).to_dict()
         values["observers"] = [observer.to_dict() for observer in self.observers]
-        written: dict[str, Any] = escape(values)
+        written: dict[str, Any] = map_leaves(values, escape)
         restore_references(written, self.references, digests=digests)
         return written
 
@@ -346,4 +360,6 @@ def _describe(value: Any) -> str:
 
 def keys_of(section: str) -> list[str]:
     """The keys that the section of this name declares; none if there is no such section."""
-    return list(declared_keys(SECTIONS[section])) if section in SECTIONS else []
+    if section not in SECTIONS:
+        return []
+    return list(declared_keys(SECTIONS[section]))

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from trainer.config.trees import leaves_in
+
 REDACTED = "<redacted>"
 SECRET_NAME = re.compile(
     r"(?:^|[_.-])(?:token|secrets?|password|passwd|passphrase|credentials?|auth|(?:api|private|access)_?key)(?:$|[_.-])"
@@ -21,7 +23,9 @@ _secrets: set[str] = set()  # of the configs that this process made
 
 def remember_secrets(texts: Iterable[str]) -> None:
     """Have `redacted_message` remove these texts from now on."""
-    _secrets.update(text for text in texts if len(text) >= MIN_SECRET_LETTERS)
+    for text in texts:
+        if len(text) >= MIN_SECRET_LETTERS:
+            _secrets.add(text)
 
 
 def secrets_in(tree: Any) -> Iterator[str]:
@@ -29,28 +33,13 @@ def secrets_in(tree: Any) -> Iterator[str]:
     if isinstance(tree, Mapping):
         for name, value in tree.items():
             if _is_secret(name, value):
-                yield from map(str, leaves_in(value))
+                for leaf in leaves_in(value):
+                    yield str(leaf)
             else:
                 yield from secrets_in(value)
     elif isinstance(tree, list | tuple):
         for item in tree:
             yield from secrets_in(item)
-
-
-def texts_in(tree: Any) -> Iterator[str]:
-    """Every text in nested mappings and lists, keys aside."""
-    return (leaf for leaf in leaves_in(tree) if isinstance(leaf, str))
-
-
-def leaves_in(tree: Any) -> Iterator[Any]:
-    """Every value in nested mappings and lists that is neither."""
-    if isinstance(tree, Mapping):
-        tree = list(tree.values())
-    if isinstance(tree, list | tuple):
-        for item in tree:
-            yield from leaves_in(item)
-    else:
-        yield tree
 
 
 def redacted(tree: Any) -> Any:
@@ -59,7 +48,10 @@ def redacted(tree: Any) -> Any:
     Of text from the environment a config shows the reference (see `interpolation`), which stays: it is no secret.
     """
     if isinstance(tree, Mapping):
-        return {name: REDACTED if _is_secret(name, value) else redacted(value) for name, value in tree.items()}
+        copy = {}
+        for name, value in tree.items():
+            copy[name] = REDACTED if _is_secret(name, value) else redacted(value)
+        return copy
     if isinstance(tree, list | tuple):
         return [redacted(item) for item in tree]
     return without_logins(tree) if isinstance(tree, str) else tree
@@ -100,7 +92,10 @@ def _redacted_argument(argument: str) -> str:
 
 
 def _is_secret(name: Any, value: Any) -> bool:
-    return value is not None and not isinstance(value, bool) and _is_secret_name(str(name))
+    # `auth: true` and `token: null` say nothing.
+    if value is None or isinstance(value, bool):
+        return False
+    return _is_secret_name(str(name))
 
 
 @cache  # few names, looked at each time a config is made
