@@ -19,7 +19,6 @@ from trainer.components.optimizer import (
 from trainer.components.schedule import Schedule, build_schedule
 from trainer.components.task import Task
 from trainer.config.schema import Config
-from trainer.config.secrets import without_secrets
 from trainer.core.build import build_run, settings_of
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
@@ -336,7 +335,7 @@ class Trainer:
         tensors, numbers = named_state(self.optimizer, self.module)
         self.progress.rows = self.journal.rows
         self.progress.wandb_id = self.journal.wandb_id
-        config = without_secrets(self.config.to_dict())
+        config = self.config.to_dict(digests=True)
         content = Checkpoint(checkpoint.snapshot(self.module), tensors, numbers, self.progress, config, stateful=states)
         checkpoint.save(self.journal.directory / "checkpoints", content, keep=self.config.train.keep_checkpoints)
 
