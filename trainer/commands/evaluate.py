@@ -1,21 +1,32 @@
-"""The best model's validation numbers, computed afresh."""
+"""Compute the best model's validation numbers afresh.
+
+lockstep evaluate runs/digits
+lockstep evaluate runs/digits data.root=PATH batch.eval_size=256
+torchrun --nproc_per_node 2 -m trainer evaluate runs/digits
+"""
 
 from __future__ import annotations
 
-from trainer.commands.arguments import split, the_run
-from trainer.storage.run_directory import read_config
-from trainer.trainer import Trainer
+import math
+
+from trainer.commands.arguments import CommandParser
+from trainer.commands.setup import set_up_trainer
 
 
 def main(arguments: list[str]) -> None:
-    """Load the best model of a run and print its validation numbers, on any number of processes."""
-    given = split(arguments)
-    run = the_run(given.paths)
-    trainer = Trainer(read_config(run, given.overrides))
-    kept = trainer.load_best(run)
+    """Print each validation metric of a run's best model, beside the one logged when the model was saved."""
+    parser = CommandParser("evaluate", __doc__)
+    parser.add_run()
+    parser.add_overrides("changes a key of the run's config")
+    options = parser.parse(arguments)
+
+    from trainer.storage.run_directory import read_config
+
+    trainer = set_up_trainer(read_config(options.run, options.overrides))
+    logged = trainer.load_best(options.run)
     metrics = trainer.evaluator.evaluate() if trainer.evaluator else {}
     trainer.ranks.close()
     if trainer.ranks.is_main:
-        print(f"{run}: best model, of epoch {kept['epoch']} (step {kept['step']})")
+        print(f"{options.run}: best model, of epoch {logged['epoch']} (step {logged['step']})")
         for name, value in metrics.items():
-            print(f"  val/{name}  {value:.6f}  (kept with {kept.get(f'val/{name}', float('nan')):.6f})")
+            print(f"  val/{name}  {value:.6f}  (logged as {logged.get(f'val/{name}', math.nan):.6f})")
