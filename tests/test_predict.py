@@ -44,8 +44,8 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Decision]
         trainer = Trainer(settings)
         trainer.fit()
         trainer.load_best()
-        assert trainer.evaluator is not None
-        return trainer.evaluator.decisions()
+        assert trainer.run.evaluator is not None
+        return trainer.run.evaluator.decisions()
 
     decisions: list[Decision] = on_ranks(1, run)[0]
     (root / "images" / "sub").mkdir(parents=True)
@@ -218,8 +218,8 @@ def test_the_folder_may_be_gone_and_colour_stays_colour(tmp_path: Path) -> None:
         trainer = Trainer(load(None, [*overrides, "train.epochs=1", "run.figures=false"]))
         trainer.fit()
         trainer.load_best()
-        assert trainer.evaluator is not None
-        return trainer.evaluator.decisions()
+        assert trainer.run.evaluator is not None
+        return trainer.run.evaluator.decisions()
 
     decisions = on_ranks(1, run)[0]
     (tmp_path / "data" / "val").rename(tmp_path / "asked")

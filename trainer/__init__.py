@@ -4,15 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.components.task import Task
+    from trainer.components.task import Task, WeightedSum
     from trainer.config.load import load
     from trainer.config.schema import Config
     from trainer.errors import ConfigError, DataError, LockstepError, Stopped
     from trainer.trainer import Trainer
 
-__all__ = ["Config", "ConfigError", "DataError", "LockstepError", "Stopped", "Task", "Trainer", "load"]
+__all__ = ["Config", "ConfigError", "DataError", "LockstepError", "Stopped", "Task", "Trainer", "WeightedSum", "load"]
 
-HOMES = {"Trainer": "trainer", "Task": "components.task", "Config": "config.schema", "load": "config.load"}
+HOMES = {
+    "Trainer": "trainer",
+    "Task": "components.task",
+    "WeightedSum": "components.task",
+    "Config": "config.schema",
+    "load": "config.load",
+}
 
 
 def __getattr__(name: str) -> Any:

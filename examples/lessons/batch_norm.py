@@ -70,8 +70,11 @@ class Observed(Trainer):
 
     def train_step(self, step: Step) -> None:
         super().train_step(step)
-        self.statistics.gather()
-        mean, variance = self.statistics.statistics[:2]
+        self.reduction.gather()
+        layer = next(module for module in self.module.modules() if isinstance(module, nn.BatchNorm2d))
+        mean, variance = layer.running_mean, layer.running_var
+        assert mean is not None
+        assert variance is not None
         self.seen.append((float(mean.mean()), float(variance.mean())))
 
 

@@ -56,14 +56,14 @@ def losses(trainer: Trainer, weights: Tensor) -> Floats:
     """The mean loss over the training samples at each of some weights `(n, parameters)`; the model's are put back."""
     parameters = list(trainer.module.parameters())
     kept = parameters_to_vector(parameters).detach().clone()
-    batch = trainer.train_loader.peek(range(len(trainer.data.train)))
+    batch = trainer.run.train_loader.peek(range(len(trainer.run.data.train)))
     found = []
     trainer.module.eval()
     with torch.no_grad():
         for row in weights.to(kept):
             vector_to_parameters(row, parameters)
-            _, loss, weight = trainer.forward(trainer.module, batch, None)
-            found.append(float(loss / weight))
+            _, loss = trainer.run.forward(trainer.module, batch, None)
+            found.append(float(loss.total / loss.weight))
         vector_to_parameters(kept, parameters)
     return np.array(found)
 

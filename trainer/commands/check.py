@@ -13,8 +13,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from trainer.commands.arguments import CommandParser, load_config
-from trainer.commands.setup import set_up_trainer
 from trainer.errors import LockstepError
+from trainer.process.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from trainer.core.metrics import Row
@@ -31,14 +31,18 @@ def main(arguments: list[str]) -> None:
     from trainer.reporting.console import Console
     from trainer.reporting.summary import header
     from trainer.storage.run_directory import run_path
+    from trainer.trainer import Trainer
 
-    trainer = set_up_trainer(config)
-    trainer.fuse = choose_fuse(trainer)
+    trainer = Trainer(config)
+    keep_freed_memory(trainer.ranks.device.type)
     console = Console(active=trainer.ranks.is_main)
-    console.header(header(trainer, trainer.schedule, run_path(config.run)))
-    start = perf_counter()
-    row = _train_first_step(trainer)
-    seconds = perf_counter() - start
+    with trainer.run.settings():
+        trainer.fuse, trainer.fuse_note = choose_fuse(trainer.run)
+        facts = header(trainer.run, trainer.schedule, trainer.fuse, trainer.fuse_note, run_path(config.run))
+        console.header(facts)
+        start = perf_counter()
+        row = _train_first_step(trainer)
+        seconds = perf_counter() - start
     size = trainer.plan.step(0).size
     samples = f"{size} sample" if size == 1 else f"{size} samples"
     metrics = [f"{name} {value:.4g}" for name, value in row.items() if name.startswith("train/")]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from trainer.commands.arguments import CommandParser
-from trainer.commands.setup import set_up_trainer
+from trainer.process.memory import keep_freed_memory
 
 
 def main(arguments: list[str]) -> None:
@@ -20,13 +20,17 @@ def main(arguments: list[str]) -> None:
     parser.add_overrides("changes a key of the run's config")
     options = parser.parse(arguments)
 
+    from trainer.core.build import build_run, settings_of
     from trainer.storage.run_directory import read_config
 
-    trainer = set_up_trainer(read_config(options.run, options.overrides))
-    logged = trainer.load_best(options.run)
-    metrics = trainer.evaluator.evaluate() if trainer.evaluator else {}
-    trainer.ranks.close()
-    if trainer.ranks.is_main:
+    config = read_config(options.run, options.overrides)
+    with settings_of(config):
+        run = build_run(config)
+        keep_freed_memory(run.ranks.device.type)
+        logged = run.load_best(options.run)
+        metrics = run.evaluate() if run.evaluator is not None else {}
+    run.ranks.close()
+    if run.ranks.is_main:
         print(f"{options.run}: best model, of epoch {logged['epoch']} (step {logged['step']})")
         for name, value in metrics.items():
             print(f"  val/{name}  {value:.6f}  (logged as {logged.get(f'val/{name}', math.nan):.6f})")

@@ -29,9 +29,9 @@ def main(arguments: list[str]) -> None:
     config = load_config(options)
 
     from trainer.commands.explain_output import MOST_ROWS, print_lesson
-    from trainer.inspection.explain import Dissected
+    from trainer.inspection.explain import Dissection
 
-    report = Dissected(config).report()
+    report = Dissection(config).report()
     if options.json:
         print(json.dumps(report))
     else:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.commands.arguments import CommandParser, whole_number
-from trainer.commands.setup import set_up_trainer
+from trainer.process.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from trainer.inspection.replay import Replay
@@ -40,9 +40,16 @@ def main(arguments: list[str]) -> None:
     from trainer.commands.replay_output import print_replay
     from trainer.inspection.replay import replay
     from trainer.storage.run_directory import read_config
+    from trainer.trainer import Trainer
 
     config = read_config(options.run, [*OVERRIDES, *options.overrides])
-    result = replay(lambda: set_up_trainer(config), options.run, options.step)
+
+    def make_trainer() -> Trainer:
+        trainer = Trainer(config)
+        keep_freed_memory(trainer.ranks.device.type)
+        return trainer
+
+    result = replay(make_trainer, options.run, options.step)
     directory = options.run / "replay" / f"step_{result.step:08d}"
     values = _write(result, directory)
     if options.json:

@@ -11,9 +11,9 @@ torchrun --nproc_per_node 8 -m trainer train          the same run on eight GPUs
 from __future__ import annotations
 
 from trainer.commands.arguments import CommandParser, load_config
-from trainer.commands.setup import set_up_trainer
 from trainer.config.load import help_text
 from trainer.process.exit import report_error
+from trainer.process.memory import keep_freed_memory
 from trainer.process.parent import end_with_launcher, record_failure, with_trial_name
 
 
@@ -28,7 +28,10 @@ def main(arguments: list[str]) -> int:
     end_with_launcher()
     try:
         config = with_trial_name(load_config(parser.parse(arguments)))
-        trainer = set_up_trainer(config)
+        from trainer.trainer import Trainer  # imports torch: a mistake in the config is reported before
+
+        trainer = Trainer(config)
+        keep_freed_memory(trainer.ranks.device.type)
         trainer.fit()
         trainer.ranks.close()
     except Exception as error:

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from trainer.components.weights import torchvision_weights
@@ -86,8 +85,6 @@ def compile_model(model: nn.Module, *, bitwise: bool) -> None:
     Left to itself, torch.compile makes kernels for any shape once it has seen a second one, and no more kernels at all
     after a number of shapes; which shapes a rank sees first depends on the number of ranks.
     """
-    if bitwise:
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
     model.compile(dynamic=False if bitwise else None)
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from trainer.components.models import build_model
 from trainer.components.task import build_task
+from trainer.core.build import settings_of
 from trainer.core.forward import Forward
 from trainer.core.precision import Precision
 from trainer.data.folder import decode
@@ -21,7 +22,6 @@ from trainer.data.loading import Normalize
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
 from trainer.errors import ConfigError, DataError, LockstepError
-from trainer.exact.determinism import make_deterministic
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint, signature
 from trainer.storage.run_directory import read_config
@@ -38,8 +38,6 @@ class Predictor:
         best = checkpoint.best_directory(run)
         config = self.config = read_config(best, overrides)
         self.signature = signature.read(best)
-        if config.run.reproducibility == "bitwise":
-            make_deterministic()
         ranks = Ranks(config.train.precision, find_unused_parameters=False)
         if ranks.count > 1:
             raise ConfigError("WORLD_SIZE", f"{ranks.count} processes were started, and one predicts; start it alone")
@@ -124,7 +122,8 @@ class Predictor:
 
     def _probabilities(self, images: Tensor) -> Tensor:
         batch = MicroBatch(0, self.normalize(images.to(self.device)), None)
-        shares = self.task.probabilities(self._forward.output(self.module, batch))
+        with settings_of(self.config):
+            shares = self.task.probabilities(self._forward.output(self.module, batch))
         if shares is None:
             raise ConfigError("loss.name", f"{self.config.loss.name} makes no classifier, whose classes could be named")
         return shares.float().cpu()

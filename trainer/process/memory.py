@@ -15,12 +15,14 @@ LARGEST_BLOCK_KEPT = 2**30  # bytes
 USER_SETTINGS = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep up to 2 GiB of freed memory for the next step, instead of returning it to the system.
+def keep_freed_memory(device_type: str) -> None:
+    """For a run on the CPU, let glibc keep up to 2 GiB of freed memory for the next step.
 
-    By default the kernel maps and zeroes the pages of large activations anew in every step. Does nothing if malloc
-    is not glibc's, or if the user has tuned it.
+    By default it returns large activations to the system, which maps and zeroes their pages anew in every step. Does
+    nothing for a run on another device, if malloc is not glibc's, or if the user has tuned it.
     """
+    if device_type != "cpu":
+        return
     if sys.platform != "linux" or any(os.environ.get(name) for name in USER_SETTINGS):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
