@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
-from trainer.commands.explain import main, show
+from trainer.commands.explain import main
+from trainer.commands.explain_output import print_lesson
 from trainer.config.load import load
 from trainer.errors import ConfigError
 from trainer.inspection.autograd_chain import chain
@@ -187,7 +188,7 @@ def of_a_resnet() -> list[str]:
     report, texts = Dissection(config).report(), []
     for rows in (10, None):
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            show(report, rows)
+            print_lesson(report, rows)
         texts.append(out.getvalue())
     return texts
 
@@ -203,7 +204,7 @@ def test_large_models_are_cut_short_unless_all_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a.yaml", "b.yaml"], "one config at a time"),
+        (["a.yaml", "b.yaml"], "b.yaml: is one argument too many"),
         (["--jsn"], 'did you mean "json"'),
         (["configs/digit.yaml"], 'did you mean "digits.yaml"'),
     ],

@@ -110,12 +110,12 @@ def test_colour_files_become_grey_and_overridden_transforms_hold(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "PATH: is missing"),
+        ([], "arguments are required: RUN"),
         (["{run}"], "PATH: is missing"),
         (["{run}", "nowhere/*.png"], "nowhere/*.png does not exist"),
         (["{run}", "{root}/empty"], "empty holds no image files"),
         (["{root}/images", "{root}/images"], "images: is not a run directory"),
-        (["{run}", "{root}/images", "--top", "0"], "--top: 0 classes"),
+        (["{run}", "{root}/images", "--top", "0"], "--top: needs a whole number, 1 or more"),
         (["{run}", "{root}/images", "--export", "onx"], '"onx" is not one of torch, onnx; did you mean'),
     ],
 )  # fmt: skip

@@ -22,8 +22,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from trainer import Trainer, load
 from trainer.config.load import command_line
-from trainer.errors import leave, report
 from trainer.exact.plan import Step
+from trainer.process.exit import exit_process, report_error
 from trainer.reporting.figures.style import BLUE, DPI, FAINT, INK, QUIET, SMALL, TITLE, VERMILION
 from trainer.storage.run_directory import run_path
 
@@ -155,9 +155,9 @@ def main(arguments: list[str]) -> int:
             print(f"drawn    {gif}")
         trainer.ranks.close()
     except Exception as error:
-        return report(error)
+        return report_error(error)
     return 0
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

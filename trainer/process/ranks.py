@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +14,8 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from torch import Tensor, distributed, nn
 
 from trainer.errors import ConfigError, LockstepError
+from trainer.process import launcher
+from trainer.process.exit import delay_exit_for_gloo
 
 # What a launcher asks for through the environment and a run's config must decide: (variable, values that ask
 # for nothing, what to do instead).
@@ -33,8 +32,6 @@ LAUNCHER_SETTINGS = (
     ("ACCELERATE_USE_FSDP", {"false"}, "FSDP is not supported; start plain processes"),
 )
 
-GRACE = 0.2  # seconds before the interpreter goes down, for gloo's thread to drop the last collective's tensors
-
 
 def check_launcher(precision: str, environment: Mapping[str, str]) -> None:
     """Refuse what a launcher asks for beside the config: a run is a function of its config."""
@@ -42,12 +39,6 @@ def check_launcher(precision: str, environment: Mapping[str, str]) -> None:
         value = environment.get(variable, "").lower()
         if value and value not in nothing and value != precision:
             raise ConfigError(variable, f'the launcher asks for "{value}", which the config decides; {instead}')
-
-
-@cache
-def _end_after_gloo() -> None:
-    """Once a process, however many `Trainer`s it makes."""
-    atexit.register(time.sleep, GRACE)
 
 
 class Ranks:
@@ -71,13 +62,13 @@ class Ranks:
         )
         self.rank: int = self.accelerator.process_index
         self.count: int = self.accelerator.num_processes
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        launched = launcher.world_size()
         if launched != self.count:
             raise ConfigError(
                 "WORLD_SIZE", f"{launched} processes were launched, and {self.count} joined; use launch/*.yaml"
             )
         if self.count > 1:
-            _end_after_gloo()
+            delay_exit_for_gloo()
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
         # Host-side agreement must not wait for the device's queue, so on GPUs it has a group of its own.
