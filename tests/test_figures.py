@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import Tensor
 
-from trainer.reporting import figures
-from trainer.reporting.figures import Predicted
+from trainer.reporting.figures.confusion import draw_confusion_matrix
+from trainer.reporting.figures.curves import draw_curves
+from trainer.reporting.figures.images import PredictionGroup, draw_batch_grid, draw_predictions, draw_saliency
 from trainer.reporting.figures.style import DPI
 
 
@@ -59,7 +60,7 @@ def test_curves_show_every_row_in_its_panel(drawn: list[Figure], tmp_path: Path)
         {"step": 4, "epoch": 2, "train/loss": 1.0, "lr": 0.05},
         {"step": 4, "epoch": 2, "train/epoch_loss": 1.5, "val/loss": math.inf},
     ]
-    figures.curves(rows, tmp_path / "curves.png")
+    draw_curves(rows, tmp_path / "curves.png")
     shown = panels(drawn[0])
     assert list(shown) == ["loss", "accuracy", "mae", "learning rate"]
     assert list(shown["loss"]) == ["train", "train, epoch", "val"]
@@ -84,7 +85,7 @@ def test_curves_show_every_row_in_its_panel(drawn: list[Figure], tmp_path: Path)
     ],
 )
 def test_curves_of_next_to_nothing(rows: list[dict[str, float]], tmp_path: Path) -> None:
-    figures.curves(rows, tmp_path / "curves.png")
+    draw_curves(rows, tmp_path / "curves.png")
     assert imread(tmp_path / "curves.png").shape[1] == 7.5 * DPI
 
 
@@ -94,7 +95,7 @@ def test_batch_grid_shows_each_pixel_in_its_place(
 ) -> None:
     images = random_images(count, 1, 8, 8).round()
     labels = [f"${i}_$" for i in range(count)]
-    figures.batch_grid(images, labels, tmp_path / "batch.png")
+    draw_batch_grid(images, labels, tmp_path / "batch.png")
     axes = drawn[0].axes[0]
     assert texts(drawn[0]) == labels[:64]
     assert len(axes.images) == min(count, 64)
@@ -116,7 +117,7 @@ def test_colour_grey_and_other_channels(drawn: list[Figure], tmp_path: Path, dty
     for channels, expected in ((3, (5, 7, 3)), (1, (5, 7)), (2, (5, 7)), (5, (5, 7))):
         images = random_images(2, channels, 5, 7).to(dtype)
         images[0, 0, 0, 0], images[0, 0, 0, 1] = math.nan, 1.5
-        figures.batch_grid(images, ["a", "b"], tmp_path / "batch.png")
+        draw_batch_grid(images, ["a", "b"], tmp_path / "batch.png")
         shown = np.asarray(drawn[-1].axes[0].images[1].get_array())
         given = images[1].double()
         np.testing.assert_array_equal(shown, given.permute(1, 2, 0) if channels == 3 else given[0])
@@ -124,8 +125,8 @@ def test_colour_grey_and_other_channels(drawn: list[Figure], tmp_path: Path, dty
 
 
 def test_large_and_oblong_images_keep_their_shape(drawn: list[Figure], tmp_path: Path) -> None:
-    figures.batch_grid(random_images(3, 3, 224, 112), ["a"] * 3, tmp_path / "tall.png")
-    figures.predictions([predicted(random_images(2, 3, 50, 400), "aa", "aa", [0, 1])], tmp_path / "wide.png")
+    draw_batch_grid(random_images(3, 3, 224, 112), ["a"] * 3, tmp_path / "tall.png")
+    draw_predictions([predicted(random_images(2, 3, 50, 400), "aa", "aa", [0, 1])], tmp_path / "wide.png")
     for figure, ratio in zip(drawn, (0.5, 8.0), strict=True):
         left, right, bottom, top = figure.axes[0].images[0].get_extent()
         assert (right - left) / (bottom - top) == pytest.approx(ratio)
@@ -134,14 +135,14 @@ def test_large_and_oblong_images_keep_their_shape(drawn: list[Figure], tmp_path:
         assert box.width / (x1 - x0) == pytest.approx(box.height / (y0 - y1))
 
 
-def predicted(images: Tensor, guesses: Sequence[str], truths: Sequence[str], sure: Sequence[float]) -> Predicted:
-    return Predicted("", images, guesses, sure, truths)
+def predicted(images: Tensor, guesses: Sequence[str], truths: Sequence[str], sure: Sequence[float]) -> PredictionGroup:
+    return PredictionGroup("", images, guesses, sure, truths)
 
 
 def test_predictions_tell_right_from_wrong(drawn: list[Figure], tmp_path: Path) -> None:
     guesses, truths = ["cat", "d$g_$", "x" * 99], ["cat", "cat", "x" * 99]
     group = predicted(random_images(3, 3, 8, 8), guesses, truths, [0.987, 0.5, 1.0])
-    figures.predictions([group], tmp_path / "p.png")
+    draw_predictions([group], tmp_path / "p.png")
     first, second, third = drawn[0].axes[0].texts
     assert first.get_text() == "cat · 99 %\ntrue: cat"
     assert second.get_text() == "d$g_$ · 50 %\ntrue: cat"
@@ -152,9 +153,9 @@ def test_predictions_tell_right_from_wrong(drawn: list[Figure], tmp_path: Path) 
 
 def test_groups_stand_apart_and_nothing_overlaps(drawn: list[Figure], tmp_path: Path) -> None:
     names = ["n" * 60] * 6
-    wrong = Predicted("Wrong", random_images(6, 1, 8, 8), names, [0.5] * 6, names)
-    right = Predicted("Right: " + "r" * 60, random_images(1, 1, 16, 8), names[:1], [0.5], names[:1])
-    figures.predictions([wrong, right], tmp_path / "p.png")
+    wrong = PredictionGroup("Wrong", random_images(6, 1, 8, 8), names, [0.5] * 6, names)
+    right = PredictionGroup("Right: " + "r" * 60, random_images(1, 1, 16, 8), names[:1], [0.5], names[:1])
+    draw_predictions([wrong, right], tmp_path / "p.png")
     axes = drawn[0].axes[0]
     boxes = [thing.get_window_extent() for thing in (*axes.texts, *axes.images)]
     assert len(boxes) == 7 + 7 + 2
@@ -167,7 +168,7 @@ def test_groups_stand_apart_and_nothing_overlaps(drawn: list[Figure], tmp_path: 
 def test_a_map_lies_over_its_own_image(drawn: list[Figure], tmp_path: Path) -> None:
     images, maps = random_images(2, 3, 10, 10), torch.zeros(2, 10, 10)
     maps[1, 2, 3] = 1
-    figures.saliency(predicted(images, "ab", "ab", [1, 1]), maps, tmp_path / "s.png")
+    draw_saliency(predicted(images, "ab", "ab", [1, 1]), maps, tmp_path / "s.png")
     for image, shown, heat in zip(images, drawn[0].axes[0].images, maps, strict=True):
         pair = np.asarray(shown.get_array())
         np.testing.assert_array_equal(pair[:, :10], image.double().permute(1, 2, 0))
@@ -176,11 +177,11 @@ def test_a_map_lies_over_its_own_image(drawn: list[Figure], tmp_path: Path) -> N
 
 
 def test_confusion_matrix_rows_are_true_classes(drawn: list[Figure], tmp_path: Path) -> None:
-    matrix = torch.tensor([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
-    figures.confusion_matrix(matrix, ["a", "$b_$", "c"], tmp_path / "c.png")
+    matrix = np.array([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
+    draw_confusion_matrix(matrix, ["a", "$b_$", "c"], tmp_path / "c.png")
     axes = drawn[0].axes[0]
     assert {t.get_position(): t.get_text() for t in axes.texts} == {
-        (column, row): str(int(matrix[row, column])) for row in range(3) for column in range(3)
+        (column, row): str(matrix[row, column]) for row in range(3) for column in range(3)
     }
     shares = np.asarray(axes.images[0].get_array())
     np.testing.assert_allclose(shares, [[0.8, 0.2, 0], [0, 1, 0], [0, 0, 0]])
@@ -193,8 +194,8 @@ def test_confusion_matrix_rows_are_true_classes(drawn: list[Figure], tmp_path: P
 def test_confusion_matrix_of_any_size(
     drawn: list[Figure], tmp_path: Path, size: int, numbers: int, names: int | None
 ) -> None:
-    matrix = 123_456 * torch.eye(size, dtype=torch.int64)
-    figures.confusion_matrix(matrix, [f"class number {i}" for i in range(size)], tmp_path / "c.png")
+    matrix = 123_456 * np.eye(size, dtype=np.int64)
+    draw_confusion_matrix(matrix, [f"class number {i}" for i in range(size)], tmp_path / "c.png")
     axes = drawn[0].axes[0]
     assert len(axes.texts) == numbers
     assert names is None or len(axes.get_xticks()) == names
@@ -207,8 +208,8 @@ def test_confusion_matrix_of_any_size(
 
 def test_numbers_stand_out_from_their_cells(drawn: list[Figure], tmp_path: Path) -> None:
     for share in (1, 10, 29, 31, 60, 100):
-        matrix = torch.tensor([[share, 100 - share], [0, 1]])
-        figures.confusion_matrix(matrix, ["a", "b"], tmp_path / "c.png")
+        matrix = np.array([[share, 100 - share], [0, 1]])
+        draw_confusion_matrix(matrix, ["a", "b"], tmp_path / "c.png")
         axes = drawn[-1].axes[0]
         image, text = axes.images[0], axes.texts[0]
         cell = np.array(image.cmap(image.norm(share / 100))[:3])
@@ -222,7 +223,7 @@ def luminance(colour: np.ndarray[Any, Any]) -> float:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "curves.png"
-    figures.curves([], path)
+    draw_curves([], path)
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
     before = path.read_bytes()
 
@@ -232,15 +233,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        figures.curves([], path)
+        draw_curves([], path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
 
 
 def test_no_global_state(tmp_path: Path) -> None:
     settings, had_pyplot = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
-    figures.curves([{"step": 1, "epoch": 1, "train/loss": 1.0}], tmp_path / "a.png")
-    figures.batch_grid(random_images(2, 1, 8, 8), ["a", "b"], tmp_path / "b.png")
-    figures.confusion_matrix(torch.eye(2), ["a", "b"], tmp_path / "c.png")
+    draw_curves([{"step": 1, "epoch": 1, "train/loss": 1.0}], tmp_path / "a.png")
+    draw_batch_grid(random_images(2, 1, 8, 8), ["a", "b"], tmp_path / "b.png")
+    draw_confusion_matrix(np.eye(2, dtype=np.int64), ["a", "b"], tmp_path / "c.png")
     assert dict(matplotlib.rcParams) == settings
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot

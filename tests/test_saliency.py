@@ -13,7 +13,7 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.small import CLASSES, Images, Points, config, conv_net, mlp
 from trainer import Trainer
 from trainer.components.task import CrossEntropy, Regression
-from trainer.reporting.figures.saliency_maps import saliency
+from trainer.reporting.figures.saliency_maps import compute_saliency
 from trainer.storage.files import tensors_sha256
 
 IMAGES = Images(3).points.float()
@@ -29,7 +29,7 @@ def two_convolutions() -> nn.Sequential:
 
 def test_grad_cam_of_the_last_convolution() -> None:
     model = two_convolutions()
-    maps = saliency(CrossEntropy(), model, IMAGES)
+    maps = compute_saliency(CrossEntropy(), model, IMAGES)
     features = model[:4](IMAGES).detach().requires_grad_()
     output = model[4:](features)
     output.amax(1).sum().backward()
@@ -42,7 +42,7 @@ def test_grad_cam_of_the_last_convolution() -> None:
 
 @pytest.mark.parametrize("model", [conv_net().eval(), nn.Sequential(nn.Flatten(), nn.Linear(50, CLASSES))])
 def test_input_gradient_where_there_is_no_stack_of_feature_maps(model: nn.Module) -> None:
-    maps = saliency(CrossEntropy(), model, IMAGES)
+    maps = compute_saliency(CrossEntropy(), model, IMAGES)
     inputs = IMAGES.clone().requires_grad_()
     model(inputs).amax(1).sum().backward()
     assert inputs.grad is not None and maps is not None
@@ -55,10 +55,10 @@ def test_it_leaves_no_trace_and_works_on_frozen_models() -> None:
     model[1].eval().requires_grad_(False)
     before, modes = tensors_sha256(model.state_dict()), [m.training for m in model.modules() if m is not model[1]]
     drawn = torch.get_rng_state()
-    first = saliency(CrossEntropy(), model, IMAGES)
+    first = compute_saliency(CrossEntropy(), model, IMAGES)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    second = saliency(CrossEntropy(), model, IMAGES)
+    second = compute_saliency(CrossEntropy(), model, IMAGES)
     assert first is not None and second is not None and torch.equal(first, second)
     assert tensors_sha256(model.state_dict()) == before and torch.equal(torch.get_rng_state(), drawn)
     assert [m.training for m in model.modules() if m is not model[1]] == modes
@@ -74,9 +74,9 @@ class Hidden(nn.Module):
 
 
 def test_left_out_where_it_cannot_be_done() -> None:
-    assert saliency(CrossEntropy(), Hidden(), IMAGES) is None
-    assert saliency(Regression(F.mse_loss), two_convolutions(), IMAGES) is None
-    assert saliency(CrossEntropy(), two_convolutions()[:3], IMAGES) is None  # a map of classes
+    assert compute_saliency(CrossEntropy(), Hidden(), IMAGES) is None
+    assert compute_saliency(Regression(F.mse_loss), two_convolutions(), IMAGES) is None
+    assert compute_saliency(CrossEntropy(), two_convolutions()[:3], IMAGES) is None  # a map of classes
 
 
 def drawn(directory: Path, name: str, wanted: bool, reproducibility: str) -> tuple[object, ...]:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from trainer.commands.arguments import split, the_run, whole_number
 from trainer.inspection.replay import Replay, replay
-from trainer.reporting import figures
+from trainer.reporting.figures.images import draw_batch_grid
 from trainer.storage.files import write_json
 from trainer.storage.run_directory import read_config
 from trainer.trainer import Trainer
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     if images is not None:
         order = sorted(range(len(images)), key=lambda i: -_number(found.samples[i]["loss"]))
         labels = [_label(found.samples[i]) for i in order]
-        figures.batch_grid(images[order], labels, directory / "images.png")
+        draw_batch_grid(images[order], labels, directory / "images.png")
     if "json" in given.options:
         print(json.dumps(plain))
     else:
