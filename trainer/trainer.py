@@ -65,9 +65,10 @@ class Trainer(Run):
         with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
             self._resume(self.journal.resume_from)
             header = report.header(self, self.schedule, self.journal.directory)
-            self.journal.begin(header, self.plan, self.progress, lambda: environment(self.ranks, self.data))
+            self.journal.begin(header, self.progress, lambda: environment(self.ranks, self.data))
             self._show_first_batch()
             self.start()
+            self.journal.start_clock(self.plan, self.progress.step)
             try:
                 self._loop(stop)
                 return self._finish()

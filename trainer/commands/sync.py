@@ -77,7 +77,7 @@ def _complete(run: Path, config: Config, run_id: str) -> int:
         x_disable_stats=True,
         x_save_requirements=False,
     )
-    missing = going_on.go_on(rows, len(rows))
+    missing = going_on.send_missing_rows(rows, len(rows))
     if not ended.exists():
         going_on.finish(status=1)
         return missing

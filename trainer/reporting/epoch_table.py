@@ -9,10 +9,11 @@ from rich.text import Text
 
 from trainer.reporting.formats import (
     ABSENT,
+    COLUMN_WIDTH,
     GAP,
     GOOD,
     MUTED,
-    NUMBER_WIDTH,
+    column,
     format_duration,
     format_learning_rate,
     format_metric,
@@ -35,20 +36,20 @@ class _Group:
 
     @property
     def columns_width(self) -> int:
-        return len(self.phases) * (NUMBER_WIDTH + len(GAP)) - len(GAP)
+        return len(self.phases) * COLUMN_WIDTH
 
     @property
     def width(self) -> int:
-        """Characters, without the gap on the left. A long name takes more than its columns."""
-        return max(self.columns_width, len(self.name))
+        """Characters, gaps included. A long name takes more than its columns."""
+        return max(self.columns_width, len(GAP) + len(self.name))
 
     def title(self) -> str:
-        framed = f" {self.name} "
-        return (framed if len(framed) <= self.width else self.name).center(self.width, "─")
+        room = self.width - len(GAP)
+        name = f" {self.name} " if len(self.name) + 2 <= room else self.name
+        return GAP + name.center(room, "─")
 
     def subtitle(self) -> str:
-        phases = [phase.rjust(NUMBER_WIDTH) for phase in self.phases]
-        return GAP.join(phases).rjust(self.width)
+        return "".join(map(column, self.phases)).rjust(self.width)
 
     def values(self, row: Row, best: bool) -> Text:
         text = Text(" " * (self.width - self.columns_width))
@@ -56,7 +57,7 @@ class _Group:
             value = row.get(f"{phase}/{self.name}")
             number = ABSENT if value is None else format_metric(self.name, value)
             colour = GOOD if best and phase == "val" else ""
-            text.append(GAP).append(number.rjust(NUMBER_WIDTH), number_style(number, colour))
+            text.append(column(number), number_style(number, colour))
         return text
 
 
@@ -72,14 +73,12 @@ class EpochTable:
         """The line of an epoch with the metrics that fit in `width` characters, below a heading where one is due."""
         self._add_metrics(row)
         label_width = max(len("epoch"), len(f"{epochs}/{epochs}"))
-        other_columns = 2 * (len(GAP) + NUMBER_WIDTH)  # learning rate and time
-        groups = self._fitting_groups(width - label_width - other_columns - len(STAR))
-
+        groups = self._fitting_groups(width - label_width - 2 * COLUMN_WIDTH - len(STAR))
         line = Text(f"{epoch}/{epochs}".rjust(label_width))
         for group in groups:
             line.append_text(group.values(row, best))
         rate = format_learning_rate(row["lr"]) if "lr" in row else ABSENT
-        line.append(f"{GAP}{rate:>{NUMBER_WIDTH}}{GAP}{format_duration(seconds):>{NUMBER_WIDTH}}", MUTED)
+        line.append(column(rate) + column(format_duration(seconds)), MUTED)
         if best:
             line.append(STAR, GOOD)
         return [*self._due_headings(label_width, groups), line]
@@ -95,7 +94,7 @@ class EpochTable:
         groups = []
         for name, logged in self._phases.items():
             group = _Group(name, [phase for phase in PHASES if phase in logged])
-            room -= len(GAP) + group.width
+            room -= group.width
             if group.phases and room >= 0:
                 groups.append(group)
         return groups
@@ -105,9 +104,9 @@ class EpochTable:
         titles = " " * label_width
         subtitles = "epoch".rjust(label_width)
         for group in groups:
-            titles += GAP + group.title()
-            subtitles += GAP + group.subtitle()
-        subtitles += f"{GAP}{'lr':>{NUMBER_WIDTH}}{GAP}{'time':>{NUMBER_WIDTH}}"
+            titles += group.title()
+            subtitles += group.subtitle()
+        subtitles += column("lr") + column("time")
         headings = [Text(titles, MUTED), Text(subtitles, MUTED)]
         if headings == self._headings and self._lines_below < HEADING_EVERY:
             self._lines_below += 1

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 NUMBER_WIDTH = 8  # characters
-GAP = "  "  # between two columns
+GAP = "  "  # on the left of each column
+COLUMN_WIDTH = len(GAP) + NUMBER_WIDTH
 ABSENT = "–"
 
 MUTED = "dim"
 GOOD = "green"
 BAD = "bold red"
+
+
+def column(text: str) -> str:
+    """A right-aligned column of numbers, with its gap."""
+    return text.rjust(COLUMN_WIDTH)
 
 
 def format_metric(name: str, value: float) -> str:

@@ -84,7 +84,8 @@ class RunProgress:
             start, start_step = self._pace_start
             seconds_per_step = (now - start) / (self._step - start_step)
             eta = format_clock(seconds_per_step * (self._total_steps - self._step))
-        return f"{percent:3d} %{GAP}{format_clock(now - self._session_start)}{GAP}eta {eta}"
+        elapsed = format_clock(now - self._session_start)
+        return GAP.join([f"{percent:3d} %", elapsed, f"eta {eta}"])
 
     def _numbers(self) -> Text:
         """The latest numbers, the most important first: a narrow terminal cuts the end off."""

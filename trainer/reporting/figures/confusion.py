@@ -57,6 +57,7 @@ def class_table(decisions: Sequence[Decision], counts: Counts, names: Sequence[s
 
     true, predicted = _columns(decisions)
     scores = precision_recall_fscore_support(true, predicted, labels=range(len(names)), zero_division=0)
+    precision, recall, f1, support = scores
     mistakes = counts.copy()
     np.fill_diagonal(mistakes, 0)
     confused_with = mistakes.argmax(axis=1)
@@ -64,13 +65,11 @@ def class_table(decisions: Sequence[Decision], counts: Counts, names: Sequence[s
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(TABLE_COLUMNS)
-    for i, (precision, recall, f1, support) in enumerate(zip(*scores, strict=True)):
-        if support == 0:
-            continue
+    for i in np.flatnonzero(support).tolist():
         other = confused_with[i]
         times = mistakes[i, other]
-        other_name = names[other] if times else ""
-        table.writerow([names[i], _round(precision), _round(recall), _round(f1), support, other_name, times])
+        rounded = np.round([precision[i], recall[i], f1[i]], 6)
+        table.writerow([names[i], *rounded, support[i], names[other] if times else "", times])
     return text.getvalue()
 
 
@@ -79,10 +78,6 @@ def _columns(decisions: Sequence[Decision]) -> tuple[list[int], list[int]]:
     true = [decision.true for decision in decisions]
     predicted = [decision.predicted for decision in decisions]
     return true, predicted
-
-
-def _round(score: float) -> float:
-    return round(float(score), 6)
 
 
 def draw_confusion_matrix(counts: Counts, classes: Sequence[str], path: Path) -> None:
