@@ -22,9 +22,9 @@ def compute_saliency(task: Task, model: nn.Module, images: Tensor) -> Tensor | N
     (Simonyan et al., 2014).
 
     None for a model that is not a classifier, and where no gradient reaches the input. The model stays as it is: no
-    gradient is kept, no statistic updated, no hook left.
+    gradient is kept, no statistic or mode changed, no hook left.
     """
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         # A compiled model would skip the hooks, and compile again for inputs that need a gradient.
@@ -41,7 +41,8 @@ def compute_saliency(task: Task, model: nn.Module, images: Tensor) -> Tensor | N
         # No gradient reaches the input, or an operation has no (deterministic) backward.
         return None
     finally:
-        model.train(training)
+        for module, training in modes:  # not `model.train()`: a layer may be in evaluation mode for good
+            module.training = training
 
     size = images.shape[-2:]
     maps = _scale(input_gradient.abs().amax(1), size)
