@@ -86,7 +86,7 @@ class Run:
         self.forward = Forward(self.task, self.precision, self.ranks.device, config.run.seed)
         self.freezing = Freezing(self.module, config.model)
         self.optimizer = build_optimizer(config.optimizer, self.module, head=config.model.head)
-        self.freezing.at(epoch=0)
+        self.freezing.apply(epoch=0)
         self._build_reduction()
         self.evaluator = self._evaluator()
         self._check_best_metric()
@@ -121,7 +121,7 @@ class Run:
 
     def freeze_as_in(self, epoch: int) -> None:
         """Train what is trained in `epoch`, and no more. A collective, at an epoch's begin."""
-        if self.freezing.at(epoch):
+        if self.freezing.apply(epoch):
             self.statistics.gather()
             self.statistics.release()
             self._build_reduction()
