@@ -94,14 +94,14 @@ class Evaluator:
         """Each batch with what it is to be run through: the model, or its head where the batch holds its features."""
         self._gather_statistics()
         self._model.eval()
-        held = self._features.held()
+        held = self._features.batches()
         if held is not None:
             self.close()
             yield from ((request, *pair) for request, pair in zip(self._requests, held, strict=True))
         else:
             if self._batches is None:
                 self._batches = self._loader.run(itertools.cycle(self._requests))
-            with self._features.recorded(self._model) as record:
+            with self._features.recording(self._model) as record:
                 batches = itertools.islice(self._batches, len(self._requests))
                 for request, batch in zip(self._requests, batches, strict=True):
                     yield request, self._model, batch
