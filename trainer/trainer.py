@@ -77,7 +77,7 @@ class Trainer:
         with settings_of(config):
             self.run = build_run(config, model=model, train_data=train_data, val_data=val_data, task=task)
             self.optimizer = build_optimizer(self.config.optimizer, self.module, head=self.config.model.head)
-            self.run.freezing.at(epoch=0)
+            self.run.freezing.apply(epoch=0)
             reduction = BitwiseReduction if self.run.bitwise else StandardReduction
             self.reduction = reduction(
                 self.module,
@@ -212,7 +212,7 @@ class Trainer:
 
     def _freeze(self, epoch: int) -> None:
         """Train what is trained in `epoch`, and no more. A collective, at an epoch's begin."""
-        if self.run.freezing.at(epoch):
+        if self.run.freezing.apply(epoch):
             self.reduction.rebuild()
             self.module.train()
             self.run.forget_features()
