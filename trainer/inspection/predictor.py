@@ -40,7 +40,7 @@ class Predictor:
         self.signature = signature.read(best)
         if config.run.reproducibility == "bitwise":
             make_deterministic()
-        ranks = Ranks(config.train.precision, find_unused_parameters=False)
+        ranks = Ranks(config.train.precision)
         if ranks.count > 1:
             raise ConfigError("WORLD_SIZE", f"{ranks.count} processes were started, and one predicts; start it alone")
         self.device = ranks.device
