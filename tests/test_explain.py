@@ -19,7 +19,7 @@ from trainer.commands.explain import main, show
 from trainer.config.load import load
 from trainer.errors import ConfigError
 from trainer.inspection.autograd_chain import chain
-from trainer.inspection.explain import Dissected
+from trainer.inspection.explain import Dissection
 
 SIZE, LR, SHOWN = 13, 0.1, 4
 BASE = [
@@ -36,7 +36,7 @@ def plain(num_classes: int) -> nn.Module:
 
 def explained(*overrides: str) -> tuple[dict[str, Any], nn.Module, list[tuple[Tensor, Tensor]]]:
     """The report, the model as it was before, and the samples of the first two steps."""
-    dissected = Dissected(load(None, [*BASE, *overrides]))
+    dissected = Dissection(load(None, [*BASE, *overrides]))
     trainer = dissected.trainer
     before = copy.deepcopy(trainer.module)
     drawn = [trainer.data.train[int(i)] for i in trainer.plan.permutation(0)[: 2 * SIZE]]
@@ -184,7 +184,7 @@ def test_lessons_of_100_columns_json_and_no_run_directory(tmp_path: Path) -> Non
 
 def of_a_resnet() -> list[str]:
     config = load(None, ["model.name=resnet18", "data.name=fake", "batch.size=4", "batch.micro_size=2"])
-    report, texts = Dissected(config).report(), []
+    report, texts = Dissection(config).report(), []
     for rows in (10, None):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             show(report, rows)

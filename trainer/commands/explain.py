@@ -15,7 +15,7 @@ from rich.text import Text
 
 from trainer.commands.arguments import split, the_config
 from trainer.errors import ConfigError
-from trainer.inspection.explain import Dissected
+from trainer.inspection.explain import Dissection
 
 WIDTH = 100  # columns, at most
 FIRST, LAST = 6, 4  # rows of a long table that are shown
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("explain", "takes a step apart on one process; start it without a launcher")
     given = split(arguments, flags=("json", "all"))
-    report = Dissected(the_config(given)).report()
+    report = Dissection(the_config(given)).report()
     if "json" in given.options:
         print(json.dumps(report))
         return

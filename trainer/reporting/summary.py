@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from trainer.components.models import count_parameters
 from trainer.components.optimizer import named_state
 from trainer.components.schedule import Schedule
 from trainer.core.build import Run
-from trainer.exact.determinism import SETTINGS
+from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.plan import Plan
+from trainer.storage.checkpoint import Progress
 from trainer.storage.sha256 import tensors_sha256
 
 
-def header(run: Run, schedule: Schedule, directory: Path) -> list[tuple[str, str]]:
+def header(run: Run, schedule: Schedule, fuse: int, fuse_note: str, directory: Path) -> list[tuple[str, str]]:
     """What a person wants to see before a run begins."""
     config, data, plan = run.config, run.data, run.plan
     total, trained = count_parameters(run.module)
@@ -28,7 +30,7 @@ def header(run: Run, schedule: Schedule, directory: Path) -> list[tuple[str, str
         ("model", f"{config.model.name} · {parameters}"),
         *([("weights", run.weights_note)] if run.weights_note else []),
         ("data", " · ".join([data.name, *sizes, *classes])),
-        ("batch", batch_arithmetic(plan, run.fuse)),
+        ("batch", batch_arithmetic(plan, fuse)),
         ("optimizer", f"{config.optimizer.name} · lr {config.optimizer.lr:g}"),
         ("schedule", schedule.describe()),
         ("length", f"{plan.total_steps:,} steps · {plan.steps_per_epoch:,} an epoch"),
@@ -37,10 +39,10 @@ def header(run: Run, schedule: Schedule, directory: Path) -> list[tuple[str, str
             f"{run.ranks.count} × {_device_name(run.ranks.device)} · {config.train.precision}",
         ),
     ]
-    if run.alone:
-        facts.append(("fuse", f"1: {run.alone}"))
+    if fuse_note:
+        facts.append(("fuse", f"1: {fuse_note}"))
     if run.bitwise:
-        facts.append(("bitwise", SETTINGS))
+        facts.append(("bitwise", BITWISE_SETTINGS))
     return facts + ([("note", data.note)] if data.note else [])
 
 
@@ -63,9 +65,8 @@ def batch_arithmetic(plan: Plan, fuse: int = 1) -> str:
     return f"{text} on {plan.ranks} processes: {shown}{at_once}"
 
 
-def summary(run: Run) -> dict[str, Any]:
+def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any]:
     """What `summary.json` holds."""
-    progress = run.progress
     parameters = dict(run.module.named_parameters())
     return {
         "best": progress.best,
@@ -77,7 +78,7 @@ def summary(run: Run) -> dict[str, Any]:
         "seconds": progress.seconds,
         "weights_sha256": tensors_sha256(parameters),
         "buffers_sha256": tensors_sha256(dict(run.module.named_buffers())),
-        "optimizer_sha256": tensors_sha256(named_state(run.optimizer, run.module)[0]),
+        "optimizer_sha256": tensors_sha256(named_state(optimizer, run.module)[0]),
     }
 
 

@@ -24,7 +24,7 @@ from trainer.storage.files import write_text
 WRONG, RIGHT, MAPPED = 8, 4, 6  # validation samples whose predictions are drawn, and those with a map
 
 
-def draw(run: Run, directory: Path) -> dict[str, Path]:
+def draw(run: Run, directory: Path, *, has_best: bool) -> dict[str, Path]:
     """Draw the run's figures by its best model. A collective; the main process gets their paths."""
     folder = directory / "figures"
     drawn: dict[str, Path] = {}
@@ -32,7 +32,7 @@ def draw(run: Run, directory: Path) -> dict[str, Path]:
         folder.mkdir(exist_ok=True)
         drawn["curves"] = folder / "curves.png"
         figures.curves(read_rows(directory / "metrics.jsonl"), drawn["curves"])
-    if run.evaluator is None or run.progress.best is None:
+    if run.evaluator is None or not has_best:
         return drawn
     last = checkpoint.snapshot(run.module)
     run.load_best()

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+from trainer.core.build import Run
+from trainer.core.observers import Observer
+from trainer.exact.plan import Step
+
+if TYPE_CHECKING:
+    from trainer.reporting.journal import Journal
 
 MOST_TENSORS = 64  # evenly spread over the model's parameters: what a set of histograms costs is bounded
 BINS = 64
@@ -34,3 +43,18 @@ def _histogram(tensor: Tensor) -> Histogram | None:
     if low == high:
         low, high = low - 0.5, high + 0.5
     return torch.histc(values, BINS, low, high).tolist(), torch.linspace(low, high, BINS + 1).tolist()
+
+
+class Histograms(Observer):
+    """Sends histograms of weights and gradients to W&B, every `every` steps. Waits for the device at those steps."""
+
+    def __init__(self, journal: Journal, every: int) -> None:
+        self._journal = journal
+        self._every = every
+
+    def begin(self, run: Run) -> None:
+        self._module = run.module
+
+    def gradient(self, step: Step) -> None:
+        if step.number % self._every == 0:
+            self._journal.histograms(step.number, self._module)
