@@ -47,8 +47,8 @@ class Predictor:
         precision = Precision(self.config.train.precision, self.device)
 
         module = self._build_model() if model is None else model
-        self._load_weights(module, run)
         self.module = module.to(self.device, precision.dtype).eval()
+        self._load_weights(run)  # after the change of dtype, which would round an fp64 run's weights
         task = build_task(self.config.loss, self.signature.num_classes)
         self.task = task.to(self.device, precision.dtype)
         data = self.config.data
@@ -108,10 +108,10 @@ class Predictor:
             in_channels=shape[0] if shape is not None and is_image else None,
         )
 
-    def _load_weights(self, module: nn.Module, run: Path) -> None:
+    def _load_weights(self, run: Path) -> None:
         tensors, _ = checkpoint.load_best(run)
         try:
-            module.load_state_dict(tensors)
+            self.module.load_state_dict(tensors)
         except RuntimeError as error:
             name = self.config.model.name
             reason = str(error).strip().splitlines()[-1].strip()
