@@ -275,8 +275,8 @@ def test_number_formats() -> None:
 def test_a_closed_pipe_is_no_traceback() -> None:
     """`train.py | head -1`."""
     code = (
-        "from trainer.errors import leave, report\n"
-        "try:\n    while True: print('row', flush=True)\nexcept Exception as error: leave(report(error))"
+        "from trainer.process.exit import exit_process, report_error\n"
+        "try:\n    while True: print('row', flush=True)\nexcept Exception as error: exit_process(report_error(error))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None

@@ -19,7 +19,6 @@ from trainer.components.optimizer import (
 from trainer.components.schedule import Schedule, build_schedule
 from trainer.components.task import Task
 from trainer.config.schema import Config
-from trainer.config.secrets import without_secrets
 from trainer.core.build import build_run, settings_of
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
@@ -87,6 +86,7 @@ class Trainer:
             )
         self.observers = Observers([*observers])
         self.stateful: dict[str, Stateful] = dict(stateful or {})
+        named_stateful(self.stateful, self.observers)  # refuses now what could not be saved later
         self.progress = Progress()
         self.schedule = self._build_schedule()
         self.meter = Meter(self.run.task, self.ranks, exact=self.run.bitwise)
@@ -331,14 +331,12 @@ class Trainer:
         self.ranks.on_main(lambda: self._write_checkpoint(states))
         self.stopwatch.mark(self.progress.samples_seen)
 
-    def _write_checkpoint(self, states: dict[str, Mapping[str, Any]]) -> None:
+    def _write_checkpoint(self, states: dict[str, dict[str, Any]]) -> None:
         tensors, numbers = named_state(self.optimizer, self.module)
         self.progress.rows = self.journal.rows
         self.progress.wandb_id = self.journal.wandb_id
-        config = without_secrets(self.config.to_dict())
-        content = Checkpoint(
-            checkpoint.snapshot(self.module), tensors, numbers, self.progress, config, stateful=dict(states)
-        )
+        config = self.config.to_dict(digests=True)
+        content = Checkpoint(checkpoint.snapshot(self.module), tensors, numbers, self.progress, config, stateful=states)
         checkpoint.save(self.journal.directory / "checkpoints", content, keep=self.config.train.keep_checkpoints)
 
     def _resume(self, path: Path | None) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from trainer.components.freezing import Freezing
 from trainer.components.models import build_model, compile_model, input_channels
-from trainer.components.task import Task, build_task
+from trainer.components.task import Task, as_task
 from trainer.components.weights import start_from_weights, weights_file
 from trainer.config.schema import BestConfig, Config
 from trainer.core.evaluation import Evaluator
@@ -100,7 +100,7 @@ def build_run(
     model: nn.Module | None = None,
     train_data: MapDataset | None = None,
     val_data: MapDataset | None = None,
-    task: Task | None = None,
+    task: Task | nn.Module | None = None,
 ) -> Run:
     """Build what `config` describes; a model, data or a task made elsewhere takes the place of the config's.
 
@@ -118,13 +118,17 @@ def build_run(
 
     num_classes = _num_classes(config, data)
     signature = signature_of_samples(val_loader or train_loader, num_classes=num_classes, classes=data.classes)
-    module, weights_note = _module(config, ranks, precision, model, train_loader, num_classes)
-    task = (task or build_task(config.loss, num_classes)).to(ranks.device, precision.dtype)
-    config = _with_best_metric(config, task, has_validation=val_loader is not None)
+    module, weights_note = _module(
+        config, ranks, dtype=precision.dtype, model=model, loader=train_loader, num_classes=num_classes
+    )
+    the_task = as_task(config.loss if task is None else task, num_classes).to(ranks.device, precision.dtype)
+    config = _with_best_metric(config, the_task, has_validation=val_loader is not None)
 
-    forward = Forward(task, precision, ranks.device, config.run.seed)
+    forward = Forward(the_task, precision, ranks.device, config.run.seed)
     freezing = Freezing(module, config.model)
-    evaluator = _evaluator(config, ranks, data, val_loader, module, forward, freezing)
+    evaluator = _evaluator(
+        config, ranks, data=data, loader=val_loader, module=module, forward=forward, freezing=freezing
+    )
     return Run(
         config=config,
         ranks=ranks,
@@ -136,7 +140,7 @@ def build_run(
         signature=signature,
         module=module,
         weights_note=weights_note,
-        task=task,
+        task=the_task,
         forward=forward,
         freezing=freezing,
         evaluator=evaluator,
@@ -187,7 +191,8 @@ def _num_classes(config: Config, data: Datasets) -> int | None:
 def _module(
     config: Config,
     ranks: Ranks,
-    precision: Precision,
+    *,
+    dtype: torch.dtype,
     model: nn.Module | None,
     loader: Loader,
     num_classes: int | None,
@@ -199,9 +204,9 @@ def _module(
         model = build_model(config.model, seed=config.run.seed, num_classes=num_classes, in_channels=channels)
     weights_note = start_from_weights(weights, model, config.model, num_classes, config.run.seed)
     model = configure(model, config.batch_norm, ranks=ranks.count, device=ranks.device)
-    model.to(ranks.device, precision.dtype)
+    model.to(ranks.device, dtype)
     if config.train.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     if config.train.compile:
         compile_model(model, bitwise=config.run.reproducibility == "bitwise")
     return model, weights_note
@@ -228,6 +233,7 @@ def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Co
 def _evaluator(
     config: Config,
     ranks: Ranks,
+    *,
     data: Datasets,
     loader: Loader | None,
     module: nn.Module,

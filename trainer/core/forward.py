@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.components.task import Task, WeightedSum
+from trainer.components.task import Task, WeightedSum, as_weighted_sum
 from trainer.core.precision import Precision
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
@@ -46,7 +46,7 @@ class Forward:
 
     def _output_and_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Any, WeightedSum]:
         output = self.output(model, batch)
-        return output, WeightedSum(*self.task.loss_sum(output, batch.targets))
+        return output, as_weighted_sum(self.task.loss_sum(output, batch.targets))
 
     def _fused(self, model: nn.Module, batch: MicroBatch, step: Step) -> tuple[Any, WeightedSum]:
         first, last = batch.indices

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from trainer.errors import ConfigError
 from trainer.exact.fuse import REMEDY
 from trainer.exact.plan import IndexRange, Step
 from trainer.exact.seeding import device_generator, preserved_cpu_generators
+from trainer.process import launcher
 
 PROOF_SAMPLES = 4  # of each micro-batch: more of them would prove no more
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-2}  # rounding stays far below, other mathematics far above
@@ -27,11 +27,11 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def choose_fuse(run: Run) -> tuple[int, str]:
-    """The number of micro-batches in one forward, the same on every rank, and why `auto` is 1 where it is. A collective.
+    """The number of micro-batches in one forward, and why `auto` is 1 where it is: the same on every rank.
 
     A number that the config asks for is proved right; `auto` is the largest that fits in memory. Where several
     micro-batches in one forward do not give what they give one by one, `auto` is 1, and a number raises
-    `ConfigError`.
+    `ConfigError`. A collective.
     """
     asked = run.config.batch.fuse
     if asked == 1 or run.config.fuse_refusal():
@@ -206,4 +206,4 @@ def _available_memory() -> int:
     limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
     if limit.is_file() and limit.read_text().strip().isdecimal():  # a container's own limit
         available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return available // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return available // (2 * launcher.local_world_size())

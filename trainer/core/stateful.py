@@ -33,12 +33,12 @@ def named_stateful(objects: Mapping[str, object], others: Iterable[object]) -> d
     return stateful
 
 
-def read_states(objects: Mapping[str, Stateful], ranks: Ranks) -> dict[str, Mapping[str, Any]]:
+def read_states(objects: Mapping[str, Stateful], ranks: Ranks) -> dict[str, dict[str, Any]]:
     """The state of each object. A collective.
 
     Raises `LockstepError` where the ranks hold different states: only one of them could be kept.
     """
-    states = {name: value.state_dict() for name, value in objects.items()}
+    states = {name: dict(value.state_dict()) for name, value in objects.items()}
     if ranks.count > 1 and states:
         summaries = ranks.gather([{name: _summary(state) for name, state in states.items()}])
         for name in states:

@@ -166,7 +166,8 @@ def _unpacked(flat: Tensor, like: Tensor) -> Tensor:
 
 def _memory_order(tensor: Tensor) -> list[int]:
     """The dimensions from the largest stride to the smallest."""
-    return sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=strides.__getitem__, reverse=True)
 
 
 def _common_dtype(tensors: Leaf) -> torch.dtype:

@@ -75,7 +75,7 @@ def preserved_cpu_generators() -> Iterator[None]:
 @contextmanager
 def preserved_generators() -> Iterator[None]:
     """Leave the three CPU generators, and that of a CUDA device in use, as they were found."""
-    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     with preserved_cpu_generators():
         try:
             yield

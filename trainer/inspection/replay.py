@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.core.metrics import Row
 from trainer.errors import ConfigError
 from trainer.exact.plan import Step
-from trainer.core.metrics import Row
 from trainer.inspection.watch import StepWatch
 from trainer.reporting.jsonl import read_rows
 from trainer.storage import checkpoint

@@ -1,4 +1,4 @@
-"""One training step on one process, recorded for looking at: inputs, outputs, losses, gradients, the weights' change."""
+"""One training step on one process, recorded: inputs, outputs, losses, gradients, the change of the weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class StepWatch(Observer):
         self.layers: dict[str, Numbers] = {}
         self.norm_inputs: dict[str, Numbers] = {}
 
-    def __enter__(self) -> StepWatch:
+    def __enter__(self) -> Self:
         self.trainer.observers.add(self)
         if self._detailed:
             self._copy_weights()

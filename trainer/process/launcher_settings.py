@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from trainer.errors import ConfigError
+from trainer.process import launcher
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,6 @@ def check_launcher_settings(precision: str) -> None:
 
 def check_world_size(joined: int) -> None:
     """Raise `ConfigError` unless every process that was launched has joined the run."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = launcher.world_size()
     if launched != joined:
         raise ConfigError("WORLD_SIZE", f"{launched} processes were launched, and {joined} joined; use launch/*.yaml")

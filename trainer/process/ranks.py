@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,9 +13,8 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from torch import Tensor, distributed, nn
 
 from trainer.errors import LockstepError
+from trainer.process.exit import delay_exit_for_gloo
 from trainer.process.launcher_settings import check_launcher_settings, check_world_size
-
-GLOO_EXIT_DELAY = 0.2  # seconds
 
 
 class Ranks:
@@ -40,7 +36,7 @@ class Ranks:
         self.device: torch.device = self.accelerator.device
         check_world_size(self.count)
         if self.count > 1:
-            _delay_exit_for_gloo()
+            delay_exit_for_gloo()
         # On GPUs, ranks agree in a group of their own on the host: the GPU's group would wait for queued kernels.
         self._host_group: Any = None
         if self.count > 1 and self.device.type != "cpu":
@@ -169,12 +165,3 @@ def _explain_write_error(error: OSError) -> LockstepError:
         f"cannot write {path}: {reason}; what was complete before is untouched, and run.resume=auto goes on from the "
         f"last checkpoint"
     )
-
-
-@cache  # once a process, even if it makes several `Ranks`
-def _delay_exit_for_gloo() -> None:
-    """Give gloo's thread time to release the last collective's tensors before the interpreter shuts down.
-
-    That thread needs the interpreter to release them; during shutdown it aborts the process instead.
-    """
-    atexit.register(time.sleep, GLOO_EXIT_DELAY)
