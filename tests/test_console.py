@@ -274,6 +274,7 @@ def test_number_formats() -> None:
     assert all(len(formats.format_metric("loss", value)) <= 8 for value in values)
 
 
+@pytest.mark.fresh_process  # its output is a pipe, and it imports no torch
 def test_a_closed_pipe_is_no_traceback() -> None:
     """`train.py | head -1`."""
     code = (

@@ -17,9 +17,9 @@ import pytest
 import torch._dynamo
 import wandb.sdk.launch  # noqa: F401 - this and the one above: imported once, before the ranks are forked
 
+from benchmarks.wandb_server import WandbServer
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, Points, config, conv_net, mlp
-from tests.wandb_server import WandbServer
 from trainer import LockstepError, Trainer
 from trainer.config.load import load
 from trainer.config.schema import Config
