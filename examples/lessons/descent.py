@@ -141,10 +141,10 @@ def _pen(axes: Axes, points: Floats, heights: Floats) -> Callable[[int], list[An
 
 
 def main(arguments: list[str]) -> int:
-    """Train what the config named first describes, else the parabola, with `key=value` overrides."""
-    config_file, overrides = PARABOLA, arguments
-    if arguments and "=" not in arguments[0]:
-        config_file, overrides = Path(arguments[0]), arguments[1:]
+    """Train what a config describes, by default the parabola, with `key=value` overrides."""
+    overrides = [argument for argument in arguments if "=" in argument]
+    config_files = [Path(argument) for argument in arguments if "=" not in argument]
+    config_file = config_files[0] if config_files else PARABOLA
     try:
         config = load(config_file, overrides)
         walk = Walk()
