@@ -7,9 +7,10 @@ import shlex
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -49,33 +50,35 @@ def draw_pictures(sweep: Sweep, study: optuna.Study, directory: Path) -> list[Pa
     from optuna.trial import TrialState
     from optuna.visualization import matplotlib as plots
 
-    names, metric = list_varying(sweep), sweep.metric
+    names = list_varying(sweep)
     values = {trial.value for trial in study.get_trials(states=[TrialState.COMPLETE])}
-    if not values:
-        return []
-    paths = [_draw(directory / "history.png", plots.plot_optimization_history, study, target_name=metric)]
-    if names:
-        paths.append(_draw(directory / "trials.png", plots.plot_parallel_coordinate, study, names, target_name=metric))
-    if names and len(values) >= MIN_IMPORTANCE_VALUES:
+    width = max(6.4, 1.3 * (len(names) + 1))  # inches, for the parallel axes
+    pictures: dict[str, Callable[..., object]] = {}
+    if values:
+        pictures["history"] = plots.plot_optimization_history
+    if values and names:
+        pictures["trials"] = partial(plots.plot_parallel_coordinate, params=names)
+    if len(values) >= MIN_IMPORTANCE_VALUES and names:
         fanova = FanovaImportanceEvaluator(seed=0)
-        plot = plots.plot_param_importances
-        paths.append(_draw(directory / "importance.png", plot, study, fanova, names, target_name=metric))
+        pictures["importance"] = partial(plots.plot_param_importances, evaluator=fanova, params=names)
+    paths = [directory / f"{name}.png" for name in pictures]
+    for path, plot in zip(paths, pictures.values(), strict=True):
+        _draw(path, width, partial(plot, study, target_name=sweep.metric))
     return paths
 
 
-def _draw(path: Path, plot: Callable[..., object], *arguments: Any, target_name: str) -> Path:
+def _draw(path: Path, width: float, plot: Callable[[], object]) -> None:
     """Write what one of Optuna's functions plots."""
     import matplotlib.pyplot as plt
     from optuna.exceptions import ExperimentalWarning
 
     plt.switch_backend("agg")  # files only: no window, and no display needed
-    with plt.style.context("default"), warnings.catch_warnings():  # the functions set a style for the whole process
+    # The context restores what the functions change for the whole process.
+    with plt.rc_context({"figure.figsize": (width, 4.8)}), warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        plot(*arguments, target_name=target_name)
-        figure = plt.gcf()
-        write(figure, path, cropped=True)
-        plt.close(figure)
-    return path
+        plot()
+        write(plt.gcf(), path, cropped=True)
+        plt.close()
 
 
 def _summarize(sweep: Sweep, trials: list[Trial]) -> str:
