@@ -6,12 +6,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 from trainer.config.fields import show
-from trainer.process.parent import end_with_parent, process_status
+from trainer.process.parent import end_with_parent
 from trainer.reporting.jsonl import read_rows
 from trainer.sweep.description import Sweep
 from trainer.sweep.study import Trial
@@ -111,18 +113,9 @@ def last_error(log: Path) -> str:
 
 
 def _group_runs(group: int) -> bool:
-    """True if a process of the group runs. A zombie, which has ended and whose parent has not waited, does not."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    if sys.platform != "linux":
-        return True
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, process_group = process_status(int(entry.name))
-        except OSError:  # it has ended meanwhile
-            continue
-        if process_group == group and state not in "ZX":
-            return True
+    """True if a process of the group runs. A zombie, which has ended but was not waited for, does not."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # it has ended meanwhile
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
     return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import time
@@ -12,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from trainer.errors import LockstepError, Stopped
+from trainer.storage.files import is_locked
 from trainer.sweep.description import Sweep
 from trainer.sweep.process import KILL_AFTER, TrialProcess, read_curve
 from trainer.sweep.study import SweepStudy, Trial, best_value
@@ -150,18 +150,8 @@ def _share_devices(parallel: int) -> list[str | None]:
 
 def _wait_until_unlocked(run: Path) -> None:
     """Wait for the processes of an interrupted trial, which end soon after their sweep, to release its directory."""
-    lock = run / ".lock"
     deadline = time.monotonic() + KILL_AFTER
-    while lock.exists() and _is_locked(lock):
+    while is_locked(run):
         if time.monotonic() > deadline:
             raise LockstepError(f"a trial of an earlier sweep still runs in {run}; end it first")
         time.sleep(POLL_INTERVAL)
-
-
-def _is_locked(path: Path) -> bool:
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False

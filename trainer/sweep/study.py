@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import math
 import sqlite3
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trainer.config.fields import show
 from trainer.errors import ConfigError
 from trainer.exact.seeding import key
+from trainer.storage.files import lock_directory
 from trainer.sweep.description import Sweep
 from trainer.sweep.space import Parameter, Values, grid
 
@@ -54,13 +54,16 @@ class SweepStudy:
         self._seed = seed
         self._space = {parameter.name: to_distribution(parameter) for parameter in sweep.parameters}
         directory.mkdir(parents=True, exist_ok=True)
-        self._lock = (directory / ".lock").open("w")
+        lock = lock_directory(directory)
+        if lock is None:
+            raise ConfigError("name", f"another sweep is running in {directory}; give this one another name")
+        self._lock = lock
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError("name", f"another sweep is running in {directory}; give this one another name") from None
-        self.optuna_study = _open_study(sweep, directory / "sweep.sqlite")
-        self._check_identity(identity, directory)
+            self.optuna_study = _open_study(sweep, directory / "sweep.sqlite")
+            self._check_identity(identity, directory)
+        except ConfigError:
+            self.close()
+            raise
         self.trials = [self._read_trial(stored) for stored in self.optuna_study.get_trials()]
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 from rich.console import Console
@@ -58,25 +59,26 @@ class LiveTable:
 
 def sort_trials(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
     """The trials, best first; those without a value last."""
-    with_value = [trial for trial in trials if trial.value is not None]
-    without = [trial for trial in trials if trial.value is None]
-    with_value.sort(key=lambda trial: trial.value or 0.0, reverse=sweep.goal == "maximize")
-    return with_value + without
+    sign = -1 if sweep.goal == "maximize" else 1
+
+    def position(trial: Trial) -> float:
+        return math.inf if trial.value is None else sign * trial.value
+
+    return sorted(trials, key=position)
 
 
 def build_table(sweep: Sweep, trials: list[Trial]) -> Table:
     """One row for each trial. On a narrow terminal the reasons are cut, not the numbers."""
-    headings = list_headings(sweep)
     rows = [list_cells(sweep, trial) for trial in trials]
     table = Table(box=None, expand=True, pad_edge=False, header_style="dim", padding=(0, 1))
-    for place, heading in enumerate(headings):
-        width = max(len(cells[place]) for cells in [headings, *rows])
-        justify: str = "left" if heading == "state" else "right"
-        table.add_column(heading, justify=justify, no_wrap=True, min_width=width)  # type: ignore[arg-type]
+    for heading, *cells in zip(list_headings(sweep), *rows, strict=True):
+        width = max(map(len, [heading, *cells]))  # or rich would cut numbers where the terminal is narrow
+        table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True, min_width=width)
     table.add_column("", overflow="ellipsis", no_wrap=True, ratio=1)  # the reason: what is left of the width
-    for trial, (number, state, *cells) in zip(trials, rows, strict=True):
-        # As Text, because rich would read the brackets of a list as markup.
-        table.add_row(number, Text(state, STYLES[trial.state]), *map(Text, cells), Text(trial.reason))
+    for trial, row in zip(trials, rows, strict=True):
+        number, state, *numbers, reason = map(Text, [*row, trial.reason])  # as text, not as rich's markup
+        state.stylize(STYLES[trial.state])
+        table.add_row(number, state, *numbers, reason)
     return table
 
 
