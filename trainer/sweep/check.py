@@ -32,6 +32,7 @@ def check(sweep: Sweep, overrides: list[str]) -> Config:
                 f"parameters.{parameter.name}", f"every trial has its own, set by the sweep ({sweep.file})"
             )
     path, shared = sweep.base()
+    # Without any trial's values: the overrides that all share must be right by themselves.
     base = load(path, [*shared, *overrides])
     config = base
     for values in _list_samples(sweep):
@@ -40,6 +41,7 @@ def check(sweep: Sweep, overrides: list[str]) -> Config:
             config = load(path, [*shared, *overrides, *arguments])
             _try_components(config, {name.partition(".")[0] for name in values})
         except ConfigError as error:
+            # The trial's values come from the sweep's file, not from the command line that starts it.
             message = error.message.removesuffix(" (the command line)")
             raise ConfigError(error.key, f"{message} ({sweep.file}, a trial with {' '.join(arguments)})") from None
     _check_metric(sweep, config)

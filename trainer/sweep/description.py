@@ -99,6 +99,7 @@ def _read_tree(file: Path, tree: Any) -> Sweep:
         raise ConfigError("metric.name", "is missing")
     target = metric.get("target")
     name = str(tree.get("name") or file.stem)
+    # The sweep's directory has its name.
     if "/" in name or name in (".", ".."):
         raise ConfigError("name", f'"{name}" cannot be the name of a directory')
     run_cap = tree.get("run_cap")
@@ -157,6 +158,7 @@ def _wandb_overrides(name: str, tree: Mapping[str, Any]) -> list[str]:
 def _read_hyperband(tree: Any) -> Hyperband:
     """W&B has two ways to describe the rungs: up from `min_iter`, or `s` times down from `max_iter`."""
     key = "early_terminate"
+    # strict changes what W&B's server does. It is accepted because one YAML serves both.
     section = _read_section(key, tree, ("type", "min_iter", "max_iter", "s", "eta", "strict"))
     _read_choice(f"{key}.type", section.get("type"), ("hyperband",))
     eta = _read_count(f"{key}.eta", section.get("eta", 3))
@@ -189,6 +191,7 @@ def _read_command(tree: Any, program: str) -> list[str]:
         elif word.startswith("${") and not ENVIRONMENT_VARIABLE.fullmatch(word):
             raise ConfigError("command", f"{word} is not one of {', '.join(words)}, ${{envvar:NAME}}")
         else:
+            # Replaced here, so that a missing variable is an error before the first trial.
             command.append(ENVIRONMENT_VARIABLE.sub(_look_up_variable, word))
     return command
 

@@ -41,9 +41,11 @@ class TrialProcess:
         self._file_size = 0
         self._kill_time: float | None = None
         run = [f"run.dir={show(str(directory.parent))}", f"run.name={show(directory.name)}", "run.resume=auto"]
+        # By this variable a run knows that it must end with its parent.
         environment = {**os.environ, "LOCKSTEP_SWEEP": sweep.name}
         if devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = devices
+        # Appended to, because an interrupted trial resumes with the same log.
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 sweep.trial_command(shared, trial.values, run),
@@ -59,6 +61,7 @@ class TrialProcess:
         """Read what the trial has logged."""
         self.trial.seconds = self._earlier_seconds + time.monotonic() - self._start
         rows = self.directory / "metrics.jsonl"
+        # A file of the same size has no new row, and reading a long one four times a second would cost too much.
         size = rows.stat().st_size if rows.exists() else 0
         if size != self._file_size:
             self._file_size = size

@@ -16,7 +16,7 @@ from trainer.sweep.description import Sweep
 from trainer.sweep.process import KILL_AFTER, TrialProcess, read_curve
 from trainer.sweep.study import SweepStudy, Trial, best_value
 
-POLL_INTERVAL = 0.25  # seconds
+POLL_INTERVAL = 0.25  # seconds; short beside a trial, and as often as a table need be drawn
 STOPPED_EARLY = "early: not among the best at its rung"
 
 
@@ -54,11 +54,12 @@ class LocalSweep:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.study.close()
+        # After the study is closed, so that the same command may run at once.
         if self._signal:
             raise Stopped("the sweep stopped, its trials at a checkpoint; the same command goes on", self._signal)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        self._signal = number
+        self._signal = number  # the loop acts on it: a handler may interrupt a write to the study
 
     def _stop_all(self) -> None:
         for process in self._processes.values():
@@ -74,6 +75,7 @@ class LocalSweep:
                 return False
             if slot in self._processes:
                 continue
+            # Interrupted trials first, because bayes and early stopping learn from those that have ended.
             trial = self._resume_trial() or self.study.add_trial()
             if trial is None:
                 return False
@@ -123,6 +125,7 @@ def _describe_identity(sweep: Sweep, seed: int, shared: list[str]) -> dict[str, 
         "seed": seed,
         "method": sweep.method,
         "metric": [sweep.metric, sweep.goal],
+        # As text, in which 1 and True differ.
         "parameters": repr(sweep.parameters),
         "early_terminate": repr(sweep.hyperband),
         "arguments": [*sweep.arguments, *shared],
@@ -143,6 +146,7 @@ def _share_devices(parallel: int) -> list[str | None]:
     if not devices:
         return [None] * parallel
     share = len(devices) // parallel
+    # Fewer GPUs than trials: two or more trials use the same one.
     if share == 0:
         return [devices[slot % len(devices)] for slot in range(parallel)]
     return [",".join(devices[slot * share : (slot + 1) * share]) for slot in range(parallel)]

@@ -181,7 +181,7 @@ def _read_numbers(name: str, key: str, spec: Mapping[str, Any], distribution: st
     law = distribution.removeprefix("q_")
     try:
         if law == "log_uniform":
-            low, high = math.exp(low), math.exp(high)
+            low, high = math.exp(low), math.exp(high)  # from here on, both log-uniform laws are one
         elif law == "log_uniform_values":
             law = "log_uniform"
         parameter = Parameter(name, law, bounds=(low, high), q=q)
