@@ -134,9 +134,12 @@ def to_plain(name: str, value: Any) -> Any:
     if type(value) in PLAIN_TYPES:
         return value
     if isinstance(value, Mapping):
-        names = to_plain(name, list(value))
-        items = to_plain(name, list(value.values()))
-        return dict(zip(names, items, strict=True))
+        copy = {}
+        for inner, item in value.items():
+            if type(inner) not in PLAIN_TYPES:
+                raise ConfigError(name, f"{inner!r} is no key of a mapping that can be written to config.yaml")
+            copy[inner] = to_plain(name, item)
+        return copy
     if isinstance(value, list | tuple):
         return [to_plain(name, item) for item in value]
     if hasattr(value, "tolist"):  # a number or an array of numpy or torch, neither of which is imported here
@@ -178,11 +181,11 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
     if hint in (kind, Any):
         return value
     if hint is float and kind is int:
-        return float(value)
+        with suppress(OverflowError):  # of 10**400, say
+            return float(value)
     if hint is str and kind in (int, float):
         return str(value)
-    wanted_type = with_article(type_name(hint))
-    raise ConfigError(name, f"{show(value)} is not {wanted_type}")
+    raise ConfigError(name, f"{show(value)} is not {with_article(hint)}")
 
 
 def _check_choice(name: str, choices: Sequence[str], value: Any) -> Any:
@@ -204,8 +207,8 @@ def _convert_to_any_of(name: str, hints: Sequence[Any], value: Any) -> Any:
     for option in options:
         with suppress(ConfigError):
             return _convert(name, option, value)
-    wanted_types = " or ".join(with_article(type_name(option)) for option in options)
-    raise ConfigError(name, f"{show(value)} is not {wanted_types}")
+    type_names = " or ".join(map(with_article, options))
+    raise ConfigError(name, f"{show(value)} is not {type_names}")
 
 
 def is_union(hint: Any) -> bool:
@@ -225,8 +228,10 @@ def type_name(hint: Any) -> str:
     return TYPE_NAMES[origin or hint]
 
 
-def with_article(noun: str) -> str:
-    if noun == "text":
+def with_article(hint: Any) -> str:
+    """`type_name` as a sentence needs it: `an integer`."""
+    noun = type_name(hint)
+    if hint is str or get_origin(hint) is Literal:
         return noun
     article = "an" if noun[0] in "aeio" else "a"
     return f"{article} {noun}"
