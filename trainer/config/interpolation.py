@@ -2,6 +2,9 @@
 
 A file that a run writes must not hold what came from the environment, and must read back to the same config. So
 each value that came from there keeps the text it was written as, its reference, beside it.
+
+Resolving a second time with an `oc.env` that returns the reference would not do: `oc.decode`, and any resolver that a
+user registers, would get the reference to work on and resolve or garble it.
 """
 
 from __future__ import annotations

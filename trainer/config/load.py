@@ -19,7 +19,7 @@ from trainer.config.trees import map_leaves
 from trainer.errors import ConfigError, nearest
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]  # a pip-installed package brings its own configs/ with it
 
 OBSERVERS_HELP = """
 
@@ -122,6 +122,7 @@ def _read_file(path: Path, origins: dict[str, str]) -> Any:
 
     text = _read_text(path)
     try:
+        # OmegaConf keeps no line numbers, so the text is parsed twice.
         document = yaml.compose(text, yaml.SafeLoader)
         if not isinstance(document, yaml.MappingNode | None):
             raise ConfigError(str(path), "is no mapping of sections; write, for example, batch: {size: 64}")
@@ -168,6 +169,7 @@ def _lay_over(tree: Any, overrides: Overrides, origins: dict[str, str]) -> dict[
                 origins[name] = "the command line"
                 _add_override(changes, override)
             changes = map_leaves(OmegaConf.to_container(changes), _none_to_null)
+        # Mappings are merged key by key; a list replaces the file's list, as in `observers=[]`.
         config.merge_with(changes)
     except OmegaConfBaseException as error:
         raise as_config_error(error) from None
@@ -187,6 +189,7 @@ def _add_override(changes: Any, override: str) -> None:
 
 
 def _none_to_null(value: Any) -> Any:
+    # W&B's agent writes a sweep's null in Python's way.
     return None if value == "None" else value
 
 
@@ -207,6 +210,7 @@ def _key_lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]
 def _with_origin(error: ConfigError, origins: Mapping[str, str]) -> ConfigError:
     """The error, saying where its key was set, or else a key within it or above it."""
     name = error.key
+    # An error on `optimizer.lr` may come from the override `optimizer.lr.x=1`.
     for key in origins:
         if name not in origins and key.startswith(f"{error.key}."):
             name = key

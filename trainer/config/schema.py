@@ -250,6 +250,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     best: BestConfig = field(default_factory=BestConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    # A list, not a section: several observers can watch one run.
     observers: tuple[ObserverConfig, ...] = ()
     # How values from the environment were written. A field, so that it survives `dataclasses.replace`.
     references: References = field(default_factory=dict, repr=False, compare=False)
@@ -268,13 +269,15 @@ class Config:
         for index, observer in enumerate(self.observers):
             if not isinstance(observer, ObserverConfig):
                 raise ConfigError(f"observers[{index}]", f"is an ObserverConfig, not {_describe(observer)}")
-        object.__setattr__(self, "observers", tuple(self.observers))
+        object.__setattr__(self, "observers", tuple(self.observers))  # a list could be changed unchecked
 
     def _check_combinations(self) -> None:
         """Check what takes more than one key to judge, or more than a key's type and least value."""
-        batch, batch_norm = self.batch, self.batch_norm
+        batch = self.batch
+        batch_norm = self.batch_norm
         if batch.micro_size is not None and batch.micro_size > batch.size:
             raise ConfigError("batch.micro_size", f"{batch.micro_size} is more than batch.size={batch.size}; lower it")
+        # Of the two settings it is reproducibility that a user means to keep, so the message is on the other.
         if self.run.reproducibility == "bitwise" and batch_norm.mode == "sync":
             raise ConfigError(
                 "batch_norm.mode",
@@ -346,6 +349,7 @@ def _read_observers(items: Any) -> tuple[ObserverConfig, ...]:
         try:
             observers.append(read_section(ObserverConfig, item))
         except ConfigError as error:
+            # A section does not know its place in the list.
             place = error.key.replace("observers", f"observers[{index}]", 1)
             raise ConfigError(place, error.message) from None
     return tuple(observers)
