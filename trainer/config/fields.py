@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_orig
 import yaml
 
 from trainer.config.secrets import remember_secrets, secrets_in
+from trainer.config.trees import Tree
 from trainer.errors import ConfigError, nearest
 
 PLAIN_TYPES = (str, int, float, bool, type(None))
@@ -60,7 +61,7 @@ class Section:
                 value = convert(f"{self.SECTION}.{name}", item, value)
                 object.__setattr__(self, name, value)  # because the dataclasses are frozen
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Tree:
         """Keys and values as they stand in YAML."""
         return dict(vars(self))
 
@@ -85,7 +86,7 @@ class ComponentSection(Section):
         object.__setattr__(self, "args", arguments)
         remember_secrets(secrets_in(vars(self)))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Tree:
         """Keys and values as they stand in YAML: a component's arguments beside the declared keys."""
         values = super().to_dict()
         values.update(values.pop("args"))
@@ -99,8 +100,8 @@ def read_section(cls: Any, tree: Any) -> Any:
     if not isinstance(tree, Mapping):
         raise ConfigError(cls.SECTION, f"is a section of keys, not {show(tree)}")
     keys = declared_keys(cls)
-    values: dict[str, Any] = {}
-    arguments: dict[str, Any] = {}
+    values: Tree = {}
+    arguments: Tree = {}
     for name, value in tree.items():
         if name in keys:
             values[name] = value

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from trainer.config.fields import ComponentSection, Section, declared_keys, key, read_section, show
 from trainer.config.interpolation import References, escape, resolve, restore_references
-from trainer.config.trees import map_leaves
+from trainer.config.trees import Tree, map_leaves
 from trainer.errors import ConfigError, nearest
 
 
@@ -312,7 +312,7 @@ class Config:
         """
         if not isinstance(tree, Mapping):
             raise ConfigError("config", f"is a mapping of sections, not {_describe(tree)}")
-        values: dict[str, Any] = {}
+        values: Tree = {}
         resolved, references = resolve(tree)
         for name, section in resolved.items():
             if name == "observers":
@@ -324,19 +324,19 @@ class Config:
                 raise ConfigError(str(name), f"no such section{hint}")
         return cls(**values, references=references)
 
-    def to_dict(self, *, digests: bool = False) -> dict[str, Any]:
+    def to_dict(self, *, digests: bool = False) -> Tree:
         """Nested mappings that `from_dict` and YAML files read back; a component's arguments stand beside the keys.
 
         Values from the environment are given as the reference to them, `${oc.env:NAME}`, so that the result may be
         written. With `digests` each is followed by a short digest of its value, for comparison only.
         """
-        values: dict[str, Any] = {}
+        values: Tree = {}
         for name in SECTIONS:
             values[name] = getattr(self, name).to_dict()
         values["observers"] = [observer.to_dict() for observer in self.observers]
-        written: dict[str, Any] = map_leaves(values, escape)
-        restore_references(written, self.references, digests=digests)
-        return written
+        document: Tree = map_leaves(values, escape)
+        restore_references(document, self.references, digests=digests)
+        return document
 
 
 def _read_observers(items: Any) -> tuple[ObserverConfig, ...]:
