@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from trainer.commands.replay import loss_rank
 from trainer.inspection.replay import Replay
 
 MOST_ROWS = 12  # of a table
@@ -85,3 +85,11 @@ def _format(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def loss_rank(sample: Mapping[str, Any]) -> float:
+    """A key that sorts samples by loss: NaN first, then the largest, samples without a loss last."""
+    loss = sample["loss"]
+    if loss is None:
+        return math.inf
+    return -math.inf if math.isnan(loss) else -float(loss)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trainer.core.observers import Observer
 from trainer.exact.plan import Step
-
-if TYPE_CHECKING:
-    from trainer.reporting.wandb.run import WandbRun
 
 MAX_TENSORS = 64  # evenly spread over a model's parameters, so that the cost of a large model is bounded
 BINS = 64
@@ -24,20 +22,23 @@ class Histogram(NamedTuple):
     edges: list[float]
 
 
+Send = Callable[[int, Mapping[str, Histogram]], None]  # takes the step's number too
+
+
 class HistogramObserver(Observer):
-    """Every `every` steps, sends histograms of a module's weights and gradients to a W&B run.
+    """Every `every` steps, takes histograms of a module's weights and gradients and gives them to `send`.
 
     It waits for the device in those steps, and only in those.
     """
 
-    def __init__(self, module: nn.Module, run: WandbRun, every: int) -> None:
+    def __init__(self, module: nn.Module, send: Send, every: int) -> None:
         self._module = module
-        self._run = run
+        self._send = send
         self._every = every
 
     def gradient(self, step: Step) -> None:
         if step.number % self._every == 0:
-            self._run.log_histograms(step.number, take_histograms(self._module))
+            self._send(step.number, take_histograms(self._module))
 
 
 @torch.no_grad()
