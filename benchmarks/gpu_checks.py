@@ -66,7 +66,7 @@ def peak_memory(device: torch.device, directory: Path) -> Verdict:
     steps, batch, side = (24, 256, 128) if device.type == "cuda" else (2, 4, 32)
     data = noise(steps * batch, side)
     config = settings(directory, batch__size=batch, train__precision="bf16")
-    work = Work(resnet18, data, batch, batch, SGD, Ranks("bf16", find_unused_parameters=False), AUTOCAST["bf16"])
+    work = Work(resnet18, data, batch, batch, SGD, Ranks("bf16"), AUTOCAST["bf16"])
 
     def by_hand() -> None:
         for _ in islice(raw(work), steps):

@@ -58,7 +58,7 @@ def measured(held: int, exact: bool) -> tuple[dict[str, float], dict[str, float]
     """Four ragged micro-batches with ignored targets: the meter's means and those by hand."""
     metrics.HELD = held
     task = build_task(LossConfig(args={"ignore_index": IGNORED}), 3)
-    meter = Meter(task, Ranks("fp32", find_unused_parameters=False), exact=exact)
+    meter = Meter(task, Ranks("fp32"), exact=exact)
     draw = torch.Generator().manual_seed(0)
     outputs = [torch.randn(n, 3, generator=draw, dtype=torch.float64) for n in (5, 4, 7, 1)]
     targets = [torch.randint(-1, 3, (len(o),), generator=draw) for o in outputs]

@@ -107,7 +107,7 @@ def build_run(
     A collective: every rank of a run calls it with the same config. Raises `ConfigError` or `DataError`.
     """
     config = _with_names(config, model=model, data=train_data, loss=task)
-    ranks = Ranks(config.train.precision, find_unused_parameters=config.train.find_unused_parameters)
+    ranks = Ranks(config.train.precision)
     precision = Precision(config.train.precision, ranks.device)
 
     data = _data(config, ranks, train_data, val_data)

@@ -23,7 +23,7 @@ class StandardReduction(Reduction):
     """Equal mathematics on any number of ranks; the order of additions is DDP's."""
 
     def _wrap(self) -> RunningStatistics:
-        self._model = self._ranks.prepare(self._module)
+        self._model = self._ranks.prepare(self._module, find_unused_parameters=self._find_unused_parameters)
         self._ranks_averaged_over = self._ranks.count
         return StatisticsShare(self._module, self._section, self._ranks)
 

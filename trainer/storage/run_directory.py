@@ -11,7 +11,6 @@ import yaml
 
 from trainer.config.load import load
 from trainer.config.schema import Config, RunConfig
-from trainer.config.secrets import without_secrets
 from trainer.errors import ConfigError
 from trainer.storage import checkpoint
 from trainer.storage.files import LOCK_FILE, lock_directory, write_text
@@ -37,6 +36,7 @@ FREE_KEYS = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "wandb",
+    "observers",
 )
 
 
@@ -133,7 +133,7 @@ def check_same_run(before: Mapping[str, Any], now: Config, section: RunConfig) -
     `before` is a checkpoint's config. `run.resume_changes=allow` accepts every change but another optimizer.
     """
     changes = {}
-    for name, change in changed_keys(_with_defaults(before), without_secrets(now.to_dict())).items():
+    for name, change in changed_keys(_with_defaults(before), now.to_dict(digests=True)).items():
         if not is_free(name):
             changes[name] = change
     if changes and section.resume_changes == "refuse":
@@ -162,7 +162,10 @@ def _with_defaults(before: Mapping[str, Any]) -> dict[str, Any]:
     """A config's mappings with a default for each key that they lack: one that an earlier version did not know."""
     tree = dict(before)
     for section, defaults in Config().to_dict().items():
-        tree[section] = {**defaults, **before.get(section, {})}
+        if isinstance(defaults, Mapping):
+            tree[section] = {**defaults, **before.get(section, {})}
+        else:
+            tree.setdefault(section, defaults)
     return tree
 
 
