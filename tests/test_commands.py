@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import train
+from tests.programs import run_program
 from trainer import __main__ as program
 from trainer.commands import train as train_command
 from trainer.commands.arguments import CommandParser, load_config, one_of, whole_number
@@ -148,6 +149,7 @@ def run_python(*arguments: object, cwd: Path = ROOT, **environment: str) -> subp
     return done
 
 
+@pytest.mark.fresh_process  # what a start imports
 def test_help_needs_no_torch() -> None:
     code = """if True:
         import sys
@@ -165,8 +167,8 @@ def test_help_needs_no_torch() -> None:
 
 def test_train_py_and_the_module_are_one_command_on_several_processes_too(tmp_path: Path) -> None:
     assert train.main is train_command.main
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run_python(*launcher, "-m", "trainer", "train", f"--run.dir={tmp_path}", *SHORT)
+    done = run_program(["-m", "trainer", "train", f"--run.dir={tmp_path}", *SHORT], ranks=2)
+    assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "digits" / "summary.json").read_text())["world_size"] == 2
 
 
@@ -202,16 +204,21 @@ def test_a_wheel_holds_all_packages_the_configs_and_the_licence(site: Path) -> N
     assert len([*site.glob("lockstep-*.dist-info/licenses/LICENSE")]) == 1
 
 
-def test_an_installed_package_trains_the_default_config_outside_a_checkout(site: Path, tmp_path: Path) -> None:
-    def lockstep(*arguments: object) -> str:
-        return run_python(site / "bin/lockstep", *arguments, cwd=tmp_path, PYTHONPATH=str(site)).stdout
-
-    assert "usage: lockstep train [-h] [CONFIG.yaml] [key=value ...]" in lockstep("train", "--help")
-    lockstep("train", *SHORT)
+@pytest.mark.fresh_process  # imports the package from another place
+def test_an_installed_package_needs_no_checkout(site: Path, tmp_path: Path) -> None:
+    """Its command is there, and `check` and `train`, in one process to save time, find the default config."""
+    usage = run_python(site / "bin/lockstep", "train", "--help", cwd=tmp_path, PYTHONPATH=str(site)).stdout
+    assert usage.startswith("usage: lockstep train [-h] [CONFIG.yaml] [key=value ...]")
+    code = f"""if True:
+        import trainer
+        from trainer.__main__ import main
+        print(trainer.__file__)
+        assert main(["check", *{SHORT}]) == main(["train", *{SHORT}]) == 0
+    """
+    output = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(site)).stdout
+    assert output.startswith(str(site))
+    assert "this runs: a first step of 64 samples" in output
     assert json.loads((tmp_path / "runs/digits/summary.json").read_text())["steps"] == 2
-    environment = json.loads((tmp_path / "runs/digits/environment.json").read_text())
-    assert str(ROOT) not in json.dumps(environment)
-    assert "this runs: a first step of 64 samples" in lockstep("check", "train.max_steps=3")
 
 
 def test_arguments_for_argparse_name_what_they_take() -> None:
