@@ -32,6 +32,14 @@ def print_replay(result: Replay, run: Path, directory: Path) -> None:
     console.print(f"[dim]files     [/] {directory}: replay.json has every row of these tables")
 
 
+def loss_rank(sample: Mapping[str, Any]) -> float:
+    """A key that sorts samples by loss: NaN first, then the largest, samples without a loss last."""
+    loss = sample["loss"]
+    if loss is None:
+        return math.inf
+    return -math.inf if math.isnan(loss) else -float(loss)
+
+
 def _facts(result: Replay, run: Path) -> list[tuple[str, str]]:
     start = f"from the checkpoint of step {result.began_after}" if result.began_after else "from the run's beginning"
     facts = [("replay", f"{run}, step {result.step} in epoch {result.epoch}, {start}")]

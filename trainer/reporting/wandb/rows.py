@@ -45,10 +45,8 @@ def _is_received(row: Row, summary: Mapping[str, Any]) -> bool:
     newest_step = summary.get("step", -1)
     if row["step"] != newest_step:
         return bool(row["step"] < newest_step)
-    for name, value in row.items():
-        if _is_comparable(value) and summary.get(name) != value:
-            return False
-    return True
+    differs = any(_is_comparable(value) and summary.get(name) != value for name, value in row.items())
+    return not differs
 
 
 def _is_comparable(value: Any) -> bool:
