@@ -29,9 +29,11 @@ def best_model_artifact(directory: Path, run_id: str) -> tuple[Any, list[str]] |
         return None
     row = json.loads((best / "metrics.json").read_text())
     config = redacted(yaml.safe_load((best / "config.yaml").read_text()))
+    # The run's own file keeps references to the environment; what leaves the machine is redacted as well.
     redacted_config = directory / "wandb" / "best_config.yaml"
     redacted_config.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     artifact = wandb.Artifact(f"model-{run_id}", type="model", metadata={**row, "config": config})
+    # The cache would copy the model into the user's home.
     files = {
         "model.safetensors": best / "model.safetensors",
         "metrics.json": best / "metrics.json",

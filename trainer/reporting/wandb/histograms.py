@@ -65,6 +65,7 @@ def _pick_parameters(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
         if parameter.grad is not None:
             trained.append((name, parameter, parameter.grad))
     count = min(len(trained), MAX_TENSORS)
+    # Evenly spread from the first layer to the last, and the same tensors every time.
     return [trained[i * len(trained) // count] for i in range(count)]
 
 
@@ -75,6 +76,7 @@ def _count(tensor: Tensor) -> Histogram | None:
     if not torch.isfinite(torch.tensor([low, high])).all():
         return None
     if low == high:
+        # Bins need a width: equal values fall into the middle one.
         low, high = low - 0.5, high + 0.5
     counts = torch.histc(values, BINS, low, high)
     edges = torch.linspace(low, high, BINS + 1)
