@@ -274,11 +274,12 @@ def test_number_formats() -> None:
     assert all(len(formats.format_metric("loss", value)) <= 8 for value in values)
 
 
+@pytest.mark.fresh_process  # its output is a pipe, and it imports no torch
 def test_a_closed_pipe_is_no_traceback() -> None:
     """`train.py | head -1`."""
     code = (
-        "from trainer.errors import leave, report\n"
-        "try:\n    while True: print('row', flush=True)\nexcept Exception as error: leave(report(error))"
+        "from trainer.process.exit import exit_process, report_error\n"
+        "try:\n    while True: print('row', flush=True)\nexcept Exception as error: exit_process(report_error(error))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None

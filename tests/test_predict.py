@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from torchvision.io import write_jpeg, write_png
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
+from tests.programs import run_program
 from trainer import Trainer
 from trainer.config.load import load
 from trainer.core.evaluation import Decision
@@ -44,8 +44,8 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Decision]
         trainer = Trainer(settings)
         trainer.fit()
         trainer.load_best()
-        assert trainer.evaluator is not None
-        return trainer.evaluator.decisions()
+        assert trainer.run.evaluator is not None
+        return trainer.run.evaluator.decisions()
 
     decisions: list[Decision] = on_ranks(1, run)[0]
     (root / "images" / "sub").mkdir(parents=True)
@@ -55,11 +55,8 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Decision]
     return root, decisions
 
 
-def predict(*arguments: object, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", "predict", *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, env={**os.environ, **environment},
-    )  # fmt: skip
+def predict(*arguments: object, status: int = 0, **environment: str) -> CompletedProcess[str]:
+    done = run_program(["-m", "trainer", "predict", *arguments], env={**os.environ, **environment})
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -110,12 +107,12 @@ def test_colour_files_become_grey_and_overridden_transforms_hold(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "PATH: is missing"),
+        ([], "arguments are required: RUN"),
         (["{run}"], "PATH: is missing"),
         (["{run}", "nowhere/*.png"], "nowhere/*.png does not exist"),
         (["{run}", "{root}/empty"], "empty holds no image files"),
         (["{root}/images", "{root}/images"], "images: is not a run directory"),
-        (["{run}", "{root}/images", "--top", "0"], "--top: 0 classes"),
+        (["{run}", "{root}/images", "--top", "0"], "--top: needs a whole number, 1 or more"),
         (["{run}", "{root}/images", "--export", "onx"], '"onx" is not one of torch, onnx; did you mean'),
     ],
 )  # fmt: skip
@@ -218,8 +215,8 @@ def test_the_folder_may_be_gone_and_colour_stays_colour(tmp_path: Path) -> None:
         trainer = Trainer(load(None, [*overrides, "train.epochs=1", "run.figures=false"]))
         trainer.fit()
         trainer.load_best()
-        assert trainer.evaluator is not None
-        return trainer.evaluator.decisions()
+        assert trainer.run.evaluator is not None
+        return trainer.run.evaluator.decisions()
 
     decisions = on_ranks(1, run)[0]
     (tmp_path / "data" / "val").rename(tmp_path / "asked")

@@ -14,7 +14,7 @@ from tests.distributed.small import CLASSES, Images, Points, config, conv_net, m
 from trainer import Trainer
 from trainer.components.task import CrossEntropy, Regression
 from trainer.reporting.figures.saliency_maps import compute_saliency
-from trainer.storage.files import tensors_sha256
+from trainer.storage.sha256 import tensors_sha256
 
 IMAGES = Images(3).points.float()
 

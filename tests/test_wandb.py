@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.wandb_server import WandbServer
+from benchmarks.wandb_server import WandbServer
 from trainer.config.schema import WandbConfig
 from trainer.errors import ConfigError
 from trainer.reporting.wandb.run import start_wandb

@@ -18,15 +18,15 @@ import pytest
 import torch._dynamo
 import wandb.sdk.launch  # noqa: F401 - this and the one above: imported once, before the ranks are forked
 
+from benchmarks.wandb_server import WandbServer
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, Points, config, conv_net, mlp
-from tests.wandb_server import WandbServer
 from trainer import LockstepError, Trainer
-from trainer.commands.sync import sync
 from trainer.config.load import load
 from trainer.config.schema import Config
 from trainer.exact.plan import Step
 from trainer.reporting.jsonl import read_rows
+from trainer.reporting.wandb.sync import send_missing
 
 QUICK = {"wandb__mode": "auto", "wandb__init_timeout": 2, "wandb__finish_timeout": 2, "run__resume": "auto"}
 
@@ -110,7 +110,7 @@ def train(
 def send(run: Path, server: WandbServer) -> str:
     server.let_go()
     os.environ |= server.environment
-    return sync(run)
+    return send_missing(run)
 
 
 def received_rows(server: WandbServer, run: str | None = None) -> list[dict[str, Any]]:
@@ -329,4 +329,4 @@ def test_sync_refuses_a_run_that_is_in_use(home: Path, server: WandbServer) -> N
     from trainer.storage.run_directory import lock
 
     with lock(home / "run"), pytest.raises(LockstepError, match="another process is training"):
-        sync(home / "run")
+        send_missing(home / "run")

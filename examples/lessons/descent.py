@@ -22,8 +22,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from trainer import Trainer, load
 from trainer.config.load import command_line
-from trainer.errors import leave, report
 from trainer.exact.plan import Step
+from trainer.process.exit import exit_process, report_error
 from trainer.reporting.figures.style import BLUE, DPI, FAINT, GREY, INK, SMALL, TITLE, VERMILION
 from trainer.storage.run_directory import run_path
 
@@ -56,14 +56,14 @@ def losses(trainer: Trainer, weights: Tensor) -> Floats:
     """The mean loss over the training samples at each of some weights `(n, parameters)`; the model's are put back."""
     parameters = list(trainer.module.parameters())
     kept = parameters_to_vector(parameters).detach().clone()
-    batch = trainer.train_loader.peek(range(len(trainer.data.train)))
+    batch = trainer.run.train_loader.peek(range(len(trainer.run.data.train)))
     found = []
     trainer.module.eval()
     with torch.no_grad():
         for row in weights.to(kept):
             vector_to_parameters(row, parameters)
-            _, loss, weight = trainer.forward(trainer.module, batch, None)
-            found.append(float(loss / weight))
+            _, loss = trainer.run.forward(trainer.module, batch, None)
+            found.append(float(loss.total / loss.weight))
         vector_to_parameters(kept, parameters)
     return np.array(found)
 
@@ -155,9 +155,9 @@ def main(arguments: list[str]) -> int:
             print(f"drawn    {gif}")
         trainer.ranks.close()
     except Exception as error:
-        return report(error)
+        return report_error(error)
     return 0
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

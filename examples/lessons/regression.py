@@ -23,7 +23,7 @@ class Spots:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.indices[index]
+        return self.images[index], self.places[index]
 
 
 def spots(samples: int = 2000, val_samples: int = 400) -> tuple[Spots, Spots]:

@@ -8,8 +8,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from torch import nn
-
 from trainer.config.schema import Config
 from trainer.errors import LockstepError, Stopped
 from trainer.exact.plan import Plan
@@ -17,7 +15,6 @@ from trainer.process.parent import failure_reason
 from trainer.process.ranks import Ranks
 from trainer.reporting.console import Console
 from trainer.reporting.jsonl import MetricsFile, read_rows
-from trainer.reporting.wandb.histograms import take_histograms
 from trainer.reporting.wandb.run import WandbRun, start_wandb
 from trainer.storage.checkpoint import Progress
 from trainer.storage.files import write_json
@@ -164,11 +161,6 @@ class Journal:
             self._metrics.log(row)
         if self.wandb is not None:
             self.wandb.log(row)
-
-    def histograms(self, step: int, module: nn.Module) -> None:
-        """Send histograms of weights and gradients to W&B, the only place for them. Waits for the device."""
-        if self.wandb is not None:
-            self.wandb.log_histograms(step, take_histograms(module))
 
     def figures(self, figures: Mapping[str, Path]) -> None:
         """Send the figures that were drawn before the first step."""

@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from trainer.components.models import count_parameters
 from trainer.components.optimizer import named_state
 from trainer.components.schedule import Schedule
 from trainer.core.build import Run
-from trainer.exact.determinism import SETTINGS
+from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.plan import Plan
-from trainer.storage.files import tensors_sha256
+from trainer.storage.checkpoint import Progress
+from trainer.storage.sha256 import tensors_sha256
 
 MAX_LISTED_RANKS = 8
 
 
-def header(run: Run, schedule: Schedule, directory: Path) -> list[tuple[str, str]]:
+def header(run: Run, schedule: Schedule, fuse: int, fuse_note: str, directory: Path) -> list[tuple[str, str]]:
     """What a person wants to see before a run begins."""
     config = run.config
     plan = run.plan
@@ -29,13 +31,13 @@ def header(run: Run, schedule: Schedule, directory: Path) -> list[tuple[str, str
         ("model", f"{config.model.name} · {_describe_parameters(run)}"),
         ("weights", run.weights_note),
         ("data", _describe_data(run)),
-        ("batch", batch_arithmetic(plan, run.fuse)),
+        ("batch", batch_arithmetic(plan, fuse)),
         ("optimizer", f"{config.optimizer.name} · lr {config.optimizer.lr:g}"),
         ("schedule", schedule.describe()),
         ("length", length),
         ("device", device),
-        ("fuse", f"1: {run.alone}" if run.alone else ""),
-        ("bitwise", SETTINGS if run.bitwise else ""),
+        ("fuse", f"1: {fuse_note}" if fuse_note else ""),
+        ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
         ("note", run.data.note),
     ]
     return [(name, text) for name, text in facts if text]
@@ -89,10 +91,9 @@ def _describe_fuse(plan: Plan, fuse: int) -> str:
     return f", up to {largest} at once" if largest > 1 else ""
 
 
-def summary(run: Run) -> dict[str, Any]:
+def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any]:
     """What `summary.json` holds."""
-    progress = run.progress
-    optimizer_state, _ = named_state(run.optimizer, run.module)
+    optimizer_state, _ = named_state(optimizer, run.module)
     return {
         "best": progress.best,
         "best_epoch": progress.best_epoch,

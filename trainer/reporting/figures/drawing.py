@@ -24,7 +24,7 @@ MAX_RIGHT = 4
 MAX_MAPS = 6
 
 
-def draw(run: Run, directory: Path) -> dict[str, Path]:
+def draw(run: Run, directory: Path, *, has_best: bool) -> dict[str, Path]:
     """Draw the figures of a finished run, with its best model. A collective.
 
     Returns the paths by the figures' names on the main process; empty on the others. The run's model stays as it is.
@@ -35,7 +35,7 @@ def draw(run: Run, directory: Path) -> dict[str, Path]:
         folder.mkdir(exist_ok=True)
         paths["curves"] = folder / "curves.png"
         draw_curves(read_rows(directory / "metrics.jsonl"), paths["curves"])
-    if run.evaluator is None or run.progress.best is None:
+    if run.evaluator is None or not has_best:
         return paths
     # The best model is loaded into the run's own module, so the last state must come back afterwards.
     last = checkpoint.snapshot(run.module)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trainer.core.observers import Observer
 from trainer.exact.plan import Step
 
 if TYPE_CHECKING:
@@ -23,11 +24,10 @@ class Histogram(NamedTuple):
     edges: list[float]
 
 
-class HistogramObserver:
+class HistogramObserver(Observer):
     """Every `every` steps, sends histograms of a module's weights and gradients to a W&B run.
 
-    It waits for the device in those steps, and only in those. The gradient must be complete and unscaled by then;
-    `is_due` says in advance in which steps.
+    It waits for the device in those steps, and only in those.
     """
 
     def __init__(self, module: nn.Module, run: WandbRun, every: int) -> None:
@@ -35,12 +35,8 @@ class HistogramObserver:
         self._run = run
         self._every = every
 
-    def is_due(self, step: Step) -> bool:
-        return step.number % self._every == 0
-
     def gradient(self, step: Step) -> None:
-        """Send the histograms, if they are due: called once a step, after clipping and before the update."""
-        if self.is_due(step):
+        if step.number % self._every == 0:
             self._run.log_histograms(step.number, take_histograms(self._module))
 
 

@@ -165,9 +165,7 @@ class WandbRun:
         Takes `wandb.finish_timeout` seconds at most (`KILL_DELAY` more if the client hangs); the rest stays in the
         files. Returns True if the server has everything, which is never the case offline.
         """
-        finish = partial(
-            self._finish, status=status, failure=failure, alert=alert, step=step, figures=figures or {}
-        )
+        finish = partial(self._finish, status=status, failure=failure, alert=alert, step=step, figures=figures or {})
         self._attempt(run_with_timeout, self._section.finish_timeout, finish)
         is_complete = self._online and not self._failed
         if is_complete:
