@@ -6,15 +6,19 @@ import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
 from trainer.config.secrets import redacted
 
-if TYPE_CHECKING:
-    from trainer.reporting.wandb.histograms import Histogram
+
+class Histogram(NamedTuple):
+    """The `counts` of a histogram's bins, and their `edges`, one more than bins."""
+
+    counts: list[float]
+    edges: list[float]
 
 
 def best_model_artifact(directory: Path, run_id: str) -> tuple[Any, list[str]] | None:

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from trainer.core.observers import Observer
 from trainer.exact.plan import Step
-
-if TYPE_CHECKING:
-    from trainer.reporting.wandb.run import WandbRun
+from trainer.reporting.wandb.files import Histogram
+from trainer.reporting.wandb.run import WandbRun
 
 MAX_TENSORS = 64  # evenly spread over a model's parameters, so that the cost of a large model is bounded
 BINS = 64
-
-
-class Histogram(NamedTuple):
-    """`counts` of BINS bins, and their BINS + 1 `edges`."""
-
-    counts: list[float]
-    edges: list[float]
 
 
 class HistogramObserver(Observer):
