@@ -58,7 +58,7 @@ def test_a_large_model_has_those_of_some_tensors() -> None:
 
 def test_the_observer_takes_them_every_so_many_steps() -> None:
     run = RecordingRun()
-    observer = HistogramObserver(with_gradients(nn.Linear(2, 2)), run.log_histograms, every=4)
+    observer = HistogramObserver(with_gradients(nn.Linear(2, 2)), run, every=4)  # type: ignore[arg-type]
     plan = Plan(samples=20, batch_size=2, micro_size=2, ranks=1, epochs=1, seed=0)
     for step in plan.steps(0):
         observer.gradient(step)

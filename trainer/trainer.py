@@ -148,7 +148,7 @@ class Trainer:
             self.ranks.on_main(lambda: self.journal.figures(drawing.draw_batch(self.run, self.journal.directory)))
         every = self.config.wandb.log_histograms_every
         if every is not None and self.journal.wandb is not None:
-            self.observers.add(HistogramObserver(self.module, self.journal.wandb.log_histograms, every))
+            self.observers.add(HistogramObserver(self.module, self.journal.wandb, every))
 
     def start(self) -> None:
         """Begin to train, at the step after those that are done: what comes before `train_step`."""

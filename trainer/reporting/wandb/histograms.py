@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from trainer.core.observers import Observer
 from trainer.exact.plan import Step
+from trainer.reporting.wandb.files import Histogram
+from trainer.reporting.wandb.run import WandbRun
 
 MAX_TENSORS = 64  # evenly spread over a model's parameters, so that the cost of a large model is bounded
 BINS = 64
 
 
-class Histogram(NamedTuple):
-    """`counts` of BINS bins, and their BINS + 1 `edges`."""
-
-    counts: list[float]
-    edges: list[float]
-
-
-Send = Callable[[int, Mapping[str, Histogram]], None]  # takes the step's number too
-
-
 class HistogramObserver(Observer):
-    """Every `every` steps, takes histograms of a module's weights and gradients and gives them to `send`.
+    """Every `every` steps, sends histograms of a module's weights and gradients to a W&B run.
 
     It waits for the device in those steps, and only in those.
     """
 
-    def __init__(self, module: nn.Module, send: Send, every: int) -> None:
+    def __init__(self, module: nn.Module, run: WandbRun, every: int) -> None:
         self._module = module
-        self._send = send
+        self._run = run
         self._every = every
 
     def gradient(self, step: Step) -> None:
         if step.number % self._every == 0:
-            self._send(step.number, take_histograms(self._module))
+            self._run.log_histograms(step.number, take_histograms(self._module))
 
 
 @torch.no_grad()
@@ -62,6 +51,7 @@ def _pick_parameters(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
         if parameter.grad is not None:
             trained.append((name, parameter, parameter.grad))
     count = min(len(trained), MAX_TENSORS)
+    # Evenly spread from the first layer to the last, and the same tensors every time.
     return [trained[i * len(trained) // count] for i in range(count)]
 
 
@@ -72,6 +62,7 @@ def _count(tensor: Tensor) -> Histogram | None:
     if not torch.isfinite(torch.tensor([low, high])).all():
         return None
     if low == high:
+        # Bins need a width: equal values fall into the middle one.
         low, high = low - 0.5, high + 0.5
     counts = torch.histc(values, BINS, low, high)
     edges = torch.linspace(low, high, BINS + 1)
