@@ -5,7 +5,7 @@ python -m benchmarks.wandb_cost --rounds 3 --epochs 2
 
 Whole runs of configs/digits.yaml, each in a process of its own, in turn; a run's pace is the median over its
 `samples_per_second`, which leaves out start, evaluation and end, and what is compared are medians over the rounds.
-The server is the tests' own, on this machine: it takes CPU time that a real one would not.
+The server is a stand-in on this machine: it takes CPU time that a real one would not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.wandb_server import WandbServer
+from benchmarks.wandb_server import WandbServer
 from trainer import load
 from trainer.reporting.jsonl import read_rows
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib.util import find_spec
@@ -23,21 +21,14 @@ from benchmarks.subjects import first_digits, fitted, settings
 from benchmarks.timing import OURS, InterleavedTrainer, Rounds, quartiles
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import largest_difference, state
+from tests.programs import run_program
 from tests.test_configs import image_folder
 
-ROOT = Path(__file__).parents[1]
 LOOPS = ["raw", OURS, *step_time.VARIANTS, *(name for name, _, _ in step_time.PEERS)]
 
 
 def run(module: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    done = run_program(["-m", f"benchmarks.{module}", *arguments], timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
+
+from tests.programs import run_program
 
 ROOT = Path(__file__).parents[1]
 
 
-def check(directory: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "trainer", "check", str(ROOT / "configs/digits.yaml"), *arguments]
-    command.append(f"run.dir={directory}")
-    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def check(directory: Path, *arguments: str, processes: int = 1) -> CompletedProcess[str]:
+    command = ["-m", "trainer", "check", ROOT / "configs/digits.yaml", *arguments, f"run.dir={directory}"]
+    return run_program(command, ranks=processes)
 
 
 def test_it_shows_the_first_step_once_and_writes_nothing(tmp_path: Path) -> None:

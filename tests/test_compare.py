@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
+from tests.programs import run_program
 from trainer import Trainer
 from trainer.data.datasets import FakeImages, ImageArrays
 from trainer.data.folder import ImageFolder
@@ -70,11 +70,8 @@ def test_config_and_data_are_named(runs: Path) -> None:
 
 
 def test_the_command_says_it_and_its_status_too(runs: Path, tmp_path: Path) -> None:
-    def command(*names: str) -> subprocess.CompletedProcess[str]:
-        paths = [str(runs / name) for name in names]
-        return subprocess.run(
-            [sys.executable, "-m", "trainer", "compare", *paths], capture_output=True, text=True, check=False
-        )
+    def command(*names: str) -> CompletedProcess[str]:
+        return run_program(["-m", "trainer", "compare", *(runs / name for name in names)])
 
     assert command("one", "two").returncode == 0
     parted = command("one", "spoilt")

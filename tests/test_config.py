@@ -358,6 +358,7 @@ def test_command_line() -> None:
         command_line(["a.yaml", "b.yaml"])
 
 
+@pytest.mark.fresh_process  # what a start imports
 def test_help_and_config_errors_need_no_torch() -> None:
     code = "import sys, train; train.main({!r}); sys.exit('torch' in sys.modules)"
     for arguments in (["--help"], ["train.epoch=3"]):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import nn
 from examples.bring_your_own.task import Segmentation
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import largest_difference, state
+from tests.programs import run_program
 from trainer import Task, Trainer
 from trainer.components.task import build_task
 from trainer.config.load import load
@@ -68,15 +67,14 @@ def test_python_use_in_ten_lines(tmp_path: Path) -> None:
     short = path.read_text().replace('"epochs": 3', '"max_steps": 2')
     assert short != path.read_text()
     short = short.replace("from_dict({", 'from_dict({"wandb": {"mode": "disabled"}, ')
-    done = subprocess.run(
-        [sys.executable, "-c", short],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = run_program(["-c", short], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "val/iou" in done.stdout
     assert (tmp_path / "runs" / "run" / "summary.json").is_file()

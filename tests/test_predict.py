@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from torchvision.io import write_jpeg, write_png
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
+from tests.programs import run_program
 from trainer import Trainer
 from trainer.config.load import load
 from trainer.core.evaluation import Decision
@@ -55,11 +55,8 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Decision]
     return root, decisions
 
 
-def predict(*arguments: object, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "trainer", "predict", *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, env={**os.environ, **environment},
-    )  # fmt: skip
+def predict(*arguments: object, status: int = 0, **environment: str) -> CompletedProcess[str]:
+    done = run_program(["-m", "trainer", "predict", *arguments], env={**os.environ, **environment})
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done

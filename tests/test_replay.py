@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,9 @@ from torch.nn import functional as F
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
+from tests.programs import run_program
 from trainer import ConfigError, Trainer
 from trainer.inspection.replay import replay
-
-ROOT = Path(__file__).parents[1]
 
 
 def make(directory: Path, **changes: Any) -> Trainer:
@@ -95,23 +92,17 @@ def test_a_step_that_is_none_of_the_run(run: Path, tmp_path: Path) -> None:
             replay(lambda: make(tmp_path), run, number)
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
-    )
-
-
 def test_a_run_without_a_finite_loss_says_how_to_look_at_it(tmp_path: Path) -> None:
     settings = ["optimizer.lr=1e30", "train.log_every=20", "wandb.mode=disabled", "run.figures=false"]
-    failed = command("train.py", f"run.dir={tmp_path}", *settings)
+    failed = run_program(["train.py", f"run.dir={tmp_path}", *settings])
     assert failed.returncode == 1
     (told,) = (line.split() for line in failed.stderr.splitlines() if "replay" in line)
     assert told[-2:] == ["--step", "20"]
-    printed = command(*told[1:], "--json")
+    printed = run_program([*told[1:], "--json"])
     assert printed.returncode == 0, printed.stderr
     found = json.loads(printed.stdout)
     assert 1 < found["step"] < found["asked"] == 20
     assert not math.isfinite(found["loss"])
     kept = tmp_path / "digits" / "replay" / f"step_{found['step']:08d}"
     assert {path.name for path in kept.iterdir()} == {"replay.json", "images.png"}
-    assert "is not finite already in step" in command(*told[1:]).stdout
+    assert "is not finite already in step" in run_program([*told[1:]]).stdout

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 
 from trainer.exact.seeding import device_seeder, key, mixed, numpy_generator, preserved_cpu_generators, seed_cpu
@@ -18,8 +19,9 @@ def test_keys_are_fixed_for_ever() -> None:
     assert mixed(0, 1, 0) == 0xE220A8397B1DCDAF
 
 
+@pytest.mark.fresh_process  # Python's hash seed is chosen when the interpreter starts
 def test_keys_do_not_depend_on_the_process() -> None:
-    code = "from trainer.seeding import key; print(key(3, 'train', 4, 5))"
+    code = "from trainer.exact.seeding import key; print(key(3, 'train', 4, 5))"
     printed = {
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}

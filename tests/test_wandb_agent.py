@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 import yaml
 
-from tests.wandb_server import WandbServer
+from benchmarks.wandb_server import WandbServer
 from tests.wandb_sweeps import SweepBackend
 
 ROOT = Path(__file__).parents[1]

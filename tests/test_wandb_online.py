@@ -17,9 +17,9 @@ import pytest
 import torch._dynamo
 import wandb.sdk.launch  # noqa: F401 - this and the one above: imported once, before the ranks are forked
 
+from benchmarks.wandb_server import WandbServer
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, Points, config, conv_net, mlp
-from tests.wandb_server import WandbServer
 from trainer import LockstepError, Trainer
 from trainer.config.load import load
 from trainer.config.schema import Config
@@ -159,8 +159,8 @@ def test_one_run_holds_what_a_user_hopes_for(at_home: Path, server: WandbServer)
     assert [row["step"] for row in shown] == [0]
     assert {"figures/curves", "figures/predictions", "figures/confusion_matrix"} <= run["summary"].keys()
     (table,) = (json.loads(data) for name, data in run["files"].items() if "per_class" in name)
-    assert table["columns"][:3] == ["class", "samples", "accuracy"]
-    assert sum(row[1] for row in table["data"]) == 30
+    assert table["columns"][:5] == ["class", "precision", "recall", "f1", "support"]
+    assert sum(row[4] for row in table["data"]) == 30
     drawn = [row for row in server.backend.history(run_id) if "gradients/0.weight" in row]
     assert [row["step"] for row in drawn] == [4, 8]
     assert sum(drawn[0]["weights/0.weight"]["values"]) == conv_net()[0].weight.numel()

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tests.wandb_backend import Backend, named, opaque
+from benchmarks.wandb_backend import Backend, named, opaque
 
 
 class SweepBackend(Backend):

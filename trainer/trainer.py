@@ -18,6 +18,7 @@ from trainer.components.optimizer import (
 )
 from trainer.components.schedule import Schedule, build_schedule
 from trainer.components.task import Task
+from trainer.config.registry import build_observers
 from trainer.config.schema import Config
 from trainer.core.build import build_run, settings_of
 from trainer.core.fuse_check import choose_fuse
@@ -37,7 +38,7 @@ from trainer.process.signals import StopRequest
 from trainer.reporting import summary as report
 from trainer.reporting.figures import drawing
 from trainer.reporting.journal import Journal
-from trainer.reporting.wandb.histograms import Histograms
+from trainer.reporting.wandb.histograms import HistogramObserver
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.digest import digest, hexadecimal
@@ -76,7 +77,7 @@ class Trainer:
         with settings_of(config):
             self.run = build_run(config, model=model, train_data=train_data, val_data=val_data, task=task)
             self.optimizer = build_optimizer(self.config.optimizer, self.module, head=self.config.model.head)
-            self.run.freezing.at(epoch=0)
+            self.run.freezing.apply(epoch=0)
             reduction = BitwiseReduction if self.run.bitwise else StandardReduction
             self.reduction = reduction(
                 self.module,
@@ -84,7 +85,7 @@ class Trainer:
                 self.ranks,
                 find_unused_parameters=self.config.train.find_unused_parameters,
             )
-        self.observers = Observers([*observers])
+        self.observers = Observers([*build_observers(self.config.observers, Observer), *observers])
         self.stateful: dict[str, Stateful] = dict(stateful or {})
         named_stateful(self.stateful, self.observers)  # refuses now what could not be saved later
         self.progress = Progress()
@@ -130,6 +131,7 @@ class Trainer:
                 self.start()
                 for note in self.state_notes:
                     self.journal.console.note(note)
+                self.journal.start_clock(self.plan, self.progress.step)
                 try:
                     self._loop(stop)
                     return self._finish()
@@ -141,11 +143,12 @@ class Trainer:
     def _introduce(self) -> None:
         """Show what is about to run, and its first samples."""
         header = report.header(self.run, self.schedule, self.fuse, self.fuse_note, self.journal.directory)
-        self.journal.begin(header, self.plan, self.progress, lambda: environment(self.ranks, self.run.data))
+        self.journal.begin(header, self.progress, lambda: environment(self.ranks, self.run.data))
         if self.config.run.figures and not self.progress.step:
             self.ranks.on_main(lambda: self.journal.figures(drawing.draw_batch(self.run, self.journal.directory)))
-        if self.config.wandb.log_histograms_every is not None:
-            self.observers.add(Histograms(self.journal, self.config.wandb.log_histograms_every))
+        every = self.config.wandb.log_histograms_every
+        if every is not None and self.journal.wandb is not None:
+            self.observers.add(HistogramObserver(self.module, self.journal.wandb, every))
 
     def start(self) -> None:
         """Begin to train, at the step after those that are done: what comes before `train_step`."""
@@ -209,7 +212,7 @@ class Trainer:
 
     def _freeze(self, epoch: int) -> None:
         """Train what is trained in `epoch`, and no more. A collective, at an epoch's begin."""
-        if self.run.freezing.at(epoch):
+        if self.run.freezing.apply(epoch):
             self.reduction.rebuild()
             self.module.train()
             self.run.forget_features()

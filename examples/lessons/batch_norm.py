@@ -22,7 +22,7 @@ from torch import nn
 from trainer import Trainer, load
 from trainer.exact.plan import Step
 from trainer.process.exit import exit_process, report_error
-from trainer.reporting.figures.style import BLUE, DPI, FAINT, INK, QUIET, SMALL, TITLE, VERMILION
+from trainer.reporting.figures.style import BLUE, DPI, FAINT, GREY, INK, SMALL, TITLE, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,7 +143,7 @@ def _figure(width: float, height: float) -> Figure:
 def _style(axes: Axes, title: str = "") -> None:
     axes.set_title(title, loc="left", fontsize=TITLE, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=QUIET, labelcolor=INK, labelsize=SMALL)
+    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=SMALL)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
 
 

@@ -24,7 +24,7 @@ from trainer import Trainer, load
 from trainer.config.load import command_line
 from trainer.exact.plan import Step
 from trainer.process.exit import exit_process, report_error
-from trainer.reporting.figures.style import BLUE, DPI, FAINT, INK, QUIET, SMALL, TITLE, VERMILION
+from trainer.reporting.figures.style import BLUE, DPI, FAINT, GREY, INK, SMALL, TITLE, VERMILION
 from trainer.storage.run_directory import run_path
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def over_a_surface(axes: Axes, trainer: Trainer, path: Tensor) -> Floats:
     bar = axes.figure.colorbar(drawn, ax=axes, ticks=levels[::6], format="%.2g", shrink=0.85, extendrect=True)
     bar.minorticks_off()
     bar.set_label("mean loss of the training samples", fontsize=SMALL, color=INK)
-    bar.ax.tick_params(labelsize=SMALL, colors=QUIET, labelcolor=INK)
+    bar.ax.tick_params(labelsize=SMALL, colors=GREY, labelcolor=INK)
     axes.set_xlabel("first principal direction of the path", fontsize=SMALL, color=INK)
     axes.set_ylabel("second", fontsize=SMALL, color=INK)
     drawn_points: Floats = points.numpy()
@@ -114,7 +114,7 @@ def animate(trainer: Walk, to: Path) -> None:
     figure = Figure(figsize=(5.6, 4.2), dpi=0.75 * DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.tick_params(colors=QUIET, labelcolor=INK, labelsize=SMALL)
+    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=SMALL)
     axes.spines[["top", "right"]].set_visible(False)
     points = (over_a_curve if path.shape[1] == 1 else over_a_surface)(axes, trainer, path)
     draw = _pen(axes, points, losses(trainer, path))

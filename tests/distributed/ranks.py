@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import torch._dynamo  # every optimizer imports it: once, here, and not in each rank again
 from accelerate.state import AcceleratorState
 
 FORK = multiprocessing.get_context("fork")  # torch is imported once, here, and not in each process again
@@ -52,6 +54,7 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: floa
 
 
 def _child(rank: int, count: int, port: int, pipe: Connection, function: Callable[[], Any]) -> None:
+    gc.freeze()  # else a collection visits, and so copies, every page of the parent's objects
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if count > 1:
         os.environ |= {

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.distributed.small import largest_difference
+from tests.programs import Program, run_program
 from trainer.core.metrics import TIMINGS
 from trainer.reporting.jsonl import read_rows
 
@@ -23,23 +25,16 @@ BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "python": [sys.executable],
     "accelerate": [str(BIN / "accelerate"), "launch", "--config_file", "launch/cpu.yaml"],
-    "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "3", "--master_port", "0"],
+    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "3"],
 }
 SHORT = ["train.epochs=3", "train.max_steps=40", "train.precision=fp64", "run.figures=false", "wandb.mode=disabled"]
+ENDLESS = [*SHORT, "train.max_steps=null", "train.epochs=1000", "train.log_every=5", "data.workers=1"]
 
 
-def command(launcher: str, *arguments: str) -> list[str]:
-    if launcher == "torchrun":
-        return [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "3", *arguments]
-    return [*LAUNCHERS[launcher], *arguments]
-
-
-def run(launcher: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(launcher, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+def launch(launcher: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user types it: the launcher and its ranks are fresh processes."""
+    command = [*LAUNCHERS[launcher], *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 def summary(directory: Path) -> dict[str, Any]:
@@ -51,10 +46,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The default config, fp64 and cut short inside its second epoch, by each launcher."""
     directories = {launcher: tmp_path_factory.mktemp(launcher) for launcher in LAUNCHERS}
     for launcher, directory in directories.items():
-        run(launcher, "train.py", f"run.dir={directory}", *SHORT)
+        done = launch(launcher, "train.py", f"run.dir={directory}", *SHORT)
+        assert done.returncode == 0, done.stdout + done.stderr
     return directories
 
 
+@pytest.mark.fresh_process  # how many processes a launcher starts, and whether they join
 def test_each_launcher_starts_the_processes_it_should(runs: dict[str, Path]) -> None:
     assert {launcher: summary(directory)["world_size"] for launcher, directory in runs.items()} == {
         "python": 1,
@@ -63,6 +60,7 @@ def test_each_launcher_starts_the_processes_it_should(runs: dict[str, Path]) -> 
     }
 
 
+@pytest.mark.fresh_process  # what launchers set in the environment must not change a run
 def test_the_run_is_the_same(runs: dict[str, Path]) -> None:
     def last(directory: Path) -> dict[str, Any]:
         return load_file(directory / "digits" / "checkpoints" / "step_00000040" / "model.safetensors")
@@ -82,88 +80,104 @@ def test_the_run_is_the_same(runs: dict[str, Path]) -> None:
 
 
 def test_the_best_model_gives_its_numbers_again(runs: dict[str, Path]) -> None:
-    kept = json.loads((runs["python"] / "digits" / "best" / "metrics.json").read_text())
-    for launcher in ("python", "torchrun"):
-        printed = run(launcher, "-m", "trainer", "evaluate", str(runs["python"] / "digits")).stdout
-        values = {line.split()[0]: float(line.split()[1]) for line in printed.splitlines() if line.startswith("  val/")}
-        assert values == {name: pytest.approx(kept[name], abs=1e-6) for name in ("val/loss", "val/accuracy")}
+    best = json.loads((runs["python"] / "digits" / "best" / "metrics.json").read_text())
+    for ranks in (1, 3):
+        done = run_program(["-m", "trainer", "evaluate", runs["python"] / "digits"], ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        values = {}
+        for line in done.stdout.splitlines():
+            if line.startswith("  val/"):
+                name, value, *_ = line.split()
+                values[name] = float(value)
+        assert values == {name: pytest.approx(best[name], abs=1e-6) for name in ("val/loss", "val/accuracy")}
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize(
-    ("mistake", "message"),
-    [
-        (["optimizer.momentun=0.9"], 'optimizer.momentun: SGD has no such argument; did you mean "momentum"?'),
-        (["data.name=folder", "data.root=no/such/folder"], "data.root"),
-        (["batch.size=2", "batch.micro_size=2"], "3 processes share 1 micro-batches"),
-    ],
-)
-def test_a_mistake_is_told_once(tmp_path: Path, launcher: str, mistake: list[str], message: str) -> None:
-    if "batch.size=2" in mistake and launcher != "torchrun":
-        pytest.skip("no mistake on fewer processes")
-    done = run(launcher, "train.py", f"run.dir={tmp_path}", *SHORT, *mistake, check=False)
-    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1
-    assert message in told[0]
-    assert "trainer/trainer.py" not in done.stderr  # no traceback of ours
-    assert not (tmp_path / "digits").exists()
-    assert done.returncode == (2 if launcher == "python" else 1)  # launchers have a status of their own
+MISSPELT = ["optimizer.momentun=0.9"]
+MOMENTUM = 'optimizer.momentun: SGD has no such argument; did you mean "momentum"?'
+MISTAKES = [
+    (1, MISSPELT, MOMENTUM),
+    (2, MISSPELT, MOMENTUM),
+    (3, MISSPELT, MOMENTUM),
+    (1, ["data.name=folder", "data.root=no/such/folder"], "data.root"),
+    (2, ["data.name=folder", "data.root=no/such/folder"], "data.root"),
+    (3, ["data.name=folder", "data.root=no/such/folder"], "data.root"),
+    (3, ["batch.size=2", "batch.micro_size=2"], "3 processes share 1 micro-batches"),
+]
 
 
-@pytest.mark.parametrize(
-    ("launcher", "number"), [("python", signal.SIGTERM), ("python", signal.SIGINT), ("torchrun", signal.SIGTERM)]
-)
-def test_a_signal_ends_a_run_at_a_step_with_a_checkpoint(tmp_path: Path, launcher: str, number: int) -> None:
-    arguments = [
-        "train.py",
-        f"run.dir={tmp_path}",
-        *SHORT,
-        "train.max_steps=null",
-        "train.epochs=1000",
-        "train.log_every=5",
-        "data.workers=1",
-    ]
-    process = subprocess.Popen(
-        command(launcher, *arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    rows = tmp_path / "digits" / "metrics.jsonl"
+def check_one_message(done: subprocess.CompletedProcess[str], message: str, directory: Path) -> None:
+    """The mistake is reported by one rank, before anything is written and without a traceback through the trainer."""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "trainer/trainer.py" not in done.stderr
+    assert not (directory / "digits").exists()
+
+
+@pytest.mark.parametrize(("ranks", "mistake", "message"), MISTAKES)
+def test_a_mistake_is_reported_once(tmp_path: Path, ranks: int, mistake: list[str], message: str) -> None:
+    done = run_program(["train.py", f"run.dir={tmp_path}", *SHORT, *mistake], ranks=ranks)
+    check_one_message(done, message, tmp_path)
+    assert done.returncode == 2
+
+
+@pytest.mark.fresh_process  # launchers print tracebacks and have a status of their own
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_a_mistake_is_reported_once_under_a_launcher(tmp_path: Path, launcher: str) -> None:
+    done = launch(launcher, "train.py", f"run.dir={tmp_path}", *SHORT, *MISSPELT)
+    check_one_message(done, MOMENTUM, tmp_path)
+    assert done.returncode == 1
+
+
+def wait_for_rows(directory: Path, is_running: Callable[[], bool]) -> None:
+    """Until the run has logged more than three rows. It must still run then."""
+    rows = directory / "digits" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (rows.exists() and rows.read_text().count("\n") > 3):
         assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(number)
-    stderr = process.communicate(timeout=60)[1]
-    if launcher == "python":
-        assert process.returncode == 128 + number
+        assert is_running()
+        time.sleep(0.05)
+
+
+def check_checkpoint_of_stop(directory: Path, stderr: str) -> None:
+    """The message is printed once and names the checkpoint's step, and the run resumes from there."""
     assert stderr.count("a checkpoint is kept") == 1
     assert "trainer/trainer.py" not in stderr
-    assert launcher != "python" or "Traceback" not in stderr
-    last = tmp_path / "digits" / "checkpoints" / (tmp_path / "digits" / "checkpoints" / "last").read_text().strip()
+    checkpoints = directory / "digits" / "checkpoints"
+    last = checkpoints / (checkpoints / "last").read_text().strip()
     step = json.loads((last / "manifest.json").read_text())["step"]
     assert f"after step {step}" in stderr
-    run(
-        "python",
-        "train.py",
-        f"run.dir={tmp_path}",
-        *SHORT,
-        f"train.max_steps={step + 3}",
-        "train.epochs=1000",
-        "run.resume=auto",
-    )
-    assert summary(tmp_path)["steps"] == step + 3
+    length = [f"train.max_steps={step + 3}", "train.epochs=1000", "run.resume=auto"]
+    done = run_program(["train.py", f"run.dir={directory}", *SHORT, *length])
+    assert done.returncode == 0, done.stderr
+    assert summary(directory)["steps"] == step + 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_at_a_step_with_a_checkpoint(tmp_path: Path, number: int) -> None:
+    program = Program(["train.py", f"run.dir={tmp_path}", *ENDLESS])
+    try:
+        wait_for_rows(tmp_path, program.is_running)
+        program.send_signal(number)
+        done = program.wait(timeout=60)
+    finally:
+        program.kill()
+    assert done.returncode == 128 + number
+    assert "Traceback" not in done.stderr
+    check_checkpoint_of_stop(tmp_path, done.stderr)
+
+
+@pytest.mark.fresh_process  # the launcher is signalled, and has to pass it on
+def test_a_signal_to_a_launcher_ends_the_run_at_a_step_with_a_checkpoint(tmp_path: Path) -> None:
+    command = [*LAUNCHERS["torchrun"], "train.py", f"run.dir={tmp_path}", *ENDLESS]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for_rows(tmp_path, lambda: process.poll() is None)
+    process.send_signal(signal.SIGTERM)
+    check_checkpoint_of_stop(tmp_path, process.communicate(timeout=60)[1])
 
 
 def test_a_launcher_that_asks_for_more_than_the_config_is_refused(tmp_path: Path) -> None:
     environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, "train.py", f"run.dir={tmp_path}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=60,
-        check=False,
-    )
+    done = run_program(["train.py", f"run.dir={tmp_path}"], env=environment, timeout=60)
     assert done.returncode == 2
     assert "set train.precision instead" in done.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net, fitted, largest_difference, state
+from tests.programs import Program, run_program
 from trainer import ConfigError, Trainer, load
 from trainer.core.metrics import TIMINGS
 from trainer.data.datasets import FakeImages
@@ -110,41 +109,48 @@ def options(directory: Path, steps: int) -> list[str]:
     return [*chosen, f"run.dir={directory}", f"train.max_steps={steps}", "train.epochs=1000", "train.log_every=5"]
 
 
-def killed_between_checkpoints(command: list[str], directory: Path) -> tuple[int, int]:
-    """Run the command, and end all its processes at once, 10 steps or more past a checkpoint: the steps of both."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    kept, deadline = directory / "run" / "checkpoints", time.monotonic() + 120
+def last_steps(directory: Path) -> tuple[int, int]:
+    """The steps of the last checkpoint and of the last row, or 0 and 0 before there is a checkpoint."""
+    last = directory / "run" / "checkpoints" / "last"
+    if not last.exists():
+        return 0, 0
+    return int(last.read_text()[-9:]), int(rows(directory)[-1]["step"])
 
-    def reached() -> tuple[int, int]:
-        if not (kept / "last").exists():
-            return 0, 0
-        return int((kept / "last").read_text()[-9:]), int(rows(directory)[-1]["step"])
 
-    while not (at := reached())[0] or not 10 <= at[1] - at[0] < 20:
-        assert process.poll() is None
+def kill_between_checkpoints(program: Program, directory: Path) -> tuple[int, int]:
+    """SIGKILL to every process of the program 10 to 19 steps past a checkpoint. Returns `last_steps`."""
+    deadline = time.monotonic() + 120
+    while True:
+        saved, logged = last_steps(directory)
+        if saved and 10 <= logged - saved < 20:
+            break
+        assert program.is_running()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    tree = [process, *(p for p in psutil.Process(process.pid).children(recursive=True))]
-    for each in tree:
-        each.kill()
-    process.wait()
-    psutil.wait_procs(tree[1:], timeout=20)
-    return reached()
+    processes = [psutil.Process(pid) for pid in program.pids]
+    for rank in list(processes):
+        processes += rank.children(recursive=True)
+    assert len(processes) == 6  # two ranks, each with a loader process for training and one for validation
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, timeout=20)
+    return last_steps(directory)
 
 
 def test_a_run_killed_between_checkpoints_is_done_over_to_the_same_bits(tmp_path: Path) -> None:
-    """SIGKILL to torchrun, its two ranks and their loader processes; one process goes on, and one never stopped."""
+    """SIGKILL to two ranks and their loader processes; one process goes on, and one never stopped."""
 
     def straight_through(steps: int) -> dict[str, Any]:
         return Trainer(load(ROOT / "configs" / "digits.yaml", options(tmp_path / "straight", steps))).fit()
 
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "train.py", *options(tmp_path / "cut", 20_000), "data.workers=1"]
-    saved, logged = killed_between_checkpoints(command, tmp_path / "cut")
+    program = Program(["train.py", *options(tmp_path / "cut", 20_000), "data.workers=1"], ranks=2)
+    try:
+        saved, logged = kill_between_checkpoints(program, tmp_path / "cut")
+    finally:
+        program.kill()
     assert saved < logged
     end = logged + 9  # past the rows that the killed run had written after its checkpoint
-    resumed = [sys.executable, "train.py", *options(tmp_path / "cut", end), "run.resume=auto"]
-    done = subprocess.run(resumed, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = run_program(["train.py", *options(tmp_path / "cut", end), "run.resume=auto"])
     assert done.returncode == 0, done.stderr
     assert f"resumed after step {saved}" in done.stdout
     (due,) = on_ranks(1, straight_through, end)

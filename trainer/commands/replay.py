@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
 
 def _write(result: Replay, directory: Path) -> dict[str, Any]:
     """Write `replay.json` and, of samples that are images, `images.png`; returns what the JSON file holds."""
-    from trainer.reporting import figures
+    from trainer.reporting.figures.images import draw_batch_grid
     from trainer.storage.files import write_json
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def _write(result: Replay, directory: Path) -> dict[str, Any]:
     if images is not None:
         order = sorted(range(len(images)), key=lambda i: loss_rank(result.samples[i]))
         labels = [_label(result.samples[i]) for i in order]
-        figures.batch_grid(images[order], labels, directory / "images.png")
+        draw_batch_grid(images[order], labels, directory / "images.png")
     return values
 
 

@@ -96,7 +96,7 @@ class Evaluator:
     def _in_eval_mode(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
         """Each batch with what it is to be run through: the model, or its head where the batch holds its features."""
         self._model.eval()
-        kept_features = self._features.held()
+        kept_features = self._features.batches()
         if kept_features is not None:
             self.close()
             for request, (head, batch) in zip(self._requests, kept_features, strict=True):
@@ -108,7 +108,7 @@ class Evaluator:
     def _loaded_batches(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
         if self._batches is None:
             self._batches = self._loader.run(itertools.cycle(self._requests))
-        with self._features.recorded(self._model) as record:
+        with self._features.recording(self._model) as record:
             batches = itertools.islice(self._batches, len(self._requests))
             for request, batch in zip(self._requests, batches, strict=True):
                 yield request, self._model, batch

@@ -68,7 +68,7 @@ def _complete(run: Path, config: Config, run_id: str) -> int:
         x_disable_stats=True,
         x_save_requirements=False,
     )
-    rows_sent = wandb_run.go_on(rows, len(rows))
+    rows_sent = wandb_run.send_missing_rows(rows, len(rows))
     if not summary.exists():
         wandb_run.finish(status=1)
         return rows_sent

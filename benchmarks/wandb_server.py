@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tests.wandb_backend import Backend
+from benchmarks.wandb_backend import Backend
 
 
 class Handler(BaseHTTPRequestHandler):
