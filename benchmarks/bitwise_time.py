@@ -10,7 +10,6 @@ hold for both on a CPU, so there the ratio is what the fixed tree and its exchan
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -29,7 +28,8 @@ from benchmarks.timing import OURS, InterleavedTrainer, Loop, Rounds, quartiles
 from trainer import Trainer
 from trainer.components.models import small_cnn
 from trainer.data.datasets import ImageArrays
-from trainer.errors import leave, report
+from trainer.process import launcher
+from trainer.process.exit import exit_process, report_error
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=20, help="rounds of each (default: 20)")
     parser.add_argument("--steps", type=int, help="steps of a round (default: 10, then 2)")
     options = parser.parse_args(arguments)
-    speaks = int(os.environ.get("RANK", "0")) == 0
+    speaks = launcher.rank() == 0
     try:
         if speaks:
             print(f"{machine(1)}\n")
@@ -101,9 +101,9 @@ def main(arguments: Sequence[str]) -> int:
                     flush=True,
                 )
     except Exception as error:
-        return report(error)
+        return report_error(error)
     return 0
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

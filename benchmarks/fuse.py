@@ -77,9 +77,9 @@ def measure(workload: Workload, data: ImageArrays, rounds: Rounds, threads: int)
 
 def _steps(trainer: Trainer) -> Loop:
     """The steps of a run, as `Trainer.fit` makes them, with what it reads from the device."""
-    trainer.fuse = choose_fuse(trainer)
-    trainer.batches = TrainLoader(trainer.train_loader, trainer.plan, trainer.ranks.rank, 0, trainer.fuse)
-    trainer.model.train()
+    trainer.fuse, trainer.fuse_note = choose_fuse(trainer.run)
+    trainer.batches = TrainLoader(trainer.run.train_loader, trainer.plan, trainer.ranks.rank, 0, trainer.fuse)
+    trainer.module.train()
     for step in trainer.plan.steps():
         trainer.train_step(step)
         if step.number % trainer.config.train.log_every == 0:

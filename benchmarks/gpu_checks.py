@@ -66,7 +66,7 @@ def peak_memory(device: torch.device, directory: Path) -> Verdict:
     steps, batch, side = (24, 256, 128) if device.type == "cuda" else (2, 4, 32)
     data = noise(steps * batch, side)
     config = settings(directory, batch__size=batch, train__precision="bf16")
-    work = Work(resnet18, data, batch, batch, SGD, Ranks("bf16", find_unused_parameters=False), AUTOCAST["bf16"])
+    work = Work(resnet18, data, batch, batch, SGD, Ranks("bf16"), AUTOCAST["bf16"])
 
     def by_hand() -> None:
         for _ in islice(raw(work), steps):
@@ -103,7 +103,7 @@ def host_syncs(device: torch.device, directory: Path) -> Verdict:
         def train_step(self, step: Step) -> None:
             with _syncs(device) as seen:
                 super().train_step(step)
-                self.meter._fold()  # as by itself, once much is held back
+                self.meter._flush()  # as by itself, once much is held back
             if step.number > 2:  # a few constants are moved to the device once
                 found.extend(seen)
 
@@ -186,7 +186,7 @@ def _learns(directory: Path, **changes: Any) -> Verdict:
     trainer = fitted(settings(directory, train__epochs=3, **changes), lambda: small_cnn(10), first_digits(1280))
     rows = read_rows(directory / "run" / "metrics.jsonl")
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
-    scaler = trainer.precision.scaler
+    scaler = trainer.run.precision.scaler
     scale = f", loss scale {scaler.get_scale():.0f}" if scaler else ""
     whole = all(p.dtype is torch.float32 for p in trainer.module.parameters())
     learnt = all(map(math.isfinite, losses)) and losses[-1] < 0.5 * losses[0]

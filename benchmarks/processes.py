@@ -65,7 +65,7 @@ def _received(receiver: Connection, deadline: float) -> Any:
 def _as_rank(group: tuple[int, int, int], device: str, pipe: Connection, function: Callable[[], Any]) -> None:
     """`group`: which rank, of how many, who meet at which port.
 
-    Ends without the interpreter's own way out, as `trainer.errors.leave` does.
+    Ends without the interpreter's own way out, as `trainer.process.exit.exit_process` does.
     """
     import torch
 

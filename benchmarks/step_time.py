@@ -36,7 +36,8 @@ from benchmarks.timing import OURS, InterleavedTrainer, Loop, Rounds, Seconds, q
 from trainer import Config, load
 from trainer.components.models import small_cnn
 from trainer.data.datasets import ImageArrays, digits
-from trainer.errors import report
+from trainer.process import launcher
+from trainer.process.exit import report_error
 
 PEERS: list[tuple[str, Callable[[loops.Work], Loop], str]] = [  # name, loop, the package it needs
     ("raw + tqdm and .item()", loops.raw_with_tqdm, "tqdm"),
@@ -169,7 +170,7 @@ def machine(threads: int) -> str:
     packages = [name for name in ("torch", "accelerate", "lightning") if find_spec(name)]
     versions = ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = launcher.world_size()
     each = f"{processes} processes of {threads}" if processes > 1 else f"{threads}"
     return f"{date.today():%d %B %Y} · {device} · {each} thread{'s' * (threads > 1)} · {versions}"
 
@@ -189,11 +190,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=1, help="threads of the process (default: 1)")
     parser.add_argument("--save", type=Path, help="write the tables to this Markdown file too")
     options = parser.parse_args(arguments)
-    main_process = int(os.environ.get("RANK", "0")) == 0
+    main_process = launcher.rank() == 0
     text = [f"# The time of a training step\n\n{machine(options.threads)}"]
     try:
         for workload in workloads():
-            if workload.cuts < int(os.environ.get("WORLD_SIZE", "1")):
+            if workload.cuts < launcher.world_size():
                 continue
             rounds = Rounds(options.rounds, options.steps or workload.steps)
             lines = compare(workload, rounds, options.threads)
@@ -201,7 +202,7 @@ def main(arguments: Sequence[str]) -> int:
             if main_process:
                 print("\n\n".join(text[-1:] if len(text) > 2 else text), end="\n\n", flush=True)
     except Exception as error:
-        return report(error)
+        return report_error(error)
     if options.save and main_process:
         options.save.parent.mkdir(parents=True, exist_ok=True)
         options.save.write_text("\n\n".join(text) + "\n")

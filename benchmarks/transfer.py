@@ -35,7 +35,7 @@ from trainer import Config, Trainer, load
 from trainer.components.heads import find_head
 from trainer.components.models import build_model
 from trainer.components.weights import start_from_weights, weights_file
-from trainer.errors import report
+from trainer.process.exit import report_error
 
 RECIPES = ("extract", "finetune")
 CONFIGS = Path(__file__).parents[1] / "configs" / "transfer"
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str]) -> int:
                 wall, cpu = (f"{s:.1f} | {s / other:.2f}" for s, other in zip(seconds, rows[0][2], strict=True))
                 print(f"| {recipe} | {name} | {accuracy:.4f} | {wall} | {cpu} |", flush=True)
     except Exception as error:
-        return report(error)
+        return report_error(error)
     return 0
 
 

@@ -98,7 +98,7 @@ def test_every_loop_trains(tmp_path: Path) -> None:
     def losses(directory: Path) -> dict[str, float]:
         from trainer.process.ranks import Ranks
 
-        ranks, data = Ranks("fp32", find_unused_parameters=False), first_digits(640)
+        ranks, data = Ranks("fp32"), first_digits(640)
         inputs, targets = data.images.float() / 255, data.targets
         result = {}
         for name, loop, package in [("raw", loops.raw, "torch"), *step_time.PEERS]:

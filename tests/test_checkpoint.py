@@ -17,6 +17,7 @@ from trainer.errors import ConfigError, LockstepError
 from trainer.storage import checkpoint, files
 from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.run_directory import RunDirectory, check_same_run
+from trainer.storage.sha256 import file_sha256, tensors_sha256
 
 
 def held(step: int) -> Checkpoint:
@@ -42,7 +43,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert (tmp_path / "last").read_text().strip() == path.name
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["step"] == 7
-    assert manifest["files"] == {f.name: files.file_sha256(f) for f in path.iterdir() if f.name != "manifest.json"}
+    assert manifest["files"] == {f.name: file_sha256(f) for f in path.iterdir() if f.name != "manifest.json"}
     loaded, due = checkpoint.load(path), held(7)
     assert torch.equal(loaded.model["w"], due.model["w"])
     assert torch.equal(loaded.optimizer["momentum.w"], due.optimizer["momentum.w"])
@@ -132,12 +133,10 @@ def test_snapshots_are_copies_tied_weights_included() -> None:
 
 def test_digests_follow_names_values_and_dtypes() -> None:
     a, b = torch.arange(4.0), torch.tensor(7)
-    assert files.tensors_sha256({"a": a, "b": b}) == files.tensors_sha256({"b": b, "a": a.clone()})
+    assert tensors_sha256({"a": a, "b": b}) == tensors_sha256({"b": b, "a": a.clone()})
     others = [{"a": a, "c": b}, {"a": a + 1e-6, "b": b}, {"a": a.double(), "b": b}]
-    assert len({files.tensors_sha256(t) for t in [{"a": a, "b": b}, *others]}) == 4
-    assert files.tensors_sha256({"t": a.view(2, 2).t()}) == files.tensors_sha256(
-        {"t": torch.tensor([[0.0, 2], [1, 3]])}
-    )
+    assert len({tensors_sha256(t) for t in [{"a": a, "b": b}, *others]}) == 4
+    assert tensors_sha256({"t": a.view(2, 2).t()}) == tensors_sha256({"t": torch.tensor([[0.0, 2], [1, 3]])})
 
 
 def test_an_earlier_run_is_moved_aside_never_overwritten(tmp_path: Path) -> None:
@@ -189,6 +188,15 @@ def test_what_may_change_between_sessions() -> None:
     changed = Config.from_dict({"optimizer": {"name": "adamw"}})
     with pytest.raises(ConfigError, match=r"optimizer\.name: adamw cannot go on from the state of sgd"):
         check_same_run(before, changed, RunConfig(resume_changes="allow"))
+
+
+def test_a_key_that_an_earlier_version_did_not_know_has_its_default() -> None:
+    before = Config().to_dict()
+    del before["optimizer"]["layer_decay"], before["batch_norm"]
+    check_same_run(before, Config(), RunConfig())
+    changed = Config.from_dict({"optimizer": {"layer_decay": 0.5}})
+    with pytest.raises(ConfigError, match=r"optimizer\.layer_decay was 1\.0 and is 0\.5"):
+        check_same_run(before, changed, RunConfig())
 
 
 def test_weights_of_another_model_are_refused() -> None:

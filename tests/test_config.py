@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import abc
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config.load import command_line, help_text, load
-from trainer.config.registry import build, resolve
-from trainer.config.schema import Config
+from trainer.config.load import command_line, find_config, help_text, load
+from trainer.config.registry import build, build_observers, resolve
+from trainer.config.schema import (
+    BatchConfig,
+    BatchNormConfig,
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    ObserverConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from trainer.config.secrets import redacted, redacted_arguments, redacted_message
 from trainer.errors import ConfigError
-from trainer.storage.run_directory import config_yaml
+from trainer.storage.run_directory import check_same_run, config_yaml
+
+ROOT = Path(__file__).parents[1]
 
 
 def error(*overrides: str, text: str = "", directory: Path | None = None) -> str:
@@ -51,7 +73,7 @@ def error(*overrides: str, text: str = "", directory: Path | None = None) -> str
         ("batch.size=[", "batch.size: [ is not valid YAML: "),
         (
             "train.max_grad_norm=0",
-            "train.max_grad_norm: 0 leaves nothing of a gradient; null does not clip (the command line)",
+            "train.max_grad_norm: 0 would make every gradient zero; null turns clipping off (the command line)",
         ),
         ("data.std=[1,0]", "data.std: [1.0, 0.0] is not all above 0: channels are divided by it (the command line)"),
     ],
@@ -60,6 +82,65 @@ def test_a_mistake_is_one_message(override: str, message: str) -> None:
     text = error(override)
     assert text.startswith(message) if message.endswith(": ") else text == message
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Config(run=RunConfig(reproducibility="bitwize")),  # type: ignore[arg-type]
+            'run.reproducibility: bitwize is not one of standard, bitwise; did you mean "bitwise"?',
+        ),
+        (lambda: OptimizerConfig(lr="0.1"), "optimizer.lr: '0.1' is not a number"),  # type: ignore[arg-type]
+        (lambda: OptimizerConfig(lr=-1), "optimizer.lr: -1.0 is less than 0, the least it may be"),
+        (lambda: OptimizerConfig(lr=float("nan")), "optimizer.lr: .nan is less than 0, the least it may be"),
+        (lambda: TrainConfig(epochs=True), "train.epochs: true is not an integer"),
+        (lambda: TrainConfig(epochs=2.5), "train.epochs: 2.5 is not an integer"),  # type: ignore[arg-type]
+        (lambda: TrainConfig(compile=1), "train.compile: 1 is not a boolean (true or false)"),  # type: ignore[arg-type]
+        (lambda: BatchConfig(size=torch.tensor(0)), "batch.size: 0 is less than 1"),  # type: ignore[arg-type]
+        (lambda: DataConfig(mean=(0.5, "a")), "data.mean: a is not a number"),  # type: ignore[arg-type]
+        (lambda: RunConfig(name=object()), "run.name: <object object at"),  # type: ignore[arg-type]
+        (lambda: LossConfig(args={"weight": len}), "loss.weight: <built-in function len> is a builtin_function"),
+        (lambda: LossConfig(args=[1]), "loss.args: [1] is not a mapping of arguments"),  # type: ignore[arg-type]
+        (lambda: OptimizerConfig(args={"lr": 3}), "optimizer.lr: is a key of this section"),
+        (lambda: Config(run={}), "run: is a RunConfig, not a mapping; Config.from_dict"),  # type: ignore[arg-type]
+        (lambda: Config(run=None), "run: is a RunConfig, not null"),  # type: ignore[arg-type]
+        (lambda: Config(model=DataConfig()), "model: is a ModelConfig, not a DataConfig"),  # type: ignore[arg-type]
+        (lambda: Config(observers=[{"name": "a.B"}]), "observers[0]: is an ObserverConfig"),  # type: ignore[arg-type]
+        (lambda: replace(Config().batch, size=0), "batch.size: 0 is less than 1"),
+        (
+            lambda: replace(Config(), batch=BatchConfig(micro_size=65)),
+            "batch.micro_size: 65 is more than batch.size=64",
+        ),
+        (
+            lambda: Config(run=RunConfig(reproducibility="bitwise"), batch_norm=BatchNormConfig(mode="sync")),
+            "batch_norm.mode: sync takes its statistics",
+        ),
+        (lambda: Config.from_dict([]), "config: is a mapping of sections, not a list"),  # type: ignore[arg-type]
+        (lambda: Config.from_dict({"run": object()}), "run: is a section of keys, not <object"),
+    ],
+)
+def test_a_config_made_in_python_is_checked_as_yaml_is(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert str(caught.value).startswith(message)
+
+
+def test_values_of_python_become_what_yaml_can_write(tmp_path: Path) -> None:
+    betas = (0.9, np.float32(0.5))
+    config = Config(
+        run=RunConfig(dir=tmp_path),  # type: ignore[arg-type]
+        data=DataConfig(mean=(0, np.float64(0.25)), std=torch.tensor([1.0])),  # type: ignore[arg-type]
+        model=ModelConfig(unfreeze={5: ["a"]}),  # type: ignore[dict-item]
+        optimizer=OptimizerConfig(lr=np.float64(0.5), args={"betas": betas, "amsgrad": np.bool_(True)}),
+        train=TrainConfig(epochs=np.int64(3)),  # type: ignore[arg-type]
+    )
+    assert config.run.dir == str(tmp_path)
+    assert (config.data.mean, config.data.std) == ([0.0, 0.25], [1.0])
+    assert (type(config.optimizer.lr), type(config.train.epochs)) == (float, int)
+    assert config.optimizer.args == {"betas": [0.9, 0.5], "amsgrad": True}
+    assert config.model.unfreeze == {"5": ["a"]}
+    assert Config.from_dict(yaml.safe_load(config_yaml(config))) == config
 
 
 def test_a_mistake_in_a_file_is_found_by_its_line(tmp_path: Path) -> None:
@@ -93,6 +174,76 @@ def test_types_from_the_command_line() -> None:
     assert config.optimizer.args == {"betas": [0.9, 0.99]}
 
 
+def test_load_takes_paths_and_overrides_of_several_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c.yaml").write_text("optimizer: {lr: 0.5, momentum: 0.9}\n")
+    monkeypatch.chdir(tmp_path)
+    expected = Config(optimizer=OptimizerConfig(lr=0.5, args={"momentum": 0.9}))
+    for path in ("c.yaml", "./c.yaml", Path("c.yaml"), tmp_path / "c.yaml"):
+        assert load(path) == load(path, []) == load(path, ()) == load(path, {}) == expected
+    assert load() == load(None) == load(None, []) == Config()
+    changed = replace(expected, optimizer=OptimizerConfig(lr=0.25, args={"momentum": 0.9, "betas": [0.5, 1]}))
+    assert load("c.yaml", ["optimizer.lr=0.25", "optimizer.betas=[0.5,1]"]) == changed
+    assert load("c.yaml", {"optimizer.lr": np.float64(0.25), "optimizer.betas": (0.5, 1)}) == changed
+    assert load("c.yaml", {"optimizer": {"lr": 0.25, "betas": [0.5, 1]}}) == changed
+    assert load(None, {"run.name": "None"}).run.name == "None"
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: fast is not a number \(the overrides\)"):
+        load("c.yaml", {"optimizer.lr": "fast"})
+    with pytest.raises(ConfigError, match=r"run\.name: <object object .* \(the overrides\)"):
+        load(None, {"run.name": object()})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3,), "path of a YAML file first, not 3"),
+        ((["run.seed=1"],), r"path of a YAML file first, not \['run.seed=1'\]"),
+        (({"run": {}},), "Config.from_dict reads a mapping"),
+        ((None, "run.seed=1"), "overrides as a list, .* not 'run.seed=1'"),
+        ((None, [3]), r"overrides as a list, .* not \[3\]"),
+        ((None, None), "overrides as a list, .* not None"),
+    ],
+)
+def test_load_names_an_argument_it_cannot_take(arguments: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        load(*arguments)
+
+
+def test_the_default_config_comes_with_the_package(tmp_path: Path) -> None:
+    """As installed: the package lies elsewhere with its own `configs`, and the current directory has none."""
+    package, elsewhere = tmp_path / "site" / "trainer", tmp_path / "elsewhere"
+    shutil.copytree(ROOT / "trainer", package)
+    shutil.copytree(ROOT / "configs", package / "configs", dirs_exist_ok=True)
+    elsewhere.mkdir()
+    code = (
+        "from trainer.config.load import command_line, help_text, load\n"
+        "print(load(*command_line([])).run.name)\n"
+        "print(help_text().splitlines()[0])\n"
+        "for path, *overrides in (['configs/digits.yaml', 'run.sed=1'], ['configs/digit.yaml'], ['no/digits.yaml']):\n"
+        "    try: load(path, overrides)\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=elsewhere, env=environment, capture_output=True, text=True, check=True
+    )
+    name, usage, mistake, misspelt, unknown = done.stdout.splitlines()
+    assert name == "digits"
+    assert str(package / "configs" / "digits.yaml") in usage
+    assert mistake == 'run.sed: no such key; did you mean "seed"? (the command line)'
+    assert misspelt.startswith("configs/digit.yaml: cannot read this config") and '"digits.yaml"' in misspelt
+    assert unknown.startswith("no/digits.yaml: cannot read this config")
+
+
+def test_a_config_of_the_checkout_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("configs/digits.yaml").read_text() == (ROOT / "configs" / "digits.yaml").read_text()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "digits.yaml").write_text("run: {name: mine, sed: 3}")
+    assert find_config("configs/digits.yaml") == Path("configs/digits.yaml")
+    with pytest.raises(ConfigError, match=r"\(configs/digits\.yaml, line 1\)"):
+        load("configs/digits.yaml")
+
+
 def test_the_command_line_is_laid_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_NAME", "from-the-environment")
     (tmp_path / "c.yaml").write_text(
@@ -119,8 +270,79 @@ def test_a_written_config_reads_back_the_same(config: Config) -> None:
     assert Config.from_dict(yaml.safe_load(config_yaml(config))) == config
 
 
+@given(
+    st.text(st.sampled_from("\\${}:ab'\" "), max_size=8),
+    st.lists(st.dictionaries(st.sampled_from(["name", "size"]), st.text(max_size=5) | st.integers()), max_size=2),
+)
+def test_text_that_looks_like_an_interpolation_is_kept_literally(text: str, transforms: Any) -> None:
+    config = Config(run=RunConfig(name=text), data=DataConfig(train_transforms=transforms, args={"a": {"b": [text]}}))
+    assert Config.from_dict(config.to_dict()) == config
+    assert Config.from_dict(yaml.safe_load(config_yaml(config))) == config
+
+
+def test_text_from_the_environment_is_written_as_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIDDEN", "a-hidden-text")
+    monkeypatch.setenv("HIDDEN_LIST", "[a-listed-text, 3]")
+    monkeypatch.setenv("NUMBER", "7")
+    tree = {
+        "run": {"name": "${oc.env:NUMBER}", "seed": "${oc.decode:${oc.env:NUMBER}}"},
+        "data": {
+            "root": "${oc.env:HIDDEN}",
+            "inner": {"url": "http://me:login@host/${data.root}", "plain": "${run.dir}"},
+            "copy": "${data.inner}",
+            "decoded": "${oc.decode:${oc.env:HIDDEN}}",
+            "listed": "${oc.decode:${oc.env:HIDDEN_LIST}}",
+            "listed_within": [{"a": "${oc.env:NO_SUCH_NAME,${oc.env:HIDDEN}}"}],
+        },
+        "model": {"unfreeze": {5: ["${oc.env:HIDDEN}"]}},
+    }
+    tree["run"]["dir"] = "here"
+    config = load(None, tree)
+    assert (config.run.name, config.run.seed, config.data.root) == ("7", 7, "a-hidden-text")
+    assert config.data.args["copy"] == config.data.args["inner"]
+    assert config.data.args["inner"] == {"url": "http://me:login@host/a-hidden-text", "plain": "here"}
+    assert config.data.args["listed"] == ["a-listed-text", 3]
+    written = yaml.safe_load(config_yaml(config))
+    assert "-text" not in config_yaml(config)
+    for name in ("root", "copy", "decoded", "listed", "listed_within"):
+        assert written["data"][name] == tree["data"][name]  # type: ignore[index]
+    assert written["data"]["inner"] == {"url": "http://me:login@host/${data.root}", "plain": "here"}
+    assert (written["run"]["name"], written["run"]["seed"]) == ("${oc.env:NUMBER}", 7)
+    assert Config.from_dict(written) == Config.from_dict(config.to_dict()) == config
+    assert "-text" not in str(redacted(config.to_dict())) and "login" not in str(redacted(config.to_dict()))
+    assert redacted_message("no a-hidden-text, a-listed-text") == "no <redacted>, <redacted>"
+
+    # A change in Python keeps the references, those of the changed value aside.
+    moved = replace(config, run=replace(config.run, name="other"), data=replace(config.data, root="elsewhere"))
+    assert moved.to_dict()["run"]["name"] == "other"
+    assert moved.to_dict()["data"]["root"] == "elsewhere"
+    assert moved.to_dict()["data"]["copy"] == "${data.inner}"
+
+    # A checkpoint holds digests, by which a resumed run notices another environment.
+    before = config.to_dict(digests=True)
+    assert before["data"]["root"] == "${oc.env:HIDDEN} (c0521206)"
+    check_same_run(before, config, config.run)
+    monkeypatch.setenv("HIDDEN", "another-text")
+    with pytest.raises(ConfigError, match=r"data\.root was \$\{oc\.env:HIDDEN\} \(c0521206\)"):
+        check_same_run(before, load(None, tree), config.run)
+
+
+def test_secrets_of_a_config_made_in_python_are_kept_out_of_messages() -> None:
+    config = Config(data=DataConfig(args={"api_key": "pythons-key", "more": [{"apiToken": 123456, "a": "shown"}]}))
+    assert redacted_message("no pythons-key 123456 shown") == "no <redacted> <redacted> shown"
+    assert redacted(config.to_dict())["data"]["more"] == [{"apiToken": "<redacted>", "a": "shown"}]
+    arguments = ["a.yaml", "data.more=[{apiToken: 1}]", "data.url=http://a:b@c", "optimizer.lr=1e-3"]
+    assert redacted_arguments(arguments) == [
+        "a.yaml",
+        "data.more=[{apiToken: <redacted>}]",
+        "data.url=http://<redacted>@c",
+        "optimizer.lr=1e-3",
+    ]
+
+
 def test_help_names_every_key_with_default_and_meaning() -> None:
     text = help_text()
+    assert "  observers=[]  (list of mappings)" in text
     for section, keys in Config().to_dict().items():
         for key in keys:
             assert f"  {section}.{key}=" in text
@@ -176,3 +398,67 @@ def test_names_are_short_or_import_paths() -> None:
         with pytest.raises(ConfigError) as caught:
             resolve("optimizer", name, known)
         assert message in str(caught.value)
+
+
+class Observer(abc.ABC):
+    @abc.abstractmethod
+    def step(self) -> None: ...
+
+
+class Counting(Observer):
+    def __init__(self, every: int = 1) -> None:
+        self.every = every
+
+    def step(self) -> None: ...
+
+
+def test_observers_are_a_list_of_components(tmp_path: Path) -> None:
+    name = f"{__name__}.Counting"
+    (tmp_path / "c.yaml").write_text(f"observers:\n  - name: {name}\n    every: 3\n  - {{name: {name}}}\n")
+    config = load(tmp_path / "c.yaml")
+    assert config.observers == (ObserverConfig(name=name, args={"every": 3}), ObserverConfig(name=name))
+    assert config.to_dict()["observers"] == [{"name": name, "every": 3}, {"name": name}]
+    assert Config.from_dict(yaml.safe_load(config_yaml(config))) == config
+    assert load(None, [f"observers=[{{name: {name}, every: 3}},{{name: {name}}}]"]) == config
+    assert load(tmp_path / "c.yaml", ["observers=[]"]) == load(tmp_path / "c.yaml", ["observers=null"]) == Config()
+    assert [observer.every for observer in build_observers(config.observers, Counting)] == [3, 1]
+    without = {key: value for key, value in Config().to_dict().items() if key != "observers"}
+    assert Config.from_dict(without) == Config()  # as written by earlier versions
+    check_same_run(without, config, config.run)  # what watches a run does not change it
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("observers=3", "observers: 3 is not a list such as [{name: my_package.MyObserver}] (the command line)"),
+        ("observers=[3]", "observers[0]: is a section of keys, not 3 (the command line)"),
+        ("observers=[{name: a.B},{every: 1}]", 'observers[1].name: "" is not an import path; write {name: my_package'),
+        ("observers=[{name: Counting}]", 'observers[0].name: "Counting" is not an import path; write {name: my_'),
+        ("observers=[{name: [a.B]}]", "observers[0].name: [a.B] is not text (the command line)"),
+        ("observers=[{name: a.B, name: a.C}]", "observers: [{name: a.B, name: a.C}] is not valid YAML: while constr"),
+    ],
+)
+def test_a_mistake_in_observers_is_named_by_its_index(override: str, message: str) -> None:
+    assert error(override).startswith(message)
+
+
+def test_a_mistake_in_a_list_is_found_by_its_line(tmp_path: Path) -> None:
+    text = "observers:\n  - name: a.B\n  - every: 3\n    name: B\n"
+    assert error(text=text, directory=tmp_path).endswith("a.yaml, line 4)")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("no_such_module.X", {}, 'observers[0].name: cannot import "no_such_module"'),
+        (f"{__name__}.Countin", {}, f'observers[0].name: "{__name__}" has no "Countin"; did you mean "Counting"?'),
+        (f"{__name__}.Counting", {"evry": 3}, 'observers[0].evry: Counting has no such argument; did you mean "every"'),
+        (f"{__name__}.Observer", {}, "observers[0]: Observer refused its arguments {}: TypeError: Can't instantiate"),
+        ("math.pi", {}, "observers[0].name: stands for 3.14159"),
+        ("builtins.dict", {}, "observers[0].name: builtins.dict gives a dict, which is not a Observer"),
+    ],
+)
+def test_an_observer_that_cannot_be_built_is_named(name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_observers([ObserverConfig(name="a.B"), ObserverConfig(name=name, args=arguments)][1:], Observer)
+    assert str(caught.value).startswith(message)

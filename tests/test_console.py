@@ -1,4 +1,4 @@
-"""What a person reads: aligned columns, whole lines, right times, and silence from every other process."""
+"""The console: aligned columns, whole lines, right times, and no output from ranks other than the main one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from timeit import repeat
 import pytest
 
 from trainer.reporting import console as console_module
+from trainer.reporting import formats, progress_bar
 from trainer.reporting.console import Console
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -22,7 +23,7 @@ ROW = {"train/loss": 0.03124, "train/accuracy": 0.98321, "val/loss": 0.0455, "va
 
 
 class Clock:
-    """A clock that stands still until told."""
+    """A clock that stands still until `now` is changed."""
 
     now = 1000.0
 
@@ -38,7 +39,7 @@ class Terminal(io.StringIO):
         self.columns, self._monkeypatch = columns, monkeypatch
 
     def console(self, *, active: bool = True) -> Console:
-        """A console that finds this terminal as its stdout."""
+        """A console whose stdout is this terminal."""
         for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
             self._monkeypatch.delenv(name, raising=False)
         self._monkeypatch.setenv("TERM", "xterm-256color")
@@ -49,8 +50,8 @@ class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
-    def drawn(self) -> list[str]:
-        """The lines since last asked, without control codes."""
+    def new_lines(self) -> list[str]:
+        """The lines since the last call, without control codes."""
         text = ANSI.sub("", self.getvalue()).replace("\r", "\n")
         self.seek(0)
         self.truncate()
@@ -61,6 +62,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(console_module, "monotonic", clock)
+    monkeypatch.setattr(progress_bar, "monotonic", clock)
     return clock
 
 
@@ -111,13 +113,13 @@ def test_terminal_shows_no_markup_and_wraps_nothing(clock: Clock, terminal: Term
     whole_run(terminal.console(), clock)
     raw = terminal.getvalue()
     assert raw.count("\x1b[?25l") == raw.count("\x1b[?25h") == 1  # the cursor is hidden, and shown again
-    drawn = terminal.drawn()
-    assert max(map(len, drawn)) <= terminal.columns
-    assert "model  my [bold]net[/bold] :smile:" in drawn
-    assert "kept [red]7[/red]" in drawn
-    assert "│ model  my [bold]net[/bold] :smile: │" in drawn
-    assert "".join(line.split()[-1] for line in drawn[2:6] if "long_name" in line) == LONG
-    epoch_lines = [line for line in drawn if re.match(r" *\d+/100  ", line)]
+    lines = terminal.new_lines()
+    assert max(map(len, lines)) <= terminal.columns
+    assert "model  my [bold]net[/bold] :smile:" in lines
+    assert "kept [red]7[/red]" in lines
+    assert "│ model  my [bold]net[/bold] :smile: │" in lines
+    assert "".join(line.split()[-1] for line in lines[2:6] if "long_name" in line) == LONG
+    epoch_lines = [line for line in lines if re.match(r" *\d+/100  ", line)]
     assert len(epoch_lines) == 28
     assert all(line.endswith("1:06:40") or line.endswith("1:06:40  ★") for line in epoch_lines)
 
@@ -137,7 +139,7 @@ def test_epoch_columns_stay_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_a_metric_met_later_gets_a_column_and_a_heading(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_metric_logged_later_gets_a_column_and_a_heading(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(active=True)
     console.epoch(1, 3, {"train/mae": 0.5, "train/loss": 1.0}, 1.0, False)
     console.epoch(2, 3, {"train/mae": 0.5, "train/loss": 1.0, "val/top5_accuracy": 0.25}, 1.0, False)
@@ -152,10 +154,10 @@ def test_a_metric_met_later_gets_a_column_and_a_heading(capsys: pytest.CaptureFi
     ]
 
 
-def test_a_narrow_terminal_leaves_metrics_out_whole(terminal: Terminal) -> None:
+def test_a_narrow_terminal_leaves_out_whole_metrics(terminal: Terminal) -> None:
     row = {f"{phase}/{name}": 0.5 for phase in ("train", "val") for name in ("mae", "mse", "loss", "r2", "bias")}
     terminal.console().epoch(1, 1, row, 1.0, False)
-    names, phases, line = terminal.drawn()
+    names, phases, line = terminal.new_lines()
     fits = {80: 2, 120: 4}[terminal.columns]
     assert re.findall(r"\w+", names) == ["loss", "mae", "mse", "r2", "bias"][:fits]
     assert phases.split() == ["epoch", *["train", "val"] * fits, "lr", "time"]
@@ -167,46 +169,46 @@ def test_the_bar_has_two_lines_however_narrow(clock: Clock, monkeypatch: pytest.
         terminal = Terminal(columns, monkeypatch)
         console = terminal.console()
         console.begin(10_000_000, 100_000, 9_000_000)
-        terminal.drawn()
+        terminal.new_lines()
         console.log({"train/loss": 1234.5, "train/accuracy": 0.5, "lr": 1.25e-5, "samples_per_second": 1e6})
         console.advance(9_999_999)
-        frame = terminal.drawn()
+        frame = terminal.new_lines()
         assert len(frame) == 2 and max(map(len, frame)) <= columns
         console.epoch(100, 100, ROW, 1.0, True)
-        assert max(map(len, terminal.drawn())) <= columns
+        assert max(map(len, terminal.new_lines())) <= columns
         console.close()
 
 
 def test_times_after_a_resume_count_this_session_only(clock: Clock, terminal: Terminal) -> None:
     console = terminal.console()
     console.begin(total_steps=1000, steps_per_epoch=100, first_step=500)
-    assert "epoch  5/10" in terminal.drawn()[0]
+    assert "epoch  5/10" in terminal.new_lines()[0]
     clock.now += 40  # a slow first step: compiling
     console.advance(501)
-    assert terminal.drawn()[0].endswith(" 50 %  0:40  eta –")
+    assert terminal.new_lines()[0].endswith(" 50 %  0:40  eta –")
     console.log({"train/loss": 0.5, "lr": 0.0004, "samples_per_second": 12345.6})
     clock.now += 20
     console.advance(521)  # a step a second, 479 to go
-    bar, numbers = terminal.drawn()
+    bar, numbers = terminal.new_lines()
     assert bar.startswith("epoch  6/10  ━━━") and bar.endswith(" 52 %  1:00  eta 7:59")
     assert numbers == "loss 0.5000  step 521/1,000  lr 4e-04  samples/s 12,346"
     clock.now += 479
     console.advance(1000)
-    assert terminal.drawn()[0].endswith("100 %  8:59  eta 0:00")
+    assert terminal.new_lines()[0].endswith("100 %  8:59  eta 0:00")
     console.close()
 
 
 def test_the_bar_is_drawn_by_time(clock: Clock, terminal: Terminal) -> None:
     console = terminal.console()
     console.begin(10_000, 100, 0)
-    terminal.drawn()
-    draws = []
+    terminal.new_lines()
+    drawings = []
     for step in range(1, 1001):  # a second in steps of a millisecond
         clock.now += 0.001
         console.advance(step)
         console.log({"train/loss": 0.5})
-        draws.append(bool(terminal.drawn()))
-    assert 9 <= sum(draws) <= 11
+        drawings.append(bool(terminal.new_lines()))
+    assert 9 <= sum(drawings) <= 11
     console.close()
 
 
@@ -243,41 +245,41 @@ def test_closing_twice_and_after_an_exception(clock: Clock, terminal: Terminal) 
             console.close()
             console.close()
     assert sys.stdout is terminal  # no longer redirected through the bar
-    terminal.drawn()
+    terminal.new_lines()
     clock.now += 100
     console.advance(7)  # late calls draw nothing
-    assert terminal.drawn() == []
+    assert terminal.new_lines() == []
 
 
 def test_ascii_stdout_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
     Console(active=True).epoch(1, 1, ROW, 1.0, True)
-    assert written.getvalue().endswith(b"1.0 s  ?\n")
+    assert output.getvalue().endswith(b"1.0 s  ?\n")
 
 
 def test_advance_is_cheap(terminal: Terminal) -> None:
     console = terminal.console()
     console.begin(1000, 100, 0)
     console.advance(1)
-    console._due += 1000
+    console._next_drawing += 1000
     fastest = min(repeat(lambda: console.advance(2), number=10_000, repeat=20)) / 10_000
     console.close()
     assert fastest < 1e-6
 
 
 def test_number_formats() -> None:
-    assert doctest.testmod(console_module).failed == 0
+    assert doctest.testmod(formats).failed == 0
     values = (0.0, -0.5, 99.99994, 99.99999, 999999.4, 1234567.0, 1e-12, math.nan, -math.inf, -123456.7, 1e300)
-    assert all(len(console_module._number("loss", value)) <= 8 for value in values)
+    assert all(len(formats.format_metric("loss", value)) <= 8 for value in values)
 
 
 @pytest.mark.fresh_process  # its output is a pipe, and it imports no torch
 def test_a_closed_pipe_is_no_traceback() -> None:
     """`train.py | head -1`."""
     code = (
-        "from trainer.errors import leave, report\n"
-        "try:\n    while True: print('row', flush=True)\nexcept Exception as error: leave(report(error))"
+        "from trainer.process.exit import exit_process, report_error\n"
+        "try:\n    while True: print('row', flush=True)\nexcept Exception as error: exit_process(report_error(error))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None

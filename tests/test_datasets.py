@@ -209,7 +209,7 @@ def test_kept_images_are_the_decoded_ones_and_as_many_as_fit(root: Path) -> None
                 kept[i][0].zero_()  # what a transform writes into stays its own
                 assert torch.equal(kept[i][0], part[i][0])
                 assert kept[i][1] == part[i][1]
-        held = len(data.train._held) + len(data.val._held)
+        held = len(data.train._cached) + len(data.val._cached)
         assert held == len(plain.train) + len(plain.val) if all_fit else 0 < held < len(plain.train) + len(plain.val)
     with pytest.raises(ConfigError, match=r"data.cache: keeps the images of data.name=folder, not of digits"):
         build_datasets(DataConfig(name="digits", cache=1.0), MainFirst())

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
-from trainer.commands.explain import main, show
+from trainer.commands.explain import main
+from trainer.commands.explain_output import print_lesson
 from trainer.config.load import load
 from trainer.errors import ConfigError
 from trainer.inspection.autograd_chain import chain
-from trainer.inspection.explain import Dissected
+from trainer.inspection.explain import Dissection
 
 SIZE, LR, SHOWN = 13, 0.1, 4
 BASE = [
@@ -36,10 +37,10 @@ def plain(num_classes: int) -> nn.Module:
 
 def explained(*overrides: str) -> tuple[dict[str, Any], nn.Module, list[tuple[Tensor, Tensor]]]:
     """The report, the model as it was before, and the samples of the first two steps."""
-    dissected = Dissected(load(None, [*BASE, *overrides]))
+    dissected = Dissection(load(None, [*BASE, *overrides]))
     trainer = dissected.trainer
     before = copy.deepcopy(trainer.module)
-    drawn = [trainer.data.train[int(i)] for i in trainer.plan.permutation(0)[: 2 * SIZE]]
+    drawn = [trainer.run.data.train[int(i)] for i in trainer.plan.permutation(0)[: 2 * SIZE]]
     images, targets = torch.stack([image for image, _ in drawn]), torch.tensor([target for _, target in drawn])
     return dissected.report(), before, list(zip((images.double() / 255).split(SIZE), targets.split(SIZE), strict=True))
 
@@ -184,10 +185,10 @@ def test_lessons_of_100_columns_json_and_no_run_directory(tmp_path: Path) -> Non
 
 def of_a_resnet() -> list[str]:
     config = load(None, ["model.name=resnet18", "data.name=fake", "batch.size=4", "batch.micro_size=2"])
-    report, texts = Dissected(config).report(), []
+    report, texts = Dissection(config).report(), []
     for rows in (10, None):
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            show(report, rows)
+            print_lesson(report, rows)
         texts.append(out.getvalue())
     return texts
 
@@ -203,7 +204,7 @@ def test_large_models_are_cut_short_unless_all_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a.yaml", "b.yaml"], "one config at a time"),
+        (["a.yaml", "b.yaml"], "b.yaml: is one argument too many"),
         (["--jsn"], 'did you mean "json"'),
         (["configs/digit.yaml"], 'did you mean "digits.yaml"'),
     ],

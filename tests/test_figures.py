@@ -1,4 +1,4 @@
-"""Figures: what is drawn is what was given, the files are whole, and nothing global is touched."""
+"""Figures: they show exactly their input, their files are complete, and no global state changes."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import Tensor
 
-from trainer.reporting import figures
-from trainer.reporting.figures import Predicted
+from trainer.reporting.figures.confusion import draw_confusion_matrix
+from trainer.reporting.figures.curves import draw_curves
+from trainer.reporting.figures.images import PredictionGroup, draw_batch_grid, draw_predictions, draw_saliency
 from trainer.reporting.figures.style import DPI
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were written, to look into."""
-    held: list[Figure] = []
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that a test writes, in order."""
+    written: list[Figure] = []
     save = Figure.savefig
 
-    def keep(figure: Figure, path: Path, **more: Any) -> None:
-        save(figure, path, **more)
-        held.append(figure)
+    def save_and_record(figure: Figure, path: Path, **options: Any) -> None:
+        save(figure, path, **options)
+        written.append(figure)
 
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return held
+    monkeypatch.setattr(Figure, "savefig", save_and_record)
+    return written
 
 
 def texts(figure: Figure) -> list[str]:
@@ -43,14 +44,17 @@ def texts(figure: Figure) -> list[str]:
 
 def panels(figure: Figure) -> dict[str, dict[str, Any]]:
     """The lines of each panel by their labels, the panels by their titles."""
-    return {axes.get_title(loc="left"): {str(line.get_label()): line for line in axes.lines} for axes in figure.axes}
+    lines_by_title = {}
+    for axes in figure.axes:
+        lines_by_title[axes.get_title(loc="left")] = {str(line.get_label()): line for line in axes.lines}
+    return lines_by_title
 
 
 def random_images(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_curves_show_every_row_in_its_panel(drawn: list[Figure], tmp_path: Path) -> None:
+def test_curves_show_every_row_in_its_panel(figures: list[Figure], tmp_path: Path) -> None:
     rows: list[dict[str, float]] = [
         {"step": 1, "epoch": 1, "train/loss": 3.0, "lr": 0.1, "train/accuracy": 0.1},
         {"step": 2, "epoch": 1, "train/loss": math.nan, "lr": 0.1, "train/accuracy": 0.2},
@@ -59,18 +63,18 @@ def test_curves_show_every_row_in_its_panel(drawn: list[Figure], tmp_path: Path)
         {"step": 4, "epoch": 2, "train/loss": 1.0, "lr": 0.05},
         {"step": 4, "epoch": 2, "train/epoch_loss": 1.5, "val/loss": math.inf},
     ]
-    figures.curves(rows, tmp_path / "curves.png")
-    shown = panels(drawn[0])
-    assert list(shown) == ["loss", "accuracy", "mae", "learning rate"]
-    assert list(shown["loss"]) == ["train", "train, epoch", "val"]
-    train = shown["loss"]["train"]
+    draw_curves(rows, tmp_path / "curves.png")
+    lines = panels(figures[0])
+    assert list(lines) == ["loss", "accuracy", "mae", "learning rate"]
+    assert list(lines["loss"]) == ["train", "train, epoch", "val"]
+    train = lines["loss"]["train"]
     np.testing.assert_array_equal(train.get_xdata(), [1, 2, 3, 4])
     np.testing.assert_array_equal(train.get_ydata(), [3, math.nan, 2, 1])
-    assert list(train.get_markevery()) == [0]  # alone beside a gap: no line would show it
-    np.testing.assert_array_equal(shown["loss"]["train, epoch"].get_ydata(), [2.5, 1.5])
-    np.testing.assert_array_equal(shown["loss"]["val"].get_ydata(), [2.6, math.nan])
-    np.testing.assert_array_equal(shown["accuracy"]["val"].get_xdata(), [2])
-    (rate,) = shown["learning rate"].values()
+    assert list(train.get_markevery()) == [0]  # a single point beside a gap is visible only as a mark
+    np.testing.assert_array_equal(lines["loss"]["train, epoch"].get_ydata(), [2.5, 1.5])
+    np.testing.assert_array_equal(lines["loss"]["val"].get_ydata(), [2.6, math.nan])
+    np.testing.assert_array_equal(lines["accuracy"]["val"].get_xdata(), [2])
+    (rate,) = lines["learning rate"].values()
     np.testing.assert_array_equal(rate.get_ydata(), [0.1, 0.1, 0.05, 0.05])
 
 
@@ -84,65 +88,72 @@ def test_curves_show_every_row_in_its_panel(drawn: list[Figure], tmp_path: Path)
     ],
 )
 def test_curves_of_next_to_nothing(rows: list[dict[str, float]], tmp_path: Path) -> None:
-    figures.curves(rows, tmp_path / "curves.png")
+    draw_curves(rows, tmp_path / "curves.png")
     assert imread(tmp_path / "curves.png").shape[1] == 7.5 * DPI
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (5, 3), (64, 8), (70, 8)])
 def test_batch_grid_shows_each_pixel_in_its_place(
-    drawn: list[Figure], tmp_path: Path, count: int, columns: int
+    figures: list[Figure], tmp_path: Path, count: int, columns: int
 ) -> None:
     images = random_images(count, 1, 8, 8).round()
     labels = [f"${i}_$" for i in range(count)]
-    figures.batch_grid(images, labels, tmp_path / "batch.png")
-    axes = drawn[0].axes[0]
-    assert texts(drawn[0]) == labels[:64]
+    draw_batch_grid(images, labels, tmp_path / "batch.png")
+    axes = figures[0].axes[0]
+    assert texts(figures[0]) == labels[:64]
     assert len(axes.images) == min(count, 64)
     assert len({image.get_extent()[0] for image in axes.images}) == columns
     pixels = imread(tmp_path / "batch.png")[..., :3]
-    for image, label, given in zip(axes.images, axes.texts, images, strict=False):
-        left, right, bottom, top = (DPI * edge for edge in image.get_extent())
-        assert label.get_position()[0] * DPI == pytest.approx((left + right) / 2)
-        assert label.get_position()[1] * DPI < top
-        seen = pixels[round(top) + 1 : round(bottom) - 1, round(left) + 1 : round(right) - 1]
-        assert set(seen.ravel()) <= {0.0, 1.0}  # no pixel is blended with its neighbour
+    for picture, label, image in zip(axes.images, axes.texts, images, strict=False):
+        left, right, bottom, top = DPI * np.array(picture.get_extent())
+        x, y = DPI * np.array(label.get_position())
+        assert x == pytest.approx((left + right) / 2)
+        assert y < top
+        inside = pixels[round(top) + 1 : round(bottom) - 1, round(left) + 1 : round(right) - 1]
+        assert set(inside.ravel()) <= {0.0, 1.0}  # no pixel is blended with its neighbour
         centres = (np.arange(8) + 0.5) / 8
-        ys, xs = (top + centres * (bottom - top)).astype(int), (left + centres * (right - left)).astype(int)
-        np.testing.assert_array_equal(pixels[np.ix_(ys, xs)][..., 0], given[0])
+        ys = (top + centres * (bottom - top)).astype(int)
+        xs = (left + centres * (right - left)).astype(int)
+        np.testing.assert_array_equal(pixels[np.ix_(ys, xs)][..., 0], image[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_colour_grey_and_other_channels(drawn: list[Figure], tmp_path: Path, dtype: torch.dtype) -> None:
-    for channels, expected in ((3, (5, 7, 3)), (1, (5, 7)), (2, (5, 7)), (5, (5, 7))):
+def test_colour_grey_and_other_channels(figures: list[Figure], tmp_path: Path, dtype: torch.dtype) -> None:
+    for channels, expected_shape in ((3, (5, 7, 3)), (1, (5, 7)), (2, (5, 7)), (5, (5, 7))):
         images = random_images(2, channels, 5, 7).to(dtype)
-        images[0, 0, 0, 0], images[0, 0, 0, 1] = math.nan, 1.5
-        figures.batch_grid(images, ["a", "b"], tmp_path / "batch.png")
-        shown = np.asarray(drawn[-1].axes[0].images[1].get_array())
-        given = images[1].double()
-        np.testing.assert_array_equal(shown, given.permute(1, 2, 0) if channels == 3 else given[0])
-        assert shown.shape == expected
+        images[0, 0, 0, 0] = math.nan
+        images[0, 0, 0, 1] = 1.5
+        draw_batch_grid(images, ["a", "b"], tmp_path / "batch.png")
+        picture = np.asarray(figures[-1].axes[0].images[1].get_array())
+        image = images[1].double()
+        np.testing.assert_array_equal(picture, image.permute(1, 2, 0) if channels == 3 else image[0])
+        assert picture.shape == expected_shape
 
 
-def test_large_and_oblong_images_keep_their_shape(drawn: list[Figure], tmp_path: Path) -> None:
-    figures.batch_grid(random_images(3, 3, 224, 112), ["a"] * 3, tmp_path / "tall.png")
-    figures.predictions([predicted(random_images(2, 3, 50, 400), "aa", "aa", [0, 1])], tmp_path / "wide.png")
-    for figure, ratio in zip(drawn, (0.5, 8.0), strict=True):
+def test_large_and_oblong_images_keep_their_shape(figures: list[Figure], tmp_path: Path) -> None:
+    draw_batch_grid(random_images(3, 3, 224, 112), ["a"] * 3, tmp_path / "tall.png")
+    draw_predictions([group_of(random_images(2, 3, 50, 400), "aa", "aa", [0, 1])], tmp_path / "wide.png")
+    for figure, ratio in zip(figures, (0.5, 8.0), strict=True):
         left, right, bottom, top = figure.axes[0].images[0].get_extent()
         assert (right - left) / (bottom - top) == pytest.approx(ratio)
         box = figure.axes[0].get_window_extent()
-        (x0, x1), (y0, y1) = figure.axes[0].get_xlim(), figure.axes[0].get_ylim()
+        x0, x1 = figure.axes[0].get_xlim()
+        y0, y1 = figure.axes[0].get_ylim()
         assert box.width / (x1 - x0) == pytest.approx(box.height / (y0 - y1))
 
 
-def predicted(images: Tensor, guesses: Sequence[str], truths: Sequence[str], sure: Sequence[float]) -> Predicted:
-    return Predicted("", images, guesses, sure, truths)
+def group_of(
+    images: Tensor, predicted: Sequence[str], true: Sequence[str], confidence: Sequence[float]
+) -> PredictionGroup:
+    return PredictionGroup("", images, predicted, confidence, true)
 
 
-def test_predictions_tell_right_from_wrong(drawn: list[Figure], tmp_path: Path) -> None:
-    guesses, truths = ["cat", "d$g_$", "x" * 99], ["cat", "cat", "x" * 99]
-    group = predicted(random_images(3, 3, 8, 8), guesses, truths, [0.987, 0.5, 1.0])
-    figures.predictions([group], tmp_path / "p.png")
-    first, second, third = drawn[0].axes[0].texts
+def test_right_and_wrong_predictions_differ_in_colour(figures: list[Figure], tmp_path: Path) -> None:
+    predicted = ["cat", "d$g_$", "x" * 99]
+    true = ["cat", "cat", "x" * 99]
+    group = group_of(random_images(3, 3, 8, 8), predicted, true, [0.987, 0.5, 1.0])
+    draw_predictions([group], tmp_path / "p.png")
+    first, second, third = figures[0].axes[0].texts
     assert first.get_text() == "cat · 99 %\ntrue: cat"
     assert second.get_text() == "d$g_$ · 50 %\ntrue: cat"
     assert third.get_text().startswith("xxxx") and "x…xxxxxx · 100 %\ntrue: xxxx" in third.get_text()
@@ -150,38 +161,42 @@ def test_predictions_tell_right_from_wrong(drawn: list[Figure], tmp_path: Path) 
     assert third.get_window_extent().width <= (1.8 + 0.12) * DPI
 
 
-def test_groups_stand_apart_and_nothing_overlaps(drawn: list[Figure], tmp_path: Path) -> None:
+def test_groups_stand_apart_and_nothing_overlaps(figures: list[Figure], tmp_path: Path) -> None:
     names = ["n" * 60] * 6
-    wrong = Predicted("Wrong", random_images(6, 1, 8, 8), names, [0.5] * 6, names)
-    right = Predicted("Right: " + "r" * 60, random_images(1, 1, 16, 8), names[:1], [0.5], names[:1])
-    figures.predictions([wrong, right], tmp_path / "p.png")
-    axes = drawn[0].axes[0]
-    boxes = [thing.get_window_extent() for thing in (*axes.texts, *axes.images)]
+    wrong = PredictionGroup("Wrong", random_images(6, 1, 8, 8), names, [0.5] * 6, names)
+    right = PredictionGroup("Right: " + "r" * 60, random_images(1, 1, 16, 8), names[:1], [0.5], names[:1])
+    draw_predictions([wrong, right], tmp_path / "p.png")
+    axes = figures[0].axes[0]
+    boxes = [artist.get_window_extent() for artist in (*axes.texts, *axes.images)]
     assert len(boxes) == 7 + 7 + 2
-    for one, other in itertools.combinations(boxes, 2):
-        assert not one.shrunk(0.98, 0.9).overlaps(other)
-    whole = drawn[0].bbox
-    assert all(whole.x0 <= box.x0 and box.x1 <= whole.x1 and whole.y0 <= box.y0 and box.y1 <= whole.y1 for box in boxes)
+    for box, other in itertools.combinations(boxes, 2):
+        assert not box.shrunk(0.98, 0.9).overlaps(other)
+    whole = figures[0].bbox
+    for box in boxes:
+        assert whole.x0 <= box.x0 <= box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 <= box.y1 <= whole.y1
 
 
-def test_a_map_lies_over_its_own_image(drawn: list[Figure], tmp_path: Path) -> None:
-    images, maps = random_images(2, 3, 10, 10), torch.zeros(2, 10, 10)
+def test_a_map_lies_over_its_own_image(figures: list[Figure], tmp_path: Path) -> None:
+    images = random_images(2, 3, 10, 10)
+    maps = torch.zeros(2, 10, 10)
     maps[1, 2, 3] = 1
-    figures.saliency(predicted(images, "ab", "ab", [1, 1]), maps, tmp_path / "s.png")
-    for image, shown, heat in zip(images, drawn[0].axes[0].images, maps, strict=True):
-        pair = np.asarray(shown.get_array())
+    draw_saliency(group_of(images, "ab", "ab", [1, 1]), maps, tmp_path / "s.png")
+    for image, picture, heat in zip(images, figures[0].axes[0].images, maps, strict=True):
+        pair = np.asarray(picture.get_array())
         np.testing.assert_array_equal(pair[:, :10], image.double().permute(1, 2, 0))
         coloured = np.ptp(pair[:, 11:], axis=-1) > 1e-6
         np.testing.assert_array_equal(coloured, heat > 0)
 
 
-def test_confusion_matrix_rows_are_true_classes(drawn: list[Figure], tmp_path: Path) -> None:
-    matrix = torch.tensor([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
-    figures.confusion_matrix(matrix, ["a", "$b_$", "c"], tmp_path / "c.png")
-    axes = drawn[0].axes[0]
-    assert {t.get_position(): t.get_text() for t in axes.texts} == {
-        (column, row): str(int(matrix[row, column])) for row in range(3) for column in range(3)
-    }
+def test_confusion_matrix_rows_are_true_classes(figures: list[Figure], tmp_path: Path) -> None:
+    matrix = np.array([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
+    draw_confusion_matrix(matrix, ["a", "$b_$", "c"], tmp_path / "c.png")
+    axes = figures[0].axes[0]
+    assert len({text.get_position() for text in axes.texts}) == len(axes.texts) == 9
+    for text in axes.texts:
+        column, row = text.get_position()
+        assert text.get_text() == str(matrix[row, column])
     shares = np.asarray(axes.images[0].get_array())
     np.testing.assert_allclose(shares, [[0.8, 0.2, 0], [0, 1, 0], [0, 0, 0]])
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
@@ -191,11 +206,11 @@ def test_confusion_matrix_rows_are_true_classes(drawn: list[Figure], tmp_path: P
 
 @pytest.mark.parametrize(("size", "numbers", "names"), [(2, 4, 2), (20, 400, 20), (21, 0, 21), (1000, 0, None)])
 def test_confusion_matrix_of_any_size(
-    drawn: list[Figure], tmp_path: Path, size: int, numbers: int, names: int | None
+    figures: list[Figure], tmp_path: Path, size: int, numbers: int, names: int | None
 ) -> None:
-    matrix = 123_456 * torch.eye(size, dtype=torch.int64)
-    figures.confusion_matrix(matrix, [f"class number {i}" for i in range(size)], tmp_path / "c.png")
-    axes = drawn[0].axes[0]
+    matrix = 123_456 * np.eye(size, dtype=np.int64)
+    draw_confusion_matrix(matrix, [f"class number {i}" for i in range(size)], tmp_path / "c.png")
+    axes = figures[0].axes[0]
     assert len(axes.texts) == numbers
     assert names is None or len(axes.get_xticks()) == names
     cell = axes.get_window_extent().width / size
@@ -205,11 +220,11 @@ def test_confusion_matrix_of_any_size(
     assert boxes[0].x1 <= boxes[1].x0
 
 
-def test_numbers_stand_out_from_their_cells(drawn: list[Figure], tmp_path: Path) -> None:
+def test_numbers_stand_out_from_their_cells(figures: list[Figure], tmp_path: Path) -> None:
     for share in (1, 10, 29, 31, 60, 100):
-        matrix = torch.tensor([[share, 100 - share], [0, 1]])
-        figures.confusion_matrix(matrix, ["a", "b"], tmp_path / "c.png")
-        axes = drawn[-1].axes[0]
+        matrix = np.array([[share, 100 - share], [0, 1]])
+        draw_confusion_matrix(matrix, ["a", "b"], tmp_path / "c.png")
+        axes = figures[-1].axes[0]
         image, text = axes.images[0], axes.texts[0]
         cell = np.array(image.cmap(image.norm(share / 100))[:3])
         assert abs(luminance(cell) - luminance(np.array(to_rgb(text.get_color())))) > 0.25
@@ -222,7 +237,7 @@ def luminance(colour: np.ndarray[Any, Any]) -> float:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "curves.png"
-    figures.curves([], path)
+    draw_curves([], path)
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
     before = path.read_bytes()
 
@@ -232,15 +247,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        figures.curves([], path)
+        draw_curves([], path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
 
 
 def test_no_global_state(tmp_path: Path) -> None:
     settings, had_pyplot = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
-    figures.curves([{"step": 1, "epoch": 1, "train/loss": 1.0}], tmp_path / "a.png")
-    figures.batch_grid(random_images(2, 1, 8, 8), ["a", "b"], tmp_path / "b.png")
-    figures.confusion_matrix(torch.eye(2), ["a", "b"], tmp_path / "c.png")
+    draw_curves([{"step": 1, "epoch": 1, "train/loss": 1.0}], tmp_path / "a.png")
+    draw_batch_grid(random_images(2, 1, 8, 8), ["a", "b"], tmp_path / "b.png")
+    draw_confusion_matrix(np.eye(2, dtype=np.int64), ["a", "b"], tmp_path / "c.png")
     assert dict(matplotlib.rcParams) == settings
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot

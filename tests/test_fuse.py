@@ -263,7 +263,7 @@ def test_auto_takes_what_fits_and_leaves_no_trace_of_its_tries(
         settings = config(directory, batch__micro_size=MICRO, batch__fuse="auto")
         trainer = Trainer(settings, model=Small(most, backward), train_data=Images(), val_data=Images(20))
         before, drawn = state(trainer), torch.get_rng_state()
-        fuse = choose_fuse(trainer)
+        fuse, _ = choose_fuse(trainer.run)
         same = torch.equal(torch.get_rng_state(), drawn)
         return (
             fuse,
@@ -281,16 +281,16 @@ def test_auto_on_the_cpu_asks_how_much_memory_there_is(tmp_path: Path, monkeypat
     def settled(directory: Path, room: int) -> tuple[int, int]:
         settings = config(directory, batch__micro_size=MICRO, batch__fuse="auto")
         trainer = Trainer(settings, model=conv_net(), train_data=Images(), val_data=Images(20))
-        one = fuse_check._bytes_of_one(trainer, trainer.plan.step(0), 0)
-        monkeypatch.setattr(fuse_check, "_room", lambda: room * one)
-        return choose_fuse(trainer), one
+        one = fuse_check._memory_of_one(trainer.run, trainer.plan.step(0), 0)
+        monkeypatch.setattr(fuse_check, "_available_memory", lambda: room * one)
+        return choose_fuse(trainer.run)[0], one
 
     for room, due in ((0, 1), (1, 1), (5, 5), (99, 7)):
         ((fuse, one),) = on_ranks(1, settled, tmp_path, room)
         assert fuse == due
     activations = 2 * MICRO * (50 + 4 * 9 * 3 + CLASSES) * 8  # input, three maps of (4, 3, 3), logits; fp64
     assert 0.5 * activations < one < 2 * activations
-    assert fuse_check._room() > 0
+    assert fuse_check._available_memory() > 0
 
 
 def test_nothing_stays_active_after_a_forward() -> None:

@@ -1,4 +1,4 @@
-"""What is logged reads back exactly, after a resume and after a crash too."""
+"""metrics.jsonl: rows read back exactly, after a resume and after a crash too."""
 
 import math
 
@@ -31,9 +31,9 @@ def write(path, rows, **opening):
 def test_any_row_reads_back_exactly(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
     write(path, rows)
-    back = read_rows(path)
-    assert [list(row) for row in back] == [list(row) for row in rows]
-    assert [list(map(repr, row.values())) for row in back] == [list(map(repr, row.values())) for row in rows]
+    for original, restored in zip(rows, read_rows(path), strict=True):
+        assert list(restored) == list(original)
+        assert list(map(repr, restored.values())) == list(map(repr, original.values()))  # NaN is not equal to itself
 
 
 def test_nan_and_infinities_are_kept(path):
@@ -58,7 +58,7 @@ def test_a_new_run_starts_empty(path):
     assert read_rows(path) == []
 
 
-def test_a_resumed_run_keeps_the_rows_its_checkpoint_knows_of(path):
+def test_a_resumed_run_keeps_the_rows_its_checkpoint_counted(path):
     assert write(path, rows_of(10, 20, 20, 30, 40)).rows == 5
     resumed = write(path, rows_of(21, 31), keep_rows=3)  # two rows were written after step 20, one counted
     assert resumed.rows == 5
@@ -81,7 +81,7 @@ def test_a_resume_without_its_file_starts_one(path):
     assert read_rows(path) == rows_of(7)
 
 
-def test_a_line_that_is_no_row_is_named(path):
+def test_the_error_names_a_line_that_is_no_row(path):
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(LockstepError, match="line 2"):
         read_rows(path)

@@ -16,6 +16,7 @@ from trainer.components.task import build_task
 from trainer.config.schema import LossConfig
 from trainer.core import metrics
 from trainer.core.metrics import Meter, Stopwatch, Totals
+from trainer.data.samples import MicroBatch
 from trainer.process.ranks import Ranks
 from trainer.storage.checkpoint import Progress
 
@@ -57,12 +58,12 @@ def measured(held: int, exact: bool) -> tuple[dict[str, float], dict[str, float]
     """Four ragged micro-batches with ignored targets: the meter's means and those by hand."""
     metrics.HELD = held
     task = build_task(LossConfig(args={"ignore_index": IGNORED}), 3)
-    meter = Meter(task, Ranks("fp32", find_unused_parameters=False), exact=exact)
+    meter = Meter(task, Ranks("fp32"), exact=exact)
     draw = torch.Generator().manual_seed(0)
     outputs = [torch.randn(n, 3, generator=draw, dtype=torch.float64) for n in (5, 4, 7, 1)]
     targets = [torch.randint(-1, 3, (len(o),), generator=draw) for o in outputs]
     for output, target in zip(outputs, targets, strict=True):
-        meter.add(*task.loss_sum(output, target), output, target)
+        meter.add(MicroBatch(0, None, target), output, task.loss_sum(output, target))
     means = meter.read().means()
     assert meter.read().means() == {}  # nothing since
     output, target = torch.cat(outputs), torch.cat(targets)

@@ -44,8 +44,8 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Decision]
         trainer = Trainer(settings)
         trainer.fit()
         trainer.load_best()
-        assert trainer.evaluator is not None
-        return trainer.evaluator.decisions()
+        assert trainer.run.evaluator is not None
+        return trainer.run.evaluator.decisions()
 
     decisions: list[Decision] = on_ranks(1, run)[0]
     (root / "images" / "sub").mkdir(parents=True)
@@ -107,12 +107,12 @@ def test_colour_files_become_grey_and_overridden_transforms_hold(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "PATH: is missing"),
+        ([], "arguments are required: RUN"),
         (["{run}"], "PATH: is missing"),
         (["{run}", "nowhere/*.png"], "nowhere/*.png does not exist"),
         (["{run}", "{root}/empty"], "empty holds no image files"),
         (["{root}/images", "{root}/images"], "images: is not a run directory"),
-        (["{run}", "{root}/images", "--top", "0"], "--top: 0 classes"),
+        (["{run}", "{root}/images", "--top", "0"], "--top: needs a whole number, 1 or more"),
         (["{run}", "{root}/images", "--export", "onx"], '"onx" is not one of torch, onnx; did you mean'),
     ],
 )  # fmt: skip
@@ -215,8 +215,8 @@ def test_the_folder_may_be_gone_and_colour_stays_colour(tmp_path: Path) -> None:
         trainer = Trainer(load(None, [*overrides, "train.epochs=1", "run.figures=false"]))
         trainer.fit()
         trainer.load_best()
-        assert trainer.evaluator is not None
-        return trainer.evaluator.decisions()
+        assert trainer.run.evaluator is not None
+        return trainer.run.evaluator.decisions()
 
     decisions = on_ranks(1, run)[0]
     (tmp_path / "data" / "val").rename(tmp_path / "asked")

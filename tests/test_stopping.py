@@ -34,7 +34,7 @@ def send(number: int) -> None:
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_a_launcher_and_an_agent_that_both_ask_for_the_stop_do_not_cut_it_short(first: int) -> None:
-    with StopRequest(Ranks("fp32", find_unused_parameters=False)) as stop:
+    with StopRequest(Ranks("fp32")) as stop:
         assert not stop.agreed()
         for number in (first, signal.SIGTERM, signal.SIGTERM):
             send(number)

@@ -42,7 +42,7 @@ def net(classes: int = 3) -> nn.Sequential:
 
 def frozen(model: nn.Module, **section: Any) -> Freezing:
     made = Freezing(model, ModelConfig(**section))
-    made.at(0)
+    made.apply(0)
     model.train()
     return made
 
@@ -196,7 +196,7 @@ def test_one_process_of_a_machine_downloads(tmp_path: Path) -> None:
             pass
 
     def fetch(port: int) -> bytes:
-        ranks = Ranks("fp32", find_unused_parameters=False)
+        ranks = Ranks("fp32")
         path = tmp_path / "deep" / "weights.pth"
         download(f"http://127.0.0.1:{port}/weights.pth", path, ranks.node_main_first)
         return path.read_bytes()
@@ -257,7 +257,7 @@ def test_thawing_is_a_function_of_the_epoch() -> None:
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
 
     def trained_and_training(epoch: int) -> tuple[set[str], list[bool]]:
-        freezing.at(epoch)
+        freezing.apply(epoch)
         model.train()
         return {n for n, p in model.named_parameters() if p.requires_grad}, [m.training for m in model]
 
@@ -271,7 +271,7 @@ def test_thawing_is_a_function_of_the_epoch() -> None:
     ]:
         assert trained_and_training(epoch) == (trained, training), epoch
     assert freezing.head is model[5]
-    freezing.at(2)
+    freezing.apply(2)
     assert freezing.head is None
 
 
@@ -280,7 +280,7 @@ def test_thawed_parts_keep_a_batch_norm_that_is_frozen_for_another_reason() -> N
 
     model = configure(net(), BatchNormConfig(mode="frozen"), ranks=1, device=torch.device("cpu"))
     freezing = frozen(model, freeze="backbone", unfreeze={"1": "backbone"})
-    freezing.at(1)
+    freezing.apply(1)
     model.train()
     assert [m.training for m in model[0]] == [True, False, True, True]
     assert not model[0][1].weight.requires_grad

@@ -1,4 +1,4 @@
-"""The real client, offline or before a loopback server that refuses it, each time in a process of its own."""
+"""The real W&B client, offline or with a loopback server that refuses it; each test in a process of its own."""
 
 import json
 import math
@@ -27,29 +27,29 @@ def start(mode="auto", run_id=None, name="first"):
     section = WandbConfig(mode=mode, project="things", group="g", tags=["t"])
     return start_wandb(section, run_name=name, directory=Path("run"), config={"optimizer": {"lr": 0.1}},
                        run_id=run_id, note=notes.append)
-def tell(**facts):
+def report(**facts):
     Path("facts.json").write_text(json.dumps({"notes": notes, "imported": "wandb" in sys.modules, **facts}))
 """
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Run a script in `tmp_path`, which is its home too; returns what it told and what it printed."""
+    """Run a script in `tmp_path`, which is its home too; returns what it reported and what it printed."""
 
     def run_script(script, **environment):
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
         home = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "WANDB_ERROR_REPORTING": "false"}
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", PREAMBLE + script],
             cwd=tmp_path,
-            env={**kept, **home, "PYTHONPATH": str(REPOSITORY), **environment},
+            env={**inherited, **home, "PYTHONPATH": str(REPOSITORY), **environment},
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
         )
-        assert done.returncode == 0, done.stderr
-        return json.loads((tmp_path / "facts.json").read_text()), done.stdout + done.stderr
+        assert process.returncode == 0, process.stderr
+        return json.loads((tmp_path / "facts.json").read_text()), process.stdout + process.stderr
 
     return run_script
 
@@ -58,7 +58,9 @@ def records(path: Path):
     """The records of a `.wandb` file: LevelDB's log format behind a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, position, parts = path.read_bytes(), 7, []
+    data = path.read_bytes()
+    position = 7
+    parts = []
     while position + 7 <= len(data):
         if (left := 32768 - position % 32768) < 7:  # a block's end too short for a record's header
             position += left
@@ -93,7 +95,7 @@ first.finish()
 again = start(run_id=first.id, name="again")
 again.log({"step": 15, "val/loss": 2})
 again.finish(status=1, failure="no luck")
-tell(ids=[first.id, again.id], described=first.describe())
+report(ids=[first.id, again.id], described=first.describe())
 """
     )
     assert facts["notes"] == []
@@ -125,12 +127,12 @@ tell(ids=[first.id, again.id], described=first.describe())
     [("disabled", {}), ("auto", {"WANDB_MODE": "disabled"}), ("disabled", {"WANDB_MODE": "online"})],
 )
 def test_a_disabled_one_does_not_import_wandb(run, tmp_path, mode, environment):
-    facts, _ = run(f"assert start({mode!r}) is None\ntell()", **environment)
+    facts, _ = run(f"assert start({mode!r}) is None\nreport()", **environment)
     assert not facts["imported"]
     assert not (tmp_path / "run").exists()
 
 
-def test_the_environments_mode_counts_where_the_mode_is_auto(run):
+def test_mode_auto_follows_the_environment(run):
     facts, printed = run(
         """
 online = None
@@ -139,7 +141,7 @@ try:
 except Exception as error:
     online = str(error)
 one = start()
-tell(described=one.describe(), online=online)
+report(described=one.describe(), online=online)
 one.finish()
 """,
         WANDB_MODE="offline",
@@ -163,7 +165,7 @@ def test_a_server_that_refuses_leaves_the_run_offline(run):
             """
 one = start("online", run_id="kept1")
 one.log({"step": 1})
-tell(described=one.describe(), id=one.id)
+report(described=one.describe(), id=one.id)
 one.finish()
 """,
             **server.environment,
@@ -175,7 +177,7 @@ one.finish()
     assert printed == ""
 
 
-def test_a_client_that_cannot_start_is_told_of(tmp_path):
+def test_a_client_that_cannot_start_is_reported(tmp_path):
     (tmp_path / "run").write_text("in the way")
     notes = []
     one = start_wandb(

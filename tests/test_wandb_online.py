@@ -21,11 +21,11 @@ from benchmarks.wandb_server import WandbServer
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, Points, config, conv_net, mlp
 from trainer import LockstepError, Trainer
-from trainer.commands.sync import sync
 from trainer.config.load import load
 from trainer.config.schema import Config
 from trainer.exact.plan import Step
 from trainer.reporting.jsonl import read_rows
+from trainer.reporting.wandb.sync import send_missing
 
 QUICK = {"wandb__mode": "auto", "wandb__init_timeout": 2, "wandb__finish_timeout": 2, "run__resume": "auto"}
 
@@ -105,7 +105,7 @@ def train(
 def send(run: Path, server: WandbServer) -> str:
     server.let_go()
     os.environ |= server.environment
-    return sync(run)
+    return send_missing(run)
 
 
 def logged(server: WandbServer, run: str | None = None) -> list[dict[str, Any]]:
@@ -159,8 +159,8 @@ def test_one_run_holds_what_a_user_hopes_for(at_home: Path, server: WandbServer)
     assert [row["step"] for row in shown] == [0]
     assert {"figures/curves", "figures/predictions", "figures/confusion_matrix"} <= run["summary"].keys()
     (table,) = (json.loads(data) for name, data in run["files"].items() if "per_class" in name)
-    assert table["columns"][:3] == ["class", "samples", "accuracy"]
-    assert sum(row[1] for row in table["data"]) == 30
+    assert table["columns"][:5] == ["class", "precision", "recall", "f1", "support"]
+    assert sum(row[4] for row in table["data"]) == 30
     drawn = [row for row in server.backend.history(run_id) if "gradients/0.weight" in row]
     assert [row["step"] for row in drawn] == [4, 8]
     assert sum(drawn[0]["weights/0.weight"]["values"]) == conv_net()[0].weight.numel()
@@ -315,4 +315,4 @@ def test_sync_leaves_a_run_alone_that_is_in_use(at_home: Path, server: WandbServ
     from trainer.storage.run_directory import lock
 
     with lock(at_home / "run"), pytest.raises(LockstepError, match="another process is training"):
-        sync(at_home / "run")
+        send_missing(at_home / "run")

@@ -4,19 +4,59 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.components.task import Task
+    from trainer.components.task import Task, WeightedSum
     from trainer.config.load import load
     from trainer.config.schema import Config
+    from trainer.core.build import Run
+    from trainer.core.observers import Observer, Stateful
+    from trainer.data.datasets import MapDataset
+    from trainer.data.samples import MicroBatch
     from trainer.errors import ConfigError, DataError, LockstepError, Stopped
+    from trainer.exact.plan import Step
+    from trainer.inspection.predictor import Predictor
     from trainer.trainer import Trainer
 
-__all__ = ["Config", "ConfigError", "DataError", "LockstepError", "Stopped", "Task", "Trainer", "load"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataError",
+    "LockstepError",
+    "MapDataset",
+    "MicroBatch",
+    "Observer",
+    "Predictor",
+    "Run",
+    "Stateful",
+    "Step",
+    "Stopped",
+    "Task",
+    "Trainer",
+    "WeightedSum",
+    "load",
+]
 
-HOMES = {"Trainer": "trainer", "Task": "components.task", "Config": "config.schema", "load": "config.load"}
+HOMES = {
+    "Config": "config.schema",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "LockstepError": "errors",
+    "MapDataset": "data.datasets",
+    "MicroBatch": "data.samples",
+    "Observer": "core.observers",
+    "Predictor": "inspection.predictor",
+    "Run": "core.build",
+    "Stateful": "core.observers",
+    "Step": "exact.plan",
+    "Stopped": "errors",
+    "Task": "components.task",
+    "Trainer": "trainer",
+    "WeightedSum": "components.task",
+    "load": "config.load",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: reading a config, or `--help`, needs no torch."""
-    if name not in __all__:
+    if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{HOMES.get(name, 'errors')}"), name)
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -1,39 +1,49 @@
-"""Commands on configs and runs.
+"""Lockstep: the same training run on one GPU or many.
 
-python -m trainer check [CONFIG.yaml] [key=value …]     whether it would run here: the header, and one step in memory
-python -m trainer evaluate RUN [key=value …]            the best model's validation numbers, computed afresh
-python -m trainer compare RUN_A RUN_B                   whether two runs are the same, and where they part first
-python -m trainer replay RUN --step K [key=value …]     step K again, on one process, and taken apart
-python -m trainer explain [CONFIG.yaml] [key=value …]   one step taken apart, in memory; --json, --all
-python -m trainer predict RUN PATH… [key=value …]        what it says of images, folders and globs; --json, --top K, and
-                                                        --export onnx|torch, which writes RUN/best.onnx or best.pt2
-python -m trainer sync RUN…                             send to W&B what it lacks of runs: offline ones, those cut off
-python -m trainer sweep SWEEP.yaml [--check] [--parallel N] [--seed N] [key=value …]
-                                                        a sweep without a server; the same command goes on with it
+lockstep COMMAND …               `python -m trainer COMMAND …` is the same, also where the package is not installed
+lockstep COMMAND --help          what a command takes, with examples
+torchrun --nproc_per_node 2 -m trainer COMMAND …      on several processes: train, check and evaluate
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
+from importlib import import_module
+from typing import NoReturn
 
-from trainer.errors import ConfigError, leave, nearest, report
+from trainer.errors import ConfigError, nearest
+from trainer.process.exit import end_on_closed_pipe, exit_process, report_error
 
-COMMANDS = ("check", "evaluate", "compare", "replay", "explain", "predict", "sync", "sweep")
+COMMANDS = ("train", "check", "evaluate", "predict", "replay", "explain", "compare", "sweep", "sync")
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
+    """Run one command; returns the exit status."""
+    command, *rest = arguments or ["--help"]
+    if command in ("-h", "--help"):
+        print_help()
         return 0
     try:
-        name, *rest = arguments
-        if name not in COMMANDS:
-            raise ConfigError(name, f"no such command{nearest(name, COMMANDS)}; --help lists them")
-        return int(importlib.import_module(f"trainer.commands.{name}").main(rest) or 0)
+        if command not in COMMANDS:
+            raise ConfigError(command, f"no such command{nearest(command, COMMANDS)}; --help lists them")
+        return int(import_module(f"trainer.commands.{command}").main(rest) or 0)
     except Exception as error:
-        return report(error)
+        return report_error(error)
+
+
+def print_help() -> None:
+    """Print how to start a command, and the first line of each command's own help."""
+    end_on_closed_pipe()
+    print(f"{__doc__}\ncommands:")
+    for command in COMMANDS:
+        description = import_module(f"trainer.commands.{command}").__doc__ or ""
+        print(f"  {command:<10}{description.splitlines()[0]}")
+
+
+def run() -> NoReturn:
+    """The installed command `lockstep`."""
+    exit_process(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    run()

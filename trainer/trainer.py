@@ -3,42 +3,65 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from trainer.components.optimizer import learning_rates, load_named_state, named_state, set_learning_rate
+from trainer.components.optimizer import (
+    build_optimizer,
+    learning_rates,
+    load_named_state,
+    named_state,
+    set_learning_rate,
+)
 from trainer.components.schedule import Schedule, build_schedule
 from trainer.components.task import Task
+from trainer.config.registry import build_observers
 from trainer.config.schema import Config
-from trainer.config.secrets import without_secrets
-from trainer.core.build import Run
+from trainer.core.build import build_run, settings_of
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
+from trainer.core.observers import Observer, Observers, Stateful
+from trainer.core.recalibrate import recalibrate_statistics
+from trainer.core.stateful import load_states, named_stateful, read_states
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError, Stopped
+from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.determinism import refused_operation
-from trainer.exact.plan import Step
+from trainer.exact.plan import Plan, Step
+from trainer.exact.standard import StandardReduction
+from trainer.process.ranks import Ranks
 from trainer.process.signals import StopRequest
 from trainer.reporting import summary as report
 from trainer.reporting.figures import drawing
 from trainer.reporting.journal import Journal
+from trainer.reporting.wandb.histograms import HistogramObserver
 from trainer.storage import checkpoint
-from trainer.storage.checkpoint import Checkpoint
+from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
 from trainer.storage.run_directory import check_same_run, config_yaml
 
 
-class Trainer(Run):
-    """A run: what a `Config` describes, on however many processes were launched.
+class Trainer:
+    """Trains what a `Config` describes, on however many processes were launched.
 
     A model, data sets or a task made elsewhere may be given instead of being named in the config:
 
         Trainer(Config(), model=net, train_data=train, val_data=val).fit()
+
+    `observers` see every step; `stateful` objects travel in every checkpoint under their names. A subclass's own
+    attributes with `state_dict` and `load_state_dict` do so by themselves. See docs/extending.md.
+
+    Raises `ConfigError` or `DataError` where the config cannot be run.
     """
+
+    journal: Journal
+    stopwatch: Stopwatch
+    batches: TrainLoader
 
     def __init__(
         self,
@@ -47,13 +70,52 @@ class Trainer(Run):
         model: nn.Module | None = None,
         train_data: MapDataset | None = None,
         val_data: MapDataset | None = None,
-        task: Task | None = None,
+        task: Task | nn.Module | None = None,
+        observers: Sequence[Observer] = (),
+        stateful: Mapping[str, Stateful] | None = None,
     ) -> None:
-        super().__init__(config, model=model, train_data=train_data, val_data=val_data, task=task)
-        self.meter = Meter(self.task, self.ranks, exact=self.bitwise)
-        self.interval, self.epoch = Totals(), Totals()
+        with settings_of(config):
+            self.run = build_run(config, model=model, train_data=train_data, val_data=val_data, task=task)
+            self.optimizer = build_optimizer(self.config.optimizer, self.module, head=self.config.model.head)
+            self.run.freezing.apply(epoch=0)
+            reduction = BitwiseReduction if self.run.bitwise else StandardReduction
+            self.reduction = reduction(
+                self.module,
+                self.config.batch_norm,
+                self.ranks,
+                find_unused_parameters=self.config.train.find_unused_parameters,
+            )
+        self.observers = Observers([*build_observers(self.config.observers, Observer), *observers])
+        self.stateful: dict[str, Stateful] = dict(stateful or {})
+        named_stateful(self.stateful, self.observers)  # refuses now what could not be saved later
+        self.progress = Progress()
+        self.schedule = self._build_schedule()
+        self.meter = Meter(self.run.task, self.ranks, exact=self.run.bitwise)
+        self.interval_totals = Totals()
+        self.epoch_totals = Totals()
         self.grad_norm: Tensor | None = None
-        self.schedule = self._schedule()
+        self.fuse = 1  # micro-batches in one forward, chosen before training
+        self.fuse_note = ""  # why batch.fuse=auto chose 1
+        self.state_notes: list[str] = []  # what a resume found of stateful objects that it did not expect
+        self._restored_states: Mapping[str, Any] | None = None
+        self._attributes_of_trainer = frozenset(vars(self))
+
+    @property
+    def config(self) -> Config:
+        return self.run.config
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.run.ranks
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself, without DDP."""
+        return self.run.module
+
+    @property
+    def plan(self) -> Plan:
+        return self.run.plan
 
     # ---------------------------------------------------------------- the run
 
@@ -61,36 +123,47 @@ class Trainer(Run):
         """Train from the start, or from the checkpoint that `run.resume` finds; returns what `summary.json` holds."""
         if self.progress.step:
             raise LockstepError("this Trainer has trained already; make a new one, with run.resume=auto to go on")
-        self.fuse = choose_fuse(self)
-        with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
-            self._resume(self.journal.resume_from)
-            header = report.header(self, self.schedule, self.journal.directory)
-            self.journal.begin(header, self.plan, self.progress, lambda: environment(self.ranks, self.data))
-            self._show_first_batch()
-            self.start()
-            try:
-                self._loop(stop)
-                return self._finish()
-            except RuntimeError as error:
-                raise refused_operation(error) or error from None
-            finally:
-                self.end_loading()
+        with self.run.settings():
+            self.fuse, self.fuse_note = choose_fuse(self.run)
+            with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
+                self._resume(self.journal.resume_from)
+                self._introduce()
+                self.start()
+                for note in self.state_notes:
+                    self.journal.console.note(note)
+                self.journal.start_clock(self.plan, self.progress.step)
+                try:
+                    self._loop(stop)
+                    return self._finish()
+                except RuntimeError as error:
+                    raise refused_operation(error) or error from None
+                finally:
+                    self.end_loading()
+
+    def _introduce(self) -> None:
+        """Show what is about to run, and its first samples."""
+        header = report.header(self.run, self.schedule, self.fuse, self.fuse_note, self.journal.directory)
+        self.journal.begin(header, self.progress, lambda: environment(self.ranks, self.run.data))
+        if self.config.run.figures and not self.progress.step:
+            self.ranks.on_main(lambda: self.journal.figures(drawing.draw_batch(self.run, self.journal.directory)))
+        every = self.config.wandb.log_histograms_every
+        if every is not None and self.journal.wandb is not None:
+            self.observers.add(HistogramObserver(self.module, self.journal.wandb, every))
 
     def start(self) -> None:
         """Begin to train, at the step after those that are done: what comes before `train_step`."""
         self.stopwatch = Stopwatch(self.progress)
-        self.batches = TrainLoader(self.train_loader, self.plan, self.ranks.rank, self.progress.step, self.fuse)
-        self.model.train()
-
-    def _show_first_batch(self) -> None:
-        if self.config.run.figures and not self.progress.step:
-            self.ranks.on_main(lambda: self.journal.figures(drawing.draw_batch(self, self.journal.directory)))
+        self.batches = TrainLoader(self.run.train_loader, self.plan, self.ranks.rank, self.progress.step, self.fuse)
+        self.module.train()
+        self.observers.begin(self.run)
+        if self._restored_states is not None:
+            self.state_notes = load_states(self._all_stateful(), self._restored_states)
 
     def end_loading(self) -> None:
-        """Loader processes end with the run: left to the interpreter's exit, they would be seen as killed."""
+        """End the loader processes with the run. Left to the interpreter's exit, they would count as killed."""
         self.batches.close()
-        if self.evaluator is not None:
-            self.evaluator.close()
+        if self.run.evaluator is not None:
+            self.run.evaluator.close()
 
     def _loop(self, stop: StopRequest) -> None:
         for step in self.plan.steps(self.progress.step):
@@ -106,92 +179,114 @@ class Trainer(Run):
                 self._stop(stop.signal_number)
 
     def train_step(self, step: Step) -> None:
-        """One optimizer update. Nothing here waits for the device."""
-        if step.start == 0:
-            self.freeze_as_in(step.epoch)
+        """One optimizer update on the step's samples, over all ranks. Never waits for the device."""
+        run, reduction = self.run, self.reduction
+        if step.first_in_epoch:
+            self._freeze(step.epoch)
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
-        self.statistics.begin(step)
-        model = self.gradients.model(step)
-        for batch in self.batches.step(step):
-            with self.gradients.leaf(step, batch.indices):
-                output, loss, weight = self.forward(model, batch, step)
-                self.precision.backward(loss, self.gradients.seed(step, batch.indices, loss, weight))
-            self.meter.add(loss, weight, output, batch.targets)
-        self.gradients.reduce(step)
-        self._clip(step)
-        self.precision.step(self.optimizer)
+
+        reduction.begin(step)
+        for batch in self.batches.step(step):  # this rank's micro-batches, on the device
+            with reduction.micro_batch(step, batch.indices) as model:
+                output, loss = run.forward(model, batch, step)
+                run.precision.backward(loss.total, reduction.loss_scale(step, batch.indices, *loss))
+            self.meter.add(batch, output, loss)
+            self.observers.micro_batch(step, batch, output, loss)
+        reduction.finish(step)
+
+        needs_norm = self._needs_gradient_norm(step)
+        if needs_norm or self.observers.look_at_gradients:
+            run.precision.unscale(self.optimizer)
+        if needs_norm:
+            self.grad_norm = reduction.clip(self.config.train.max_grad_norm)
+        self.observers.gradient(step)
+        run.precision.step(self.optimizer)
         self.optimizer.zero_grad()
         self.progress.step = step.number
         self.progress.samples_seen += step.size
+        self.observers.step(step)
 
-    def _clip(self, step: Step) -> None:
-        """Clip the whole step's gradient; measure it where it is logged."""
-        clipped, shown = self.config.train.max_grad_norm, self._has_histograms(step)
-        if clipped is None and not shown and not self._is_logged(step) and step.number != self.plan.total_steps:
-            return
-        self.precision.unscale(self.optimizer)
-        self.grad_norm = self.gradients.norm() if clipped is None else self.gradients.clip(clipped)
-        if shown:
-            self.journal.histograms(step.number, self.module)
+    def _needs_gradient_norm(self, step: Step) -> bool:
+        is_clipped = self.config.train.max_grad_norm is not None
+        return is_clipped or self._is_logged(step) or step.number == self.plan.total_steps
+
+    def _freeze(self, epoch: int) -> None:
+        """Train what is trained in `epoch`, and no more. A collective, at an epoch's begin."""
+        if self.run.freezing.apply(epoch):
+            self.reduction.rebuild()
+            self.module.train()
+            self.run.forget_features()
 
     # ---------------------------------------------------------------- what is logged
 
     def _is_logged(self, step: Step) -> bool:
         return step.number % self.config.train.log_every == 0 or step.last_in_epoch
 
-    def _has_histograms(self, step: Step) -> bool:
-        every = self.config.wandb.log_histograms_every
-        return every is not None and step.number % every == 0
-
     def measure(self, step: Step) -> Row:
         """A row of the steps since the last one: training's only host sync. A collective."""
-        self._collect()
+        self._read_meter()
         row: Row = {"step": step.number, "epoch": step.epoch + 1}
-        row |= {f"train/{name}": value for name, value in self.interval.means().items()}
+        row |= {f"train/{name}": value for name, value in self.interval_totals.means().items()}
         row |= learning_rates(self.optimizer)
         if self.grad_norm is not None:
             row["grad_norm"] = self.grad_norm.item()
         row |= self.stopwatch.pace(self.progress.samples_seen, self.batches.take_waited())
-        self.epoch.add(self.interval)
-        self.interval = Totals()
+        self.epoch_totals.add(self.interval_totals)
+        self.interval_totals = Totals()
         return row
 
     def log(self, step: Step) -> None:
-        """Log a row, and end the run where its loss is no finite number."""
+        """Log a row, and end the run where its loss is not finite."""
         row = self.measure(step)
+        self.observers.row(row)
         self.journal.log(row, self.digest() if self.ranks.is_main else "")
-        if not math.isfinite(row.get("train/loss", 0.0)):  # absent where every target was ignored
+        loss = row.get("train/loss")  # absent where every target was ignored
+        if loss is not None and not math.isfinite(loss):
             raise LockstepError(
-                f"the loss is {row['train/loss']} in the steps up to {step.number}; lower optimizer.lr, set "
+                f"the loss is {loss} in the steps up to {step.number}; lower optimizer.lr, set "
                 f"train.max_grad_norm, or raise train.precision. To see the first such step taken apart, on one "
                 f"process:\n\n    python -m trainer replay {self.journal.directory} --step {step.number}\n"
             )
 
     def digest(self) -> str:
-        """Of the weights, which every rank has alike."""
+        """Of the weights, which are the same on every rank."""
         return hexadecimal(digest(dict(self.module.named_parameters())))
 
-    def _collect(self) -> None:
-        """Bring what the meter has summed to the host."""
-        self.interval.add(self.meter.read())
+    def _read_meter(self) -> None:
+        self.interval_totals.add(self.meter.read())
 
     def end_epoch(self, step: Step) -> None:
-        """The epoch's row: means over its samples, an evaluation where one is due."""
-        row = {f"train/epoch_{name}": value for name, value in self.epoch.means().items()}
-        self.epoch = Totals()
-        last = step.number == self.plan.total_steps
-        self._end_period(step, row, evaluated=last or (step.epoch + 1) % self.config.train.evaluate_every == 0)
+        """Log the epoch's row: means over its samples, and an evaluation where one is due."""
+        row = {f"train/epoch_{name}": value for name, value in self.epoch_totals.means().items()}
+        self.epoch_totals = Totals()
+        is_last = step.number == self.plan.total_steps
+        is_due = (step.epoch + 1) % self.config.train.evaluate_every == 0
+        self._log_epoch(step, row, evaluate=is_last or is_due)
 
-    def _end_period(self, step: Step, row: Row, *, evaluated: bool) -> None:
-        row = {"step": step.number, "epoch": step.epoch + 1, **row}
-        if evaluated and self.evaluator is not None:
+    def _log_epoch(self, step: Step, means: Row, *, evaluate: bool) -> None:
+        row = {"step": step.number, "epoch": step.epoch + 1, **means}
+        if evaluate and self.run.evaluator is not None:
             row |= {f"val/{name}": value for name, value in self.evaluate().items()}
         row |= learning_rates(self.optimizer)
+        self.observers.row(row)
         is_best = self._keep_best(row)
         if self.progress.best is not None:
             row[f"best/{self.config.best.metric}"] = self.progress.best
         self.journal.epoch(row, is_best)
+        self.observers.epoch(step, row)
         self.stopwatch.mark(self.progress.samples_seen)
+
+    def evaluate(self) -> Row:
+        """The loss and metrics over all validation samples, with the present weights. A collective."""
+        with self.run.settings():
+            self.reduction.gather()
+            if self.config.batch_norm.recalibrate_at == "evaluation":
+                recalibrate_statistics(self.run, self.progress.step)
+            return self.run.evaluate()
+
+    def load_best(self) -> Row:
+        """Load the best weights so far on every rank; returns the row that they were kept with."""
+        return self.run.load_best()
 
     def _keep_best(self, row: Row) -> bool:
         """Keep the model if its row is the best so far: decided from numbers that are the same on every rank."""
@@ -200,70 +295,86 @@ class Trainer(Run):
         if value is None:
             return False
         progress.history.append(value)
-        gain = math.inf if progress.best is None else value - progress.best
-        if math.isnan(value) or (gain if section.mode == "max" or progress.best is None else -gain) <= 0:
+        if math.isnan(value):
             return False
+        if progress.best is not None:
+            gain = value - progress.best if section.mode == "max" else progress.best - value
+            if gain <= 0:
+                return False
         progress.best, progress.best_step, progress.best_epoch = value, int(row["step"]), int(row["epoch"])
-        self.statistics.gather()
-        self.ranks.on_main(
-            lambda: checkpoint.save_best(
-                self.journal.directory,
-                checkpoint.snapshot(self.module),
-                config_yaml(self.config),
-                row,
-                self.signature.to_dict(),
-            )
-        )
+        self.reduction.gather()
+        self.ranks.on_main(lambda: self._write_best(row))
         return True
+
+    def _write_best(self, row: Row) -> None:
+        checkpoint.save_best(
+            self.journal.directory,
+            checkpoint.snapshot(self.module),
+            config_yaml(self.config),
+            row,
+            self.run.signature.to_dict(),
+        )
 
     # ---------------------------------------------------------------- checkpoints
 
     def _is_checkpointed(self, step: Step) -> bool:
         every = self.config.train.checkpoint_every
-        return (every is not None and step.number % every == 0) or step.number == self.plan.total_steps
+        is_due = every is not None and step.number % every == 0
+        return is_due or step.number == self.plan.total_steps
 
     def save(self) -> None:
         """Write a checkpoint of the present step boundary. A collective."""
-        self.statistics.gather()
-        self._collect()
+        self.reduction.gather()
+        self._read_meter()
         self.stopwatch.stop(self.progress)
-        self.progress.interval, self.progress.epoch = self.interval.sums, self.epoch.sums
-        self.progress.scaler = self.precision.state()
-        self.ranks.on_main(self._write_checkpoint)
+        self.progress.interval = self.interval_totals.sums
+        self.progress.epoch = self.epoch_totals.sums
+        self.progress.scaler = self.run.precision.state()
+        states = read_states(self._all_stateful(), self.ranks)
+        self.ranks.on_main(lambda: self._write_checkpoint(states))
         self.stopwatch.mark(self.progress.samples_seen)
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, states: dict[str, dict[str, Any]]) -> None:
         tensors, numbers = named_state(self.optimizer, self.module)
-        self.progress.rows, self.progress.wandb_id = self.journal.rows, self.journal.wandb_id
-        config = without_secrets(self.config.to_dict())
-        held = Checkpoint(checkpoint.snapshot(self.module), tensors, numbers, self.progress, config)
-        checkpoint.save(self.journal.directory / "checkpoints", held, keep=self.config.train.keep_checkpoints)
+        self.progress.rows = self.journal.rows
+        self.progress.wandb_id = self.journal.wandb_id
+        config = self.config.to_dict(digests=True)
+        content = Checkpoint(checkpoint.snapshot(self.module), tensors, numbers, self.progress, config, stateful=states)
+        checkpoint.save(self.journal.directory / "checkpoints", content, keep=self.config.train.keep_checkpoints)
 
     def _resume(self, path: Path | None) -> None:
         if path is None:
             return
-        held = checkpoint.load(path)
-        check_same_run(held.config, self.config, self.config.run)
-        if held.progress.step > self.plan.total_steps:
+        content = checkpoint.load(path)
+        check_same_run(content.config, self.config, self.config.run)
+        if content.progress.step > self.plan.total_steps:
             raise ConfigError(
                 "train.max_steps" if self.config.train.max_steps else "train.epochs",
-                f"the run to resume is at step {held.progress.step} and would end at {self.plan.total_steps}; raise "
+                f"the run to resume is at step {content.progress.step} and would end at {self.plan.total_steps}; raise "
                 f"it, or start a new run with run.resume=never",
             )
-        self.restore(held)
-        self.ranks.on_main(lambda: checkpoint.restore_best(self.journal.directory, held.progress.best_step))
+        self.restore(content)
+        self.ranks.on_main(lambda: checkpoint.restore_best(self.journal.directory, content.progress.best_step))
 
-    def restore(self, held: Checkpoint) -> None:
+    def restore(self, content: Checkpoint) -> None:
         """Become the run at the step boundary of a checkpoint."""
-        checkpoint.restore_model(self.module, held.model)
-        load_named_state(self.optimizer, self.module, held.optimizer, held.optimizer_numbers)
-        self.precision.load_state(held.progress.scaler)
-        self.progress = held.progress
-        self.interval, self.epoch = Totals(held.progress.interval), Totals(held.progress.epoch)
-        self.schedule = self._schedule()
-        self.freeze_as_in(min(self.progress.step, self.plan.total_steps - 1) // self.plan.steps_per_epoch)
-        if self.evaluator is not None:
-            self.evaluator.forget()
+        checkpoint.restore_model(self.module, content.model)
+        load_named_state(self.optimizer, self.module, content.optimizer, content.optimizer_numbers)
+        self.run.precision.load_state(content.progress.scaler)
+        self.progress = content.progress
+        self.interval_totals = Totals(content.progress.interval)
+        self.epoch_totals = Totals(content.progress.epoch)
+        self.schedule = self._build_schedule()
+        self._restored_states = content.stateful  # loaded by `start`, once observers have seen the model
+        last_step_begun = min(self.progress.step, self.plan.total_steps - 1)
+        self._freeze(last_step_begun // self.plan.steps_per_epoch)
+        self.run.forget_features()
+
+    def _all_stateful(self) -> dict[str, Stateful]:
+        """What `stateful` holds, a subclass's own attributes, and observers with a state."""
+        own = {name: value for name, value in vars(self).items() if name not in self._attributes_of_trainer}
+        attributes = {name: value for name, value in own.items() if isinstance(value, Stateful)}
+        return named_stateful({**attributes, **self.stateful}, self.observers)
 
     def _stop(self, signal_number: int) -> None:
         self.save()
@@ -279,19 +390,23 @@ class Trainer(Run):
         Those come after the last checkpoint: a run that goes on from it leaves no trace of having ended here.
         """
         last = self.plan.step(self.plan.total_steps - 1)
-        changed = self.config.batch_norm.recalibrate_at == "end" and self.recalibrate()
+        self.reduction.gather()
+        recalibrate = self.config.batch_norm.recalibrate_at == "end"
+        is_changed = recalibrate and recalibrate_statistics(self.run, self.progress.step)
         if not self._is_logged(last):
             self.log(last)
-        if changed or not last.last_in_epoch:
-            self._end_period(last, {}, evaluated=True)
-        self.statistics.gather()
+        if is_changed or not last.last_in_epoch:
+            self._log_epoch(last, {}, evaluate=True)
         self.stopwatch.stop(self.progress)
-        summary = report.summary(self)
-        figures = drawing.draw(self, self.journal.directory) if self.config.run.figures else {}
+        summary = report.summary(self.run, self.progress, self.optimizer)
+        figures = {}
+        if self.config.run.figures:
+            figures = drawing.draw(self.run, self.journal.directory, has_best=self.progress.best is not None)
         self.journal.finish(summary, report.closing(summary, self.journal.directory), figures)
+        self.observers.end(summary)
         return summary
 
-    def _schedule(self) -> Schedule:
+    def _build_schedule(self) -> Schedule:
         return build_schedule(
             self.config.schedule,
             total_steps=self.plan.total_steps,

@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 class Discs:
-    """Images of discs on a sloping background, with noise, and which pixels belong to a disc.
+    """Noisy images of discs on a sloping background, and which pixels belong to a disc.
 
-    Any class with `__len__` and `__getitem__` will do. A parameter `train` (or `split`) makes it be built twice, for
-    training and for validation; the config's other keys under `data:` are its arguments.
+    Any class with `__len__` and `__getitem__` will do. One with a parameter `train` (or `split`) is built twice, for
+    training and for validation. The config's other keys under `data:` are its arguments.
     """
 
     def __init__(self, train: bool, samples: int = 800, side: int = 32, noise: float = 0.4) -> None:
         draw = torch.Generator().manual_seed(int(train))  # its own generator: run.seed changes runs, not data
         count = samples if train else samples // 4
         axis = torch.linspace(-1, 1, side)
-        centres, radii = (
-            torch.rand(2, count, 3, 1, 1, generator=draw) * 2 - 1,
-            torch.rand(count, 3, 1, 1, generator=draw),
-        )
+
+        centres = torch.rand(2, count, 3, 1, 1, generator=draw) * 2 - 1  # three discs in each image
+        radii = 0.15 + 0.25 * torch.rand(count, 3, 1, 1, generator=draw)
         distance = torch.hypot(axis - centres[0], axis.unsqueeze(1) - centres[1])
-        self.masks = (distance < 0.15 + 0.25 * radii).any(1).float()
+        self.masks = (distance < radii).any(1).float()
+
         slope = torch.randn(count, 1, 1, generator=draw) * axis
         self.images = self.masks + slope + noise * torch.randn(self.masks.shape, generator=draw)
 

@@ -8,14 +8,14 @@ from torch import nn
 def dilated_net(in_channels: int, width: int = 16) -> nn.Sequential:
     """Images `(N, in_channels, H, W)` → a logit for each pixel, `(N, 1, H, W)`.
 
-    Any function or class that gives a `torch.nn.Module`. `in_channels` is supplied from the data because it is asked
-    for by that name; `num_classes` would be as well.
+    Any function or class that returns a `torch.nn.Module` will do. `in_channels` is supplied from the data because
+    there is a parameter of that name; so would `num_classes` be.
     """
     layers: list[nn.Module] = []
-    for inputs, dilation in ((in_channels, 1), (width, 2), (width, 4), (width, 8)):
-        layers += [
-            nn.Conv2d(inputs, width, 3, padding=dilation, dilation=dilation, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        ]
+    channels = in_channels
+    for dilation in (1, 2, 4, 8):
+        layers.append(nn.Conv2d(channels, width, 3, padding=dilation, dilation=dilation, bias=False))
+        layers.append(nn.BatchNorm2d(width))
+        layers.append(nn.ReLU())
+        channels = width
     return nn.Sequential(*layers, nn.Conv2d(width, 1, 1))

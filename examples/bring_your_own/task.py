@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer import Task
-from trainer.components.task import Sum
+from trainer import Task, WeightedSum
 
 
 class Segmentation(Task):
     """Binary cross-entropy of each pixel, discs counting `disc_weight` times; the metric is intersection over union.
 
-    Loss and metric are given as a sum and what divides it. The trainer adds both up over micro-batches and processes
-    and divides once, so an uneven last batch weighs what it should.
+    Both are returned as a sum and the weight to divide it by. The trainer adds these up over micro-batches and
+    processes and divides once, so an uneven last batch has the share it should.
     """
 
     metrics = ("iou",)
@@ -24,11 +21,13 @@ class Segmentation(Task):
         super().__init__()
         self.disc_weight = disc_weight
 
-    def loss_sum(self, output: Tensor, targets: Tensor) -> Sum:
+    def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
         weights = 1 + (self.disc_weight - 1) * targets
-        loss = F.binary_cross_entropy_with_logits(output, targets.to(output.dtype), weights, reduction="sum")
-        return loss, weights.sum()  # a tensor, as it depends on the targets; a count of pixels would be an int
+        total = F.binary_cross_entropy_with_logits(output, targets.to(output.dtype), weights, reduction="sum")
+        # A tensor, because it depends on the targets; a plain count of pixels would be an int.
+        return WeightedSum(total, weights.sum())
 
-    def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, Any]:
-        found, true = output > 0, targets > 0.5
-        return {"iou": ((found & true).sum(), (found | true).sum())}
+    def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, WeightedSum]:
+        predicted = output > 0
+        actual = targets > 0.5
+        return {"iou": WeightedSum((predicted & actual).sum(), (predicted | actual).sum())}

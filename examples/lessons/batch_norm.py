@@ -20,9 +20,9 @@ import numpy.typing as npt
 from torch import nn
 
 from trainer import Trainer, load
-from trainer.errors import leave, report
 from trainer.exact.plan import Step
-from trainer.reporting.figures.style import BLUE, DPI, FAINT, INK, QUIET, SMALL, TITLE, VERMILION
+from trainer.process.exit import exit_process, report_error
+from trainer.reporting.figures.style import BLUE, DPI, FAINT, GREY, INK, SMALL, TITLE, VERMILION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,8 +70,11 @@ class Observed(Trainer):
 
     def train_step(self, step: Step) -> None:
         super().train_step(step)
-        self.statistics.gather()
-        mean, variance = self.statistics.statistics[:2]
+        self.reduction.gather()
+        layer = next(module for module in self.module.modules() if isinstance(module, nn.BatchNorm2d))
+        mean, variance = layer.running_mean, layer.running_var
+        assert mean is not None
+        assert variance is not None
         self.seen.append((float(mean.mean()), float(variance.mean())))
 
 
@@ -140,7 +143,7 @@ def _figure(width: float, height: float) -> Figure:
 def _style(axes: Axes, title: str = "") -> None:
     axes.set_title(title, loc="left", fontsize=TITLE, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=QUIET, labelcolor=INK, labelsize=SMALL)
+    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=SMALL)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
 
 
@@ -153,9 +156,9 @@ def main(overrides: list[str]) -> int:
             draw([*overrides, f"run.dir={runs}"]).savefig(folder / f"{draw.__name__}.png")
             print(f"drawn    {folder / draw.__name__}.png")
     except Exception as error:
-        return report(error)
+        return report_error(error)
     return 0
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

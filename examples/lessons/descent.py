@@ -22,9 +22,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from trainer import Trainer, load
 from trainer.config.load import command_line
-from trainer.errors import leave, report
 from trainer.exact.plan import Step
-from trainer.reporting.figures.style import BLUE, DPI, FAINT, INK, QUIET, SMALL, TITLE, VERMILION
+from trainer.process.exit import exit_process, report_error
+from trainer.reporting.figures.style import BLUE, DPI, FAINT, GREY, INK, SMALL, TITLE, VERMILION
 from trainer.storage.run_directory import run_path
 
 if TYPE_CHECKING:
@@ -56,14 +56,14 @@ def losses(trainer: Trainer, weights: Tensor) -> Floats:
     """The mean loss over the training samples at each of some weights `(n, parameters)`; the model's are put back."""
     parameters = list(trainer.module.parameters())
     kept = parameters_to_vector(parameters).detach().clone()
-    batch = trainer.train_loader.peek(range(len(trainer.data.train)))
+    batch = trainer.run.train_loader.peek(range(len(trainer.run.data.train)))
     found = []
     trainer.module.eval()
     with torch.no_grad():
         for row in weights.to(kept):
             vector_to_parameters(row, parameters)
-            _, loss, weight = trainer.forward(trainer.module, batch, None)
-            found.append(float(loss / weight))
+            _, loss = trainer.run.forward(trainer.module, batch, None)
+            found.append(float(loss.total / loss.weight))
         vector_to_parameters(kept, parameters)
     return np.array(found)
 
@@ -97,7 +97,7 @@ def over_a_surface(axes: Axes, trainer: Trainer, path: Tensor) -> Floats:
     bar = axes.figure.colorbar(drawn, ax=axes, ticks=levels[::6], format="%.2g", shrink=0.85, extendrect=True)
     bar.minorticks_off()
     bar.set_label("mean loss of the training samples", fontsize=SMALL, color=INK)
-    bar.ax.tick_params(labelsize=SMALL, colors=QUIET, labelcolor=INK)
+    bar.ax.tick_params(labelsize=SMALL, colors=GREY, labelcolor=INK)
     axes.set_xlabel("first principal direction of the path", fontsize=SMALL, color=INK)
     axes.set_ylabel("second", fontsize=SMALL, color=INK)
     drawn_points: Floats = points.numpy()
@@ -114,7 +114,7 @@ def animate(trainer: Walk, to: Path) -> None:
     figure = Figure(figsize=(5.6, 4.2), dpi=0.75 * DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.tick_params(colors=QUIET, labelcolor=INK, labelsize=SMALL)
+    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=SMALL)
     axes.spines[["top", "right"]].set_visible(False)
     points = (over_a_curve if path.shape[1] == 1 else over_a_surface)(axes, trainer, path)
     draw = _pen(axes, points, losses(trainer, path))
@@ -155,9 +155,9 @@ def main(arguments: list[str]) -> int:
             print(f"drawn    {gif}")
         trainer.ranks.close()
     except Exception as error:
-        return report(error)
+        return report_error(error)
     return 0
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trainer import Task
-from trainer.components.task import Sum
+from trainer import Task, WeightedSum
 
 
 class Place(nn.Module):
@@ -43,8 +42,8 @@ class Square(Task):
 
     metrics = ("x",)
 
-    def loss_sum(self, output: Tensor, targets: Tensor) -> Sum:
-        return output.square().sum(), len(output)
+    def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
+        return WeightedSum(output.square().sum(), len(output))
 
-    def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, Sum]:
-        return {"x": (output.sum(), len(output))}
+    def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, WeightedSum]:
+        return {"x": WeightedSum(output.sum(), len(output))}

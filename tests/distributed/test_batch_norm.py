@@ -13,8 +13,9 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.small import CLASSES, Images, config, conv_net, fitted, largest_difference, state
 from trainer import ConfigError, Trainer
 from trainer.config.schema import BatchNormConfig
-from trainer.exact.batch_norm import RunningStatistics, norm_layers
+from trainer.exact.batch_norm import norm_layers
 from trainer.exact.plan import Plan
+from trainer.exact.running_statistics import StatisticsShare
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint
 
@@ -111,7 +112,7 @@ def test_with_sync_the_micro_batches_of_all_ranks_at_once_are_one_update(ranks: 
         model = conv_net(momentum=0.3)
         section = BatchNormConfig(mode="sync", momentum_per="step")
         plan = Plan(samples=28, batch_size=28, micro_size=7, ranks=ranks, epochs=1, seed=0, equal_ranks=True)
-        RunningStatistics(model, section, Ranks("fp64", find_unused_parameters=False)).begin(plan.step(0))
+        StatisticsShare(model, section, Ranks("fp64")).begin(plan.step(0))
         return float(model[1].momentum)
 
     for found in on_ranks(ranks, momentum):

@@ -22,8 +22,8 @@ def evaluated(directory: Path, eval_size: int, workers: int) -> tuple[dict[str, 
     trainer = Trainer(settings, model=conv_net(), train_data=Images(28), val_data=Images(SAMPLES))
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first == second  # the loader is kept from one to the next
-    assert trainer.evaluator is not None
-    return first, trainer.evaluator.decisions()
+    assert trainer.run.evaluator is not None
+    return first, trainer.run.evaluator.decisions()
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_step_without_targets_changes_nothing(tmp_path: Path) -> None:
         data.labels[:] = IGNORED
         settings = config(directory, batch__micro_size=7, loss__ignore_index=IGNORED, train__log_every=99)
         trainer = Trainer(settings, model=mlp(), train_data=data, val_data=Points(20))
-        trainer.batches = TrainLoader(trainer.train_loader, trainer.plan, trainer.ranks.rank, 0)
+        trainer.batches = TrainLoader(trainer.run.train_loader, trainer.plan, trainer.ranks.rank, 0)
         trainer.train_step(trainer.plan.step(0))
         return state(trainer)
 

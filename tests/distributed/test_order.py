@@ -39,7 +39,7 @@ def steps(directory: Path, workers: int, first_step: int = 0) -> Steps:
         schedule__warmup=2,
     )
     trainer = Trainer(settings)
-    loader = TrainLoader(trainer.train_loader, trainer.plan, trainer.ranks.rank, first_step)
+    loader = TrainLoader(trainer.run.train_loader, trainer.plan, trainer.ranks.rank, first_step)
     seen: Steps = {}
     for step in trainer.plan.steps(first_step):
         for batch in loader.step(step):
@@ -101,7 +101,7 @@ def test_the_generators_of_user_data_are_keyed_too(tmp_path: Path) -> None:
         from torch import nn
 
         trainer = Trainer(settings, model=nn.Linear(3, 20), train_data=data, val_data=data)
-        loader = TrainLoader(trainer.train_loader, trainer.plan, trainer.ranks.rank, 0)
+        loader = TrainLoader(trainer.run.train_loader, trainer.plan, trainer.ranks.rank, 0)
         return [
             [step.epoch, int(target), *row.tolist()]
             for step in trainer.plan.steps()

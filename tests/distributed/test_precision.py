@@ -64,19 +64,19 @@ def test_a_skipped_step_does_not_hold_up_the_schedule(tmp_path: Path) -> None:
         trainer = Trainer(settings, model=Explodes([2]), train_data=data, val_data=data)
         weights = [p.detach().clone() for p in trainer.module.parameters()]
         after: list[list[Tensor]] = []
-        step = trainer.precision.step
+        step = trainer.run.precision.step
 
         def spied(optimizer: torch.optim.Optimizer) -> None:
             step(optimizer)
             after.append([p.detach().clone() for p in trainer.module.parameters()])
 
-        trainer.precision.step = spied  # type: ignore[method-assign]
+        trainer.run.precision.step = spied  # type: ignore[method-assign]
         trainer.fit()
-        assert trainer.precision.scaler is not None
+        assert trainer.run.precision.scaler is not None
         unchanged = all(torch.equal(a, b) for a, b in zip(after[0], after[1], strict=True))
         moved = not torch.equal(after[0][0], weights[0]) and not torch.equal(after[2][0], after[1][0])
         lrs = [row["lr"] for row in read_rows(directory / "run" / "metrics.jsonl") if "train/loss" in row]
-        return lrs, trainer.precision.scaler.get_scale(), unchanged and moved
+        return lrs, trainer.run.precision.scaler.get_scale(), unchanged and moved
 
     for lrs, scale, skipped in on_ranks(1, run, tmp_path):
         assert lrs == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])

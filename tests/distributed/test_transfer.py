@@ -132,7 +132,7 @@ def test_features_of_validation_samples_are_made_once(tmp_path: Path, unfreeze: 
         settings = config(tmp_path, batch__eval_size=8, batch__micro_size=4, **section)
         trainer = Twice(settings, model=net(), train_data=Images(SAMPLES), val_data=Images(31))
         trainer.fit()
-        trainer.freeze_as_in(0)  # what was thawed is another backbone now
+        trainer._freeze(0)  # what was thawed is another backbone now
         trainer.evaluate()
         return kept, whole, calls
 

@@ -1,38 +1,65 @@
-"""Whether a config would run here: everything built, one step trained in memory, and nothing written."""
+"""See whether a config would run here: its header and its first step, in memory.
+
+lockstep check configs/cifar10.yaml batch.size=256
+torchrun --nproc_per_node 2 -m trainer check configs/cifar10.yaml
+
+Everything is built as for training, and one step is trained. Nothing is written.
+"""
 
 from __future__ import annotations
 
 import math
 from time import perf_counter
+from typing import TYPE_CHECKING
 
-from trainer.commands.arguments import split, the_config
-from trainer.core.fuse_check import choose_fuse
+from trainer.commands.arguments import CommandParser, load_config
 from trainer.errors import LockstepError
-from trainer.reporting import summary as report
-from trainer.reporting.console import Console
-from trainer.storage.run_directory import run_path
-from trainer.trainer import Trainer
+from trainer.process.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from trainer.core.metrics import Row
+    from trainer.trainer import Trainer
 
 
 def main(arguments: list[str]) -> None:
-    """Show a run's header and its first step, on any number of processes."""
-    given = split(arguments)
-    config = the_config(given)
+    """Print a run's header and what its first step gave, on any number of processes."""
+    parser = CommandParser("check", __doc__)
+    parser.add_config()
+    config = load_config(parser.parse(arguments))
+
+    from trainer.core.fuse_check import choose_fuse
+    from trainer.reporting.console import Console
+    from trainer.reporting.summary import header
+    from trainer.storage.run_directory import run_path
+    from trainer.trainer import Trainer
+
     trainer = Trainer(config)
-    trainer.fuse = choose_fuse(trainer)
+    keep_freed_memory(trainer.ranks.device.type)
     console = Console(active=trainer.ranks.is_main)
-    console.header(report.header(trainer, trainer.schedule, run_path(config.run)))
+    with trainer.run.settings():
+        trainer.fuse, trainer.fuse_note = choose_fuse(trainer.run)
+        facts = header(trainer.run, trainer.schedule, trainer.fuse, trainer.fuse_note, run_path(config.run))
+        console.header(facts)
+        start = perf_counter()
+        row = _train_first_step(trainer)
+        seconds = perf_counter() - start
+    size = trainer.plan.step(0).size
+    samples = f"{size} sample" if size == 1 else f"{size} samples"
+    metrics = [f"{name} {value:.4g}" for name, value in row.items() if name.startswith("train/")]
+    console.note(f"this runs: a first step of {samples} in {seconds:.2f} s, {', '.join(metrics)}")
+    trainer.ranks.close()
+
+
+def _train_first_step(trainer: Trainer) -> Row:
+    """The row that the first step would log. Raises `LockstepError` if its loss is not finite."""
     step = trainer.plan.step(0)
     trainer.start()
-    began = perf_counter()
     try:
         trainer.train_step(step)
         row = trainer.measure(step)
     finally:
         trainer.end_loading()
-    if not math.isfinite(row.get("train/loss", 0.0)):
-        raise LockstepError(f"the loss of the first step is {row['train/loss']}; see `python -m trainer explain`")
-    took, samples = perf_counter() - began, f"{step.size} sample" + "s" * (step.size > 1)
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name.startswith("train/"))
-    console.note(f"this runs: a first step of {samples} in {took:.2f} s, {shown}")
-    trainer.ranks.close()
+    loss = row.get("train/loss", 0.0)  # absent if every target was ignored
+    if not math.isfinite(loss):
+        raise LockstepError(f"the loss of the first step is {loss}; `python -m trainer explain` takes the step apart")
+    return row

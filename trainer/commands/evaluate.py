@@ -1,21 +1,36 @@
-"""The best model's validation numbers, computed afresh."""
+"""Compute the best model's validation numbers afresh.
+
+lockstep evaluate runs/digits
+lockstep evaluate runs/digits data.root=PATH batch.eval_size=256
+torchrun --nproc_per_node 2 -m trainer evaluate runs/digits
+"""
 
 from __future__ import annotations
 
-from trainer.commands.arguments import split, the_run
-from trainer.storage.run_directory import read_config
-from trainer.trainer import Trainer
+import math
+
+from trainer.commands.arguments import CommandParser
+from trainer.process.memory import keep_freed_memory
 
 
 def main(arguments: list[str]) -> None:
-    """Load the best model of a run and print its validation numbers, on any number of processes."""
-    given = split(arguments)
-    run = the_run(given.paths)
-    trainer = Trainer(read_config(run, given.overrides))
-    kept = trainer.load_best(run)
-    metrics = trainer.evaluator.evaluate() if trainer.evaluator else {}
-    trainer.ranks.close()
-    if trainer.ranks.is_main:
-        print(f"{run}: best model, of epoch {kept['epoch']} (step {kept['step']})")
+    """Print each validation metric of a run's best model, beside the one logged when the model was saved."""
+    parser = CommandParser("evaluate", __doc__)
+    parser.add_run()
+    parser.add_overrides("changes a key of the run's config")
+    options = parser.parse(arguments)
+
+    from trainer.core.build import build_run, settings_of
+    from trainer.storage.run_directory import read_config
+
+    config = read_config(options.run, options.overrides)
+    with settings_of(config):
+        run = build_run(config)
+        keep_freed_memory(run.ranks.device.type)
+        logged = run.load_best(options.run)
+        metrics = run.evaluate() if run.evaluator is not None else {}
+    run.ranks.close()
+    if run.ranks.is_main:
+        print(f"{options.run}: best model, of epoch {logged['epoch']} (step {logged['step']})")
         for name, value in metrics.items():
-            print(f"  val/{name}  {value:.6f}  (kept with {kept.get(f'val/{name}', float('nan')):.6f})")
+            print(f"  val/{name}  {value:.6f}  (logged as {logged.get(f'val/{name}', math.nan):.6f})")

@@ -1,35 +1,45 @@
-"""A sweep from W&B's YAML, run here without a server; `--check` only says whether its trials can run."""
+"""Run a sweep, described in W&B's YAML, on this machine without a server.
+
+lockstep sweep configs/sweeps/grid.yaml --check              only see whether its trials can run
+lockstep sweep configs/sweeps/grid.yaml                      the same command continues a sweep that was stopped
+lockstep sweep configs/sweeps/random.yaml --parallel 4 train.epochs=30
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.commands.arguments import split, whole_number
-from trainer.errors import ConfigError, LockstepError
-from trainer.sweep.check import check
-from trainer.sweep.description import read_sweep
-from trainer.sweep.results import write_results
-from trainer.sweep.run import LocalSweep
-from trainer.sweep.table import LiveTable
+from trainer.commands.arguments import CommandParser, whole_number
+from trainer.errors import LockstepError
 
 
 def main(arguments: list[str]) -> None:
-    """`SWEEP.yaml [--check] [--parallel N] [--seed N] [key=value …]`; overrides hold for every trial."""
-    given = split(arguments, options=("parallel", "seed"), flags=("check",))
-    if len(given.paths) != 1:
-        raise ConfigError("SWEEP", f"one sweep's YAML is needed, and {len(given.paths)} are given")
-    sweep = read_sweep(Path(given.paths[0]))
-    config = check(sweep, given.overrides)
-    if "check" in given.options:
+    """Run the sweep's trials, or check them; overrides hold for every trial."""
+    parser = CommandParser("sweep", __doc__)
+    parser.add_argument("file", metavar="SWEEP.yaml", type=Path, help="method, metric and parameters")
+    parser.add_argument("--check", action="store_true", help="check every key and value, and train nothing")
+    parser.add_argument(
+        "--parallel", metavar="N", type=whole_number(least=1), default=1, help="trials that run at once (default: 1)"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=whole_number(least=0), default=0, help="draws the trials' values (default: 0)"
+    )
+    parser.add_overrides("changes a key of every trial's config")
+    options = parser.parse(arguments)
+
+    from trainer.sweep.check import check
+    from trainer.sweep.description import read_sweep
+    from trainer.sweep.results import write_results
+    from trainer.sweep.run import LocalSweep
+    from trainer.sweep.table import LiveTable
+
+    sweep = read_sweep(options.file)
+    config = check(sweep, options.overrides)
+    if options.check:
         print(f"{sweep.file}: every parameter exists and takes its values, and {sweep.metric} is logged")
         return
-    numbers = {
-        name: whole_number({"parallel": "1", "seed": "0", **given.options}, name) for name in ("parallel", "seed")
-    }
-    if numbers["parallel"] < 1:
-        raise ConfigError("--parallel", "at least one trial runs at a time")
     directory = Path(config.run.dir) / sweep.name
-    local = LocalSweep(sweep, directory, shared=given.overrides, **numbers)
+    local = LocalSweep(sweep, directory, shared=options.overrides, seed=options.seed, parallel=options.parallel)
     try:
         with LiveTable(sweep) as table:
             local.run(table.show)

@@ -1,4 +1,4 @@
-"""A model's head, its last layer: found, and made to fit the classes."""
+"""A model's head, its last layer: how to find it and fit it to the number of classes."""
 
 from __future__ import annotations
 
@@ -8,36 +8,42 @@ from torch.nn.modules.conv import _ConvNd
 from trainer.errors import ConfigError, nearest
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
 
-ENDS = ("fc", "_fc", "classifier", "head", "heads")  # where models keep it; in any other, the last layer defined
-HEADLESS = {  # packages of models whose output is more than one layer's, and what they do
+HEAD_NAMES = ("fc", "_fc", "classifier", "head", "heads")  # where models keep it; elsewhere, the last layer defined
+WITHOUT_HEAD = {  # packages of models whose output comes from more than one layer, and what those models do
     "torchvision.models.detection": "detects objects",
     "torchvision.models.segmentation": "segments images",
     "torchvision.models.optical_flow": "computes optical flow",
 }
 
 
-def find_head(model: nn.Module, given: str | None) -> str:
-    """The dotted name of the model's last linear or convolutional layer; `given` is `model.head`, where it is set."""
-    if given is not None:
-        names = [name for name, _ in model.named_modules() if name]
-        if given not in names:
-            raise ConfigError("model.head", f'the model has no module "{given}"{nearest(given, names)}')
-        return given
-    for package, does in HEADLESS.items():
+def find_head(model: nn.Module, name: str | None) -> str:
+    """The dotted name of the model's last linear or convolutional layer; or `name`, which is `model.head` if it is set.
+
+    Raises `ConfigError` if the model has no such module, or no single head.
+    """
+    modules = {module_name: module for module_name, module in model.named_modules() if module_name}
+    if name is not None:
+        if name not in modules:
+            raise ConfigError("model.head", f'the model has no module "{name}"{nearest(name, modules)}')
+        return name
+    for package, verb in WITHOUT_HEAD.items():
         if type(model).__module__.startswith(package):
             raise ConfigError(
                 "model.name",
-                f"{type(model).__name__} {does} and has no one head for classes; name a classifier, or set model.head",
+                f"{type(model).__name__} {verb} and has no one head for classes; name a classifier, or set model.head",
             )
-    layers: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | _ConvNd)]
+    layers: list[str] = [dotted for dotted, module in modules.items() if isinstance(module, nn.Linear | _ConvNd)]
     if not layers:
         raise ConfigError("model.head", "the model has no linear or convolutional layer; name its head")
-    at_end = [name for name in layers if name.partition(".")[0] in ENDS]
-    return (at_end or layers)[-1]
+    heads = [layer for layer in layers if layer.partition(".")[0] in HEAD_NAMES]
+    return (heads or layers)[-1]
 
 
 def fit_head(model: nn.Module, head: str, outputs: int, seed: int) -> bool:
-    """Give the model a new head of `outputs` outputs, drawn by `seed` alone, unless it has as many; whether it did."""
+    """Replace the model's head by one with `outputs` outputs, unless it has as many; True if it was replaced.
+
+    The new weights are drawn by `seed` alone. Raises `ConfigError` if the head is not an `nn.Linear`.
+    """
     old = model.get_submodule(head)
     if head_outputs(model, head) == outputs:
         return False
@@ -55,7 +61,7 @@ def fit_head(model: nn.Module, head: str, outputs: int, seed: int) -> bool:
 
 
 def head_outputs(model: nn.Module, head: str) -> int | None:
-    """How many outputs the head has; None where it is no single layer."""
+    """How many outputs the head has; None if it is not a single layer."""
     layer = model.get_submodule(head)
     if isinstance(layer, nn.Linear):
         return layer.out_features

@@ -1,4 +1,4 @@
-"""Import path, torchvision name or `small_cnn` → a model with the run's initial weights."""
+"""Models by name: `small_cnn`, one of torchvision's, or an import path; with the run's initial weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from trainer.components.weights import torchvision_weights
@@ -15,7 +14,7 @@ from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, nearest
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
 
-AUXILIARY = ("googlenet", "inception_v3")  # torchvision's with further heads, which a loss of one output cannot take
+WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")  # of torchvision; a loss of one output cannot take more
 
 
 def small_cnn(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Sequential:
@@ -39,13 +38,17 @@ def small_cnn(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Seq
 def build_model(section: ModelConfig, *, seed: int, num_classes: int | None, in_channels: int | None) -> nn.Module:
     """The model that `model.name` names, its initial weights a function of `seed` alone.
 
-    `num_classes` (from the config, else from the data) and `in_channels` (from the data) are supplied to
-    models that take them; the section's other keys are the model's arguments.
+    `num_classes` (from the config, else from the data) and `in_channels` (from the data) are supplied to models that
+    take them; the section's other keys are the model's arguments.
     """
-    supplied: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
-    supplied = {name: value for name, value in supplied.items() if value is not None}
-    constructor = _constructor(section, supplied)
-    supplied = {name: value for name, value in supplied.items() if name not in section.args}
+    supplied: dict[str, Any] = {}
+    if num_classes is not None:
+        supplied["num_classes"] = num_classes
+    if in_channels is not None:
+        supplied["in_channels"] = in_channels
+    constructor, supplied = _constructor(section, supplied)
+    for name in section.args:
+        supplied.pop(name, None)
     with preserved_cpu_generators():
         seed_cpu(key(seed, "weights"))
         model = build("model", constructor, section.args, **supplied)
@@ -54,18 +57,24 @@ def build_model(section: ModelConfig, *, seed: int, num_classes: int | None, in_
     return model
 
 
-def _constructor(section: ModelConfig, supplied: dict[str, Any]) -> Callable[..., Any]:
-    name = section.name
-    if "." in name or name == "small_cnn":
-        if name.startswith("timm.") and "in_channels" in supplied:
-            supplied["in_chans"] = supplied.pop("in_channels")  # its word for it
-        constructor: Callable[..., Any] = resolve("model", name, {"small_cnn": small_cnn})
-        if getattr(constructor, "__init__", None) is nn.Module.__init__:  # it looks as if it took any argument
-            supplied.clear()
-        return constructor
+def _constructor(section: ModelConfig, supplied: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What makes the model, and what to supply it with."""
+    if section.name == "small_cnn":
+        return small_cnn, supplied
+    if "." not in section.name:
+        return _torchvision_builder(section, supplied)
+    constructor: Callable[..., Any] = resolve("model", section.name, {})
+    if getattr(constructor, "__init__", None) is nn.Module.__init__:  # by its signature it takes any argument
+        return constructor, {}
+    if section.name.startswith("timm.") and "in_channels" in supplied:
+        supplied["in_chans"] = supplied.pop("in_channels")  # timm's word for it
+    return constructor, supplied
+
+
+def _torchvision_builder(section: ModelConfig, supplied: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
     from torchvision import models
 
-    supplied.pop("in_channels", None)  # torchvision's models take three
+    name = section.name
     try:
         builder: Callable[..., Any] = models.get_model_builder(name)
     except ValueError:
@@ -74,42 +83,46 @@ def _constructor(section: ModelConfig, supplied: dict[str, Any]) -> Callable[...
             "model.name",
             f'"{name}" is neither small_cnn, a torchvision model nor an import path{nearest(name, known)}',
         ) from None
-    supplied |= _as_weights_need(section)
+    supplied.pop("in_channels", None)  # torchvision's models take three
+    supplied |= _arguments_for_weights(section)
     if "weights_backbone" in inspect.signature(builder).parameters:
-        supplied["weights_backbone"] = None  # else torchvision downloads some unasked
-    return builder
+        supplied["weights_backbone"] = None  # the default would download some
+    return builder, supplied
 
 
-def compile_model(model: nn.Module, *, bitwise: bool) -> None:
-    """Compile a model in place. `bitwise`: each shape's kernels depend on that shape alone, and not on those before it.
-
-    Left to itself, torch.compile makes kernels for any shape once it has seen a second one, and no more kernels at all
-    after a number of shapes; which shapes a rank sees first depends on the number of ranks.
-    """
-    if bitwise:
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
-    model.compile(dynamic=False if bitwise else None)
-
-
-def _as_weights_need(section: ModelConfig) -> dict[str, Any]:
+def _arguments_for_weights(section: ModelConfig) -> dict[str, Any]:
     """What torchvision's builders set when they load weights themselves, which they do not here."""
     arguments: dict[str, Any] = {}
-    if section.name in AUXILIARY:
-        arguments |= {"aux_logits": False, "init_weights": True}  # true is the default, without its warning
     weights = torchvision_weights(section)
-    if weights is not None and section.name in AUXILIARY:
-        arguments |= {"transform_input": True, "init_weights": False}
+    if section.name in WITH_AUXILIARY_HEADS:
+        arguments["aux_logits"] = False
+        arguments["init_weights"] = weights is None  # given, so that torchvision does not warn about its default
+        if weights is not None:
+            arguments["transform_input"] = True
     if weights is not None and section.name.startswith("vit_"):
         arguments["image_size"] = weights.meta["min_size"][0]
     return arguments
 
 
+def compile_model(model: nn.Module, *, bitwise: bool) -> None:
+    """Compile a model in place. With `bitwise`, the kernels for a shape depend on that shape alone.
+
+    By default torch.compile makes kernels for any shape once it has seen a second one, and stops making more after a
+    number of shapes. Which shapes a rank sees first depends on the number of ranks.
+    """
+    model.compile(dynamic=False if bitwise else None)
+
+
 def input_channels(inputs: Any) -> int | None:
-    """Channels of images `(N, C, H, W)`; None for what are not images."""
+    """Channels of images `(N, C, H, W)`; None for anything else."""
     return inputs.shape[1] if isinstance(inputs, Tensor) and inputs.dim() == 4 else None
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Parameters in all, and those that are trained."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    """How many parameters there are, and how many of them are trained."""
+    total, trainable = 0, 0
+    for parameter in model.parameters():
+        total += parameter.numel()
+        if parameter.requires_grad:
+            trainable += parameter.numel()
+    return total, trainable

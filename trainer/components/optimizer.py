@@ -16,9 +16,9 @@ from trainer.errors import ConfigError, LockstepError
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
-Numbers = dict[str, Any]  # int, float, bool, str or None by name; under "parameters" a list of names
-TRAINED = "parameters"  # no clash: every other name holds a dot
-OURS = {"params", "lr", "initial_lr", "weight_decay"}  # entries of a group that the config decides
+Numbers = dict[str, Any]  # int, float, bool, str or None by name; under PARAMETERS a list of names
+PARAMETERS = "parameters"  # cannot clash: every other name has a dot
+CONFIG_ENTRIES = {"params", "lr", "initial_lr", "weight_decay"}  # a group's entries that come from the config
 
 
 def build_optimizer(section: OptimizerConfig, model: nn.Module, *, head: str | None = None) -> Optimizer:
@@ -26,21 +26,13 @@ def build_optimizer(section: OptimizerConfig, model: nn.Module, *, head: str | N
 
     Parameters of one learning rate (see `base_rates`; `head` is `model.head`) form a group. With
     `decay_norm_and_bias: false`, biases, other parameters of at most one dimension and all parameters of norm layers
-    form further groups without weight decay. Each group keeps its base rate as `initial_lr`; the first has
-    `optimizer.lr`, if any has.
+    form further groups without weight decay. Each group keeps its base rate as `initial_lr`. A group with
+    `optimizer.lr` comes first, if there is one.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not trained:
+    groups = _groups(section, model, head)
+    if not groups:
         raise ConfigError("model", "no parameter requires a gradient, so there is nothing to train; freeze less")
-    spared = set() if section.decay_norm_and_bias else _norms_and_biases(model)
-    rates = base_rates(section, model, head)
-    groups: list[dict[str, Any]] = []
-    for extra, members in ({}, trained.keys() - spared), ({"weight_decay": 0.0}, spared):
-        for rate in sorted({rates[name] for name in trained}, key=lambda rate: (rate != section.lr, -rate)):
-            chosen = [p for name, p in trained.items() if name in members and rates[name] == rate]
-            groups.append({"params": chosen, "lr": rate, **extra})
     target = resolve("optimizer", section.name, OPTIMIZERS)
-    groups = [group for group in groups if group["params"]]
     optimizer = build("optimizer", target, section.args, groups, lr=section.lr)
     if not isinstance(optimizer, Optimizer) or "lr" not in optimizer.defaults:
         raise ConfigError("optimizer.name", f'"{section.name}" is not an optimizer with a learning rate `lr`')
@@ -57,6 +49,24 @@ def build_optimizer(section: OptimizerConfig, model: nn.Module, *, head: str | N
     return optimizer
 
 
+def _groups(section: OptimizerConfig, model: nn.Module, head: str | None) -> list[dict[str, Any]]:
+    """Parameter groups: those with weight decay first, then by rate: `optimizer.lr`, then from high to low."""
+    rates = base_rates(section, model, head)
+    without_decay = set() if section.decay_norm_and_bias else _norms_and_biases(model)
+    groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = rates[name]
+        order = (name in without_decay, rate != section.lr, -rate)
+        if order not in groups:
+            groups[order] = {"params": [], "lr": rate}
+            if name in without_decay:
+                groups[order]["weight_decay"] = 0.0
+        groups[order]["params"].append(parameter)
+    return [groups[order] for order in sorted(groups)]
+
+
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
     """Give each group `factor` times its base learning rate."""
     for group in optimizer.param_groups:
@@ -64,24 +74,25 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """`lr`, the first group's; where there are several, `lr/<name or number>` of each besides."""
+    """`lr`, the first group's; if there are several, also `lr/<name or number>` of each."""
     groups = optimizer.param_groups
     rates = {"lr": groups[0]["lr"]}
     if len(groups) > 1:
-        rates |= {f"lr/{group.get('name', number)}": group["lr"] for number, group in enumerate(groups)}
+        for number, group in enumerate(groups):
+            rates[f"lr/{group.get('name', number)}"] = group["lr"]
     return rates
 
 
 def named_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, torch.Tensor], Numbers]:
     """The state as contiguous tensors and plain values, each under `<state key>.<parameter name>`.
 
-    `model` is the module that was given to `build_optimizer`, unwrapped. What the optimizer changed in its own
-    groups goes under `<key>.group <number>`. Tensors are not copied. Raises `LockstepError` for other state.
+    `model` is the module that was passed to `build_optimizer`, unwrapped. What the optimizer changed in its own groups
+    goes under `<key>.group <number>`. Tensors are not copied. Raises `LockstepError` for state of any other kind.
     """
     packed = optimizer.state_dict()
     names = _trained_names(optimizer, model)
     tensors: dict[str, torch.Tensor] = {}
-    numbers: Numbers = {TRAINED: names}
+    numbers: Numbers = {PARAMETERS: names}
     for index, entries in packed["state"].items():
         if not isinstance(index, int):
             raise LockstepError(f"the optimizer's state {index!r} belongs to no parameter and cannot be saved")
@@ -89,7 +100,7 @@ def named_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, torch
             _store(key, names[index], value, tensors, numbers)
     for number, group in enumerate(packed["param_groups"]):
         for key, value in group.items():
-            if key not in OURS and not _same(value, optimizer.defaults.get(key)):
+            if key not in CONFIG_ENTRIES and not _same(value, optimizer.defaults.get(key)):
                 _store(key, f"group {number}", value, tensors, numbers)
     return tensors, numbers
 
@@ -97,38 +108,45 @@ def named_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, torch
 def load_named_state(
     optimizer: Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor], numbers: Numbers
 ) -> None:
-    """Put what `named_state` gave into an optimizer that `build_optimizer` made, on whatever device it is.
+    """Load what `named_state` returned into an optimizer from `build_optimizer`, on whatever device it is.
 
-    Raises `LockstepError` where the parameters are not those that the state was saved for.
+    Raises `LockstepError` if the parameters are not those that the state was saved for.
     """
     names = _trained_names(optimizer, model)
-    _check_parameters(set(numbers.get(TRAINED, [])), set(names))
+    _check_parameters(set(numbers.get(PARAMETERS, [])), set(names))
     packed = optimizer.state_dict()
-    indices = {name: index for index, name in enumerate(names)}
-    groups = {f"group {number}": group for number, group in enumerate(packed["param_groups"])}
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in [*tensors.items(), *numbers.items()]:
+    entries_of: dict[str, dict[str, Any]] = {}  # by parameter or group
+    for name in names:
+        entries_of[name] = {}
+    for number, group in enumerate(packed["param_groups"]):
+        entries_of[f"group {number}"] = group
+    for name, value in (tensors | numbers).items():
+        if name == PARAMETERS:
+            continue
         key, _, owner = name.partition(".")
-        if owner in indices:
-            state.setdefault(indices[owner], {})[key] = value
-        elif owner in groups:
-            groups[owner][key] = value
-        elif name != TRAINED:
+        if owner not in entries_of:
             raise LockstepError(f'the saved optimizer state "{name}" belongs to no parameter of this run')
-    optimizer.load_state_dict({**packed, "state": state})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, entries in state.items():
-        _restore_exactly(parameters[index], optimizer.state[parameters[index]], entries)
+        entries_of[owner][key] = value
+    packed["state"] = {index: entries_of[name] for index, name in enumerate(names) if entries_of[name]}
+    optimizer.load_state_dict(packed)
+    parameters = dict(model.named_parameters())
+    for name in names:
+        if entries_of[name]:  # looking up an optimizer's state would make an empty one
+            _restore_exactly(parameters[name], optimizer.state[parameters[name]], entries_of[name])
 
 
 def _norms_and_biases(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay is commonly kept from."""
-    in_norms = {id(p) for module in model.modules() if isinstance(module, NORMS) for p in module.parameters()}
-    return {
-        name
-        for name, parameter in model.named_parameters()
-        if id(parameter) in in_norms or parameter.ndim <= 1 or name.rpartition(".")[2] == "bias"
-    }
+    """Names of the parameters that are commonly spared weight decay."""
+    in_norms: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            in_norms.update(module.parameters())
+    names: set[str] = set()
+    for name, parameter in model.named_parameters():
+        is_bias = name.rpartition(".")[2] == "bias"
+        if is_bias or parameter.ndim <= 1 or parameter in in_norms:
+            names.add(name)
+    return names
 
 
 def _trained_names(optimizer: Optimizer, model: nn.Module) -> list[str]:
@@ -157,18 +175,21 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def _check_parameters(saved: set[str], present: set[str]) -> None:
-    for names, problem in ((present - saved, "lacks"), (saved - present, "has")):
+    for names, verb in ((present - saved, "lacks"), (saved - present, "has")):
         if names:
-            shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
-            what = f"the saved optimizer state {problem} {shown}"
-            raise LockstepError(f"{what}, unlike this run; train the parameters that were trained then")
+            examples = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+            raise LockstepError(
+                f"the saved optimizer state {verb} {examples}, unlike this run; train the parameters that were "
+                f"trained then"
+            )
 
 
 def _restore_exactly(parameter: nn.Parameter, loaded: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Undo what torch's loading does beside moving tensors: casts to the parameter's dtype, sharing, spoilt text."""
+    """Undo what torch's loading does besides moving tensors: it casts to the parameter's dtype and spoils text."""
     for key, value in saved.items():
         if not isinstance(value, torch.Tensor):
             loaded[key] = value
-        else:
-            like = parameter if value.shape == parameter.shape else value  # strides as the parameter's
-            loaded[key] = torch.empty_like(like, dtype=value.dtype, device=loaded[key].device).copy_(value)
+            continue
+        strides_from = parameter if value.shape == parameter.shape else value
+        copy = torch.empty_like(strides_from, dtype=value.dtype, device=loaded[key].device)
+        loaded[key] = copy.copy_(value)

@@ -1,7 +1,8 @@
-"""Position in the run → factor of the base learning rate. Nothing is kept between calls, so nothing is saved.
+"""Schedules: pure functions from a position in the run to a factor of the base learning rate.
 
-The position is the number of whole epochs done (`per: epoch`) or of steps done (`per: step`), and every
-duration among the arguments is in that unit. Warmup multiplies the curve and does not shift its clock.
+The position is the number of whole epochs done (`per: epoch`) or of steps done (`per: step`), and every duration among
+the arguments is in that unit. Warmup multiplies the curve and does not delay it. There is no state, so there is nothing
+to save or restore.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from trainer.config.registry import build, resolve
 from trainer.config.schema import ScheduleConfig
 from trainer.errors import ConfigError
 
-Curve = tuple[Callable[[int], float], str]  # position → factor, and what to call it in the run's header
-Rule = tuple[str, Callable[[Any], bool]]  # what an argument must be, in words and as a test
+Curve = tuple[Callable[[int], float], str]  # (position → factor, what the run's header calls it)
+Rule = tuple[str, Callable[[Any], bool]]  # what an argument must be: in words, and as a test
 
 POSITIVE: Rule = ("a number above 0", lambda value: 0 < value < math.inf)
 FRACTION: Rule = ("a number from 0 to 1", lambda value: 0 <= value <= 1)
@@ -28,12 +29,12 @@ LENGTH: Rule = ("a whole number, 1 or more", lambda value: isinstance(value, int
 
 @dataclass(frozen=True)
 class Clock:
-    """What a curve may know of the run. `history` is the trainer's own list: it grows during the run."""
+    """What a curve may know about the run. `history` is the trainer's own list: it grows during the run."""
 
     total: int  # the run's length in `unit`
     unit: Literal["epoch", "step"]
-    history: list[float]  # the watched metric, one value for each evaluation so far
-    mode: Literal["min", "max"]  # whether less or more of it is better
+    history: list[float]  # `best.metric`, one value per evaluation so far
+    mode: Literal["min", "max"]  # min: less of it is better
 
 
 class Schedule:
@@ -46,12 +47,12 @@ class Schedule:
         self._warmup_steps = round(section.warmup * steps_per_position)
 
     def factor(self, step_index: int) -> float:
-        """The factor of the step that follows `step_index` earlier ones."""
-        value = self._curve(step_index // self._steps_per_position)
+        """The factor of the step with `step_index` steps before it."""
+        factor = self._curve(step_index // self._steps_per_position)
         if step_index + 1 < self._warmup_steps:
             start = self._section.warmup_start
-            value *= start + (1 - start) * (step_index + 1) / self._warmup_steps
-        return value
+            factor *= start + (1 - start) * (step_index + 1) / self._warmup_steps
+        return factor
 
     def describe(self) -> str:
         """One short phrase, such as `step: ×0.1 every 7 epochs, warmup 1 epoch`."""
@@ -69,9 +70,9 @@ def build_schedule(
     history: list[float],
     mode: Literal["min", "max"],
 ) -> Schedule:
-    """The schedule that `section` names. `plateau` alone reads `history`, anew at each call of `factor`.
+    """The schedule that `section` names. Only `plateau` reads `history`, afresh at each call of `factor`.
 
-    An import path names a function `f(position, total, **arguments) -> factor`, both in unit `schedule.per`.
+    An import path names a function `f(position, total, **arguments) -> factor`, both in the unit `schedule.per`.
     """
     steps_per_position = steps_per_epoch if section.per == "epoch" else 1
     clock = Clock(math.ceil(total_steps / steps_per_position), section.per, history, mode)
@@ -84,7 +85,7 @@ def build_schedule(
 
 
 def constant(clock: Clock) -> Curve:
-    """The base learning rate, throughout."""
+    """The base learning rate, all the time."""
     return lambda position: 1.0, "constant"
 
 
@@ -92,8 +93,12 @@ def step(clock: Clock, *, step_size: int = 7, gamma: float = 0.1) -> Curve:
     """Multiplied by `gamma` every `step_size`, as torch's StepLR."""
     _check(LENGTH, step_size=step_size)
     _check(POSITIVE, gamma=gamma)
-    phrase = f"step: {_times(gamma)} every {_count(step_size, clock.unit)}"
-    return lambda position: gamma ** (position // step_size), phrase
+
+    def factor(position: int) -> float:
+        exponent: int = position // step_size
+        return gamma**exponent
+
+    return factor, f"step: {_times(gamma)} every {_count(step_size, clock.unit)}"
 
 
 def multi_step(clock: Clock, *, milestones: list[int], gamma: float = 0.1) -> Curve:
@@ -104,18 +109,23 @@ def multi_step(clock: Clock, *, milestones: list[int], gamma: float = 0.1) -> Cu
         _check(LENGTH, milestones=milestone)
     _check(POSITIVE, gamma=gamma)
     ordered = sorted(milestones)
-    phrase = f"multi_step: {_times(gamma)} at {clock.unit} {', '.join(map(str, ordered))}"
-    return lambda position: gamma ** bisect_right(ordered, position), phrase
+
+    def factor(position: int) -> float:
+        milestones_passed = bisect_right(ordered, position)
+        return gamma**milestones_passed
+
+    return factor, f"multi_step: {_times(gamma)} at {clock.unit} {', '.join(map(str, ordered))}"
 
 
 def cosine(clock: Clock, *, min_factor: float = 0.0) -> Curve:
     """Half a cosine from 1 to `min_factor` over the run (Loshchilov and Hutter, 2017), as torch's."""
     _check(FRACTION, min_factor=min_factor)
     total = clock.total
-    return (
-        lambda position: _along_cosine(1.0, min_factor, min(position / total, 1.0)),
-        f"cosine: to {_times(min_factor)} over {_count(total, clock.unit)}",
-    )
+
+    def factor(position: int) -> float:
+        return _cosine_between(1.0, min_factor, min(position / total, 1.0))
+
+    return factor, f"cosine: to {_times(min_factor)} over {_count(total, clock.unit)}"
 
 
 def polynomial(clock: Clock, *, power: float = 1.0, min_factor: float = 0.0) -> Curve:
@@ -123,10 +133,12 @@ def polynomial(clock: Clock, *, power: float = 1.0, min_factor: float = 0.0) -> 
     _check(POSITIVE, power=power)
     _check(FRACTION, min_factor=min_factor)
     total = clock.total
-    return (
-        lambda position: min_factor + (1 - min_factor) * max(0.0, 1 - position / total) ** power,
-        f"polynomial: power {power:g} to {_times(min_factor)} over {_count(total, clock.unit)}",
-    )
+
+    def factor(position: int) -> float:
+        remaining: float = max(0.0, 1 - position / total) ** power
+        return min_factor + (1 - min_factor) * remaining
+
+    return factor, f"polynomial: power {power:g} to {_times(min_factor)} over {_count(total, clock.unit)}"
 
 
 def one_cycle(
@@ -139,24 +151,28 @@ def one_cycle(
 ) -> Curve:
     """Up to the base learning rate and down again (Smith and Topin, 2018), as torch's OneCycleLR.
 
-    `optimizer.lr` is the peak. The first step has a `div_factor`th of it, the last a `final_div_factor`th of
-    that again, and the peak lies `pct_start` into the run. The momentum is not cycled.
+    The first step has `optimizer.lr` / `div_factor`; the peak, at the share `pct_start` of the run, is `optimizer.lr`;
+    the last step has the first step's rate / `final_div_factor`. The momentum is not cycled.
     """
     _check(FRACTION, pct_start=pct_start)
     _check(POSITIVE, div_factor=div_factor, final_div_factor=final_div_factor)
     if anneal not in ("cos", "linear"):
         raise ConfigError("schedule.anneal", f'"{anneal}" is not one of cos, linear')
-    along = _along_cosine if anneal == "cos" else _along_line
-    first, last = 1 / div_factor, 1 / (div_factor * final_div_factor)
-    peak, end = pct_start * clock.total - 1, clock.total - 1
+    between = _cosine_between if anneal == "cos" else _line_between
+    first = 1 / div_factor
+    last = 1 / (div_factor * final_div_factor)
+    end = clock.total - 1
+    peak = pct_start * clock.total - 1  # a position; it need not be whole, and in a very short run it is below 0
 
     def factor(position: int) -> float:
         if peak > 0 and position <= peak:
-            return along(first, 1.0, position / peak)
-        return along(1.0, last, (position - peak) / (end - peak)) if position < end else last
+            return between(first, 1.0, position / peak)
+        if position < end:
+            return between(1.0, last, (position - peak) / (end - peak))
+        return last
 
-    run = _count(clock.total, clock.unit)
-    return factor, f"one_cycle: {_times(first)} to {_times(1)} to {_times(last)} over {run}"
+    duration = _count(clock.total, clock.unit)
+    return factor, f"one_cycle: {_times(first)} to {_times(1)} to {_times(last)} over {duration}"
 
 
 def plateau(
@@ -168,27 +184,28 @@ def plateau(
     cooldown: int = 0,
     min_factor: float = 0.0,
 ) -> Curve:
-    """Multiplied by `factor` after more than `patience` evaluations without a better value, then `cooldown`.
+    """Multiplied by `factor` after more than `patience` evaluations without a better value.
 
-    As torch's ReduceLROnPlateau with a relative threshold, but without its least change (`eps`).
+    For the next `cooldown` evaluations nothing is counted. As torch's ReduceLROnPlateau with a relative threshold, but
+    without its smallest change (`eps`).
     """
     if clock.unit == "step":
         raise ConfigError("schedule.per", "plateau counts evaluations, not steps; use schedule.per=epoch")
     _check(FRACTION, threshold=threshold, min_factor=min_factor)
     _check(("a number between 0 and 1", lambda value: 0 < value < 1), factor=factor)
     _check(COUNT, patience=patience, cooldown=cooldown)
-    terms = _Plateau(clock.mode, factor, patience, threshold, cooldown, min_factor)
-    seen: list[float] = []
-    result = 1.0
+    rule = _Plateau(clock.mode, factor, patience, threshold, cooldown, min_factor)
+    last_history: list[float] = []
+    last_factor = 1.0
 
-    def current_factor(position: int) -> float:
-        nonlocal seen, result
-        if seen != clock.history:  # it grew, or a resumed run put its own in place
-            seen = list(clock.history)
-            result = terms.factor_after(seen)
-        return result
+    def factor_now(position: int) -> float:
+        nonlocal last_history, last_factor
+        if last_history != clock.history:  # it grew, or a resumed run replaced it
+            last_history = list(clock.history)
+            last_factor = rule.factor_after(last_history)
+        return last_factor
 
-    return current_factor, f"plateau: {_times(factor)} after {patience} evaluations without a better one"
+    return factor_now, f"plateau: {_times(factor)} after {patience} evaluations without a better one"
 
 
 @dataclass(frozen=True)
@@ -198,22 +215,29 @@ class _Plateau:
     patience: int
     threshold: float
     cooldown: int
-    least: float
+    min_factor: float
 
     def factor_after(self, values: list[float]) -> float:
-        """What ReduceLROnPlateau arrives at after `values`. A NaN is not better than anything."""
+        """ReduceLROnPlateau's factor after `values`. A NaN is not better than anything."""
         sign = 1 if self.mode == "min" else -1
-        current, best, bad, cooling = 1.0, sign * math.inf, 0, 0
+        factor = 1.0
+        best = sign * math.inf
+        without_gain = 0  # evaluations since the best one
+        cooldown_left = 0
         for value in values:
             if sign * value < sign * best * (1 - sign * self.threshold):
-                best, bad = value, 0
+                best = value
+                without_gain = 0
             else:
-                bad += 1
-            if cooling:
-                cooling, bad = cooling - 1, 0
-            if bad > self.patience:
-                current, bad, cooling = max(current * self.factor, self.least), 0, self.cooldown
-        return current
+                without_gain += 1
+            if cooldown_left:
+                cooldown_left -= 1
+                without_gain = 0
+            if without_gain > self.patience:
+                factor = max(factor * self.factor, self.min_factor)
+                without_gain = 0
+                cooldown_left = self.cooldown
+        return factor
 
 
 CURVES: dict[str, Callable[..., Curve]] = {
@@ -230,11 +254,11 @@ CURVES: dict[str, Callable[..., Curve]] = {
 def _imported(section: ScheduleConfig, function: Callable[..., float], total: int) -> Curve:
     if isinstance(function, type):
         raise ConfigError("schedule.name", f'"{section.name}" is a class; name a function (position, total) → factor')
-    first = build("schedule", function, section.args, 0, total)
+    first = build("schedule", function, section.args, 0, total)  # names a wrong argument before the run starts
     if not isinstance(first, SupportsFloat):
         raise ConfigError("schedule.name", f'"{section.name}" gave {first!r} as a factor, not a number')
 
-    @lru_cache(maxsize=1)
+    @lru_cache(maxsize=1)  # per epoch, the same position is asked for in every step
     def factor(position: int) -> float:
         return float(function(position, total, **section.args))
 
@@ -242,19 +266,20 @@ def _imported(section: ScheduleConfig, function: Callable[..., float], total: in
 
 
 def _check(rule: Rule, **arguments: Any) -> None:
-    """Raise a `ConfigError` for the first argument, called by its own name, that breaks `rule`."""
-    wanted, holds = rule
+    """Raise a `ConfigError` that names the first argument that breaks `rule`."""
+    requirement, is_met_by = rule
     for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
-            raise ConfigError(f"schedule.{name}", f"{value} is not {wanted}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not is_met_by(value):
+            raise ConfigError(f"schedule.{name}", f"{value} is not {requirement}")
 
 
-def _along_cosine(start: float, end: float, part: float) -> float:
-    return end + (start - end) / 2 * (1 + math.cos(math.pi * part))
+def _cosine_between(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
 
 
-def _along_line(start: float, end: float, part: float) -> float:
-    return start + (end - start) * part
+def _line_between(start: float, end: float, share: float) -> float:
+    return start + (end - start) * share
 
 
 def _times(factor: float) -> str:

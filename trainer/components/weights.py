@@ -1,7 +1,7 @@
-"""Weights to begin with: torchvision's by name, or a file's; and an account of what was taken from them.
+"""Pretrained weights, torchvision's by name or those of a file, and a line that says what was loaded.
 
 A file is safetensors, or a state dict as `torch.save` writes it (plain, or under "state_dict" or "model"; a prefix
-`module.` on every name is dropped). It is read as tensors alone: no code in it can run.
+`module.` on every name is dropped). Only tensors are read: no code in a file can run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlparse
 
 import torch
@@ -23,13 +23,13 @@ from trainer.components.heads import find_head, fit_head
 from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, nearest
 
-FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-PATIENCE = 20.0  # seconds that a server may be silent
-First = Callable[[], AbstractContextManager[None]]  # within it, one process of each machine goes ahead of the others
+FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+SERVER_TIMEOUT = 20.0  # seconds that a server may be silent during a download
+MainFirst = Callable[[], AbstractContextManager[None]]  # within it, one process of each machine goes before the others
 
 
 def torchvision_weights(section: ModelConfig) -> Any | None:
-    """The torchvision weights that `model.weights` names; None where it names a file or nothing."""
+    """The torchvision weights that `model.weights` names; None if it names a file or nothing."""
     name = section.weights
     if name is None or _is_file(name):
         return None
@@ -41,40 +41,41 @@ def torchvision_weights(section: ModelConfig) -> Any | None:
         raise ConfigError(
             "model.weights",
             f'"{name}" names weights of a torchvision model, which {section.name} is not; give a file '
-            f"({', '.join(FILES)})",
+            f"({', '.join(FILE_TYPES)})",
         ) from None
     if name not in choices.__members__:
-        known = list(choices.__members__)
+        names = list(choices.__members__)
         raise ConfigError(
             "model.weights",
-            f'{section.name} has {", ".join(known)}, not "{name}"; set one of them or a file '
-            f"({', '.join(FILES)}){nearest(name, known)}",
+            f'{section.name} has {", ".join(names)}, not "{name}"; set one of them or a file '
+            f"({', '.join(FILE_TYPES)}){nearest(name, names)}",
         )
     return choices[name]
 
 
-def weights_file(section: ModelConfig, first: First) -> Path | None:
-    """The file that holds the weights of `model.weights`, downloaded once for each machine where it must be."""
+def weights_file(section: ModelConfig, node_main_first: MainFirst) -> Path | None:
+    """The file with the weights of `model.weights`, downloaded once per machine if it is not there."""
     if section.weights is None:
         return None
-    named = torchvision_weights(section)
-    if named is None:
+    weights = torchvision_weights(section)
+    if weights is None:
         return Path(section.weights).expanduser()
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(named.url).path).name)
-    download(named.url, path, first)
+    file_name = Path(urlparse(weights.url).path).name
+    path = Path(torch.hub.get_dir(), "checkpoints", file_name)
+    download(weights.url, path, node_main_first)
     return path
 
 
-def download(url: str, path: Path, first: First) -> None:
-    """Have `url` at `path`, complete or not at all. Where the file is there, the network is left alone."""
-    with first():
+def download(url: str, path: Path, node_main_first: MainFirst) -> None:
+    """Download `url` to `path`, completely or not at all. If the file is there, the network is not used."""
+    with node_main_first():
         if path.is_file():
             return
-        digest = path.stem.rpartition("-")[2] if "-" in path.stem else None  # as torchvision names its files
+        _, dash, digest = path.stem.rpartition("-")  # torchvision puts the start of the SHA-256 there
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _impatient():
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
+            with _timeout(SERVER_TIMEOUT):
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=digest if dash else None, progress=False)
         except (OSError, RuntimeError) as error:
             raise ConfigError(
                 "model.weights",
@@ -86,47 +87,62 @@ def download(url: str, path: Path, first: First) -> None:
 def start_from_weights(
     path: Path | None, model: nn.Module, section: ModelConfig, outputs: int | None, seed: int
 ) -> str:
-    """Give `model` the weights of `path` and a head of `outputs` outputs; returns an account of it in one line.
+    """Load the weights of `path` into `model`, give it a head of `outputs` outputs, and say so in one line.
 
-    Without weights, a head is replaced only where `model.head` names it: what a last layer is for, its author knows.
+    Without weights, a head is replaced only if `model.head` names it: what a last layer is for, its author knows.
     """
     if path is None and section.head is None:
         return ""
     head = find_head(model, section.head)
-    account = [load_weights(model, path, head)] if path is not None else []
+    notes: list[str] = []
+    if path is not None:
+        notes.append(load_weights(model, path, head))
     if outputs is not None and fit_head(model, head, outputs, seed):
-        account.append(f"new head {head} with {outputs} outputs")
-    return " · ".join(account)
+        notes.append(f"new head {head} with {outputs} outputs")
+    return " · ".join(notes)
 
 
 def load_weights(model: nn.Module, path: Path, head: str) -> str:
-    """Load a file's tensors into `model`; what fits the head's shape no more is left as it was drawn.
+    """Load a file's tensors into `model`, and say in one line what was loaded.
 
-    Returns an account of it in one line. Raises `ConfigError`, naming them, if other tensors are missing or of
-    another shape.
+    Tensors of the head that do not fit keep their initial values. Raises `ConfigError`, naming them, if other tensors
+    are missing or have another shape.
     """
-    given, own = _read(path), model.state_dict()
-    odd = {name for name in own if name not in given or given[name].shape != own[name].shape}
-    replaced = {name for name in odd if name.startswith(f"{head}.")}
-    wrong = {name for name in odd - replaced if name in given or not name.endswith("num_batches_tracked")}
-    unexpected = sorted(given.keys() - own.keys())
-    if wrong:
-        missing = [name if name not in given else f"{name} (another shape)" for name in own if name in wrong]
-        raise ConfigError(
-            "model.weights",
-            f"{path} lacks {len(wrong)} of the model's {len(own)} tensors: {_first(missing)}"
-            + (f"; it has {len(unexpected)} that the model lacks: {_first(unexpected)}" if unexpected else "")
-            + "; name the model that it was made for",
-        )
-    model.load_state_dict({name: given[name] for name in own if name not in odd}, strict=False)
-    account = [f"{len(own) - len(odd)} of {len(own)} tensors of {path.name}"]
-    account += [f"new: {_first(sorted(replaced))}"] if replaced else []
-    account += [f"{len(unexpected)} not used: {_first(unexpected)}"] if unexpected else []
-    return " · ".join(account)
+    source = _read(path)
+    own = model.state_dict()
+    fitting = {name: source[name] for name in own if name in source and source[name].shape == own[name].shape}
+    unused = sorted(source.keys() - own.keys())
+    new: list[str] = []
+    misfits: list[str] = []
+    for name in own.keys() - fitting.keys():
+        is_counter = name.endswith("num_batches_tracked")  # files from before PyTorch 0.4.1 have none
+        if name.startswith(f"{head}."):
+            new.append(name)
+        elif name in source or not is_counter:
+            misfits.append(name)
+    if misfits:
+        _refuse(path, [name for name in own if name in misfits], unused, source, own)
+    model.load_state_dict(fitting, strict=False)
+    notes = [f"{len(fitting)} of {len(own)} tensors of {path.name}"]
+    if new:
+        notes.append(f"new: {_first_three(sorted(new))}")
+    if unused:
+        notes.append(f"{len(unused)} not used: {_first_three(unused)}")
+    return " · ".join(notes)
+
+
+def _refuse(
+    path: Path, misfits: list[str], unused: list[str], source: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> NoReturn:
+    names = [f"{name} (another shape)" if name in source else name for name in misfits]
+    message = f"{path} lacks {len(names)} of the model's {len(own)} tensors: {_first_three(names)}"
+    if unused:
+        message += f"; it has {len(unused)} that the model lacks: {_first_three(unused)}"
+    raise ConfigError("model.weights", f"{message}; name the model that it was made for")
 
 
 def _is_file(name: str) -> bool:
-    return name.endswith(FILES) or "/" in name
+    return name.endswith(FILE_TYPES) or "/" in name
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
@@ -135,9 +151,10 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             return load_file(path)
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (getattr(error, "strerror", None) or str(error) or "it is empty").splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error) or "it is empty"
+        first_line = reason.splitlines()[0]
         raise ConfigError(
-            "model.weights", f"{path} cannot be read ({reason}); give a {' or '.join(FILES)} file"
+            "model.weights", f"{path} cannot be read ({first_line}); give a {' or '.join(FILE_TYPES)} file"
         ) from None
     except pickle.UnpicklingError:
         raise ConfigError(
@@ -148,18 +165,20 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             tree = tree[wrapper]
     if not isinstance(tree, Mapping) or not tree or not all(isinstance(tensor, Tensor) for tensor in tree.values()):
         raise ConfigError("model.weights", f"{path} holds no state dict; save the model's state_dict() alone")
-    wrapped = all(name.startswith("module.") for name in tree)
-    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in tree.items()}
+    if all(name.startswith("module.") for name in tree):  # saved from within DataParallel or DDP
+        return {name.removeprefix("module."): tensor for name, tensor in tree.items()}
+    return tree
 
 
-def _first(names: list[str]) -> str:
+def _first_three(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 @contextmanager
-def _impatient() -> Iterator[None]:
+def _timeout(seconds: float) -> Iterator[None]:
+    """Sockets opened within it fail after so many seconds of silence: torch.hub has no argument for that."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE)
+    socket.setdefaulttimeout(seconds)
     try:
         yield
     finally:

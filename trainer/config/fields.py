@@ -1,114 +1,240 @@
-"""Dataclasses whose fields are a config's keys, and plain values → such a dataclass, checked and converted."""
+"""Sections of a config: dataclasses that declare keys, and that check and convert the values they are given."""
 
 from __future__ import annotations
 
+import os
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, field, fields, is_dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from trainer.config.secrets import remember_secrets, secrets_in
 from trainer.errors import ConfigError, nearest
 
+PLAIN_TYPES = (str, int, float, bool, type(None))
+TYPE_NAMES = {
+    int: "integer",
+    float: "number",
+    bool: "boolean (true or false)",
+    str: "text",
+    dict: "mapping",
+    type(None): "null",
+}
 
-def key(default: Any, meaning: str, *, unit: str = "", least: float | None = None) -> Any:
-    """Declare a key: its default, what it means, its unit, and the least value it may have."""
-    metadata = {"meaning": meaning, "unit": unit, "least": least}
+
+class Key(NamedTuple):
+    """One key of a section: `hint` is its type, `minimum` the smallest number allowed."""
+
+    hint: Any
+    default: Any
+    meaning: str
+    unit: str
+    minimum: float | None
+
+
+def key(default: Any, meaning: str, *, unit: str = "", minimum: float | None = None) -> Any:
+    """Declare a key in the body of a section."""
+    metadata = {"default": default, "meaning": meaning, "unit": unit, "minimum": minimum}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def component_arguments() -> Any:
-    """Declare where a section keeps the arguments of the component it names."""
-    return field(default_factory=dict, metadata={"arguments": True})
+class Section:
+    """Base of all sections. A section is checked in its constructor, so YAML and Python meet the same checks.
+
+    Numbers of numpy and torch become Python's, tuples become lists and paths become text: a config holds what
+    YAML can write. Raises `ConfigError` naming the key.
+    """
+
+    SECTION: ClassVar[str]  # the section's name in a config
+
+    def __post_init__(self) -> None:
+        for name, item in declared_keys(type(self)).items():
+            value = getattr(self, name)
+            # Most values are defaults, and checking them would take most of the time.
+            if value is not item.default:
+                value = convert(f"{self.SECTION}.{name}", item, value)
+                object.__setattr__(self, name, value)  # because the dataclasses are frozen
+
+    def to_dict(self) -> dict[str, Any]:
+        """Keys and values as they stand in YAML."""
+        return dict(vars(self))
 
 
-def read_section(cls: Any, prefix: str, tree: Any) -> Any:
-    """The dataclass `cls` of the mapping `tree`, whose keys stand under `prefix` in the config."""
+@dataclass(frozen=True, kw_only=True)
+class ComponentSection(Section):
+    """A section that names a component. Keys that it does not declare are the component's arguments, `args`."""
+
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.args, Mapping):
+            raise ConfigError(f"{self.SECTION}.args", f"{show(self.args)} is not a mapping of arguments")
+        arguments = {}
+        for name, value in self.args.items():
+            key_name = f"{self.SECTION}.{name}"
+            if name in declared_keys(type(self)):
+                # In YAML both stand side by side, and one of the values would be lost.
+                raise ConfigError(key_name, "is a key of this section, so it cannot stand in args too")
+            arguments[str(name)] = to_plain(key_name, value)
+        object.__setattr__(self, "args", arguments)
+        remember_secrets(secrets_in(vars(self)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Keys and values as they stand in YAML: a component's arguments beside the declared keys."""
+        values = super().to_dict()
+        values.update(values.pop("args"))
+        return values
+
+
+def read_section(cls: Any, tree: Any) -> Any:
+    """The section `cls` that a mapping of keys describes."""
     if tree is None:
-        tree = {}
+        return cls()
     if not isinstance(tree, Mapping):
-        raise ConfigError(prefix, f"is a section of keys, not {show(tree)}")
-    hints = get_type_hints(cls)
-    declared = {f.name: f for f in fields(cls) if "arguments" not in f.metadata}
+        raise ConfigError(cls.SECTION, f"is a section of keys, not {show(tree)}")
+    keys = declared_keys(cls)
     values: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
-    for raw, value in tree.items():
-        name = str(raw)
-        if name in declared:
-            values[name] = _convert(f"{prefix}.{name}", hints[name], value)
-            _check_least(f"{prefix}.{name}", values[name], declared[name].metadata["least"])
-        elif "args" in hints:
+    for name, value in tree.items():
+        if name in keys:
+            values[name] = value
+        elif issubclass(cls, ComponentSection):
             arguments[name] = value
         else:
-            raise ConfigError(f"{prefix}.{name}", f"no such key{nearest(name, declared)}")
-    return cls(**values, **({"args": arguments} if "args" in hints else {}))
+            hint = nearest(str(name), keys)
+            raise ConfigError(f"{cls.SECTION}.{name}", f"no such key{hint}")
+    if arguments:
+        values["args"] = arguments
+    return cls(**values)
 
 
-def _check_least(name: str, value: Any, least: float | None) -> None:
-    if least is not None and isinstance(value, int | float) and not value >= least:
-        raise ConfigError(name, f"{value} is less than {show(least)}, the least it may be")
+def declared_keys(cls: Any) -> dict[str, Key]:
+    """The keys that a section declares by `key`, by name."""
+    if cls not in _declared_keys:  # resolving type hints takes longer than all checks of a config
+        keys = {}
+        hints = get_type_hints(cls)
+        for item in fields(cls):
+            if item.metadata:
+                keys[item.name] = Key(hints[item.name], **item.metadata)
+        _declared_keys[cls] = keys
+    return _declared_keys[cls]
+
+
+_declared_keys: dict[Any, dict[str, Key]] = {}
+
+
+def to_plain(name: str, value: Any) -> Any:
+    """A copy of `value` made of what YAML can write: text, numbers, booleans, None, lists and mappings."""
+    if type(value) in PLAIN_TYPES:
+        return value
+    if isinstance(value, Mapping):
+        names = to_plain(name, list(value))
+        items = to_plain(name, list(value.values()))
+        return dict(zip(names, items, strict=True))
+    if isinstance(value, list | tuple):
+        return [to_plain(name, item) for item in value]
+    if hasattr(value, "tolist"):  # a number or an array of numpy or torch, neither of which is imported here
+        return to_plain(name, value.tolist())
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise ConfigError(
+        name,
+        f"{value!r} is a {type(value).__name__}, and a config holds only text, numbers, booleans, null, lists and "
+        "mappings, so that it can be written to config.yaml",
+    )
+
+
+def convert(name: str, item: Key, value: Any) -> Any:
+    """`value` as the key's type, and not below its minimum; a `ConfigError` otherwise."""
+    value = _convert(name, item.hint, to_plain(name, value))
+    # Not `value < minimum`: NaN is below nothing, and must be refused.
+    if item.minimum is not None and isinstance(value, int | float) and not value >= item.minimum:
+        raise ConfigError(name, f"{show(value)} is less than {show(item.minimum)}, the least it may be")
+    return value
 
 
 def _convert(name: str, hint: Any, value: Any) -> Any:
-    """`value` as the type that `hint` names, or a `ConfigError`; never a silent change of meaning."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        options = [a for a in args if a is not type(None)]
-        if len(options) == 1:
-            return _convert(name, options[0], value)
-        for option in options:
-            with suppress(ConfigError):
-                return _convert(name, option, value)
-        raise ConfigError(name, f"{show(value)} is not {' or '.join(type_name(a, article=True) for a in options)}")
+    """`value`, which is plain, as the type `hint`; never a silent change of meaning.
+
+    An integer is also a number, and a number is also text. Text is never a number, and 1 is not true.
+    """
+    kind = type(value)
+    origin = get_origin(hint)
+    if is_union(hint):
+        return _convert_to_any_of(name, get_args(hint), value)
     if origin is Literal:
-        if value in args:
-            return value
-        raise ConfigError(name, f"{show(value)} is not one of {', '.join(args)}{nearest(str(value), args)}")
-    if origin is list and isinstance(value, list):
-        return [_convert(name, args[0], item) for item in value]
-    if origin is dict and isinstance(value, Mapping):
-        return {str(k): v for k, v in value.items()}
-    if hint is Any or (isinstance(hint, type) and not isinstance(value, bool) and isinstance(value, hint)):
+        return _check_choice(name, get_args(hint), value)
+    if origin is list and kind is list:
+        (item_hint,) = get_args(hint)
+        return [_convert(name, item_hint, item) for item in value]
+    if origin is dict and kind is dict:
+        return {str(inner): item for inner, item in value.items()}
+    if hint in (kind, Any):
         return value
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and kind is int:
         return float(value)
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint is str and kind in (int, float):
         return str(value)
-    raise ConfigError(name, f"{show(value)} is not {type_name(hint, article=True)}")
+    wanted_type = with_article(type_name(hint))
+    raise ConfigError(name, f"{show(value)} is not {wanted_type}")
 
 
-def type_name(hint: Any, *, article: bool = False) -> str:
-    origin, args = get_origin(hint), get_args(hint)
+def _check_choice(name: str, choices: Sequence[str], value: Any) -> Any:
+    if value in choices:
+        return value
+    hint = nearest(str(value), choices)
+    raise ConfigError(name, f"{show(value)} is not one of {', '.join(choices)}{hint}")
+
+
+def _convert_to_any_of(name: str, hints: Sequence[Any], value: Any) -> Any:
+    """`value` as the first type of a union that takes it."""
+    options = list(hints)
+    if type(None) in options:
+        options.remove(type(None))
+        if value is None:
+            return None
+    if len(options) == 1:
+        return _convert(name, options[0], value)  # its own message says more than the one below
+    for option in options:
+        with suppress(ConfigError):
+            return _convert(name, option, value)
+    wanted_types = " or ".join(with_article(type_name(option)) for option in options)
+    raise ConfigError(name, f"{show(value)} is not {wanted_types}")
+
+
+def is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+def type_name(hint: Any) -> str:
+    """A type as `--help` and messages call it: `integer|null`, `list of numbers`."""
+    origin = get_origin(hint)
+    members = get_args(hint)
     if origin is Literal:
-        return "|".join(args)
-    if origin in (Union, types.UnionType):
-        return "|".join("null" if a is type(None) else type_name(a) for a in args)
-    names = {
-        int: "integer",
-        float: "number",
-        bool: "boolean (true or false)",
-        str: "text",
-        list: "list",
-        dict: "mapping",
-    }
-    name = names.get(origin or hint, str(hint))
+        return "|".join(members)
+    if is_union(hint):
+        return "|".join(type_name(member) for member in members)
     if origin is list:
-        name = f"list of {type_name(args[0])}s"
-    if not article or name == "text":
-        return name
-    return f"an {name}" if name[0] in "aeio" else f"a {name}"
+        return f"list of {type_name(members[0])}s"
+    return TYPE_NAMES[origin or hint]
+
+
+def with_article(noun: str) -> str:
+    if noun == "text":
+        return noun
+    article = "an" if noun[0] in "aeio" else "a"
+    return f"{article} {noun}"
 
 
 def show(value: Any) -> str:
-    """A value as YAML writes it."""
-    if is_dataclass(value):
-        value = asdict(value)  # type: ignore[arg-type]
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    """A value as YAML writes it, in one line; what YAML cannot write, as Python does."""
+    try:
+        return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    except yaml.YAMLError:
+        return repr(value)

@@ -1,71 +1,98 @@
-"""A config read: a YAML file, `key=value` overrides laid over it, everything checked; and `--help`'s text.
+"""Read a config: a YAML file with `key=value` overrides laid over it. And the text of `--help`.
 
-What is wrong is told with the key, where it was set, and the nearest valid one.
+Errors name the key, where it was set (file and line, or the command line), and the nearest valid name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast
 
 import yaml
 
-from trainer.config.fields import show, type_name
-from trainer.config.schema import Config
-from trainer.config.secrets import mark_environment
+from trainer.config.fields import ComponentSection, declared_keys, show, type_name
+from trainer.config.interpolation import as_config_error
+from trainer.config.schema import SECTIONS, Config
+from trainer.config.trees import map_leaves
 from trainer.errors import ConfigError, nearest
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
+PACKAGE = Path(__file__).parents[1]
+
+OBSERVERS_HELP = """
+
+observers
+  observers=[]  (list of mappings)
+      called in every step, in this order: [{name: my_package.MyObserver, argument: value}]"""
+
+Overrides = Sequence[str] | Mapping[str, Any]
 
 
-def load(path: Path | None, overrides: Sequence[str]) -> Config:
-    """Read `path` (defaults alone where it is None), lay the `key=value` overrides over it, check everything.
+def load(path: str | os.PathLike[str] | None = None, overrides: Overrides = ()) -> Config:
+    """Read the YAML file at `path` (without one: the defaults), lay overrides over it and check everything.
 
-    Values of the file may use OmegaConf's interpolations, `${oc.env:NAME}` among them. In an override `None` is null
-    too: that is how W&B's agent writes it.
-    Raises `ConfigError` with the key, where it came from and the nearest valid one.
+    A path within `configs/` that does not exist is looked for among the configs that come with the package.
+    Overrides are texts, `["optimizer.lr=0.1"]`, whose values are YAML and in which `None` is null too, as W&B's agent
+    writes it; or a mapping of dotted keys to values, `{"optimizer.lr": 0.1}`. Values may use OmegaConf's
+    interpolations, `${oc.env:NAME}` for example.
+
+    Raises `ConfigError` with the key, where it was set and the nearest valid one; `TypeError` for anything else than a
+    path and overrides.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    lines: dict[str, str] = {}
+    _check_types(path, overrides)
+    origins: dict[str, str] = {}
     tree: Any = {}
     if path is not None:
-        text = _read(path)
-        try:
-            document = yaml.compose(text, yaml.SafeLoader)
-            if not isinstance(document, yaml.MappingNode | None):
-                raise ConfigError(str(path), "is no mapping of sections; write, for example, batch: {size: 64}")
-            lines = {k: f"{path}, line {line}" for k, line in _lines(document, "")}
-            tree = OmegaConf.create(text)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(str(path), f"is not valid YAML: {parser_reason(error)}") from None
+        tree = _read_file(find_config(path), origins)
     try:
-        for override in overrides:
-            lines[_checked(override)] = "the command line"
-        laid_over = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
-        merged = OmegaConf.merge(tree or {}, OmegaConf.create(_none_is_null(laid_over)))
-        plain = mark_environment(OmegaConf.to_container(merged), OmegaConf.to_container(merged, resolve=True))
-        return Config.from_dict(plain)  # keys are checked there
+        return Config.from_dict(_lay_over(tree, overrides, origins))
     except ConfigError as error:
-        raise _with_origin(error, lines) from None
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        name = str(getattr(error, "full_key", "") or path or "command line")
-        raise _with_origin(ConfigError(name, str(error).splitlines()[0]), lines) from None
+        raise _with_origin(error, origins) from None
 
 
-def _checked(override: str) -> str:
-    """The key of `key=value`, whose value is YAML."""
-    name, equals, value = override.partition("=")
-    if not equals or not name:
-        raise ConfigError(override, "an override is written key=value, as in optimizer.lr=0.01")
-    try:
-        yaml.compose(value, yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(name, f"{value} is not valid YAML: {parser_reason(error)} (the command line)") from None
-    return name
+def find_config(path: str | os.PathLike[str]) -> Path:
+    """The file that `path` means: the path itself, or `configs/…` as it comes with the package."""
+    path = Path(path)
+    for place in _places_of(path):
+        if place.exists():
+            return place
+    return path
+
+
+def _places_of(path: Path) -> list[Path]:
+    places = [path]
+    if path.parts[:1] == ("configs",):
+        places.append(PACKAGE / path)  # as installed
+        places.append(PACKAGE.parent / path)  # in a checkout
+    return places
+
+
+def command_line(arguments: Sequence[str]) -> tuple[Path, list[str]]:
+    """Split `[CONFIG.yaml] [key=value …]` into the config's path, by default `DEFAULT_CONFIG`, and the overrides."""
+    paths = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    for path in paths:
+        if path.startswith("-"):
+            raise ConfigError(path, "no such option; keys are set as key=value, and --help lists them")
+    if len(paths) > 1:
+        raise ConfigError(paths[1], f"one config at a time, and {paths[0]} is given already")
+    return Path(paths[0]) if paths else DEFAULT_CONFIG, overrides
+
+
+def help_text() -> str:
+    """Every key with its type, default, meaning and unit."""
+    lines = [f"CONFIG.yaml is by default {find_config(DEFAULT_CONFIG)}; what it leaves out has the defaults below."]
+    for name, cls in SECTIONS.items():
+        lines.append(f"\n{name}")
+        for key_name, item in declared_keys(cls).items():
+            unit = f" [{item.unit}]" if item.unit else ""
+            lines.append(f"  {name}.{key_name}={show(item.default)}  ({type_name(item.hint)})")
+            lines.append(f"      {item.meaning}{unit}")
+        if issubclass(cls, ComponentSection):
+            lines.append("  …  any further key is an argument of the component that `name` names")
+    return "\n".join(lines) + OBSERVERS_HELP
 
 
 def parser_reason(error: Exception) -> str:
@@ -73,69 +100,119 @@ def parser_reason(error: Exception) -> str:
     return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
 
 
-def command_line(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Split `[CONFIG.yaml] [key=value …]`; without a CONFIG the default one is meant."""
-    paths = [argument for argument in arguments if "=" not in argument]
-    for extra in paths:
-        if extra.startswith("-"):
-            raise ConfigError(extra, "no such option; keys are set as key=value, and --help lists them")
-    if len(paths) > 1:
-        raise ConfigError(paths[1], f"one config at a time, and {paths[0]} is given already")
-    path = Path(paths[0]) if paths else DEFAULT_CONFIG
-    return path, [argument for argument in arguments if "=" in argument]
+def _check_types(path: Any, overrides: Any) -> None:
+    if not isinstance(path, str | os.PathLike | None):
+        hint = "; Config.from_dict reads a mapping" if isinstance(path, Mapping) else ""
+        raise TypeError(f"load() takes the path of a YAML file first, not {path!r}{hint}")
+    if isinstance(overrides, Mapping):
+        return
+    # A single text is a sequence of texts too, its letters.
+    is_list = isinstance(overrides, Sequence) and not isinstance(overrides, str | bytes)
+    if not is_list or not all(isinstance(override, str) for override in overrides):
+        raise TypeError(
+            f'load() takes overrides as a list, ["optimizer.lr=0.1"], or a mapping, {{"optimizer.lr": 0.1}}, '
+            f"not {overrides!r}"
+        )
 
 
-def help_text() -> str:
-    """Every key with its type, default, meaning and unit."""
-    out = []
-    for section in fields(Config):
-        cls = get_type_hints(Config)[section.name]
-        hints = get_type_hints(cls)
-        out.append(f"\n{section.name}")
-        for item in fields(cls):
-            if "arguments" in item.metadata:
-                out.append("  …  any further key is an argument of the component that `name` names")
-                continue
-            default = item.default_factory() if callable(item.default_factory) else item.default
-            unit = f" [{item.metadata['unit']}]" if item.metadata["unit"] else ""
-            out.append(f"  {section.name}.{item.name}={show(default)}  ({type_name(hints[item.name])})")
-            out.append(f"      {item.metadata['meaning']}{unit}")
-    return "\n".join(out)
+def _read_file(path: Path, origins: dict[str, str]) -> Any:
+    """The file as an OmegaConf tree, not resolved; its keys' lines are added to `origins`."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    text = _read_text(path)
+    try:
+        document = yaml.compose(text, yaml.SafeLoader)
+        if not isinstance(document, yaml.MappingNode | None):
+            raise ConfigError(str(path), "is no mapping of sections; write, for example, batch: {size: 64}")
+        for name, line in _key_lines(document, ""):
+            origins[name] = f"{path}, line {line}"
+        return OmegaConf.create(text) or {}
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(str(path), f"is not valid YAML: {parser_reason(error)}") from None
 
 
-def _none_is_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _none_is_null(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_none_is_null(inner) for inner in value]
-    return None if value == "None" else value
-
-
-def _read(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text()
     except OSError as error:
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
-        raise ConfigError(str(path), f"cannot read this config ({error.strerror}){near}") from None
+        hint = nearest(path.name, _yaml_files_beside(path))
+        raise ConfigError(str(path), f"cannot read this config ({error.strerror}){hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), f"cannot read this config: it is no text in UTF-8 ({error.reason})") from None
 
 
-def _lines(node: yaml.Node | None, prefix: str) -> list[tuple[str, int]]:
-    """The dotted keys of a YAML document with their line numbers."""
-    found = []
+def _yaml_files_beside(path: Path) -> list[str]:
+    names = []
+    for place in _places_of(path):
+        names += [file.name for file in place.parent.glob("*.yaml")]
+    return names
+
+
+def _lay_over(tree: Any, overrides: Overrides, origins: dict[str, str]) -> dict[str, Any]:
+    """The tree under its overrides as nested mappings, interpolations still in them."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    objects = {"allow_objects": True}  # they are refused later, by key
+    config: Any = OmegaConf.create(tree, flags=objects)
+    changes: Any = OmegaConf.create({}, flags=objects)
+    try:
+        if isinstance(overrides, Mapping):
+            for name, value in overrides.items():
+                origins[str(name)] = "the overrides"
+                OmegaConf.update(changes, str(name), value)
+        else:
+            for override in overrides:
+                name, _, _ = override.partition("=")
+                origins[name] = "the command line"
+                _add_override(changes, override)
+            changes = map_leaves(OmegaConf.to_container(changes), _none_to_null)
+        config.merge_with(changes)
+    except OmegaConfBaseException as error:
+        raise as_config_error(error) from None
+    merged: dict[str, Any] = cast(Any, OmegaConf.to_container(config))
+    return merged
+
+
+def _add_override(changes: Any, override: str) -> None:
+    """Set what `key=value` says in an OmegaConf tree; the value is read as YAML."""
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(override, "an override is written key=value, as in optimizer.lr=0.01")
+    try:
+        changes.merge_with_dotlist([override])
+    except yaml.YAMLError as error:
+        raise ConfigError(name, f"{value} is not valid YAML: {parser_reason(error)}") from None
+
+
+def _none_to_null(value: Any) -> Any:
+    return None if value == "None" else value
+
+
+def _key_lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
+    """The dotted keys of a YAML document, `observers[0].name` within lists, with their line numbers."""
     if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            dotted = f"{prefix}{name.value}"
-            found.append((dotted, name.start_mark.line + 1))
-            found += _lines(value, f"{dotted}.")
-    return found
+        for key_node, value_node in node.value:
+            name = f"{prefix}.{key_node.value}".removeprefix(".")
+            yield name, key_node.start_mark.line + 1
+            yield from _key_lines(value_node, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item_node in enumerate(node.value):
+            name = f"{prefix}[{index}]"
+            yield name, item_node.start_mark.line + 1
+            yield from _key_lines(item_node, name)
 
 
-def _with_origin(error: ConfigError, lines: Mapping[str, str]) -> ConfigError:
-    """The error, saying where its key, one within it, or the nearest one above it, was set."""
-    within = [name for name in lines if name.startswith(f"{error.key}.")]
-    name = error.key if error.key in lines else next(iter(within), error.key)
-    while name and name not in lines:
-        name = name.rpartition(".")[0]
-    return ConfigError(error.key, f"{error.message} ({lines[name]})") if name else error
+def _with_origin(error: ConfigError, origins: Mapping[str, str]) -> ConfigError:
+    """The error, saying where its key was set, or else a key within it or above it."""
+    name = error.key
+    for key in origins:
+        if name not in origins and key.startswith(f"{error.key}."):
+            name = key
+    while name not in origins:
+        end = max(name.rfind("."), name.rfind("["))
+        if end < 0:
+            return error
+        name = name[:end]  # its parent
+    return ConfigError(error.key, f"{error.message} ({origins[name]})")

@@ -5,86 +5,121 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from trainer.config.schema import section_keys
+from trainer.config.schema import ObserverConfig, keys_of
 from trainer.errors import ConfigError, LockstepError, nearest
 
+T = TypeVar("T")
 
-def resolve(section: str, name: str, known: Mapping[str, Any]) -> Any:
-    """The object that `name` names: one of the short names `known`, or an import path `package.module.Object`."""
-    if name in known:
-        return known[name]
+
+def resolve(section: str, name: str, short_names: Mapping[str, Any]) -> Any:
+    """The object that `name` stands for: one of `short_names`, or an import path `package.module.Object`."""
+    if name in short_names:
+        return short_names[name]
     module_name, dot, attribute = name.rpartition(".")
     if not dot:
         raise ConfigError(
             f"{section}.name",
-            f'"{name}" is not one of {", ".join(known)}, nor an import path{nearest(name, known)}',
+            f'"{name}" is not one of {", ".join(short_names)}, nor an import path{nearest(name, short_names)}',
         )
-    holder = _imported(section, name, module_name)
-    try:
-        return getattr(holder, attribute)
-    except AttributeError:
-        raise ConfigError(
-            f"{section}.name", f'"{module_name}" has no "{attribute}"{nearest(attribute, dir(holder))}'
-        ) from None
+    owner = _import_owner(section, name, module_name)
+    if not hasattr(owner, attribute):
+        message = f'"{module_name}" has no "{attribute}"{nearest(attribute, dir(owner))}'
+        raise ConfigError(f"{section}.name", message)
+    return getattr(owner, attribute)
 
 
-def _imported(section: str, name: str, module_name: str) -> Any:
-    """The module, or the class of a module, called `module_name`: a class method is a constructor too."""
+def _import_owner(section: str, name: str, path: str) -> Any:
+    """The module at `path`, or the class there: `package.module.Class.create` is a constructor too."""
     try:
-        return importlib.import_module(module_name)
+        return importlib.import_module(path)
     except ImportError as error:
-        outer, _, attribute = module_name.rpartition(".")
-        if getattr(error, "name", None) == module_name and outer in sys.modules:
-            holder = getattr(sys.modules[outer], attribute, None)
-            if isinstance(holder, type):
-                return holder
-        raise ConfigError(f"{section}.name", f'cannot import "{module_name}" for "{name}": {error}') from None
+        module_name, _, class_name = path.rpartition(".")
+        # Importing `module.Class` fails after `module` was imported; any other failure is the user's to see.
+        if error.name == path and module_name in sys.modules:
+            owner = getattr(sys.modules[module_name], class_name, None)
+            if isinstance(owner, type):
+                return owner
+        raise ConfigError(f"{section}.name", f'cannot import "{path}" for "{name}": {error}') from None
 
 
-def build(section: str, target: Callable[..., Any], arguments: Mapping[str, Any], *supplied: Any, **more: Any) -> Any:
-    """`target(*supplied, **more, **arguments)`, where `arguments` are the user's keys of `section`.
+def build(
+    section: str, target: Callable[..., Any], arguments: Mapping[str, Any], *supplied: Any, **optional: Any
+) -> Any:
+    """Call `target` with `supplied` by position and, by name, `optional` and the `arguments` that a config gives.
 
-    Of `more`, what the target does not take is left out, so that a component asks for what it needs by naming
-    it. A key that the target does not take, one that it lacks, and its own complaint are `ConfigError`s.
+    An `optional` value is passed only to a target with a parameter of that name, so a component asks for what it needs
+    by naming it. Raises `ConfigError`, with the key within `section`, for an argument that the target does not
+    take, for one that it needs and did not get, and for what the target itself raises.
     """
-    parameters = _parameters(target)
+    if not callable(target):
+        raise ConfigError(f"{section}.name", f"stands for {target!r}, which cannot be called")
+    parameters = _named_parameters(target)
     if parameters is not None:
-        more = {k: v for k, v in more.items() if k in parameters}
-        taken = list(parameters)[: len(supplied)]
-        for name in arguments:
-            if name not in parameters or name in taken:
-                choices = [p for p in parameters if p not in taken and p not in more]
-                raise ConfigError(
-                    f"{section}.{name}",
-                    f"{_name(target)} has no such argument{nearest(name, [*choices, *section_keys(section)])}; "
-                    f"it takes {', '.join(choices) or 'none'}",
-                )
-        given = {*taken, *more, *arguments}
-        for name, parameter in parameters.items():
-            if parameter.default is parameter.empty and name not in given:
-                raise ConfigError(f"{section}.{name}", f"{_name(target)} needs this argument")
+        optional = {name: value for name, value in optional.items() if name in parameters}
+        by_name = dict(list(parameters.items())[len(supplied) :])
+        _check_arguments(section, target, by_name, arguments, optional)
     try:
-        return target(*supplied, **{**more, **arguments})
+        return target(*supplied, **(optional | dict(arguments)))
     except LockstepError:
         raise
-    except Exception as error:  # whatever a component makes of arguments it cannot use
+    except Exception as error:  # a component may raise anything for arguments it cannot use
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(section, f"{_name(target)} refused its arguments {dict(arguments)}: {reason}") from error
+        message = f"{_name_of(target)} refused its arguments {dict(arguments)}: {reason}"
+        raise ConfigError(section, message) from error
 
 
-def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
-    """The target's named parameters; None where it takes any."""
+def build_observers(sections: Sequence[ObserverConfig], base: type[T]) -> list[T]:
+    """Import and build the observers of a config, in order. Each must be an instance of `base`.
+
+    Raises `ConfigError` naming the observer by its index, as in `observers[0].name`.
+    """
+    observers = []
+    for index, section in enumerate(sections):
+        place = f"observers[{index}]"
+        observer = build(place, resolve(place, section.name, {}), section.args)
+        if not isinstance(observer, base):
+            kind = type(observer).__name__
+            raise ConfigError(f"{place}.name", f"{section.name} gives a {kind}, which is not a {base.__name__}")
+        observers.append(observer)
+    return observers
+
+
+def _check_arguments(
+    section: str,
+    target: Callable[..., Any],
+    parameters: Mapping[str, inspect.Parameter],
+    arguments: Mapping[str, Any],
+    optional: Mapping[str, Any],
+) -> None:
+    """Check a config's `arguments` against the parameters of `target` that can be given by name."""
+    for name in arguments:
+        if name not in parameters:
+            choices = [choice for choice in parameters if choice not in optional]
+            hint = nearest(name, [*choices, *keys_of(section)])
+            raise ConfigError(
+                f"{section}.{name}",
+                f"{_name_of(target)} has no such argument{hint}; it takes {', '.join(choices) or 'none'}",
+            )
+    for name, parameter in parameters.items():
+        required = parameter.default is parameter.empty
+        if required and name not in arguments and name not in optional:
+            raise ConfigError(f"{section}.{name}", f"{_name_of(target)} needs this argument")
+
+
+def _named_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
+    """The target's parameters, without `*args`; None if it takes any name, or does not say."""
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # some built-in callables have no signature
         return None
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD in kinds:
         return None
-    return {name: p for name, p in parameters.items() if p.kind is not p.VAR_POSITIONAL}
+    return {name: item for name, item in parameters.items() if item.kind is not item.VAR_POSITIONAL}
 
 
-def _name(target: Any) -> str:
+def _name_of(target: Any) -> str:
     return getattr(target, "__name__", str(target))

@@ -1,150 +1,104 @@
-"""What of a config may be shown to others: neither text from the environment nor keys that look like secrets."""
+"""What of a config others must not see: values under names such as `token`, logins in URLs, environment text."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import yaml
 
+from trainer.config.trees import leaves_in
+
 REDACTED = "<redacted>"
-SECRET = re.compile(
+SECRET_NAME = re.compile(
     r"(?:^|[_.-])(?:token|secrets?|password|passwd|passphrase|credentials?|auth|(?:api|private|access)_?key)(?:$|[_.-])"
 )
 LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
-VARIABLE = re.compile(r"\boc\.env:\s*(\w+)")
-LEAST = 4  # letters of a text that is looked for in messages; a shorter one is no secret, and in many words
+MIN_SECRET_LETTERS = 4  # a shorter text occurs in many words, so removing it would garble messages
 
-_seen: set[str] = set()  # what configs read by this process took from the environment or hold under a secret's key
-
-
-class FromEnvironment(str):
-    """Text that came from the environment; `source` is how the config says so: `${oc.env:NAME}` or what refers to it.
-
-    As YAML it is its source again: a file holds no secret, and reads back to the same config.
-    """
-
-    source: str
-
-    def __new__(cls, text: str, source: str) -> FromEnvironment:
-        self = super().__new__(cls, text)
-        self.source = source
-        return self
-
-    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]  # for copies
-        return str(self), self.source
+_secrets: set[str] = set()  # of the configs that this process made
 
 
-yaml.SafeDumper.add_representer(
-    FromEnvironment, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text.source)
-)
+def remember_secrets(texts: Iterable[str]) -> None:
+    """Have `redacted_message` remove these texts from now on."""
+    for text in texts:
+        if len(text) >= MIN_SECRET_LETTERS:
+            _secrets.add(text)
 
 
-def mark_environment(raw: Any, resolved: Any) -> Any:
-    """`resolved` with each text that came from the environment as a `FromEnvironment`; `raw` is unresolved."""
-    taken = {source: value for source, value in _interpolated(raw, resolved) if "oc.env" in source and value}
-    values = set(taken.values())
-    _seen.update(values, (os.environ.get(name, "") for source in taken for name in VARIABLE.findall(source)))
-
-    def mark(source: Any, value: Any) -> Any:
-        if isinstance(value, Mapping) and isinstance(source, Mapping):
-            _seen.update(str(item) for name, item in value.items() if _is_secret(str(name), item))
-            return {name: mark(source[name], item) for name, item in value.items()}
-        if isinstance(value, list) and isinstance(source, list):
-            return [mark(*pair) for pair in zip(source, value, strict=True)]
-        if isinstance(value, str) and isinstance(source, str) and "${" in source and any(v in value for v in values):
-            return FromEnvironment(value, source)
-        return value
-
-    return mark(raw, resolved)
-
-
-def _interpolated(raw: Any, resolved: Any) -> Iterator[tuple[str, str]]:
-    """Each text with an interpolation, and what it resolves to."""
-    if isinstance(raw, Mapping) and isinstance(resolved, Mapping):
-        for name, item in raw.items():
-            yield from _interpolated(item, resolved[name])
-    elif isinstance(raw, list) and isinstance(resolved, list):
-        for pair in zip(raw, resolved, strict=True):
-            yield from _interpolated(*pair)
-    elif isinstance(raw, str) and isinstance(resolved, str) and "${" in raw:
-        yield raw, resolved
+def secrets_in(tree: Any) -> Iterator[str]:
+    """The texts that stand under a secret's name anywhere in nested mappings and lists."""
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            if _is_secret(name, value):
+                for leaf in leaves_in(value):
+                    yield str(leaf)
+            else:
+                yield from secrets_in(value)
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from secrets_in(item)
 
 
 def redacted(tree: Any) -> Any:
-    """A copy for the eyes of others."""
+    """A copy of a config, or of a part of it, for the eyes of others.
 
-    def show(value: Any) -> Any:
-        if isinstance(value, FromEnvironment):
-            return REDACTED
-        return without_logins(value) if isinstance(value, str) else value
-
-    return _replaced(tree, show, hide_secrets=True)
+    Of text from the environment a config shows the reference (see `interpolation`), which stays: it is no secret.
+    """
+    if isinstance(tree, Mapping):
+        copy = {}
+        for name, value in tree.items():
+            copy[name] = REDACTED if _is_secret(name, value) else redacted(value)
+        return copy
+    if isinstance(tree, list | tuple):
+        return [redacted(item) for item in tree]
+    return without_logins(tree) if isinstance(tree, str) else tree
 
 
 def redacted_message(text: str) -> str:
-    """A message, of an error say, that may hold a value of the config."""
-    for secret in sorted(_seen, key=len, reverse=True):
-        if len(secret) >= LEAST:
-            text = text.replace(secret, REDACTED)
+    """A message, of an error for example, without the secrets that it quotes from a config."""
+    # Longest first: a secret may be part of another.
+    for secret in sorted(_secrets, key=len, reverse=True):
+        text = text.replace(secret, REDACTED)
     return without_logins(text)
 
 
 def without_logins(text: str) -> str:
-    """Text without what URLs in it say of user and password."""
+    """`text` with the user and password of each URL redacted."""
     return LOGIN_IN_URL.sub(f"{REDACTED}@", text)
 
 
 def redacted_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command line for the eyes of others: `key=value` and `--key=value` as in a config."""
+    """A command line for the eyes of others; `key=value` and `--key=value` are redacted as in a config."""
     return [_redacted_argument(argument) for argument in arguments]
 
 
 def _redacted_argument(argument: str) -> str:
     name, equals, text = argument.partition("=")
     if not equals:
-        return str(redacted(argument))
-    given = _parsed(text)
-    shown = redacted({name: given})[name]
-    if shown == given:
-        return argument
-    return f"{name}={shown if isinstance(shown, str) else yaml.safe_dump(shown, default_flow_style=True).strip()}"
-
-
-def without_secrets(tree: Any) -> Any:
-    """A copy to compare by: text from the environment as its source and a short digest."""
-
-    def digest(value: Any) -> Any:
-        if not isinstance(value, FromEnvironment):
-            return value
-        return f"{value.source} ({hashlib.sha256(value.encode()).hexdigest()[:8]})"
-
-    return _replaced(tree, digest)
-
-
-def _replaced(tree: Any, replace: Callable[[Any], Any], *, hide_secrets: bool = False) -> Any:
-    if isinstance(tree, Mapping):
-        return {
-            name: REDACTED
-            if hide_secrets and _is_secret(str(name), value)
-            else _replaced(value, replace, hide_secrets=hide_secrets)
-            for name, value in tree.items()
-        }
-    if isinstance(tree, list | tuple):
-        return [_replaced(value, replace, hide_secrets=hide_secrets) for value in tree]
-    return replace(tree)
-
-
-def _is_secret(name: str, value: Any) -> bool:
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
-    return value is not None and not isinstance(value, bool) and SECRET.search(words) is not None
-
-
-def _parsed(text: str) -> Any:
+        return without_logins(argument)
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
-        return text
+        value = text
+    public = redacted({name: value})[name]
+    if public == value:
+        return argument  # as it was typed
+    if not isinstance(public, str):
+        public = yaml.safe_dump(public, default_flow_style=True).strip()
+    return f"{name}={public}"
+
+
+def _is_secret(name: Any, value: Any) -> bool:
+    # `auth: true` and `token: null` say nothing.
+    if value is None or isinstance(value, bool):
+        return False
+    return _is_secret_name(str(name))
+
+
+@cache  # few names, looked at each time a config is made
+def _is_secret_name(name: str) -> bool:
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()  # apiKey → api_key
+    return SECRET_NAME.search(words) is not None

@@ -1,9 +1,12 @@
-"""What a config describes, built: data, plan, model, loss, optimizer, on this process among the run's."""
+"""A config → a `Run`: everything that training, evaluating and looking into a run share.
+
+What only training needs, an optimizer and a reduction, is built by the `Trainer`.
+"""
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,208 +15,246 @@ from torch import nn
 
 from trainer.components.freezing import Freezing
 from trainer.components.models import build_model, compile_model, input_channels
-from trainer.components.optimizer import build_optimizer
-from trainer.components.task import Task, build_task
+from trainer.components.task import Task, as_task
 from trainer.components.weights import start_from_weights, weights_file
-from trainer.config.schema import Config
+from trainer.config.schema import BestConfig, Config
 from trainer.core.evaluation import Evaluator
 from trainer.core.features import Features
 from trainer.core.forward import Forward
 from trainer.core.metrics import Row
 from trainer.core.precision import Precision
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
-from trainer.data.loading import build_loaders, step_requests
+from trainer.data.loading import Loader, build_loaders
 from trainer.errors import ConfigError, nearest
-from trainer.exact.batch_norm import RunningStatistics, configure
-from trainer.exact.bitwise import LeafStatistics, TreeGradients
-from trainer.exact.determinism import make_deterministic
+from trainer.exact.batch_norm import configure
+from trainer.exact.determinism import run_settings
 from trainer.exact.plan import Plan
-from trainer.exact.recalibration import recalibrate
-from trainer.exact.standard import Gradients
-from trainer.process.memory import keep_freed_memory
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint
-from trainer.storage.checkpoint import Progress
 from trainer.storage.run_directory import run_path
-from trainer.storage.signature import signature_of_samples
+from trainer.storage.signature import Signature, signature_of_samples
 
 
+@dataclass
 class Run:
-    """The parts of a run, each built from its own section of the config, and what they do without a loop.
+    """The parts of a run on this process, each built from its own section of the config.
 
-    `module` is the model itself; `model` is how training calls it, in DDP where there are several processes.
+    `module` is the model itself, in its modes, on its device, in the run's dtype. `weights_note` says in one line
+    which weights it started from.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        model: nn.Module | None = None,
-        train_data: MapDataset | None = None,
-        val_data: MapDataset | None = None,
-        task: Task | None = None,
-    ) -> None:
-        config = self.config = _naming(config, model=model, data=train_data, loss=task)
-        train = config.train
-        self.bitwise = config.run.reproducibility == "bitwise"
-        if self.bitwise:
-            make_deterministic()
-        self.ranks = Ranks(train.precision, find_unused_parameters=train.find_unused_parameters)
-        if self.ranks.device.type == "cpu":
-            keep_freed_memory()
-        self.precision = Precision(train.precision, self.ranks.device)
-        if train_data is None:
-            self.data = build_datasets(config.data, self.ranks.main_first)
-        else:
-            classes = getattr(train_data, "classes", None)
-            self.data = Datasets(train_data, val_data, list(classes) if classes else None, config.data.name)
-        self.plan = self._plan()
-        self.train_loader, self.val_loader = build_loaders(
-            config.data, self.data, seed=config.run.seed, device=self.ranks.device, dtype=self.precision.dtype
-        )
-        num_classes = self._num_classes()
-        self.signature = signature_of_samples(
-            self.val_loader or self.train_loader, num_classes=num_classes, classes=self.data.classes
-        )
-        weights = weights_file(config.model, self.ranks.node_main_first)
-        if model is None:
-            channels = input_channels(self.train_loader.peek([0]).inputs)
-            model = build_model(config.model, seed=config.run.seed, num_classes=num_classes, in_channels=channels)
-        self.weights_note = start_from_weights(weights, model, config.model, num_classes, config.run.seed)
-        self._place(model)
-        self.task = (task or build_task(config.loss, num_classes)).to(self.ranks.device, self.precision.dtype)
-        self.forward = Forward(self.task, self.precision, self.ranks.device, config.run.seed)
-        self.freezing = Freezing(self.module, config.model)
-        self.optimizer = build_optimizer(config.optimizer, self.module, head=config.model.head)
-        self.freezing.at(epoch=0)
-        self._build_reduction()
-        self.evaluator = self._evaluator()
-        self._check_best_metric()
-        self.progress = Progress()
-        self.fuse = 1  # micro-batches in one forward, until a trial before training settles it
-        self.alone = ""  # why that is no more, where batch.fuse=auto
+    config: Config
+    ranks: Ranks
+    precision: Precision
+    data: Datasets
+    plan: Plan
+    train_loader: Loader
+    val_loader: Loader | None
+    signature: Signature
+    module: nn.Module
+    weights_note: str
+    task: Task
+    forward: Forward
+    freezing: Freezing
+    evaluator: Evaluator | None
+
+    @property
+    def bitwise(self) -> bool:
+        return self.config.run.reproducibility == "bitwise"
+
+    def settings(self) -> AbstractContextManager[None]:
+        """The process-wide settings that the run needs; put back at the end."""
+        return settings_of(self.config)
 
     def evaluate(self) -> Row:
-        """The loss and metrics over all validation samples. A collective."""
+        """The loss and metrics over all validation samples. A collective.
+
+        Raises `ConfigError` where there are no validation samples.
+        """
         if self.evaluator is None:
             raise ConfigError("data.name", f"{self.data.name} has no validation data")
-        if self.config.batch_norm.recalibrate_at == "evaluation":
-            self.recalibrate()
         return self.evaluator.evaluate()
 
-    def recalibrate(self) -> bool:
-        """Exact BatchNorm statistics from the first `batch_norm.recalibrate` steps of the present epoch, if any."""
-        count = min(self.config.batch_norm.recalibrate, self.plan.steps_per_epoch)
-        if not count:
-            return False
-        self.statistics.gather()
-        first = (max(0, self.progress.step - 1) // self.plan.steps_per_epoch) * self.plan.steps_per_epoch
-        steps = [self.plan.step(first + i) for i in range(count)]
-        asked = [(step, request) for step in steps for request in step_requests(self.plan, step, self.ranks.rank)]
-        before = list(itertools.accumulate((len(step.micro_batches) for step in steps), initial=0))
-        forwards = (
-            (before[step.number - 1 - first] + batch.first, partial(self.forward, self.module, batch, step))
-            for (step, _), batch in zip(asked, self.train_loader.run([request for _, request in asked]), strict=True)
-        )
-        recalibrate(self.module, forwards, before[-1], self.ranks)
-        return True
-
-    def freeze_as_in(self, epoch: int) -> None:
-        """Train what is trained in `epoch`, and no more. A collective, at an epoch's begin."""
-        if self.freezing.at(epoch):
-            self.statistics.gather()
-            self.statistics.release()
-            self._build_reduction()
-            self.model.train()
-            if self.evaluator is not None:
-                self.evaluator.forget()
-
-    def load_best(self, run: Path | None = None) -> Row:
-        """Load the best weights of a run (this one's) on every rank; returns the row they were kept with."""
-        tensors, row = checkpoint.load_best(run or run_path(self.config.run))
+    def load_best(self, directory: Path | None = None) -> Row:
+        """Load the best weights of the run in `directory` (this one's) on every rank; returns their row."""
+        tensors, row = checkpoint.load_best(directory or run_path(self.config.run))
         checkpoint.restore_model(self.module, tensors)
-        if run is not None and self.evaluator is not None:
-            self.evaluator.forget()
+        if directory is not None:
+            self.forget_features()
         return row
 
-    def _plan(self) -> Plan:
-        batch, train = self.config.batch, self.config.train
-        return Plan(
-            samples=len(self.data.train),
-            batch_size=batch.size,
-            micro_size=batch.micro_size or batch.size,
-            ranks=self.ranks.count,
-            epochs=train.epochs,
-            seed=self.config.run.seed,
-            max_steps=train.max_steps,
-            equal_ranks=self.config.batch_norm.mode == "sync",
+    def forget_features(self) -> None:
+        """The weights have changed by something else than a training step: evaluate everything anew."""
+        if self.evaluator is not None:
+            self.evaluator.forget()
+
+
+def settings_of(config: Config) -> AbstractContextManager[None]:
+    """The process-wide settings of a run with `config`; put back at the end."""
+    return run_settings(bitwise=config.run.reproducibility == "bitwise", compiled=config.train.compile)
+
+
+def build_run(
+    config: Config,
+    *,
+    model: nn.Module | None = None,
+    train_data: MapDataset | None = None,
+    val_data: MapDataset | None = None,
+    task: Task | nn.Module | None = None,
+) -> Run:
+    """Build what `config` describes; a model, data or a task made elsewhere takes the place of the config's.
+
+    A collective: every rank of a run calls it with the same config. Raises `ConfigError` or `DataError`.
+    """
+    config = _with_names(config, model=model, data=train_data, loss=task)
+    ranks = Ranks(config.train.precision)
+    precision = Precision(config.train.precision, ranks.device)
+
+    data = _data(config, ranks, train_data, val_data)
+    plan = _plan(config, ranks, len(data.train))
+    train_loader, val_loader = build_loaders(
+        config.data, data, seed=config.run.seed, device=ranks.device, dtype=precision.dtype
+    )
+
+    num_classes = _num_classes(config, data)
+    signature = signature_of_samples(val_loader or train_loader, num_classes=num_classes, classes=data.classes)
+    module, weights_note = _module(
+        config, ranks, dtype=precision.dtype, model=model, loader=train_loader, num_classes=num_classes
+    )
+    the_task = as_task(config.loss if task is None else task, num_classes).to(ranks.device, precision.dtype)
+    config = _with_best_metric(config, the_task, has_validation=val_loader is not None)
+
+    forward = Forward(the_task, precision, ranks.device, config.run.seed)
+    freezing = Freezing(module, config.model)
+    evaluator = _evaluator(
+        config, ranks, data=data, loader=val_loader, module=module, forward=forward, freezing=freezing
+    )
+    return Run(
+        config=config,
+        ranks=ranks,
+        precision=precision,
+        data=data,
+        plan=plan,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        signature=signature,
+        module=module,
+        weights_note=weights_note,
+        task=the_task,
+        forward=forward,
+        freezing=freezing,
+        evaluator=evaluator,
+    )
+
+
+# ---------------------------------------------------------------- the stages
+
+
+def _with_names(config: Config, **objects: object) -> Config:
+    """The config with each given object's own name in its section: what is written is what ran."""
+    for section, thing in objects.items():
+        if thing is not None:
+            name = f"{type(thing).__module__}.{type(thing).__qualname__}"
+            config = replace(config, **{section: replace(getattr(config, section), name=name)})
+    return config
+
+
+def _data(config: Config, ranks: Ranks, train: MapDataset | None, val: MapDataset | None) -> Datasets:
+    if train is None:
+        return build_datasets(config.data, ranks.main_first)
+    classes = getattr(train, "classes", None)
+    return Datasets(train, val, list(classes) if classes else None, config.data.name)
+
+
+def _plan(config: Config, ranks: Ranks, samples: int) -> Plan:
+    return Plan(
+        samples=samples,
+        batch_size=config.batch.size,
+        micro_size=config.batch.micro_size or config.batch.size,
+        ranks=ranks.count,
+        epochs=config.train.epochs,
+        seed=config.run.seed,
+        max_steps=config.train.max_steps,
+        equal_ranks=config.batch_norm.mode == "sync",
+    )
+
+
+def _num_classes(config: Config, data: Datasets) -> int | None:
+    """Outputs of the model: the config's, else one for each class of the data, else unknown."""
+    outputs = config.model.num_classes
+    classes = len(data.classes or [])
+    if outputs is not None and outputs < classes and config.loss.name == "cross_entropy":
+        raise ConfigError("model.num_classes", f"{outputs} is less than the {classes} classes of {data.name}")
+    return outputs or classes or None
+
+
+def _module(
+    config: Config,
+    ranks: Ranks,
+    *,
+    dtype: torch.dtype,
+    model: nn.Module | None,
+    loader: Loader,
+    num_classes: int | None,
+) -> tuple[nn.Module, str]:
+    """The model with its first weights, in its modes, on its device, in its dtype; and a note on the weights."""
+    weights = weights_file(config.model, ranks.node_main_first)
+    if model is None:
+        channels = input_channels(loader.peek([0]).inputs)
+        model = build_model(config.model, seed=config.run.seed, num_classes=num_classes, in_channels=channels)
+    weights_note = start_from_weights(weights, model, config.model, num_classes, config.run.seed)
+    model = configure(model, config.batch_norm, ranks=ranks.count, device=ranks.device)
+    model.to(ranks.device, dtype)
+    if config.train.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        compile_model(model, bitwise=config.run.reproducibility == "bitwise")
+    return model, weights_note
+
+
+def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Config:
+    """The config with the metric that decides which model is best; by default the loss, of validation if there is any.
+
+    Raises `ConfigError` where the run logs no such metric.
+    """
+    if config.best == BestConfig() and not has_validation:
+        config = replace(config, best=BestConfig(metric="train/loss"))
+    phases = ("val", "train") if has_validation else ("train",)
+    metrics = [f"{phase}/{name}" for phase in phases for name in ("loss", *task.metrics)]
+    metric = config.best.metric
+    if metric not in metrics:
+        raise ConfigError(
+            "best.metric",
+            f'"{metric}" is not logged by this run{nearest(metric, metrics)}; it logs {", ".join(metrics)}',
         )
-
-    def _num_classes(self) -> int | None:
-        """Outputs of the model: the config's, else one for each class of the data."""
-        given, classes = self.config.model.num_classes, len(self.data.classes or [])
-        if given is not None and given < classes and self.config.loss.name == "cross_entropy":
-            raise ConfigError("model.num_classes", f"{given} is less than the {classes} classes of {self.data.name}")
-        return given or classes or None
-
-    def _place(self, model: nn.Module) -> None:
-        """The model in its modes, on its device, in its dtype."""
-        model = configure(model, self.config.batch_norm, ranks=self.ranks.count, device=self.ranks.device)
-        self.module = model.to(self.ranks.device, self.precision.dtype)
-        if self.config.train.channels_last:
-            self.module.to(memory_format=torch.channels_last)
-        if self.config.train.compile:
-            compile_model(self.module, bitwise=self.bitwise)
-
-    def _build_reduction(self) -> None:
-        """`model` as training calls it, and what makes one gradient and one set of statistics of those of all ranks."""
-        self.model = self.ranks.broadcast_parameters(self.module) if self.bitwise else self.ranks.prepare(self.module)
-        may_be_unused = self.config.train.find_unused_parameters
-        self.statistics: RunningStatistics
-        self.gradients: Gradients
-        if self.bitwise:
-            self.statistics = by_leaf = LeafStatistics(self.module, self.config.batch_norm, self.ranks)
-            self.gradients = TreeGradients(self.module, self.ranks, by_leaf, may_be_unused=may_be_unused)
-        else:
-            self.statistics = RunningStatistics(self.module, self.config.batch_norm, self.ranks)
-            self.gradients = Gradients(self.model, self.module, self.ranks, may_be_unused=may_be_unused)
-
-    def _check_best_metric(self) -> None:
-        names = ["loss", *self.task.metrics]
-        known = [f"{phase}/{name}" for phase in (("val", "train") if self.evaluator else ("train",)) for name in names]
-        metric = self.config.best.metric
-        if metric not in known:
-            raise ConfigError(
-                "best.metric",
-                f'"{metric}" is not logged by this run{nearest(metric, known)}; it logs {", ".join(known)}',
-            )
-
-    def _evaluator(self) -> Evaluator | None:
-        if self.data.val is None or self.val_loader is None:
-            return None
-        return Evaluator(
-            self.module,
-            self.forward,
-            self.val_loader,
-            lambda: self.statistics.gather(),  # noqa: PLW0108 - others take their place where parts are thawed
-            self.ranks,
-            samples=len(self.data.val),
-            batch_size=self.config.batch.eval_size,
-            exact=self.bitwise,
-            features=Features(self._head_of_fixed_features),
-        )
-
-    def _head_of_fixed_features(self) -> nn.Module | None:
-        """The head, where running it on kept features is running the model."""
-        alone = not self.config.train.compile and type(self.task).predict is Task.predict
-        return self.freezing.head if alone else None
+    return config
 
 
-def _naming(config: Config, **given: object) -> Config:
-    """The config, each section whose object was given under that object's own name: what is written is what ran."""
-    named = {
-        section: replace(getattr(config, section), name=f"{type(thing).__module__}.{type(thing).__qualname__}")
-        for section, thing in given.items()
-        if thing is not None
-    }
-    return replace(config, **named)
+def _evaluator(
+    config: Config,
+    ranks: Ranks,
+    *,
+    data: Datasets,
+    loader: Loader | None,
+    module: nn.Module,
+    forward: Forward,
+    freezing: Freezing,
+) -> Evaluator | None:
+    if data.val is None or loader is None:
+        return None
+    return Evaluator(
+        module,
+        forward,
+        loader,
+        ranks,
+        samples=len(data.val),
+        batch_size=config.batch.eval_size,
+        exact=config.run.reproducibility == "bitwise",
+        features=Features(partial(_head_of_fixed_features, config, forward.task, freezing)),
+    )
+
+
+def _head_of_fixed_features(config: Config, task: Task, freezing: Freezing) -> nn.Module | None:
+    """The head, where running it on kept features is the same as running the model."""
+    has_plain_predict = type(task).predict is Task.predict
+    return freezing.head if has_plain_predict and not config.train.compile else None

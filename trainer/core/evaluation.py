@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +28,10 @@ class Decision:
 
 
 class Evaluator:
-    """Runs a model over a data set, in order, each rank a contiguous share of unequal size where it must be.
+    """Runs a model over a data set, in order, each rank a contiguous share, of unequal size where it must be.
 
-    Loader processes are kept from one evaluation to the next and start on the next one early.
+    The model's running statistics must be the true ones (`Reduction.gather`). Loader processes are kept from one
+    evaluation to the next and start on the next one early.
     """
 
     def __init__(
@@ -38,7 +39,6 @@ class Evaluator:
         model: nn.Module,
         forward: Forward,
         loader: Loader,
-        gather_statistics: Callable[[], None],
         ranks: Ranks,
         *,
         samples: int,
@@ -48,7 +48,6 @@ class Evaluator:
     ) -> None:
         self._model = model
         self._forward = forward
-        self._gather_statistics = gather_statistics
         self._features = features
         self._ranks = ranks
         self._exact = exact
@@ -61,24 +60,28 @@ class Evaluator:
         """The mean loss and metrics over all samples. A collective."""
         meter = Meter(self._forward.task, self._ranks, exact=self._exact)
         for _, model, batch in self._in_eval_mode():
-            output, loss, weight = self._forward(model, batch, None)
-            meter.add(loss, weight, output, batch.targets)
+            output, loss = self._forward(model, batch, None)
+            meter.add(batch, output, loss)
         return meter.read().means()
 
     @torch.no_grad()
     def decisions(self) -> list[Decision]:
         """A classifier's decision for every sample that counts, in order, on every rank; empty for other tasks."""
-        task = self._forward.task
-        mine: list[Decision] = []
+        own: list[Decision] = []
         for request, model, batch in self._in_eval_mode():
-            shares = task.probabilities(self._forward.output(model, batch))
-            if shares is None or not isinstance(batch.targets, Tensor) or batch.targets.dim() != 1:
-                continue
-            confidence, predicted = shares.max(1)
-            columns = request.ids.tolist(), predicted.tolist(), batch.targets.tolist(), confidence.tolist()
-            rows = [Decision(*row) for row in zip(*columns, strict=True)]
-            mine += [row for row in rows if row.true != task.ignore_index]
-        return sorted(self._ranks.gather(mine), key=lambda decision: decision.sample_id)
+            own += self._decide(request, model, batch)
+        return sorted(self._ranks.gather(own), key=lambda decision: decision.sample_id)
+
+    def _decide(self, request: Request, model: nn.Module, batch: MicroBatch) -> list[Decision]:
+        task = self._forward.task
+        probabilities = task.probabilities(self._forward.output(model, batch))
+        is_classified = isinstance(batch.targets, Tensor) and batch.targets.dim() == 1
+        if probabilities is None or not is_classified:
+            return []
+        confidences, classes = probabilities.max(1)
+        columns = request.ids.tolist(), classes.tolist(), batch.targets.tolist(), confidences.tolist()
+        decisions = [Decision(*row) for row in zip(*columns, strict=True)]
+        return [decision for decision in decisions if decision.true != task.ignore_index]
 
     def close(self) -> None:
         """End the loader processes; another evaluation starts them again."""
@@ -92,18 +95,21 @@ class Evaluator:
 
     def _in_eval_mode(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
         """Each batch with what it is to be run through: the model, or its head where the batch holds its features."""
-        self._gather_statistics()
         self._model.eval()
-        held = self._features.held()
-        if held is not None:
+        kept_features = self._features.batches()
+        if kept_features is not None:
             self.close()
-            yield from ((request, *pair) for request, pair in zip(self._requests, held, strict=True))
+            for request, (head, batch) in zip(self._requests, kept_features, strict=True):
+                yield request, head, batch
         else:
-            if self._batches is None:
-                self._batches = self._loader.run(itertools.cycle(self._requests))
-            with self._features.recorded(self._model) as record:
-                batches = itertools.islice(self._batches, len(self._requests))
-                for request, batch in zip(self._requests, batches, strict=True):
-                    yield request, self._model, batch
-                    record(batch)
+            yield from self._loaded_batches()
         self._model.train()
+
+    def _loaded_batches(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
+        if self._batches is None:
+            self._batches = self._loader.run(itertools.cycle(self._requests))
+        with self._features.recording(self._model) as record:
+            batches = itertools.islice(self._batches, len(self._requests))
+            for request, batch in zip(self._requests, batches, strict=True):
+                yield request, self._model, batch
+                record(batch)

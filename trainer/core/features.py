@@ -1,8 +1,8 @@
-"""Features of validation samples, kept while the backbone that makes them is frozen.
+"""Features of validation samples, kept while the backbone that computes them is frozen.
 
-A backbone that is frozen whole, in eval mode, makes the same features of the same pixels in every epoch; validation
-images are not augmented by chance. So from the second evaluation on, only the head is run: on the same tensors, in
-the same batches, to the same bits.
+A backbone that is frozen whole, in eval mode, computes the same features from the same pixels in every epoch, and
+validation images are not augmented at random. So from the second evaluation on only the head is run: on the same
+tensors, in the same batches, with the same bits as a result.
 """
 
 from __future__ import annotations
@@ -15,53 +15,57 @@ from torch import Tensor, nn
 
 from trainer.data.samples import MicroBatch
 
-LIMIT = 1 << 30  # bytes of features that each process keeps; of more, none
+MAX_BYTES = 1 << 30  # of features per process; if there are more, none are kept
 
 
 class Features:
-    """What went into the head, batch by batch; `head` tells the present head, None while the backbone is trained."""
+    """The head's inputs, batch by batch. `find_head` returns the head now, or None while the backbone is trained."""
 
-    def __init__(self, head: Callable[[], nn.Module | None]) -> None:
-        self._head = head
+    def __init__(self, find_head: Callable[[], nn.Module | None]) -> None:
+        self._find_head = find_head
         self.clear()
 
     def clear(self) -> None:
-        self._held: list[MicroBatch] = []
+        """Forget all features: the model's weights have changed."""
+        self._batches: list[MicroBatch] = []
         self._bytes = 0
-        self._complete = False
-        self._usable = True  # the head is the model's last operation, and its features are few enough
+        self._is_complete = False
+        self._is_usable = True  # the head is the model's last operation, and the features are few enough
 
-    def held(self) -> list[tuple[nn.Module, MicroBatch]] | None:
-        """The head and each batch's features in place of its inputs; None where they are not known."""
-        head = self._head()
-        return [(head, batch) for batch in self._held] if head is not None and self._complete else None
+    def batches(self) -> list[tuple[nn.Module, MicroBatch]] | None:
+        """The head, and each batch with its features as inputs; None if they are not all known."""
+        head = self._find_head()
+        if head is None or not self._is_complete:
+            return None
+        return [(head, batch) for batch in self._batches]
 
     @contextmanager
-    def recorded(self, model: nn.Module) -> Iterator[Callable[[MicroBatch], None]]:
-        """Within it, `model` is run on each batch, which is then given to the function that this yields."""
-        head = self._head() if self._usable else None
+    def recording(self, model: nn.Module) -> Iterator[Callable[[MicroBatch], None]]:
+        """Yields a function that keeps a batch's features; call it with each batch once `model` has been run on it."""
+        head = self._find_head() if self._is_usable else None
         if head is None:
             yield lambda batch: None
             return
         self.clear()
-        calls: list[tuple[Any, Any]] = []
+        calls: list[tuple[Any, Any]] = []  # the head's (input, output) in the model's last forward
 
-        def see(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def note_call(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             calls.append((inputs[0], output))
 
-        def compare(_: nn.Module, inputs: Any, output: Any) -> None:
-            self._usable &= len(calls) == 1 and output is calls[0][1]
+        def check_head_is_last(_: nn.Module, inputs: Any, output: Any) -> None:
+            if len(calls) != 1 or output is not calls[0][1]:
+                self._is_usable = False
 
         def record(batch: MicroBatch) -> None:
-            if self._usable:
+            if self._is_usable:
                 features: Tensor = calls[0][0]
-                self._held.append(batch._replace(inputs=features))
+                self._batches.append(batch._replace(inputs=features))
                 self._bytes += features.nbytes
-                self._usable = self._bytes <= LIMIT
+                self._is_usable = self._bytes <= MAX_BYTES
             calls.clear()
 
-        with head.register_forward_hook(see), model.register_forward_hook(compare):
+        with head.register_forward_hook(note_call), model.register_forward_hook(check_head_is_last):
             yield record
-        self._complete = self._usable
-        if not self._usable:
-            self._held = []
+        self._is_complete = self._is_usable
+        if not self._is_usable:
+            self._batches = []

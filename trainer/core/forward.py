@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.components.task import Task
+from trainer.components.task import Task, WeightedSum, as_weighted_sum
 from trainer.core.precision import Precision
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
@@ -15,7 +15,7 @@ from trainer.exact.fuse import Fused
 from trainer.exact.plan import Step
 from trainer.exact.seeding import device_generator, device_seeder, key, mixed
 
-ONE_VALUE = "Expected more than 1 value per channel when training"  # what torch's BatchNorm says
+TOO_FEW_VALUES = "Expected more than 1 value per channel when training"  # the words of torch's BatchNorm
 
 
 class Forward:
@@ -28,44 +28,48 @@ class Forward:
         self._device = device
         self._seed_device = device_seeder(device)
 
-    def __call__(self, model: nn.Module, batch: MicroBatch, step: Step | None) -> tuple[Any, Tensor, Tensor | int]:
-        """Output, loss sum and target weight, of one micro-batch or of several at once.
+    def __call__(self, model: nn.Module, batch: MicroBatch, step: Step | None) -> tuple[Any, WeightedSum]:
+        """The model's output and the loss, summed over targets, of one micro-batch or of several at once.
 
-        In training, dropout and whatever else the model draws is keyed by the step and the micro-batch; `step`
-        is None where nothing is drawn.
+        In training, dropout and whatever else the model draws is keyed by the step and the micro-batch. `step` is
+        None in evaluation, where nothing is drawn.
         """
-        if step is not None:
-            if batch.fused > 1:
-                return self._fused(model, batch, step)
-            self._seed_device(mixed(self._draws, step.number, batch.first))
-        return self._outcome(model, batch)
+        if step is None:
+            return self._output_and_loss(model, batch)
+        if batch.fused > 1:
+            return self._fused(model, batch, step)
+        self._seed_device(self._key(step, batch.first))
+        return self._output_and_loss(model, batch)
 
-    def _outcome(self, model: nn.Module, batch: MicroBatch) -> tuple[Any, Tensor, Tensor | int]:
+    def _key(self, step: Step, index: int) -> int:
+        return mixed(self._draws, step.number, index)
+
+    def _output_and_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Any, WeightedSum]:
         output = self.output(model, batch)
-        loss, weight = self.task.loss_sum(output, batch.targets)
-        return output, loss, weight
+        return output, as_weighted_sum(self.task.loss_sum(output, batch.targets))
 
-    def _fused(self, model: nn.Module, batch: MicroBatch, step: Step) -> tuple[Any, Tensor, Tensor | int]:
-        (start, _), (_, stop) = step.micro_batches[batch.first], step.micro_batches[batch.indices[1] - 1]
-        seeds = [mixed(self._draws, step.number, place) for place in range(*batch.indices)]
-        with Fused(model, device_generator(self._device), seeds, stop - start) as fused:
-            outcome = self._outcome(model, batch)
+    def _fused(self, model: nn.Module, batch: MicroBatch, step: Step) -> tuple[Any, WeightedSum]:
+        first, last = batch.indices
+        samples = step.micro_batches[last - 1][1] - step.micro_batches[first][0]
+        seeds = [self._key(step, index) for index in range(first, last)]
+        with Fused(model, device_generator(self._device), seeds, samples) as fused:
+            result = self._output_and_loss(model, batch)
         fused.finish()
-        return outcome
+        return result
 
     def output(self, model: nn.Module, batch: MicroBatch) -> Any:
-        """The model's output in the run's dtype: autocast's own is too short for sums."""
+        """The model's output in the run's dtype: sums in autocast's own would lose digits."""
         if not self._precision.autocasts:
-            return self._predicted(model, batch)
+            return self._predict(model, batch)
         with self._precision.autocast():
-            output = self._predicted(model, batch)
+            output = self._predict(model, batch)
         return output.to(self._precision.dtype) if isinstance(output, Tensor) else output
 
-    def _predicted(self, model: nn.Module, batch: MicroBatch) -> Any:
+    def _predict(self, model: nn.Module, batch: MicroBatch) -> Any:
         try:
             return self.task.predict(model, batch.inputs)
         except ValueError as error:
-            if ONE_VALUE not in str(error):
+            if TOO_FEW_VALUES not in str(error):
                 raise
             raise ConfigError(
                 "batch.micro_size",

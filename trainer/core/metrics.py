@@ -11,92 +11,103 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from trainer.components.task import Sum, Task
+from trainer.components.task import Task, WeightedSum
+from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.process.ranks import Ranks
 from trainer.storage.checkpoint import Progress
 
 Row = dict[str, float]  # one logged row
 TIMINGS = ("samples_per_second", "data_wait")  # columns that depend on the hardware
-HELD = 1 << 22  # elements of outputs kept back before they are summed
+MOST_ELEMENTS = 1 << 22  # of outputs kept back before they are measured
 
 
 class Stopwatch:
     """Seconds of training, those of earlier sessions included, and the pace since the last mark."""
 
     def __init__(self, progress: Progress) -> None:
-        self._began = time.monotonic() - progress.seconds
+        self._start = time.monotonic() - progress.seconds
         self.mark(progress.samples_seen)
 
     def mark(self, samples_seen: int) -> None:
-        self._mark, self._samples = time.monotonic(), samples_seen
+        """Begin an interval."""
+        self._interval_start = time.monotonic()
+        self._samples_at_start = samples_seen
 
     def pace(self, samples_seen: int, waited: float) -> Row:
         """Samples per second, and the share of the time in which this process waited for data, `waited` seconds."""
-        seconds = max(time.monotonic() - self._mark, 1e-9)
-        row = {"samples_per_second": (samples_seen - self._samples) / seconds, "data_wait": min(1.0, waited / seconds)}
+        seconds = max(time.monotonic() - self._interval_start, 1e-9)
+        samples = samples_seen - self._samples_at_start
         self.mark(samples_seen)
-        return row
+        return {"samples_per_second": samples / seconds, "data_wait": min(1.0, waited / seconds)}
 
     def stop(self, progress: Progress) -> None:
         """Write the seconds so far into the run's progress."""
-        progress.seconds = time.monotonic() - self._began
+        progress.seconds = time.monotonic() - self._start
 
 
-Exact = tuple[list[float], list[float]]  # a sum and what divides it, each as floats that add up to it exactly
+Exact = tuple[list[float], list[float]]  # a sum and its weight, each as floats that add up to it exactly
 
 
 class Totals:
-    """Sums and what divides them, by name, on the host: exact, so that neither order nor grouping shows.
+    """Sums and their weights, by name, on the host: exact, so that neither order nor grouping shows.
 
-    Each is held as an expansion of non-overlapping floats (Shewchuk, 1997, "Adaptive precision floating-point
-    arithmetic"), as within `math.fsum`; it is rounded once, when it is read. Plain values, which JSON keeps.
+    Each is kept as an expansion of non-overlapping floats (Shewchuk, 1997, "Adaptive precision floating-point
+    arithmetic"), as within `math.fsum`. It is rounded once, when it is read. Plain values, which JSON keeps.
     """
 
     def __init__(self, sums: Mapping[str, Exact] | None = None) -> None:
-        self.sums: dict[str, Exact] = {name: (list(a), list(b)) for name, (a, b) in (sums or {}).items()}
+        self.sums: dict[str, Exact] = {}
+        for name, (total, weight) in (sums or {}).items():
+            self.sums[name] = list(total), list(weight)
 
     def count(self, name: str, total: float, weight: float) -> None:
         """Add one sum and its weight."""
-        mine = self.sums.setdefault(name, ([], []))
-        for expansion, value in zip(mine, (total, weight), strict=True):
-            _grow(expansion, value)
+        totals, weights = self.sums.setdefault(name, ([], []))
+        _grow(totals, total)
+        _grow(weights, weight)
 
     def add(self, other: Totals) -> None:
-        for name, theirs in other.sums.items():
-            mine = self.sums.setdefault(name, ([], []))
-            for expansion, values in zip(mine, theirs, strict=True):
-                for value in values:
-                    _grow(expansion, value)
+        """Add all sums of `other`."""
+        for name, (other_totals, other_weights) in other.sums.items():
+            totals, weights = self.sums.setdefault(name, ([], []))
+            for value in other_totals:
+                _grow(totals, value)
+            for value in other_weights:
+                _grow(weights, value)
 
     def means(self) -> dict[str, float]:
-        """The mean of each of which anything was counted; where every target was ignored, there is no loss."""
-        rounded = {name: (math.fsum(total), math.fsum(weight)) for name, (total, weight) in self.sums.items()}
-        return {name: total / weight for name, (total, weight) in rounded.items() if weight}
+        """Sum ÷ weight of every name with a non-zero weight. Where every target was ignored, there is no loss."""
+        means = {}
+        for name, (totals, weights) in self.sums.items():
+            weight = math.fsum(weights)
+            if weight:
+                means[name] = math.fsum(totals) / weight
+        return means
 
 
 def _grow(expansion: list[float], value: float) -> None:
-    """Add `value` without rounding: each two-sum leaves its error as a float of its own."""
+    """Add `value` to an expansion without rounding: the error of each addition becomes a float of its own."""
     if not math.isfinite(value):
         expansion[:] = [value]
         return
-    kept = 0
-    for held in expansion.copy():
-        larger, smaller = (value, held) if abs(value) > abs(held) else (held, value)
+    errors = 0
+    for part in expansion.copy():
+        larger, smaller = (value, part) if abs(value) > abs(part) else (part, value)
         value = larger + smaller
         error = smaller - (value - larger)
         if error:
-            expansion[kept] = error
-            kept += 1
-    expansion[kept:] = [value]
+            expansion[errors] = error
+            errors += 1
+    expansion[errors:] = [value]
 
 
 class Meter:
     """The loss and metrics of many micro-batches, summed in fp64 on the device.
 
-    `add` only keeps references; outputs are measured together, many micro-batches at a time, because a
-    handful of small operations for each would cost more than a small net's layer. Where the sums must be `exact`,
-    the same on any number of ranks to the last bit, each micro-batch is measured by itself and the host adds up.
+    `add` only keeps references. Outputs are measured together, many micro-batches at a time, because a handful of
+    small operations for each would cost more than a small net's layer. Where the sums must be `exact`, the same on
+    any number of ranks to the last bit, each micro-batch is measured by itself and the host adds up.
     """
 
     def __init__(self, task: Task, ranks: Ranks, *, exact: bool = False) -> None:
@@ -108,21 +119,23 @@ class Meter:
         self._sums: list[Tensor] = []
         self._clear()
 
-    def add(self, loss: Tensor, weight: Tensor | int, output: Any, targets: Any) -> None:
-        """Count one micro-batch: its loss sum, the weight of its targets, and what its metrics need."""
-        self._losses.append((loss.detach(), weight))
-        self._outputs.append((_detached(output), targets))
-        self._held += output.numel() if isinstance(output, Tensor) else HELD
-        if self._held >= HELD:
-            self._fold()
+    def add(self, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
+        """Count one micro-batch: its loss, and what its metrics need."""
+        self._losses.append(WeightedSum(loss.total.detach(), loss.weight))
+        self._outputs.append((_detached(output), batch.targets))
+        self._elements += output.numel() if isinstance(output, Tensor) else MOST_ELEMENTS
+        if self._elements >= MOST_ELEMENTS:
+            self._flush()
 
     def read(self) -> Totals:
         """All that was added since the last read, over all ranks: one collective, one host sync."""
-        self._fold()
+        self._flush()
         if self._exact:
-            rows = self._ranks.gather(torch.stack(self._sums).tolist() if self._sums else [])
+            own_rows = torch.stack(self._sums).tolist() if self._sums else []
+            rows = self._ranks.gather(own_rows)
         else:
-            rows = [self._ranks.sum_(self._sums[0] if self._sums else self._zeros()).tolist()]
+            own_sums = self._sums[0] if self._sums else self._zeros()
+            rows = [self._ranks.sum_(own_sums).tolist()]
         self._sums = []
         totals = Totals()
         for row in rows:
@@ -134,54 +147,62 @@ class Meter:
         return torch.zeros(len(self._names), 2, dtype=self._dtype, device=self._ranks.device)
 
     def _clear(self) -> None:
-        self._losses: list[Sum] = []
-        self._outputs: list[tuple[Any, Any]] = []
-        self._held = 0
+        self._losses: list[WeightedSum] = []
+        self._outputs: list[tuple[Any, Any]] = []  # with their targets
+        self._elements = 0
 
     @torch.no_grad()
-    def _fold(self) -> None:
-        """Sum what is held back."""
+    def _flush(self) -> None:
+        """Measure and sum the outputs that are kept back."""
         if self._exact:
             for loss, output in zip(self._losses, self._outputs, strict=True):
-                self._sums.append(self._measured(self._zeros(), [loss], [output]))
+                self._sums.append(self._measure(self._zeros(), [loss], [output]))
         elif self._losses:
-            self._sums = [self._measured(self._sums[0] if self._sums else self._zeros(), self._losses, self._outputs)]
+            sums = self._sums[0] if self._sums else self._zeros()
+            self._sums = [self._measure(sums, self._losses, self._outputs)]
         self._clear()
 
-    def _measured(self, sums: Tensor, losses: list[Sum], outputs: list[tuple[Any, Any]]) -> Tensor:
-        """`sums`, one row for the loss and one for each metric, with some micro-batches added."""
-        for loss, weight in _added(losses):
-            sums[0, 0] += loss
+    def _measure(self, sums: Tensor, losses: list[WeightedSum], outputs: list[tuple[Any, Any]]) -> Tensor:
+        """`sums`, `(1 + metrics, 2)`, a row for the loss and one for each metric, with some micro-batches added."""
+        for total, weight in _combined(losses):
+            sums[0, 0] += total
             sums[0, 1] += weight
         for output, targets in _joined(outputs):
-            measured = self._task.metric_sums(output, targets)
-            if tuple(measured) != self._task.metrics:
+            metrics = self._task.metric_sums(output, targets)
+            if tuple(metrics) != self._task.metrics:
                 declared = ", ".join(self._task.metrics)
-                raise ConfigError("loss.name", f"metric_sums gives {', '.join(measured)}; metrics declares {declared}")
-            for row, (total, weight) in enumerate(measured.values(), start=1):
+                raise ConfigError("loss.name", f"metric_sums gives {', '.join(metrics)}; metrics declares {declared}")
+            for row, (total, weight) in enumerate(metrics.values(), start=1):
                 sums[row, 0] += total
                 sums[row, 1] += weight
         return sums
 
 
-def _added(losses: list[Sum]) -> Iterator[Sum]:
-    """The same sums, those whose weight is a plain count as one."""
-    yield (
-        torch.stack([loss for loss, _ in losses]).sum(dtype=torch.float64),
-        sum(weight for _, weight in losses if isinstance(weight, int)),
-    )
+def _combined(losses: list[WeightedSum]) -> Iterator[WeightedSum]:
+    """The same sum in fewer operations: all totals with the plain counts as one, then each weight that is a tensor."""
+    counts = sum(weight for _, weight in losses if isinstance(weight, int))
+    total = torch.stack([total for total, _ in losses]).sum(dtype=torch.float64)
+    yield WeightedSum(total, counts)
     for _, weight in losses:
         if isinstance(weight, Tensor):
-            yield weight.new_zeros(()), weight
+            yield WeightedSum(weight.new_zeros(()), weight)
 
 
 def _joined(outputs: list[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
     """The same outputs and targets, joined along the samples where they are tensors that fit together."""
-    plain = all(isinstance(output, Tensor) and isinstance(targets, Tensor) for output, targets in outputs)
-    if not plain or len({(output.shape[1:], targets.shape[1:]) for output, targets in outputs}) > 1:
+    if not _fit_together(outputs):
         yield from outputs
-    else:
-        yield torch.cat([output for output, _ in outputs]), torch.cat([targets for _, targets in outputs])
+        return
+    yield torch.cat([output for output, _ in outputs]), torch.cat([targets for _, targets in outputs])
+
+
+def _fit_together(outputs: list[tuple[Any, Any]]) -> bool:
+    shapes = set()
+    for output, targets in outputs:
+        if not isinstance(output, Tensor) or not isinstance(targets, Tensor):
+            return False
+        shapes.add((output.shape[1:], targets.shape[1:]))
+    return len(shapes) <= 1
 
 
 def _detached(output: Any) -> Any:

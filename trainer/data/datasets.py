@@ -1,6 +1,6 @@
 """Data sets by name: digits, folder, cifar10, mnist, fake, or an import path to a map-style data set.
 
-A sample's id is its position in the set. What a set holds depends on its own arguments and files, never on
+A sample's id is its position in the set. What a set holds depends on its own arguments and files. It never depends on
 `run.seed`, on the number of processes, or on the order in which a file system lists its files.
 """
 
@@ -33,13 +33,13 @@ class MapDataset(Protocol):
 
 @dataclass(frozen=True)
 class Datasets:
-    """The two parts of a data set; `val` is None only where an import path names a set without one."""
+    """The two parts of a data set. `val` is None only if an import path names a set without one."""
 
     train: MapDataset
     val: MapDataset | None
-    classes: list[str] | None  # names, by class id; None for regression or where unknown
+    classes: list[str] | None  # names, by class id; None for regression or if unknown
     name: str
-    note: str = ""  # what the user should know of it, such as files left out
+    note: str = ""  # what the user should know about it, such as files left out
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ImageArrays:
 
 @dataclass(frozen=True)
 class FakeImages:
-    """Noise on a 4×4 pattern of the sample's class, which is `index % num_classes`. No image is kept."""
+    """Noise on a 4×4 pattern of the sample's class, which is `index % num_classes`. No image is stored."""
 
     part: str
     size: int
@@ -82,8 +82,10 @@ class FakeImages:
         of_sample = numpy_generator(0, f"fake/{self.part}", index)
         pattern = of_class.integers(256, size=(channels, 4, 4), dtype=np.uint8)
         noise = of_sample.integers(256, size=self.shape, dtype=np.uint8)
-        rows, columns = np.arange(height) * 4 // height, np.arange(width) * 4 // width
-        return torch.from_numpy(noise // 2 + pattern[:, rows][:, :, columns] // 2), target
+        rows = np.arange(height) * 4 // height
+        columns = np.arange(width) * 4 // width
+        enlarged = pattern[:, rows][:, :, columns]
+        return torch.from_numpy(noise // 2 + enlarged // 2), target
 
 
 def build_datasets(section: DataConfig, device_main_first: Callable[[], AbstractContextManager[None]]) -> Datasets:
@@ -92,20 +94,24 @@ def build_datasets(section: DataConfig, device_main_first: Callable[[], Abstract
     A download (`data.download=true`) runs within `device_main_first()`, which lets one process go ahead.
     Raises `ConfigError` for a wrong name or argument, `DataError` for files that are missing or of no use.
     """
-    known = {maker.__name__: maker for maker in (digits, folder, cifar10, mnist, fake)}
-    target = resolve("data", section.name, known)
+    target = resolve("data", section.name, MAKERS)
     parameters = _parameters(target)
+    _check_section(section, parameters)
+    with device_main_first() if section.args.get("download") else nullcontext():
+        if section.name not in MAKERS:
+            return _imported(section, target, parameters)
+        data: Datasets = build("data", target, section.args, root=section.root, cache=section.cache)
+        return data
+
+
+def _check_section(section: DataConfig, parameters: set[str]) -> None:
+    """Raise a `ConfigError` for a `root` or `cache` that the data set does not take, or a `root` that it lacks."""
     if section.root is not None and not {"root", "**"} & parameters:
         raise ConfigError("data.root", f"{section.name} takes no root; leave it out")
-    if section.cache and target is not folder:
+    if section.cache and section.name != "folder":
         raise ConfigError("data.cache", f"keeps the images of data.name=folder, not of {section.name}; leave it out")
-    if section.root is None and section.name in known and "root" in parameters:
+    if section.root is None and section.name in MAKERS and "root" in parameters:
         raise ConfigError("data.root", f"is not set; {section.name} needs the folder that holds its files")
-    with device_main_first() if section.args.get("download") else nullcontext():
-        if section.name not in known:
-            return _imported(section, target, parameters)
-        made: Datasets = build("data", target, section.args, root=section.root, cache=section.cache)
-        return made
 
 
 def digits() -> Datasets:
@@ -114,20 +120,24 @@ def digits() -> Datasets:
     from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
-    images = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8)).unsqueeze(1)
+    pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)  # 17 grey levels
+    images = torch.from_numpy(pixels).unsqueeze(1)
     targets = torch.from_numpy(bunch.target).long()
-    parts = train_test_split(np.arange(len(targets)), test_size=358, stratify=bunch.target, random_state=0)
-    train, val = (ImageArrays(images[ids], targets[ids]) for ids in map(torch.from_numpy, parts))
-    return Datasets(train, val, [str(name) for name in bunch.target_names], "digits")
+    train, val = train_test_split(np.arange(len(targets)), test_size=358, stratify=bunch.target, random_state=0)
+    classes = [str(name) for name in bunch.target_names]
+    return Datasets(
+        ImageArrays(images[train], targets[train]), ImageArrays(images[val], targets[val]), classes, "digits"
+    )
 
 
 def folder(root: str, cache: float = 0.0) -> Datasets:
     """Images in class folders, `root/train/<class>/…` and `root/val/<class>/…`: see `trainer.data.folder`.
 
-    Up to `cache` GiB of them are decoded at once and kept, those to train from first.
+    Up to `cache` GiB of them are decoded at once and kept in memory, those to train from first.
     """
     train, val, classes, note = image_folders(Path(root).expanduser())
-    val.hold(train.hold(round(cache * 2**30)))
+    bytes_left = train.cache_first(round(cache * 2**30))
+    val.cache_first(bytes_left)
     return Datasets(train, val, classes, "folder", note)
 
 
@@ -137,7 +147,7 @@ def cifar10(root: str, download: bool = False) -> Datasets:
 
     files = f"{CIFAR10.url} and unpack it in {root}"
     train, val = _torchvision("cifar10", CIFAR10, root, download, files)
-    return Datasets(_nchw(train), _nchw(val), train.classes, "cifar10")
+    return Datasets(_in_memory(train), _in_memory(val), train.classes, "cifar10")
 
 
 def mnist(root: str, download: bool = False) -> Datasets:
@@ -147,7 +157,7 @@ def mnist(root: str, download: bool = False) -> Datasets:
     names = ", ".join(name for name, _ in MNIST.resources)
     files = f"{names} from {MNIST.mirrors[0]} and unpack them in {Path(root, 'MNIST', 'raw')}"
     train, val = _torchvision("mnist", MNIST, root, download, files)
-    return Datasets(_nchw(train), _nchw(val), [str(digit) for digit in range(10)], "mnist")
+    return Datasets(_in_memory(train), _in_memory(val), list("0123456789"), "mnist")
 
 
 def fake(
@@ -161,14 +171,28 @@ def fake(
     sides = image_size if isinstance(image_size, list) else [image_size, image_size]
     if len(sides) != 2:
         raise ConfigError("data.image_size", f"{image_size} is neither a whole number nor [height, width]")
-    numbers = {"size": size, "val_size": val_size, "channels": channels, "num_classes": num_classes}
-    for name, value in [*numbers.items(), *(("image_size", side) for side in sides)]:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"data.{name}", f"{value} is not a whole number of at least 1")
+    _check_positive(size=size, val_size=val_size, channels=channels, num_classes=num_classes)
+    for side in sides:
+        _check_positive(image_size=side)
     shape = (channels, sides[0], sides[1])
     train = FakeImages("train", size, shape, num_classes)
     val = FakeImages("val", val_size, shape, num_classes)
     return Datasets(train, val, [str(name) for name in range(num_classes)], "fake")
+
+
+MAKERS: dict[str, Callable[..., Datasets]] = {
+    "digits": digits,
+    "folder": folder,
+    "cifar10": cifar10,
+    "mnist": mnist,
+    "fake": fake,
+}
+
+
+def _check_positive(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"data.{name}", f"{value} is not a whole number of at least 1")
 
 
 def _torchvision(name: str, cls: Any, root: str, download: bool, files: str) -> tuple[Any, Any]:
@@ -185,43 +209,48 @@ def _torchvision(name: str, cls: Any, root: str, download: bool, files: str) -> 
         ) from None
 
 
-def _nchw(part: Any) -> ImageArrays:
-    """A torchvision set, whose `data` is `(N, H, W)` or `(N, H, W, 3)`, in memory as `(N, C, H, W)`."""
+def _in_memory(part: Any) -> ImageArrays:
+    """A torchvision set, whose `data` is `(N, H, W)` or `(N, H, W, 3)`, as `(N, C, H, W)`."""
     data = torch.as_tensor(part.data)
     images = data.unsqueeze(1) if data.ndim == 3 else data.permute(0, 3, 1, 2)
     return ImageArrays(images, torch.as_tensor(part.targets))
 
 
 def _imported(section: DataConfig, target: Callable[..., Any], parameters: set[str]) -> Datasets:
-    """The data set of an import path.
+    """The data set of an import path, and its class names if it has a list `classes`."""
+    train, val = _imported_parts(section, target, parameters)
+    _check_part(section.name, "training", train)
+    if val is not None:
+        _check_part(section.name, "validation", val)
+    classes = getattr(train, "classes", None)
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        classes = None
+    return Datasets(train, val, classes, section.name)
 
-    A target with a parameter `train` is called with `train=True`, then `train=False`; else one with a
-    parameter `split`, with `split="train"`, then `split="val"`. Any other is called once and returns the pair
-    `(train, val)`, or a training set alone. `data.root`, where set, is passed as `root`.
+
+def _imported_parts(section: DataConfig, target: Callable[..., Any], parameters: set[str]) -> tuple[Any, Any]:
+    """Training and validation part; the second is None if there is none.
+
+    A target with a parameter `train` is called with `train=True`, then `train=False`; else one with a parameter
+    `split`, with `split="train"`, then `split="val"`. Any other is called once and returns the pair `(train, val)`, or
+    a training set alone. `data.root`, if set, is passed as `root`.
     """
     root = {} if section.root is None else {"root": section.root}
-    keywords = {"train": (True, False), "split": ("train", "val")}
-    keyword = next((name for name in keywords if name in parameters), None)
-    if keyword is None:
-        made = build("data", target, section.args, **root)
-        train, val = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    elif keyword in section.args:
-        raise ConfigError(f"data.{keyword}", "leave it out: it is set once for training, once for validation")
-    else:
-        parts = ({**root, keyword: value} for value in keywords[keyword])
-        train, val = (build("data", target, section.args, **part) for part in parts)
-    for part, data in (("training", train), ("validation", val)):
-        _check_part(section.name, part, data)
-    classes = getattr(train, "classes", None)
-    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    return Datasets(train, val, classes if named else None, section.name)
+    for keyword, train_value, val_value in (("train", True, False), ("split", "train", "val")):
+        if keyword not in parameters:
+            continue
+        if keyword in section.args:
+            raise ConfigError(f"data.{keyword}", "leave it out: it is set once for training, once for validation")
+        train = build("data", target, section.args, **root, **{keyword: train_value})
+        val = build("data", target, section.args, **root, **{keyword: val_value})
+        return train, val
+    data = build("data", target, section.args, **root)
+    return data if isinstance(data, tuple) and len(data) == 2 else (data, None)
 
 
 def _check_part(name: str, part: str, data: Any) -> None:
-    if part == "validation" and data is None:
-        return
-    by_id = all(hasattr(data, method) for method in ("__len__", "__getitem__"))
-    if not by_id or isinstance(data, torch.utils.data.IterableDataset):
+    is_by_id = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if not is_by_id or isinstance(data, torch.utils.data.IterableDataset):
         raise ConfigError(
             "data.name",
             f"the {part} part of {name} is of type {type(data).__name__}; samples are read by their id, "
@@ -232,7 +261,7 @@ def _check_part(name: str, part: str, data: Any) -> None:
 
 
 def _parameters(target: Callable[..., Any]) -> set[str]:
-    """The names that `target` takes, `**` among them where it takes any."""
+    """The names that `target` takes, with `**` among them if it takes any."""
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):  # some built-in callables have no signature

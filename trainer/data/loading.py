@@ -1,10 +1,12 @@
-"""Micro-batches in plan order: fetched here or in loader processes, copied ahead, normalised on the device."""
+"""Micro-batches in plan order: loaded here or in loader processes, copied ahead, normalised on the device."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -24,7 +26,7 @@ from trainer.exact.seeding import preserved_cpu_generators
 
 
 class Normalize(nn.Module):
-    """Images on the device: uint8 scaled to [0, 1], cast to the run's dtype, `(x - mean) / std` by channel."""
+    """Images on the device: uint8 is scaled to [0, 1], cast to the run's dtype, then `(x - mean) / std` per channel."""
 
     def __init__(self, mean: list[float] | None, std: list[float] | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -38,38 +40,41 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std or [1.0], dtype=dtype).view(-1, 1, 1))
 
     def forward(self, images: Any) -> Any:
-        """`(N, C, H, W)` in, the same out; what is not a tensor of images passes untouched."""
+        """`(N, C, H, W)` in, the same out; anything that is not a tensor of images is returned as it is."""
         if not isinstance(images, Tensor):
             return images
         if images.dtype == torch.uint8:
-            images = images * self.scale  # one operation casts and scales
+            images = images * self.scale  # one operation both casts and scales
         elif images.is_floating_point():
             images = images.to(self._dtype)
         if not self._shifts:
             return images
-        self._check(images)
+        self._check_channels(images)
         return (images - self.mean) / self.std
 
-    def _check(self, images: Tensor) -> None:
+    def _check_channels(self, images: Tensor) -> None:
         if images.dim() < 3:
             raise ConfigError("data.mean", f"and data.std are for images, not for inputs of {tuple(images.shape)}")
-        channels, means, deviations = images.shape[-3], len(self.mean), len(self.std)
-        if not {means, deviations} <= {1, channels}:
+        channels = images.shape[-3]
+        if len(self.mean) not in (1, channels) or len(self.std) not in (1, channels):
             raise ConfigError(
-                "data.mean", f"has {means} values and data.std has {deviations}, for images of {channels} channels"
+                "data.mean",
+                f"has {len(self.mean)} values and data.std has {len(self.std)}, for images of {channels} channels",
             )
 
     def undo(self, images: Tensor) -> Tensor:
-        """The images in [0, 1] again, on the CPU, to be looked at."""
-        return (images * self.std + self.mean if self._shifts else images).float().clamp(0, 1).cpu()
+        """The images before normalisation, in [0, 1], on the CPU: for figures."""
+        if self._shifts:
+            images = images * self.std + self.mean
+        return images.float().clamp(0, 1).cpu()
 
 
 class Loader:
-    """The micro-batches of some requests, in order, on the device.
+    """Loads the micro-batches of some requests, in order, onto the device.
 
-    With `workers`, the loader's processes are started once for the whole run and read ahead across steps and
-    epochs; a request carries its epoch, so no process can hold a stale one. On CUDA the next micro-batch is
-    copied, from pinned memory, on a side stream while the present one is computed.
+    With `data.workers`, loader processes are started once for the whole run and read ahead across steps and epochs. A
+    request carries its epoch, so no process can have a stale one. On CUDA the next micro-batch is copied from pinned
+    memory, on a side stream, while the current one is computed.
     """
 
     def __init__(self, dataset: KeyedDataset, section: DataConfig, device: torch.device, normalize: Normalize) -> None:
@@ -79,66 +84,72 @@ class Loader:
         self.normalize = normalize
 
     def peek(self, ids: Sequence[int] | Ids, first: int = 0, fused: int = 1) -> MicroBatch:
-        """Some samples as the model sees them in the first epoch, fetched at once."""
+        """Some samples as the model sees them in the first epoch, as one micro-batch."""
         batch: MicroBatch = send_to_device(self.fetch(ids, first, fused), self._device)
         return batch._replace(inputs=self.normalize(batch.inputs))
 
     def fetch(self, ids: Sequence[int] | Ids, first: int = 0, fused: int = 1) -> MicroBatch:
-        """The same as the transforms leave them: on the CPU, not normalised."""
-        return next(self._here([Request(first, 0, np.asarray(ids), fused)]))
+        """The same after the transforms alone: on the CPU, not normalised."""
+        request = Request(first, 0, np.asarray(ids), fused)
+        return next(self._load_here([request]))
 
     def raw(self, sample_id: int) -> Any:
-        """A sample's input as the data set gives it."""
+        """A sample's input as the data set returns it."""
         with preserved_cpu_generators():
             return self._dataset.dataset[sample_id][0]
 
     def run(self, requests: Iterable[Request]) -> Generator[MicroBatch, None, None]:
-        """The micro-batches that are asked for, in order. Closing the generator ends its loader processes."""
-        batches = self._in_workers(requests) if self._section.workers else self._here(requests)
-        normalize = self.normalize.forward
-        for first, inputs, targets, fused in self._copied_ahead(batches) if self._device.type != "cpu" else batches:
+        """The micro-batches of `requests`, in order. Closing the generator ends its loader processes."""
+        batches = self._load_in_workers(requests) if self._section.workers else self._load_here(requests)
+        match self._device.type:
+            case "cpu":
+                pass
+            case "cuda":
+                batches = self._copy_ahead(batches if self._section.workers else map(_pin, batches))
+            case _:
+                batches = self._copy(batches)
+        normalize = self.normalize.forward  # without what Module.__call__ does for hooks: there are none
+        for first, inputs, targets, fused in batches:
             yield MicroBatch(first, normalize(inputs), targets, fused)
 
-    def _here(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
+    def _load_here(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
         for request in requests:
-            if self._dataset.draws:
-                with preserved_cpu_generators():
-                    batch = self._dataset[request]
-            else:
+            # Saving the generators costs more than a look-up, so only data that draws from them does it.
+            with preserved_cpu_generators() if self._dataset.draws else nullcontext():
                 batch = self._dataset[request]
-            yield _checked(batch)
+            yield _raise_if_error(batch)
 
-    def _in_workers(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
-        return map(
-            _checked,
-            DataLoader(
-                self._dataset,
-                sampler=requests,
-                batch_size=None,
-                collate_fn=_as_is,
-                num_workers=self._section.workers,
-                prefetch_factor=self._section.prefetch,
-                pin_memory=self._device.type == "cuda",
-                worker_init_fn=_init_worker,
-                generator=torch.Generator(),  # the loader seeds its workers; not from the run's generators
-            ),
+    def _load_in_workers(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
+        loader = DataLoader(
+            self._dataset,
+            sampler=requests,
+            batch_size=None,
+            collate_fn=_return_as_is,
+            num_workers=self._section.workers,
+            prefetch_factor=self._section.prefetch,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=_init_worker,
+            generator=torch.Generator(),  # for the workers' seeds, which would come from the run's generator
         )
+        return map(_raise_if_error, loader)
 
-    def _copied_ahead(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        if self._device.type != "cuda":
-            yield from (send_to_device(batch, self._device) for batch in batches)
-            return
+    def _copy(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        for batch in batches:
+            yield send_to_device(batch, self._device)
+
+    def _copy_ahead(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """Copy each micro-batch, from pinned memory, before the one before it is yielded."""
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        ahead: tuple[MicroBatch, torch.cuda.Event] | None = None
-        for batch in batches if self._section.workers else map(_pinned, batches):
+        previous: tuple[MicroBatch, torch.cuda.Event] | None = None
+        for batch in batches:
             with torch.cuda.stream(stream):
-                moved = send_to_device(batch, self._device, non_blocking=True)
-                copied = stream.record_event()
-            if ahead is not None:
-                yield _received(*ahead)
-            ahead = moved, copied
-        if ahead is not None:
-            yield _received(*ahead)
+                copy = send_to_device(batch, self._device, non_blocking=True)
+                end_of_copy = stream.record_event()
+            if previous is not None:
+                yield _wait_for_copy(*previous)
+            previous = copy, end_of_copy
+        if previous is not None:
+            yield _wait_for_copy(*previous)
 
 
 def build_loaders(
@@ -152,90 +163,99 @@ def build_loaders(
         return Loader(KeyedDataset(dataset, transform, seed=seed, purpose=purpose), section, device, normalize)
 
     train = loader(data.train, "train", section.train_transforms)
-    return train, None if data.val is None else loader(data.val, "val", section.val_transforms)
+    if data.val is None:
+        return train, None
+    return train, loader(data.val, "val", section.val_transforms)
 
 
 class TrainLoader:
-    """A rank's micro-batches of every step, from the run's first step or any other, at most `fuse` at a time."""
+    """A rank's micro-batches of every step from `first_step` (0-based) on, at most `fuse` at a time."""
 
     def __init__(self, loader: Loader, plan: Plan, rank: int, first_step: int, fuse: int = 1) -> None:
         self._plan = plan
         self._rank = rank
         self._fuse = fuse
-        self._groups: dict[int, list[IndexRange]] = {}  # by a step's size
+        self._groups_by_size: dict[int, list[IndexRange]] = {}  # all but an epoch's last step are of one size
         self._batches = loader.run(self._requests(first_step))
-        self._waited = 0.0
+        self._seconds_waited = 0.0
 
     def close(self) -> None:
         """End the loader processes."""
         self._batches.close()
 
     def take_waited(self) -> float:
-        """Seconds in which the loop waited for a micro-batch since this was asked last, on the host's clock."""
-        waited, self._waited = self._waited, 0.0
-        return waited
+        """Seconds that the loop waited for micro-batches since the last call, by the host's clock."""
+        seconds = self._seconds_waited
+        self._seconds_waited = 0.0
+        return seconds
 
     def step(self, step: Step) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of `step`; steps must be asked for in their order."""
-        for first, last in self._grouped(step):
-            asked = perf_counter()
+        """This rank's micro-batches of `step`. To be called for every step, in order."""
+        for indices in self._groups(step):
+            start = perf_counter()
             batch = next(self._batches)
-            self._waited += perf_counter() - asked
-            assert batch.indices == (first, last), "steps are taken in order"
+            self._seconds_waited += perf_counter() - start
+            assert batch.indices == indices, "steps are taken in order"
             yield batch
 
     def _requests(self, first_step: int) -> Iterator[Request]:
         for step in self._plan.steps(first_step):
-            for first, last in self._grouped(step):
-                yield Request(first, step.epoch, self._plan.sample_ids(step, first, last), last - first)
+            for first, end in self._groups(step):
+                yield Request(first, step.epoch, self._plan.sample_ids(step, first, end), fused=end - first)
 
-    def _grouped(self, step: Step) -> list[IndexRange]:
-        if step.size not in self._groups:
-            self._groups[step.size] = self._plan.groups(step, self._rank, self._fuse)
-        return self._groups[step.size]
+    def _groups(self, step: Step) -> list[IndexRange]:
+        """The micro-batches of `step` that this rank runs in one forward each."""
+        if step.size not in self._groups_by_size:
+            self._groups_by_size[step.size] = self._plan.groups(step, self._rank, self._fuse)
+        return self._groups_by_size[step.size]
 
 
 def step_requests(plan: Plan, step: Step, rank: int) -> Iterator[Request]:
-    """What `rank` runs of `step`, one micro-batch at a time."""
+    """Requests for what `rank` runs of `step`, one micro-batch at a time."""
     for index in range(*step.ranks[rank]):
         yield Request(index, step.epoch, plan.sample_ids(step, index))
 
 
 def whole_requests(samples: int, size: int, rank: int, ranks: int) -> Iterator[Request]:
-    """A rank's share of all samples in order, each exactly once, `size` or fewer at a time."""
-    parts = split_evenly(samples, -(-samples // size))
-    for index in range(*split_evenly(len(parts), ranks)[rank]):
-        yield Request(index, 0, np.arange(*parts[index]))
+    """Requests for a rank's share of all samples, in order, each exactly once, at most `size` at a time."""
+    batches = split_evenly(samples, math.ceil(samples / size))
+    first, end = split_evenly(len(batches), ranks)[rank]
+    for index in range(first, end):
+        yield Request(index, 0, np.arange(*batches[index]))
 
 
-def _checked(batch: MicroBatch | DataError) -> MicroBatch:
+def _raise_if_error(batch: MicroBatch | DataError) -> MicroBatch:
     if isinstance(batch, DataError):
         raise batch
     return batch
 
 
-def _pinned(batch: MicroBatch) -> MicroBatch:
-    """What a loader process's batch is already: in memory that a copy can leave without the host's help."""
-    inputs, targets = (part.pin_memory() if isinstance(part, Tensor) else part for part in batch[1:3])
+def _pin(batch: MicroBatch) -> MicroBatch:
+    """The batch in page-locked memory, from which it is copied without the host; a `DataLoader` does this itself."""
+    inputs, targets = batch.inputs, batch.targets
+    if isinstance(inputs, Tensor):
+        inputs = inputs.pin_memory()
+    if isinstance(targets, Tensor):
+        targets = targets.pin_memory()
     return batch._replace(inputs=inputs, targets=targets)
 
 
-def _received(batch: MicroBatch, copied: torch.cuda.Event) -> MicroBatch:
-    """The batch, safe to use on the current stream."""
+def _wait_for_copy(batch: MicroBatch, end_of_copy: torch.cuda.Event) -> MicroBatch:
+    """The batch, once the current stream may use it. The host does not wait."""
     current = torch.cuda.current_stream()
-    current.wait_event(copied)
+    current.wait_event(end_of_copy)
     for part in (batch.inputs, batch.targets):
         if isinstance(part, Tensor):
-            part.record_stream(current)
+            part.record_stream(current)  # so that its memory is not reused before this stream is done with it
     return batch
 
 
-def _as_is(batch: Any) -> Any:
+def _return_as_is(batch: Any) -> Any:
     return batch
 
 
 def _init_worker(_: int) -> None:
-    """Out of the rank's process group: a signal to all of it is for the rank, which its loader must not leave first."""
+    """Leave the rank's process group: a signal to the whole group is for the rank, which must outlive its loaders."""
     os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the rank's own handler, which a fork inherits
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Samples as they are asked for: by place and epoch, their random draws keyed by who they are."""
+"""Micro-batches on request, by sample id and epoch. Each sample's random draws are keyed by both."""
 
 from __future__ import annotations
 
@@ -22,23 +22,21 @@ Ids = npt.NDArray[np.int64]
 
 
 class MicroBatch(NamedTuple):
-    """Samples that are never split. `first` is its index among those of its step.
+    """The samples of one micro-batch, or of `fused` neighbouring ones of equal size that run in one forward."""
 
-    Or `fused` of them, neighbours of one size, that are run in one forward: `first` is the index of the first one.
-    """
-
-    first: int
+    first: int  # the index of the (first) micro-batch among those of its step
     inputs: Any
     targets: Any
     fused: int = 1
 
     @property
     def indices(self) -> IndexRange:
+        """The indices of its micro-batches: the first, and the one past the last."""
         return self.first, self.first + self.fused
 
 
 class Request(NamedTuple):
-    """What a loader is asked for: a micro-batch's index, its epoch, and its sample ids; or those of `fused` of them."""
+    """What a loader is asked for: the sample ids of one micro-batch, or of `fused` of them (see `MicroBatch`)."""
 
     first: int
     epoch: int
@@ -47,10 +45,10 @@ class Request(NamedTuple):
 
 
 class KeyedDataset(Dataset[Any]):
-    """`Request` → `MicroBatch`, or a `DataError` to be raised by whoever asked.
+    """`Request` → `MicroBatch`, or a `DataError` for the caller to raise: it may come from another process.
 
-    A sample's random draws are keyed by (seed, purpose, epoch, sample id): they are the same in any process,
-    in any order, and new in each epoch.
+    A sample's random draws are keyed by (seed, purpose, epoch, sample id): they are the same in any process and in any
+    order, and new in each epoch.
     """
 
     def __init__(self, dataset: MapDataset, transform: Callable[..., Any] | None, *, seed: int, purpose: str) -> None:
@@ -64,12 +62,14 @@ class KeyedDataset(Dataset[Any]):
 
     def __getitem__(self, request: Request) -> MicroBatch | DataError:
         if self._batch is not None:
-            return MicroBatch(request.first, *self._batch(torch.from_numpy(request.ids)), request.fused)
+            inputs, targets = self._batch(torch.from_numpy(request.ids))
+            return MicroBatch(request.first, inputs, targets, request.fused)
         try:
-            samples = [self._sample(request.epoch, int(i)) for i in request.ids]
-            return MicroBatch(request.first, *self._collate(samples), request.fused)
+            samples = [self._sample(request.epoch, sample_id) for sample_id in request.ids.tolist()]
+            inputs, targets = self._collate(samples)
         except DataError as error:
             return error
+        return MicroBatch(request.first, inputs, targets, request.fused)
 
     def _sample(self, epoch: int, sample_id: int) -> tuple[Any, Any]:
         seed_cpu(key(self._seed, self._purpose, epoch, sample_id))
@@ -79,24 +79,28 @@ class KeyedDataset(Dataset[Any]):
         except DataError:
             raise
         except Exception as error:
-            raise DataError(f"{self._name(sample_id)}: {type(error).__name__}: {error} ({_place(error)})") from error
+            name, kind, line = self._name(sample_id), type(error).__name__, _last_line(error)
+            raise DataError(f"{name}: {kind}: {error} ({line})") from error
 
     def _collate(self, samples: list[tuple[Any, Any]]) -> tuple[Any, Any]:
         try:
             inputs, targets = default_collate(samples)
-            return inputs, targets
         except (RuntimeError, TypeError) as error:
-            shapes = sorted({str(tuple(image.shape)) for image, _ in samples if isinstance(image, Tensor)})
+            shapes = {str(tuple(image.shape)) for image, _ in samples if isinstance(image, Tensor)}
+            reason = str(error).splitlines()[0]
             raise DataError(
-                f"{self._purpose} samples do not fit into one batch (shapes {', '.join(shapes) or 'unknown'}): "
-                f"{str(error).splitlines()[0]}; set data.{self._purpose}_transforms to give all one shape"
+                f"{self._purpose} samples do not fit into one batch (shapes {', '.join(sorted(shapes)) or 'unknown'}): "
+                f"{reason}; set data.{self._purpose}_transforms to give all one shape"
             ) from error
+        return inputs, targets
 
     def _name(self, sample_id: int) -> str:
+        name = f"{self._purpose} sample {sample_id}"
         paths = getattr(self.dataset, "paths", None)
-        return f"{self._purpose} sample {sample_id}" + (f" ({paths[sample_id]})" if paths is not None else "")
+        return name if paths is None else f"{name} ({paths[sample_id]})"
 
 
-def _place(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
+    """Where an error was raised, as text: the traceback itself may not travel between processes."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}, line {frame.lineno}"

@@ -1,4 +1,4 @@
-"""torchvision's v2 transforms, and users' own, from a config's list of `{name: …, argument: value, …}`."""
+"""Transforms, torchvision's v2 and users' own, from a config's list of `{name: …, argument: value, …}`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ DTYPES = ("uint8", "int64", "float16", "bfloat16", "float32", "float64")
 def build_transforms(key: str, items: list[dict[str, Any]]) -> Callable[..., Any] | None:
     """The transforms that the list at `key` describes, as one callable; None for an empty list.
 
-    A name is a class of `torchvision.transforms.v2` or an import path, to a class or to a function that
-    returns a transform. For v2 classes an `interpolation`, a `policy` or a `dtype` is written as text, and
-    `transforms`, where a class takes others (RandomApply, RandomChoice, …), is again such a list.
+    A name is a class of `torchvision.transforms.v2`, or an import path to a class or to a function that returns a
+    transform. For v2 classes an `interpolation`, a `policy` or a `dtype` is written as text, and `transforms`, for a
+    class that takes others (RandomApply, RandomChoice, …), is again such a list.
     """
     transforms = _build_all(key, items)
-    if len(transforms) < 2:
-        return transforms[0] if transforms else None
+    if not transforms:
+        return None
+    if len(transforms) == 1:
+        return transforms[0]
     from torchvision.transforms import v2
 
     composed: Callable[..., Any] = v2.Compose(transforms)
@@ -30,8 +32,8 @@ def build_transforms(key: str, items: list[dict[str, Any]]) -> Callable[..., Any
 
 
 def apply(transform: Callable[..., Any], image: Any, target: Any) -> tuple[Any, Any]:
-    """The image transformed; a target with a place in it (a tv_tensor: mask, boxes, …) jointly with it."""
-    if isinstance(target, torch.Tensor):
+    """The image transformed; together with its target if that is a tv_tensor, which has a geometry (mask, boxes, …)."""
+    if isinstance(target, torch.Tensor):  # a class id is none, and then torchvision need not be imported
         from torchvision.tv_tensors import TVTensor
 
         if isinstance(target, TVTensor):
@@ -51,39 +53,51 @@ def _build(key: str, item: Any) -> Callable[..., Any]:
 
     if not isinstance(item, dict) or not isinstance(item.get("name"), str):
         raise ConfigError(f"{key}.name", f"is missing in {item}; write {{name: RandomCrop, size: 32}}")
-    name = item["name"]
-    arguments = {k: v for k, v in item.items() if k != "name"}
-    known = {n: c for n, c in vars(v2).items() if isinstance(c, type) and issubclass(c, v2.Transform)}
-    if name not in known and "." not in name:
-        raise ConfigError(f"{key}.name", f'"{name}" is no v2 transform, nor an import path{nearest(name, known)}')
-    target = resolve(key, name, known)
+    arguments = dict(item)
+    name = arguments.pop("name")
+    target = _resolve(key, name)
     if target in (v2.MixUp, v2.CutMix):
         raise ConfigError(f"{key}.name", f"{name} mixes a batch's samples; a transform sees one sample alone")
     if isinstance(target, type) and issubclass(target, v2.Transform):
-        arguments = {k: _value(f"{key}.{k}", k, v) for k, v in arguments.items()}
+        for argument, value in arguments.items():
+            arguments[argument] = _value(f"{key}.{argument}", argument, value)
     transform: Callable[..., Any] = build(key, target, arguments)
     if not callable(transform):
         raise ConfigError(f"{key}.name", f"{name} gives a {type(transform).__name__}, which cannot be called")
     return transform
 
 
+def _resolve(key: str, name: str) -> Any:
+    from torchvision.transforms import v2
+
+    if "." in name:
+        return resolve(key, name, {})
+    target = getattr(v2, name, None)
+    if isinstance(target, type) and issubclass(target, v2.Transform):
+        return target
+    names = [n for n, member in vars(v2).items() if isinstance(member, type) and issubclass(member, v2.Transform)]
+    raise ConfigError(f"{key}.name", f'"{name}" is no v2 transform, nor an import path{nearest(name, names)}')
+
+
 def _value(key: str, argument: str, value: Any) -> Any:
-    """An argument of a v2 class from what YAML can write of it."""
+    """An argument of a v2 class, from the way it is written in YAML."""
     from torchvision.transforms.v2 import AutoAugmentPolicy, InterpolationMode
 
     if argument == "transforms":
         return _build_all(key, value)
     if not isinstance(value, str):
         return value
-    enums: dict[str, Any] = {"interpolation": InterpolationMode, "policy": AutoAugmentPolicy}
-    if argument in enums:
-        return _choice(key, value, {member.value: member for member in enums[argument]})
-    if argument == "dtype":
-        return _choice(key, value, {dtype: getattr(torch, dtype) for dtype in DTYPES})
+    match argument:
+        case "interpolation":
+            return _choose(key, value, {mode.value: mode for mode in InterpolationMode})
+        case "policy":
+            return _choose(key, value, {policy.value: policy for policy in AutoAugmentPolicy})
+        case "dtype":
+            return _choose(key, value, {name: getattr(torch, name) for name in DTYPES})
     return value
 
 
-def _choice(key: str, value: str, choices: dict[str, Any]) -> Any:
+def _choose(key: str, value: str, choices: dict[str, Any]) -> Any:
     if value not in choices:
         raise ConfigError(key, f'"{value}" is not one of {", ".join(choices)}{nearest(value, choices)}')
     return choices[value]

@@ -1,44 +1,113 @@
-"""The settings under which one kind of device and one software stack give the same bits again."""
+"""The process-wide settings of a run, and what CUDA says where they cannot be kept."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
 from trainer.errors import LockstepError
+from trainer.exact.seeding import preserved_generators
 
-SETTINGS = "deterministic algorithms · no TF32 · no autotuning · 1 CPU thread a process"
-ASSERTED = "device-side assert triggered"
-REFUSED = "does not have a deterministic implementation"
+SUMMARY = "deterministic algorithms · no TF32 · no autotuning · 1 CPU thread a process"
+ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # read when cuBLAS starts
+    "TORCHINDUCTOR_DETERMINISTIC": "1",  # train.compile: no kernel is chosen by timing it
+}
+DEVICE_ASSERT = "device-side assert triggered"
+NO_DETERMINISTIC_KERNEL = "does not have a deterministic implementation"
 
 
-def make_deterministic() -> None:
-    """Set what bitwise reproducibility needs, for the whole process.
+@contextmanager
+def run_settings(*, bitwise: bool, compiled: bool) -> Iterator[None]:
+    """What a run changes in its process, put back at the end, also after a failure.
 
-    Threads share out a CPU kernel's sums, and launchers give one process more of them than each of several:
-    so one thread, everywhere. See https://docs.pytorch.org/docs/stable/notes/randomness.html for the rest.
+    The generators that dropout and the data draw from are seeded again and again. What the caller draws after a run
+    must not depend on it.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # train.compile: no kernel chosen by timing it
-    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        stack.enter_context(preserved_generators())
+        if bitwise:
+            stack.enter_context(_deterministic())
+            if compiled:
+                stack.enter_context(_one_kernel_a_shape())
+        yield
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """The settings under which one kind of device and one software stack give the same bits again.
+
+    See https://docs.pytorch.org/docs/stable/notes/randomness.html.
+    """
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    threads = torch.get_num_threads()
+    flags: list[tuple[Any, str, bool]] = [
+        (torch.backends.cudnn, "benchmark", False),
+        (torch.backends.cudnn, "deterministic", True),
+        (torch.backends.cudnn, "allow_tf32", False),
+        (torch.backends.cuda.matmul, "allow_tf32", False),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in flags]
+    with _environment(ENVIRONMENT):
+        try:
+            torch.use_deterministic_algorithms(True)
+            for owner, name, value in flags:
+                setattr(owner, name, value)
+            # Threads split a CPU kernel's sums, and launchers give one process more of them than each of several.
+            torch.set_num_threads(1)
+            yield
+        finally:
+            torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+            for (owner, name, _), value in zip(flags, before, strict=True):
+                setattr(owner, name, value)
+            torch.set_num_threads(threads)
+
+
+@contextmanager
+def _one_kernel_a_shape() -> Iterator[None]:
+    """Have torch.compile fail where it would fall back to eager after a number of shapes.
+
+    Which shapes a rank meets first depends on the number of ranks.
+    """
+    import torch._dynamo.config as dynamo  # imported here: it costs seconds
+
+    before = dynamo.fail_on_recompile_limit_hit
+    dynamo.fail_on_recompile_limit_hit = True
+    try:
+        yield
+    finally:
+        dynamo.fail_on_recompile_limit_hit = before
+
+
+@contextmanager
+def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables that are set where the user has not set them."""
+    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def refused_operation(error: RuntimeError) -> LockstepError | None:
-    """The error in the run's own terms, if the device refused an operation or what it was given."""
-    if ASSERTED in str(error):  # told by a later operation than the one that failed, and the device is lost
+    """The error in the run's own terms, if a device refused an operation or what it was given; else None."""
+    message = str(error)
+    if DEVICE_ASSERT in message:
+        # CUDA reports this asynchronously, so the operation is not known, and the device is unusable afterwards.
         return LockstepError(
             "a CUDA kernel refused what it was given, most often a target that is no class of the model; the CPU says "
             "which: the same command with CUDA_VISIBLE_DEVICES= before it"
         )
-    if REFUSED not in str(error):
+    if NO_DETERMINISTIC_KERNEL not in message:
         return None
-    operation = str(error).split(REFUSED, maxsplit=1)[0].strip()
+    operation = message.split(NO_DETERMINISTIC_KERNEL, maxsplit=1)[0].strip()
     return LockstepError(
         f"{operation} has no deterministic kernel on this device, so run.reproducibility=bitwise cannot hold; "
         f"replace the operation in the model or loss, or use run.reproducibility=standard"

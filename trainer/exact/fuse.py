@@ -22,7 +22,7 @@ from trainer.errors import ConfigError
 from trainer.exact.batch_norm import norm_layers
 
 RANDOM = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu)
-ALONE = "set batch.fuse=1"
+REMEDY = "set batch.fuse=1"
 Part = TypeVar("Part")
 
 
@@ -62,7 +62,7 @@ class Fused(TorchFunctionMode):
             raise ConfigError(
                 "batch.fuse",
                 "the model or the loss draws random numbers for several micro-batches at once; draw them by "
-                f"dropout, torch.rand or torch.randn with the samples as first dimension, or {ALONE}",
+                f"dropout, torch.rand or torch.randn with the samples as first dimension, or {REMEDY}",
             )
         with torch.no_grad():
             for running, momentum, calls in self._seen.values():
@@ -181,7 +181,7 @@ def _batch_norm(
         raise ConfigError(
             "batch.fuse",
             f"a BatchNorm layer's input of shape {tuple(x.shape)} does not have the samples as its "
-            f"first dimension, so it cannot be taken apart into micro-batches; {ALONE}",
+            f"first dimension, so it cannot be taken apart into micro-batches; {REMEDY}",
         )
     mean, var = fused.scratch(running_mean, momentum), fused.scratch(running_var, momentum)
     normalize = _one_by_one if x.device.type == "cpu" else _as_channels

@@ -46,6 +46,10 @@ class Step(NamedTuple):
     ranks: list[IndexRange]  # each rank's range of micro-batches; empty for a rank with nothing to do
     has_idle_rank: bool  # as in a last step of fewer micro-batches than ranks
 
+    @property
+    def first_in_epoch(self) -> bool:
+        return self.start == 0
+
 
 @dataclass(frozen=True)
 class Plan:

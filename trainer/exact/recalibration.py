@@ -23,49 +23,53 @@ def recalibrate(
 ) -> None:
     """Set the statistics of the model's BatchNorm layers from `count` forwards, of which this rank's are given.
 
-    Each comes with its place among all. Their sums are kept apart and meet only zeros on the way between ranks,
-    so the result is the same, bit for bit, on any number of them. Layers in eval mode (frozen ones) and counters
-    of batches are left alone.
+    Each comes with its index among all. The sums of each are kept apart, and between ranks they meet only zeros, so
+    the result is the same, bit for bit, on any number of ranks. Layers in eval mode, frozen ones among them, and
+    counters of batches are left alone.
     """
     layers = [layer for layer in norm_layers(model) if isinstance(layer, _BatchNorm) and layer.training]
     if not layers:
         return
     counters = [layer.num_batches_tracked.clone() for layer in layers if layer.num_batches_tracked is not None]
-    sums = [
-        torch.zeros(count, 1 + 2 * layer.num_features, dtype=torch.float64, device=ranks.device) for layer in layers
-    ]
-    place = [0]
-    hooks = [layer.register_forward_pre_hook(_adder(rows, place)) for layer, rows in zip(layers, sums, strict=True)]
+    moments = [_Moments(layer, count, ranks.device) for layer in layers]
     try:
-        for place[0], forward in forwards:
+        for index, forward in forwards:
+            for sums in moments:
+                sums.index = index
             forward()
     finally:
-        for hook in hooks:
-            hook.remove()
-    for layer, rows, counter in zip(layers, sums, counters, strict=True):
-        _set_statistics(layer, ranks.sum_(rows).sum(0))
+        for sums in moments:
+            sums.hook.remove()
+    for layer, sums, counter in zip(layers, moments, counters, strict=True):
+        _set_statistics(layer, ranks.sum_(sums.rows).sum(0))
         assert layer.num_batches_tracked is not None
         layer.num_batches_tracked.copy_(counter)
 
 
-def _adder(rows: Tensor, place: list[int]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that adds a layer's input to the row of the present place: count, Σ x, Σ x² of each channel."""
+class _Moments:
+    """Count, Σ x and Σ x² of each channel of a layer's input, a row for each forward."""
 
-    def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, layer: _BatchNorm, forwards: int, device: torch.device) -> None:
+        self.rows = torch.zeros(forwards, 1 + 2 * layer.num_features, dtype=torch.float64, device=device)
+        self.index = 0
+        self.hook = layer.register_forward_pre_hook(self._add)
+
+    def _add(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach()
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        dims = [d for d in range(x.dim()) if d != 1]
-        variance, mean = (t.double() for t in torch.var_mean(x, dims, correction=0))
+        all_but_channels = [dim for dim in range(x.dim()) if dim != 1]
+        variance, mean = (moment.double() for moment in torch.var_mean(x, all_but_channels, correction=0))
         count = x.numel() // x.shape[1]
-        rows[place[0]] += torch.cat([mean.new_full((1,), count), count * mean, count * (variance + mean**2)])
-
-    return add
+        sums = [mean.new_full((1,), count), count * mean, count * (variance + mean**2)]
+        self.rows[self.index] += torch.cat(sums)
 
 
 def _set_statistics(layer: _BatchNorm, total: Tensor) -> None:
     """Mean and, as torch keeps it, the unbiased variance."""
-    count, moments = total[0], (total[1:] / total[0]).view(2, -1)
+    count = total[0]
+    mean, mean_of_squares = (total[1:] / count).view(2, -1)
+    variance = mean_of_squares - mean**2
     assert layer.running_mean is not None
     assert layer.running_var is not None
-    layer.running_mean.copy_(moments[0])
-    layer.running_var.copy_((moments[1] - moments[0] ** 2) * count / (count - 1).clamp(min=1))
+    layer.running_mean.copy_(mean)
+    layer.running_var.copy_(variance * count / (count - 1).clamp(min=1))

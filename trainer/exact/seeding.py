@@ -24,7 +24,7 @@ def key(seed: int, purpose: str, *position: int) -> int:
 
 
 def mixed(base: int, major: int, minor: int) -> int:
-    """A 64-bit key for a place in the run within `base`, for the hot loop, where a digest would be dear.
+    """A 64-bit key for a place in the run within `base`. For the hot loop, where hashing would cost too much.
 
     SplitMix64's finalizer (Steele, Lea and Flood, 2014) over two Weyl sequences of odd steps.
     """
@@ -70,3 +70,15 @@ def preserved_cpu_generators() -> Iterator[None]:
         torch.default_generator.set_state(saved[0])
         random.setstate(saved[1])
         np.random.set_state(saved[2])
+
+
+@contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Leave the three CPU generators, and that of a CUDA device in use, as they were found."""
+    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    with preserved_cpu_generators():
+        try:
+            yield
+        finally:
+            if cuda_state is not None:
+                torch.cuda.set_rng_state(cuda_state)

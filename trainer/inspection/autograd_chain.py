@@ -1,4 +1,4 @@
-"""The path that a backward takes: autograd's nodes from a loss back to a model's first parameter."""
+"""The path of a backward pass: autograd's nodes from a loss back to a model's first parameter."""
 
 from __future__ import annotations
 
@@ -8,51 +8,85 @@ from torch import Tensor, nn
 
 
 def chain(loss: Tensor, module: nn.Module) -> list[dict[str, Any]]:
-    """The longest path from `loss` to its model's first trained parameter that the loss depends on.
+    """The longest path from `loss` to the model's first trained parameter that the loss depends on.
 
-    Each node has its `name`, and the `parameters` whose gradients it gives. Longest, because residual branches
-    offer short cuts, and a path past them would name the fewest layers.
+    Each entry has a node's `name` and the names of the `parameters` whose gradients that node computes. The longest
+    path, because residual branches are short cuts, and the shortest one would pass the fewest layers.
     """
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    order = _from_leaves(loss.grad_fn)
-    leaves = {id(node): names[id(node.variable)] for node in order if id(getattr(node, "variable", None)) in names}
-    rank = {name: place for place, name in enumerate(names.values())}
-    goal = min(leaves, key=lambda leaf: rank[leaves[leaf]], default=None)
-    ahead: dict[int, tuple[int, Any]] = {}  # of a node with a path to the goal: the path's length, the next node
+    order = _post_order(loss.grad_fn)
+    leaves = _name_leaves(order, module)
+    if not leaves:
+        return []
+    path = _longest_path(order, goal=next(iter(leaves)))
+    entries = []
+    for node, following in zip(path, [*path[1:], None], strict=True):
+        parameters = []
+        for after, _ in node.next_functions:
+            leaf = after if after is following else _skip_unary_nodes(after)
+            if leaf in leaves:
+                parameters.append(leaves[leaf])
+        entries.append({"name": node.name(), "parameters": parameters})
+    return entries
+
+
+def _name_leaves(nodes: list[Any], module: nn.Module) -> dict[Any, str]:
+    """The nodes that accumulate a parameter's gradient, each with the parameter's name, in the model's order."""
+    accumulators = {}
+    for node in nodes:
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            accumulators[id(variable)] = node
+    leaves = {}
+    for name, parameter in module.named_parameters():
+        node = accumulators.get(id(parameter))
+        if node is not None:
+            leaves[node] = name
+    return leaves
+
+
+def _longest_path(order: list[Any], goal: Any) -> list[Any]:
+    """The nodes of the longest path from the last node of `order` to `goal`, [] if there is none.
+
+    In post-order, the longest paths onwards from a node are known when the node's turn comes.
+    """
+    lengths = {goal: 0}  # of nodes with a path to the goal
+    following = {}  # the next node on that path
     for node in order:
-        if id(node) == goal:
-            ahead[id(node)] = 0, None
-        routes = [(ahead[id(after)][0] + 1, after) for after, _ in node.next_functions if id(after) in ahead]
-        if routes:
-            ahead[id(node)] = max(routes, key=lambda route: route[0])
-    found = []
-    node = loss.grad_fn if id(loss.grad_fn) in ahead else None
-    while node is not None:
-        following = ahead[id(node)][1]
-        ends = [id(after) if after is following else _end(after) for after, _ in node.next_functions]
-        found.append({"name": node.name(), "parameters": [leaves[end] for end in ends if end in leaves]})
-        node = following
-    return found
+        for after, _ in node.next_functions:
+            if after in lengths and lengths[after] >= lengths.get(node, 0):
+                lengths[node] = lengths[after] + 1
+                following[node] = after
+    path = []
+    node = order[-1]
+    while node in lengths:
+        path.append(node)
+        node = following.get(node)
+    return path
 
 
-def _end(node: Any) -> int:
-    """Where a path without forks ends: a linear layer's weight is a transposition away."""
+def _skip_unary_nodes(node: Any) -> Any:
+    """The end of a path without forks: a linear layer's weight is behind a transposition, for example."""
     while node is not None and len(node.next_functions) == 1:
         node = node.next_functions[0][0]
-    return id(node)
+    return node
 
 
-def _from_leaves(root: Any) -> list[Any]:
-    """All nodes under `root`, each after those that it leads to; without recursion, as graphs are deep."""
+def _post_order(root: Any) -> list[Any]:
+    """All nodes that `root` leads to, and `root`, each after those that it leads to.
+
+    Without recursion, since graphs are deeper than Python's stack.
+    """
     order: list[Any] = []
-    seen: set[int] = set()
-    waiting = [] if root is None else [(root, False)]
-    while waiting:
-        node, done = waiting.pop()
-        if done:
+    visited: set[Any] = set()
+    stack = [] if root is None else [(root, False)]
+    while stack:
+        node, is_expanded = stack.pop()
+        if is_expanded:
             order.append(node)
-        elif id(node) not in seen:
-            seen.add(id(node))
-            waiting.append((node, True))
-            waiting += [(after, False) for after, _ in node.next_functions if after is not None]
+        elif node not in visited:
+            visited.add(node)
+            stack.append((node, True))
+            for after, _ in node.next_functions:
+                if after is not None:
+                    stack.append((after, False))
     return order

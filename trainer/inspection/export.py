@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from trainer.errors import ConfigError, LockstepError
 from trainer.inspection.predictor import Predictor
-from trainer.storage.files import sync
+from trainer.storage.files import new_file
 
 ENDINGS = {"torch": ".pt2", "onnx": ".onnx"}
 ONNX_PACKAGES = ("onnx", "onnxscript")
 
 
 class Classifier(nn.Module):
-    """Images as the validation transforms leave them, `(N, C, H, W)`, → probabilities `(N, classes)`.
+    """Images after the validation transforms, `(N, C, H, W)`, → probabilities `(N, classes)`.
 
-    Normalisation and the task's own reading of the output (softmax) are within; any number of images is taken. It
-    computes in the dtype of the weights, bf16 and fp16 runs' too.
+    Includes normalisation and the task's softmax, and takes any number of images. Computes in the dtype of the
+    weights, so the program of a bf16 or fp16 run computes in fp32.
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -35,57 +35,73 @@ class Classifier(nn.Module):
         self.task = predictor.task
 
     def forward(self, images: Tensor) -> Tensor | None:
-        return self.task.probabilities(self.task.predict(self.model, self.normalize(images)))
+        output = self.task.predict(self.model, self.normalize(images))
+        return self.task.probabilities(output)
 
 
 def export(predictor: Predictor, kind: str, path: Path) -> Path:
-    """Write the predictor's `Classifier` to `path`, for the CPU, as `torch` or `onnx`; class names go with it."""
-    missing = [name for name in ONNX_PACKAGES if kind == "onnx" and importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError("--export", f"onnx needs {' and '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}")
-    shape, dtype = predictor.signature.shape, predictor.signature.dtype
-    if shape is None or dtype is None:
-        raise ConfigError("--export", "the run's inputs are no tensors, and an exported program takes one")
-    classifier = copy.deepcopy(Classifier(predictor)).cpu().eval()  # the predictor stays where it is
-    example = torch.zeros(2, *shape, dtype=getattr(torch, dtype))  # of one, a program for one would be made
+    """Write the predictor's `Classifier` to `path` for the CPU, with the names of the classes.
+
+    `kind` is `torch` or `onnx`. Raises `ConfigError` if a package is missing or the run is no classifier of images,
+    and `LockstepError` if the model cannot be exported.
+    """
+    if kind == "onnx":
+        _check_onnx_packages()
+    example = _example_images(predictor)
+    classifier = copy.deepcopy(Classifier(predictor)).cpu().eval()  # a copy: the predictor stays on its device
     if classifier(example) is None:
-        raise ConfigError("loss.name", f"{predictor.config.loss.name} makes no classifier, whose output has a meaning")
-    partial = path.with_name(f".partial.{path.name}")
+        raise ConfigError(
+            "loss.name", f"{predictor.config.loss.name} trains no classifier, so there are no probabilities to export"
+        )
+    classes = json.dumps(predictor.signature.classes)
+    write = _write_onnx if kind == "onnx" else _write_torch
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's own internals
-            (_write_onnx if kind == "onnx" else _write_torch)(classifier, example, predictor, partial)
-        sync(partial)
-        partial.replace(path)
+        with new_file(path) as partial, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are about torch's own internals
+            write(classifier, example, classes, partial)
     except (OSError, LockstepError):
         raise
-    except Exception as error:  # whatever a tracer makes of a model it cannot follow
+    except Exception as error:  # a tracer may raise anything on a model that it cannot follow
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise LockstepError(f"{predictor.config.model.name} cannot be exported as {kind}: {reason}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 
-def _write_torch(classifier: Classifier, example: Tensor, predictor: Predictor, path: Path) -> None:
-    program = torch.export.export(classifier, (example,), dynamic_shapes=_any_number())
-    torch.export.save(program, path, extra_files={"classes.json": json.dumps(predictor.signature.classes)})
+def _check_onnx_packages() -> None:
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError("--export", f"onnx needs {' and '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}")
 
 
-def _write_onnx(classifier: Classifier, example: Tensor, predictor: Predictor, path: Path) -> None:
+def _example_images(predictor: Predictor) -> Tensor:
+    """Two images to trace the model with: with one, torch.export would fix the batch size at 1."""
+    shape = predictor.signature.shape
+    dtype = predictor.signature.dtype
+    if shape is None or dtype is None:
+        raise ConfigError("--export", "the run's inputs are no tensors, and an exported program takes one")
+    return torch.zeros(2, *shape, dtype=getattr(torch, dtype))
+
+
+def _write_torch(classifier: Classifier, example: Tensor, classes: str, path: Path) -> None:
+    program = torch.export.export(classifier, (example,), dynamic_shapes=_any_batch_size())
+    torch.export.save(program, path, extra_files={"classes.json": classes})
+
+
+def _write_onnx(classifier: Classifier, example: Tensor, classes: str, path: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     program: Any = torch.onnx.export(
         classifier,
         (example,),
         dynamo=True,
-        dynamic_shapes=_any_number(),
+        dynamic_shapes=_any_batch_size(),
         input_names=["images"],
         output_names=["probabilities"],
         verbose=False,
     )
-    program.model.metadata_props["classes"] = json.dumps(predictor.signature.classes)
+    program.model.metadata_props["classes"] = classes
     program.save(path)
 
 
-def _any_number() -> dict[str, Any]:
+def _any_batch_size() -> dict[str, Any]:
+    """The dimensions of `Classifier.forward`'s argument that may vary."""
     return {"images": {0: torch.export.Dim("batch")}}

@@ -1,10 +1,9 @@
-"""A run's best model, asked about image files: built from the run directory alone, without the run's data."""
+"""A run's best model, applied to image files. Built from the run directory alone, without the run's data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from trainer.components.models import build_model
 from trainer.components.task import build_task
+from trainer.core.build import settings_of
 from trainer.core.forward import Forward
 from trainer.core.precision import Precision
 from trainer.data.folder import decode
@@ -21,7 +21,6 @@ from trainer.data.loading import Normalize
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
 from trainer.errors import ConfigError, DataError, LockstepError
-from trainer.exact.determinism import make_deterministic
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint, signature
 from trainer.storage.run_directory import read_config
@@ -30,108 +29,142 @@ from trainer.storage.run_directory import read_config
 class Predictor:
     """The best model of the run at `run`, with its validation transforms, normalisation and class names.
 
-    A model that was given to the run's `Trainer` instead of being named in its config must be given here too.
+    `overrides` are `key=value` changes of the run's config. A model that was given to the run's `Trainer`, instead of
+    being named in its config, must be given here too.
+
+    Attributes: `config`, `signature`, `device`, `module`, `task`, `normalize`.
+
+    Raises `ConfigError` if `run` is no run directory or several processes were started, and `LockstepError` if the
+    run has no best model or its weights do not fit.
     """
 
     def __init__(self, run: Path, overrides: Sequence[str] = (), *, model: nn.Module | None = None) -> None:
-        read_config(run)  # which says so where `run` is no run directory
+        read_config(run)  # the error for a directory that is no run
         best = checkpoint.best_directory(run)
-        config = self.config = read_config(best, overrides)
+        self.config = read_config(best, overrides)
         self.signature = signature.read(best)
-        if config.run.reproducibility == "bitwise":
-            make_deterministic()
-        ranks = Ranks(config.train.precision, find_unused_parameters=False)
-        if ranks.count > 1:
-            raise ConfigError("WORLD_SIZE", f"{ranks.count} processes were started, and one predicts; start it alone")
-        self.device = ranks.device
-        precision = Precision(config.train.precision, self.device)
-        self.module = (model or self._build()).to(self.device, precision.dtype).eval()
-        self._load(run)
-        self.task = build_task(config.loss, self.signature.num_classes).to(self.device, precision.dtype)
-        self.normalize = Normalize(config.data.mean, config.data.std, precision.dtype).to(self.device)
-        self._forward = Forward(self.task, precision, self.device, config.run.seed)
+        self.device = _device_of_one_process(self.config.train.precision)
+        precision = Precision(self.config.train.precision, self.device)
 
-    def _build(self) -> nn.Module:
-        shape, config = self.signature.shape, self.config
+        module = self._build_model() if model is None else model
+        self.module = module.to(self.device, precision.dtype).eval()
+        self._load_weights(run)  # after the change of dtype, which would round an fp64 run's weights
+        task = build_task(self.config.loss, self.signature.num_classes)
+        self.task = task.to(self.device, precision.dtype)
+        data = self.config.data
+        self.normalize = Normalize(data.mean, data.std, precision.dtype).to(self.device)
+        self._forward = Forward(self.task, precision, self.device, self.config.run.seed)
+
+    def classify(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor | DataError]]:
+        """Each file in order, with the probability of every class or with the reason that it cannot be used.
+
+        Probabilities are float32 `(classes,)` on the CPU.
+        """
+        size = self.config.batch.eval_size
+        batches = iter(self._load_files(paths))
+        for start in range(0, len(paths), size):
+            batch_paths = paths[start : start + size]
+            # Around one batch, not the loop: a generator must not leave settings changed while its caller runs.
+            with settings_of(self.config), torch.inference_mode():
+                answers = self._classify_batch(batch_paths, next(batches))
+            yield from zip(batch_paths, answers, strict=True)
+
+    def _classify_batch(
+        self, paths: Sequence[Path], items: Sequence[MicroBatch | DataError]
+    ) -> list[Tensor | DataError]:
+        """The answer for each file of a batch; only the usable ones pass through the model."""
+        answers: list[Tensor | DataError] = []
+        images = []
+        for path, item in zip(paths, items, strict=True):
+            answer = self._check_image(path, item)
+            answers.append(answer)
+            if isinstance(answer, Tensor):
+                images.append(answer)
+        if images:
+            probabilities = iter(self._probabilities(torch.cat(images)))
+            for index, answer in enumerate(answers):
+                if isinstance(answer, Tensor):
+                    answers[index] = next(probabilities)
+        return answers
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        """`(N, C, H, W)` → float32 `(N, classes)` on the CPU."""
+        inputs = self.normalize(images.to(self.device))
+        output = self._forward.output(self.module, MicroBatch(0, inputs, None))
+        probabilities = self.task.probabilities(output)
+        if probabilities is None:
+            raise ConfigError(
+                "loss.name", f"{self.config.loss.name} trains no classifier, so there are no classes to predict"
+            )
+        return probabilities.float().cpu()
+
+    def _build_model(self) -> nn.Module:
+        shape = self.signature.shape
+        is_image = shape is not None and len(shape) == 3
         return build_model(
-            replace(config.model, weights=None),  # the run's own come next
-            seed=config.run.seed,
+            replace(self.config.model, weights=None),  # the run's own weights are loaded next
+            seed=self.config.run.seed,
             num_classes=self.signature.num_classes,
-            in_channels=shape[0] if shape is not None and len(shape) == 3 else None,
+            in_channels=shape[0] if shape is not None and is_image else None,
         )
 
-    def _load(self, run: Path) -> None:
+    def _load_weights(self, run: Path) -> None:
+        tensors, _ = checkpoint.load_best(run)
         try:
-            self.module.load_state_dict(checkpoint.load_best(run)[0])
+            self.module.load_state_dict(tensors)
         except RuntimeError as error:
-            name, reason = self.config.model.name, str(error).strip().splitlines()[-1].strip()
+            name = self.config.model.name
+            reason = str(error).strip().splitlines()[-1].strip()
             raise LockstepError(
                 f"{name}, built as its config says, does not fit the weights of {run} ({reason})"
             ) from None
 
-    @torch.inference_mode()
-    def classify(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor | DataError]]:
-        """Each file in order with each class's probability, float32 `(C,)` on the CPU, or what is wrong with it."""
-        waiting = iter(paths)
-        for batch in self._load_files(paths):
-            of = list(islice(waiting, len(batch)))
-            checked = [self._checked(path, item) for path, item in zip(of, batch, strict=True)]
-            good = [item for item in checked if isinstance(item, Tensor)]
-            found = iter(self._probabilities(torch.cat(good)) if good else ())
-            for path, item in zip(of, checked, strict=True):
-                yield path, item if isinstance(item, DataError) else next(found)
-
     def _load_files(self, paths: Sequence[Path]) -> DataLoader[list[MicroBatch | DataError]]:
-        """Batches of the files, each file alone, so that one that cannot be read leaves the others be."""
-        section = self.config.data
-        transform = build_transforms("data.val_transforms", section.val_transforms)
-        files = _Files(paths, self._channels())
+        """Batches of files. Each file is a sample of its own, so one that cannot be read does not fail its batch."""
+        config = self.config
+        transform = build_transforms("data.val_transforms", config.data.val_transforms)
+        files = _ImageFiles(paths, self._file_channels())
         return DataLoader(
-            KeyedDataset(files, transform, seed=self.config.run.seed, purpose="predict"),
+            KeyedDataset(files, transform, seed=config.run.seed, purpose="predict"),
             sampler=[Request(0, 0, np.array([i])) for i in range(len(paths))],
-            batch_size=self.config.batch.eval_size,
+            batch_size=config.batch.eval_size,
             collate_fn=list,
-            num_workers=min(section.workers, len(paths) - 1),
-            generator=torch.Generator(),
+            num_workers=max(0, min(config.data.workers, len(paths) - 1)),
+            generator=torch.Generator(),  # else the loader would draw from the caller's
         )
 
-    def _channels(self) -> int:
+    def _file_channels(self) -> int:
+        """Channels that files are decoded to: as many as the run's own images had."""
         channels = self.signature.channels
-        if channels not in (1, 3):
-            held = "no images" if channels is None else f"images of {channels} channels"
-            raise ConfigError("data.name", f"{self.config.data.name} holds {held}; only grey and colour files are read")
-        return channels
+        if channels in (1, 3):
+            return channels
+        content = "no images" if channels is None else f"images of {channels} channels"
+        raise ConfigError("data.name", f"{self.config.data.name} holds {content}; only grey and colour files are read")
 
-    def _checked(self, path: Path, item: MicroBatch | DataError) -> Tensor | DataError:
-        """The image `(1, C, H, W)`, if it is like those that the model was validated on."""
+    def _check_image(self, path: Path, item: MicroBatch | DataError) -> Tensor | DataError:
+        """The image, `(1, C, H, W)`, if it has the shape and dtype of those that the model was validated on."""
         if isinstance(item, DataError):
             return item
-        images: Tensor = item.inputs
-        shape, dtype = list(images.shape[1:]), str(images.dtype).removeprefix("torch.")
-        known = self.signature
-        if dtype != known.dtype:
+        image: Tensor = item.inputs
+        dtype = str(image.dtype).removeprefix("torch.")
+        if dtype != self.signature.dtype:
             return DataError(
-                f"{path} is {dtype} after data.val_transforms, and the model was validated on {known.dtype}; "
+                f"{path} is {dtype} after data.val_transforms, and the model was validated on {self.signature.dtype}; "
                 f"set data.val_transforms to give that, as {{name: ToDtype, dtype: float32, scale: true}} does"
             )
-        if shape != known.shape and known.shape is not None:
-            now, then = (" × ".join(map(str, of)) for of in (shape, known.shape))
+        expected = self.signature.shape
+        shape = list(image.shape[1:])
+        if expected is not None and shape != expected:
             return DataError(
-                f"{path} is {now} after data.val_transforms, and the model was validated on {then}; "
-                f"set data.val_transforms to give that, as {{name: Resize, size: {known.shape[1:]}}} does"
+                f"{path} is {_format_shape(shape)} after data.val_transforms, and the model was validated on "
+                f"{_format_shape(expected)}; set data.val_transforms to give that, as "
+                f"{{name: Resize, size: {expected[1:]}}} does"
             )
-        return images
-
-    def _probabilities(self, images: Tensor) -> Tensor:
-        batch = MicroBatch(0, self.normalize(images.to(self.device)), None)
-        shares = self.task.probabilities(self._forward.output(self.module, batch))
-        if shares is None:
-            raise ConfigError("loss.name", f"{self.config.loss.name} makes no classifier, whose classes could be named")
-        return shares.float().cpu()
+        return image
 
 
-class _Files:
-    """Image files as a data set; `KeyedDataset` names `paths` in what it says of them."""
+class _ImageFiles:
+    """Image files as a data set. `KeyedDataset` names a file by `paths` when it cannot be read."""
 
     def __init__(self, paths: Sequence[Path], channels: int) -> None:
         self.paths = paths
@@ -141,4 +174,15 @@ class _Files:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return decode(self.paths[index], self._channels), 0
+        return decode(self.paths[index], self._channels), 0  # 0 stands for the target, which is not known
+
+
+def _device_of_one_process(precision: str) -> torch.device:
+    ranks = Ranks(precision)
+    if ranks.count > 1:
+        raise ConfigError("WORLD_SIZE", f"{ranks.count} processes were started, and one predicts; start it alone")
+    return ranks.device
+
+
+def _format_shape(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))

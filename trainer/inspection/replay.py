@@ -1,4 +1,4 @@
-"""A step of a run done over on one process, and taken apart: where a run went wrong, and on which samples.
+"""A step of a run repeated on one process and taken apart: where a run went wrong, and on which samples.
 
 The step is reached from the nearest checkpoint before it, or from the run's first step, by training as the run did.
 """
@@ -10,21 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from trainer.core.metrics import Row
 from trainer.errors import ConfigError
 from trainer.exact.plan import Step
-from trainer.inspection.watch import Watch
+from trainer.inspection.watch import StepWatch
 from trainer.reporting.jsonl import read_rows
 from trainer.storage import checkpoint
 from trainer.trainer import Trainer
 
 Rows = dict[int, dict[str, Any]]  # logged rows of steps, by step
+Digests = dict[int, tuple[str, str]]  # at logged steps: the run's, and this one's
 
 
 @dataclass
 class Replay:
-    """What is known of the step. `asked` is another where a step before it had no finite loss already."""
+    """What is known of step `step`. `asked` differs where an earlier step had no finite loss already."""
 
     step: int
     asked: int
@@ -42,76 +45,80 @@ class Replay:
     images: Tensor | None = field(default=None, repr=False)  # (N, C, H, W) in [0, 1], as the model saw them
 
 
-def replay(make_trainer: Callable[[], Trainer], run: Path, number: int) -> Replay:
-    """Take step `number` (1 is the first) of `run` apart; `make_trainer` builds what the run's config describes.
+def replay(make_trainer: Callable[[], Trainer], directory: Path, number: int) -> Replay:
+    """Take step `number` (1 is the first) of the run in `directory` apart.
 
-    If the loss is not finite in a step on the way, that step is taken apart instead. Raises `ConfigError` where
-    the run has no such step.
+    `make_trainer` builds what the run's config describes. If the loss is not finite in a step before, that step is
+    taken apart instead. Raises `ConfigError` where the run has no such step.
     """
     trainer = make_trainer()
     if trainer.ranks.count > 1:
         raise ConfigError("RUN", "replay is for one process; start it without a launcher")
     if not 1 <= number <= trainer.plan.total_steps:
         raise ConfigError("--step", f"{number} is none of the run's steps, 1 to {trainer.plan.total_steps}")
-    logged = _logged(run)
-    digests: dict[int, tuple[str, str]] = {}
-    began = _restore(trainer, run, before=number)
-    bad = _advance(trainer, number, logged, digests)
-    if bad is not None:
-        trainer, digests = make_trainer(), {}
-        _restore(trainer, run, before=number)
-        _advance(trainer, bad, logged, digests)
-    found = _examine(trainer, logged, digests)
-    found.asked, found.began_after = number, began
-    return found
+    logged_rows = _logged_rows(directory)
+    with trainer.run.settings():
+        digests: Digests = {}
+        start = _restore(trainer, directory, before=number)
+        first_bad = _advance(trainer, number, logged_rows, digests)
+        if first_bad is not None:
+            trainer, digests = make_trainer(), {}
+            _restore(trainer, directory, before=number)
+            _advance(trainer, first_bad, logged_rows, digests)
+        result = _examine(trainer, logged_rows, digests)
+    result.asked, result.began_after = number, start
+    return result
 
 
-def _logged(run: Path) -> Rows:
-    rows = read_rows(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+def _logged_rows(directory: Path) -> Rows:
+    path = directory / "metrics.jsonl"
+    rows = read_rows(path) if path.is_file() else []
     return {int(row["step"]): row for row in rows if "train/loss" in row}
 
 
-def _restore(trainer: Trainer, run: Path, *, before: int) -> int:
-    """Bring `trainer` to the newest checkpoint before the step, if there is one; the step it is of."""
-    names = [f"step_{step:08d}" for step in range(before)]
-    kept = {path.name: path for path in (run / "checkpoints").glob("step_*")}
-    found = max(kept.keys() & set(names), default=None)
-    if found is not None:
-        trainer.restore(checkpoint.load(kept[found]))
+def _restore(trainer: Trainer, directory: Path, *, before: int) -> int:
+    """Bring `trainer` to the newest checkpoint before a step, if there is one; returns the checkpoint's step or 0."""
+    checkpoints = {path.name: path for path in (directory / "checkpoints").glob("step_*")}
+    earlier = [name for name in checkpoints if name < f"step_{before:08d}"]
+    if earlier:
+        trainer.restore(checkpoint.load(checkpoints[max(earlier)]))
     trainer.start()
     return trainer.progress.step
 
 
-def _advance(trainer: Trainer, to: int, logged: Rows, digests: dict[int, tuple[str, str]]) -> int | None:
+def _advance(trainer: Trainer, to: int, logged_rows: Rows, digests: Digests) -> int | None:
     """Train up to the step before `to`; returns the first step on the way whose loss is not finite."""
     for step in trainer.plan.steps(trainer.progress.step):
         if step.number == to:
             return None
-        with Watch(trainer, detailed=False) as watch:
+        with StepWatch(trainer, detailed=False) as watch:
             trainer.train_step(step)
         if not watch.is_finite():
             return step.number
-        _check(trainer, step, logged, digests)
+        _measure_as_logged(trainer, step, logged_rows, digests)
     return None
 
 
-def _check(trainer: Trainer, step: Step, logged: Rows, digests: dict[int, tuple[str, str]]) -> dict[str, float]:
-    """At a logged step, the row and digest as the run would log them now; what it measured goes on as in the run."""
-    row = logged.get(step.number)
-    if row is None:
+def _measure_as_logged(trainer: Trainer, step: Step, logged_rows: Rows, digests: Digests) -> Row:
+    """At a step that the run logged, its row and digest as they are now. What was measured goes on as in the run."""
+    logged = logged_rows.get(step.number)
+    if logged is None:
         return {}
-    digests[step.number] = str(row.get("digest")), trainer.digest()
+    digests[step.number] = str(logged.get("digest")), trainer.digest()
     metric = trainer.config.best.metric.replace("train/", "train/epoch_")
-    trainer.progress.history += [row[metric]] if metric in row else []  # what a plateau schedule goes by
+    if metric in logged:
+        trainer.progress.history.append(logged[metric])  # what a plateau schedule goes by
     return trainer.measure(step)
 
 
-def _examine(trainer: Trainer, logged: Rows, digests: dict[int, tuple[str, str]]) -> Replay:
+def _examine(trainer: Trainer, logged_rows: Rows, digests: Digests) -> Replay:
+    """Take the next step apart."""
     step = trainer.plan.step(trainer.progress.step)
-    with Watch(trainer, detailed=True) as watch:
+    with StepWatch(trainer, detailed=True) as watch:
         trainer.train_step(step)
-    row = _check(trainer, step, logged, digests)
-    kept = logged.get(step.number, {})
+    row = _measure_as_logged(trainer, step, logged_rows, digests)
+    logged = logged_rows.get(step.number, {})
+    compared = [name for name in row if name in ("train/loss", "grad_norm", "lr")]
     return Replay(
         step=step.number,
         asked=step.number,
@@ -120,11 +127,57 @@ def _examine(trainer: Trainer, logged: Rows, digests: dict[int, tuple[str, str]]
         began_after=0,
         loss=watch.loss(),
         grad_norm=watch.grad_norm(),
-        samples=watch.samples(step),
+        samples=_samples(watch, step),
         layers=watch.layers,
-        batch_norm=watch.batch_norm,
-        weights=watch.weights(),
+        batch_norm=watch.norm_inputs,
+        weights=_weights(watch),
         digests=digests,
-        logged={name: (kept[name], value) for name, value in row.items() if name in ("train/loss", "grad_norm", "lr")},
-        images=watch.images(),
+        logged={name: (logged[name], row[name]) for name in compared},
+        images=_images(watch),
     )
+
+
+def _samples(watch: StepWatch, step: Step) -> list[dict[str, Any]]:
+    """Id, file, target, micro-batch and loss of each sample, in the order of the step."""
+    trainer = watch.trainer
+    data = trainer.run.data
+    paths = getattr(data.train, "paths", None)
+    samples: list[dict[str, Any]] = []
+    for record in watch.records:
+        index = record.batch.first
+        for row, sample_id in enumerate(trainer.plan.sample_ids(step, index).tolist()):
+            sample: dict[str, Any] = {"id": sample_id}
+            if paths is not None:
+                sample["file"] = paths[sample_id]
+            sample["target"] = _target(record.batch.targets, row, data.classes)
+            sample["micro_batch"] = index
+            loss = record.sample_loss(trainer, row)
+            sample["loss"] = None if loss is None else loss[0]
+            samples.append(sample)
+    return samples
+
+
+def _target(targets: Any, row: int, classes: list[str] | None) -> Any:
+    """A class name where there is one, else the plain value."""
+    value = targets[row].tolist() if isinstance(targets, Tensor) else None
+    if isinstance(value, int) and classes and 0 <= value < len(classes):
+        return classes[value]
+    return value
+
+
+def _weights(watch: StepWatch) -> dict[str, dict[str, float]]:
+    """Of each parameter its norm before the step, its gradient's as applied, and that of its change."""
+    weights: dict[str, dict[str, float]] = {}
+    for name, change in watch.changes().items():
+        weights[name] = {"norm": watch.weights_before[name].norm().item(), "change": change.norm().item()}
+    for name, gradient in watch.applied_gradients().items():
+        weights[name]["gradient"] = gradient.norm().item()
+    return weights
+
+
+def _images(watch: StepWatch) -> Tensor | None:
+    """The images as the model saw them, `(N, C, H, W)` in [0, 1]; None where inputs are no images."""
+    inputs = [record.batch.inputs for record in watch.records]
+    if not inputs or not all(isinstance(images, Tensor) and images.dim() == 4 for images in inputs):
+        return None
+    return watch.trainer.run.train_loader.normalize.undo(torch.cat(inputs))

@@ -1,159 +1,197 @@
-"""What happens within a step, for looking at: inputs, outputs, gradients, statistics, the weights' change."""
+"""One training step on one process, recorded: inputs, outputs, losses, gradients, the change of the weights."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trainer.core.forward import Forward
+from trainer.components.task import WeightedSum
+from trainer.core.observers import Observer
 from trainer.data.samples import MicroBatch
-from trainer.exact.batch_norm import norm_layers
+from trainer.exact.batch_norm import named_norm_layers
 from trainer.exact.plan import Step
 from trainer.trainer import Trainer
 
 Numbers = dict[str, float]
+Stages = dict[str, Tensor | None]
 
 
-class Watch:
-    """Watches one `train_step` of `trainer` and leaves it as it is. Waits for the device: not for training.
+@dataclass
+class MicroBatchRecord:
+    """A micro-batch as it was run. `output` is detached."""
 
-    `detailed`: the layers, statistics and weights too, and not only the loss.
+    batch: MicroBatch
+    output: Any
+    loss_sum: float
+    weight: float
+
+    @property
+    def samples(self) -> int:
+        """How many samples can be looked at one by one."""
+        targets = self.batch.targets
+        are_tensors = isinstance(self.output, Tensor) and isinstance(targets, Tensor)
+        return len(targets) if are_tensors and len(self.output) == len(targets) else 0
+
+    def sample_loss(self, trainer: Trainer, row: int) -> tuple[float, float] | None:
+        """Loss sum and weight of one sample by itself; None where samples cannot be told apart."""
+        if row >= self.samples:
+            return None
+        only = slice(row, row + 1)
+        with torch.no_grad():
+            total, weight = trainer.run.task.loss_sum(self.output[only], self.batch.targets[only])
+        return float(total), float(weight)
+
+
+class StepWatch(Observer):
+    """Records the steps of `trainer` within a `with` block, and leaves them as they are. Waits for the device.
+
+    `records` has the micro-batches. With `detailed`, also:
+
+    - `gradients`: of each trained parameter a copy as `applied` by the update, None for none; with `backwards` also
+      `before` the step, `after_first` and `after_last` backward;
+    - `weights_before`: copies of all parameters;
+    - `layers`: of each leaf module's output the least and largest finite value, and the share that is finite;
+    - `norm_inputs`: of each norm layer's inputs the least and largest mean and variance of a channel.
     """
 
-    def __init__(self, trainer: Trainer, *, detailed: bool) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Trainer, *, detailed: bool, backwards: bool = False) -> None:
+        self.trainer = trainer
         self._detailed = detailed
-        self._forward: Forward = trainer.forward
+        self._backwards = backwards
         self._handles: list[RemovableHandle] = []
-        self._batches: list[tuple[MicroBatch, Any]] = []
-        self._losses: list[tuple[float, float]] = []
-        self._gradients: dict[str, float] = {}
-        self._before: dict[str, Tensor] = {}
+        self.records: list[MicroBatchRecord] = []
+        self.gradients: dict[str, Stages] = {}
+        self.weights_before: dict[str, Tensor] = {}
         self.layers: dict[str, Numbers] = {}
-        self.batch_norm: dict[str, Numbers] = {}
+        self.norm_inputs: dict[str, Numbers] = {}
 
-    def __enter__(self) -> Watch:
-        self._trainer.forward = self._watched  # type: ignore[assignment]
+    def __enter__(self) -> Self:
+        self.trainer.observers.add(self)
         if self._detailed:
-            module = self._trainer.module
-            self._before = {name: p.detach().clone() for name, p in module.named_parameters()}
-            self._handles.append(self._trainer.optimizer.register_step_pre_hook(self._see_gradients))
-            for name, layer in module.named_modules():
-                if not any(layer.children()):
-                    self._handles.append(layer.register_forward_hook(self._see_output(name)))
-                if layer in norm_layers(module):
-                    self._handles.append(layer.register_forward_pre_hook(self._see_statistics(name)))
+            self._copy_weights()
+            self._attach_hooks()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._trainer.forward = self._forward
+        self.trainer.observers.remove(self)
         for handle in self._handles:
             handle.remove()
 
-    # ---------------------------------------------------------------- what was seen
+    # ---------------------------------------------------------------- what was recorded
 
     def loss(self) -> float:
-        """The loss over the step's targets."""
-        weight = math.fsum(weight for _, weight in self._losses)
-        return math.fsum(loss for loss, _ in self._losses) / weight if weight else math.nan
+        """The loss over the step's targets; NaN where there are none."""
+        weight = math.fsum(record.weight for record in self.records)
+        total = math.fsum(record.loss_sum for record in self.records)
+        return total / weight if weight else math.nan
 
     def is_finite(self) -> bool:
-        """Whether the loss of every micro-batch is a number; there may be no targets."""
-        return all(math.isfinite(loss) for loss, _ in self._losses)
+        """True if the loss of every micro-batch is a finite number."""
+        return all(math.isfinite(record.loss_sum) for record in self.records)
 
     def grad_norm(self) -> float:
-        """The L2 norm of the step's gradient before clipping."""
-        if self._trainer.config.train.max_grad_norm is not None and self._trainer.grad_norm is not None:
-            return float(self._trainer.grad_norm)
-        return math.hypot(*self._gradients.values()) if self._gradients else math.nan  # an fp16 step may be skipped
+        """The L2 norm of the step's gradient before clipping; NaN where there was no gradient."""
+        clipped = self.trainer.config.train.max_grad_norm is not None
+        if clipped and self.trainer.grad_norm is not None:
+            return float(self.trainer.grad_norm)
+        norms = [float(gradient.double().norm()) for gradient in self.applied_gradients().values()]
+        return math.hypot(*norms) if norms else math.nan
 
-    def weights(self) -> dict[str, Numbers]:
-        """Of each parameter, its norm before the step, its gradient's as applied, and that of its change."""
-        seen = {}
-        for name, parameter in self._trainer.module.named_parameters():
-            before = self._before[name]
-            change = (parameter.detach() - before).norm().item()
-            seen[name] = {"norm": before.norm().item(), "change": change}
-            if name in self._gradients:
-                seen[name]["gradient"] = self._gradients[name]
-        return seen
+    def applied_gradients(self) -> dict[str, Tensor]:
+        """The gradient of each parameter that had one, as the update applied it."""
+        applied = {name: stages["applied"] for name, stages in self.gradients.items()}
+        return {name: gradient for name, gradient in applied.items() if gradient is not None}
 
-    def samples(self, step: Step) -> list[dict[str, Any]]:
-        """Id, file, target, micro-batch and loss of each sample, in the order of the step."""
-        data = self._trainer.data
-        paths = getattr(data.train, "paths", None)
-        found = []
-        for batch, output in self._batches:
-            ids = self._trainer.plan.sample_ids(step, batch.first).tolist()
-            for i, sample in enumerate(ids):
-                found.append({"id": sample, **({} if paths is None else {"file": paths[sample]})})
-                found[-1] |= {"target": _target(batch.targets, i, data.classes), "micro_batch": batch.first}
-                found[-1] |= {"loss": self._loss_of(output, batch.targets, i)}
-        return found
+    def changes(self) -> dict[str, Tensor]:
+        """What the update added to each parameter."""
+        parameters = dict(self.trainer.module.named_parameters())
+        return {name: parameters[name].detach() - before for name, before in self.weights_before.items()}
 
-    def images(self) -> Tensor | None:
-        """The images as the model saw them, `(N, C, H, W)` in [0, 1]; None where inputs are no images."""
-        inputs = [batch.inputs for batch, _ in self._batches]
-        if not all(isinstance(each, Tensor) and each.dim() == 4 for each in inputs):
-            return None
-        return self._trainer.train_loader.normalize.undo(torch.cat(inputs))
+    # ---------------------------------------------------------------- recording
 
-    # ---------------------------------------------------------------- seeing
+    def micro_batch(self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
+        detached = output.detach() if isinstance(output, Tensor) else output
+        self.records.append(MicroBatchRecord(batch, detached, loss.total.item(), float(loss.weight)))
 
-    def _watched(self, model: nn.Module, batch: MicroBatch, step: Step | None) -> tuple[Any, Tensor, Tensor | int]:
-        output, loss, weight = self._forward(model, batch, step)
-        self._losses.append((loss.item(), float(weight)))
-        if self._detailed:
-            self._batches.append((batch, output.detach() if isinstance(output, Tensor) else output))
-        return output, loss, weight
+    def gradient(self, step: Step) -> None:
+        for name, parameter in self._trained():
+            self.gradients[name]["applied"] = _copy(parameter.grad)
 
-    def _see_output(self, name: str) -> Any:
-        def see(layer: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
-                values = output.detach().double()
-                finite = values.isfinite()
-                seen = values[finite] if finite.any() else values.new_zeros(1)
-                numbers = {"least": seen.min().item(), "largest": seen.max().item()}
-                _merge(self.layers, name, {**numbers, "least_finite_share": finite.double().mean().item()})
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.trainer.module.named_parameters() if name in self.gradients]
 
-        return see
+    def _copy_weights(self) -> None:
+        for name, parameter in self.trainer.module.named_parameters():
+            self.weights_before[name] = parameter.detach().clone()
+            if parameter.requires_grad:
+                stages = dict.fromkeys(("before", "after_first", "after_last", "applied"))
+                self.gradients[name] = {**stages, "before": _copy(parameter.grad)}
 
-    def _see_statistics(self, name: str) -> Any:
-        def see(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            values = inputs[0].detach().double().transpose(0, 1).flatten(1)
-            mean, var = values.mean(1), values.var(1, correction=0)
-            kept = {"least_mean": mean.min(), "largest_mean": mean.max(), "least_var": var.min()}
-            _merge(
-                self.batch_norm, name, {key: v.item() for key, v in kept.items()} | {"largest_var": var.max().item()}
-            )
+    def _attach_hooks(self) -> None:
+        module = self.trainer.module
+        for name, parameter in self._trained() if self._backwards else []:
+            handle = parameter.register_post_accumulate_grad_hook(self._gradient_hook(name))  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
+        for name, layer in module.named_modules():
+            if not any(layer.children()):
+                self._handles.append(layer.register_forward_hook(self._output_hook(name)))
+        for name, layer in named_norm_layers(module):
+            self._handles.append(layer.register_forward_pre_hook(self._norm_input_hook(name)))
 
-        return see
+    def _gradient_hook(self, name: str) -> Callable[[Tensor], None]:
+        def record(parameter: Tensor) -> None:
+            stages = self.gradients[name]
+            stages["after_last"] = _copy(parameter.grad)
+            if not self.records:  # the first micro-batch is recorded after its backward
+                stages["after_first"] = stages["after_last"]
 
-    def _see_gradients(self, *_: Any) -> None:
-        for name, parameter in self._trainer.module.named_parameters():
-            if parameter.grad is not None:
-                self._gradients[name] = parameter.grad.norm().item()
+        return record
 
-    @torch.no_grad()
-    def _loss_of(self, output: Any, targets: Any, i: int) -> float | None:
-        if not isinstance(output, Tensor) or not isinstance(targets, Tensor):
-            return None
-        return float(self._trainer.task.loss_sum(output[i : i + 1], targets[i : i + 1])[0])
+    def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def record(layer: nn.Module, inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
+                return
+            values = output.detach().double()
+            is_finite = values.isfinite()
+            finite_values = values[is_finite] if is_finite.any() else values.new_zeros(1)
+            numbers = {
+                "least": finite_values.min().item(),
+                "largest": finite_values.max().item(),
+                "least_finite_share": is_finite.double().mean().item(),
+            }
+            _merge(self.layers, name, numbers)
+
+        return record
+
+    def _norm_input_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            by_channel = inputs[0].detach().double().transpose(0, 1).flatten(1)
+            mean, variance = by_channel.mean(1), by_channel.var(1, correction=0)
+            numbers = {
+                "least_mean": mean.min().item(),
+                "largest_mean": mean.max().item(),
+                "least_var": variance.min().item(),
+                "largest_var": variance.max().item(),
+            }
+            _merge(self.norm_inputs, name, numbers)
+
+        return record
 
 
-def _merge(kept: dict[str, Numbers], name: str, numbers: Numbers) -> None:
-    """Take another micro-batch into a layer's numbers: the least of `least…`, the largest of `largest…`."""
-    seen = kept.setdefault(name, {})
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _merge(numbers_of: dict[str, Numbers], name: str, numbers: Numbers) -> None:
+    """Add another micro-batch to a layer's numbers: the least of `least…`, the largest of `largest…`."""
+    so_far = numbers_of.setdefault(name, {})
     for key, value in numbers.items():
         choose = min if key.startswith("least") else max
-        seen[key] = choose(value, seen.get(key, value))
-
-
-def _target(targets: Any, i: int, classes: list[str] | None) -> Any:
-    value = targets[i].tolist() if isinstance(targets, Tensor) else None
-    return classes[value] if isinstance(value, int) and classes and 0 <= value < len(classes) else value
+        so_far[key] = choose(value, so_far.get(key, value))

@@ -1,4 +1,4 @@
-"""Host memory that kernels on the CPU free stays with the process, for the next step to take."""
+"""How malloc treats memory that the CPU's kernels free. A setting of the whole process, so entry points make it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import ctypes
 import os
 import sys
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's numbers, https://man7.org/linux/man-pages/man3/mallopt.3.html
-KEPT, MAPPED = 2**31 - 1, 2**30  # bytes
-CHOSEN = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # by whoever launches
+# mallopt's parameters, from https://man7.org/linux/man-pages/man3/mallopt.3.html
+TRIM_THRESHOLD = -1
+MMAP_THRESHOLD = -3
+MOST_BYTES_KEPT = 2**31 - 1
+LARGEST_BLOCK_KEPT = 2**30  # bytes
+# Whoever sets one of these has chosen another malloc, or other settings of it.
+USER_SETTINGS = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep freed activations, up to 2 GiB, instead of giving them back to the system.
+def keep_freed_memory(device_type: str) -> None:
+    """For a run on the CPU, let glibc keep up to 2 GiB of freed memory for the next step.
 
-    Each step would else have them mapped and zeroed anew, page by page. Does nothing where malloc is another one, or
-    is tuned already.
+    By default it returns large activations to the system, which maps and zeroes their pages anew in every step. Does
+    nothing for a run on another device, if malloc is not glibc's, or if the user has tuned it.
     """
-    if sys.platform == "linux" and not any(os.environ.get(name) for name in CHOSEN):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(MMAP_THRESHOLD, MAPPED)
-            mallopt(TRIM_THRESHOLD, KEPT)
+    if device_type != "cpu":
+        return
+    if sys.platform != "linux" or any(os.environ.get(name) for name in USER_SETTINGS):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, LARGEST_BLOCK_KEPT)
+        mallopt(TRIM_THRESHOLD, MOST_BYTES_KEPT)

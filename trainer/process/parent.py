@@ -1,6 +1,7 @@
-"""What a run does as a trial of a sweep, or below a launcher: ends with its parent, has its own name, leaves a reason.
+"""What a run owes the process that started it: to end with its launcher, and to be one trial of a W&B sweep.
 
-`wandb agent` hands each trial its values by argv, the same on every rank, and the ids of sweep and run by environment.
+`wandb agent` gives each trial its values as arguments, the same on every rank, and the ids of sweep and run as
+environment variables.
 """
 
 from __future__ import annotations
@@ -18,104 +19,124 @@ from typing import TYPE_CHECKING
 
 from trainer.config.secrets import redacted_message
 from trainer.errors import LockstepError, Stopped
+from trainer.process import launcher
 
 if TYPE_CHECKING:
     from trainer.config.schema import Config
 
-SWEEP = "WANDB_SWEEP_ID"  # set by W&B's agent
-LAUNCHED = (SWEEP, "LOCKSTEP_SWEEP", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+SWEEP_ID, RUN_ID = "WANDB_SWEEP_ID", "WANDB_RUN_ID"  # variables that W&B's agent sets
+# Variables of which at least one is set in a process that a launcher, an agent or a local sweep started.
+LAUNCHER_VARIABLES = (SWEEP_ID, "LOCKSTEP_SWEEP", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+WANDB_TIMEOUT = 10.0  # seconds to connect, and again to send, when a failure is recorded
 
 
 def end_with_launcher() -> None:
-    """Where a launcher or an agent started this process, have its end be a SIGTERM here: a stop at a step boundary.
+    """Send this process a SIGTERM, and so stop it at a step boundary, when its launcher or agent ends.
 
-    `accelerate launch` of one process dies of a SIGTERM without passing it on; the run would go on as an orphan and
-    hold its GPU. And a W&B agent that is killed leaves the launchers below it running. A run that a shell started may
-    outlive it, and is left alone.
+    `accelerate launch` of one process does not pass a SIGTERM on, and a W&B agent that is killed leaves the launchers
+    below it running. In both cases the run would go on as an orphan and hold its GPU. A run started from a shell may
+    outlive the shell, so nothing is done there.
     """
-    if not any(name in os.environ for name in LAUNCHED):
+    if not any(name in os.environ for name in LAUNCHER_VARIABLES):
         return
     end_with_parent()
-    if SWEEP in os.environ:
+    if SWEEP_ID in os.environ:
         _end_with_agent()
-    if os.getppid() == 1 and not _is_launcher(1):  # it had ended already (seen where orphans go to process 1)
-        os.kill(os.getpid(), signal.SIGTERM)
+    # The launcher may have ended before the calls above. Its orphans then belong to process 1.
+    if os.getppid() == 1 and not _is_launcher(1):
+        _stop_this_process()
 
 
 def end_with_parent() -> None:
-    """Ask the kernel for a SIGTERM when the parent ends. On Linux alone; elsewhere nothing happens."""
+    """Ask the kernel to send this process a SIGTERM when its parent ends. Does nothing except on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def _end_with_agent() -> None:
-    """Wait for the agent's end in a thread. Only what it started has the sweep's id in its environment from the start.
-
-    On Linux alone; a process whose environment may not be read is of another user, and no launcher of this run.
-    """
+    """Send this process a SIGTERM when the W&B agent above it ends. Does nothing except on Linux."""
     if sys.platform != "linux":
         return
-    with suppress(OSError, ValueError):  # an ancestor that ends meanwhile has had its children told
-        process = os.getppid()
-        while process > 1 and _began_with(process, SWEEP):
-            process = process_status(process)[1]
-        agent = os.pidfd_open(process)
+    # An ancestor may end while it is looked at. Its children then get the signal that end_with_parent() asked for.
+    with suppress(OSError, ValueError):
+        agent = os.pidfd_open(_find_agent())
 
-        def watch() -> None:
-            ended = select.poll()
-            ended.register(agent, select.POLLIN)
-            ended.poll()
-            os.kill(os.getpid(), signal.SIGTERM)
+        def wait_for_end() -> None:
+            poll = select.poll()
+            poll.register(agent, select.POLLIN)
+            poll.poll()
+            _stop_this_process()
 
-        Thread(target=watch, daemon=True, name="agent").start()
+        Thread(target=wait_for_end, daemon=True, name="agent").start()
+
+
+def _find_agent() -> int:
+    """The nearest ancestor that did not get the sweep's id when it was started: the agent sets it for its children."""
+    process = os.getppid()
+    while process > 1 and _was_started_with(process, SWEEP_ID):
+        _, process, _ = process_status(process)
+    return process
+
+
+def _stop_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def process_status(process: int) -> tuple[str, int, int]:
-    """State, parent and group of a process. An `OSError` where it has ended; on Linux alone."""
-    state, parent, group = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[:3]
+    """State, parent and group of a process. Raises `OSError` if it has ended. For Linux only."""
+    # The second field, the program's name in parentheses, may itself hold spaces and parentheses.
+    text = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2]
+    state, parent, group, *_ = text.split()
     return state, int(parent), int(group)
 
 
-def _began_with(process: int, variable: str) -> bool:
+def _was_started_with(process: int, variable: str) -> bool:
+    """True if an environment variable was set when a process of this user was started."""
     try:
-        return f"\0{variable}=".encode() in b"\0" + Path(f"/proc/{process}/environ").read_bytes()
+        environment = Path(f"/proc/{process}/environ").read_bytes()
     except PermissionError:
-        return False
+        return False  # another user's process is not a launcher of this run
+    return f"\0{variable}=".encode() in b"\0" + environment
 
 
 def _is_launcher(process: int) -> bool:
-    """Whether a process (the first one of a container, say) may well be what starts trials."""
+    """True if a process may be what starts trials, as the first process of a container can be."""
     try:
         command = Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
         return True
-    return any(word in command for word in (Path(sys.argv[0]).name.encode(), b"wandb", b"trainer"))
+    script = Path(sys.argv[0]).name.encode()
+    return any(word in command for word in (script, b"wandb", b"trainer"))
 
 
 def with_trial_name(config: Config) -> Config:
-    """The config, in a W&B sweep with the run's id behind `run.name`: each trial needs a directory of its own."""
-    if SWEEP not in os.environ or "WANDB_RUN_ID" not in os.environ:
+    """In a W&B sweep, the config with the run's id added to `run.name`: each trial needs a directory of its own."""
+    if SWEEP_ID not in os.environ or RUN_ID not in os.environ:
         return config
-    return replace(config, run=replace(config.run, name=f"{config.run.name}-{os.environ['WANDB_RUN_ID']}"))
+    name = f"{config.run.name}-{os.environ[RUN_ID]}"
+    return replace(config, run=replace(config.run, name=name))
 
 
 def record_failure(error: BaseException) -> None:
-    """In a W&B sweep, leave a failed run with its reason where the trial failed before its run began."""
-    begun = "wandb" in sys.modules  # the client is imported to begin a run, never before
-    if SWEEP not in os.environ or int(os.environ.get("RANK", "0")) or begun or isinstance(error, Stopped):
+    """In a W&B sweep, record a trial that failed before its W&B run began, with the reason, as a failed run."""
+    if SWEEP_ID not in os.environ or launcher.rank() != 0 or isinstance(error, Stopped):
         return
+    if "wandb" in sys.modules:
+        return  # the client is imported only to begin a run, which then records its own failure
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends every process once another rank has failed
     with suppress(Exception):
         import wandb
 
-        settings = wandb.Settings(silent=True, console="off", init_timeout=10, finish_timeout=10)
+        settings = wandb.Settings(silent=True, console="off", init_timeout=WANDB_TIMEOUT, finish_timeout=WANDB_TIMEOUT)
         run = wandb.init(settings=settings)
         run.summary["failure"] = failure_reason(error)
         run.finish(exit_code=1)
 
 
 def failure_reason(error: BaseException) -> str:
-    """One line on what went wrong, for the eyes of others."""
-    first = (redacted_message(str(error)).strip() or type(error).__name__).splitlines()[0]
-    return first if isinstance(error, LockstepError) else f"{type(error).__name__}: {first}"
+    """The first line of an error's message, with secrets removed: it is sent to others."""
+    name = type(error).__name__
+    message = redacted_message(str(error)).strip() or name
+    line = message.splitlines()[0]
+    return line if isinstance(error, LockstepError) else f"{name}: {line}"

@@ -1,14 +1,10 @@
-"""The processes of a run: started by Accelerate, and the few things they do together."""
+"""This process among the run's processes (ranks), and their collective operations. Accelerate starts and joins them."""
 
 from __future__ import annotations
 
-import atexit
-import os
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,78 +12,47 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from torch import Tensor, distributed, nn
 
-from trainer.errors import ConfigError, LockstepError
-
-# What a launcher asks for through the environment and a run's config must decide: (variable, values that ask
-# for nothing, what to do instead).
-LAUNCHER_SETTINGS = (
-    ("ACCELERATE_MIXED_PRECISION", {"no", "fp32"}, "set train.precision instead"),
-    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", {"1"}, "set batch.size and batch.micro_size instead"),
-    ("ACCELERATE_DYNAMO_BACKEND", {"no"}, "set train.compile=true instead"),
-    ("ACCELERATE_USE_DEEPSPEED", {"false"}, "DeepSpeed scales and steps by itself; start plain processes"),
-    (
-        "ACCELERATE_USE_MEGATRON_LM",
-        {"false"},
-        "Megatron-LM scales and steps by itself; start plain processes",
-    ),
-    ("ACCELERATE_USE_FSDP", {"false"}, "FSDP is not supported; start plain processes"),
-)
-
-GRACE = 0.2  # seconds before the interpreter goes down, for gloo's thread to drop the last collective's tensors
-
-
-def check_launcher(precision: str, environment: Mapping[str, str]) -> None:
-    """Refuse what a launcher asks for beside the config: a run is a function of its config."""
-    for variable, nothing, instead in LAUNCHER_SETTINGS:
-        value = environment.get(variable, "").lower()
-        if value and value not in nothing and value != precision:
-            raise ConfigError(variable, f'the launcher asks for "{value}", which the config decides; {instead}')
-
-
-@cache
-def _end_after_gloo() -> None:
-    """Once a process, however many `Trainer`s it makes."""
-    atexit.register(time.sleep, GRACE)
+from trainer.errors import LockstepError
+from trainer.process.exit import delay_exit_for_gloo
+from trainer.process.launcher_settings import check_launcher_settings, check_world_size
 
 
 class Ranks:
     """This process among the run's processes.
 
-    Attributes: `rank` of `count`, `is_main` (rank 0), `device`, and `accelerator` beneath.
+    Attributes: `rank` of `count`; `is_main`, true on rank 0; `device`; `accelerator`, Accelerate's own object.
     """
 
-    def __init__(self, precision: str, *, find_unused_parameters: bool) -> None:
-        check_launcher(precision, os.environ)
+    def __init__(self, precision: str) -> None:
+        """Join the processes. `precision` is the config's, which the launcher must not contradict."""
+        check_launcher_settings(precision)
         self.accelerator = Accelerator(
             mixed_precision="no",  # `Precision` does it, with one code path for every device
-            cpu=None if torch.accelerator.is_available() else True,  # else torchrun's processes stay unjoined
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False,
-                    gradient_as_bucket_view=True,
-                    find_unused_parameters=find_unused_parameters,
-                )
-            ],
+            cpu=None if torch.accelerator.is_available() else True,  # without True, torchrun's processes do not join
         )
         self.rank: int = self.accelerator.process_index
         self.count: int = self.accelerator.num_processes
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != self.count:
-            raise ConfigError(
-                "WORLD_SIZE", f"{launched} processes were launched, and {self.count} joined; use launch/*.yaml"
-            )
-        if self.count > 1:
-            _end_after_gloo()
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
-        # Host-side agreement must not wait for the device's queue, so on GPUs it has a group of its own.
-        on_host = self.count == 1 or self.device.type == "cpu"
-        self._host_group: Any = None if on_host else distributed.new_group(backend="gloo")
+        check_world_size(self.count)
+        if self.count > 1:
+            delay_exit_for_gloo()
+        # On GPUs, ranks agree in a group of their own on the host: the GPU's group would wait for queued kernels.
+        self._host_group: Any = None
+        if self.count > 1 and self.device.type != "cpu":
+            self._host_group = distributed.new_group(backend="gloo")
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """The model on its device, in DDP where there are several processes; one prepared before it is let go."""
+    # ---------------------------------------------------------------- models
+
+    def prepare(self, model: nn.Module, *, find_unused_parameters: bool = False) -> nn.Module:
+        """The model on its device, wrapped in DDP if there are several processes; releases one prepared before."""
         self.accelerator.free_memory()
-        with warnings.catch_warnings():  # newer torch renames the option, older torch knows no other name
+        self.accelerator.ddp_handler = DistributedDataParallelKwargs(
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=find_unused_parameters,
+        )
+        with warnings.catch_warnings():  # newer torch renames the option, older torch has the old name only
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             prepared: nn.Module = self.accelerator.prepare_model(model)
         return prepared
@@ -99,15 +64,7 @@ class Ranks:
                 distributed.broadcast(tensor, src=0)
         return model
 
-    def main_first(self) -> AbstractContextManager[None]:
-        """The main process runs the body first, the others after it."""
-        context: AbstractContextManager[None] = self.accelerator.main_process_first()
-        return context
-
-    def node_main_first(self) -> AbstractContextManager[None]:
-        """One process of each machine runs the body first, its others after it."""
-        context: AbstractContextManager[None] = self.accelerator.local_main_process_first()
-        return context
+    # ---------------------------------------------------------------- tensors
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all ranks, in place."""
@@ -118,66 +75,93 @@ class Ranks:
     def all_gather_by_sends(self, shard: Tensor, whole: Tensor) -> None:
         """Fill `whole`, `(ranks, n)`, with every rank's `shard`, `(n,)`.
 
-        From one to another, without a stop between: on gloo that takes a third of the time of its `all_gather`.
+        All sends and receives are started at once. On gloo that takes a third of the time of its `all_gather`.
         """
         whole[self.rank].copy_(shard)
         exchanges = []
         for distance in range(1, self.count):
-            to, source = (self.rank + distance) % self.count, (self.rank - distance) % self.count
-            exchanges.append(distributed.P2POp(distributed.isend, shard, to))
+            destination = (self.rank + distance) % self.count
+            source = (self.rank - distance) % self.count
+            exchanges.append(distributed.P2POp(distributed.isend, shard, destination))
             exchanges.append(distributed.P2POp(distributed.irecv, whole[source], source))
         for work in distributed.batch_isend_irecv(exchanges):
             work.wait()
 
-    def close(self) -> None:
-        """Leave the other ranks in good order. Nothing can be done together afterwards."""
-        if self.count > 1:
-            distributed.destroy_process_group()
+    # ---------------------------------------------------------------- Python objects and decisions
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The concatenation of every rank's `items`, in rank order, on every rank."""
+        return list(gather_object(items)) if self.count > 1 else items
 
     def any_rank_async(self, flag: bool) -> Agreement:
-        """Start to ask whether any rank raises `flag`; `result()` tells, the same on every rank."""
+        """Start asking whether `flag` is true on any rank; `result()` gives the answer, the same on every rank."""
         if self.count == 1:
             return Agreement(flag, None)
         vote = torch.tensor(int(flag))
         work = distributed.all_reduce(vote, distributed.ReduceOp.MAX, group=self._host_group, async_op=True)
         return Agreement(vote, work)
 
-    def gather(self, items: list[Any]) -> list[Any]:
-        """The concatenation of every rank's `items`, in rank order, on every rank."""
-        return list(gather_object(items)) if self.count > 1 else items
-
     def on_main(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on the main process; every rank gets its result, or fails alike if it fails."""
-        outcome: list[Any] = [None, None]
+        """Run `action` on the main process. Every rank returns its result, or raises the same error if it fails."""
+        result: Any = None
+        failure: LockstepError | None = None
         if self.is_main:
             try:
-                outcome[0] = action()
+                result = action()
             except OSError as error:
-                outcome[1] = LockstepError(
-                    f"cannot write {error.filename or 'a file'}: {error.strerror or error}; what was complete before "
-                    f"is untouched, and run.resume=auto goes on from the last checkpoint"
-                )
+                failure = _explain_write_error(error)
             except LockstepError as error:
-                outcome[1] = error
-            except Exception as error:  # a defect: shown here with its traceback, and the others must not wait
-                if self.count > 1:
-                    broadcast_object_list([None, LockstepError(f"the main process failed: {error}")])
+                failure = error
+            except Exception as error:
+                # A defect of the program. This rank shows the traceback, and the others must not wait for a result.
+                self._broadcast([None, LockstepError(f"the main process failed: {error}")])
                 raise
+        result, failure = self._broadcast([result, failure])
+        if failure is not None:
+            raise failure
+        return result
+
+    def _broadcast(self, values: list[Any]) -> list[Any]:
+        """The main process's values, on every rank."""
         if self.count > 1:
-            broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+            broadcast_object_list(values)
+        return values
+
+    # ---------------------------------------------------------------- order, and the end
+
+    def main_first(self) -> AbstractContextManager[None]:
+        """A context whose body the main process runs first, the others after it."""
+        context: AbstractContextManager[None] = self.accelerator.main_process_first()
+        return context
+
+    def node_main_first(self) -> AbstractContextManager[None]:
+        """A context whose body one process of each machine runs first, the machine's others after it."""
+        context: AbstractContextManager[None] = self.accelerator.local_main_process_first()
+        return context
+
+    def close(self) -> None:
+        """Leave the process group. No collective operation is possible afterwards."""
+        if self.count > 1:
+            distributed.destroy_process_group()
 
 
 class Agreement:
-    """The answer to come of `Ranks.any_rank_async`."""
+    """The pending answer of `Ranks.any_rank_async`."""
 
     def __init__(self, vote: Tensor | bool, work: Any) -> None:
         self._vote = vote
         self._work = work
 
     def result(self) -> bool:
+        """True if any rank's flag was. Waits for the other ranks."""
         if self._work is not None:
             self._work.wait()
         return bool(self._vote)
+
+
+def _explain_write_error(error: OSError) -> LockstepError:
+    path, reason = error.filename or "a file", error.strerror or error
+    return LockstepError(
+        f"cannot write {path}: {reason}; what was complete before is untouched, and run.resume=auto goes on from the "
+        f"last checkpoint"
+    )

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT → a stop at a step boundary that all ranks agree on."""
+"""SIGTERM and SIGINT become a stop at a step boundary, the same one on all ranks."""
 
 from __future__ import annotations
 
@@ -7,47 +7,56 @@ import threading
 from types import FrameType
 from typing import Any
 
-from trainer.process.ranks import Ranks
+from trainer.process.ranks import Agreement, Ranks
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Turns the first signal into a flag. After it a SIGINT (a second Ctrl-C) acts at once, a SIGTERM changes nothing.
+    """A context that turns the first signal into a request to stop. `signal_number` is that signal, 0 before it.
 
-    One stop may bring several SIGTERMs: a launcher passes its own on, then ends, and so does the agent above it.
+    After it a SIGINT (a second Ctrl-C) acts at once, while further SIGTERMs change nothing: one stop may bring
+    several, as a launcher passes its own on and then ends, and so does the agent above it.
 
-    The ranks are signalled at different moments, so each asks the others once a step. The question goes out
-    when the step begins and is answered when it ends: its cost is hidden behind the step.
+    Ranks are signalled at different moments, so each asks the others once a step. It asks when the step begins and
+    reads the answer when the step ends, which hides the cost behind the step.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._question = None if ranks.count == 1 else ranks.any_rank_async(False)
+        self._answer: Agreement | None = None
+        if ranks.count > 1:
+            self._answer = ranks.any_rank_async(False)
+        self._previous_handlers: dict[int, Any] = {}
         self.signal_number = 0
-        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
+            for number in STOP_SIGNALS:
+                self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self._question is not None:
-            self._question.result()  # every rank asked: none may leave while another waits for its answer
-        for number, handler in self._previous.items():
+        if kind is None and self._answer is not None:
+            self._answer.result()  # every rank has asked: none may leave while another waits for an answer
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if not self.signal_number:
-            self.signal_number = number
-            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
+        if self.signal_number:
+            return
+        self.signal_number = number
+        signal.signal(signal.SIGINT, self._previous_handlers[signal.SIGINT])
 
     def agreed(self) -> bool:
-        """Whether to stop now: at this step on every rank, or on none."""
-        if self._question is None:
+        """True if all ranks stop after this step. Called by every rank once a step."""
+        if self._answer is None:
             return self.signal_number != 0
-        answer = self._question.result()
-        self._question = None if answer else self._ranks.any_rank_async(self.signal_number != 0)
-        if answer and not self.signal_number:
-            self.signal_number = signal.SIGTERM
-        return answer
+        stop = self._answer.result()
+        if not stop:
+            self._answer = self._ranks.any_rank_async(self.signal_number != 0)
+            return False
+        self._answer = None
+        if not self.signal_number:
+            self.signal_number = signal.SIGTERM  # only another rank was signalled
+        return True

@@ -1,1 +1,1 @@
-"""What a run says of itself: console, metrics.jsonl, figures, W&B."""
+"""What a run reports of itself: console, metrics.jsonl, figures, W&B."""

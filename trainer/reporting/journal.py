@@ -1,140 +1,164 @@
-"""All that a run tells of itself, from its main process: console, `metrics.jsonl`, W&B, the run directory."""
+"""Everything a run reports of itself, from its main process: console, `metrics.jsonl`, W&B, the run directory."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
-from torch import nn
-
 from trainer.config.schema import Config
-from trainer.errors import Stopped
+from trainer.errors import LockstepError, Stopped
 from trainer.exact.plan import Plan
 from trainer.process.parent import failure_reason
 from trainer.process.ranks import Ranks
 from trainer.reporting.console import Console
 from trainer.reporting.jsonl import MetricsFile, read_rows
-from trainer.reporting.wandb.histograms import take_histograms
 from trainer.reporting.wandb.run import WandbRun, start_wandb
 from trainer.storage.checkpoint import Progress
 from trainer.storage.files import write_json
 from trainer.storage.run_directory import RunDirectory, run_path, write_config
 
 Facts = Sequence[tuple[str, str]]
+Row = Mapping[str, float]
 
 
 class Journal:
-    """Opened by every rank together; only the main one's writes anything.
+    """Opened by all ranks together, as a context; only the main process writes and shows anything.
 
-    `resume_from` is the checkpoint to go on from, or None.
+    Attributes: `directory`, the run's; `resume_from`, the checkpoint to resume from, or None; `wandb`, the W&B run,
+    None on every other process, where W&B is disabled, and before `begin`.
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.directory = run_path(config.run)
         self.console = Console(active=ranks.is_main)
+        self.wandb: WandbRun | None = None
         self._config = config
         self._ranks = ranks
-        self._run: RunDirectory | None = None
+        self._run_directory: RunDirectory | None = None
         self._metrics: MetricsFile | None = None
-        self._wandb: WandbRun | None = None
-        self._steps, self._figures = 0, dict[str, Path]()  # drawn at the end
+        self._epoch_start = 0.0
+        self._final_step = 0
+        self._final_figures: dict[str, Path] = {}
+
+    # ---------------------------------------------------------------- begin and end
 
     def __enter__(self) -> Journal:
         self.resume_from: Path | None = self._ranks.on_main(self._open)
         return self
 
     def _open(self) -> Path | None:
-        self._run = RunDirectory(self._config.run)
-        return self._run.resume_from
+        self._run_directory = RunDirectory(self._config.run)
+        return self._run_directory.resume_from
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self.console.close()
-        if self._metrics is not None:
-            self._metrics.close()
-        try:
-            if self._wandb is not None:
-                failure = "" if error is None else failure_reason(error)
-                status = 0 if error is None else getattr(error, "exit_status", 1)
-                wanted = not isinstance(error, Stopped)
-                self._wandb.finish(
-                    status=status, failure=failure, alert=wanted, step=self._steps, figures=self._figures
-                )
-        finally:
-            if self._run is not None:
-                self._run.close()
+    def begin(self, header: Facts, progress: Progress, environment: Callable[[], dict[str, Any]]) -> None:
+        """Open the files, start W&B and show the header. Only the main process calls `environment`."""
+        self._ranks.on_main(partial(self._begin, header, progress, environment))
 
-    def begin(self, header: Facts, plan: Plan, progress: Progress, environment: Callable[[], dict[str, Any]]) -> None:
-        """Show the header, open the files and start the bar. The main process alone asks for the `environment`."""
-        self._ranks.on_main(lambda: self._begin(header, plan, progress, environment()))
-        self._epoch_began = time.monotonic()
-
-    def _begin(self, header: Facts, plan: Plan, progress: Progress, environment: dict[str, Any]) -> None:
-        assert self._run is not None
+    def _begin(self, header: Facts, progress: Progress, environment: Callable[[], dict[str, Any]]) -> None:
+        assert self._run_directory is not None
         write_config(self.directory, self._config)
-        write_json(self.directory / "environment.json", environment)
+        write_json(self.directory / "environment.json", environment())
+        self._open_metrics(progress)
+        tracking = "W&B disabled" if self.wandb is None else self.wandb.describe()
+        self.console.header([*header, ("tracking", tracking)])
+        if self._run_directory.moved_to is not None:
+            self.console.note(f"{self.directory} held an earlier run, which is now {self._run_directory.moved_to}")
+        if progress.step:
+            self.console.note(f"resumed after step {progress.step}")
+
+    def _open_metrics(self, progress: Progress) -> None:
+        """Open `metrics.jsonl` and W&B, each with the rows that the checkpoint counted."""
         path = self.directory / "metrics.jsonl"
-        earlier = read_rows(path) if progress.rows and path.exists() else []
+        earlier_rows = read_rows(path) if progress.rows and path.exists() else []
         self._metrics = MetricsFile(path, keep_rows=progress.rows)
-        self._wandb = start_wandb(
+        self.wandb = start_wandb(
             self._config.wandb,
             run_name=self._config.run.name,
             directory=self.directory,
             config=self._config.to_dict(),
             run_id=progress.wandb_id,
             note=self.console.note,
-            earlier=earlier,
-            kept=progress.rows,
+            earlier_rows=earlier_rows,
+            valid_rows=progress.rows,
         )
-        self.console.header([*header, ("tracking", self._wandb.describe() if self._wandb else "W&B disabled")])
-        if self._run.moved_to is not None:
-            self.console.note(f"{self.directory} held a run; it is now {self._run.moved_to}")
-        if progress.step:
-            self.console.note(f"resumed after step {progress.step}")
-        self.console.begin(plan.total_steps, plan.steps_per_epoch, progress.step)
+
+    def start_clock(self, plan: Plan, first_step: int) -> None:
+        """Training starts now, after `first_step` steps of earlier sessions: start the bar and the first epoch's time.
+
+        What was drawn and uploaded before belongs to no epoch, so the epochs' times add up to at most the run's.
+        """
+        self.console.begin(plan.total_steps, plan.steps_per_epoch, first_step)
+        self._epoch_start = monotonic()
+
+    def finish(self, summary: Mapping[str, Any], facts: Facts, figures: Mapping[str, Path]) -> None:
+        """Write `summary.json`, show the results, and send `figures` to W&B when the journal closes."""
+        self._ranks.on_main(partial(write_json, self.directory / "summary.json", dict(summary)))
+        self._final_step = summary["steps"]
+        self._final_figures = dict(figures)
+        self.console.summary(facts)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self.console.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        try:
+            if self.wandb is not None:
+                self._finish_wandb(self.wandb, error)
+        finally:
+            if self._run_directory is not None:
+                self._run_directory.close()
+
+    def _finish_wandb(self, run: WandbRun, error: BaseException | None) -> None:
+        step = self._final_step
+        figures = self._final_figures
+        if error is None:
+            run.finish(step=step, figures=figures)
+            return
+        status = error.exit_status if isinstance(error, LockstepError) else 1
+        alert = not isinstance(error, Stopped)
+        run.finish(status=status, failure=failure_reason(error), alert=alert, step=step, figures=figures)
+
+    # ---------------------------------------------------------------- while the run goes on
 
     @property
     def rows(self) -> int:
-        return self._metrics.rows if self._metrics else 0
+        """Rows in `metrics.jsonl`; 0 on every process but the main one."""
+        return 0 if self._metrics is None else self._metrics.rows
 
     @property
     def wandb_id(self) -> str | None:
-        return self._wandb.id if self._wandb else None
+        return None if self.wandb is None else self.wandb.id
 
     def advance(self, step_number: int) -> None:
         self.console.advance(step_number)
 
-    def log(self, row: Mapping[str, float], digest: str) -> None:
-        """A row of an interval of steps, and the digest of the weights after it."""
-        self._ranks.on_main(lambda: self._write({**row, "digest": digest}))
+    def log(self, row: Row, digest: str) -> None:
+        """Log the row of an interval of steps, with the digest of the weights after it. A collective."""
+        self._ranks.on_main(partial(self._write, {**row, "digest": digest}))
         self.console.log(row)
 
-    def epoch(self, row: Mapping[str, float], is_best: bool) -> None:
-        """A row of an epoch's end, or of the run's."""
-        self._ranks.on_main(lambda: self._write(row))
-        seconds, self._epoch_began = time.monotonic() - self._epoch_began, time.monotonic()
-        shown = {name.replace("train/epoch_", "train/"): value for name, value in row.items()}
-        self.console.epoch(int(row["epoch"]), self._config.train.epochs, shown, seconds, is_best)
+    def epoch(self, row: Row, is_best: bool) -> None:
+        """Log and show the row of an epoch's end, or of the run's. A collective.
+
+        The epoch's time is all since the last such row: steps, evaluation and checkpoints.
+        """
+        self._ranks.on_main(partial(self._write, row))
+        now = monotonic()
+        seconds = now - self._epoch_start
+        self._epoch_start = now
+        columns = {name.replace("train/epoch_", "train/"): value for name, value in row.items()}
+        self.console.epoch(int(row["epoch"]), self._config.train.epochs, columns, seconds, is_best)
 
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._metrics is not None:
             self._metrics.log(row)
-        if self._wandb is not None:
-            self._wandb.log(row)
-
-    def histograms(self, step: int, module: nn.Module) -> None:
-        """Send histograms of weights and gradients to W&B, the only place for them."""
-        if self._wandb is not None:
-            self._wandb.log_histograms(step, take_histograms(module))
+        if self.wandb is not None:
+            self.wandb.log(row)
 
     def figures(self, figures: Mapping[str, Path]) -> None:
-        """Show what was drawn before the first step."""
-        if self._wandb is not None:
-            self._wandb.log_figures(0, figures)
-
-    def finish(self, summary: Mapping[str, Any], facts: Facts, figures: Mapping[str, Path]) -> None:
-        """Write `summary.json` and close with what matters of it."""
-        self._ranks.on_main(lambda: write_json(self.directory / "summary.json", dict(summary)))
-        self._steps, self._figures = summary["steps"], dict(figures)
-        self.console.summary(facts)
+        """Send the figures that were drawn before the first step."""
+        if self.wandb is not None:
+            self.wandb.log_figures(0, figures)

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: every logged row, a JSON object a line."""
+"""`metrics.jsonl`: every logged row, one JSON object a line."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from trainer.storage.files import write_text
 
 
 class MetricsFile:
-    """The open file. A resumed run keeps its first `keep_rows` rows: those its checkpoint knows of.
+    """The file, open for appending. A resumed run keeps its first `keep_rows` rows, which its checkpoint counted.
 
-    Attributes: `rows`, how many the file holds.
+    Attributes: `rows`, the number of rows in the file.
     """
 
     def __init__(self, path: Path, *, keep_rows: int = 0) -> None:
-        kept = _complete_lines(path)[:keep_rows] if path.exists() else []
-        write_text(path, "".join(kept))
-        self.rows = len(kept)
+        lines = _complete_lines(path)[:keep_rows] if path.exists() else []
+        write_text(path, "".join(lines))
+        self.rows = len(lines)
         self._file = path.open("a")
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append a row, keys in their order. Floats read back exactly; NaN and infinities stay what they are."""
+        """Append a row, its keys in their order. Floats read back exactly, NaN and infinities included."""
         self._file.write(json.dumps(dict(row)) + "\n")
         self._file.flush()
         self.rows += 1
@@ -34,7 +34,10 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, which may be growing: a last line without its end is left out."""
+    """The rows of a file that may still be growing: an incomplete last line is left out.
+
+    Raises `LockstepError` for a complete line that is not JSON.
+    """
     rows = []
     for number, line in enumerate(_complete_lines(path), start=1):
         try:

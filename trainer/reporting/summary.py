@@ -1,4 +1,4 @@
-"""What a run says of itself: the header's facts, the summary."""
+"""The facts that open and close a run: the console's header, and what `summary.json` holds."""
 
 from __future__ import annotations
 
@@ -6,67 +6,94 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from trainer.components.models import count_parameters
 from trainer.components.optimizer import named_state
 from trainer.components.schedule import Schedule
 from trainer.core.build import Run
-from trainer.exact.determinism import SETTINGS
+from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.plan import Plan
-from trainer.storage.files import tensors_sha256
+from trainer.storage.checkpoint import Progress
+from trainer.storage.sha256 import tensors_sha256
+
+MAX_LISTED_RANKS = 8
 
 
-def header(run: Run, schedule: Schedule, directory: Path) -> list[tuple[str, str]]:
+def header(run: Run, schedule: Schedule, fuse: int, fuse_note: str, directory: Path) -> list[tuple[str, str]]:
     """What a person wants to see before a run begins."""
-    config, data, plan = run.config, run.data, run.plan
-    total, trained = count_parameters(run.module)
-    parameters = f"{total:,} parameters" + (f", {trained:,} trained" if trained != total else "")
-    sizes = [f"{len(data.train):,} train", *([f"{len(data.val):,} val"] if data.val is not None else [])]
-    classes = [f"{len(data.classes)} classes"] if data.classes else []
+    config = run.config
+    plan = run.plan
+    length = f"{plan.total_steps:,} steps · {plan.steps_per_epoch:,} an epoch"
+    device = f"{run.ranks.count} × {_device_name(run.ranks.device)} · {config.train.precision}"
     facts = [
         ("run", str(directory)),
-        ("model", f"{config.model.name} · {parameters}"),
-        *([("weights", run.weights_note)] if run.weights_note else []),
-        ("data", " · ".join([data.name, *sizes, *classes])),
-        ("batch", batch_arithmetic(plan, run.fuse)),
+        ("model", f"{config.model.name} · {_describe_parameters(run)}"),
+        ("weights", run.weights_note),
+        ("data", _describe_data(run)),
+        ("batch", batch_arithmetic(plan, fuse)),
         ("optimizer", f"{config.optimizer.name} · lr {config.optimizer.lr:g}"),
         ("schedule", schedule.describe()),
-        ("length", f"{plan.total_steps:,} steps · {plan.steps_per_epoch:,} an epoch"),
-        (
-            "device",
-            f"{run.ranks.count} × {_device_name(run.ranks.device)} · {config.train.precision}",
-        ),
+        ("length", length),
+        ("device", device),
+        ("fuse", f"1: {fuse_note}" if fuse_note else ""),
+        ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
+        ("note", run.data.note),
     ]
-    if run.alone:
-        facts.append(("fuse", f"1: {run.alone}"))
-    if run.bitwise:
-        facts.append(("bitwise", SETTINGS))
-    return facts + ([("note", data.note)] if data.note else [])
+    return [(name, text) for name, text in facts if text]
+
+
+def _describe_parameters(run: Run) -> str:
+    total, trained = count_parameters(run.module)
+    if trained == total:
+        return f"{total:,} parameters"
+    return f"{total:,} parameters, {trained:,} trained"
+
+
+def _describe_data(run: Run) -> str:
+    data = run.data
+    parts = [data.name, f"{len(data.train):,} train"]
+    if data.val is not None:
+        parts.append(f"{len(data.val):,} val")
+    if data.classes:
+        parts.append(f"{len(data.classes)} classes")
+    return " · ".join(parts)
 
 
 def batch_arithmetic(plan: Plan, fuse: int = 1) -> str:
-    """A full step in numbers: `64 = 8 × 8 on 3 processes: 3+3+2`; `, up to 2 at once` where a forward runs several."""
+    """A full step in numbers: `64 = 8 × 8 on 3 processes: 3+3+2`; `, up to 2 at once` if one forward runs several."""
     step = plan.step(0)
-    cuts = len(step.micro_batches)
+    count = len(step.micro_batches)
     sizes = sorted({stop - start for start, stop in step.micro_batches}, reverse=True)
-    text = (
-        f"{step.size} = {cuts} × {sizes[0]}"
-        if len(sizes) == 1
-        else f"{step.size} in {cuts} of {sizes[0]} or {sizes[1]}"
-    )
-    largest = max(stop - start for rank in range(plan.ranks) for start, stop in plan.groups(step, rank, fuse))
-    at_once = f", up to {largest} at once" if largest > 1 else ""
+    if len(sizes) == 1:
+        cut = f"{step.size} = {count} × {sizes[0]}"
+    else:
+        cut = f"{step.size} in {count} of {sizes[0]} or {sizes[1]}"
+    return f"{cut} on {_describe_shares(plan)}{_describe_fuse(plan, fuse)}"
+
+
+def _describe_shares(plan: Plan) -> str:
+    """How many micro-batches of a full step each process runs."""
     if plan.ranks == 1:
-        return f"{text} on 1 process{at_once}"
-    shares = [stop - start for start, stop in step.ranks]
-    shown = "+".join(map(str, shares)) if len(shares) <= 8 else f"{shares[0]} to {shares[-1]} each"
-    return f"{text} on {plan.ranks} processes: {shown}{at_once}"
+        return "1 process"
+    shares = [stop - start for start, stop in plan.step(0).ranks]
+    if len(shares) > MAX_LISTED_RANKS:
+        return f"{plan.ranks} processes: {shares[0]} to {shares[-1]} each"
+    return f"{plan.ranks} processes: {'+'.join(map(str, shares))}"
 
 
-def summary(run: Run) -> dict[str, Any]:
+def _describe_fuse(plan: Plan, fuse: int) -> str:
+    step = plan.step(0)
+    largest = 1
+    for rank in range(plan.ranks):
+        for start, stop in plan.groups(step, rank, fuse):
+            largest = max(largest, stop - start)
+    return f", up to {largest} at once" if largest > 1 else ""
+
+
+def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any]:
     """What `summary.json` holds."""
-    progress = run.progress
-    parameters = dict(run.module.named_parameters())
+    optimizer_state, _ = named_state(optimizer, run.module)
     return {
         "best": progress.best,
         "best_epoch": progress.best_epoch,
@@ -75,23 +102,22 @@ def summary(run: Run) -> dict[str, Any]:
         "samples_seen": progress.samples_seen,
         "world_size": run.ranks.count,
         "seconds": progress.seconds,
-        "weights_sha256": tensors_sha256(parameters),
+        "weights_sha256": tensors_sha256(dict(run.module.named_parameters())),
         "buffers_sha256": tensors_sha256(dict(run.module.named_buffers())),
-        "optimizer_sha256": tensors_sha256(named_state(run.optimizer, run.module)[0]),
+        "optimizer_sha256": tensors_sha256(optimizer_state),
     }
 
 
 def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
-    """What a person wants to see when a run is over."""
-    best = (
-        "none"
-        if values["best"] is None
-        else f"{values['best_metric']} {values['best']:.4f} in epoch {values['best_epoch']}"
-    )
+    """What a person wants to see when a run is over, from the `values` of `summary.json`."""
+    best = "none"
+    if values["best"] is not None:
+        best = f"{values['best_metric']} {values['best']:.4f} in epoch {values['best_epoch']}"
     minutes, seconds = divmod(values["seconds"], 60)
+    elapsed = f"{minutes:.0f} min {seconds:.1f} s" if minutes else f"{seconds:.1f} s"
     return [
         ("best", best),
-        ("elapsed", f"{minutes:.0f} min {seconds:.1f} s" if minutes else f"{seconds:.1f} s"),
+        ("elapsed", elapsed),
         ("trained", f"{values['steps']:,} steps · {values['samples_seen']:,} samples"),
         ("weights", values["weights_sha256"][:16]),
         ("files", str(directory)),

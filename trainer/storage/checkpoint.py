@@ -1,10 +1,11 @@
-"""Checkpoints: complete or absent, verified when read, free of ranks and of random state.
+"""Checkpoints: complete or absent, verified when read, and independent of the number of ranks.
 
     checkpoints/step_00000023/   model.safetensors  optimizer.safetensors  state.json  manifest.json
-    checkpoints/last             a text file: the name of the newest complete one
+                                 and, for each stateful object, <name>.safetensors  <name>.json
+    checkpoints/last             a text file: the name of the newest complete checkpoint
     best/                        model.safetensors  config.yaml  metrics.json  signature.json
 
-A run's position is its step number, and all that is random has a key, so this is all there is to save.
+No random state is saved. A run's position is its step number, and every random draw is keyed by its place in the run.
 """
 
 from __future__ import annotations
@@ -17,18 +18,31 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError, LockstepError
-from trainer.storage.files import file_sha256, new_directory, write_text
+from trainer.storage.files import new_directory, write_text
+from trainer.storage.sha256 import file_sha256
+from trainer.storage.stateful import load_state, save_state, write_tensors
 
 Tensors = dict[str, Tensor]
+MetricSums = dict[str, tuple[list[float], list[float]]]  # by metric: totals and weights, as `Totals.sums` has them
+
+# The files of a checkpoint.
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
+METRICS_FILE = "metrics.json"  # of best/
+
+# What reading a damaged file may raise.
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 
 @dataclass
 class Progress:
-    """How far a run is, beside its tensors. Plain values, kept as JSON."""
+    """How far a run is, besides its tensors. Plain values, stored as JSON."""
 
     step: int = 0
     samples_seen: int = 0
@@ -37,8 +51,8 @@ class Progress:
     best_step: int = 0
     best_epoch: int = 0
     history: list[float] = field(default_factory=list)  # the watched metric at each evaluation
-    interval: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)  # sums since the last logged row
-    epoch: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)  # sums since the epoch began
+    interval: MetricSums = field(default_factory=dict)  # since the last logged row
+    epoch: MetricSums = field(default_factory=dict)  # since the epoch began
     scaler: dict[str, Any] = field(default_factory=dict)
     rows: int = 0  # lines of metrics.jsonl
     wandb_id: str | None = None
@@ -46,132 +60,182 @@ class Progress:
 
 @dataclass
 class Checkpoint:
-    """What one checkpoint holds: the model, the optimizer's state, progress, and the config it was made under."""
+    """The contents of one checkpoint; `stateful` has other objects' `state_dict()`s, by name."""
 
     model: Tensors
     optimizer: Tensors
     optimizer_numbers: dict[str, Any]
     progress: Progress
     config: dict[str, Any]
+    stateful: dict[str, dict[Any, Any]] = field(default_factory=dict)
 
 
 def snapshot(module: nn.Module) -> Tensors:
     """A copy of the module's parameters and buffers on the CPU."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in module.state_dict().items()}
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        # A copy even of CPU tensors: tied weights share memory, which safetensors refuses.
+        tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return tensors
 
 
 def save(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write a checkpoint, point `last` to it, and remove all but the newest `keep`."""
-    target = directory / f"step_{checkpoint.progress.step:08d}"
-    with new_directory(target) as partial:
-        _write_tensors(checkpoint.model, partial / "model.safetensors")
-        _write_tensors(checkpoint.optimizer, partial / "optimizer.safetensors")
-        state = {
+    """Write a checkpoint, point `last` to it, and remove all but the newest `keep`; returns its path.
+
+    Raises `OSError` if the disk refuses it, `LockstepError` if a stateful object cannot be stored. In both cases the
+    checkpoints from before stay as they were.
+    """
+    step = checkpoint.progress.step
+    path = directory / f"step_{step:08d}"
+    with new_directory(path) as partial:
+        write_tensors(partial / MODEL_FILE, checkpoint.model)
+        write_tensors(partial / OPTIMIZER_FILE, checkpoint.optimizer)
+        state: dict[str, Any] = {
             "progress": asdict(checkpoint.progress),
             "optimizer": checkpoint.optimizer_numbers,
             "config": checkpoint.config,
         }
-        (partial / "state.json").write_text(json.dumps(state))
-        files = {file.name: file_sha256(file) for file in sorted(partial.iterdir())}
-        manifest = {"step": checkpoint.progress.step, "files": files}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    write_text(directory / "last", target.name + "\n")
-    for old in sorted(directory.glob("step_*"))[:-keep]:
-        if old != target:
-            shutil.rmtree(old)
-    return target
+        if checkpoint.stateful:
+            state["stateful"] = _save_stateful(partial, checkpoint.stateful)
+        (partial / STATE_FILE).write_text(json.dumps(state))
+        _write_manifest(partial, step)
+    write_text(directory / "last", path.name + "\n")
+    _remove_old(directory, keep=keep, newest=path)
+    return path
 
 
 def latest(directory: Path) -> Path | None:
-    """The newest complete checkpoint, by `last`, or by name where that was lost."""
-    kept = {path.name: path for path in directory.glob("step_*")}
+    """The newest complete checkpoint: the one that `last` names, or by number if `last` is lost or damaged."""
+    checkpoints = {path.name: path for path in directory.glob("step_*")}
     pointer = directory / "last"
-    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
-    return kept.get(named) or max(kept.values(), default=None)
+    if pointer.is_file():
+        name = pointer.read_text(errors="replace").strip()
+        if name in checkpoints:
+            return checkpoints[name]
+    return max(checkpoints.values(), default=None)
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint, each file checked against its digest."""
+    """Read a checkpoint. Raises `LockstepError` if a file is missing or its SHA-256 is not the manifest's."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name, digest in manifest["files"].items():
-            if file_sha256(path / name) != digest:
-                raise LockstepError(
-                    f"{path / name} is not what was written (its SHA-256 differs from manifest.json's); "
-                    f"remove {path} to go on from the checkpoint before it"
-                )
-        state = json.loads((path / "state.json").read_text())
+        _verify(path)
+        state = json.loads((path / STATE_FILE).read_text())
         return Checkpoint(
-            model=load_file(path / "model.safetensors"),
-            optimizer=load_file(path / "optimizer.safetensors"),
+            model=load_file(path / MODEL_FILE),
+            optimizer=load_file(path / OPTIMIZER_FILE),
             optimizer_numbers=state["optimizer"],
             progress=Progress(**state["progress"]),
             config=state["config"],
+            stateful=_load_stateful(path, state),
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except READ_ERRORS as error:
         raise LockstepError(
             f"{path} cannot be read ({error}); remove it to go on from the checkpoint before it"
         ) from error
 
 
 def restore_model(module: nn.Module, tensors: Tensors) -> None:
-    """Give the module a checkpoint's weights and buffers, all of them."""
+    """Load a checkpoint's weights and buffers into the module. Raises `ConfigError` unless they fit exactly."""
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ConfigError("model", f"is not the checkpoint's: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError("model", f"is not the checkpoint's: {reason}") from None
 
 
 def save_best(
     run: Path, model: Tensors, config_yaml: str, metrics: Mapping[str, float], signature: Mapping[str, Any]
 ) -> None:
-    """Replace `best/`. The one before stays as `.best.previous` until the next, should the run be cut off here."""
-    best, previous = run / "best", run / ".best.previous"
-    with new_directory(run / ".best.next") as partial:
-        _write_tensors(model, partial / "model.safetensors")
+    """Replace `best/`. The one before becomes `.best.previous`, which `restore_best` needs after an interruption."""
+    best, previous, following = run / "best", run / ".best.previous", run / ".best.next"
+    with new_directory(following) as partial:
+        write_tensors(partial / MODEL_FILE, model)
         (partial / "config.yaml").write_text(config_yaml)
-        (partial / "metrics.json").write_text(json.dumps(dict(metrics), indent=2) + "\n")
+        (partial / METRICS_FILE).write_text(json.dumps(dict(metrics), indent=2) + "\n")
         (partial / "signature.json").write_text(json.dumps(dict(signature), indent=2) + "\n")
     if best.exists():
         shutil.rmtree(previous, ignore_errors=True)
         best.rename(previous)
-    (run / ".best.next").rename(best)
+    following.rename(best)
 
 
 def restore_best(run: Path, step: int) -> None:
-    """Make `best/` the one of `step`, as a checkpoint knows it: a run cut off after a newer one does it over."""
+    """Make `best/` the one of `step`, the best at a checkpoint that the run resumes from.
+
+    A run may have been interrupted between a newer best model and its next checkpoint; it will find that model again.
+    """
     best, previous = run / "best", run / ".best.previous"
     if _best_step(best) != step and _best_step(previous) == step:
         shutil.rmtree(best, ignore_errors=True)
         previous.rename(best)
 
 
-def _best_step(path: Path) -> int | None:
-    try:
-        return int(json.loads((path / "metrics.json").read_text())["step"])
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def best_directory(run: Path) -> Path:
-    """Where the best model is: `best/`, or the one before where the run was cut off while replacing it."""
-    best = next((path for path in (run / "best", run / ".best.previous") if path.is_dir()), None)
-    if best is None:
-        raise LockstepError(f"{run} has no best model yet: it is kept at a run's first evaluation")
-    return best
+    """`best/`, or the previous one if the run was interrupted while it replaced it. Raises `LockstepError` if none."""
+    for path in (run / "best", run / ".best.previous"):
+        if path.is_dir():
+            return path
+    raise LockstepError(f"{run} has no best model yet: it is kept at a run's first evaluation")
 
 
 def load_best(run: Path) -> tuple[Tensors, dict[str, float]]:
-    """The best model's tensors and metrics."""
+    """The best model's tensors and metrics. Raises `LockstepError` if there is none or it cannot be read."""
     best = best_directory(run)
     try:
-        return load_file(best / "model.safetensors"), json.loads((best / "metrics.json").read_text())
-    except (OSError, ValueError, SafetensorError) as error:
+        tensors = load_file(best / MODEL_FILE)
+        metrics = json.loads((best / METRICS_FILE).read_text())
+    except READ_ERRORS as error:
         raise LockstepError(f"{best} cannot be read ({error})") from error
+    return tensors, metrics
 
 
-def _write_tensors(tensors: Tensors, path: Path) -> None:
+def _save_stateful(directory: Path, stateful: Mapping[str, Mapping[Any, Any]]) -> list[str]:
+    """Write each object's state to files of its own; returns the names."""
+    names = sorted(stateful)
+    names_without_case = {name.lower() for name in names}
+    if len(names_without_case) < len(names):  # one file on a disk that ignores case
+        raise LockstepError(f"the names of stateful objects differ in case only: {', '.join(names)}; rename one")
+    for name in names:
+        save_state(directory, name, stateful[name])
+    return names
+
+
+def _load_stateful(path: Path, state: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
+    names = state.get("stateful", [])  # absent in a checkpoint of an earlier version
+    return {name: load_state(path, name) for name in names}
+
+
+def _write_manifest(directory: Path, step: int) -> None:
+    """Record the SHA-256 of every file in the directory."""
+    files = {file.name: file_sha256(file) for file in sorted(directory.iterdir())}
+    manifest = {"step": step, "files": files}
+    (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2))
+
+
+def _verify(path: Path) -> None:
+    """Raise unless every file of a checkpoint is the one that its manifest records."""
+    manifest = json.loads((path / MANIFEST_FILE).read_text())
+    for name, sha256 in manifest["files"].items():
+        if file_sha256(path / name) != sha256:
+            raise LockstepError(
+                f"{path / name} is not what was written (its SHA-256 differs from manifest.json's); "
+                f"remove {path} to go on from the checkpoint before it"
+            )
+
+
+def _remove_old(directory: Path, *, keep: int, newest: Path) -> None:
+    """Remove all but the last `keep` checkpoints, and never the newest.
+
+    They are sorted by step: in a run that resumed from an earlier step, the newest may not have the highest one.
+    """
+    for path in sorted(directory.glob("step_*"))[:-keep]:
+        if path != newest:
+            shutil.rmtree(path)
+
+
+def _best_step(path: Path) -> int | None:
+    """The step of a best model, None if there is none or its metrics cannot be read."""
     try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # its word for what the system refused
-        raise OSError(None, str(error), str(path)) from error
+        return int(json.loads((path / METRICS_FILE).read_text())["step"])
+    except READ_ERRORS:
+        return None

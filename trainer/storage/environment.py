@@ -1,4 +1,4 @@
-"""What a run stands on beside its config: versions, device, processes, code. Kept as `environment.json`."""
+"""What a run depends on besides its config: versions, device, processes, code. Kept as `environment.json`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,51 +15,59 @@ from trainer.process.ranks import Ranks
 from trainer.storage.fingerprint import fingerprint
 
 PACKAGES = ("torch", "torchvision", "accelerate", "numpy")
+GIT_TIMEOUT = 5  # seconds
+
+# `describe` gives the commit and "-dirty"; tags are excluded, since they would replace the commit.
+GIT_COMMAND = ("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
 def environment(ranks: Ranks, data: Datasets) -> dict[str, Any]:
-    """Plain values, those that may change a run's bits among them, and the fingerprints of its data."""
-    return {
-        "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
-        **_device(ranks.device),
-        "processes": ranks.count,
-        "threads": torch.get_num_threads(),
-        "code": _commit(),
-        "data": {"train": fingerprint(data.train), "val": None if data.val is None else fingerprint(data.val)},
+    """Plain values: whatever may change a run's bits, and the fingerprints of its data."""
+    values: dict[str, Any] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        values[package] = _package_version(package)
+    values |= _describe_device(ranks.device)
+    values["processes"] = ranks.count
+    values["threads"] = torch.get_num_threads()
+    values["code"] = _git_commit()
+    values["data"] = {
+        "train": fingerprint(data.train),
+        "val": None if data.val is None else fingerprint(data.val),
     }
+    return values
 
 
-def _device(device: torch.device) -> dict[str, Any]:
-    if device.type != "cuda":
-        capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None
-        return {"device": device.type, "instructions": capability, "machine": platform.machine()}
-    return {
-        "device": torch.cuda.get_device_name(device),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-    }
+def _describe_device(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        return {
+            "device": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        }
+    instructions = None
+    if device.type == "cpu":
+        instructions = torch.backends.cpu.get_cpu_capability()  # AVX2 and AVX512 kernels round differently
+    return {"device": device.type, "instructions": instructions, "machine": platform.machine()}
 
 
-def _version(package: str) -> str | None:
+def _package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _commit() -> str | None:
-    """The commit of the working directory's repository, with a mark where files have changed since."""
+def _git_commit() -> str | None:
+    """The commit of the repository around the working directory, with "-dirty" if files have changed since.
+
+    None if there is no repository or no git.
+    """
+    # Without optional locks, `describe` does not rewrite the index, which another git may be using.
+    variables = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-            cwd=Path.cwd(),
+        process = subprocess.run(
+            GIT_COMMAND, capture_output=True, text=True, timeout=GIT_TIMEOUT, check=True, env=variables
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+    return process.stdout.strip()

@@ -1,54 +1,70 @@
-"""Files that are whole or absent: written beside their target, synced, renamed."""
+"""Files and directories that are complete or absent, and a directory's lock."""
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import torch
-from torch import Tensor
+LOCK_FILE = ".lock"
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's contents at once."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
+    with new_file(path) as partial:
+        partial.write_text(text)
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replace a file's contents by `value` as indented JSON, at once."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write to. It replaces `path` when the body ends; if the body fails, `path` stays as it was.
+
+    The yielded path has the suffix of `path`, since some libraries choose a format by it.
+    """
+    partial = _partial_path(path)
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill that becomes `path` when the body ends; nothing of it stays if the body fails."""
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """A directory to fill. It replaces `path` when the body ends; if the body fails, nothing of it stays."""
+    partial = _partial_path(path)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed while it wrote
     partial.mkdir(parents=True)
     try:
         yield partial
-        for file in (*partial.iterdir(), partial):
+        for file in partial.iterdir():
             sync(file)
+        sync(partial)
         if path.exists():
             shutil.rmtree(path)
         partial.rename(path)
         sync(path.parent)
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or directory."""
+    """Wait until the disk holds a file's contents, or a directory's names.
+
+    Otherwise a crash may leave a renamed file without its contents.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,20 +72,31 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def lock_directory(directory: Path) -> TextIO | None:
+    """Lock a directory until the returned file is closed or the process ends; None if another process has the lock."""
+    file = (directory / LOCK_FILE).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
 
 
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """One digest of named tensors: by name in sorted order, the name and then the raw contiguous CPU bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(raw_bytes(tensors[name]))
-    return digest.hexdigest()
+def is_locked(directory: Path) -> bool:
+    """True if some process has locked the directory."""
+    try:
+        file = (directory / LOCK_FILE).open()
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
-def raw_bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+def _partial_path(path: Path) -> Path:
+    """Where `path` is written before it is renamed: beside it, as a rename does not cross file systems."""
+    return path.with_name(f".partial.{path.name}")

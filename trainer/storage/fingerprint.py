@@ -1,4 +1,4 @@
-"""A digest of a data set's samples, without reading every file: what tells two runs' data apart."""
+"""A fingerprint of a data set: tells two runs' samples apart without reading every file."""
 
 from __future__ import annotations
 
@@ -7,51 +7,69 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from trainer.data.datasets import FakeImages, ImageArrays, MapDataset
 from trainer.data.folder import ImageFolder
 from trainer.errors import DataError
-from trainer.storage.files import raw_bytes
+from trainer.storage.sha256 import raw_bytes
 
 
 def fingerprint(dataset: MapDataset) -> str:
     """SHA-256 of the list of samples.
 
-    In-memory images: their pixels and targets. An image folder: each file's path, size and class; not the pixels.
+    In-memory images: their pixels and targets. An image folder: each file's path, size and class, but no pixels.
     Any other data set: its type and length and, where it has them, its `paths`, `samples` and `targets`.
     """
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for part in _parts(dataset):
-        digest.update(part)
-        digest.update(b"\0")
-    return digest.hexdigest()
+        sha256.update(part)
+        sha256.update(b"\0")
+    return sha256.hexdigest()
 
 
 def _parts(dataset: MapDataset) -> Iterator[bytes]:
     if isinstance(dataset, ImageArrays):
-        yield f"{dataset.images.dtype} {tuple(dataset.images.shape)}".encode()
-        yield raw_bytes(dataset.images)
-        yield raw_bytes(dataset.targets)
+        yield from _array_parts(dataset)
     elif isinstance(dataset, ImageFolder):
-        for path, target in zip(dataset.paths, dataset.targets, strict=True):
-            yield f"{path} {_size(dataset.root / path)} {target}".encode()
+        yield from _folder_parts(dataset)
     elif isinstance(dataset, FakeImages):
         yield repr(dataset).encode()
     else:
-        yield f"{type(dataset).__module__}.{type(dataset).__qualname__} {len(dataset)}".encode()
-        for name in ("paths", "samples", "targets"):
-            yield _plain(getattr(dataset, name, None))
+        yield from _other_parts(dataset)
 
 
-def _size(path: Path) -> int:
+def _array_parts(dataset: ImageArrays) -> Iterator[bytes]:
+    images = dataset.images
+    yield f"{images.dtype} {tuple(images.shape)}".encode()
+    yield raw_bytes(images)
+    yield raw_bytes(dataset.targets)
+
+
+def _folder_parts(dataset: ImageFolder) -> Iterator[bytes]:
+    for path, target in zip(dataset.paths, dataset.targets, strict=True):
+        size = _file_size(dataset.root / path)
+        yield f"{path} {size} {target}".encode()
+
+
+def _other_parts(dataset: MapDataset) -> Iterator[bytes]:
+    kind = type(dataset)
+    yield f"{kind.__module__}.{kind.__qualname__} {len(dataset)}".encode()
+    for name in ("paths", "samples", "targets"):
+        yield _attribute_bytes(getattr(dataset, name, None))
+
+
+def _file_size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError as error:  # a link to nowhere, for one
+    except OSError as error:  # a dangling link, for example
         raise DataError(f"{path} cannot be read ({error.strerror}); remove or replace the file") from None
 
 
-def _plain(value: Any) -> bytes:
-    if isinstance(value, torch.Tensor):
+def _attribute_bytes(value: Any) -> bytes:
+    """The bytes of a tensor or a list; none of any other value, whose text may name a memory address."""
+    if isinstance(value, Tensor):
         return raw_bytes(value)
-    return repr(value).encode() if isinstance(value, list | tuple) else b""
+    if isinstance(value, list | tuple):
+        return repr(value).encode()
+    return b""

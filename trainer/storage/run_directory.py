@@ -1,10 +1,9 @@
-"""The run directory: found or made, locked while a run uses it, and never overwritten."""
+"""The run directory: made or resumed, locked while a run uses it, and never overwritten."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,13 +11,14 @@ import yaml
 
 from trainer.config.load import load
 from trainer.config.schema import Config, RunConfig
-from trainer.config.secrets import without_secrets
 from trainer.errors import ConfigError
 from trainer.storage import checkpoint
-from trainer.storage.files import write_text
+from trainer.storage.files import LOCK_FILE, lock_directory, write_text
 
-# What a resumed run may change freely: where it runs and how it is watched, how far it goes. A whole section
-# or a key.
+Change = tuple[Any, Any]  # a key's value before and now
+
+# The keys, or whole sections, that a resumed run may change: where and how fast it runs, how far it goes, and what
+# it logs. None of them changes what a step computes.
 FREE_KEYS = (
     "run.name",
     "run.dir",
@@ -36,22 +36,28 @@ FREE_KEYS = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "wandb",
+    "observers",
 )
 
 
 class RunDirectory:
-    """`<run.dir>/<run.name>`, held by this process until `close`. `resume_from` is the checkpoint to go on from."""
+    """`<run.dir>/<run.name>`, locked by this process until `close`.
+
+    Attributes: `resume_from`, the checkpoint to resume from; `moved_to`, where an earlier run of this name went.
+    """
 
     def __init__(self, section: RunConfig) -> None:
         self.path = run_path(section)
+        self.resume_from: Path | None = None
         self.moved_to: Path | None = None
         self._lock: TextIO | None = None
         if self.path.is_dir():
             self._lock = lock(self.path)
-        self.resume_from = checkpoint.latest(self.path / "checkpoints") if section.resume == "auto" else None
+        if section.resume == "auto":
+            self.resume_from = checkpoint.latest(self.path / "checkpoints")
         if self.resume_from is None and self._holds_a_run():
             self.close()
-            self.moved_to = _free_name(self.path)
+            self.moved_to = _free_path(self.path)
             self.path.rename(self.moved_to)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -61,28 +67,28 @@ class RunDirectory:
             self._lock = lock(self.path)
 
     def close(self) -> None:
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def _holds_a_run(self) -> bool:
-        return self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir())
+        if not self.path.is_dir():
+            return False
+        return any(entry.name != LOCK_FILE for entry in self.path.iterdir())
 
 
 def lock(path: Path) -> TextIO:
-    """Hold a run directory until the returned file is closed."""
-    file = (path / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ConfigError("run.name", f"another process is training in {path}; give this run another name") from None
+    """Lock a run directory until the returned file is closed. Raises `ConfigError` if another process has the lock."""
+    file = lock_directory(path)
+    if file is None:
+        raise ConfigError("run.name", f"another process is training in {path}; give this run another name")
     return file
 
 
 def run_path(section: RunConfig) -> Path:
     """`<run.dir>/<run.name>`."""
-    if not section.name or section.name in (".", "..") or "/" in section.name:
+    if section.name in ("", ".", "..") or "/" in section.name:
         raise ConfigError(
             "run.name", f'"{section.name}" is not a directory\'s name; set run.dir for where runs are kept'
         )
@@ -90,41 +96,55 @@ def run_path(section: RunConfig) -> Path:
 
 
 def write_config(path: Path, config: Config) -> None:
+    """Write `config.yaml` into the run directory at `path`."""
     write_text(path / "config.yaml", config_yaml(config))
 
 
 def config_yaml(config: Config) -> str:
-    """The resolved config as YAML, text from the environment as the reference to it; it reads back to the same."""
+    """The resolved config as YAML, with references to the environment instead of their values; it reads back alike."""
     return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a finished or unfinished run, `key=value` overrides laid over it."""
+    """The config of a finished or unfinished run, with `key=value` overrides applied.
+
+    Raises `ConfigError` if `run` is not a run directory.
+    """
     if not (run / "config.yaml").is_file():
         raise ConfigError(str(run), "is not a run directory: it has no config.yaml")
     return load(run / "config.yaml", overrides)
 
 
-def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys, in nested mappings, whose values differ, with both; "not set" where one lacks it."""
-    old, new = dict(_flat(before, "")), dict(_flat(json.loads(json.dumps(now)), ""))
-    pairs = {name: (old.get(name, "not set"), new.get(name, "not set")) for name in sorted({*old, *new})}
-    return {name: (was, now) for name, (was, now) in pairs.items() if was != now}
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Change]:
+    """The dotted keys of nested mappings whose values differ, each with both values; "not set" where one lacks it."""
+    old = _flatten(before)
+    new = _flatten(json.loads(json.dumps(now)))  # tuples become lists, as in what was read from a file
+    changes = {}
+    for name in sorted({*old, *new}):
+        change = (old.get(name, "not set"), new.get(name, "not set"))
+        if change[0] != change[1]:
+            changes[name] = change
+    return changes
 
 
 def check_same_run(before: Mapping[str, Any], now: Config, section: RunConfig) -> None:
-    """Refuse to resume under a config that would make another run of it, naming every key that differs."""
-    now_plain = without_secrets(now.to_dict())
-    changed = {name: pair for name, pair in changed_keys(before, now_plain).items() if not is_free(name)}
-    if changed and section.resume_changes == "refuse":
-        listed = "; ".join(f"{name} was {was} and is {now_is}" for name, (was, now_is) in changed.items())
+    """Raise `ConfigError` if the config `now` describes another run than the one to resume, naming every such key.
+
+    `before` is a checkpoint's config. `run.resume_changes=allow` accepts every change but another optimizer.
+    """
+    changes = {}
+    for name, change in changed_keys(_with_defaults(before), now.to_dict(digests=True)).items():
+        if not is_free(name):
+            changes[name] = change
+    if changes and section.resume_changes == "refuse":
+        listing = "; ".join(f"{name} was {was} and is {now_is}" for name, (was, now_is) in changes.items())
         raise ConfigError(
-            next(iter(changed)),
-            f"the run to resume was made with another config: {listed}. Set the old values, start a new run with "
+            next(iter(changes)),
+            f"the run to resume was made with another config: {listing}. Set the old values, start a new run with "
             f"run.resume=never, or accept the change with run.resume_changes=allow",
         )
-    if "optimizer.name" in changed:
-        was, now_is = changed["optimizer.name"]
+    if "optimizer.name" in changes:
+        was, now_is = changes["optimizer.name"]
         raise ConfigError(
             "optimizer.name",
             f"{now_is} cannot go on from the state of {was}; start a new run, with the old one's "
@@ -133,19 +153,35 @@ def check_same_run(before: Mapping[str, Any], now: Config, section: RunConfig) -
 
 
 def is_free(name: str) -> bool:
-    """Whether a key may change without making another run of it."""
-    return name in FREE_KEYS or name.partition(".")[0] in FREE_KEYS
+    """True if a key may change when a run is resumed, because it does not change the run's mathematics."""
+    section = name.partition(".")[0]
+    return name in FREE_KEYS or section in FREE_KEYS
 
 
-def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _with_defaults(before: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's mappings with a default for each key that they lack: one that an earlier version did not know."""
+    tree = dict(before)
+    for section, defaults in Config().to_dict().items():
+        if isinstance(defaults, Mapping):
+            tree[section] = {**defaults, **before.get(section, {})}
+        else:
+            tree.setdefault(section, defaults)
+    return tree
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            flat |= _flatten(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", value
+            flat[prefix + name] = value
+    return flat
 
 
-def _free_name(path: Path) -> Path:
+def _free_path(path: Path) -> Path:
+    """`path` with the first number behind it that no file has yet."""
     number = 1
     while (candidate := path.with_name(f"{path.name}.{number}")).exists():
         number += 1

@@ -1,4 +1,4 @@
-"""What a model takes and what its outputs stand for: kept beside its weights, so that it is of use without its data."""
+"""A model's input and output, kept beside its weights so that the model can be used without its data."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ FILE = "signature.json"
 
 @dataclass(frozen=True)
 class Signature:
-    """`shape` and `dtype` are those of an input as the validation transforms leave it; None where it is no tensor.
+    """Attributes:
 
-    `channels` are those of an image as the data set gives it, before any transform; None where it is no image.
+    - `channels`: of an image as the data set gives it, before any transform; None if it is no image.
+    - `shape` and `dtype`: of an input after the validation transforms, without the batch; None if it is no tensor.
+    - `num_classes`: outputs of the model.
+    - `classes`: names of the first classes, None if the data has none.
     """
 
     channels: int | None
@@ -29,30 +32,42 @@ class Signature:
     classes: list[str] | None
 
     def name(self, class_id: int) -> str:
-        return self.classes[class_id] if self.classes and class_id < len(self.classes) else str(class_id)
+        """The name of a class, or its number if it has none."""
+        if self.classes and class_id < len(self.classes):
+            return self.classes[class_id]
+        return str(class_id)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def signature_of_samples(loader: Loader, *, num_classes: int | None, classes: list[str] | None) -> Signature:
-    """The signature of a model for the samples of `loader`, taken from the first of them."""
+    """The signature of a model for the samples of `loader`, read off the first of them."""
     inputs = loader.fetch([0]).inputs
-    shape, dtype = (list(inputs.shape[1:]), str(inputs.dtype)) if isinstance(inputs, Tensor) else (None, None)
-    dtype = dtype and dtype.removeprefix("torch.")
-    return Signature(_channels(loader.raw(0)), shape, dtype, num_classes, classes)
+    shape = dtype = None
+    if isinstance(inputs, Tensor):
+        shape = list(inputs.shape[1:])
+        dtype = str(inputs.dtype).removeprefix("torch.")
+    channels = _count_channels(loader.raw(0))
+    return Signature(channels, shape, dtype, num_classes, classes)
 
 
 def read(best: Path) -> Signature:
-    """The signature in `best/`."""
+    """The signature in `best/`. Raises `LockstepError` if it cannot be read."""
+    path = best / FILE
     try:
-        return Signature(**json.loads((best / FILE).read_text()))
+        return Signature(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise LockstepError(f"{best / FILE} cannot be read ({error}); make the run again") from error
+        raise LockstepError(f"{path} cannot be read ({error}); make the run again") from error
 
 
-def _channels(image: Any) -> int | None:
-    """Channels of a tensor `(C, H, W)` or `(H, W)`, or of a PIL image."""
-    if isinstance(image, Tensor):
-        return image.shape[0] if image.dim() == 3 else 1 if image.dim() == 2 else None
-    return len(image.getbands()) if hasattr(image, "getbands") else None
+def _count_channels(image: Any) -> int | None:
+    """Channels of a tensor `(C, H, W)` or `(H, W)`, or of a PIL image; None for anything else."""
+    if hasattr(image, "getbands"):
+        bands: tuple[str, ...] = image.getbands()
+        return len(bands)
+    if isinstance(image, Tensor) and image.dim() == 3:
+        return image.shape[0]
+    if isinstance(image, Tensor) and image.dim() == 2:
+        return 1
+    return None

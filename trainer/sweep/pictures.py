@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainer.reporting.figures.style import BLUE, INK, QUIET, SMALL, TEXT, new_figure, write
+from trainer.reporting.figures.style import BLUE, GREY, INK, SMALL, TEXT, new_figure, write
 from trainer.sweep.description import Sweep
 from trainer.sweep.search import distributions, make_study
 from trainer.sweep.space import Parameter
@@ -36,7 +36,7 @@ def parallel_coordinates(sweep: Sweep, trials: list[Trial], path: Path) -> None:
         axes.plot(range(len(columns)), heights, color=BLUE, linewidth=width, alpha=alpha, solid_capstyle="round")
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     for place, (_, ticks) in enumerate(columns):
-        axes.axvline(place, color=QUIET, linewidth=0.8, zorder=0)
+        axes.axvline(place, color=GREY, linewidth=0.8, zorder=0)
         for height, label in ticks:
             axes.text(place + 0.03, height, label, fontsize=SMALL, color=INK, va="center", parse_math=False, bbox=box)
     axes.set_xticks(range(len(columns)), [*names, sweep.metric], fontsize=TEXT, color=INK, parse_math=False)

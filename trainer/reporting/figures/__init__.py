@@ -1,6 +1,5 @@
-"""A run's PNG figures, in one look. Drawn on matplotlib's own objects: no pyplot, no global state, no display."""
+"""A run's figures as PNG files, all in one style.
 
-from trainer.reporting.figures.images import Predicted, batch_grid, predictions, saliency
-from trainer.reporting.figures.plots import confusion_matrix, curves
-
-__all__ = ["Predicted", "batch_grid", "confusion_matrix", "curves", "predictions", "saliency"]
+`drawing` decides what to draw of a run; `curves`, `confusion` and `images` draw it, in the colours of `style`.
+They use matplotlib's objects directly: no pyplot, no global state, no display.
+"""

@@ -1,4 +1,4 @@
-"""Images in a grid: a batch, a model's predictions, and what they rest on."""
+"""Images in a grid: a batch, a model's predictions, and what the predictions rest on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from trainer.reporting.figures.style import (
     TITLE,
     VERMILION,
     Floats,
-    fitting,
+    fitting_characters,
     new_figure,
     shorten,
     write,
@@ -28,13 +28,14 @@ from trainer.reporting.figures.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_IMAGES = 64
-GAP, HEADING = 0.12, 0.36  # inches between cells, and those that a heading takes
+MAX_IMAGES = 64
+GAP = 0.12  # inches between cells
+HEADING = 0.36  # inches, the height of a heading
 
 
 @dataclass(frozen=True)
-class Predicted:
-    """Images, float `(N, C, H, W)` in [0, 1]; what a model took each for, how sure it was (0 to 1), what it is."""
+class PredictionGroup:
+    """Images, float `(N, C, H, W)` in [0, 1], with each one's predicted class, confidence in [0, 1] and true class."""
 
     heading: str
     images: Tensor
@@ -43,39 +44,45 @@ class Predicted:
     true: Sequence[str]
 
 
-def batch_grid(images: Tensor, labels: Sequence[str], path: Path) -> None:
-    """Up to 64 images, float `(N, C, H, W)` in [0, 1], in a near-square grid, its label above each."""
-    count = min(len(images), MOST_IMAGES)
+def draw_batch_grid(images: Tensor, labels: Sequence[str], path: Path) -> None:
+    """Draw up to 64 images, float `(N, C, H, W)` in [0, 1], in a near-square grid, each below its label."""
+    count = min(len(images), MAX_IMAGES)
     columns = math.ceil(math.sqrt(count))
     cell = min(max(1.1, 6 / columns), 2.0)
-    titles = [shorten(label, fitting(cell)) for label in labels[:count]]
-    _draw_grid([_Block("", _pictures(images[:count]), titles, [INK] * count)], path, columns=columns, cell=cell)
+    titles = [shorten(label, fitting_characters(cell)) for label in labels[:count]]
+    block = _Block("", _to_pictures(images[:count]), titles, [INK] * count)
+    _draw_grid([block], path, columns=columns, cell=cell)
 
 
-def predictions(groups: Sequence[Predicted], path: Path) -> None:
-    """What a model took images for, one group below the other."""
+def draw_predictions(groups: Sequence[PredictionGroup], path: Path) -> None:
+    """Draw images with their predictions, one group below the other."""
     cell = 1.8
-    _draw_grid([_block(group, _pictures(group.images), cell) for group in groups], path, columns=4, cell=cell)
+    blocks = [_to_block(group, _to_pictures(group.images), cell) for group in groups]
+    _draw_grid(blocks, path, columns=4, cell=cell)
 
 
-def saliency(group: Predicted, maps: Tensor, path: Path) -> None:
-    """Beside each image the same in grey, under its map `(N, H, W)` in [0, 1] of what the prediction rests on."""
+def draw_saliency(group: PredictionGroup, maps: Tensor, path: Path) -> None:
+    """Draw each image, and beside it the same in grey below its saliency map, `maps` `(N, H, W)` in [0, 1]."""
     from matplotlib import colormaps
 
-    pictures = _pictures(group.images)
-    coloured = pictures if pictures.ndim == 4 else np.repeat(pictures[..., None], 3, axis=-1)
-    heat = maps.detach().to("cpu", torch.float64).nan_to_num().clamp(0, 1).numpy()
-    grey = 0.2 + 0.6 * coloured.mean(axis=-1, keepdims=True)
-    share = 0.85 * np.sqrt(heat)[..., None]
-    mapped = (1 - share) * grey + share * colormaps["inferno"](0.25 + 0.65 * heat)[..., :3]
-    between = np.ones((*coloured.shape[:2], max(1, coloured.shape[2] // 24), 3))
-    pairs = np.concatenate([coloured, between, mapped], axis=2)
+    pictures = _to_pictures(group.images)
+    if pictures.ndim == 3:
+        pictures = np.repeat(pictures[..., None], 3, axis=-1)
+    saliency = _to_array(maps)
+    grey = 0.2 + 0.6 * pictures.mean(axis=-1, keepdims=True)
+    opacity = 0.85 * np.sqrt(saliency)[..., None]
+    heat = colormaps["inferno"](0.25 + 0.65 * saliency)[..., :3]
+    overlaid = (1 - opacity) * grey + opacity * heat
+    count, height, width, _ = pictures.shape
+    white_gap = np.ones((count, height, max(1, width // 24), 3))
+    pairs = np.concatenate([pictures, white_gap, overlaid], axis=2)
     cell = 3.0
-    _draw_grid([_block(group, pairs, cell)], path, columns=3, cell=cell)
+    _draw_grid([_to_block(group, pairs, cell)], path, columns=3, cell=cell)
 
 
-class _Block(NamedTuple):
-    """Pictures as `_pictures` gives them, all under one heading, each under a title in a colour."""
+@dataclass(frozen=True)
+class _Block:
+    """Pictures as `_to_pictures` returns them, all under one heading, each under a title in a colour."""
 
     heading: str
     pictures: Floats
@@ -83,20 +90,24 @@ class _Block(NamedTuple):
     colours: Sequence[str]
 
 
-def _block(group: Predicted, pictures: Floats, cell: float) -> _Block:
-    """The group's `pictures`, told right from wrong: titles are blue where the model is right, else vermilion."""
-    titles, colours = [], []
-    for guess, share, truth in zip(group.predicted, group.confidence, group.true, strict=True):
-        sure = f" · {100 * share:.0f} %"
-        guessed = shorten(guess, fitting(cell) - len(sure)) + sure
-        titles.append(f"{guessed}\n{shorten(f'true: {truth}', fitting(cell))}")
-        colours.append(BLUE if guess == truth else VERMILION)
+def _to_block(group: PredictionGroup, pictures: Floats, cell: float) -> _Block:
+    """The group's `pictures` with titles: blue where the model is right, vermilion where it is wrong."""
+    room = fitting_characters(cell)
+    titles = []
+    colours = []
+    for predicted, confidence, true in zip(group.predicted, group.confidence, group.true, strict=True):
+        percent = f" · {100 * confidence:.0f} %"
+        first_line = shorten(predicted, room - len(percent)) + percent
+        second_line = shorten(f"true: {true}", room)
+        titles.append(f"{first_line}\n{second_line}")
+        colours.append(BLUE if predicted == true else VERMILION)
     return _Block(group.heading, pictures, titles, colours)
 
 
 def _draw_grid(blocks: Sequence[_Block], path: Path, *, columns: int, cell: float) -> None:
-    """Each picture in a square of `cell` inches, its title centred above it; one block below the other."""
-    width, height = columns * (cell + GAP) + GAP, GAP
+    """Draw each picture in a square of `cell` inches below its centred title, one block below the other."""
+    width = columns * (cell + GAP) + GAP
+    height = GAP
     figure = new_figure(width, 1)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))
@@ -109,26 +120,38 @@ def _draw_grid(blocks: Sequence[_Block], path: Path, *, columns: int, cell: floa
 
 
 def _draw_block(axes: Axes, block: _Block, start: float, columns: int, cell: float) -> float:
-    """Draw a block that starts `start` inches down; returns where it ends."""
+    """Draw a block from `start` inches below the top; returns where it ends."""
     if block.heading:
         middle = start + HEADING / 2 - 0.04
         axes.text(GAP, middle, block.heading, va="center", fontsize=TITLE, color=INK, parse_math=False)
         start += HEADING
-    high, wide = map(int, block.pictures.shape[1:3])
-    across, down = cell * min(1, wide / high), cell * min(1, high / wide)
-    title = 1.4 * SMALL / 72 * max(text.count("\n") + 1 for text in block.titles)
-    for i, (picture, text, colour) in enumerate(zip(*block[1:], strict=True)):
+    pixels_high = int(block.pictures.shape[1])
+    pixels_wide = int(block.pictures.shape[2])
+    width = cell * min(1, pixels_wide / pixels_high)
+    height = cell * min(1, pixels_high / pixels_wide)
+    title_lines = max(title.count("\n") + 1 for title in block.titles)
+    title_height = title_lines * 1.4 * SMALL / 72
+    row_height = title_height + height + GAP
+    for i, picture in enumerate(block.pictures):
         row, column = divmod(i, columns)
         middle = GAP + column * (cell + GAP) + cell / 2
-        top = start + row * (title + down + GAP) + title
-        extent = (middle - across / 2, middle + across / 2, top + down, top)
+        top = start + row * row_height + title_height
+        extent = (middle - width / 2, middle + width / 2, top + height, top)
         axes.imshow(picture, extent=extent, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="auto")
-        axes.text(middle, top - 0.04, text, ha="center", va="bottom", fontsize=SMALL, color=colour, parse_math=False)
-    return start + math.ceil(len(block.pictures) / columns) * (title + down + GAP)
+        title = axes.text(middle, top - 0.04, block.titles[i], color=block.colours[i], fontsize=SMALL, parse_math=False)
+        title.set(horizontalalignment="center", verticalalignment="bottom")
+    rows = math.ceil(len(block.pictures) / columns)
+    return start + rows * row_height
 
 
-def _pictures(images: Tensor) -> Floats:
-    """`(N, H, W, 3)` for colour images, else `(N, H, W)`, the first channel."""
-    held = images.detach().to("cpu", torch.float64).nan_to_num().clamp(0, 1)
-    shown: Floats = (held.permute(0, 2, 3, 1) if held.shape[1] == 3 else held[:, 0]).numpy()
-    return shown
+def _to_pictures(images: Tensor) -> Floats:
+    """`(N, H, W, 3)` for images with three channels, else `(N, H, W)`, the first channel."""
+    if images.shape[1] == 3:
+        return _to_array(images.permute(0, 2, 3, 1))
+    return _to_array(images[:, 0])
+
+
+def _to_array(values: Tensor) -> Floats:
+    """Values in [0, 1], NaN as 0."""
+    array: Floats = values.detach().to("cpu", torch.float64).nan_to_num().clamp(0, 1).numpy()
+    return array

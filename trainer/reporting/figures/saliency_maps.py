@@ -1,4 +1,4 @@
-"""What a prediction rests on: Grad-CAM, and the gradient of the input where a model has no feature maps for it."""
+"""What a prediction rests on: Grad-CAM, or the input's gradient where a model has no feature maps for it."""
 
 from __future__ import annotations
 
@@ -13,58 +13,65 @@ from torch import Tensor, nn
 from trainer.components.task import Task
 
 
-def saliency(task: Task, model: nn.Module, images: Tensor) -> Tensor | None:
-    """A map `(N, H, W)` in [0, 1] for each of `images` `(N, C, H, W)`, as the model sees them; the largest value is 1.
+def compute_saliency(task: Task, model: nn.Module, images: Tensor) -> Tensor | None:
+    """A map `(N, H, W)` on the CPU for each image of `(N, C, H, W)`, in [0, 1] with a maximum of 1.
 
-    Grad-CAM (Selvaraju et al., 2017) on the last convolution with more than one place in its output. Where there is
-    none, or only one, which may but cut the image in patches, or where nothing there speaks for the class: the
-    largest gradient over the image's channels (Simonyan et al., 2014). Both are of the predicted class's output.
+    The map is Grad-CAM (Selvaraju et al., 2017) of the predicted class's output, on the last convolution whose output
+    has more than one pixel. The first convolution does not count: it may only cut the image into patches. Where there
+    is no other, or where Grad-CAM is 0 everywhere, the map is the largest absolute gradient over the image's channels
+    (Simonyan et al., 2014).
 
-    None where it cannot be done: for what is no classifier, and where no gradient comes through. Nothing of the
-    model changes: no gradient is kept, no statistic updated, no hook left.
+    None for a model that is not a classifier, and where no gradient reaches the input. The model stays as it is: no
+    gradient is kept, no statistic or mode changed, no hook left.
     """
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # A compiled model would not see the hooks, and compile anew for inputs with a gradient.
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"), _feature_maps(model) as features:
+        # A compiled model would skip the hooks, and compile again for inputs that need a gradient.
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"), _record_feature_maps(model) as features:
             inputs = images.detach().clone().requires_grad_()
             output = task.predict(model, inputs)
-            shares = task.probabilities(output)
-            if shares is None or not isinstance(output, Tensor) or output.shape != shares.shape:
+            probabilities = task.probabilities(output)
+            if probabilities is None or not isinstance(output, Tensor) or output.shape != probabilities.shape:
                 return None
-            score = output.gather(1, shares.argmax(1, keepdim=True)).sum()
-            seen = [inputs, *features[1:][-1:]]
-            pixels, *places = torch.autograd.grad(score, seen)
-    except RuntimeError:  # no gradient reaches the input, or an operation has none (none that is deterministic)
+            score = output.gather(1, probabilities.argmax(1, keepdim=True)).sum()
+            last_features = features[1:][-1:]
+            input_gradient, *feature_gradients = torch.autograd.grad(score, [inputs, *last_features])
+    except RuntimeError:
+        # No gradient reaches the input, or an operation has no (deterministic) backward.
         return None
     finally:
-        model.train(training)
-    maps = _scaled(pixels.abs().amax(1), images.shape[-2:])
-    for gradient in places:
-        cam = _scaled((gradient.mean((2, 3), keepdim=True) * seen[-1].detach()).sum(1).relu(), images.shape[-2:])
+        for module, training in modes:  # not `model.train()`: a layer may be in evaluation mode for good
+            module.training = training
+
+    size = images.shape[-2:]
+    maps = _scale(input_gradient.abs().amax(1), size)
+    for activation, gradient in zip(last_features, feature_gradients, strict=True):
+        channel_weights = gradient.mean((2, 3), keepdim=True)
+        cam = _scale((channel_weights * activation.detach()).sum(1).relu(), size)
         maps = torch.where(cam.amax((1, 2), keepdim=True) > 0, cam, maps)
     return maps
 
 
 @contextmanager
-def _feature_maps(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The outputs of the convolutions that run in the body, in order, those with one place left out."""
-    found: list[Tensor] = []
+def _record_feature_maps(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The outputs of all convolutions that run in the body, in order, except those of a single pixel."""
+    outputs: list[Tensor] = []
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
+    def record(_: nn.Module, __: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2:].numel() > 1:
-            found.append(output)
+            outputs.append(output)
 
-    hooks = [layer.register_forward_hook(keep) for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    hooks = [layer.register_forward_hook(record) for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     try:
-        yield found
+        yield outputs
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _scaled(maps: Tensor, size: torch.Size) -> Tensor:
-    """The maps `(N, h, w)` at the images' size, each divided by its largest value; on the CPU."""
-    maps = F.interpolate(maps.cpu().float().unsqueeze(1), tuple(size), mode="bilinear", align_corners=False).squeeze(1)
-    return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-30)
+def _scale(maps: Tensor, size: torch.Size) -> Tensor:
+    """Maps `(N, h, w)` resized to the images' `size`, each divided by its maximum; on the CPU."""
+    resized = F.interpolate(maps.cpu().float().unsqueeze(1), tuple(size), mode="bilinear", align_corners=False)
+    resized = resized.squeeze(1)
+    return resized / resized.amax((1, 2), keepdim=True).clamp(min=1e-30)

@@ -1,4 +1,4 @@
-"""What the figures share: colours, sizes, and how one is made and written."""
+"""What all figures share: colours, sizes, and how a figure is created and written."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from trainer.storage.files import sync
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Blue and vermilion of Okabe and Ito's palette (2008): told apart with any colour vision, and in grey.
+# Blue and vermilion of Okabe and Ito's palette (2008): distinct in any colour vision, and in greyscale.
 BLUE, VERMILION = "#0072B2", "#D55E00"
-INK, QUIET, FAINT = "#262626", "#767676", "#E4E4E4"
-TITLE, TEXT, SMALL = 10, 9, 8  # points
+INK, GREY, FAINT = "#262626", "#767676", "#E4E4E4"
+TITLE, TEXT, SMALL = 10, 9, 8  # font sizes, in points
 DPI = 144
 
 Floats = npt.NDArray[np.float64]
 
 
 def shorten(name: str, length: int) -> str:
-    """The name in at most `length` characters: its beginning and its end, in which long names of one kind differ."""
+    """The name in at most `length` characters: its start and its end, where similar long names differ."""
     if len(name) <= length:
         return name
     end = (length - 1) // 3
-    return f"{name[: length - 1 - end]}…{name[len(name) - end :]}"
+    start = length - 1 - end
+    return f"{name[:start]}…{name[len(name) - end :]}"
 
 
-def fitting(width: float) -> int:
+def fitting_characters(width: float) -> int:
     """About how many characters of small text fit in `width` inches."""
     return int(width * 72 / (0.58 * SMALL))
 
@@ -46,7 +47,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def write(figure: Figure, path: Path, *, cropped: bool = False) -> None:
-    """Write a figure whole or not at all; `cropped`, without its empty margins."""
+    """Write a figure as PNG, completely or not at all; `cropped` removes its empty margins."""
     partial = path.with_name(f".{path.stem}.partial.png")
     try:
         figure.savefig(partial, bbox_inches="tight" if cropped else None)

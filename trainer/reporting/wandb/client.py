@@ -1,4 +1,4 @@
-"""The W&B client: how it is started, in bounded time, and what it says; nothing of a run's contents."""
+"""The W&B client: started and ended in bounded time, silent, and without secrets in the command line it uploads."""
 
 from __future__ import annotations
 
@@ -6,83 +6,107 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from textwrap import shorten
 from threading import Thread
 from typing import Any, Literal
 
 from trainer.config.schema import WandbConfig
-from trainer.errors import ConfigError, LockstepError
 from trainer.config.secrets import redacted_arguments
+from trainer.errors import ConfigError, LockstepError
 
-ENVIRONMENT_MODES = {  # what WANDB_MODE may say → wandb.mode
+ENVIRONMENT_MODES = {  # values of WANDB_MODE → values of wandb.mode
     "online": "online",
     "run": "online",
     "offline": "offline",
     "dryrun": "offline",
     "disabled": "disabled",
 }
-REQUEST_SECONDS = 10  # for one request, so that a server that hangs and comes back is met again soon
-GRACE = 2  # seconds beyond the client's own limit before it is ended from outside
-UNSENT = "will not be synced"  # in the client's warning that it uploads nothing more
+REQUEST_TIMEOUT = 10  # seconds for one request: after a hang, the client notices soon that the server is back
+KILL_DELAY = 2  # seconds beyond the client's own limit before its process is killed
+UPLOAD_STOPPED = "will not be synced"  # in the client's warning that it uploads nothing more
 
 
-class Messages:
-    """What the client would print, kept: `unsent` is its warning that rows stay on the disk."""
+class ClientMessages:
+    """Receives what the client would print, and drops it; `upload_stopped` says that rows stayed on the disk."""
 
     def __init__(self) -> None:
-        self.unsent = False
+        self.upload_stopped = False
 
     def info(self, message: str) -> None:
         pass
 
     def warning(self, message: str) -> None:
-        self.unsent |= UNSENT in message
+        if UPLOAD_STOPPED in message:
+            self.upload_stopped = True
 
     error = warning
 
 
-def wanted_mode(section: WandbConfig) -> str:
-    """`wandb.mode`, or what WANDB_MODE says where that is `auto`; still `auto` where that says nothing."""
-    said = os.environ.get("WANDB_MODE", "")
-    if section.mode != "auto" or not said:
+@dataclass(frozen=True)
+class Client:
+    """A started run of the client; `state` is `online`, or `offline` and why; `error` says why no server answered."""
+
+    run: Any
+    state: str
+    error: Exception | None = None
+
+
+def effective_mode(section: WandbConfig) -> str:
+    """`wandb.mode`; if that is `auto`, the mode WANDB_MODE names, or `auto` still where it is not set.
+
+    Raises `ConfigError` for a WANDB_MODE that names no mode.
+    """
+    environment_mode = os.environ.get("WANDB_MODE", "")
+    if section.mode != "auto" or not environment_mode:
         return section.mode
-    if said not in ENVIRONMENT_MODES:
-        raise ConfigError("WANDB_MODE", f'"{said}" is not one of online, offline, disabled')
-    return ENVIRONMENT_MODES[said]
+    if environment_mode not in ENVIRONMENT_MODES:
+        raise ConfigError("WANDB_MODE", f'"{environment_mode}" is not one of online, offline, disabled')
+    return ENVIRONMENT_MODES[environment_mode]
 
 
 def start_client(
-    section: WandbConfig, arguments: Mapping[str, Any], messages: Messages, **settings: Any
-) -> tuple[Any, str, Exception | None]:
-    """A run of the client; `online`, or `offline` and why; and the error, if the server could not be reached."""
-    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
-        del os.environ[name]  # set to nothing is as good as not set, but not to the client
-    import wandb  # heavy, and not wanted where it is disabled
+    section: WandbConfig, arguments: Mapping[str, Any], messages: ClientMessages, **settings: Any
+) -> Client:
+    """Start the client, offline if nobody is logged in or the server does not answer in time.
+
+    `arguments` are those of `wandb.init`, `settings` those of `wandb.Settings`. Raises `ConfigError` for mode `online`
+    without a login, `LockstepError` for a server out of reach where `wandb.strict` is set.
+    """
+    _drop_empty_variables()
+    import wandb  # heavy, and not needed where it is disabled
 
     def start(mode: Literal["online", "offline"]) -> Any:
-        wandb.setup(wandb.Settings(silent=True, mode="online"))  # else the login is announced
+        wandb.setup(wandb.Settings(silent=True, mode="online"))  # otherwise the client announces the login
         wandb.termsetup(wandb.Settings(silent=True), messages)
         with _redacted_command_line():
-            return wandb.init(mode=mode, settings=_settings(section, settings), **arguments)
+            return wandb.init(mode=mode, settings=_client_settings(section, settings), **arguments)
 
-    mode = wanted_mode(section)
+    mode = effective_mode(section)
     if mode == "offline":
-        return start("offline"), "offline (WANDB_MODE)" if section.mode == "auto" else "offline", None
+        return Client(start("offline"), "offline (WANDB_MODE)" if section.mode == "auto" else "offline")
     wandb.setup(wandb.Settings(silent=True, mode="online"))
     if not wandb.login(prompt=False, verify=False):
         if mode == "online":
             raise ConfigError("wandb.mode", "online needs a W&B login; run `wandb login`, or set wandb.mode=offline")
-        return start("offline"), "offline (nobody is logged in)", None
+        return Client(start("offline"), "offline (nobody is logged in)")
     try:
-        return start("online"), "online", None
+        return Client(start("online"), "online")
     except Exception as error:
-        wandb.teardown()  # else the failed try still holds the run's id
+        wandb.teardown()  # otherwise the failed attempt still holds the run's id
         if section.strict:
-            raise LockstepError(f"W&B is out of reach ({in_short(error)})") from None
-        return start("offline"), "offline", error
+            raise LockstepError(f"W&B is out of reach ({shorten_error(error)})") from None
+        return Client(start("offline"), "offline", error)
 
 
-def _settings(section: WandbConfig, more: Mapping[str, Any]) -> Any:
+def _drop_empty_variables() -> None:
+    """Remove empty WANDB_ variables, which the client does not treat as unset."""
+    for name, value in list(os.environ.items()):
+        if name.startswith("WANDB_") and not value:
+            del os.environ[name]
+
+
+def _client_settings(section: WandbConfig, more: Mapping[str, Any]) -> Any:
     import wandb
 
     return wandb.Settings(
@@ -91,51 +115,54 @@ def _settings(section: WandbConfig, more: Mapping[str, Any]) -> Any:
         init_timeout=section.init_timeout,
         finish_timeout=section.finish_timeout,
         finish_timeout_raises=True,
-        x_file_stream_timeout_seconds=REQUEST_SECONDS,
-        x_graphql_timeout_seconds=REQUEST_SECONDS,
+        x_file_stream_timeout_seconds=REQUEST_TIMEOUT,
+        x_graphql_timeout_seconds=REQUEST_TIMEOUT,
         **more,
     )
 
 
 @contextmanager
 def _redacted_command_line() -> Iterator[None]:
-    """The client uploads the command line it finds when a run starts."""
-    given = sys.argv
-    sys.argv = [given[0], *redacted_arguments(given[1:])]
+    """Hide secrets in `sys.argv`, which the client uploads when a run starts."""
+    original = sys.argv
+    sys.argv = [original[0], *redacted_arguments(original[1:])]
     try:
         yield
     finally:
-        sys.argv = given
+        sys.argv = original
 
 
-def within(seconds: float, action: Callable[[], None]) -> None:
-    """Run `action`, but end the client from outside and raise `TimeoutError` if it takes longer than it may."""
-    failure: list[Exception] = []
+def run_with_timeout(seconds: float, action: Callable[[], None]) -> None:
+    """Run `action`; if it takes longer than `seconds`, kill the client's process and raise `TimeoutError`.
 
-    def act() -> None:
+    The client's own timeout is not enough: with much to send it is not honoured.
+    """
+    errors: list[Exception] = []
+
+    def run() -> None:
         try:
             action()
         except Exception as error:
-            failure.append(error)
+            errors.append(error)
 
-    thread = Thread(target=act, daemon=True)
+    thread = Thread(target=run, daemon=True)
     thread.start()
-    thread.join(seconds + GRACE)
+    thread.join(seconds + KILL_DELAY)
     if thread.is_alive():
-        _end_client()
+        _kill_client()
         raise TimeoutError(f"not all was sent within {seconds:g} s")
-    if failure:
-        raise failure[0]
+    if errors:
+        raise errors[0]
 
 
-def _end_client() -> None:
-    """Kill the client's process: whatever waits for it, the interpreter's exit too, waits no longer."""
+def _kill_client() -> None:
+    """Kill the client's process, so that nothing waits for it any longer, not even the interpreter's exit."""
     from wandb.sdk import wandb_setup
 
-    with suppress(AttributeError):  # no public way leads there
+    with suppress(AttributeError):  # private names: there is no public way to the process
         wandb_setup.singleton().ensure_service()._proc._process.kill()  # type: ignore[union-attr]
 
 
-def in_short(error: Exception) -> str:
-    """What an error says, shortened: the first line of some is a heading."""
+def shorten_error(error: Exception) -> str:
+    """An error's message on one line of at most 200 characters."""
     return shorten(str(error), 200, placeholder=" …") or type(error).__name__

@@ -1,4 +1,4 @@
-"""What W&B is handed beside numbers: the best model, images, tables, and where a run's files lie."""
+"""What W&B receives besides numbers: the best model, images and tables; and where a run's W&B files are."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from trainer.reporting.wandb.histograms import Histogram
 
 
-def best_model(directory: Path, run_id: str) -> tuple[Any, list[str]] | None:
-    """The artifact of a run's best model, with its metrics and redacted config, and its aliases; None without one.
+def best_model_artifact(directory: Path, run_id: str) -> tuple[Any, list[str]] | None:
+    """The artifact of a run's best model, with its metrics and redacted config, and its aliases.
 
-    The files are not copied: they are sent from where they lie.
+    None if the run has no best model yet. The files are uploaded from the run directory, without a copy.
     """
     import wandb
 
@@ -29,44 +29,69 @@ def best_model(directory: Path, run_id: str) -> tuple[Any, list[str]] | None:
         return None
     row = json.loads((best / "metrics.json").read_text())
     config = redacted(yaml.safe_load((best / "config.yaml").read_text()))
-    public = directory / "wandb" / "best_config.yaml"
-    public.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    redacted_config = directory / "wandb" / "best_config.yaml"
+    redacted_config.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     artifact = wandb.Artifact(f"model-{run_id}", type="model", metadata={**row, "config": config})
-    for file, name in ((best / "model.safetensors", None), (best / "metrics.json", None), (public, "config.yaml")):
-        artifact.add_file(str(file), name=name, policy="immutable", skip_cache=True)
-    return artifact, ["best", f"epoch-{int(row['epoch'])}"]
+    files = {
+        "model.safetensors": best / "model.safetensors",
+        "metrics.json": best / "metrics.json",
+        "config.yaml": redacted_config,
+    }
+    for name, path in files.items():
+        artifact.add_file(str(path), name=name, policy="immutable", skip_cache=True)
+    epoch = int(row["epoch"])
+    return artifact, ["best", f"epoch-{epoch}"]
 
 
-def shown(figures: Mapping[str, Path]) -> dict[str, Any]:
-    """PNG files as images, CSV files as tables, under their names."""
-    return {f"figures/{name}": _figure(path) for name, path in figures.items()}
+def wrap_figures(figures: Mapping[str, Path]) -> dict[str, Any]:
+    """PNG files as images and CSV files as tables, under `figures/` and their names."""
+    return {f"figures/{name}": _wrap_figure(path) for name, path in figures.items()}
 
 
-def _figure(path: Path) -> Any:
+def _wrap_figure(path: Path) -> Any:
     import wandb
 
-    if path.suffix == ".csv":
-        with path.open(newline="") as file:
-            heading, *rows = csv.reader(file)
-        columns = [_numbers(column) for column in zip(*rows, strict=True)]
-        return wandb.Table(columns=[*heading], data=[list(row) for row in zip(*columns, strict=True)])
-    return wandb.Image(str(path))
+    if path.suffix != ".csv":
+        return wandb.Image(str(path))
+    with path.open(newline="") as file:
+        heading, *rows = csv.reader(file)
+    # W&B gives each column one type, so a column is either numbers or text.
+    columns = [_to_numbers(column) for column in zip(*rows, strict=True)]
+    return wandb.Table(columns=[*heading], data=[list(row) for row in zip(*columns, strict=True)])
 
 
-def histograms(taken: Mapping[str, Histogram]) -> dict[str, Any]:
+def _to_numbers(column: Sequence[str]) -> Sequence[str | float]:
+    """The cells as numbers if all of them are, else unchanged."""
+    try:
+        return [float(cell) for cell in column]
+    except ValueError:
+        return column
+
+
+def wrap_histograms(histograms: Mapping[str, Histogram]) -> dict[str, Any]:
     import wandb
 
-    return {name: wandb.Histogram(np_histogram=(np.array(a), np.array(b))) for name, (a, b) in taken.items()}
+    wrapped = {}
+    for name, (counts, edges) in histograms.items():
+        wrapped[name] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
+    return wrapped
 
 
 def sessions(directory: Path, *, unsent: bool) -> list[Path]:
-    """The `.wandb` files of a run's sessions, oldest first; only those with something left to send, if `unsent`."""
-    files = [
-        file
-        for file in directory.glob("wandb/*run-*/*.wandb")
-        if not file.parent.is_symlink() and not (unsent and _marker(file).exists())
-    ]
-    return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
+    """The `.wandb` files of a run's sessions, oldest first; if `unsent`, only those that are not sent completely."""
+    files = []
+    for file in directory.glob("wandb/*run-*/*.wandb"):
+        if file.parent.is_symlink():  # W&B's link to the latest session
+            continue
+        if unsent and _sent_marker(file).exists():
+            continue
+        files.append(file)
+    return sorted(files, key=_start_time)
+
+
+def _start_time(file: Path) -> str:
+    """The session's folder is named `[offline-]run-<date>_<time>-<id>`."""
+    return file.parent.name.removeprefix("offline-")
 
 
 def is_offline(file: Path) -> bool:
@@ -74,17 +99,10 @@ def is_offline(file: Path) -> bool:
 
 
 def mark_sent(files: Iterable[Path]) -> None:
-    """Have sessions count as sent, for `wandb sync` too."""
+    """Mark sessions as sent, in the way `wandb sync` does."""
     for file in files:
-        _marker(file).touch()
+        _sent_marker(file).touch()
 
 
-def _marker(file: Path) -> Path:
+def _sent_marker(file: Path) -> Path:
     return file.with_suffix(".wandb.synced")
-
-
-def _numbers(column: Sequence[str]) -> Sequence[str | float]:
-    try:
-        return [float(cell) for cell in column]
-    except ValueError:
-        return column

@@ -1,36 +1,77 @@
-"""Histograms of weights and gradients, counted on the device; of a large model, of some tensors only."""
+"""Histograms of weights and gradients for W&B, counted on the device."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-MOST_TENSORS = 64  # evenly spread over the model's parameters: what a set of histograms costs is bounded
+from trainer.core.observers import Observer
+from trainer.exact.plan import Step
+
+if TYPE_CHECKING:
+    from trainer.reporting.wandb.run import WandbRun
+
+MAX_TENSORS = 64  # evenly spread over a model's parameters, so that the cost of a large model is bounded
 BINS = 64
 
-Histogram = tuple[list[float], list[float]]  # counts, and the edges of the bins, one more
+
+class Histogram(NamedTuple):
+    """`counts` of BINS bins, and their BINS + 1 `edges`."""
+
+    counts: list[float]
+    edges: list[float]
+
+
+class HistogramObserver(Observer):
+    """Every `every` steps, sends histograms of a module's weights and gradients to a W&B run.
+
+    It waits for the device in those steps, and only in those.
+    """
+
+    def __init__(self, module: nn.Module, run: WandbRun, every: int) -> None:
+        self._module = module
+        self._run = run
+        self._every = every
+
+    def gradient(self, step: Step) -> None:
+        if step.number % self._every == 0:
+            self._run.log_histograms(step.number, take_histograms(self._module))
 
 
 @torch.no_grad()
 def take_histograms(module: nn.Module) -> dict[str, Histogram]:
-    """`weights/<name>` and `gradients/<name>` of the trained parameters that have a gradient. A host sync."""
-    trained = [(name, p) for name, p in module.named_parameters() if p.grad is not None]
-    count = min(len(trained), MOST_TENSORS)
-    found = {}
-    for name, parameter in (trained[i * len(trained) // count] for i in range(count)):
-        for kind, tensor in (("weights", parameter), ("gradients", parameter.grad)):
-            assert tensor is not None
-            if (histogram := _histogram(tensor)) is not None:
-                found[f"{kind}/{name}"] = histogram
-    return found
+    """`weights/<name>` and `gradients/<name>` of the parameters that have a gradient, at most MAX_TENSORS of them.
+
+    Waits for the device. A tensor with a NaN or an infinity has no histogram.
+    """
+    histograms = {}
+    for name, parameter, gradient in _pick_parameters(module):
+        for kind, tensor in (("weights", parameter), ("gradients", gradient)):
+            histogram = _count(tensor)
+            if histogram is not None:
+                histograms[f"{kind}/{name}"] = histogram
+    return histograms
 
 
-def _histogram(tensor: Tensor) -> Histogram | None:
-    """None where a value is no finite number: there are no bins for it."""
+def _pick_parameters(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
+    trained = []
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            trained.append((name, parameter, parameter.grad))
+    count = min(len(trained), MAX_TENSORS)
+    return [trained[i * len(trained) // count] for i in range(count)]
+
+
+def _count(tensor: Tensor) -> Histogram | None:
     values = tensor.detach().float().flatten()
     low, high = torch.stack(values.aminmax()).tolist()
+    # A NaN or an infinity anywhere in the tensor is in its extremes, too.
     if not torch.isfinite(torch.tensor([low, high])).all():
         return None
     if low == high:
         low, high = low - 0.5, high + 0.5
-    return torch.histc(values, BINS, low, high).tolist(), torch.linspace(low, high, BINS + 1).tolist()
+    counts = torch.histc(values, BINS, low, high)
+    edges = torch.linspace(low, high, BINS + 1)
+    return Histogram(counts.tolist(), edges.tolist())

@@ -9,36 +9,48 @@ from typing import Any
 Row = Mapping[str, Any]
 
 
-class Sent:
-    """`earlier` holds the rows of the earlier sessions, of which the first `kept` count; later ones are made again.
+class EarlierRows:
+    """The rows of earlier sessions, and which of them W&B has received.
 
-    `summary` is what the server knows of the run, its newest value of every name. Without a server it is None, and
-    the earlier rows lie in the earlier sessions' own files.
+    Attributes: `missing`, the rows to send again; `last_step`, the newest step that W&B knows of, 0 for none.
     """
 
-    def __init__(self, earlier: Sequence[Row], kept: int, summary: Mapping[str, Any] | None) -> None:
-        has = [summary is None or _is_received(row, summary) for row in earlier]
-        self.missing = [row for row, there in zip(earlier[:kept], has, strict=False) if not there]
-        self._known = {_name(row) for row, there in zip(earlier, has, strict=True) if there}
-        self.last_step = max((int(row["step"]) for row, there in zip(earlier, has, strict=True) if there), default=0)
+    def __init__(self, rows: Sequence[Row], valid_rows: int, summary: Mapping[str, Any] | None) -> None:
+        """Compare `rows` with the server's `summary` of the run: the newest value of every name.
 
-    def has(self, row: Row) -> bool:
-        return _name(row) in self._known
+        Only the first `valid_rows` are ever missing: the resumed run computes the others again. Without a server
+        `summary` is None, and no row is missing, because the sessions' own files hold them.
+        """
+        self.missing: list[Row] = []
+        self.last_step = 0
+        self._received: set[tuple[float, frozenset[str]]] = set()
+        for index, row in enumerate(rows):
+            if summary is None or _is_received(row, summary):
+                self._received.add(_identity(row))
+                self.last_step = max(self.last_step, int(row["step"]))
+            elif index < valid_rows:
+                self.missing.append(row)
+
+    def has_received(self, row: Row) -> bool:
+        return _identity(row) in self._received
 
 
-def _name(row: Row) -> tuple[float, frozenset[str]]:
-    """A step has a row of its interval and perhaps one of its epoch, which differ in their columns."""
+def _identity(row: Row) -> tuple[float, frozenset[str]]:
+    """A step has the row of its interval and perhaps that of its epoch; the two differ in their columns."""
     return row["step"], frozenset(row)
 
 
 def _is_received(row: Row, summary: Mapping[str, Any]) -> bool:
-    """Rows arrive in order, so only at the newest step is it a question of values."""
-    last = summary.get("step", -1)
-    if row["step"] != last:
-        return bool(row["step"] < last)
-    return all(summary.get(name) == value for name, value in row.items() if _is_plain(value))
+    # Rows arrive in order, so the values need comparing at the newest step only.
+    newest_step = summary.get("step", -1)
+    if row["step"] != newest_step:
+        return bool(row["step"] < newest_step)
+    for name, value in row.items():
+        if _is_comparable(value) and summary.get(name) != value:
+            return False
+    return True
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether the server gives the value back as it was: infinities and NaN it may not."""
+def _is_comparable(value: Any) -> bool:
+    """True for text and finite numbers; the server may return infinities and NaN in another form."""
     return isinstance(value, str) or math.isfinite(value)

@@ -1,23 +1,37 @@
-"""W&B, from the main process alone. It may be absent, slow or away; training goes on whatever it does."""
+"""A run's W&B run, on the main process only. W&B may be absent, slow or down; training continues in any case."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.schema import WandbConfig
-from trainer.errors import LockstepError
 from trainer.config.secrets import redacted, without_logins
-from trainer.reporting.wandb.client import Messages, in_short, start_client, wanted_mode, within
-from trainer.reporting.wandb.files import best_model, histograms, is_offline, mark_sent, sessions, shown
-from trainer.reporting.wandb.rows import Row, Sent
+from trainer.errors import LockstepError
+from trainer.reporting.wandb.client import (
+    ClientMessages,
+    effective_mode,
+    run_with_timeout,
+    shorten_error,
+    start_client,
+)
+from trainer.reporting.wandb.files import (
+    best_model_artifact,
+    is_offline,
+    mark_sent,
+    sessions,
+    wrap_figures,
+    wrap_histograms,
+)
+from trainer.reporting.wandb.rows import EarlierRows, Row
 
 if TYPE_CHECKING:
     from trainer.reporting.wandb.histograms import Histogram
 
-Note = Callable[[str], None]
+Note = Callable[[str], None]  # shows one line to the user
 
 
 def start_wandb(
@@ -28,32 +42,32 @@ def start_wandb(
     config: Mapping[str, Any],
     run_id: str | None,
     note: Note,
-    earlier: Sequence[Row] = (),
-    kept: int = 0,
+    earlier_rows: Sequence[Row] = (),
+    valid_rows: int = 0,
 ) -> WandbRun | None:
-    """The W&B run, or None where it is disabled or cannot start; disabled, wandb is not even imported.
+    """Start the W&B run; None if it is disabled (then wandb is not even imported) or cannot start.
 
-    `run_id` goes on with an earlier run, whose rows were `earlier`; only the first `kept` of them still count.
+    With a `run_id` it continues that run, whose rows were `earlier_rows`; only the first `valid_rows` still count.
+    Raises `LockstepError` for what the user must correct.
     """
-    if wanted_mode(section) == "disabled":
+    if effective_mode(section) == "disabled":
         return None
     try:
         run = WandbRun(section, run_name=run_name, directory=directory, config=config, run_id=run_id, note=note)
     except LockstepError:
         raise
     except Exception as error:
-        warn(section, note, f"W&B did not start ({in_short(error)}); the run goes on without it")
+        _warn(section, note, f"W&B did not start ({shorten_error(error)}); the run continues without it")
         return None
     if run_id is not None:
-        run.go_on(earlier, kept)
+        run.send_missing_rows(earlier_rows, valid_rows)
     return run
 
 
 class WandbRun:
-    """A W&B run whose files lie in `directory/wandb`.
+    """A W&B run whose files are in `directory/wandb`.
 
-    Nothing that goes wrong in it is raised, and the first thing is told through `note`; with `wandb.strict` that is
-    raised instead.
+    No failure of W&B is raised: `note` reports the first one. With `wandb.strict` it is raised as a `LockstepError`.
     """
 
     def __init__(
@@ -67,32 +81,31 @@ class WandbRun:
         note: Note,
         **settings: Any,
     ) -> None:
-        self._section, self._note, self._directory = section, note, directory
-        self._messages = Messages()
-        self._sent = Sent((), 0, None)
-        (directory / "wandb").mkdir(parents=True, exist_ok=True)  # wandb would go elsewhere without a word
-        arguments = {
-            "name": section.name or run_name,
-            "dir": str(directory),
-            "config": redacted(config),
-            "group": section.group,
-            "job_type": section.job_type,
-            "tags": section.tags or None,
-            "notes": section.notes and without_logins(section.notes),
-        }
-        if "WANDB_SWEEP_ID" not in os.environ:  # else the agent has set project, entity and id
-            arguments |= {"project": section.project, "entity": section.entity, "id": run_id, "resume": "allow"}
-        before = sessions(directory, unsent=True)
-        self._run, self._state, error = start_client(section, arguments, self._messages, **settings)
-        self._online = self._state == "online"
+        self._section = section
+        self._note = note
+        self._directory = directory
+        self._messages = ClientMessages()
+        self._earlier_rows = EarlierRows((), 0, None)
+        self._accepts_rows = True
+        self._failed = False
+        (directory / "wandb").mkdir(parents=True, exist_ok=True)  # if it is missing, wandb silently writes elsewhere
+        sessions_before = sessions(directory, unsent=True)
+        arguments = _init_arguments(section, run_name, directory, config, run_id)
+        client = start_client(section, arguments, self._messages, **settings)
+        self._run = client.run
+        self._state = client.state
+        self._online = client.state == "online"
         self.id: str = self._run.id
-        self._takes_rows, self._failed = True, False
-        # An explicit step that is not past the last one is dropped, so the step is a value like any other.
+        # W&B drops a row whose explicit `step=` is not past the last one, so the step is a value like any other.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        if error is not None:
-            mark_sent(file for file in sessions(directory, unsent=True) if file not in before and not is_offline(file))
-            warn(section, note, f"W&B is out of reach ({in_short(error)}), so the run is offline; {later(directory)}")
+        if client.error is not None:
+            # The failed online start left a session without rows: there is nothing to send of it.
+            for file in sessions(directory, unsent=True):
+                if file not in sessions_before and not is_offline(file):
+                    mark_sent([file])
+            reason = shorten_error(client.error)
+            _warn(section, note, f"W&B is out of reach ({reason}), so the run is offline; {_sync_hint(directory)}")
 
     def describe(self) -> str:
         """`online, <the run's page>`, or `offline (why), files in <directory>`."""
@@ -100,34 +113,43 @@ class WandbRun:
             return f"online, {self._run.url}"
         return f"{self._state}, files in {self._directory / 'wandb'}"
 
-    def go_on(self, earlier: Sequence[Row], kept: int) -> int:
-        """Send what a server lacks of an earlier session's rows, and mind which it has; returns how many it lacked."""
+    def send_missing_rows(self, earlier_rows: Sequence[Row], valid_rows: int) -> int:
+        """Send the rows of earlier sessions that the server lacks; returns how many those were.
 
-        def catch_up() -> None:
-            self._sent = Sent(earlier, kept, dict(self._run.summary) if self._online else None)
-            for row in self._sent.missing:
-                self._run.log(dict(row))
+        From then on, `log` skips every row that the server has already.
+        """
+        self._accepts_rows = self._attempt(self._send_missing_rows, earlier_rows, valid_rows)
+        return len(self._earlier_rows.missing)
 
-        self._takes_rows = self._guarded(catch_up)
-        return len(self._sent.missing)
+    def _send_missing_rows(self, earlier_rows: Sequence[Row], valid_rows: int) -> None:
+        summary = dict(self._run.summary) if self._online else None
+        self._earlier_rows = EarlierRows(earlier_rows, valid_rows, summary)
+        for row in self._earlier_rows.missing:
+            self._run.log(dict(row))
 
     def has(self, name: str) -> bool:
-        """Whether the run holds a value of that name."""
-        return name in self._run.summary.keys()  # noqa: SIM118 - no mapping
+        """True if the run has a value of that name."""
+        return name in self._run.summary.keys()  # noqa: SIM118 - the summary is no mapping
 
     def log(self, row: Row) -> None:
-        """Send a row. After one that failed none is sent: what is missing must be the end, for `sync` to find it."""
-        if self._takes_rows and not self._sent.has(row):
-            self._takes_rows = self._guarded(lambda: self._run.log(dict(row)))
+        """Send a row. After a failure no more rows are sent: `sync` expects the missing ones at the end."""
+        if self._accepts_rows and not self._earlier_rows.has_received(row):
+            self._accepts_rows = self._attempt(self._run.log, dict(row))
 
-    def log_histograms(self, step: int, taken: Mapping[str, Histogram]) -> None:
-        if step > self._sent.last_step:
-            self._guarded(lambda: self._run.log({"step": step, **histograms(taken)}))
+    def log_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        if step > self._earlier_rows.last_step:
+            self._attempt(self._send_histograms, step, histograms)
+
+    def _send_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        self._run.log({"step": step, **wrap_histograms(histograms)})
 
     def log_figures(self, step: int, figures: Mapping[str, Path]) -> None:
         """Send PNG files as images and CSV files as tables, each under `figures/` and its name."""
         if figures:
-            self._guarded(lambda: self._run.log({"step": step, **shown(figures)}))
+            self._attempt(self._send_figures, step, figures)
+
+    def _send_figures(self, step: int, figures: Mapping[str, Path]) -> None:
+        self._run.log({"step": step, **wrap_figures(figures)})
 
     def finish(
         self,
@@ -138,54 +160,75 @@ class WandbRun:
         step: int = 0,
         figures: Mapping[str, Path] | None = None,
     ) -> bool:
-        """Send the last figures, the best model and an alert of a `failure` where they are wanted, and what is left.
+        """Send the last figures and all that is left; by config, the best model too, and an alert of a `failure`.
 
-        Takes `wandb.finish_timeout` seconds at most; the rest stays in the files. Returns whether all was sent,
-        which it never is offline.
+        Takes `wandb.finish_timeout` seconds at most (`KILL_DELAY` more if the client hangs); the rest stays in the
+        files. Returns True if the server has everything, which is never the case offline.
         """
-        self._guarded(
-            lambda: within(
-                self._section.finish_timeout, lambda: self._finish(status, failure, alert, step, figures or {})
-            )
-        )
-        if self._online and not self._failed:
+        finish = partial(self._finish, status=status, failure=failure, alert=alert, step=step, figures=figures or {})
+        self._attempt(run_with_timeout, self._section.finish_timeout, finish)
+        is_complete = self._online and not self._failed
+        if is_complete:
             mark_sent(sessions(self._directory, unsent=True))
-        return self._online and not self._failed
+        return is_complete
 
-    def _finish(self, status: int, failure: str, alert: bool, step: int, figures: Mapping[str, Path]) -> None:
+    def _finish(self, *, status: int, failure: str, alert: bool, step: int, figures: Mapping[str, Path]) -> None:
         try:
             if failure:
                 self._run.summary["failure"] = failure
             if failure and alert and self._section.alerts:
                 self._run.alert(title=f"{self._run.name} failed", text=failure, level="ERROR")
             if figures:
-                self._run.log({"step": step, **shown(figures)})
-            best = best_model(self._directory, self.id) if self._section.log_model == "best" else None
-            if best is not None:
-                artifact, aliases = best
-                self._run.log_artifact(artifact, aliases=aliases)
+                self._send_figures(step, figures)
+            if self._section.log_model == "best":
+                self._send_best_model()
         finally:
             self._run.finish(exit_code=status)
-        if self._messages.unsent:
+        if self._messages.upload_stopped:
             raise RuntimeError("the server refused the rest of the run")
 
-    def _guarded(self, action: Callable[[], Any]) -> bool:
-        """Whether `action` went well. The first that does not is told of."""
+    def _send_best_model(self) -> None:
+        best = best_model_artifact(self._directory, self.id)
+        if best is not None:
+            artifact, aliases = best
+            self._run.log_artifact(artifact, aliases=aliases)
+
+    def _attempt(self, action: Callable[..., Any], *arguments: Any) -> bool:
+        """Call `action`. True if it succeeded; only the first failure is reported."""
         try:
-            action()
+            action(*arguments)
         except Exception as error:
             if not self._failed:
                 self._failed = True
-                warn(self._section, self._note, f"W&B failed ({in_short(error)}); {later(self._directory)}")
+                message = f"W&B failed ({shorten_error(error)}); {_sync_hint(self._directory)}"
+                _warn(self._section, self._note, message)
             return False
         return True
 
 
-def warn(section: WandbConfig, note: Note, message: str) -> None:
+def _init_arguments(
+    section: WandbConfig, run_name: str, directory: Path, config: Mapping[str, Any], run_id: str | None
+) -> dict[str, Any]:
+    """The arguments of `wandb.init`."""
+    arguments = {
+        "name": section.name or run_name,
+        "dir": str(directory),
+        "config": redacted(config),
+        "group": section.group,
+        "job_type": section.job_type,
+        "tags": section.tags or None,
+        "notes": section.notes and without_logins(section.notes),
+    }
+    if "WANDB_SWEEP_ID" not in os.environ:  # in a sweep, the agent has set project, entity and id
+        arguments |= {"project": section.project, "entity": section.entity, "id": run_id, "resume": "allow"}
+    return arguments
+
+
+def _warn(section: WandbConfig, note: Note, message: str) -> None:
     if section.strict:
         raise LockstepError(f"{message} (wandb.strict)")
     note(message)
 
 
-def later(directory: Path) -> str:
+def _sync_hint(directory: Path) -> str:
     return f"metrics.jsonl has every row, and `python -m trainer sync {directory}` sends what is left"

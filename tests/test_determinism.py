@@ -1,0 +1,103 @@
+"""Settings of a run hold while it runs and are put back, so that runs in one process do not see each other."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.ranks import on_ranks
+from tests.distributed.small import Images, config, conv_net
+from trainer import LockstepError, Observer, Trainer
+from trainer.exact.plan import Step
+
+
+def settings() -> dict[str, Any]:
+    """All that a bitwise run changes in its process."""
+    return {
+        "algorithms": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "threads": torch.get_num_threads(),
+        "benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": torch.backends.cudnn.deterministic,
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(("CUBLAS", "TORCH"))},
+    }
+
+
+class Spy(Observer):
+    def __init__(self, fail: bool) -> None:
+        self.seen: list[dict[str, Any]] = []
+        self._fail = fail
+
+    def step(self, step: Step) -> None:
+        self.seen.append(settings())
+        if self._fail:
+            raise LockstepError("as asked")
+
+
+def fit(directory: Path, reproducibility: str, *, fail: bool = False) -> tuple[list[dict[str, Any]], str]:
+    spy = Spy(fail)
+    data = Images(56)
+    trainer = Trainer(
+        config(directory, run__reproducibility=reproducibility, batch__micro_size=14, train__precision="fp32"),
+        model=conv_net(),
+        train_data=data,
+        val_data=data,
+        observers=[spy],
+    )
+    if fail:
+        with pytest.raises(LockstepError, match="as asked"):
+            trainer.fit()
+        return spy.seen, ""
+    return spy.seen, trainer.fit()["weights_sha256"]
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_a_bitwise_run_leaves_its_process_as_it_was(tmp_path: Path, fail: bool) -> None:
+    def run(directory: Path) -> None:
+        torch.set_num_threads(2)
+        before = settings()
+        seen, _ = fit(directory / "bitwise", "bitwise", fail=fail)
+        assert seen[0] == before | {
+            "algorithms": True,
+            "threads": 1,
+            "deterministic": True,
+            "tf32": (False, False),
+            "environment": before["environment"]
+            | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"},
+        }
+        assert settings() == before
+        seen, _ = fit(directory / "standard", "standard")
+        assert seen[0] == before
+
+    on_ranks(1, run, tmp_path)
+
+
+def test_two_runs_in_one_process_do_not_see_each_other(tmp_path: Path) -> None:
+    """In either order, and made before either is trained, each ends as it does alone."""
+
+    def weights(directory: Path, *order: str) -> dict[str, str]:
+        return {name: fit(directory / f"{place}-{name}", name)[1] for place, name in enumerate(order)}
+
+    alone = {name: on_ranks(1, weights, tmp_path / name, name)[0][name] for name in ("standard", "bitwise")}
+    for order in (("standard", "bitwise"), ("bitwise", "standard")):
+        assert on_ranks(1, weights, tmp_path / "-".join(order), *order) == [alone]
+
+
+def test_what_the_caller_draws_does_not_depend_on_a_run_before(tmp_path: Path) -> None:
+    def draws(directory: Path, trained: bool) -> tuple[float, float, float]:
+        torch.manual_seed(4)
+        random.seed(4)
+        np.random.seed(4)
+        if trained:
+            fit(directory, "standard")
+            torch.manual_seed(4)  # conv_net seeds it
+        return float(torch.rand(())), random.random(), float(np.random.rand())
+
+    assert on_ranks(1, draws, tmp_path, True) == on_ranks(1, draws, tmp_path, False)

@@ -1,0 +1,41 @@
+"""Train what a config describes, on as many processes as were started.
+
+lockstep train                                        configs/digits.yaml, on one GPU or the CPU
+lockstep train configs/cifar10.yaml batch.size=256    another config, one key changed
+lockstep train run.resume=auto                        go on where the run stopped
+torchrun --nproc_per_node 8 -m trainer train          the same run on eight GPUs
+
+`python train.py` and `python -m trainer train` take the same arguments.
+"""
+
+from __future__ import annotations
+
+from trainer.commands.arguments import CommandParser, load_config
+from trainer.config.load import help_text
+from trainer.process.exit import report_error
+from trainer.process.memory import keep_freed_memory
+from trainer.process.parent import end_with_launcher, record_failure, with_trial_name
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit status. Errors are reported, and recorded in a W&B sweep."""
+    parser = CommandParser("train", __doc__)
+    parser.add_config()
+    if {"-h", "--help"} & set(arguments):
+        parser.epilog = f"keys of the config, with their types, defaults and meanings:\n{help_text()}"
+        parser.print_help()
+        return 0
+    end_with_launcher()
+    try:
+        config = with_trial_name(load_config(parser.parse(arguments)))
+        from trainer.trainer import Trainer  # imports torch: a mistake in the config is reported before
+
+        trainer = Trainer(config)
+        keep_freed_memory(trainer.ranks.device.type)
+        trainer.fit()
+        trainer.ranks.close()
+    except Exception as error:
+        status = report_error(error)
+        record_failure(error)
+        return status
+    return 0

@@ -1,0 +1,158 @@
+"""The losses of torch.nn: what each divides its mean by, which targets it takes, and which metric goes with it.
+
+A run needs a loss's sum and its divisor apart, so that micro-batches of any size add up to one mean. torch returns only
+their quotient, and the divisor differs from loss to loss. Cross-entropy and NLL are not here: their divisor depends on
+the targets (see `trainer.components.task.CrossEntropy`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from trainer.errors import ConfigError
+
+_CALL_IT = "write a trainer.Task whose loss_sum calls it"
+_HOLD_IT = "let the model hold it, so that they are trained, and write a trainer.Task for its result"
+
+# Losses that need more than an output and its targets. By name: some are newer than the oldest supported torch.
+REFUSED = {
+    "AdaptiveLogSoftmaxWithLoss": f"is a layer with weights of its own; {_HOLD_IT}",
+    "CosineEmbeddingLoss": f"compares two outputs; {_CALL_IT}",
+    "CTCLoss": f"needs the lengths of outputs and targets; {_CALL_IT}",
+    "GaussianNLLLoss": f"needs a variance besides the output; {_CALL_IT}",
+    "LinearCrossEntropyLoss": f"is a layer with weights of its own; {_HOLD_IT}",
+    "MarginRankingLoss": f"compares two outputs; {_CALL_IT}",
+    "TripletMarginLoss": f"compares three outputs; {_CALL_IT}",
+    "TripletMarginWithDistanceLoss": f"compares three outputs; {_CALL_IT}",
+}
+
+
+@dataclass(frozen=True)
+class LossRule:
+    """How a loss module is summed, divided and measured."""
+
+    divisor: Callable[[Tensor], int]  # from the output: what `reduction="mean"` divides the sum by
+    metric: str | None = None
+    terms: Callable[[Any, Tensor, Tensor], Tensor] | None = None  # (loss, output, targets) → what the metric averages
+    takes_class_ids: bool = False  # targets stay as they are; others take the output's shape and dtype
+
+
+def _elements(output: Tensor) -> int:
+    return output.numel()
+
+
+def _samples(output: Tensor) -> int:
+    return len(output)
+
+
+def _samples_by_last_dimension(output: Tensor) -> int:
+    return output.numel() // output.shape[-1]
+
+
+def _absolute_error(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
+    return (output - targets).abs()
+
+
+def _absolute_error_of_rate(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
+    rate = output.exp() if loss.log_input else output
+    return (rate - targets).abs()
+
+
+def _absolute_error_of_probability(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
+    probability = targets.exp() if loss.log_target else targets
+    return (output.exp() - probability).abs()
+
+
+def _right_logit(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
+    return (output > 0) == (targets > 0.5)
+
+
+def _right_probability(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
+    return (output > 0.5) == (targets > 0.5)
+
+
+def _right_sign(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
+    return (output > 0) == (targets > 0)
+
+
+def _right_class(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
+    return output.argmax(1) == targets
+
+
+REGRESSION = LossRule(_elements, "mae", _absolute_error)
+
+RULES: dict[type[nn.Module], LossRule] = {
+    nn.L1Loss: REGRESSION,
+    nn.MSELoss: REGRESSION,
+    nn.SmoothL1Loss: REGRESSION,
+    nn.HuberLoss: REGRESSION,
+    nn.PoissonNLLLoss: LossRule(_elements, "mae", _absolute_error_of_rate),
+    nn.KLDivLoss: LossRule(_elements, "mae", _absolute_error_of_probability),
+    nn.BCELoss: LossRule(_elements, "accuracy", _right_probability),
+    nn.BCEWithLogitsLoss: LossRule(_elements, "accuracy", _right_logit),
+    nn.SoftMarginLoss: LossRule(_elements, "accuracy", _right_sign),
+    nn.HingeEmbeddingLoss: LossRule(_elements),
+    nn.MultiLabelSoftMarginLoss: LossRule(_samples_by_last_dimension, "accuracy", _right_logit),
+    nn.MultiLabelMarginLoss: LossRule(_samples, takes_class_ids=True),
+    nn.MultiMarginLoss: LossRule(_samples, "accuracy", _right_class, takes_class_ids=True),
+}
+
+
+def is_unchanged(loss: nn.Module, base: type[nn.Module]) -> bool:
+    """True if `loss` computes what `base` does: it is one, or a subclass that keeps its `forward`."""
+    return isinstance(loss, base) and type(loss).forward is base.forward
+
+
+def rule_of(loss: nn.Module) -> LossRule:
+    """The rule of `loss`. One that is not torch's is taken for a mean over elements of one shape, as most are."""
+    for base, rule in RULES.items():
+        if is_unchanged(loss, base):
+            is_batch_mean = base is nn.KLDivLoss and loss.reduction == "batchmean"
+            return replace(rule, divisor=_samples) if is_batch_mean else rule
+    return REGRESSION
+
+
+def summed(loss: nn.Module) -> nn.Module:
+    """A copy of `loss` that sums, whatever its own reduction is."""
+    copied: Any = deepcopy(loss)
+    copied.reduction = "sum"
+    module: nn.Module = copied
+    return module
+
+
+def check_class(cls: type) -> None:
+    """Raise a `ConfigError` for a loss class of torch.nn that needs more than one output and its targets."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("torch.nn.") and base.__name__ in REFUSED:
+            raise ConfigError("loss.name", f"torch.nn.{base.__name__} {REFUSED[base.__name__]}")
+
+
+def check_loss(loss: nn.Module) -> None:
+    """Raise a `ConfigError` for a loss module whose sum cannot be had, or would not be trained as it should."""
+    name = type(loss).__name__
+    check_class(type(loss))
+    if next(loss.parameters(), None) is not None:
+        raise ConfigError(
+            "loss.name", f"{name} has parameters, and only the model's are trained; move them into the model"
+        )
+    if not hasattr(loss, "reduction"):
+        raise ConfigError(
+            "loss.name",
+            f"{name} has no `reduction`, so whether it gives a sum or a mean is unknown; {_CALL_IT}",
+        )
+    choices = ("mean", "sum", "batchmean") if is_unchanged(loss, nn.KLDivLoss) else ("mean", "sum")
+    check_reduction(loss.reduction, choices)
+
+
+def check_reduction(reduction: Any, choices: tuple[str, ...] = ("mean", "sum")) -> None:
+    """Raise a `ConfigError` unless `reduction` is one of `choices`."""
+    if reduction not in choices:
+        raise ConfigError(
+            "loss.reduction",
+            f'"{reduction}" is not one of {", ".join(choices)}; mean and sum train alike, so leave it out',
+        )

@@ -1,0 +1,129 @@
+"""`${oc.env:NAME}` and other OmegaConf interpolations of a config: resolved to be used, kept as text to be written.
+
+A file that a run writes must not hold what came from the environment, and must read back to the same config. So
+each value that came from there keeps the text it was written as, its reference, beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from trainer.config.secrets import remember_secrets
+from trainer.config.trees import map_leaves, texts_in
+from trainer.errors import ConfigError
+
+VARIABLE = re.compile(r"\boc\.env\s*:\s*(\w+)")
+BEFORE_INTERPOLATION = re.compile(r"(\\*)\$\{")
+
+
+class Reference(NamedTuple):
+    """The text a value was written as, and the value it had when the config was read."""
+
+    text: str
+    value: Any
+
+
+References = dict[tuple[Any, ...], Reference]  # by the keys, and indices in lists, that lead to the value
+
+
+def resolve(tree: Mapping[str, Any]) -> tuple[dict[str, Any], References]:
+    """The tree with its interpolations resolved, and the references of what came from the environment.
+
+    Raises `ConfigError` with the key of an interpolation that cannot be resolved.
+    """
+    if not any("${" in text for text in texts_in(tree)):
+        return dict(tree), {}
+    from omegaconf import OmegaConf  # slow to import, and most configs made in Python do without
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = OmegaConf.create(dict(tree), flags={"allow_objects": True})
+        resolved: Any = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise as_config_error(error) from None
+    interpolated = dict(_interpolated(tree, resolved))
+    secrets = _environment_texts(interpolated.values())
+    remember_secrets(secrets)
+    references = {}
+    for path, reference in interpolated.items():
+        # A key that refers to another holds what that one took from the environment.
+        if _contains_any(reference.value, secrets):
+            references[path] = reference
+    return resolved, references
+
+
+def as_config_error(error: Any) -> ConfigError:
+    """What OmegaConf says in the first line of its error, with the key it names."""
+    reason, *_ = str(error).splitlines()
+    return ConfigError(error.full_key or "config", reason)
+
+
+def restore_references(tree: dict[str, Any], references: References, *, digests: bool = False) -> None:
+    """In `tree`, which is escaped, put each reference in the place of its value, if that has not changed since.
+
+    With `digests` a short SHA-256 of the value follows, by which a change of the environment is noticed.
+    """
+    for path, reference in references.items():
+        text = reference.text
+        if digests:
+            sha256 = hashlib.sha256(str(reference.value).encode())
+            text += f" ({sha256.hexdigest()[:8]})"
+        with suppress(LookupError, TypeError):  # the config was changed in Python, and the place is gone
+            parent: Any = tree
+            for name in path[:-1]:
+                parent = parent[_key_in(parent, name)]
+            last = _key_in(parent, path[-1])
+            if parent[last] == map_leaves(reference.value, escape):
+                parent[last] = text
+
+
+def escape(value: Any) -> Any:
+    """Text in which `${` is meant literally, as OmegaConf reads it: `\\${`. Other values stay as they are."""
+    if not isinstance(value, str):
+        return value
+    # Backslashes of the text itself are doubled there, because an odd one escapes the `${`.
+    return BEFORE_INTERPOLATION.sub(r"\1\1\\${", value)
+
+
+def _key_in(parent: Any, name: Any) -> Any:
+    """`name`, or its text: some sections hold the keys of a mapping as text."""
+    if isinstance(parent, Mapping) and name not in parent:
+        return str(name)
+    return name
+
+
+def _environment_texts(interpolated: Iterable[Reference]) -> set[str]:
+    """The texts that interpolations took from environment variables.
+
+    Numbers do not count: a config's number is no secret, and config.yaml should say it.
+    """
+    texts: set[str] = set()
+    for reference in interpolated:
+        if "oc.env" in reference.text:
+            texts.update(texts_in(reference.value))
+            for name in VARIABLE.findall(reference.text):
+                texts.add(os.environ.get(name, ""))
+    texts.discard("")
+    return texts
+
+
+def _contains_any(value: Any, secrets: Iterable[str]) -> bool:
+    return any(secret in text for text in texts_in(value) for secret in secrets)
+
+
+def _interpolated(raw: Any, resolved: Any, *path: Any) -> Iterator[tuple[tuple[Any, ...], Reference]]:
+    """Every value that an interpolation had a part in, with its path."""
+    if isinstance(raw, str):
+        if "${" in raw:
+            yield path, Reference(raw, resolved)
+    elif isinstance(raw, Mapping):
+        for name, item in raw.items():
+            yield from _interpolated(item, resolved[name], *path, name)
+    elif isinstance(raw, list | tuple):
+        for index, item in enumerate(raw):
+            yield from _interpolated(item, resolved[index], *path, index)

@@ -1,0 +1,121 @@
+"""The one place where other people's code joins a run: observers, and objects whose state travels in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from trainer.components.task import WeightedSum
+from trainer.core.build import Run
+from trainer.core.metrics import Row
+from trainer.data.samples import MicroBatch
+from trainer.errors import ConfigError
+from trainer.exact.plan import Step
+
+
+class Observer:
+    """Code that runs beside training, on every rank. Override what you need; each method does nothing by itself.
+
+    Give observers to `Trainer(…, observers=[…])`, or name their classes in the config under `observers`.
+
+    An observer with `state_dict` and `load_state_dict` is `Stateful`: its state travels in every checkpoint.
+
+    The step does not wait for the device. An observer that reads a tensor on the host (`.item()`, `.tolist()`,
+    `print`) makes it wait, so do that at some steps only.
+    """
+
+    def begin(self, run: Run) -> None:
+        """Before the first step of this session, after a checkpoint was restored. `run` holds model, data and plan."""
+
+    def micro_batch(self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
+        """After the forward and backward of each of this rank's micro-batches (with `batch.fuse`, of several)."""
+
+    def gradient(self, step: Step) -> None:
+        """When the step's gradient is complete: the same on every rank, unscaled and clipped, before the update."""
+
+    def step(self, step: Step) -> None:
+        """After the update."""
+
+    def row(self, row: Row) -> None:
+        """Before a row is logged: add columns of your own, numbers, the same on every rank."""
+
+    def epoch(self, step: Step, row: Row) -> None:
+        """After an epoch's row was logged, its evaluation included; `step` is the epoch's last."""
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """After the run, with what `summary.json` holds. Not called for a run that fails or is stopped."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An object whose state is part of the run: an averaged model, a running estimate, a counter.
+
+    `state_dict` returns nested dicts and lists of tensors, numbers, strings, booleans and None, the same on every
+    rank. Rank 0's is written as files of the checkpoint; on resume, on any number of ranks, every rank loads it.
+    """
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
+class Observers:
+    """Several observers, called in their order."""
+
+    def __init__(self, observers: list[Observer]) -> None:
+        for observer in observers:
+            check_observer(observer)
+        self._observers = observers
+
+    def __iter__(self) -> Iterator[Observer]:
+        return iter(self._observers)
+
+    def add(self, observer: Observer) -> None:
+        """Call `observer` too, from now on."""
+        check_observer(observer)
+        self._observers.append(observer)
+
+    def remove(self, observer: Observer) -> None:
+        """Call `observer` no more."""
+        self._observers.remove(observer)
+
+    @property
+    def look_at_gradients(self) -> bool:
+        """True if one of them overrides `gradient`, so that gradients must be unscaled in every step."""
+        return any(type(observer).gradient is not Observer.gradient for observer in self._observers)
+
+    def begin(self, run: Run) -> None:
+        for observer in self._observers:
+            observer.begin(run)
+
+    def micro_batch(self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
+        for observer in self._observers:
+            observer.micro_batch(step, batch, output, loss)
+
+    def gradient(self, step: Step) -> None:
+        for observer in self._observers:
+            observer.gradient(step)
+
+    def step(self, step: Step) -> None:
+        for observer in self._observers:
+            observer.step(step)
+
+    def row(self, row: Row) -> None:
+        for observer in self._observers:
+            observer.row(row)
+
+    def epoch(self, step: Step, row: Row) -> None:
+        for observer in self._observers:
+            observer.epoch(step, row)
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        for observer in self._observers:
+            observer.end(summary)
+
+
+def check_observer(observer: object) -> None:
+    """Raise `ConfigError` where `observer` is none."""
+    if isinstance(observer, type) and issubclass(observer, Observer):
+        raise ConfigError("observers", f"{observer.__name__} is a class; give an object, {observer.__name__}(…)")
+    if not isinstance(observer, Observer):
+        raise ConfigError("observers", f"{type(observer).__qualname__} is not a subclass of trainer.Observer")

@@ -1,0 +1,102 @@
+"""How a process ends: one rank reports the error, every rank exits with its status, and none waits for another."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from contextlib import suppress
+from functools import cache
+from typing import NoReturn
+
+from trainer.errors import LockstepError, Stopped
+from trainer.process import launcher
+
+REPORTER_KEY = "lockstep/failure"  # in the process group's store: the rank that reports the failure
+SECONDS_TO_REPORT = 2.0  # a launcher kills every rank once one has exited, so the others wait for the reporter
+SECONDS_TO_NOTICE = 1.0  # a lost connection is noticed before the rank that caused it has reported why
+SECONDS_FOR_GLOO = 0.2  # gloo's thread needs this long to release the tensors of the last collective
+CLOSED_PIPE_STATUS = 128 + signal.SIGPIPE
+
+
+def report_error(error: BaseException) -> int:
+    """Print `error` on one rank only, and return the exit status.
+
+    A `LockstepError` is printed as its message, any other error with its traceback. When one rank fails, the
+    others fail soon after because it is gone. Only the first rank to get here prints, so its message is the cause.
+    """
+    if isinstance(error, BrokenPipeError) and _discard_unread_output():
+        return CLOSED_PIPE_STATUS
+    status = error.exit_status if isinstance(error, LockstepError) else 1
+    if not _is_first_to_report(error):
+        time.sleep(SECONDS_TO_REPORT)
+        return status
+    if isinstance(error, LockstepError):
+        prefix = "" if isinstance(error, Stopped) else "error: "
+        print(f"{prefix}{error}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+    return status
+
+
+def exit_process(status: int) -> NoReturn:
+    """End the process with `status`. One rank of several skips the interpreter's shutdown.
+
+    A rank that failed must not wait for the others in a destructor. A rank that is done must not be aborted by gloo:
+    gloo's thread needs the interpreter to release the last collective's tensors, and during shutdown it aborts the
+    whole process instead ("terminate called without an active exception").
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if launcher.world_size() > 1:
+        os._exit(status)
+    sys.exit(status)
+
+
+def end_on_closed_pipe() -> None:
+    """Let the process end without a message when the reader of its output is gone, as in `--help | head`."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+@cache
+def delay_exit_for_gloo() -> None:
+    """Give gloo's thread time before the interpreter shuts down, for programs that do not use `exit_process`.
+
+    Registered once a process, however often it is called.
+    """
+    atexit.register(time.sleep, SECONDS_FOR_GLOO)
+
+
+def _discard_unread_output() -> bool:
+    """If stdout is a pipe whose reader is gone, as in `| head -1`, say so and discard what is left to print."""
+    stdout = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(stdout, 0)
+    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+        print("stopped: nothing reads its output any more", file=sys.stderr, flush=True)
+    return is_closed
+
+
+def _is_first_to_report(error: BaseException) -> bool:
+    """True on the one rank that reports the failure."""
+    if launcher.world_size() == 1:
+        return True
+    from torch import distributed
+
+    rank = launcher.rank()
+    if not distributed.is_initialized():
+        return rank == 0  # nothing is shared yet: every rank reads the same config and fails alike
+    if not isinstance(error, LockstepError):
+        time.sleep(SECONDS_TO_NOTICE)
+    with suppress(Exception):
+        store = distributed.distributed_c10d._get_default_store()
+        reporter: bytes = store.compare_set(REPORTER_KEY, "", str(rank))
+        return reporter == str(rank).encode()
+    return False  # the store ended with rank 0, which reported before it ended

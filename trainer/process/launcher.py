@@ -1,0 +1,23 @@
+"""What the launcher says about this process: the variables set by torchrun, Accelerate and `launch/slurm.sh`.
+
+They are read from the environment because an error may have to be reported before the processes have joined.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def rank() -> int:
+    """This process's number among all processes of the run; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes of the run, on all machines; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """The number of processes of the run on this machine; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,108 @@
+"""The curves of a run: its logged values over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainer.reporting.figures.style import (
+    BLUE,
+    FAINT,
+    GREY,
+    INK,
+    SMALL,
+    TEXT,
+    TITLE,
+    VERMILION,
+    new_figure,
+    write,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Rows = Sequence[Mapping[str, float]]
+
+PANEL_HEIGHT = 2.5  # inches
+RATE_PANEL_HEIGHT = 1.2
+EPOCH_MARKS: dict[str, Any] = {"marker": "o", "markevery": 1}
+
+
+def draw_curves(rows: Rows, path: Path) -> None:
+    """Draw the rows of `metrics.jsonl`: a panel for the loss, one for each other metric, and one for `lr`.
+
+    `train/x` is a thin line, because it is the mean of few samples; `train/epoch_x` and `val/x` have a mark for each
+    epoch. A metric without finite values gets an empty panel that says so.
+    """
+    names = _metric_names(rows)
+    heights = [PANEL_HEIGHT] * len(names) + [RATE_PANEL_HEIGHT]
+    figure = new_figure(7.5, PANEL_HEIGHT * len(names) + 1.6)
+    *panels, rate_panel = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, name in zip(panels, names, strict=True):
+        _plot(axes, rows, f"train/{name}", label="train", color=BLUE, linewidth=0.9, alpha=0.75)
+        _plot(axes, rows, f"train/epoch_{name}", label="train, epoch", color=BLUE, linewidth=1.6, **EPOCH_MARKS)
+        _plot(axes, rows, f"val/{name}", label="val", color=VERMILION, linewidth=1.6, **EPOCH_MARKS)
+        _style_panel(axes, name)
+        _add_legend(axes)
+    _plot(rate_panel, rows, "lr", color=GREY, linewidth=1.4)
+    _style_panel(rate_panel, "learning rate")
+    rate_panel.set_ylim(bottom=0)
+    _style_step_axis(rate_panel)
+    write(figure, path)
+
+
+def _metric_names(rows: Rows) -> list[str]:
+    """The metrics of the rows in the order in which they appear, the loss first."""
+    names = ["loss"]
+    for row in rows:
+        for key in row:
+            phase, _, name = key.partition("/")
+            name = name.removeprefix("epoch_")
+            if phase in ("train", "val") and name not in names:
+                names.append(name)
+    return names
+
+
+def _plot(axes: Axes, rows: Rows, key: str, **style: Any) -> None:
+    """Plot one series. A value that is not finite leaves a gap; one between two gaps gets a mark, to be visible."""
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+    finite = np.isfinite(values)
+    if not finite.any():
+        return
+    padded = np.pad(finite, 1)
+    isolated = finite & ~padded[:-2] & ~padded[2:]
+    if isolated.any():
+        style = {"marker": "o", "markevery": np.flatnonzero(isolated)} | style
+    axes.plot(steps, np.where(finite, values, np.nan), markersize=3.5, **style)
+
+
+def _style_panel(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=TITLE, color=INK, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=SMALL)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    if not axes.lines:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center", fontsize=TEXT, color=GREY)
+
+
+def _add_legend(axes: Axes) -> None:
+    if not axes.lines:
+        return
+    legend = axes.legend(loc="lower right", ncols=3, frameon=False, fontsize=SMALL, labelcolor=INK, borderaxespad=0.1)
+    legend.set_bbox_to_anchor((1, 1), transform=axes.transAxes)  # beside the title, above the panel
+
+
+def _style_step_axis(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("step", fontsize=TEXT, color=INK)

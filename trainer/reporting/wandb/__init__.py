@@ -1,0 +1,1 @@
+"""A run, sent to Weights & Biases."""
