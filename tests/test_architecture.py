@@ -35,7 +35,7 @@ ENTRIES = {"__init__", "__main__"}  # the package's own front doors may import f
 
 # What examples import beside the package's public names. A project of one's own should need none of it.
 EXAMPLE_EXCEPTIONS = {
-    "trainer.errors",  # `report` and `leave`: how a command ends
+    "trainer.process.exit",  # how a command ends
     "trainer.config.load",  # `command_line`: a config and overrides, as train.py takes them
     "trainer.components.task",  # the type of a loss sum
     "trainer.exact.plan",  # the type of a step
