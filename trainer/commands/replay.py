@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
 
 def _write(result: Replay, directory: Path) -> dict[str, Any]:
     """Write `replay.json` and, of samples that are images, `images.png`; returns what the JSON file holds."""
-    from trainer.commands.replay_output import loss_rank
+    from trainer.inspection.replay import loss_rank
     from trainer.reporting.figures.images import draw_batch_grid
     from trainer.storage.files import write_json
 

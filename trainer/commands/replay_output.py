@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from trainer.inspection.replay import Replay
+from trainer.inspection.replay import Replay, loss_rank
 
 MOST_ROWS = 12  # of a table
 
@@ -30,14 +29,6 @@ def print_replay(result: Replay, run: Path, directory: Path) -> None:
         console.print(_table(title, _rows("layer", result.batch_norm)))
     console.print(_table("weights", _rows("parameter", result.weights)))
     console.print(f"[dim]files     [/] {directory}: replay.json has every row of these tables")
-
-
-def loss_rank(sample: Mapping[str, Any]) -> float:
-    """A key that sorts samples by loss: NaN first, then the largest, samples without a loss last."""
-    loss = sample["loss"]
-    if loss is None:
-        return math.inf
-    return -math.inf if math.isnan(loss) else -float(loss)
 
 
 def _facts(result: Replay, run: Path) -> list[tuple[str, str]]:
@@ -93,11 +84,3 @@ def _format(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def loss_rank(sample: Mapping[str, Any]) -> float:
-    """A key that sorts samples by loss: NaN first, then the largest, samples without a loss last."""
-    loss = sample["loss"]
-    if loss is None:
-        return math.inf
-    return -math.inf if math.isnan(loss) else -float(loss)
