@@ -13,6 +13,8 @@ NAMES = (
     "torchvision",
     "accelerate",
     "sklearn.datasets",
+    "sklearn.model_selection",
+    "matplotlib.backends.backend_agg",
     "rich.console",
     "trainer.trainer",
     "trainer.commands.check",

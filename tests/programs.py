@@ -79,6 +79,11 @@ class Program:
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes if process.pid is not None]
 
+    @property
+    def exit_statuses(self) -> list[int | None]:
+        """Of each rank: negative where a signal ended it, None where it runs."""
+        return [process.exitcode for process in self._processes]
+
     def is_running(self) -> bool:
         return any(process.is_alive() for process in self._processes)
 

@@ -167,6 +167,23 @@ def test_a_signal_ends_a_run_at_a_step_with_a_checkpoint(tmp_path: Path, number:
     check_checkpoint_of_stop(tmp_path, done.stderr)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, rank: int) -> None:
+    program = Program(["train.py", f"run.dir={tmp_path}", *ENDLESS], ranks=2)
+    try:
+        wait_for_rows(tmp_path, program.is_running)
+        os.kill(program.pids[rank], signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while program.is_running():  # `wait` would signal the other rank, as launchers do
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        done = program.wait(timeout=1)
+    finally:
+        program.kill()
+    assert program.exit_statuses == [143, 143]
+    check_checkpoint_of_stop(tmp_path, done.stderr)
+
+
 @pytest.mark.fresh_process  # the launcher is signalled, and has to pass it on
 def test_a_signal_to_a_launcher_ends_the_run_at_a_step_with_a_checkpoint(tmp_path: Path) -> None:
     command = [*LAUNCHERS["torchrun"], "train.py", f"run.dir={tmp_path}", *ENDLESS]

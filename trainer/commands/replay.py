@@ -10,7 +10,6 @@ step is reached from the nearest checkpoint before it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -60,6 +59,7 @@ def main(arguments: list[str]) -> None:
 
 def _write(result: Replay, directory: Path) -> dict[str, Any]:
     """Write `replay.json` and, of samples that are images, `images.png`; returns what the JSON file holds."""
+    from trainer.inspection.replay import loss_rank
     from trainer.reporting.figures.images import draw_batch_grid
     from trainer.storage.files import write_json
 
@@ -72,14 +72,6 @@ def _write(result: Replay, directory: Path) -> dict[str, Any]:
         labels = [_label(result.samples[i]) for i in order]
         draw_batch_grid(images[order], labels, directory / "images.png")
     return values
-
-
-def loss_rank(sample: Mapping[str, Any]) -> float:
-    """A key that sorts samples by loss: NaN first, then the largest, samples without a loss last."""
-    loss = sample["loss"]
-    if loss is None:
-        return math.inf
-    return -math.inf if math.isnan(loss) else -float(loss)
 
 
 def _label(sample: Mapping[str, Any]) -> str:

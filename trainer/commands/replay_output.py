@@ -10,8 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from trainer.commands.replay import loss_rank
-from trainer.inspection.replay import Replay
+from trainer.inspection.replay import Replay, loss_rank
 
 MOST_ROWS = 12  # of a table
 

@@ -5,7 +5,8 @@ The step is reached from the nearest checkpoint before it, or from the run's fir
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,11 @@ def _images(watch: StepWatch) -> Tensor | None:
     if not inputs or not all(isinstance(images, Tensor) and images.dim() == 4 for images in inputs):
         return None
     return watch.trainer.run.train_loader.normalize.undo(torch.cat(inputs))
+
+
+def loss_rank(sample: Mapping[str, Any]) -> float:
+    """A key that sorts samples by loss: NaN first, then the largest, samples without a loss last."""
+    loss = sample["loss"]
+    if loss is None:
+        return math.inf
+    return -math.inf if math.isnan(loss) else -float(loss)
