@@ -1,4 +1,4 @@
-"""What a stand-in for W&B's server holds of runs and artifacts, and how it answers the real client's operations."""
+"""The stand-in W&B server's data: the runs and artifacts it received, and its answers to the client's operations."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ ENTITY = "somebody"
 
 
 def opaque(kind: str, name: str) -> str:
-    """An id as such servers make them."""
+    """An id in the form of GraphQL servers: `kind:name` in base64."""
     return base64.b64encode(f"{kind}:{name}".encode()).decode()
 
 
 def named(gid: str) -> str:
+    """The name within an id."""
     return base64.b64decode(gid).decode().partition(":")[2]
 
 
@@ -32,9 +33,21 @@ class Backend:
 
     def run(self, name: str) -> dict[str, Any]:
         if name not in self.runs:
-            blank = {"name": name, "config": {}, "summary": {}, "lines": {}, "files": {}, "alerts": []}
-            self.runs[name] = blank | {"state": "running", "exit": None, "rewritten": 0, "project": "p", "fields": {}}
-            self.runs[name] |= {"stop": False, "writers": set()}  # asked to stop; the client's processes
+            self.runs[name] = {
+                "name": name,
+                "project": "p",
+                "state": "running",
+                "config": {},
+                "summary": {},
+                "fields": {},  # what else the client said of the run: displayName, tags, …
+                "lines": {},  # by file, then by line number
+                "rewritten": 0,  # lines that were sent twice with different text
+                "files": {},
+                "alerts": [],
+                "exit": None,
+                "stop": False,  # set by a test: the run is asked to stop
+                "writers": set(),  # the client's processes
+            }
         return self.runs[name]
 
     def history(self, name: str) -> list[dict[str, Any]]:
@@ -54,7 +67,7 @@ class Backend:
             run["writers"] |= set((run["config"].get("_wandb") or {}).get("e") or {})
         if v.get("summaryMetrics"):
             run["summary"] |= json.loads(v["summaryMetrics"])
-        # With the true count of lines here the client would append to them by itself.
+        # Given the true count of lines here, the client would append to them by itself.
         return {"upsertBucket": {"bucket": self.bucket(run) | {"historyLineCount": 0}, "inserted": inserted}}
 
     def on_runresumestatus(self, v: dict[str, Any]) -> Any:
@@ -62,7 +75,8 @@ class Backend:
         return {"model": self.project(v.get("project")) | {"bucket": run and self.bucket(run)}}
 
     def bucket(self, run: dict[str, Any]) -> dict[str, Any]:
-        history, events = (run["lines"].get(f"wandb-{kind}.jsonl", {}) for kind in ("history", "events"))
+        history = run["lines"].get("wandb-history.jsonl", {})
+        events = run["lines"].get("wandb-events.jsonl", {})
         return {
             "id": opaque("Run", run["name"]),
             "name": run["name"],
@@ -87,7 +101,7 @@ class Backend:
         return {"id": opaque("Project", name or "p"), "internalId": "1", "name": name or "p", "entity": entity}
 
     def stream(self, name: str, body: dict[str, Any]) -> Any:
-        """Rows of a run: by line number, so that a repeated request changes nothing."""
+        """Store rows of a run by line number, so that a repeated request changes nothing."""
         run = self.run(name)
         for file, chunk in (body.get("files") or {}).items():
             if file == "wandb-summary.json":
@@ -135,22 +149,40 @@ class Backend:
 
     def on_createartifact(self, v: dict[str, Any]) -> Any:
         v = v.get("input", v)
-        name, aliases = v["artifactCollectionName"], [item["alias"] for item in v.get("aliases") or []]
-        same = [a for a in self.artifacts if a["name"] == name and a["digest"] == v["digest"] and a["committed"]]
-        if same:
-            artifact = same[0]
-            self.give(artifact, aliases)
+        name = v["artifactCollectionName"]
+        aliases = [item["alias"] for item in v.get("aliases") or []]
+        artifact = self.committed_artifact(name, v["digest"])
+        if artifact is not None:
+            self.move_aliases(artifact, aliases)
         else:
-            artifact = {"id": len(self.artifacts), "name": name, "type": v["artifactTypeName"], "aliases": []}
-            artifact |= {"wanted": aliases, "files": {}, "digest": v["digest"], "committed": False}
-            artifact["metadata"] = json.loads(v.get("metadata") or "null")
+            artifact = {
+                "id": len(self.artifacts),
+                "name": name,
+                "type": v["artifactTypeName"],
+                "digest": v["digest"],
+                "metadata": json.loads(v.get("metadata") or "null"),
+                "files": {},
+                "committed": False,
+                "aliases": [],
+                "future aliases": aliases,  # from the commit on
+            }
             self.artifacts.append(artifact)
-        sequence = {"id": opaque("ArtifactCollection", name), "latestArtifact": None}
-        told = {"id": opaque("Artifact", str(artifact["id"])), "digest": v["digest"], "artifactSequence": sequence}
-        return {"createArtifact": {"artifact": told | {"state": "COMMITTED" if artifact["committed"] else "PENDING"}}}
+        answer = {
+            "id": opaque("Artifact", str(artifact["id"])),
+            "digest": v["digest"],
+            "state": "COMMITTED" if artifact["committed"] else "PENDING",
+            "artifactSequence": {"id": opaque("ArtifactCollection", name), "latestArtifact": None},
+        }
+        return {"createArtifact": {"artifact": answer}}
 
-    def give(self, artifact: dict[str, Any], aliases: list[str]) -> None:
-        """An alias belongs to one version of a name."""
+    def committed_artifact(self, name: str, digest: str) -> dict[str, Any] | None:
+        for artifact in self.artifacts:
+            if artifact["committed"] and (artifact["name"], artifact["digest"]) == (name, digest):
+                return artifact
+        return None
+
+    def move_aliases(self, artifact: dict[str, Any], aliases: list[str]) -> None:
+        """Give the aliases to this version: an alias belongs to one version of a name."""
         for other in self.artifacts:
             if other["name"] == artifact["name"]:
                 other["aliases"] = [alias for alias in other["aliases"] if alias not in aliases]
@@ -163,22 +195,31 @@ class Backend:
         return {"createArtifactManifest": {"artifactManifest": manifest}}
 
     def on_updateartifactmanifest(self, v: dict[str, Any]) -> Any:
-        again = {"artifactID": v["artifactManifestID"], "name": "wandb_manifest.json"}
-        return {"updateArtifactManifest": self.on_createartifactmanifest(again)["createArtifactManifest"]}
+        request = {"artifactID": v["artifactManifestID"], "name": "wandb_manifest.json"}
+        return {"updateArtifactManifest": self.on_createartifactmanifest(request)["createArtifactManifest"]}
 
     def on_createartifactfiles(self, v: dict[str, Any]) -> Any:
         edges = []
         for spec in v.get("input", v)["artifactFiles"]:
             parts = "artifact", named(spec["artifactID"]), spec["name"]
-            node = {"id": opaque("File", "/".join(parts)), "name": spec["name"], "displayName": spec["name"]}
-            node |= {"storagePath": "/".join(parts), "uploadUrl": self.upload_url(*parts), "uploadHeaders": []}
-            edges.append({"node": node | {"uploadMultipartUrls": None, "artifact": {"id": spec["artifactID"]}}})
+            path = "/".join(parts)
+            node = {
+                "id": opaque("File", path),
+                "name": spec["name"],
+                "displayName": spec["name"],
+                "artifact": {"id": spec["artifactID"]},
+                "storagePath": path,
+                "uploadUrl": self.upload_url(*parts),
+                "uploadHeaders": [],
+                "uploadMultipartUrls": None,
+            }
+            edges.append({"node": node})
         return {"createArtifactFiles": {"files": {"edges": edges}}}
 
     def on_commitartifact(self, v: dict[str, Any]) -> Any:
         artifact = self.artifacts[int(named(v["artifactID"]))]
         artifact["committed"] = True
-        self.give(artifact, [*artifact["wanted"], "latest"])
+        self.move_aliases(artifact, [*artifact["future aliases"], "latest"])
         return {"commitArtifact": {"artifact": {"id": v["artifactID"], "digest": artifact["digest"]}}}
 
     def on_artifacttype(self, v: dict[str, Any]) -> Any:

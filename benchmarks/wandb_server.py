@@ -1,7 +1,7 @@
-"""A loopback stand-in for W&B's server, as much of its protocol as the real client needs for a run.
+"""A stand-in for W&B's server, with as much of its protocol as the real client needs for a run.
 
-It listens on 127.0.0.1 alone and asks for no login. `fault` makes it answer badly, or not at all; `stop` and `start`
-take it away and bring it back on the same port.
+It listens on 127.0.0.1 only and needs no login. `fault` makes it answer with errors, or not at all; `stop` ends it, and
+`start` brings it back on the same port.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, backend: Backend, path: str, body: bytes) -> Any:
         if path == "/graphql":
             query = json.loads(body)
-            found = re.search(r"\b(?:query|mutation)\s+(\w+)", query["query"])
-            operation = getattr(backend, f"on_{found[1].lower()}" if found else "", None)
+            match = re.search(r"\b(?:query|mutation)\s+(\w+)", query["query"])
+            operation = getattr(backend, f"on_{match[1].lower()}" if match else "", None)
             if operation is None:
                 backend.unknown.append(query["query"])
                 return {"data": None, "errors": [{"message": "unknown operation"}]}
@@ -86,15 +86,17 @@ class _Listener(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def handle_error(self, *_: Any) -> None:
-        pass  # a client that went away
+        pass  # a client that has disconnected
 
 
 class WandbServer:
     """`with WandbServer() as server:`; `server.environment` points the real client to it."""
 
     def __init__(self, backend: Backend | None = None) -> None:
-        self.backend, self.lock = backend or Backend(), threading.RLock()
-        self.port, self.broken = 0, ""
+        self.backend = backend or Backend()
+        self.lock = threading.RLock()
+        self.port = 0  # any free one, at the first start
+        self.broken = ""  # the current fault
         self._listener: _Listener | None = None
 
     def __enter__(self) -> WandbServer:
@@ -112,7 +114,7 @@ class WandbServer:
         threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
-        """Cut every connection, as a server that dies."""
+        """Cut every connection, as if the server died."""
         if self._listener is not None:
             self.stopping.set()
             self._listener.shutdown()
@@ -122,13 +124,13 @@ class WandbServer:
             self._listener = None
 
     def let_go(self) -> None:
-        """In a forked process: close what it inherited, else the port stays open when the server is gone."""
+        """In a forked process: close the inherited sockets, or the port stays open when the server stops."""
         if self._listener is not None:
-            for inherited in (self._listener.socket, *self._listener.connections):
-                inherited.close()
+            for socket in (self._listener.socket, *self._listener.connections):
+                socket.close()
 
     def fault(self, kind: str) -> None:
-        """Answer with an HTTP status, or `hang`; with `""`, well again."""
+        """Answer every request with an HTTP status, or not at all (`hang`); `""` ends the fault."""
         self.broken = kind
         if not kind:
             self.stopping.set()

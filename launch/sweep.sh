@@ -5,8 +5,8 @@
 #   launch/sweep.sh --per node configs/sweeps/grid.yaml   one agent, whose trials take all GPUs
 #   launch/sweep.sh ENTITY/PROJECT/SWEEP                  more agents of a sweep, on this machine or another
 #
-# An agent ends when the sweep does. Where W&B's server is away it is started again, for an hour of failing at most.
-# Ctrl-C or a SIGTERM stops the trials, each at its next step, and then the agents; what is left of the sweep stays.
+# An agent ends when the sweep does. One that loses W&B's server is started again, until it has failed for an hour.
+# Ctrl-C or a SIGTERM stops the trials, each at its next step, and then the agents. The sweep stays at W&B, to go on later.
 set -u
 
 per=gpu
@@ -19,13 +19,13 @@ fi
 sweep=$1
 if [ -f "$sweep" ]; then
     python -m trainer sweep "$sweep" --check || exit
-    # the id comes in a sentence on stderr: "Run sweep agent with: wandb agent ENTITY/PROJECT/SWEEP"
-    said=$(wandb sweep "$sweep" 2>&1) || { printf '%s\n' "$said" >&2; exit 1; }
-    printf '%s\n' "$said"
-    sweep=$(sed -n 's/.*wandb agent \([^[:space:]]*\).*/\1/p' <<<"$said" | tail -n 1)
+    # wandb prints the id in a sentence on stderr: "Run sweep agent with: wandb agent ENTITY/PROJECT/SWEEP"
+    output=$(wandb sweep "$sweep" 2>&1) || { printf '%s\n' "$output" >&2; exit 1; }
+    printf '%s\n' "$output"
+    sweep=$(sed -n 's/.*wandb agent \([^[:space:]]*\).*/\1/p' <<<"$output" | tail -n 1)
 fi
 
-# Else an agent whose first trials fail gives the sweep up.
+# Otherwise an agent gives up a sweep whose first trials fail.
 export WANDB_AGENT_DISABLE_FLAPPING=true WANDB_AGENT_MAX_INITIAL_FAILURES=1000000
 
 pause=${SWEEP_PAUSE:-30} # seconds between two tries
@@ -33,7 +33,7 @@ tries=$((3600 / pause))
 stopping=
 agents=()
 
-agent() { # one agent, again and again until the sweep is over
+agent() { # run one agent, again and again until the sweep is over
     local child='' left=$tries began
     trap 'stopping=1; [ -n "$child" ] && kill -TERM "$child" 2>/dev/null' TERM
     while [ -z "$stopping" ]; do # setsid: a Ctrl-C reaches an agent once, through this shell

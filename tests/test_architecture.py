@@ -33,16 +33,6 @@ LAYERS = [
 LEVELS = {room: level for level, layer in enumerate(LAYERS) for room in layer}
 ENTRIES = {"__init__", "__main__"}  # the package's own front doors may import from any room
 
-# What examples import beside the package's public names. A project of one's own should need none of it.
-EXAMPLE_EXCEPTIONS = {
-    "trainer.process.exit",  # how a command ends
-    "trainer.config.load",  # `command_line`: a config and overrides, as train.py takes them
-    "trainer.components.task",  # the type of a loss sum
-    "trainer.exact.plan",  # the type of a step
-    "trainer.reporting.figures.style",  # the lessons' pictures have the look of a run's
-    "trainer.storage.run_directory",  # the lessons' pictures lie in the run's directory
-}
-
 
 def module_name(file: Path) -> str:
     parts = list(file.relative_to(ROOT).with_suffix("").parts)
@@ -141,7 +131,7 @@ def test_nothing_but_tests_imports_tests(package: str) -> None:
 
 def test_examples_use_public_names() -> None:
     for module, file in source_files("examples").items():
-        assert trainer_imports(file) <= EXAMPLE_EXCEPTIONS | {"trainer.__init__"}, module
+        assert trainer_imports(file) <= {"trainer.__init__"}, module
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "trainer":
                 assert {alias.name for alias in node.names} <= set(trainer.__all__), module

@@ -20,7 +20,7 @@ from trainer.storage.run_directory import RunDirectory, check_same_run
 from trainer.storage.sha256 import file_sha256, tensors_sha256
 
 
-def held(step: int) -> Checkpoint:
+def checkpoint_of(step: int) -> Checkpoint:
     progress = Progress(
         step=step,
         samples_seen=64 * step,
@@ -38,24 +38,25 @@ def held(step: int) -> Checkpoint:
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, held(7), keep=2)
+    path = checkpoint.save(tmp_path, checkpoint_of(7), keep=2)
     assert path.name == "step_00000007"
     assert (tmp_path / "last").read_text().strip() == path.name
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["step"] == 7
     assert manifest["files"] == {f.name: file_sha256(f) for f in path.iterdir() if f.name != "manifest.json"}
-    loaded, due = checkpoint.load(path), held(7)
-    assert torch.equal(loaded.model["w"], due.model["w"])
-    assert torch.equal(loaded.optimizer["momentum.w"], due.optimizer["momentum.w"])
-    assert loaded.optimizer_numbers == due.optimizer_numbers
-    assert repr(loaded.progress.history) == repr(due.progress.history)
-    assert tuple(loaded.progress.epoch["loss"]) == due.progress.epoch["loss"]
-    assert loaded.config == due.config
+    loaded = checkpoint.load(path)
+    expected = checkpoint_of(7)
+    assert torch.equal(loaded.model["w"], expected.model["w"])
+    assert torch.equal(loaded.optimizer["momentum.w"], expected.optimizer["momentum.w"])
+    assert loaded.optimizer_numbers == expected.optimizer_numbers
+    assert repr(loaded.progress.history) == repr(expected.progress.history)
+    assert tuple(loaded.progress.epoch["loss"]) == expected.progress.epoch["loss"]
+    assert loaded.config == expected.config
 
 
 def test_the_newest_few_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
-        checkpoint.save(tmp_path, held(step), keep=2)
+        checkpoint.save(tmp_path, checkpoint_of(step), keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step_00000015", "step_00000020"]
     assert checkpoint.latest(tmp_path) == tmp_path / "step_00000020"
     shutil.rmtree(tmp_path / "step_00000020")
@@ -66,7 +67,7 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damage_is_noticed_and_named(tmp_path: Path, name: str, damage: str) -> None:
-    path = checkpoint.save(tmp_path, held(7), keep=2)
+    path = checkpoint.save(tmp_path, checkpoint_of(7), keep=2)
     content = (path / name).read_bytes()
     if damage == "flip":
         (path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -82,33 +83,34 @@ def test_damage_is_noticed_and_named(tmp_path: Path, name: str, damage: str) -> 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full at any of a checkpoint's syncs: the one before stays the last, and nothing half-written."""
-    checkpoint.save(tmp_path, held(5), keep=1)
-    sync, left = files.sync, 0
+    checkpoint.save(tmp_path, checkpoint_of(5), keep=1)
+    sync = files.sync
+    syncs_until_full = 0
 
-    def full(path: Path) -> None:
-        nonlocal left
-        left -= 1
-        if not left:
+    def sync_or_fail(path: Path) -> None:
+        nonlocal syncs_until_full
+        syncs_until_full -= 1
+        if syncs_until_full == 0:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         sync(path)
 
-    monkeypatch.setattr(files, "sync", full)
-    for left in range(1, 6):  # noqa: B007 - read by `full`
+    monkeypatch.setattr(files, "sync", sync_or_fail)
+    for syncs_until_full in range(1, 6):  # noqa: B007 - read by `sync_or_fail`
         with pytest.raises(OSError, match="No space left"):
-            checkpoint.save(tmp_path, held(6), keep=1)
+            checkpoint.save(tmp_path, checkpoint_of(6), keep=1)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step_00000005"]
         assert checkpoint.load(tmp_path / "step_00000005").progress.step == 5
 
 
-def best(run: Path, step: int) -> None:
+def save_best(run: Path, step: int) -> None:
     checkpoint.save_best(run, {"w": torch.tensor([float(step)])}, "run: {}\n", {"step": step, "val/loss": 1 / step}, {})
 
 
 def test_best_is_replaced_whole_and_goes_back_with_the_run(tmp_path: Path) -> None:
-    best(tmp_path, 10)
-    best(tmp_path, 20)
-    files = ["config.yaml", "metrics.json", "model.safetensors", "signature.json"]
-    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == files
+    save_best(tmp_path, 10)
+    save_best(tmp_path, 20)
+    names = ["config.yaml", "metrics.json", "model.safetensors", "signature.json"]
+    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == names
     assert load_file(tmp_path / "best" / "model.safetensors")["w"].item() == 20
     checkpoint.restore_best(tmp_path, 20)
     assert checkpoint.load_best(tmp_path)[1]["step"] == 20
@@ -124,11 +126,11 @@ def test_best_is_replaced_whole_and_goes_back_with_the_run(tmp_path: Path) -> No
 def test_snapshots_are_copies_tied_weights_included() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
-    taken = checkpoint.snapshot(model)
+    snapshot = checkpoint.snapshot(model)
     with torch.no_grad():
         model[0].weight.zero_()
-    assert taken["0.weight"].abs().sum() > 0
-    assert taken["0.weight"].data_ptr() != taken["1.weight"].data_ptr()
+    assert snapshot["0.weight"].abs().sum() > 0
+    assert snapshot["0.weight"].data_ptr() != snapshot["1.weight"].data_ptr()
 
 
 def test_digests_follow_names_values_and_dtypes() -> None:

@@ -169,5 +169,8 @@ def test_replay(runs: Path, same_kernels: bool) -> None:
     assert again["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert again["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
     if same_kernels:
-        assert (again["loss"], again["grad_norm"]) == (expected["loss"], expected["grad_norm"])
+        assert again["loss"] == expected["loss"]
+        assert set(again["logged"]) == {"train/loss", "lr", "grad_norm"}
+        for logged, replayed in again["logged"].values():
+            assert replayed == logged
         assert again["digests"] == {"10": [expected["digest"]] * 2}

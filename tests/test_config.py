@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -223,10 +224,10 @@ def test_the_default_config_comes_with_the_package(tmp_path: Path) -> None:
         "    except ValueError as error: print(error)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(package.parent)}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], cwd=elsewhere, env=environment, capture_output=True, text=True, check=True
     )
-    name, usage, mistake, misspelt, unknown = done.stdout.splitlines()
+    name, usage, mistake, misspelt, unknown = process.stdout.splitlines()
     assert name == "digits"
     assert str(package / "configs" / "digits.yaml") in usage
     assert mistake == 'run.sed: no such key; did you mean "seed"? (the command line)'
@@ -280,12 +281,14 @@ def test_text_that_looks_like_an_interpolation_is_kept_literally(text: str, tran
     assert Config.from_dict(yaml.safe_load(config_yaml(config))) == config
 
 
-def test_text_from_the_environment_is_written_as_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tree(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A config that takes texts, a list and numbers from the environment: directly, through other keys, decoded."""
     monkeypatch.setenv("HIDDEN", "a-hidden-text")
     monkeypatch.setenv("HIDDEN_LIST", "[a-listed-text, 3]")
     monkeypatch.setenv("NUMBER", "7")
-    tree = {
-        "run": {"name": "${oc.env:NUMBER}", "seed": "${oc.decode:${oc.env:NUMBER}}"},
+    return {
+        "run": {"name": "${oc.env:NUMBER}", "seed": "${oc.decode:${oc.env:NUMBER}}", "dir": "here"},
         "data": {
             "root": "${oc.env:HIDDEN}",
             "inner": {"url": "http://me:login@host/${data.root}", "plain": "${run.dir}"},
@@ -296,30 +299,47 @@ def test_text_from_the_environment_is_written_as_its_reference(monkeypatch: pyte
         },
         "model": {"unfreeze": {5: ["${oc.env:HIDDEN}"]}},
     }
-    tree["run"]["dir"] = "here"
+
+
+def test_interpolations_are_resolved(tree: dict[str, Any]) -> None:
     config = load(None, tree)
     assert (config.run.name, config.run.seed, config.data.root) == ("7", 7, "a-hidden-text")
-    assert config.data.args["copy"] == config.data.args["inner"]
-    assert config.data.args["inner"] == {"url": "http://me:login@host/a-hidden-text", "plain": "here"}
-    assert config.data.args["listed"] == ["a-listed-text", 3]
-    written = yaml.safe_load(config_yaml(config))
-    assert "-text" not in config_yaml(config)
+    arguments = config.data.args
+    assert arguments["inner"] == {"url": "http://me:login@host/a-hidden-text", "plain": "here"}
+    assert arguments["copy"] == arguments["inner"]
+    assert (arguments["decoded"], arguments["listed"]) == ("a-hidden-text", ["a-listed-text", 3])
+    assert arguments["listed_within"] == [{"a": "a-hidden-text"}]
+
+
+def test_text_from_the_environment_is_written_as_its_reference(tree: dict[str, Any]) -> None:
+    config = load(None, tree)
+    text = config_yaml(config)
+    document = yaml.safe_load(text)
+    assert "-text" not in text
     for name in ("root", "copy", "decoded", "listed", "listed_within"):
-        assert written["data"][name] == tree["data"][name]  # type: ignore[index]
-    assert written["data"]["inner"] == {"url": "http://me:login@host/${data.root}", "plain": "here"}
-    assert (written["run"]["name"], written["run"]["seed"]) == ("${oc.env:NUMBER}", 7)
-    assert Config.from_dict(written) == Config.from_dict(config.to_dict()) == config
-    assert "-text" not in str(redacted(config.to_dict())) and "login" not in str(redacted(config.to_dict()))
+        assert document["data"][name] == tree["data"][name]
+    assert document["data"]["inner"] == {"url": "http://me:login@host/${data.root}", "plain": "here"}
+    assert (document["run"]["name"], document["run"]["seed"]) == ("${oc.env:NUMBER}", 7)
+    assert Config.from_dict(document) == Config.from_dict(config.to_dict()) == config
+    assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
+    public = str(redacted(config.to_dict()))
+    assert "-text" not in public and "login" not in public
     assert redacted_message("no a-hidden-text, a-listed-text") == "no <redacted>, <redacted>"
 
-    # A change in Python keeps the references, those of the changed value aside.
-    moved = replace(config, run=replace(config.run, name="other"), data=replace(config.data, root="elsewhere"))
-    assert moved.to_dict()["run"]["name"] == "other"
-    assert moved.to_dict()["data"]["root"] == "elsewhere"
-    assert moved.to_dict()["data"]["copy"] == "${data.inner}"
 
-    # A checkpoint holds digests, by which a resumed run notices another environment.
-    before = config.to_dict(digests=True)
+def test_a_change_in_python_keeps_the_other_references(tree: dict[str, Any]) -> None:
+    config = load(None, tree)
+    run = replace(config.run, name="other")
+    data = replace(config.data, root="elsewhere")
+    document = replace(config, run=run, data=data).to_dict()
+    assert (document["run"]["name"], document["data"]["root"]) == ("other", "elsewhere")
+    assert document["data"]["copy"] == "${data.inner}"
+    assert replace(config, data=DataConfig()).to_dict()["data"] == Config().to_dict()["data"]
+
+
+def test_a_resumed_run_notices_another_environment(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(None, tree)
+    before = config.to_dict(digests=True)  # as a checkpoint holds it
     assert before["data"]["root"] == "${oc.env:HIDDEN} (c0521206)"
     check_same_run(before, config, config.run)
     monkeypatch.setenv("HIDDEN", "another-text")
@@ -362,8 +382,8 @@ def test_command_line() -> None:
 def test_help_and_config_errors_need_no_torch() -> None:
     code = "import sys, train; train.main({!r}); sys.exit('torch' in sys.modules)"
     for arguments in (["--help"], ["train.epoch=3"]):
-        done = subprocess.run([sys.executable, "-c", code.format(arguments)], check=False, capture_output=True)
-        assert done.returncode == 0
+        process = subprocess.run([sys.executable, "-c", code.format(arguments)], check=False, capture_output=True)
+        assert process.returncode == 0
 
 
 def takes(first: int, size: int, padding: int = 0) -> tuple[int, int, int]:
@@ -387,16 +407,16 @@ def test_components_are_called_with_their_section() -> None:
 
 
 def test_names_are_short_or_import_paths() -> None:
-    known = {"sgd": 1}
-    assert resolve("optimizer", "sgd", known) == 1
-    assert resolve("optimizer", "math.sqrt", known)(9) == 3
+    short_names = {"sgd": 1}
+    assert resolve("optimizer", "sgd", short_names) == 1
+    assert resolve("optimizer", "math.sqrt", short_names)(9) == 3
     for name, message in (
         ("sdg", 'optimizer.name: "sdg" is not one of sgd, nor an import path; did you mean "sgd"?'),
         ("no_such_module.X", 'cannot import "no_such_module"'),
         ("math.sqr", '"math" has no "sqr"; did you mean "sqrt"?'),
     ):
         with pytest.raises(ConfigError) as caught:
-            resolve("optimizer", name, known)
+            resolve("optimizer", name, short_names)
         assert message in str(caught.value)
 
 

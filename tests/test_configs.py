@@ -36,17 +36,21 @@ def image_folder(root: Path) -> list[str]:
     return [f"data.root={root}", "batch.size=8", "batch.micro_size=4"]
 
 
-def substitutes(config: Path, directory: Path) -> list[str]:
-    """Stand-ins for data that a config needs and the repository does not hold."""
-    given = load(config, [])
-    name = given.data.name
-    if name == "folder":
-        untrained = ["model.weights=null"] if given.model.weights else []
-        return [*image_folder(directory / "images"), *untrained]
-    if name in ("cifar10", "mnist"):
-        shape = ["data.image_size=32"] if name == "cifar10" else ["data.image_size=28", "data.channels=1"]
-        return ["data.name=fake", "data.root=null", "data.size=600", "data.val_size=40", *shape]
-    return []
+def substitutes(path: Path, directory: Path) -> list[str]:
+    """Overrides that replace data a config needs and the repository does not hold by data of the same shape."""
+    config = load(path)
+    overrides = []
+    if config.data.name == "folder":
+        overrides = image_folder(directory / "images")
+        if config.model.weights:
+            overrides.append("model.weights=null")
+    if config.data.name in ("cifar10", "mnist"):
+        overrides = ["data.name=fake", "data.root=null", "data.size=600", "data.val_size=40"]
+    if config.data.name == "cifar10":
+        overrides += ["data.image_size=32"]
+    if config.data.name == "mnist":
+        overrides += ["data.image_size=28", "data.channels=1"]
+    return overrides
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])

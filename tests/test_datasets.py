@@ -44,7 +44,7 @@ def make(name: str, root: Any = None, main_first: MainFirst | None = None, **arg
     return build_datasets(section, main_first or MainFirst())
 
 
-def refused(error: type[Exception], name: str, root: Any = None, **args: Any) -> str:
+def error_text(error: type[Exception], name: str, root: Any = None, **args: Any) -> str:
     with pytest.raises(error) as caught:
         make(name, root, **args)
     return str(caught.value)
@@ -204,13 +204,14 @@ def test_kept_images_are_the_decoded_ones_and_as_many_as_fit(root: Path) -> None
     total = sum(part[i][0].nbytes for part in parts for i in range(len(part)))
     for room, all_fit in ((total, True), (total - 1, False)):
         data = build_datasets(DataConfig(name="folder", root=str(root), cache=room / 2**30), MainFirst())
-        for kept, part in zip((data.train, data.val), parts, strict=True):
+        for cached, part in zip((data.train, data.val), parts, strict=True):
             for i in range(len(part)):
-                kept[i][0].zero_()  # what a transform writes into stays its own
-                assert torch.equal(kept[i][0], part[i][0])
-                assert kept[i][1] == part[i][1]
-        held = len(data.train._cached) + len(data.val._cached)
-        assert held == len(plain.train) + len(plain.val) if all_fit else 0 < held < len(plain.train) + len(plain.val)
+                cached[i][0].zero_()  # what a transform writes into stays its own
+                assert torch.equal(cached[i][0], part[i][0])
+                assert cached[i][1] == part[i][1]
+        cached_count = len(data.train._cached) + len(data.val._cached)
+        count = len(plain.train) + len(plain.val)
+        assert cached_count == count if all_fit else 0 < cached_count < count
     with pytest.raises(ConfigError, match=r"data.cache: keeps the images of data.name=folder, not of digits"):
         build_datasets(DataConfig(name="digits", cache=1.0), MainFirst())
 
@@ -237,29 +238,29 @@ def test_a_corrupt_image_is_an_error_that_names_it_and_never_its_neighbour(root:
 
 
 def test_folder_errors_name_what_is_wrong(root: Path) -> None:
-    assert refused(ConfigError, "folder").startswith("data.root: is not set")
-    assert "data.root=nowhere is not a folder" in refused(DataError, "folder", "nowhere")
-    assert f"{root / 'train/bees/train'} is missing" in refused(DataError, "folder", root / "train/bees")
+    assert error_text(ConfigError, "folder").startswith("data.root: is not set")
+    assert "data.root=nowhere is not a folder" in error_text(DataError, "folder", "nowhere")
+    assert f"{root / 'train/bees/train'} is missing" in error_text(DataError, "folder", root / "train/bees")
 
     (root / "train/wasps").mkdir()
-    assert f"{root / 'train/wasps'} holds no .jpg, .jpeg, .png or .webp" in refused(DataError, "folder", root)
+    assert f"{root / 'train/wasps'} holds no .jpg, .jpeg, .png or .webp" in error_text(DataError, "folder", root)
     (root / "train/wasps").rmdir()
 
     picture(root / "val/bee/y.png")
-    message = refused(DataError, "folder", root)
+    message = error_text(DataError, "folder", root)
     assert f"{root / 'val/bee'} is a class that train/ lacks" in message and 'did you mean "bees"?' in message
     (root / "val/bee/y.png").rename(root / "val/bees/y.png")
     (root / "val/bee").rmdir()
 
-    assert "data.rooot: folder has no such argument" in refused(ConfigError, "folder", root, rooot=3)
+    assert "data.rooot: folder has no such argument" in error_text(ConfigError, "folder", root, rooot=3)
 
     for name in ("x.png", "y.png"):
         (root / "val/bees" / name).rename(root / name)
-    assert f"{root / 'val'} holds no .jpg" in refused(DataError, "folder", root)
+    assert f"{root / 'val'} holds no .jpg" in error_text(DataError, "folder", root)
     (root / "val/bees").rmdir()
-    assert f"{root / 'val'} has no class folders" in refused(DataError, "folder", root)
+    assert f"{root / 'val'} has no class folders" in error_text(DataError, "folder", root)
     (root / "val").rmdir()
-    assert f"{root / 'val'} is missing" in refused(DataError, "folder", root)
+    assert f"{root / 'val'} is missing" in error_text(DataError, "folder", root)
 
 
 def test_a_folder_that_may_not_be_read_is_not_skipped(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +272,7 @@ def test_a_folder_that_may_not_be_read_is_not_skipped(root: Path, monkeypatch: p
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", guarded)
-    message = refused(DataError, "folder", root)
+    message = error_text(DataError, "folder", root)
     assert f"{root / 'train/ants/sub'} cannot be read: Permission denied" in message
 
 
@@ -305,7 +306,7 @@ def test_mnist_is_read_from_its_raw_files(tmp_path: Path) -> None:
 
     for content in (idx(images[:4])[:-1], b"<html>not the file</html>", b""):
         (raw / "t10k-images-idx3-ubyte").write_bytes(content)
-        assert "missing or damaged" in refused(DataError, "mnist", tmp_path)
+        assert "missing or damaged" in error_text(DataError, "mnist", tmp_path)
 
 
 def test_cifar10_is_read_from_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,16 +315,16 @@ def test_cifar10_is_read_from_its_batches(tmp_path: Path, monkeypatch: pytest.Mo
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (6, 3072), dtype=np.uint8)
 
-    def written(name: str, content: dict[str, Any]) -> list[str]:
+    def write(name: str, content: dict[str, Any]) -> list[str]:
         (folder / name).write_bytes(pickle.dumps(content))
         return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
 
     batches = [{"data": pixels[i : i + 1], "labels": [i]} for i in range(5)]
-    train_list = [written(f"data_batch_{i + 1}", batch) for i, batch in enumerate(batches)]
+    train_list = [write(f"data_batch_{i + 1}", batch) for i, batch in enumerate(batches)]
     monkeypatch.setattr(CIFAR10, "train_list", train_list)
-    monkeypatch.setattr(CIFAR10, "test_list", [written("test_batch", {"data": pixels[5:], "labels": [9]})])
+    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", {"data": pixels[5:], "labels": [9]})])
     names = [f"class {i}" for i in range(10)]
-    filename, md5 = written("batches.meta", {"label_names": names})
+    filename, md5 = write("batches.meta", {"label_names": names})
     monkeypatch.setattr(CIFAR10, "meta", {"filename": filename, "key": "label_names", "md5": md5})
 
     data = make("cifar10", tmp_path)
@@ -334,24 +335,24 @@ def test_cifar10_is_read_from_its_batches(tmp_path: Path, monkeypatch: pytest.Mo
     assert (data.val[0][1], data.classes) == (9, names)
 
     (folder / "test_batch").unlink()
-    assert "missing or damaged" in refused(DataError, "cifar10", tmp_path)
+    assert "missing or damaged" in error_text(DataError, "cifar10", tmp_path)
 
 
 def test_missing_files_are_one_error_that_says_what_to_do(tmp_path: Path) -> None:
-    for name, address, place in (
+    for name, address, directory in (
         ("cifar10", CIFAR10.url, str(tmp_path)),
         ("mnist", MNIST.mirrors[0], str(tmp_path / "MNIST" / "raw")),
     ):
-        message = refused(DataError, name, tmp_path)
-        assert name in message and address in message and place in message
+        message = error_text(DataError, name, tmp_path)
+        assert name in message and address in message and directory in message
         assert "data.download=true" in message
-        assert refused(ConfigError, name).startswith("data.root: is not set")
-        assert refused(ConfigError, name, tmp_path, download="yes").startswith("data.download:")
+        assert error_text(ConfigError, name).startswith("data.root: is not set")
+        assert error_text(ConfigError, name, tmp_path, download="yes").startswith("data.download:")
 
 
 def test_a_failed_download_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
-    message = refused(DataError, "mnist", tmp_path, download=True)
+    message = error_text(DataError, "mnist", tmp_path, download=True)
     assert "cannot be downloaded" in message and "unpack them in" in message
     assert "data.download=true" not in message
 
@@ -425,7 +426,7 @@ def test_fake_images_can_be_learned() -> None:
     ],
 )
 def test_wrong_arguments_of_fake_are_named(args: dict[str, Any], key: str) -> None:
-    assert refused(ConfigError, "fake", **args).startswith(f"{key}: ")
+    assert error_text(ConfigError, "fake", **args).startswith(f"{key}: ")
 
 
 # --- names and import paths
@@ -525,10 +526,10 @@ def test_an_import_path_without_a_part_argument_is_called_once() -> None:
 def test_wrong_import_paths_are_named(
     error: type[Exception], name: str, root: str | None, args: dict[str, Any], text: str
 ) -> None:
-    assert text in refused(error, f"own_data_sets.{name}", root, **args)
+    assert text in error_text(error, f"own_data_sets.{name}", root, **args)
 
 
 def test_wrong_names_are_named() -> None:
-    assert 'did you mean "cifar10"?' in refused(ConfigError, "cifar")
-    assert refused(ConfigError, "digits", "/somewhere").startswith("data.root: digits takes no root")
-    assert refused(ConfigError, "digits", size=3).startswith("data.size: digits has no such argument")
+    assert 'did you mean "cifar10"?' in error_text(ConfigError, "cifar")
+    assert error_text(ConfigError, "digits", "/somewhere").startswith("data.root: digits takes no root")
+    assert error_text(ConfigError, "digits", size=3).startswith("data.size: digits has no such argument")

@@ -70,6 +70,7 @@ def gradients_of_two_steps() -> None:
         shows(stages["after_last"], first)  # the full batch's
         shows(stages["reduced"], first)
         shows(report["updates"][name], -LR * first)
+        shows(report["without_zero_grad"][name]["first"], first)
         shows(report["without_zero_grad"][name]["second"], second)
         shows(report["without_zero_grad"][name]["both"], first + second)
     parts = report["loss"]["micro_batches"]

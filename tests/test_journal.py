@@ -19,7 +19,7 @@ def test_epoch_times_add_up_to_at_most_the_time_of_the_run(tmp_path: Path, monke
     """A slow first picture belongs to no epoch: the epoch lines and "elapsed" both count from the first step."""
     epoch_seconds: list[float] = []
 
-    def draw_slowly(*_: Any) -> dict[str, Path]:
+    def draw_slowly(*_: Any, **__: Any) -> dict[str, Path]:
         time.sleep(0.5)
         return {}
 

@@ -130,7 +130,7 @@ class Epoch(Trainer):
 
     def train_step(self, step: Step) -> None:
         ids = self.plan.permutation(step.epoch)[step.start : step.start + step.size]
-        samples = [self.data.train[int(i)] for i in ids]
+        samples = [self.run.data.train[int(i)] for i in ids]
         with torch.no_grad():
             output = self.module(torch.stack([point for point, _ in samples]))
         target = torch.tensor([label for _, label in samples])

@@ -81,7 +81,7 @@ class Draws:
         return torch.rand(3), i
 
 
-def drawn(seed: int) -> Tensor:
+def draw_inputs(seed: int) -> Tensor:
     batch = KeyedDataset(Draws(), None, seed=seed, purpose="train")[Request(0, 0, np.arange(4))]
     assert not isinstance(batch, DataError)
     inputs: Tensor = batch.inputs
@@ -89,8 +89,8 @@ def drawn(seed: int) -> Tensor:
 
 
 def test_augmentation_follows_the_seed_and_the_rank_keeps_its_generator() -> None:
-    assert torch.equal(drawn(1), drawn(1))
-    assert not torch.equal(drawn(1), drawn(2))
+    assert torch.equal(draw_inputs(1), draw_inputs(1))
+    assert not torch.equal(draw_inputs(1), draw_inputs(2))
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -112,7 +112,7 @@ class OneBad(Draws):
 def test_a_bad_sample_is_an_error_that_names_it_and_never_its_neighbour(workers: int) -> None:
     keyed = KeyedDataset(OneBad(), None, seed=0, purpose="train")
     loader = Loader(keyed, DataConfig(workers=workers), CPU, Normalize(None, None, torch.float32))
-    batches = loader.run([Request(place, 0, np.array([place])) for place in range(4)])
+    batches = loader.run([Request(index, 0, np.array([index])) for index in range(4)])
     assert [next(batches).first, next(batches).first] == [0, 1]
     with pytest.raises(DataError) as caught:
         next(batches)
@@ -121,12 +121,12 @@ def test_a_bad_sample_is_an_error_that_names_it_and_never_its_neighbour(workers:
     assert Path(__file__).name in message
 
 
-def test_samples_of_unlike_shapes_are_told_so() -> None:
-    class Unlike(Draws):
+def test_samples_of_different_shapes_are_an_error_that_names_them() -> None:
+    class OfDifferentShapes(Draws):
         def __getitem__(self, i: int) -> tuple[Any, int]:
             return torch.zeros(1, 2 + i, 2), i
 
-    answer = KeyedDataset(Unlike(), None, seed=0, purpose="val")[Request(0, 0, np.arange(2))]
+    answer = KeyedDataset(OfDifferentShapes(), None, seed=0, purpose="val")[Request(0, 0, np.arange(2))]
     assert isinstance(answer, DataError)
     assert "(1, 2, 2), (1, 3, 2)" in str(answer)
     assert "data.val_transforms" in str(answer)

@@ -31,9 +31,9 @@ class Net(nn.Linear):
     ("name", "shape"), [("small_cnn", (2, 3, 8, 8)), ("resnet18", (2, 3, 32, 32)), (f"{__name__}.Net", (2, 4))]
 )
 def test_names_and_paths(name: str, shape: tuple[int, ...]) -> None:
-    made = model(name)
-    assert made(torch.rand(shape)).shape == (2, 7)
-    assert count_parameters(made)[0] == sum(p.numel() for p in made.parameters())
+    net = model(name)
+    assert net(torch.rand(shape)).shape == (2, 7)
+    assert count_parameters(net)[0] == sum(p.numel() for p in net.parameters())
 
 
 class Bare(nn.Module):

@@ -34,8 +34,8 @@ def net(dtype=torch.float32, memory_format=torch.contiguous_format) -> Net:
 
 
 def optimizer_of(model: nn.Module, name: str, **arguments) -> torch.optim.Optimizer:
-    declared = {k: arguments.pop(k) for k in ("lr", "decay_norm_and_bias") if k in arguments}
-    return build_optimizer(OptimizerConfig(name=name, args=arguments, **declared), model)
+    keys = {k: arguments.pop(k) for k in ("lr", "decay_norm_and_bias") if k in arguments}
+    return build_optimizer(OptimizerConfig(name=name, args=arguments, **keys), model)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:

@@ -20,9 +20,9 @@ BASE = 0.4
 
 
 def schedule(name="constant", *, total_steps=TOTAL, history=None, mode="min", **section) -> Schedule:
-    declared = {key: section.pop(key) for key in ("per", "warmup", "warmup_start") if key in section}
+    keys = {key: section.pop(key) for key in ("per", "warmup", "warmup_start") if key in section}
     return build_schedule(
-        ScheduleConfig(name=name, args=section, **declared),
+        ScheduleConfig(name=name, args=section, **keys),
         total_steps=total_steps,
         steps_per_epoch=STEPS_PER_EPOCH,
         history=[] if history is None else history,
@@ -143,12 +143,12 @@ def test_plateau_equals_torch(arguments, mode):
 def test_plateau_follows_a_history_that_a_resume_replaces_or_shortens():
     history = [1.0] * 6
     ours = schedule("plateau", history=history, patience=1, factor=0.5)
-    fallen = ours.factor(30)
-    assert fallen == 0.5**2
+    lower = ours.factor(30)
+    assert lower == 0.5**2
     history[:] = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]  # as long as before
     assert ours.factor(30) == 1.0
     history[:] = [1.0] * 6
-    assert ours.factor(30) == fallen
+    assert ours.factor(30) == lower
     del history[2:]
     assert ours.factor(30) == 1.0
 

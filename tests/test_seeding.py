@@ -1,4 +1,4 @@
-"""Keys: a function of purpose and place, each its own."""
+"""Keys are a function of seed, purpose and position, and each position has its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.exact.seeding import device_seeder, key, mixed, numpy_generator, pr
 
 
 def test_keys_are_fixed_for_ever() -> None:
-    """A changed key changes every run there is: these are on record."""
+    """A changed key would change every run there is, so two are on record."""
     assert key(0, "order", 0) == 0x6057847D6CE3C932
     assert mixed(0, 1, 0) == 0xE220A8397B1DCDAF
 
@@ -31,7 +31,7 @@ def test_keys_do_not_depend_on_the_process() -> None:
     assert printed == {f"{key(3, 'train', 4, 5)}\n"}
 
 
-def test_each_place_has_its_own() -> None:
+def test_each_position_has_a_key_of_its_own() -> None:
     keys = [
         key(seed, purpose, i, j)
         for seed in (0, 1)
@@ -40,9 +40,9 @@ def test_each_place_has_its_own() -> None:
         for j in range(30)
     ]
     assert len(set(keys)) == len(keys)
-    places = [mixed(key(0, "device"), step, place) for step in range(300) for place in range(30)]
-    assert len(set(places)) == len({p & 0xFFFFFFFF for p in places}) == len(places)
-    bits = np.array([[p >> b & 1 for b in range(64)] for p in places]).mean(0)
+    mixed_keys = [mixed(key(0, "device"), step, index) for step in range(300) for index in range(30)]
+    assert len(set(mixed_keys)) == len({k & 0xFFFFFFFF for k in mixed_keys}) == len(mixed_keys)
+    bits = np.array([[k >> b & 1 for b in range(64)] for k in mixed_keys]).mean(0)
     assert (abs(bits - 0.5) < 0.03).all()
 
 

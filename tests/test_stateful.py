@@ -167,6 +167,11 @@ def test_a_value_that_cannot_be_stored_is_named(tmp_path: Path, value: Any, mess
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_a_state_that_is_no_dict_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LockstepError, match=r'the state of "ema" cannot be saved: it is a builtins\.list; .* dicts'):
+        save_state(tmp_path, "ema", [1, 2])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "ä", "-dash"])
 def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(LockstepError, match="cannot name files in a checkpoint; use letters, digits"):

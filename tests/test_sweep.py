@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import yaml
 from rich.console import Console
@@ -25,12 +26,11 @@ from trainer.config.load import load
 from trainer.config.schema import Config
 from trainer.errors import ConfigError
 from trainer.sweep.check import check
-from trainer.sweep.description import Hyperband, Sweep, read_sweep
-from trainer.sweep.pictures import importances, parallel_coordinates
-from trainer.sweep.search import next_values, rungs_reached, should_stop
+from trainer.sweep.description import Sweep, read_sweep
+from trainer.sweep.results import draw_pictures
 from trainer.sweep.space import Parameter, grid, read_parameters
-from trainer.sweep.store import Store, Trial
-from trainer.sweep.table import table
+from trainer.sweep.study import SweepStudy, Trial
+from trainer.sweep.table import build_table
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
@@ -79,7 +79,7 @@ def test_draws_of_whole_rounded_and_weighted_values() -> None:
     assert set(whole) == {2, 3, 4} and {type(value) for value in whole} == {int}
     rounded = {one(distribution="q_uniform", min=32, max=96, q=32).draw(0, trial) for trial in range(100)}
     assert rounded == {32, 64, 96} and {type(value) for value in rounded} == {int}
-    assert one(distribution="q_uniform", min=0.1, max=0.4, q=0.1).grid() == [0.1, 0.2, 0.3, 0.4]
+    assert one(distribution="q_uniform", min=0.1, max=0.4, q=0.1).list_values() == [0.1, 0.2, 0.3, 0.4]
     weighted = Counter(one(values=[None, "a"], probabilities=[0.9, 0.1]).draw(0, trial) for trial in range(1000))
     assert weighted[None] == pytest.approx(900, abs=40)
 
@@ -191,47 +191,88 @@ def bowl(tmp_path: Path, method: str) -> Sweep:
     return read_sweep(write(tmp_path, parameters, method=method, run_cap=30, metric={"name": "val/loss"}))
 
 
-def search(sweep: Sweep, seed: int) -> list[Trial]:
-    """Trials one by one, each with the value `(lr - 0.3)²`, more without momentum."""
-    trials: list[Trial] = []
-    while (values := next_values(sweep, seed, trials)) is not None:
-        value = (values["optimizer.lr"] - 0.3) ** 2 + (values["optimizer.momentum"] == 0)
-        trials.append(Trial(len(trials), values, "done", value))
-    return trials
+def open_study(sweep: Sweep, directory: Path, seed: int = 0) -> SweepStudy:
+    return SweepStudy(sweep, directory, seed=seed, identity={"seed": seed, "method": sweep.method})
+
+
+def search(sweep: Sweep, directory: Path, seed: int, most: int = 1000) -> list[Trial]:
+    """Up to `most` trials one by one, each with the value `(lr - 0.3)²`, more without momentum."""
+    study = open_study(sweep, directory, seed)
+    for _ in range(most):
+        trial = study.add_trial()
+        if trial is None:
+            break
+        trial.state = "done"
+        trial.value = (trial.values["optimizer.lr"] - 0.3) ** 2 + (trial.values["optimizer.momentum"] == 0)
+        study.save(trial)
+    study.close()
+    return study.trials
 
 
 @pytest.mark.parametrize("method", ["random", "bayes"])
 def test_the_same_seed_gives_the_same_trials(tmp_path: Path, method: str) -> None:
-    if method == "bayes":
-        pytest.importorskip("optuna")
     sweep = bowl(tmp_path, method)
-    first, again, other = (search(sweep, seed) for seed in (1, 1, 2))
+    first, other = search(sweep, tmp_path / "a", 1), search(sweep, tmp_path / "b", 2)
     assert len(first) == 30
-    assert first == again != other
-    assert next_values(sweep, 1, first[:17]) == first[17].values  # also where it goes on after a kill
+    assert search(sweep, tmp_path / "c", 1, most=17) == first[:17]
+    assert search(sweep, tmp_path / "c", 1) == first != other  # also where it goes on after a kill
 
 
 @pytest.mark.parametrize(("goal", "target", "trials"), [("maximize", 0.5, 2), ("minimize", 0.2, 1), ("maximize", 1, 3)])
 def test_a_target_that_is_reached_ends_the_sweep(tmp_path: Path, goal: str, target: float, trials: int) -> None:
     metric = {"name": "val/accuracy", "goal": goal, "target": target}
     sweep = read_sweep(write(tmp_path, {"optimizer.lr": {"values": [0.2, 0.5, 0.9]}}, metric=metric))
-    ended: list[Trial] = []
-    while (values := next_values(sweep, 0, ended)) is not None:
-        ended.append(Trial(len(ended), values, "done", values["optimizer.lr"]))
-    assert len(ended) == trials
+    study = open_study(sweep, tmp_path)
+    while (trial := study.add_trial()) is not None:
+        trial.state, trial.value = "done", trial.values["optimizer.lr"]
+        study.save(trial)
+    assert len(study.trials) == trials
 
 
 def test_a_bound_that_leaves_one_value_is_that_value(tmp_path: Path) -> None:
-    pytest.importorskip("optuna")
     parameters = {"optimizer.lr": {"min": 0.1, "max": 0.1}, "optimizer.momentum": {"min": 0.0, "max": 0.9}}
     sweep = read_sweep(write(tmp_path, parameters, method="bayes", run_cap=2))
-    assert (next_values(sweep, 0, []) or {})["optimizer.lr"] == 0.1
+    trial = open_study(sweep, tmp_path).add_trial()
+    assert trial is not None and trial.values["optimizer.lr"] == 0.1
 
 
-def test_bayes_without_optuna_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_without_optuna_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ConfigError, match="bayes needs Optuna"):
-        next_values(bowl(tmp_path, "bayes"), 0, [])
+    sweep = bowl(tmp_path, "random")
+    assert isinstance(check(sweep, []), Config)  # W&B runs a sweep without it
+    with pytest.raises(ConfigError, match=r"needs Optuna: pip install 'lockstep\[sweep\]'"):
+        open_study(sweep, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("method", ["grid", "bayes"])
+def test_values_of_any_type_outlive_a_kill(tmp_path: Path, method: str) -> None:
+    choices = [None, True, 1, [0.9, 0.99], "sgd", {"lr": 1e-5}]
+    sweep = read_sweep(write(tmp_path, {"x": {"values": choices}}, method=method, run_cap=6))
+    study = open_study(sweep, tmp_path)
+    trials = [study.add_trial() for _ in choices]
+    study.close()
+    again = open_study(sweep, tmp_path).trials
+    assert [json.dumps(trial.values) for trial in again] == [json.dumps(trial.values) for trial in trials if trial]
+    assert [type(trial.values["x"]) for trial in again] == [type(trial.values["x"]) for trial in trials if trial]
+    if method == "grid":
+        assert [trial.values["x"] for trial in again] == choices
+
+
+def test_a_value_outside_the_bounds_is_kept(tmp_path: Path) -> None:
+    """Rounding takes 17 to 0 and 48, and a normal law has no bounds at all; Optuna's distributions do."""
+    parameters = {
+        "a": {"distribution": "q_uniform", "min": 5, "max": 17, "q": 16},
+        "b": {"distribution": "normal", "mu": 0.0, "sigma": 1.0},
+    }
+    sweep = read_sweep(write(tmp_path, parameters, method="random", run_cap=1000))
+    study = open_study(sweep, tmp_path)
+    for parameter in sweep.parameters:
+        object.__setattr__(parameter, "draw", lambda seed, trial, name=parameter.name: {"a": 0, "b": 7.5}[name])
+    study.add_trial()
+    study.close()
+    assert [trial.values for trial in open_study(sweep, tmp_path).trials] == [{"a": 0, "b": 7.5}]
 
 
 def test_a_sweep_of_any_name_is_a_group_of_its_project(tmp_path: Path) -> None:
@@ -245,7 +286,7 @@ def test_a_sweep_of_any_name_is_a_group_of_its_project(tmp_path: Path) -> None:
 def test_a_long_reason_gives_way_to_the_numbers(tmp_path: Path, length: int) -> None:
     console = Console(width=80, file=io.StringIO(), force_jupyter=False)
     trials = [Trial(7, {"optimizer.lr": 0.25, "optimizer.momentum": 0.9}, "failed", 0.125, "R" * length, 12.0)]
-    console.print(table(bowl(tmp_path, "random"), trials))
+    console.print(build_table(bowl(tmp_path, "random"), trials))
     assert isinstance(console.file, io.StringIO)
     heading, row = console.file.getvalue().splitlines()
     assert heading.split() == ["trial", "state", "val/loss", "optimizer.lr", "optimizer.momentum", "time"]
@@ -255,53 +296,121 @@ def test_a_long_reason_gives_way_to_the_numbers(tmp_path: Path, length: int) -> 
 def test_a_damaged_state_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "sweep.sqlite").write_text("no database, but text of some length")
     with pytest.raises(ConfigError, match="cannot be used"):
-        Store(tmp_path, {})
+        open_study(bowl(tmp_path, "random"), tmp_path)
+
+
+def test_a_sweep_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "sweep.sqlite") as connection:
+        connection.execute("CREATE TABLE sweep (made_of TEXT NOT NULL)")
+        connection.execute("CREATE TABLE trials (number INTEGER PRIMARY KEY, state TEXT NOT NULL, value REAL)")
+        connection.execute("INSERT INTO trials VALUES (0, 'done', 0.5)")
+    before = (tmp_path / "sweep.sqlite").read_bytes()
+    with pytest.raises(ConfigError, match=r"earlier version of Lockstep.*name this sweep otherwise"):
+        open_study(bowl(tmp_path, "random"), tmp_path)
+    assert (tmp_path / "sweep.sqlite").read_bytes() == before
+
+
+def test_a_study_of_another_optuna_is_refused(tmp_path: Path) -> None:
+    sweep = bowl(tmp_path, "random")
+    open_study(sweep, tmp_path).close()
+    with sqlite3.connect(tmp_path / "sweep.sqlite") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v9.0.0.a'")
+    with pytest.raises(ConfigError, match=r"cannot be used \(.*optuna.*name this sweep otherwise"):
+        open_study(sweep, tmp_path)
+
+
+def test_a_directory_of_any_name_holds_its_study(tmp_path: Path) -> None:
+    directory = tmp_path / "is it {0} 100%?#"
+    assert len(search(bowl(tmp_path, "random"), directory, 0, most=2)) == 2
+    assert (directory / "sweep.sqlite").stat().st_size > 0
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [directory.name]
 
 
 def test_bayes_comes_closer_than_chance(tmp_path: Path) -> None:
-    pytest.importorskip("optuna")
-    late = {m: np.median([t.value for t in search(bowl(tmp_path, m), 3)[15:]]) for m in ("random", "bayes")}
+    trials = {method: search(bowl(tmp_path, method), tmp_path / method, 3) for method in ("random", "bayes")}
+    late = {method: np.median([trial.value for trial in trials[method][15:]]) for method in trials}
     assert late["bayes"] < 0.2 * late["random"]
 
 
-def test_early_stopping_keeps_the_best_at_each_rung(tmp_path: Path) -> None:
-    sweep, band = bowl(tmp_path, "random"), Hyperband(2, 2)
-    assert [rungs_reached(band, n) for n in range(10)] == [0, 0, 1, 1, 2, 2, 2, 2, 3, 3]
-    before = [Trial(i, {}, "done", curve=[float(i), float(i)]) for i in range(4)]  # losses: 0 is best
-    for loss, stops in ((0.5, False), (1.5, True), (2.5, True), (math.nan, True)):
-        trial = Trial(9, {}, curve=[loss, loss])
-        assert should_stop(sweep, band, trial, [*before, trial]) is stops
-    ahead = Trial(9, {}, curve=[9.0] * 4)
-    assert not should_stop(sweep, band, ahead, [*before, ahead])  # nobody else came to the second rung
+def hyperband_study(directory: Path, goal: str, curves: list[list[float]]) -> tuple[SweepStudy, list[bool]]:
+    """A study of trials that log these values, all that came before each; and which of them fell behind."""
+    parameters = {"optimizer.lr": {"min": 0.0, "max": 1.0}}
+    metric, band = {"name": "val/loss", "goal": goal}, {"type": "hyperband", "min_iter": 2, "eta": 2}
+    more: dict[str, Any] = {"method": "random", "run_cap": 30, "metric": metric, "early_terminate": band}
+    study = open_study(read_sweep(write(directory, parameters, **more)), directory)
+    behind = []
+    for curve in curves:
+        trial = study.add_trial()
+        assert trial is not None
+        trial.curve = curve
+        behind.append(study.falls_behind(trial))
+    return study, behind
 
 
-def test_importance_finds_the_parameter_that_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("goal", "sign"), [("minimize", 1), ("maximize", -1)])
+@pytest.mark.parametrize(("loss", "stops"), [(0.5, False), (1.5, True), (2.5, True), (math.nan, True)])
+def test_early_stopping_keeps_the_best_at_each_rung(
+    tmp_path: Path, goal: str, sign: int, loss: float, stops: bool
+) -> None:
+    curves = [[sign * float(value)] * 2 for value in range(4)]  # 0 is best
+    _, behind = hyperband_study(tmp_path, goal, [*curves, [sign * loss] * 2])
+    assert behind == [False, True, True, True, stops]  # the first to come to a rung goes on
+
+
+def test_rungs_are_judged_once_each_and_in_order(tmp_path: Path) -> None:
+    curves = [[5.0], [5.0, math.nan, 4.0], [9.0, 3.0, math.inf, 8.0, 1.0], [2.0] * 9]
+    study, behind = hyperband_study(tmp_path, "minimize", curves)
+    assert behind == [False] * 4
+    assert [trial.rungs for trial in study.trials] == [0, 1, 2, 3]  # at 2, 4 and 8 values
+    stored = study.optuna_study.get_trials()[2]
+    assert stored.intermediate_values == {2: 3.0, 4: 3.0}  # the best so far, not the last
+    assert not study.falls_behind(study.trials[2])
+    study.close()
+    again = open_study(study._sweep, tmp_path)
+    assert [trial.rungs for trial in again.trials] == [0, 1, 2, 3]
+
+
+def test_importance_finds_the_parameter_that_matters(tmp_path: Path) -> None:
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
     sweep = bowl(tmp_path, "random")
-    trials = search(sweep, 0)
-    for without_optuna in (False, True):
-        if without_optuna:
-            monkeypatch.setitem(sys.modules, "optuna", None)
-        method, shares = importances(sweep, trials)
-        assert ("rank" in method) or not without_optuna
-        assert shares["optimizer.momentum"] > 2 * shares["optimizer.lr"]
-    parallel_coordinates(sweep, trials, tmp_path / "trials.png")
-    assert (tmp_path / "trials.png").read_bytes().startswith(b"\x89PNG")
+    search(sweep, tmp_path, 0)
+    study = open_study(sweep, tmp_path).optuna_study
+    shares = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+    assert shares["optimizer.momentum"] > 2 * shares["optimizer.lr"]
+    pictures = draw_pictures(sweep, study, tmp_path)
+    assert [path.name for path in pictures] == ["history.png", "trials.png", "importance.png"]
+    for path in pictures:
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------- whole sweeps
 
 
 def test_a_sweep_goes_on_only_as_what_it_was(tmp_path: Path) -> None:
-    store = Store(tmp_path, {"seed": 0, "method": "grid"})
-    store.save(Trial(0, {"a": None, "b": [1, 2]}, "running"))
+    sweep = read_sweep(write(tmp_path, {"a": {"value": None}, "b": {"value": [1, 2]}}))
+    study = open_study(sweep, tmp_path)
+    study.add_trial()
     with pytest.raises(ConfigError, match="another sweep is running"):
-        Store(tmp_path, {"seed": 0, "method": "grid"})
-    store.close()
+        open_study(sweep, tmp_path)
+    study.close()
     with pytest.raises(ConfigError, match="in: seed; name it otherwise"):
-        Store(tmp_path, {"seed": 1, "method": "grid"})
-    assert Store(tmp_path, {"seed": 0, "method": "grid"}).trials() == [
-        Trial(0, {"a": None, "b": [1, 2]}, "interrupted")
-    ]
+        open_study(sweep, tmp_path, seed=1)
+    assert open_study(sweep, tmp_path).trials == [Trial(0, {"a": None, "b": [1, 2]}, "interrupted")]
+
+
+@pytest.mark.parametrize("state", ["done", "stopped", "failed", "interrupted"])
+def test_what_became_of_a_trial_outlives_the_sweep(tmp_path: Path, state: Any) -> None:
+    sweep = bowl(tmp_path, "bayes")
+    study = open_study(sweep, tmp_path)
+    for value in (0.25, None):
+        trial = study.add_trial()
+        assert trial is not None
+        trial.state, trial.value, trial.seconds = state, value, 3.5
+        trial.reason = "" if state == "interrupted" else "a reason"
+        study.save(trial)
+    study.close()
+    assert open_study(sweep, tmp_path).trials == study.trials
 
 
 def start(file: Path, *more: str) -> subprocess.Popen[str]:
@@ -310,8 +419,10 @@ def start(file: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def states(directory: Path) -> list[tuple[str, str]]:
-    with sqlite3.connect(directory / "sweep.sqlite") as connection:
-        return connection.execute("SELECT state, reason FROM trials ORDER BY number").fetchall()
+    """State and reason of each trial in the file of a sweep, which may have been killed."""
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{directory / 'sweep.sqlite'}")
+    outcomes = [trial.user_attrs.get("outcome", {}) for trial in study.get_trials()]
+    return [(outcome.get("state", "running"), outcome.get("reason", "")) for outcome in outcomes]
 
 
 def running_in(directory: Path) -> list[int]:
@@ -343,6 +454,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     said = (directory / "small-000.log").read_bytes()
 
     output, _ = start(file).communicate(timeout=120)
+    assert len(states(directory)) == 3, output
     (first, _), (again, _), (failed, reason) = states(directory)
     assert (first, again, failed) == ("done", "done", "failed"), output
     assert reason.startswith("the loss is")

@@ -24,7 +24,7 @@ def task(name: str, num_classes: int | None = None, **args: Any) -> Task:
     return build_task(LossConfig(name=name, args=args), num_classes).double()
 
 
-def drawn(*shape: int) -> Tensor:
+def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
@@ -44,7 +44,7 @@ WEIGHTS = [0.1, 2.0, 1.0, 0.0, 5.0]
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("shape", [(11,), (3, 4, 6)])
 def test_cross_entropy_is_torchs_mean(smoothing: float, weights: Any, ignored: bool, shape: tuple[int, ...]) -> None:
-    output, targets = drawn(shape[0], 5, *shape[1:]), labels(*shape, ignored=ignored)
+    output, targets = draw(shape[0], 5, *shape[1:]), labels(*shape, ignored=ignored)
     options: dict[str, Any] = {"ignore_index": -7} if ignored else {}
     ours = task("cross_entropy", 5, label_smoothing=smoothing, class_weights=weights, **options)
     total, weight = ours.loss_sum(output, targets)
@@ -58,7 +58,7 @@ def test_cross_entropy_is_torchs_mean(smoothing: float, weights: Any, ignored: b
 
 
 def test_soft_targets() -> None:
-    output, targets = drawn(9, 5), drawn(9, 5).softmax(1)
+    output, targets = draw(9, 5), draw(9, 5).softmax(1)
     total, weight = task("cross_entropy").loss_sum(output, targets)
     assert float(total / weight) == pytest.approx(float(nn.functional.cross_entropy(output, targets)), rel=1e-12)
     accuracy, _ = task("cross_entropy").metric_sums(output, targets)["accuracy"]
@@ -68,11 +68,11 @@ def test_soft_targets() -> None:
 def test_no_label_is_ignored_unless_asked() -> None:
     """torch would leave out -100 by default, and divide by too many."""
     with pytest.raises(DataError, match="target -100 is out of bounds"):
-        task("cross_entropy").loss_sum(drawn(2, 5), torch.tensor([1, -100]))
+        task("cross_entropy").loss_sum(draw(2, 5), torch.tensor([1, -100]))
 
 
 def test_top_k() -> None:
-    output, targets = drawn(50, 5), labels(50)
+    output, targets = draw(50, 5), labels(50)
     sums = task("cross_entropy", top_k=[2, 9]).metric_sums(output, targets)
     assert list(sums) == list(task("cross_entropy", top_k=[2, 9]).metrics)
     by_hand = sum(
@@ -92,7 +92,7 @@ def test_top_k() -> None:
 )
 @pytest.mark.parametrize("shape", [(8, 1), (8, 3), (4, 2, 3, 3)])
 def test_losses_between_equal_shapes(name: str, theirs: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
-    output, targets = drawn(*shape), drawn(*shape).sigmoid()
+    output, targets = draw(*shape), draw(*shape).sigmoid()
     ours = task(name)
     total, weight = ours.loss_sum(output, targets)
     assert float(total / weight) == pytest.approx(float(theirs(output, targets)), rel=1e-12)
@@ -103,26 +103,26 @@ def test_losses_between_equal_shapes(name: str, theirs: Callable[..., Tensor], s
 
 def test_a_column_against_a_row_is_no_table() -> None:
     """(8, 1) against (8,) would broadcast to (8, 8) and train nonsense."""
-    output, targets = drawn(8, 1), drawn(8)
+    output, targets = draw(8, 1), draw(8)
     total, weight = task("mse").loss_sum(output, targets)
     assert weight == 8
     assert float(total) == pytest.approx(float(((output[:, 0] - targets) ** 2).sum()), rel=1e-12)
     with pytest.raises(ConfigError, match=r"loss\.name: the model gives \(8, 3\) for targets of shape \(8,\)"):
-        task("mse").loss_sum(drawn(8, 3), targets)
+        task("mse").loss_sum(draw(8, 3), targets)
 
 
 def test_what_cross_entropy_cannot_use_is_said() -> None:
     with pytest.raises(DataError, match=r"target 3 is out of bounds: the model gives 3 classes, 0 to 2"):
-        task("cross_entropy").loss_sum(drawn(2, 3), torch.tensor([0, 3]))
+        task("cross_entropy").loss_sum(draw(2, 3), torch.tensor([0, 3]))
     with pytest.raises(ConfigError, match=r"loss\.name: cross_entropy needs one tensor of scores, .* gives a dict"):
-        task("cross_entropy").loss_sum({"out": drawn(2, 3)}, torch.tensor([0, 2]))
+        task("cross_entropy").loss_sum({"out": draw(2, 3)}, torch.tensor([0, 2]))
 
 
 SIGNS = torch.tensor([[1.0, -1.0], [-1.0, -1.0], [1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
 LABEL_SETS = torch.tensor([[3, 0, -1, 1, 1], [2, -1, 0, 0, 0], [4, 3, 2, 1, 0], [-1, 1, 1, 1, 1], [0, 1, -1, 2, 2]])
 CLASS_WEIGHTS = torch.tensor(WEIGHTS, dtype=torch.float64)
 SMALL_WEIGHTS = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
-ABOVE_ZERO = (drawn(7, 3) > 0).double()
+ABOVE_ZERO = (draw(7, 3) > 0).double()
 
 
 def absolute_error(output: Tensor, targets: Tensor) -> float:
@@ -148,35 +148,35 @@ def right_halves(output: Tensor, targets: Tensor) -> float:
 # A loss, an output and its targets, the metric beside it, and that metric by hand.
 Case = tuple[nn.Module, Tensor, Tensor, str, Callable[[Tensor, Tensor], float] | None]
 TORCH_LOSSES: list[Case] = [
-    (nn.L1Loss(), drawn(7, 3), drawn(7, 3).sin(), "mae", absolute_error),
-    (nn.MSELoss(), drawn(7, 3), drawn(7, 3).sin(), "mae", absolute_error),
-    (nn.SmoothL1Loss(beta=0.3), drawn(7, 3), drawn(7, 3).sin(), "mae", absolute_error),
-    (nn.HuberLoss(delta=0.3), drawn(7, 2, 3), drawn(7, 2, 3).sin(), "mae", absolute_error),
-    (nn.PoissonNLLLoss(), drawn(7, 3), drawn(7, 3).exp(), "mae", lambda o, t: absolute_error(o.exp(), t)),
-    (nn.PoissonNLLLoss(log_input=False, full=True), drawn(7, 3).exp(), drawn(7, 3).abs(), "mae", absolute_error),
-    (nn.KLDivLoss(), drawn(7, 3).log_softmax(1), drawn(7, 3).sin().softmax(1), "mae", None),
-    (nn.KLDivLoss("batchmean"), drawn(7, 3).log_softmax(1), drawn(7, 3).sin().softmax(1), "mae", None),
-    (nn.KLDivLoss(log_target=True), drawn(7, 3).log_softmax(1), drawn(7, 3).sin().log_softmax(1), "mae", None),
-    (nn.BCELoss(), drawn(7, 3).sigmoid(), ABOVE_ZERO.flip(0), "accuracy", right_halves),
-    (nn.BCELoss(SMALL_WEIGHTS), drawn(7, 3).sigmoid(), ABOVE_ZERO.flip(0), "accuracy", right_halves),
-    (nn.BCEWithLogitsLoss(), drawn(7, 3), ABOVE_ZERO.flip(0), "accuracy", right_signs),
-    (nn.BCEWithLogitsLoss(SMALL_WEIGHTS, pos_weight=SMALL_WEIGHTS * 3), drawn(7, 3), ABOVE_ZERO, "accuracy", None),
-    (nn.SoftMarginLoss(), drawn(7, 2), SIGNS, "accuracy", right_signs),
-    (nn.HingeEmbeddingLoss(margin=0.4), drawn(7, 2).abs(), SIGNS, "", None),
-    (nn.MultiLabelSoftMarginLoss(), drawn(7, 3), ABOVE_ZERO.flip(0), "accuracy", right_signs),
-    (nn.MultiLabelSoftMarginLoss(SMALL_WEIGHTS), drawn(7, 3), ABOVE_ZERO, "accuracy", None),
-    (nn.MultiLabelMarginLoss(), drawn(5, 5), LABEL_SETS, "", None),
-    (nn.MultiMarginLoss(), drawn(7, 5), labels(7), "accuracy", right_class),
-    (nn.MultiMarginLoss(p=2, margin=0.7, weight=CLASS_WEIGHTS), drawn(7, 5), labels(7), "accuracy", right_class),
-    (nn.CrossEntropyLoss(), drawn(7, 5), labels(7), "accuracy", right_class),
-    (nn.CrossEntropyLoss(label_smoothing=0.2), drawn(7, 5, 4), labels(7, 4), "accuracy", right_class),
-    (nn.CrossEntropyLoss(), drawn(7, 5), drawn(7, 5).sin().softmax(1), "accuracy", None),
-    (nn.CrossEntropyLoss(CLASS_WEIGHTS), drawn(7, 5), drawn(7, 5).sin().softmax(1), "accuracy", None),
-    (nn.CrossEntropyLoss(CLASS_WEIGHTS, ignore_index=-7), drawn(9, 5), labels(9, ignored=True), "accuracy", None),
-    (nn.CrossEntropyLoss(ignore_index=-7, label_smoothing=0.2), drawn(9, 5), labels(9, ignored=True), "accuracy", None),
-    (nn.NLLLoss(), drawn(7, 5).log_softmax(1), labels(7), "accuracy", right_class),
-    (nn.NLLLoss(CLASS_WEIGHTS), drawn(7, 5, 4).log_softmax(1), labels(7, 4), "accuracy", right_class),
-    (nn.NLLLoss(CLASS_WEIGHTS, ignore_index=-7), drawn(9, 5).log_softmax(1), labels(9, ignored=True), "accuracy", None),
+    (nn.L1Loss(), draw(7, 3), draw(7, 3).sin(), "mae", absolute_error),
+    (nn.MSELoss(), draw(7, 3), draw(7, 3).sin(), "mae", absolute_error),
+    (nn.SmoothL1Loss(beta=0.3), draw(7, 3), draw(7, 3).sin(), "mae", absolute_error),
+    (nn.HuberLoss(delta=0.3), draw(7, 2, 3), draw(7, 2, 3).sin(), "mae", absolute_error),
+    (nn.PoissonNLLLoss(), draw(7, 3), draw(7, 3).exp(), "mae", lambda o, t: absolute_error(o.exp(), t)),
+    (nn.PoissonNLLLoss(log_input=False, full=True), draw(7, 3).exp(), draw(7, 3).abs(), "mae", absolute_error),
+    (nn.KLDivLoss(), draw(7, 3).log_softmax(1), draw(7, 3).sin().softmax(1), "mae", None),
+    (nn.KLDivLoss("batchmean"), draw(7, 3).log_softmax(1), draw(7, 3).sin().softmax(1), "mae", None),
+    (nn.KLDivLoss(log_target=True), draw(7, 3).log_softmax(1), draw(7, 3).sin().log_softmax(1), "mae", None),
+    (nn.BCELoss(), draw(7, 3).sigmoid(), ABOVE_ZERO.flip(0), "accuracy", right_halves),
+    (nn.BCELoss(SMALL_WEIGHTS), draw(7, 3).sigmoid(), ABOVE_ZERO.flip(0), "accuracy", right_halves),
+    (nn.BCEWithLogitsLoss(), draw(7, 3), ABOVE_ZERO.flip(0), "accuracy", right_signs),
+    (nn.BCEWithLogitsLoss(SMALL_WEIGHTS, pos_weight=SMALL_WEIGHTS * 3), draw(7, 3), ABOVE_ZERO, "accuracy", None),
+    (nn.SoftMarginLoss(), draw(7, 2), SIGNS, "accuracy", right_signs),
+    (nn.HingeEmbeddingLoss(margin=0.4), draw(7, 2).abs(), SIGNS, "", None),
+    (nn.MultiLabelSoftMarginLoss(), draw(7, 3), ABOVE_ZERO.flip(0), "accuracy", right_signs),
+    (nn.MultiLabelSoftMarginLoss(SMALL_WEIGHTS), draw(7, 3), ABOVE_ZERO, "accuracy", None),
+    (nn.MultiLabelMarginLoss(), draw(5, 5), LABEL_SETS, "", None),
+    (nn.MultiMarginLoss(), draw(7, 5), labels(7), "accuracy", right_class),
+    (nn.MultiMarginLoss(p=2, margin=0.7, weight=CLASS_WEIGHTS), draw(7, 5), labels(7), "accuracy", right_class),
+    (nn.CrossEntropyLoss(), draw(7, 5), labels(7), "accuracy", right_class),
+    (nn.CrossEntropyLoss(label_smoothing=0.2), draw(7, 5, 4), labels(7, 4), "accuracy", right_class),
+    (nn.CrossEntropyLoss(), draw(7, 5), draw(7, 5).sin().softmax(1), "accuracy", None),
+    (nn.CrossEntropyLoss(CLASS_WEIGHTS), draw(7, 5), draw(7, 5).sin().softmax(1), "accuracy", None),
+    (nn.CrossEntropyLoss(CLASS_WEIGHTS, ignore_index=-7), draw(9, 5), labels(9, ignored=True), "accuracy", None),
+    (nn.CrossEntropyLoss(ignore_index=-7, label_smoothing=0.2), draw(9, 5), labels(9, ignored=True), "accuracy", None),
+    (nn.NLLLoss(), draw(7, 5).log_softmax(1), labels(7), "accuracy", right_class),
+    (nn.NLLLoss(CLASS_WEIGHTS), draw(7, 5, 4).log_softmax(1), labels(7, 4), "accuracy", right_class),
+    (nn.NLLLoss(CLASS_WEIGHTS, ignore_index=-7), draw(9, 5).log_softmax(1), labels(9, ignored=True), "accuracy", None),
 ]
 
 
@@ -211,7 +211,7 @@ def test_a_loss_of_torch_is_its_mean_over_micro_batches_of_any_size(case: Case, 
 @pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning")
 def test_a_loss_of_torch_by_its_import_path() -> None:
     """The commonest loss of all was taken for a regression."""
-    output, targets = drawn(7, 5), labels(7)
+    output, targets = draw(7, 5), labels(7)
     ours = task("torch.nn.CrossEntropyLoss", 5, weight=WEIGHTS, label_smoothing=0.1)
     total, weight = ours.loss_sum(output, targets)
     theirs = nn.CrossEntropyLoss(CLASS_WEIGHTS, label_smoothing=0.1)(output, targets)
@@ -220,11 +220,11 @@ def test_a_loss_of_torch_by_its_import_path() -> None:
     assert shares is not None and torch.equal(shares, output.softmax(1))
     log_shares = task("torch.nn.NLLLoss").probabilities(output.log_softmax(1))
     assert log_shares is not None and torch.allclose(log_shares, shares, rtol=1e-12)
-    total, weight = task("torch.nn.BCEWithLogitsLoss", pos_weight=[1.0, 2.0, 3.0]).loss_sum(drawn(7, 3), ABOVE_ZERO)
-    theirs = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0]).double())(drawn(7, 3), ABOVE_ZERO)
+    total, weight = task("torch.nn.BCEWithLogitsLoss", pos_weight=[1.0, 2.0, 3.0]).loss_sum(draw(7, 3), ABOVE_ZERO)
+    theirs = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0]).double())(draw(7, 3), ABOVE_ZERO)
     assert float(total / weight) == pytest.approx(float(theirs), rel=1e-12)
     batch_mean = task("torch.nn.KLDivLoss", reduction="batchmean")
-    assert batch_mean.loss_sum(drawn(7, 3), drawn(7, 3).softmax(1))[1] == 7
+    assert batch_mean.loss_sum(draw(7, 3), draw(7, 3).softmax(1))[1] == 7
     # torch's old arguments say the same as `reduction`, and would overrule it.
     assert task("torch.nn.MSELoss", size_average=True).loss_sum(torch.ones(4), torch.zeros(4)) == (4, 4)
 
@@ -264,7 +264,7 @@ def test_losses_of_ones_own() -> None:
         total, weight = task(f"{__name__}.Inner", **arguments).loss_sum(torch.ones(4, 2), torch.zeros(4, 2))
         assert (float(total), weight) == (8.0, 8)
     with pytest.raises(ConfigError, match="targets are class ids"):  # not torch's cross-entropy any more
-        task(f"{__name__}.Focal").loss_sum(drawn(7, 5), labels(7))
+        task(f"{__name__}.Focal").loss_sum(draw(7, 5), labels(7))
     with pytest.raises(ConfigError, match=r"loss\.name: MeanOrSum has no `reduction`.*write a trainer\.Task"):
         as_task(MeanOrSum())
     with pytest.raises(ConfigError, match=r"loss\.name: Learned has parameters, and only the model's are trained"):
@@ -330,7 +330,7 @@ def test_a_pair_is_a_weighted_sum_and_a_mean_is_not() -> None:
 def test_the_weight_of_ignored_targets_selects_nothing() -> None:
     """A selection's length is known to the host only once the device is done: a wait in every micro-batch."""
     targets = labels(9, ignored=True)
-    output = drawn(9, 5)
+    output = draw(9, 5)
     weigh = task("cross_entropy", ignore_index=-7, class_weights=WEIGHTS)
     with torch.profiler.profile() as profile:
         _, weight = weigh.loss_sum(output, targets)
@@ -339,7 +339,7 @@ def test_the_weight_of_ignored_targets_selects_nothing() -> None:
 
 
 def test_positive_weights() -> None:
-    output, targets = drawn(6, 3), (drawn(6, 3) > 0).double()
+    output, targets = draw(6, 3), (draw(6, 3) > 0).double()
     total, weight = task("bce_with_logits", pos_weight=[1.0, 2.0, 3.0]).loss_sum(output, targets)
     theirs = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0]).double())(output, targets)
     assert float(total / weight) == pytest.approx(float(theirs), rel=1e-12)

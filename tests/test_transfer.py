@@ -40,11 +40,11 @@ def net(classes: int = 3) -> nn.Sequential:
     )
 
 
-def frozen(model: nn.Module, **section: Any) -> Freezing:
-    made = Freezing(model, ModelConfig(**section))
-    made.apply(0)
+def freeze(model: nn.Module, **section: Any) -> Freezing:
+    freezing = Freezing(model, ModelConfig(**section))
+    freezing.apply(0)
     model.train()
-    return made
+    return freezing
 
 
 # ------------------------------------------------------------------------------------------------ heads
@@ -100,7 +100,7 @@ def test_a_head_may_be_named() -> None:
 # ------------------------------------------------------------------------------------------------ weights
 
 
-def saved(path: Path, tensors: dict[str, Tensor], wrapper: str = "") -> Path:
+def save(path: Path, tensors: dict[str, Tensor], wrapper: str = "") -> Path:
     if path.suffix == ".safetensors":
         save_file(tensors, path)
     else:
@@ -112,33 +112,33 @@ def saved(path: Path, tensors: dict[str, Tensor], wrapper: str = "") -> Path:
 def test_a_file_is_loaded_but_for_the_head(tmp_path: Path, name: str, wrapper: str) -> None:
     source = {k: torch.rand(v.shape).to(v.dtype) for k, v in net(1000).state_dict().items()}
     prefixed = {f"module.{k}": v for k, v in source.items()} if wrapper else source
-    path = saved(tmp_path / name, prefixed, wrapper)
+    path = save(tmp_path / name, prefixed, wrapper)
     model = net(3)
     section = ModelConfig(weights=str(path))
-    account = start_from_weights(weights_file(section, nullcontext), model, section, 3, seed=0)
-    assert "12 of 14 tensors" in account
-    assert "new: 5.bias, 5.weight" in account
+    note = start_from_weights(weights_file(section, nullcontext), model, section, 3, seed=0)
+    assert "12 of 14 tensors" in note
+    assert "new: 5.bias, 5.weight" in note
     for k, v in model.state_dict().items():
         assert torch.equal(v, (net(3).state_dict() if k.startswith("5.") else source)[k]), k
 
 
 def test_a_model_of_fixed_outputs_gets_a_new_head(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.pth", net(1000).state_dict())
+    path = save(tmp_path / "a.pth", net(1000).state_dict())
     model = net(1000)
     section = ModelConfig(weights=str(path))
     assert "new head 5 with 3 outputs" in start_from_weights(path, model, section, 3, seed=0)
     assert model[5].out_features == 3
 
 
-def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     tensors = net().state_dict()
     tensors["extra.weight"] = torch.zeros(2)
-    assert "1 not used: extra.weight" in load_weights(net(), saved(tmp_path / "a.pth", tensors), "5")
+    assert "1 not used: extra.weight" in load_weights(net(), save(tmp_path / "a.pth", tensors), "5")
     del tensors["0.0.weight"]
     tensors["1.0.bias"] = torch.zeros(9)
     before = net()
     with pytest.raises(ConfigError) as caught:
-        load_weights(before, saved(tmp_path / "b.pth", tensors), "5")
+        load_weights(before, save(tmp_path / "b.pth", tensors), "5")
     assert "lacks 2 of the model's 14 tensors: 0.0.weight, 1.0.bias (another shape); it has 1" in str(caught.value)
     assert all(
         torch.equal(a, b) for a, b in zip(before.state_dict().values(), net().state_dict().values(), strict=True)
@@ -168,12 +168,12 @@ def test_weights_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     url = models.SqueezeNet1_1_Weights.DEFAULT.url
     with pytest.raises(ConfigError) as caught:
         weights_file(section, nullcontext)
-    place = tmp_path / "checkpoints" / url.rpartition("/")[2]
+    destination = tmp_path / "checkpoints" / url.rpartition("/")[2]
     assert f"download {url}" in str(caught.value)
-    assert f"{place} is missing" in str(caught.value)
-    saved(place, models.squeezenet1_1(num_classes=1000).state_dict())
+    assert f"{destination} is missing" in str(caught.value)
+    save(destination, models.squeezenet1_1(num_classes=1000).state_dict())
     path = weights_file(section, nullcontext)
-    assert path == place
+    assert path == destination
     model = build_model(section, seed=0, num_classes=4, in_channels=3)
     assert "new: classifier.1.bias, classifier.1.weight" in start_from_weights(path, model, section, 4, seed=0)
     with pytest.raises(ConfigError, match=r'not "DEFUALT"; .* did you mean "DEFAULT"'):
@@ -183,11 +183,11 @@ def test_weights_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_one_process_of_a_machine_downloads(tmp_path: Path) -> None:
-    served: list[str] = []
+    requests: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            served.append(self.path)
+            requests.append(self.path)
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b"weights")
@@ -205,7 +205,7 @@ def test_one_process_of_a_machine_downloads(tmp_path: Path) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         assert on_ranks(3, fetch, server.server_port) == [b"weights"] * 3
         server.shutdown()
-    assert served == ["/weights.pth"]
+    assert requests == ["/weights.pth"]
 
 
 # ------------------------------------------------------------------------------------------------ freezing
@@ -213,7 +213,7 @@ def test_one_process_of_a_machine_downloads(tmp_path: Path) -> None:
 
 def test_a_frozen_backbone_stands_still_and_builds_no_graph() -> None:
     model = net()
-    frozen(model, freeze="backbone")
+    freeze(model, freeze="backbone")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["5.weight", "5.bias"]
     images = torch.rand(4, 3, 6, 6)
@@ -233,7 +233,7 @@ def test_a_frozen_backbone_stands_still_and_builds_no_graph() -> None:
 
 def test_parts_by_name_and_what_they_hold() -> None:
     model = models.resnet18(num_classes=3)
-    frozen(model, freeze=["conv1", "bn1", "layer[12]*"])
+    freeze(model, freeze=["conv1", "bn1", "layer[12]*"])
     trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"layer3", "layer4", "fc"}
     in_eval = {name.partition(".")[0] for name, m in model.named_modules() if name and not m.training}
@@ -242,14 +242,14 @@ def test_parts_by_name_and_what_they_hold() -> None:
 
 def test_vision_transformers_tokens_are_of_the_backbone() -> None:
     model = models.VisionTransformer(32, 16, 2, 2, 8, 8, num_classes=3)
-    frozen(model, freeze="backbone")
+    freeze(model, freeze="backbone")
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"heads.head.weight", "heads.head.bias"}
     assert model(torch.rand(2, 3, 32, 32)).requires_grad
 
 
 def test_thawing_is_a_function_of_the_epoch() -> None:
     model = net()
-    freezing = frozen(model, freeze="backbone", unfreeze={"2": ["1"], "10": "backbone"})
+    freezing = freeze(model, freeze="backbone", unfreeze={"2": ["1"], "10": "backbone"})
     assert sum(len(g["params"]) for g in build_optimizer(OptimizerConfig(), model).param_groups) == 2
     model = net()
     freezing = Freezing(model, ModelConfig(freeze="backbone", unfreeze={"2": ["1"], "10": "backbone"}))
@@ -279,7 +279,7 @@ def test_thawed_parts_keep_a_batch_norm_that_is_frozen_for_another_reason() -> N
     from trainer.exact.batch_norm import configure
 
     model = configure(net(), BatchNormConfig(mode="frozen"), ranks=1, device=torch.device("cpu"))
-    freezing = frozen(model, freeze="backbone", unfreeze={"1": "backbone"})
+    freezing = freeze(model, freeze="backbone", unfreeze={"1": "backbone"})
     freezing.apply(1)
     model.train()
     assert [m.training for m in model[0]] == [True, False, True, True]

@@ -24,7 +24,7 @@ def image() -> torch.Tensor:
     return torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=generator)
 
 
-def built(*items: dict[str, Any]) -> Any:
+def make(*items: dict[str, Any]) -> Any:
     transform = build_transforms(KEY, list(items))
     assert transform is not None
     return transform
@@ -52,8 +52,8 @@ def test_an_empty_list_is_no_transform() -> None:
 
 
 def test_one_transform_stands_alone_and_several_are_composed_in_order() -> None:
-    assert type(built({"name": "RandomHorizontalFlip"})) is v2.RandomHorizontalFlip
-    ours = built({"name": "RandomCrop", "size": 28, "padding": 4}, {"name": "Resize", "size": [16, 16]})
+    assert type(make({"name": "RandomHorizontalFlip"})) is v2.RandomHorizontalFlip
+    ours = make({"name": "RandomCrop", "size": 28, "padding": 4}, {"name": "Resize", "size": [16, 16]})
     assert type(ours) is v2.Compose
     assert_same(ours, v2.Compose([v2.RandomCrop(28, padding=4), v2.Resize((16, 16))]))
 
@@ -83,18 +83,18 @@ def test_one_transform_stands_alone_and_several_are_composed_in_order() -> None:
     ids=lambda value: value["name"] if isinstance(value, dict) else "",
 )
 def test_what_yaml_can_write_means_what_python_would(item: dict[str, Any], reference: Any) -> None:
-    assert_same(built(item), reference)
+    assert_same(make(item), reference)
 
 
 def test_text_becomes_the_enum_that_older_torchvision_wants() -> None:
-    transform = built({"name": "Resize", "size": 8, "interpolation": "nearest-exact"})
+    transform = make({"name": "Resize", "size": 8, "interpolation": "nearest-exact"})
     assert transform.interpolation is v2.InterpolationMode.NEAREST_EXACT
 
 
 def test_nested_transforms_are_built_too() -> None:
     inner = [{"name": "RandomCrop", "size": 30}, {"name": "Resize", "size": 32, "interpolation": "nearest"}]
     either = [{"name": "Compose", "transforms": inner}, {"name": "RandomInvert"}]
-    ours = built({"name": "RandomApply", "p": 0.5, "transforms": inner}, {"name": "RandomChoice", "transforms": either})
+    ours = make({"name": "RandomApply", "p": 0.5, "transforms": inner}, {"name": "RandomChoice", "transforms": either})
 
     def crop() -> list[Any]:
         return [v2.RandomCrop(30), v2.Resize(32, interpolation=NEAREST)]
@@ -118,9 +118,9 @@ def test_an_import_path_names_a_class_or_a_function_that_returns_a_transform(
         "    return 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    add = built({"name": "own_transforms.Add", "amount": 2, "interpolation": "mine"})
+    add = make({"name": "own_transforms.Add", "amount": 2, "interpolation": "mine"})
     assert add.interpolation == "mine"  # what text means is the owner's business
-    assert built({"name": "own_transforms.make", "amount": 3})(torch.zeros(1)).item() == 3
+    assert make({"name": "own_transforms.make", "amount": 3})(torch.zeros(1)).item() == 3
     assert error({"name": "own_transforms.Add"}).key == f"{KEY}[0].amount"
     assert "int, which cannot be called" in str(error({"name": "own_transforms.broken"}))
 

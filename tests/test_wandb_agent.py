@@ -1,4 +1,4 @@
-"""The real `wandb sweep` and `wandb agent` before a loopback server, started as users start them: launch/sweep.sh."""
+"""The real `wandb sweep` and `wandb agent` with a server on the loopback, started as users do, by launch/sweep.sh."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="launch/sweep.sh
 
 @pytest.fixture
 def server() -> Iterator[WandbServer]:
-    with WandbServer(SweepBackend()) as started:
-        yield started
-    assert started.backend.unknown == []
+    with WandbServer(SweepBackend()) as running:
+        yield running
+    assert running.backend.unknown == []
 
 
 @pytest.fixture
@@ -52,12 +52,17 @@ def sweep_file(directory: Path, launcher: str, parameters: dict[str, Any], *shar
 
 
 def environment(server: WandbServer, directory: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "XDG_"))}
-    own = {"HOME": str(directory), "WANDB_DIR": str(directory), "WANDB_ERROR_REPORTING": "false", "SWEEP_PAUSE": "1"}
-    return {**kept, **server.environment, **own, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "XDG_"))}
+    settings = {
+        "HOME": str(directory),
+        "WANDB_DIR": str(directory),
+        "WANDB_ERROR_REPORTING": "false",
+        "SWEEP_PAUSE": "1",
+    }
+    return {**inherited, **server.environment, **settings, "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
-def started(server: WandbServer, directory: Path, what: str) -> subprocess.Popen[str]:
+def start_agents(server: WandbServer, directory: Path, what: str) -> subprocess.Popen[str]:
     with (directory / "agent.log").open("w") as log:
         return subprocess.Popen(
             ["launch/sweep.sh", what],
@@ -71,29 +76,29 @@ def started(server: WandbServer, directory: Path, what: str) -> subprocess.Popen
 
 def processes(directory: Path) -> list[str]:
     """The command lines that name a directory: launchers and ranks of its runs."""
-    found = []
+    commands = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes().decode()
         except OSError:
             continue
         if str(directory) in command:
-            found.append(command.replace("\0", " "))
-    return found
+            commands.append(command.replace("\0", " "))
+    return commands
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, directory: Path) -> float:
-    began = time.monotonic()
+    start = time.monotonic()
     while not condition():
-        assert time.monotonic() - began < seconds, (directory / "agent.log").read_text()[-3000:]
+        assert time.monotonic() - start < seconds, (directory / "agent.log").read_text()[-3000:]
         time.sleep(0.1)
-    return time.monotonic() - began
+    return time.monotonic() - start
 
 
 def test_a_grid_on_two_processes_is_one_run_a_trial(tmp_path: Path, server: WandbServer, backend: SweepBackend) -> None:
     parameters = {"optimizer.lr": {"values": [1e-5, 0.1]}, "train.max_grad_norm": {"values": [None, 1]}}
     file = sweep_file(tmp_path, "cpu", parameters, "train.max_steps=3", "train.log_every=1")
-    agent = started(server, tmp_path, str(file))
+    agent = start_agents(server, tmp_path, str(file))
     assert agent.wait(timeout=240) == 0, (tmp_path / "agent.log").read_text()
     assert len(backend.runs) == 4
     for run in backend.runs.values():
@@ -102,12 +107,12 @@ def test_a_grid_on_two_processes_is_one_run_a_trial(tmp_path: Path, server: Wand
         assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3]
     directories = sorted((tmp_path / "runs").iterdir())
     assert [path.name for path in directories] == [f"digits-{name}" for name in sorted(backend.runs)]
-    trained = []
+    settings = []
     for path in directories:
         assert json.loads((path / "summary.json").read_text())["world_size"] == 2
         config = yaml.safe_load((path / "config.yaml").read_text())
-        trained.append((config["optimizer"]["lr"], config["train"]["max_grad_norm"]))
-    assert sorted(trained, key=str) == sorted([(lr, norm) for lr in (1e-5, 0.1) for norm in (None, 1.0)], key=str)
+        settings.append((config["optimizer"]["lr"], config["train"]["max_grad_norm"]))
+    assert sorted(settings, key=str) == sorted([(lr, norm) for lr in (1e-5, 0.1) for norm in (None, 1.0)], key=str)
 
 
 def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(
@@ -128,7 +133,7 @@ def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(
     assert not backend.sweeps
     subprocess.run(["wandb", "sweep", str(long)], env=environment(server, tmp_path), check=True, capture_output=True)
     ((name, sweep),) = backend.sweeps.items()
-    agent = started(server, tmp_path, f"tester/uncategorized/{name}")
+    agent = start_agents(server, tmp_path, f"tester/uncategorized/{name}")
     runs, logged = tmp_path / "runs", "metrics.jsonl"
     first, blown_up, refused_value, last = (f"{name}r{i}" for i in range(4))
 
@@ -151,7 +156,7 @@ def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(
 
 
 def test_a_trial_ends_with_an_agent_that_is_killed(tmp_path: Path, server: WandbServer, backend: SweepBackend) -> None:
-    """On both ranks, though the launcher between them and the agent knows of nothing."""
+    """On both ranks, although the launcher between them and the agent does not notice."""
     file = sweep_file(tmp_path, "cpu", {"optimizer.lr": {"values": [0.05]}}, "train.epochs=5000", "train.log_every=5")
     subprocess.run(["wandb", "sweep", str(file)], env=environment(server, tmp_path), check=True, capture_output=True)
     ((name, _),) = backend.sweeps.items()

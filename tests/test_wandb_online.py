@@ -1,9 +1,10 @@
-"""Whole runs with the real client before a loopback server: what it gets, and what its failures cost."""
+"""Whole runs with the real client and a loopback server: what the server receives, and what its failures cost."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -31,7 +32,7 @@ QUICK = {"wandb__mode": "auto", "wandb__init_timeout": 2, "wandb__finish_timeout
 
 
 class Pausing(Trainer):
-    """Waits for `go` after its second epoch, and says so."""
+    """Waits for the file `go` after its second epoch; removes the file `waiting` to say so."""
 
     def end_epoch(self, step: Step) -> None:
         super().end_epoch(step)
@@ -43,21 +44,25 @@ class Pausing(Trainer):
 
 
 class Dying(Trainer):
-    """Killed with the client's service, as a node is, after the last step but one."""
+    """Is killed together with the client's service, as when a node fails, after the last step but one."""
 
     def log(self, step: Step) -> None:
         super().log(step)
         if step.number == self.plan.total_steps - 1:
-            time.sleep(0.5)  # what was handed to the client is on the disk
+            time.sleep(0.5)  # until the client has written its rows to the disk
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Telling(Trainer):
+class Revealing(Trainer):
+    """Fails with secrets in its message."""
+
     def train_step(self, step: Step) -> None:
         raise RuntimeError("no from-the-environment, under-a-key, http://me:login@host")
 
 
-class Spoilt(Trainer):
+class Diverging(Trainer):
+    """Its weights become NaN in step 3."""
+
     def train_step(self, step: Step) -> None:
         super().train_step(step)
         if step.number == 3:
@@ -72,8 +77,8 @@ def server() -> Any:
 
 
 @pytest.fixture
-def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nobody is logged in, and all that the client writes stays in `tmp_path`."""
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`tmp_path` as the home directory, without a W&B login: whatever the client writes stays there."""
     for name in [name for name in os.environ if name.startswith("WANDB_") and name != "WANDB_ERROR_REPORTING"]:
         monkeypatch.delenv(name)
     for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
@@ -85,21 +90,21 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def train(
     settings: Config, server: WandbServer, kind: type[Trainer] = Trainer, *, images: bool = False, online: bool = True
 ) -> Any:
-    """Run in this process, a rank; returns what it printed, its error, and the seconds it took."""
+    """Train in this process, a rank; returns its output, its error message, and the seconds it took."""
     server.let_go()
     os.environ |= server.environment if online else {"WANDB_MODE": "offline"}
-    printed, error, began = io.StringIO(), "", time.monotonic()
-    with contextlib.redirect_stdout(printed):
+    output = io.StringIO()
+    message = ""
+    start = time.monotonic()
+    model = conv_net() if images else mlp()
+    train_data = Images(60) if images else Points(60, ignored=False)
+    val_data = Images(30) if images else Points(30, ignored=False)
+    with contextlib.redirect_stdout(output):
         try:
-            if images:
-                kind(settings, model=conv_net(), train_data=Images(60), val_data=Images(30)).fit()
-            else:
-                kind(
-                    settings, model=mlp(), train_data=Points(60, ignored=False), val_data=Points(30, ignored=False)
-                ).fit()
-        except Exception as raised:
-            error = str(raised)
-    return printed.getvalue(), error, time.monotonic() - began
+            kind(settings, model=model, train_data=train_data, val_data=val_data).fit()
+        except Exception as error:
+            message = str(error)
+    return output.getvalue(), message, time.monotonic() - start
 
 
 def send(run: Path, server: WandbServer) -> str:
@@ -108,20 +113,28 @@ def send(run: Path, server: WandbServer) -> str:
     return send_missing(run)
 
 
-def logged(server: WandbServer, run: str | None = None) -> list[dict[str, Any]]:
+def received_rows(server: WandbServer, run: str | None = None) -> list[dict[str, Any]]:
     """The rows of the only run, without the client's own columns, figures and histograms."""
     (name,) = server.backend.runs if run is None else (run,)
-    rows = [{k: v for k, v in row.items() if k[0] != "_"} for row in server.backend.history(name)]
-    return [row for row in rows if "epoch" in row]
+    rows = []
+    for row in server.backend.history(name):
+        if "epoch" in row:
+            rows.append({key: value for key, value in row.items() if not key.startswith("_")})
+    return rows
 
 
-def kept(directory: Path) -> list[dict[str, float]]:
+def steps_with(server: WandbServer, run: str, name: str) -> list[int]:
+    """The steps of the rows that have a value of that name."""
+    return [row["step"] for row in server.backend.history(run) if name in row]
+
+
+def metrics_rows(directory: Path) -> list[dict[str, float]]:
     return read_rows(directory / "run" / "metrics.jsonl")
 
 
-def test_one_run_holds_what_a_user_hopes_for(at_home: Path, server: WandbServer) -> None:
+def test_one_run_receives_everything(home: Path, server: WandbServer) -> None:
     settings = config(
-        at_home,
+        home,
         **QUICK,
         batch__micro_size=14,
         run__figures=True,
@@ -138,51 +151,50 @@ def test_one_run_holds_what_a_user_hopes_for(at_home: Path, server: WandbServer)
         wandb__log_histograms_every=4,
     )
     settings = Config.from_dict(settings.to_dict() | {"wandb": settings.to_dict()["wandb"] | {"finish_timeout": 30}})
-    (printed, error, _), _ = on_ranks(2, train, settings, server, images=True)
-    assert (error, "W&B" in printed) == ("", False)
+    (output, error, _), _ = on_ranks(2, train, settings, server, images=True)
+    assert (error, "W&B" in output) == ("", False)
     ((run_id, run),) = server.backend.runs.items()
-    assert logged(server) == kept(at_home)
-    steps = kept(at_home)
-    assert {"train/loss", "lr", "lr/0", "lr/1", "grad_norm", "samples_per_second", "data_wait"} <= steps[0].keys()
-    epochs = [row for row in steps if "val/loss" in row]
-    assert [row["best/val/loss"] for row in epochs] == [
-        min(row["val/loss"] for row in epochs[: i + 1]) for i in range(3)
-    ]
-    assert all(0 <= row["data_wait"] <= 1 for row in steps if "data_wait" in row)
+    assert received_rows(server) == metrics_rows(home)
+    rows = metrics_rows(home)
+    assert {"train/loss", "lr", "lr/0", "lr/1", "grad_norm", "samples_per_second", "data_wait"} <= rows[0].keys()
+    assert all(0 <= row["data_wait"] <= 1 for row in rows if "data_wait" in row)
+    epochs = [row for row in rows if "val/loss" in row]
+    losses = [row["val/loss"] for row in epochs]
+    assert len(epochs) == 3
+    assert [row["best/val/loss"] for row in epochs] == list(itertools.accumulate(losses, min))
 
     fields = {name: run["fields"].get(name) for name in ("displayName", "groupName", "jobType", "tags", "notes")}
     assert list(fields.values()) == ["a name", "g", "j", ["t"], "n"]
     assert (run["fields"]["entity"], run["project"], run["state"]) == ("somebody", "things", "finished")
     assert run["config"]["optimizer"]["lr"] == 0.1
     assert {"requirements.txt", "wandb-metadata.json"} <= run["files"].keys()
-    shown = [row for row in server.backend.history(run_id) if "figures/batch" in row]
-    assert [row["step"] for row in shown] == [0]
+    assert steps_with(server, run_id, "figures/batch") == [0]
     assert {"figures/curves", "figures/predictions", "figures/confusion_matrix"} <= run["summary"].keys()
     (table,) = (json.loads(data) for name, data in run["files"].items() if "per_class" in name)
     assert table["columns"][:5] == ["class", "precision", "recall", "f1", "support"]
     assert sum(row[4] for row in table["data"]) == 30
-    drawn = [row for row in server.backend.history(run_id) if "gradients/0.weight" in row]
-    assert [row["step"] for row in drawn] == [4, 8]
-    assert sum(drawn[0]["weights/0.weight"]["values"]) == conv_net()[0].weight.numel()
+    assert steps_with(server, run_id, "gradients/0.weight") == [4, 8]
+    histogram = next(row["weights/0.weight"] for row in server.backend.history(run_id) if "weights/0.weight" in row)
+    assert sum(histogram["values"]) == conv_net()[0].weight.numel()
 
     model = next(a for a in server.backend.artifacts if a["type"] == "model")
-    best = json.loads((at_home / "run" / "best" / "metrics.json").read_text())
+    best = json.loads((home / "run" / "best" / "metrics.json").read_text())
     assert set(model["aliases"]) == {"best", "latest", f"epoch-{best['epoch']}"}
     assert model["files"].keys() == {"model.safetensors", "metrics.json", "config.yaml"}
-    assert model["files"]["model.safetensors"] == (at_home / "run" / "best" / "model.safetensors").read_bytes()
+    assert model["files"]["model.safetensors"] == (home / "run" / "best" / "model.safetensors").read_bytes()
     assert model["metadata"]["val/loss"] == best["val/loss"]
     assert model["metadata"]["config"]["optimizer"]["lr"] == 0.1
 
 
-def test_no_secret_leaves_the_machine(at_home: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_secret_leaves_the_machine(home: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_ROOT", "from-the-environment")
-    tree = config(at_home, **QUICK, wandb__log_model="best").to_dict()
+    tree = config(home, **QUICK, wandb__log_model="best").to_dict()
     tree["data"] |= {"root": "${oc.env:SECRET_ROOT}", "url": "https://me:inside-a-url@host/${data.root}"}
     tree["wandb"]["notes"] = "see https://me:in-the-notes@host"
-    (at_home / "given.yaml").write_text(json.dumps(tree))
-    given = ["data.api_key=under-a-key", "data.more={password: in-a-mapping}"]
-    monkeypatch.setattr(sys, "argv", ["train.py", "given.yaml", *given])
-    settings = load(at_home / "given.yaml", given)
+    (home / "config.yaml").write_text(json.dumps(tree))
+    overrides = ["data.api_key=under-a-key", "data.more={password: in-a-mapping}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "config.yaml", *overrides])
+    settings = load(home / "config.yaml", overrides)
     assert settings.data.root == "from-the-environment"
     ((_, error, _),) = on_ranks(1, train, settings, server)
     assert error == ""
@@ -190,37 +202,37 @@ def test_no_secret_leaves_the_machine(at_home: Path, server: WandbServer, monkey
     assert "data.api_key=<redacted>" in received
     for secret in ("from-the-environment", "inside-a-url", "under-a-key", "in-a-mapping", "in-the-notes"):
         assert secret not in received
-    written = load(at_home / "run" / "config.yaml", []).data
+    written = load(home / "run" / "config.yaml", []).data
     assert (written.root, written.args) == (settings.data.root, settings.data.args)
-    for file in at_home.rglob("*"):
-        if file.is_file() and file.name != "given.yaml":
+    for file in home.rglob("*"):
+        if file.is_file() and file != home / "config.yaml":
             assert b"from-the-environment" not in file.read_bytes(), file
 
 
 @pytest.mark.parametrize("kind", ["down", "hang", "500", "401"])
-def test_an_outage_costs_no_row(at_home: Path, server: WandbServer, kind: str) -> None:
-    """The server goes away in the middle of a run, and comes back after its end."""
-    settings = config(at_home, **QUICK, train__epochs=4, wandb__log_model="best")
-    (at_home / "waiting").touch()
-    breaking = threading.Thread(target=break_when_waiting, args=(at_home, server, kind), daemon=True)
+def test_an_outage_costs_no_row(home: Path, server: WandbServer, kind: str) -> None:
+    """The server fails in the middle of a run, and comes back after its end."""
+    settings = config(home, **QUICK, train__epochs=4, wandb__log_model="best")
+    (home / "waiting").touch()
+    breaking = threading.Thread(target=break_when_waiting, args=(home, server, kind), daemon=True)
     breaking.start()
-    ((printed, error, seconds),) = on_ranks(1, train, settings, server, Pausing)
+    ((output, error, seconds),) = on_ranks(1, train, settings, server, Pausing)
     breaking.join(10)
     assert error == ""
     assert seconds < 30
-    (note,) = [line for line in printed.splitlines() if "W&B" in line and "trainer sync" in line]
-    assert f"python -m trainer sync {at_home / 'run'}" in note
-    assert len(kept(at_home)) == 4 * 3 + 4
-    assert len(logged(server)) < len(kept(at_home))
+    (note,) = [line for line in output.splitlines() if "W&B" in line and "trainer sync" in line]
+    assert f"python -m trainer sync {home / 'run'}" in note
+    assert len(metrics_rows(home)) == 4 * 3 + 4
+    assert len(received_rows(server)) < len(metrics_rows(home))
     if kind == "down":
         server.start()
     server.fault("")
-    assert on_ranks(1, send, at_home / "run", server)[0].startswith("sent ")
+    assert on_ranks(1, send, home / "run", server)[0].startswith("sent ")
     ((_, run),) = server.backend.runs.items()
-    assert logged(server) == kept(at_home)
+    assert received_rows(server) == metrics_rows(home)
     assert (run["state"], run["rewritten"], run["config"]["optimizer"]["lr"]) == ("finished", 0, 0.1)
     assert [set(a["aliases"]) >= {"best"} for a in server.backend.artifacts] == [True]
-    assert on_ranks(1, send, at_home / "run", server) == ["nothing is left to send"]
+    assert on_ranks(1, send, home / "run", server) == ["nothing is left to send"]
 
 
 def break_when_waiting(directory: Path, server: WandbServer, kind: str) -> None:
@@ -236,83 +248,85 @@ def break_when_waiting(directory: Path, server: WandbServer, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["down", "hang", "500", "401"])
-def test_a_server_away_at_the_start(at_home: Path, server: WandbServer, kind: str) -> None:
+def test_a_server_that_is_down_at_the_start(home: Path, server: WandbServer, kind: str) -> None:
     server.stop() if kind == "down" else server.fault(kind)
-    ((printed, error, seconds),) = on_ranks(1, train, config(at_home, **QUICK), server)
+    ((output, error, seconds),) = on_ranks(1, train, config(home, **QUICK), server)
     assert error == ""
     assert seconds < 15
-    assert printed.count("W&B is out of reach") == printed.count("trainer sync") == 1
+    assert output.count("W&B is out of reach") == output.count("trainer sync") == 1
     server.start() if kind == "down" else server.fault("")
-    assert on_ranks(1, send, at_home / "run", server) == ["sent 1 offline session"]
-    assert logged(server) == kept(at_home)
+    assert on_ranks(1, send, home / "run", server) == ["sent 1 offline session"]
+    assert received_rows(server) == metrics_rows(home)
 
 
-def test_a_short_outage_is_made_up_for(at_home: Path, server: WandbServer) -> None:
-    settings = config(at_home, **QUICK | {"wandb__finish_timeout": 30}, train__epochs=3)
-    (at_home / "waiting").touch()
+def test_after_a_short_outage_nothing_is_missing(home: Path, server: WandbServer) -> None:
+    settings = config(home, **QUICK | {"wandb__finish_timeout": 30}, train__epochs=3)
+    (home / "waiting").touch()
 
     def away_for_a_second() -> None:
-        break_when_waiting(at_home, server, "down")
+        break_when_waiting(home, server, "down")
         time.sleep(1)
         server.start()
 
     breaking = threading.Thread(target=away_for_a_second, daemon=True)
     breaking.start()
-    ((printed, error, _),) = on_ranks(1, train, settings, server, Pausing)
+    ((output, error, _),) = on_ranks(1, train, settings, server, Pausing)
     breaking.join(10)
-    assert (error, "W&B" in printed) == ("", False)
-    assert logged(server) == kept(at_home)
+    assert (error, "W&B" in output) == ("", False)
+    assert received_rows(server) == metrics_rows(home)
 
 
 @pytest.mark.parametrize("online", [(True, True), (False, False), (False, True), (True, False)])
-def test_a_killed_run_goes_on_as_the_same_run(at_home: Path, server: WandbServer, online: tuple[bool, bool]) -> None:
-    """Killed two rows after its checkpoint, and gone on: every row once, in order, whoever was logged in when."""
-    settings = config(at_home, **QUICK, train__epochs=3)
+def test_a_killed_run_continues_as_the_same_run(home: Path, server: WandbServer, online: tuple[bool, bool]) -> None:
+    """A run killed two rows after its checkpoint and resumed has every row once, in order, online or not."""
+    settings = config(home, **QUICK, train__epochs=3)
     with pytest.raises((EOFError, AssertionError)):
         on_ranks(1, train, settings, server, Dying, online=online[0])
-    assert (at_home / "run" / "checkpoints" / "last").read_text() == "step_00000006\n"
+    assert (home / "run" / "checkpoints" / "last").read_text() == "step_00000006\n"
     ((_, error, _),) = on_ranks(1, train, settings, server, online=online[1])
     assert error == ""
-    said = on_ranks(1, send, at_home / "run", server)[0]
-    assert (said == "nothing is left to send") == online[1]
+    (answer,) = on_ranks(1, send, home / "run", server)
+    assert (answer == "nothing is left to send") == online[1]
     (run,) = server.backend.runs.values()
-    assert [row["step"] for row in logged(server)] == [row["step"] for row in kept(at_home)]
+    assert [row["step"] for row in received_rows(server)] == [row["step"] for row in metrics_rows(home)]
     assert (run["rewritten"], run["state"]) == (0, "finished")
 
 
-def test_a_failure_is_told_without_secrets(at_home: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_reported_without_secrets(
+    home: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SECRET_ROOT", "from-the-environment")
-    tree = config(at_home, **QUICK, wandb__alerts=True).to_dict()
+    tree = config(home, **QUICK, wandb__alerts=True).to_dict()
     tree["data"] |= {"root": "http://${oc.env:SECRET_ROOT}/", "api_key": "under-a-key"}
-    (at_home / "given.yaml").write_text(json.dumps(tree))
-    ((_, error, _),) = on_ranks(1, train, load(at_home / "given.yaml", []), server, Telling)
+    (home / "config.yaml").write_text(json.dumps(tree))
+    ((_, error, _),) = on_ranks(1, train, load(home / "config.yaml", []), server, Revealing)
     assert error.startswith("no from-the-environment, under-a-key, http://me:login@host")
     (run,) = server.backend.runs.values()
     ((_, text),) = run["alerts"]
     assert text == run["summary"]["failure"] == "RuntimeError: no <redacted>, <redacted>, http://<redacted>@host"
 
 
-def test_strict_makes_an_error_of_it(at_home: Path, server: WandbServer) -> None:
+def test_strict_turns_the_warning_into_an_error(home: Path, server: WandbServer) -> None:
     server.fault("403")
-    ((_, error, _),) = on_ranks(1, train, config(at_home, **QUICK, wandb__strict=True), server)
+    ((_, error, _),) = on_ranks(1, train, config(home, **QUICK, wandb__strict=True), server)
     assert error.startswith("W&B is out of reach") and "403" in error
 
 
-def test_a_run_that_fails_sends_an_alert(at_home: Path, server: WandbServer) -> None:
-    settings = config(at_home, **QUICK, wandb__alerts=True)
-    ((_, error, _),) = on_ranks(1, train, settings, server, Spoilt)
+def test_a_run_that_fails_sends_an_alert(home: Path, server: WandbServer) -> None:
+    settings = config(home, **QUICK, wandb__alerts=True)
+    ((_, error, _),) = on_ranks(1, train, settings, server, Diverging)
     assert "the loss is" in error
     (run,) = server.backend.runs.values()
     assert run["state"] == "failed"
     ((title, text),) = run["alerts"]
     assert title == "run failed" and "the loss is nan" in text
-    assert len(logged(server)) == len(kept(at_home))
+    assert len(received_rows(server)) == len(metrics_rows(home))
 
 
-def test_sync_leaves_a_run_alone_that_is_in_use(at_home: Path, server: WandbServer) -> None:
-    ((_, error, _),) = on_ranks(1, train, config(at_home, **QUICK), server, online=False)
+def test_sync_refuses_a_run_that_is_in_use(home: Path, server: WandbServer) -> None:
+    ((_, error, _),) = on_ranks(1, train, config(home, **QUICK), server, online=False)
     assert error == ""
     from trainer.storage.run_directory import lock
 
-    with lock(at_home / "run"), pytest.raises(LockstepError, match="another process is training"):
-        send_missing(at_home / "run")
+    with lock(home / "run"), pytest.raises(LockstepError, match="another process is training"):
+        send_missing(home / "run")

@@ -1,4 +1,4 @@
-"""What a stand-in for W&B's server holds of sweeps, and how it answers `wandb sweep` and `wandb agent`. Grids alone."""
+"""The sweeps of a stand-in for W&B's server, and its answers to `wandb sweep` and `wandb agent`. Grids only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SweepBackend(Backend):
     def __init__(self) -> None:
         super().__init__()
         self.sweeps: dict[str, dict[str, Any]] = {}
-        self.agents: list[str] = []  # of which sweep each is
+        self.agents: list[str] = []  # the sweep of each
 
     def on_upsertsweep(self, v: dict[str, Any]) -> Any:
         name, config = f"sweep{len(self.sweeps)}", yaml.safe_load(v["config"])
@@ -44,7 +44,7 @@ class SweepBackend(Backend):
         return {"createAgent": {"agent": {"id": opaque("Agent", str(len(self.agents) - 1))}}}
 
     def on_heartbeat(self, v: dict[str, Any]) -> Any:
-        """An agent tells which of its runs are alive, and is told what to do: a trial at a time."""
+        """An agent says which of its runs are alive; the answer is what to do next, one trial at a time."""
         name = self.agents[int(named(v["id"]))]
         sweep, alive = self.sweeps[name], json.loads(v["runState"])
         if alive:
@@ -59,7 +59,7 @@ class SweepBackend(Backend):
 
 
 def grid(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every point, as an agent gets it; a parameter of nested ones is a mapping."""
+    """Every point, as an agent gets it; nested parameters are one mapping."""
     axes = []
     for name, spec in config["parameters"].items():
         if "parameters" in spec:

@@ -19,10 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from trainer import Trainer, load
-from trainer.exact.plan import Step
-from trainer.process.exit import exit_process, report_error
-from trainer.reporting.figures.style import BLUE, DPI, FAINT, GREY, INK, SMALL, TITLE, VERMILION
+from examples.lessons.style import BLUE, DPI, FAINT, GREY, INK, SMALL, TITLE, VERMILION
+from trainer import LockstepError, Observer, Run, Step, Trainer, load
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,21 +59,20 @@ def net(num_classes: int, in_channels: int, affine: bool = True, track_running_s
     )
 
 
-class Observed(Trainer):
-    """A trainer that remembers the first norm layer's running mean and variance, averaged over channels."""
+class FirstNormLayer(Observer):
+    """Records the first norm layer's running mean and variance after each step, averaged over channels."""
 
-    def __init__(self, overrides: list[str]) -> None:
-        super().__init__(load(CONFIG, ["run.figures=false", *overrides]))
-        self.seen: list[tuple[float, float]] = []
+    def __init__(self) -> None:
+        self.history: list[tuple[float, float]] = []
 
-    def train_step(self, step: Step) -> None:
-        super().train_step(step)
-        self.reduction.gather()
-        layer = next(module for module in self.module.modules() if isinstance(module, nn.BatchNorm2d))
-        mean, variance = layer.running_mean, layer.running_var
+    def begin(self, run: Run) -> None:
+        self.layer = next(module for module in run.module.modules() if isinstance(module, nn.BatchNorm2d))
+
+    def step(self, step: Step) -> None:
+        mean, variance = self.layer.running_mean, self.layer.running_var
         assert mean is not None
         assert variance is not None
-        self.seen.append((float(mean.mean()), float(variance.mean())))
+        self.history.append((float(mean.mean()), float(variance.mean())))
 
 
 def running_statistics(overrides: list[str]) -> Figure:
@@ -90,9 +87,10 @@ def running_statistics(overrides: list[str]) -> Figure:
                 f"batch.micro_size={size}",
                 f"batch_norm.momentum_per={setting}",
             ]
-            trainer = Observed([*overrides, *more])
-            trainer.fit()
-            for row, values in enumerate(np.array(trainer.seen).T):
+            observer = FirstNormLayer()
+            config = load(CONFIG, ["run.figures=false", *overrides, *more])
+            Trainer(config, observers=[observer]).fit()
+            for row, values in enumerate(np.array(observer.history).T):
                 style: dict[str, Any] = {"color": COLOURS[cuts], "linewidth": 1.5}
                 panels[row, column].plot(np.arange(1, len(values) + 1), values, label=f"M = {cuts}", **style)
         _style(panels[0, column], f"momentum_per = {setting}")
@@ -155,10 +153,11 @@ def main(overrides: list[str]) -> int:
         for draw in (running_statistics, switches):
             draw([*overrides, f"run.dir={runs}"]).savefig(folder / f"{draw.__name__}.png")
             print(f"drawn    {folder / draw.__name__}.png")
-    except Exception as error:
-        return report_error(error)
+    except LockstepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
     return 0
 
 
 if __name__ == "__main__":
-    exit_process(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -20,12 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from trainer import Trainer, load
-from trainer.config.load import command_line
-from trainer.exact.plan import Step
-from trainer.process.exit import exit_process, report_error
-from trainer.reporting.figures.style import BLUE, DPI, FAINT, GREY, INK, SMALL, TITLE, VERMILION
-from trainer.storage.run_directory import run_path
+from examples.lessons.style import BLUE, DPI, FAINT, GREY, INK, SMALL, TITLE, VERMILION
+from trainer import LockstepError, Observer, Run, Step, Trainer, load
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,19 +33,21 @@ CELLS = 61  # points along a side of the surface
 Floats = npt.NDArray[np.float64]
 
 
-class Walk(Trainer):
-    """A trainer that remembers its weights after each step."""
+class Walk(Observer):
+    """Records the weights before the first step and after each."""
 
-    def fit(self) -> dict[str, Any]:
-        self.path = [self._weights()]
-        return super().fit()
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
 
-    def train_step(self, step: Step) -> None:
-        super().train_step(step)
-        self.path.append(self._weights())
+    def begin(self, run: Run) -> None:
+        self.parameters = list(run.module.parameters())
+        self._record()
 
-    def _weights(self) -> Tensor:
-        return parameters_to_vector(self.module.parameters()).detach().cpu().double()
+    def step(self, step: Step) -> None:
+        self._record()
+
+    def _record(self) -> None:
+        self.weights.append(parameters_to_vector(self.parameters).detach().cpu().double())
 
 
 def losses(trainer: Trainer, weights: Tensor) -> Floats:
@@ -104,13 +102,13 @@ def over_a_surface(axes: Axes, trainer: Trainer, path: Tensor) -> Floats:
     return drawn_points
 
 
-def animate(trainer: Walk, to: Path) -> None:
+def animate(trainer: Trainer, walk: Walk, to: Path) -> None:
     """Write the GIF: a frame for the start and for each step."""
     from matplotlib.animation import FuncAnimation, PillowWriter
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = torch.stack(trainer.path)
+    path = torch.stack(walk.weights)
     figure = Figure(figsize=(5.6, 4.2), dpi=0.75 * DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -143,21 +141,24 @@ def _pen(axes: Axes, points: Floats, heights: Floats) -> Callable[[int], list[An
 
 
 def main(arguments: list[str]) -> int:
+    """Train what a config describes, by default the parabola, with `key=value` overrides."""
+    overrides = [argument for argument in arguments if "=" in argument]
+    config_files = [Path(argument) for argument in arguments if "=" not in argument]
+    config_file = config_files[0] if config_files else PARABOLA
     try:
-        path, overrides = command_line(arguments)
-        named = any("=" not in argument for argument in arguments)
-        config = load(path if named else PARABOLA, overrides)
-        trainer = Walk(config)
+        config = load(config_file, overrides)
+        walk = Walk()
+        trainer = Trainer(config, observers=[walk])
         trainer.fit()
         if trainer.ranks.is_main:
-            gif = run_path(config.run) / "figures" / "descent.gif"
-            animate(trainer, gif)
+            gif = Path(config.run.dir) / config.run.name / "figures" / "descent.gif"
+            animate(trainer, walk, gif)
             print(f"drawn    {gif}")
-        trainer.ranks.close()
-    except Exception as error:
-        return report_error(error)
+    except LockstepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
     return 0
 
 
 if __name__ == "__main__":
-    exit_process(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank, or on the disk, ends the run on all of them with one clear message."""
+"""A failure on one rank, or of the disk, ends the run on all ranks with one clear message."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def failure(settings: Any, model: nn.Module, data: Any) -> tuple[str, str]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path: Path, ranks: int) -> None:
-    """Files may grow to 100 kB once the first checkpoint is there: no other can be written."""
+    """After the first checkpoint no file may exceed 100 kB, so no other checkpoint can be written."""
 
     def run(directory: Path) -> tuple[str, str]:
         save = checkpoint.save
 
-        def then_full(*args: Any, **more: Any) -> Path:
+        def save_and_fill_disk(*args: Any, **more: Any) -> Path:
             path = save(*args, **more)
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
             return path
 
-        checkpoint.save = then_full
+        checkpoint.save = save_and_fill_disk
         wide = nn.Sequential(nn.Flatten(), nn.Linear(50, 800), nn.Linear(800, 4))
         settings = config(directory, batch__micro_size=14, best__metric="train/loss")
         return failure(settings, wide, Images(56))
@@ -48,9 +48,9 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path: Path, ranks: int) -> 
         assert kind == "LockstepError"
         assert "cannot write" in message
         assert "run.resume=auto" in message
-    kept = tmp_path / "run" / "checkpoints"
-    assert [p.name for p in sorted(kept.iterdir())] == ["last", "step_00000002"]
-    assert checkpoint.load(kept / "step_00000002").progress.step == 2
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [p.name for p in sorted(checkpoints.iterdir())] == ["last", "step_00000002"]
+    assert checkpoint.load(checkpoints / "step_00000002").progress.step == 2
 
 
 class Broken(Points):
@@ -68,13 +68,15 @@ class Broken(Points):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_sample_is_named_and_never_replaced(tmp_path: Path, workers: int) -> None:
-    unreadable, defect = DataError("a.png cannot be decoded"), ValueError("odd")
-    cases = ((unreadable, "a.png cannot be decoded"), (defect, "train sample 17: ValueError: odd"))
-    for number, (error, due) in enumerate(cases):
+    cases = (
+        (DataError("a.png cannot be decoded"), "a.png cannot be decoded"),
+        (ValueError("odd"), "train sample 17: ValueError: odd"),
+    )
+    for number, (error, expected) in enumerate(cases):
         settings = config(tmp_path / str(number), data__workers=workers)
         ((kind, message),) = on_ranks(1, failure, settings, mlp(), Broken(17, error))
         assert kind == "DataError"
-        assert message.startswith(due)
+        assert message.startswith(expected)
         assert "\n" not in message
 
 
@@ -121,7 +123,7 @@ def test_a_trainer_trains_once(tmp_path: Path) -> None:
 
 
 def test_what_a_cuda_kernel_refuses_is_sent_to_the_cpu_for_its_name() -> None:
-    """By the words that PyTorch has for it; the error itself takes a GPU."""
+    """Recognised by PyTorch's message; the error itself needs a GPU."""
     error = RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later")
     assert "CUDA_VISIBLE_DEVICES= before it" in str(refused_operation(error))
     assert refused_operation(RuntimeError("odd")) is None

@@ -117,13 +117,13 @@ def test_features_of_validation_samples_are_made_once(tmp_path: Path, unfreeze: 
 
         class Twice(Trainer):
             def evaluate(self) -> dict[str, float]:
-                assert self.evaluator is not None
+                assert self.run.evaluator is not None
                 cached.append(super().evaluate())
                 handle = self.module[0].register_forward_hook(count)
-                self.evaluator.evaluate()
+                self.run.evaluator.evaluate()
                 handle.remove()
-                self.evaluator.forget()
-                whole.append(self.evaluator.evaluate())  # this keeps the features for the next one
+                self.run.evaluator.forget()
+                whole.append(self.run.evaluator.evaluate())  # this keeps the features for the next one
                 return cached[-1]
 
         cached: list[dict[str, float]] = []

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     from trainer.sweep.check import check
     from trainer.sweep.description import read_sweep
     from trainer.sweep.results import write_results
-    from trainer.sweep.run import LocalSweep
+    from trainer.sweep.runner import LocalSweep
     from trainer.sweep.table import LiveTable
 
     sweep = read_sweep(options.file)
@@ -44,6 +44,6 @@ def main(arguments: list[str]) -> None:
         with LiveTable(sweep) as table:
             local.run(table.show)
     finally:
-        write_results(sweep, local.trials, directory)
+        write_results(sweep, local.study, directory)
     if local.trials and all(trial.state == "failed" for trial in local.trials):
         raise LockstepError("every trial of the sweep failed; the first one's reason is in the table above")

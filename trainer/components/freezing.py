@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from trainer.components.heads import find_head
+from trainer.components.heads import find_head, parent_names
 from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import hold_in_eval, is_held, release
@@ -39,7 +39,7 @@ class Freezing:
             self._trainable[name].requires_grad_(False)
         self._whole_backbone = self._matching("model.freeze", BACKBONE) if section.freeze == BACKBONE else None
         self._frozen: set[str] = set()
-        self._put_in_eval: set[str] = set()  # modules to release; batch_norm.mode=frozen holds others itself
+        self._put_in_eval: set[str] = set()  # by this object; batch_norm.mode=frozen holds others
 
     def _plan(self, section: ModelConfig) -> list[tuple[int, set[str]]]:
         """(number of epochs done, the names that are frozen from then on), in order."""
@@ -53,7 +53,7 @@ class Freezing:
             thawed = _with_parents(self._matching(key, patterns))
             if not thawed & frozen:
                 raise ConfigError(key, f"{patterns} is not frozen by then; leave it out")
-            frozen = frozen - thawed
+            frozen = frozen - thawed  # a new set: the earlier one is part of the plan
             plan.append((epochs_done, frozen))
         return plan
 
@@ -63,6 +63,7 @@ class Freezing:
         if frozen == self._frozen:
             return False
         for name in (frozen - self._frozen) & self._modules.keys():
+            # A module that something else holds in eval mode must not be released when it is thawed here.
             if not is_held(self._modules[name]):
                 hold_in_eval(self._modules[name])
                 self._put_in_eval.add(name)
@@ -93,9 +94,8 @@ class Freezing:
             raise ConfigError(
                 key, f'"{patterns}" is neither {BACKBONE} nor a list of names, such as [conv1, "layer[12]"]'
             )
-        parameters = [name for name, _ in self._model.named_parameters()]
-        names = [*self._modules, *parameters]
-        return {name for name in names if name in roots or _parents(name) & roots}
+        names = [*self._modules, *dict(self._model.named_parameters())]
+        return {name for name in names if not roots.isdisjoint([name, *parent_names(name)])}
 
     def _matching_names(self, key: str, patterns: list[str]) -> set[str]:
         """The parameters, and modules with parameters or buffers, that match any of `patterns`."""
@@ -124,15 +124,9 @@ class Freezing:
         return names
 
 
-def _parents(name: str) -> set[str]:
-    """The names of the modules around a module or parameter, the model itself left out."""
-    parts = name.split(".")
-    return {".".join(parts[:depth]) for depth in range(1, len(parts))}
-
-
 def _with_parents(names: set[str]) -> set[str]:
     """The names, and the modules around them: one with a trained part is itself in training mode."""
-    return names.union(*(_parents(name) for name in names))
+    return names.union(*map(parent_names, names))
 
 
 def _has_state(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""A model's head, its last layer: how to find it and fit it to the number of classes."""
+"""A model's head, its last layer: how to find it and fit it to the number of classes. Names of modules."""
 
 from __future__ import annotations
 
@@ -66,3 +66,9 @@ def head_outputs(model: nn.Module, head: str) -> int | None:
     if isinstance(layer, nn.Linear):
         return layer.out_features
     return layer.out_channels if isinstance(layer, _ConvNd) else None
+
+
+def parent_names(name: str) -> list[str]:
+    """The dotted names of the modules around a module or parameter, the innermost first; not the model's own, ""."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from trainer.components.heads import find_head
+from trainer.components.heads import find_head, parent_names
 from trainer.config.schema import OptimizerConfig
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -42,6 +42,7 @@ def layers_of(model: nn.Module, head: str) -> dict[str, int]:
     for unit in _units(model, ""):
         if unit == head:
             continue
+        # A norm between layers would otherwise push everything before it one step of `layer_decay` further down.
         is_norm = isinstance(model.get_submodule(unit), NORMS)
         if number < 0 or not is_norm:
             number += 1
@@ -53,7 +54,8 @@ def layers_of(model: nn.Module, head: str) -> dict[str, int]:
         if name.startswith(f"{head}."):
             in_head.append(name)
             continue
-        current = next((number_of_unit[unit] for unit in _parents(name) if unit in number_of_unit), current)
+        # A parameter outside every unit, such as a position embedding, takes the layer of the one before it.
+        current = next((number_of_unit[unit] for unit in parent_names(name) if unit in number_of_unit), current)
         layers[name] = current
     last = max(layers.values(), default=-1) + 1
     return layers | dict.fromkeys(in_head, last)
@@ -73,9 +75,3 @@ def _units(module: nn.Module, prefix: str) -> Iterator[str]:
 
 def _is_container(module: nn.Module) -> bool:
     return type(module) in (nn.Sequential, nn.ModuleList)
-
-
-def _parents(name: str) -> list[str]:
-    """The names of the modules around a parameter, the innermost first."""
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]

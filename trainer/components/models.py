@@ -49,7 +49,7 @@ def build_model(section: ModelConfig, *, seed: int, num_classes: int | None, in_
     constructor, supplied = _constructor(section, supplied)
     for name in section.args:
         supplied.pop(name, None)
-    with preserved_cpu_generators():
+    with preserved_cpu_generators():  # the caller's own draws go on as if no model had been built
         seed_cpu(key(seed, "weights"))
         model = build("model", constructor, section.args, **supplied)
     if not isinstance(model, nn.Module):

@@ -36,6 +36,7 @@ def build_optimizer(section: OptimizerConfig, model: nn.Module, *, head: str | N
     optimizer = build("optimizer", target, section.args, groups, lr=section.lr)
     if not isinstance(optimizer, Optimizer) or "lr" not in optimizer.defaults:
         raise ConfigError("optimizer.name", f'"{section.name}" is not an optimizer with a learning rate `lr`')
+    # LBFGS and its like want a closure that runs the model again, which a step of micro-batches cannot offer.
     try:
         inspect.signature(optimizer.step).bind()
     except TypeError:
@@ -58,6 +59,7 @@ def _groups(section: OptimizerConfig, model: nn.Module, head: str | None) -> lis
         if not parameter.requires_grad:
             continue
         rate = rates[name]
+        # The first group's rate is logged as `lr`. Checkpoints do not depend on the order: state is kept by name.
         order = (name in without_decay, rate != section.lr, -rate)
         if order not in groups:
             groups[order] = {"params": [], "lr": rate}
@@ -89,6 +91,7 @@ def named_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, torch
     `model` is the module that was passed to `build_optimizer`, unwrapped. What the optimizer changed in its own groups
     goes under `<key>.group <number>`. Tensors are not copied. Raises `LockstepError` for state of any other kind.
     """
+    # torch numbers parameters by their position in the groups, which changes with the config; names do not.
     packed = optimizer.state_dict()
     names = _trained_names(optimizer, model)
     tensors: dict[str, torch.Tensor] = {}
@@ -169,6 +172,7 @@ def _store(key: Any, owner: str, value: Any, tensors: dict[str, torch.Tensor], n
 
 
 def _same(value: Any, other: Any) -> bool:
+    # Comparing tensors would wait for the device, and be no bool if they have several elements.
     if isinstance(value, torch.Tensor) or isinstance(other, torch.Tensor):
         return value is other
     return bool(value == other)

@@ -153,7 +153,7 @@ class CrossEntropy(Task):
 
     def _weight(self, targets: Tensor) -> Tensor | int:
         """What torch's mean divides by: a count of targets, or the sum of their classes' weights."""
-        if targets.is_floating_point():
+        if targets.is_floating_point():  # probabilities: torch divides by the samples (pixels), weighted or not
             return targets.numel() // targets.shape[1]
         if self.ignore_index is None:
             return targets.numel() if self.class_weights is None else self.class_weights[targets].sum()
@@ -203,6 +203,7 @@ class ElementLoss(Task):
         rule = self._rule
         if rule.metric is None or rule.terms is None:
             return {}
+        # Summed in fp64: a metric adds up over a whole epoch.
         terms = rule.terms(self._loss, output, self._matched(output, targets))
         return {rule.metric: WeightedSum(terms.sum(dtype=torch.float64), terms.numel())}
 
@@ -310,6 +311,7 @@ def _build_module(cls: type[nn.Module], arguments: dict[str, Any]) -> Any:
             arguments[name] = _as_weights(arguments[name])
     if "reduction" not in inspect.signature(cls).parameters:
         return build("loss", cls, arguments)
+    # Set when it is built, because a loss may pass it on to one inside, where it cannot be changed later.
     if arguments.get("reduction", "mean") == "mean":
         arguments["reduction"] = "sum"
     loss = build("loss", cls, arguments)

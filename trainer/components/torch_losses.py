@@ -51,6 +51,7 @@ def _samples(output: Tensor) -> int:
 
 
 def _samples_by_last_dimension(output: Tensor) -> int:
+    # The loss has already averaged over the labels of each sample.
     return output.numel() // output.shape[-1]
 
 
@@ -105,6 +106,7 @@ RULES: dict[type[nn.Module], LossRule] = {
 
 def is_unchanged(loss: nn.Module, base: type[nn.Module]) -> bool:
     """True if `loss` computes what `base` does: it is one, or a subclass that keeps its `forward`."""
+    # A focal loss is often a subclass of CrossEntropyLoss; it must not be computed as its parent.
     return isinstance(loss, base) and type(loss).forward is base.forward
 
 
@@ -112,6 +114,7 @@ def rule_of(loss: nn.Module) -> LossRule:
     """The rule of `loss`. One that is not torch's is taken for a mean over elements of one shape, as most are."""
     for base, rule in RULES.items():
         if is_unchanged(loss, base):
+            # Its "mean" divides by all elements, which is seldom what is meant; "batchmean" divides by the samples.
             is_batch_mean = base is nn.KLDivLoss and loss.reduction == "batchmean"
             return replace(rule, divisor=_samples) if is_batch_mean else rule
     return REGRESSION
@@ -119,6 +122,7 @@ def rule_of(loss: nn.Module) -> LossRule:
 
 def summed(loss: nn.Module) -> nn.Module:
     """A copy of `loss` that sums, whatever its own reduction is."""
+    # A copy, because the caller may use theirs elsewhere, and it moves to the run's device and dtype with the task.
     copied: Any = deepcopy(loss)
     copied.reduction = "sum"
     module: nn.Module = copied

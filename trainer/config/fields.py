@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_orig
 import yaml
 
 from trainer.config.secrets import remember_secrets, secrets_in
+from trainer.config.trees import Tree
 from trainer.errors import ConfigError, nearest
 
 PLAIN_TYPES = (str, int, float, bool, type(None))
@@ -60,7 +61,7 @@ class Section:
                 value = convert(f"{self.SECTION}.{name}", item, value)
                 object.__setattr__(self, name, value)  # because the dataclasses are frozen
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Tree:
         """Keys and values as they stand in YAML."""
         return dict(vars(self))
 
@@ -85,7 +86,7 @@ class ComponentSection(Section):
         object.__setattr__(self, "args", arguments)
         remember_secrets(secrets_in(vars(self)))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Tree:
         """Keys and values as they stand in YAML: a component's arguments beside the declared keys."""
         values = super().to_dict()
         values.update(values.pop("args"))
@@ -99,8 +100,8 @@ def read_section(cls: Any, tree: Any) -> Any:
     if not isinstance(tree, Mapping):
         raise ConfigError(cls.SECTION, f"is a section of keys, not {show(tree)}")
     keys = declared_keys(cls)
-    values: dict[str, Any] = {}
-    arguments: dict[str, Any] = {}
+    values: Tree = {}
+    arguments: Tree = {}
     for name, value in tree.items():
         if name in keys:
             values[name] = value
@@ -134,9 +135,12 @@ def to_plain(name: str, value: Any) -> Any:
     if type(value) in PLAIN_TYPES:
         return value
     if isinstance(value, Mapping):
-        names = to_plain(name, list(value))
-        items = to_plain(name, list(value.values()))
-        return dict(zip(names, items, strict=True))
+        copy = {}
+        for inner, item in value.items():
+            if type(inner) not in PLAIN_TYPES:
+                raise ConfigError(name, f"{inner!r} is no key of a mapping that can be written to config.yaml")
+            copy[inner] = to_plain(name, item)
+        return copy
     if isinstance(value, list | tuple):
         return [to_plain(name, item) for item in value]
     if hasattr(value, "tolist"):  # a number or an array of numpy or torch, neither of which is imported here
@@ -178,11 +182,11 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
     if hint in (kind, Any):
         return value
     if hint is float and kind is int:
-        return float(value)
+        with suppress(OverflowError):  # of 10**400, say
+            return float(value)
     if hint is str and kind in (int, float):
         return str(value)
-    wanted_type = with_article(type_name(hint))
-    raise ConfigError(name, f"{show(value)} is not {wanted_type}")
+    raise ConfigError(name, f"{show(value)} is not {with_article(hint)}")
 
 
 def _check_choice(name: str, choices: Sequence[str], value: Any) -> Any:
@@ -204,8 +208,8 @@ def _convert_to_any_of(name: str, hints: Sequence[Any], value: Any) -> Any:
     for option in options:
         with suppress(ConfigError):
             return _convert(name, option, value)
-    wanted_types = " or ".join(with_article(type_name(option)) for option in options)
-    raise ConfigError(name, f"{show(value)} is not {wanted_types}")
+    type_names = " or ".join(map(with_article, options))
+    raise ConfigError(name, f"{show(value)} is not {type_names}")
 
 
 def is_union(hint: Any) -> bool:
@@ -225,8 +229,10 @@ def type_name(hint: Any) -> str:
     return TYPE_NAMES[origin or hint]
 
 
-def with_article(noun: str) -> str:
-    if noun == "text":
+def with_article(hint: Any) -> str:
+    """`type_name` as a sentence needs it: `an integer`."""
+    noun = type_name(hint)
+    if hint is str or get_origin(hint) is Literal:
         return noun
     article = "an" if noun[0] in "aeio" else "a"
     return f"{article} {noun}"

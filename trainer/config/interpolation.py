@@ -2,6 +2,9 @@
 
 A file that a run writes must not hold what came from the environment, and must read back to the same config. So
 each value that came from there keeps the text it was written as, its reference, beside it.
+
+Resolving a second time with an `oc.env` that returns the reference would not do: `oc.decode`, and any resolver that a
+user registers, would get the reference to work on and resolve or garble it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from trainer.config.secrets import remember_secrets
-from trainer.config.trees import map_leaves, texts_in
+from trainer.config.trees import Tree, map_leaves, texts_in
 from trainer.errors import ConfigError
 
 VARIABLE = re.compile(r"\boc\.env\s*:\s*(\w+)")
@@ -28,10 +31,11 @@ class Reference(NamedTuple):
     value: Any
 
 
-References = dict[tuple[Any, ...], Reference]  # by the keys, and indices in lists, that lead to the value
+Path = tuple[Any, ...]  # the keys, and the indices in lists, that lead to a value
+References = dict[Path, Reference]
 
 
-def resolve(tree: Mapping[str, Any]) -> tuple[dict[str, Any], References]:
+def resolve(tree: Mapping[str, Any]) -> tuple[Tree, References]:
     """The tree with its interpolations resolved, and the references of what came from the environment.
 
     Raises `ConfigError` with the key of an interpolation that cannot be resolved.
@@ -46,14 +50,13 @@ def resolve(tree: Mapping[str, Any]) -> tuple[dict[str, Any], References]:
         resolved: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise as_config_error(error) from None
-    interpolated = dict(_interpolated(tree, resolved))
-    secrets = _environment_texts(interpolated.values())
+    references = dict(_interpolated(tree, resolved))
+    secrets = _environment_texts(references.values())
     remember_secrets(secrets)
-    references = {}
-    for path, reference in interpolated.items():
+    for path, reference in list(references.items()):
         # A key that refers to another holds what that one took from the environment.
-        if _contains_any(reference.value, secrets):
-            references[path] = reference
+        if not _contains_any(reference.value, secrets):
+            del references[path]
     return resolved, references
 
 
@@ -63,7 +66,7 @@ def as_config_error(error: Any) -> ConfigError:
     return ConfigError(error.full_key or "config", reason)
 
 
-def restore_references(tree: dict[str, Any], references: References, *, digests: bool = False) -> None:
+def restore_references(tree: Tree, references: References, *, digests: bool = False) -> None:
     """In `tree`, which is escaped, put each reference in the place of its value, if that has not changed since.
 
     With `digests` a short SHA-256 of the value follows, by which a change of the environment is noticed.
@@ -71,8 +74,8 @@ def restore_references(tree: dict[str, Any], references: References, *, digests:
     for path, reference in references.items():
         text = reference.text
         if digests:
-            sha256 = hashlib.sha256(str(reference.value).encode())
-            text += f" ({sha256.hexdigest()[:8]})"
+            digest = hashlib.sha256(str(reference.value).encode()).hexdigest()
+            text += f" ({digest[:8]})"
         with suppress(LookupError, TypeError):  # the config was changed in Python, and the place is gone
             parent: Any = tree
             for name in path[:-1]:
@@ -113,10 +116,11 @@ def _environment_texts(interpolated: Iterable[Reference]) -> set[str]:
 
 
 def _contains_any(value: Any, secrets: Iterable[str]) -> bool:
-    return any(secret in text for text in texts_in(value) for secret in secrets)
+    texts = "\n".join(texts_in(value))
+    return any(secret in texts for secret in secrets)
 
 
-def _interpolated(raw: Any, resolved: Any, *path: Any) -> Iterator[tuple[tuple[Any, ...], Reference]]:
+def _interpolated(raw: Any, resolved: Any, *path: Any) -> Iterator[tuple[Path, Reference]]:
     """Every value that an interpolation had a part in, with its path."""
     if isinstance(raw, str):
         if "${" in raw:

@@ -15,11 +15,11 @@ import yaml
 from trainer.config.fields import ComponentSection, declared_keys, show, type_name
 from trainer.config.interpolation import as_config_error
 from trainer.config.schema import SECTIONS, Config
-from trainer.config.trees import map_leaves
+from trainer.config.trees import Tree, map_leaves
 from trainer.errors import ConfigError, nearest
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]  # a pip-installed package brings its own configs/ with it
 
 OBSERVERS_HELP = """
 
@@ -28,6 +28,7 @@ observers
       called in every step, in this order: [{name: my_package.MyObserver, argument: value}]"""
 
 Overrides = Sequence[str] | Mapping[str, Any]
+Origins = dict[str, str]  # where each key was set: the file and line, or the command line
 
 
 def load(path: str | os.PathLike[str] | None = None, overrides: Overrides = ()) -> Config:
@@ -42,7 +43,7 @@ def load(path: str | os.PathLike[str] | None = None, overrides: Overrides = ()) 
     path and overrides.
     """
     _check_types(path, overrides)
-    origins: dict[str, str] = {}
+    origins: Origins = {}
     tree: Any = {}
     if path is not None:
         tree = _read_file(find_config(path), origins)
@@ -115,13 +116,14 @@ def _check_types(path: Any, overrides: Any) -> None:
         )
 
 
-def _read_file(path: Path, origins: dict[str, str]) -> Any:
+def _read_file(path: Path, origins: Origins) -> Any:
     """The file as an OmegaConf tree, not resolved; its keys' lines are added to `origins`."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     text = _read_text(path)
     try:
+        # OmegaConf keeps no line numbers, so the text is parsed twice.
         document = yaml.compose(text, yaml.SafeLoader)
         if not isinstance(document, yaml.MappingNode | None):
             raise ConfigError(str(path), "is no mapping of sections; write, for example, batch: {size: 64}")
@@ -149,7 +151,7 @@ def _yaml_files_beside(path: Path) -> list[str]:
     return names
 
 
-def _lay_over(tree: Any, overrides: Overrides, origins: dict[str, str]) -> dict[str, Any]:
+def _lay_over(tree: Any, overrides: Overrides, origins: Origins) -> Tree:
     """The tree under its overrides as nested mappings, interpolations still in them."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -168,10 +170,11 @@ def _lay_over(tree: Any, overrides: Overrides, origins: dict[str, str]) -> dict[
                 origins[name] = "the command line"
                 _add_override(changes, override)
             changes = map_leaves(OmegaConf.to_container(changes), _none_to_null)
+        # Mappings are merged key by key; a list replaces the file's list, as in `observers=[]`.
         config.merge_with(changes)
     except OmegaConfBaseException as error:
         raise as_config_error(error) from None
-    merged: dict[str, Any] = cast(Any, OmegaConf.to_container(config))
+    merged: Tree = cast(Any, OmegaConf.to_container(config))
     return merged
 
 
@@ -187,6 +190,7 @@ def _add_override(changes: Any, override: str) -> None:
 
 
 def _none_to_null(value: Any) -> Any:
+    # W&B's agent writes a sweep's null in Python's way.
     return None if value == "None" else value
 
 
@@ -204,9 +208,10 @@ def _key_lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]
             yield from _key_lines(item_node, name)
 
 
-def _with_origin(error: ConfigError, origins: Mapping[str, str]) -> ConfigError:
+def _with_origin(error: ConfigError, origins: Origins) -> ConfigError:
     """The error, saying where its key was set, or else a key within it or above it."""
     name = error.key
+    # An error on `optimizer.lr` may come from the override `optimizer.lr.x=1`.
     for key in origins:
         if name not in origins and key.startswith(f"{error.key}."):
             name = key

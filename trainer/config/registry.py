@@ -58,10 +58,13 @@ def build(
         raise ConfigError(f"{section}.name", f"stands for {target!r}, which cannot be called")
     parameters = _named_parameters(target)
     if parameters is not None:
-        optional = {name: value for name, value in optional.items() if name in parameters}
-        by_name = dict(list(parameters.items())[len(supplied) :])
-        _check_arguments(section, target, by_name, arguments, optional)
+        for name in optional.keys() - parameters.keys():
+            del optional[name]
+        for name in list(parameters)[: len(supplied)]:
+            del parameters[name]  # given by position already
+        _check_arguments(section, target, parameters, arguments, optional)
     try:
+        # What the config says wins over what the trainer would supply.
         return target(*supplied, **(optional | dict(arguments)))
     except LockstepError:
         raise
@@ -97,6 +100,7 @@ def _check_arguments(
     """Check a config's `arguments` against the parameters of `target` that can be given by name."""
     for name in arguments:
         if name not in parameters:
+            # An `optional` one may be overridden, but offering it would suggest that it is needed.
             choices = [choice for choice in parameters if choice not in optional]
             hint = nearest(name, [*choices, *keys_of(section)])
             raise ConfigError(
@@ -115,10 +119,13 @@ def _named_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # some built-in callables have no signature
         return None
-    kinds = {parameter.kind for parameter in parameters.values()}
-    if inspect.Parameter.VAR_KEYWORD in kinds:
-        return None
-    return {name: item for name, item in parameters.items() if item.kind is not item.VAR_POSITIONAL}
+    by_name = {}
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            return None
+        if parameter.kind is not parameter.VAR_POSITIONAL:
+            by_name[name] = parameter
+    return by_name
 
 
 def _name_of(target: Any) -> str:

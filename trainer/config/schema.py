@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from trainer.config.fields import ComponentSection, Section, declared_keys, key, read_section, show
 from trainer.config.interpolation import References, escape, resolve, restore_references
-from trainer.config.trees import map_leaves
+from trainer.config.trees import Tree, map_leaves
 from trainer.errors import ConfigError, nearest
 
 
@@ -250,6 +250,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     best: BestConfig = field(default_factory=BestConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    # A list, not a section: several observers can watch one run.
     observers: tuple[ObserverConfig, ...] = ()
     # How values from the environment were written. A field, so that it survives `dataclasses.replace`.
     references: References = field(default_factory=dict, repr=False, compare=False)
@@ -268,13 +269,15 @@ class Config:
         for index, observer in enumerate(self.observers):
             if not isinstance(observer, ObserverConfig):
                 raise ConfigError(f"observers[{index}]", f"is an ObserverConfig, not {_describe(observer)}")
-        object.__setattr__(self, "observers", tuple(self.observers))
+        object.__setattr__(self, "observers", tuple(self.observers))  # a list could be changed unchecked
 
     def _check_combinations(self) -> None:
         """Check what takes more than one key to judge, or more than a key's type and least value."""
-        batch, batch_norm = self.batch, self.batch_norm
+        batch = self.batch
+        batch_norm = self.batch_norm
         if batch.micro_size is not None and batch.micro_size > batch.size:
             raise ConfigError("batch.micro_size", f"{batch.micro_size} is more than batch.size={batch.size}; lower it")
+        # Of the two settings it is reproducibility that a user means to keep, so the message is on the other.
         if self.run.reproducibility == "bitwise" and batch_norm.mode == "sync":
             raise ConfigError(
                 "batch_norm.mode",
@@ -309,7 +312,7 @@ class Config:
         """
         if not isinstance(tree, Mapping):
             raise ConfigError("config", f"is a mapping of sections, not {_describe(tree)}")
-        values: dict[str, Any] = {}
+        values: Tree = {}
         resolved, references = resolve(tree)
         for name, section in resolved.items():
             if name == "observers":
@@ -321,19 +324,19 @@ class Config:
                 raise ConfigError(str(name), f"no such section{hint}")
         return cls(**values, references=references)
 
-    def to_dict(self, *, digests: bool = False) -> dict[str, Any]:
+    def to_dict(self, *, digests: bool = False) -> Tree:
         """Nested mappings that `from_dict` and YAML files read back; a component's arguments stand beside the keys.
 
         Values from the environment are given as the reference to them, `${oc.env:NAME}`, so that the result may be
         written. With `digests` each is followed by a short digest of its value, for comparison only.
         """
-        values: dict[str, Any] = {}
+        values: Tree = {}
         for name in SECTIONS:
             values[name] = getattr(self, name).to_dict()
         values["observers"] = [observer.to_dict() for observer in self.observers]
-        written: dict[str, Any] = map_leaves(values, escape)
-        restore_references(written, self.references, digests=digests)
-        return written
+        document: Tree = map_leaves(values, escape)
+        restore_references(document, self.references, digests=digests)
+        return document
 
 
 def _read_observers(items: Any) -> tuple[ObserverConfig, ...]:
@@ -346,6 +349,7 @@ def _read_observers(items: Any) -> tuple[ObserverConfig, ...]:
         try:
             observers.append(read_section(ObserverConfig, item))
         except ConfigError as error:
+            # A section does not know its place in the list.
             place = error.key.replace("observers", f"observers[{index}]", 1)
             raise ConfigError(place, error.message) from None
     return tuple(observers)

@@ -12,6 +12,7 @@ import yaml
 from trainer.config.trees import leaves_in
 
 REDACTED = "<redacted>"
+# Whole words of a name: `api_key` and `hub.token` are secrets, `max_tokens` and `author` are not.
 SECRET_NAME = re.compile(
     r"(?:^|[_.-])(?:token|secrets?|password|passwd|passphrase|credentials?|auth|(?:api|private|access)_?key)(?:$|[_.-])"
 )

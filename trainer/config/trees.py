@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+Tree = dict[str, Any]
+
 
 def leaves_in(tree: Any) -> Iterator[Any]:
     """Every value that is neither a mapping nor a list."""

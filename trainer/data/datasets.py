@@ -78,6 +78,7 @@ class FakeImages:
             raise IndexError(f"sample {index} of {self.size}")
         channels, height, width = self.shape
         target = index % self.num_classes
+        # The same pattern in both parts, so that what is learned can be validated; noise of each sample's own.
         of_class = numpy_generator(0, "fake/class", target)
         of_sample = numpy_generator(0, f"fake/{self.part}", index)
         pattern = of_class.integers(256, size=(channels, 4, 4), dtype=np.uint8)
@@ -97,6 +98,7 @@ def build_datasets(section: DataConfig, device_main_first: Callable[[], Abstract
     target = resolve("data", section.name, MAKERS)
     parameters = _parameters(target)
     _check_section(section, parameters)
+    # Without a download nothing is written, so all processes read at once.
     with device_main_first() if section.args.get("download") else nullcontext():
         if section.name not in MAKERS:
             return _imported(section, target, parameters)
@@ -201,7 +203,7 @@ def _torchvision(name: str, cls: Any, root: str, download: bool, files: str) -> 
         raise ConfigError("data.download", f"{download} is neither true nor false")
     try:
         return cls(root, train=True, download=download), cls(root, train=False, download=download)
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:  # what torchvision raises for damaged files
         if download:
             raise DataError(f"{name} cannot be downloaded to {root} ({error}); download {files}") from error
         raise DataError(

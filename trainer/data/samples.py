@@ -72,13 +72,14 @@ class KeyedDataset(Dataset[Any]):
         return MicroBatch(request.first, inputs, targets, request.fused)
 
     def _sample(self, epoch: int, sample_id: int) -> tuple[Any, Any]:
+        # All that a data set or transform may draw from; the caller restores the rank's generators (`draws`).
         seed_cpu(key(self._seed, self._purpose, epoch, sample_id))
         try:
             image, target = self.dataset[sample_id]
             return (image, target) if self._transform is None else apply(self._transform, image, target)
         except DataError:
             raise
-        except Exception as error:
+        except Exception as error:  # anything: the data set and the transforms are other people's code
             name, kind, line = self._name(sample_id), type(error).__name__, _last_line(error)
             raise DataError(f"{name}: {kind}: {error} ({line})") from error
 

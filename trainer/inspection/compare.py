@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from trainer.reporting.jsonl import read_rows
 from trainer.storage.run_directory import Change, changed_keys, is_free, read_config
 
 Changes = dict[str, Change]  # by dotted key
+Difference = tuple[int, Any, Any]  # a step and both values
 Columns = dict[str, dict[int, Any]]  # of metrics.jsonl: each column's values by step
 
 
-@dataclass
+@dataclass(frozen=True)
 class Comparison:
     """What differs between two runs, by name, with both values.
 
@@ -26,17 +27,17 @@ class Comparison:
     - `data`, `environment`: entries of `environment.json`.
     - `steps`: the steps that both runs logged; `only` counts those that one run alone logged.
     - `parted`: of each column that differs, the first such step and its values.
-    - `gaps`: the column's largest difference over all steps, relative to the larger value.
+    - `gaps`: of each column that differs, the largest difference over all steps, relative to the larger value.
     """
 
-    config: Changes = field(default_factory=dict)
-    free: Changes = field(default_factory=dict)
-    data: Changes = field(default_factory=dict)
-    environment: Changes = field(default_factory=dict)
-    steps: list[int] = field(default_factory=list)
-    only: tuple[int, int] = (0, 0)
-    parted: dict[str, tuple[int, Any, Any]] = field(default_factory=dict)
-    gaps: dict[str, float] = field(default_factory=dict)
+    config: Changes
+    free: Changes
+    data: Changes
+    environment: Changes
+    steps: list[int]
+    only: tuple[int, int]
+    parted: dict[str, Difference]
+    gaps: dict[str, float]
 
     @property
     def same(self) -> bool:
@@ -49,44 +50,76 @@ def compare(first: Path, second: Path) -> Comparison:
 
     Raises `ConfigError` or `LockstepError` if one of them is no run or lacks a file.
     """
-    comparison = Comparison()
-    _compare_configs(comparison, first, second)
-    _compare_environments(comparison, first, second)
-    _compare_rows(comparison, _read_columns(first), _read_columns(second))
-    return comparison
+    config, free = _compare_configs(first, second)
+    data, environment = _compare_environments(first, second)
+    ours = _read_columns(first)
+    theirs = _read_columns(second)
+    steps = _shared_steps(ours, theirs)
+    parted, gaps = _compare_columns(ours, theirs)
+    return Comparison(
+        config=config,
+        free=free,
+        data=data,
+        environment=environment,
+        steps=sorted(steps),
+        only=(len(_all_steps(ours) - steps), len(_all_steps(theirs) - steps)),
+        parted=parted,
+        gaps=gaps,
+    )
 
 
-def _compare_configs(comparison: Comparison, first: Path, second: Path) -> None:
+def _compare_configs(first: Path, second: Path) -> tuple[Changes, Changes]:
+    """The changed keys that change a run, and those that do not."""
+    config: Changes = {}
+    free: Changes = {}
     changes = changed_keys(read_config(first).to_dict(), read_config(second).to_dict())
     for name, change in changes.items():
-        changes_of_kind = comparison.free if is_free(name) else comparison.config
-        changes_of_kind[name] = change
+        if is_free(name):
+            free[name] = change
+        else:
+            config[name] = change
+    return config, free
 
 
-def _compare_environments(comparison: Comparison, first: Path, second: Path) -> None:
+def _compare_environments(first: Path, second: Path) -> tuple[Changes, Changes]:
+    """What differs in the data's fingerprints, and in everything else."""
     ours = _read_environment(first)
     theirs = _read_environment(second)
-    comparison.data = changed_keys(ours.pop("data"), theirs.pop("data"))
-    comparison.environment = changed_keys(ours, theirs)
+    data = changed_keys(ours.pop("data"), theirs.pop("data"))
+    return data, changed_keys(ours, theirs)
 
 
-def _compare_rows(comparison: Comparison, ours: Columns, theirs: Columns) -> None:
-    """Compare column by column, since an epoch's row and the row of its last step have the same step."""
-    shared_steps: set[int] = set()
-    for name in ours.keys() & theirs.keys() - set(TIMINGS):
-        steps = ours[name].keys() & theirs[name].keys()
-        shared_steps |= steps
-        for step in sorted(steps):
-            a, b = ours[name][step], theirs[name][step]
+def _compare_columns(ours: Columns, theirs: Columns) -> tuple[dict[str, Difference], dict[str, float]]:
+    """The first difference and the largest one, of each column that differs.
+
+    Column by column, since an epoch's row and the row of its last step have the same step.
+    """
+    parted: dict[str, Difference] = {}
+    gaps: dict[str, float] = {}
+    for name in _shared_columns(ours, theirs):
+        for step in sorted(ours[name].keys() & theirs[name].keys()):
+            a = ours[name][step]
+            b = theirs[name][step]
             if repr(a) == repr(b):  # as text, since NaN does not equal itself
                 continue
-            comparison.parted.setdefault(name, (step, a, b))
-            comparison.gaps[name] = max(comparison.gaps.get(name, 0.0), _relative_difference(a, b))
-    comparison.steps = sorted(shared_steps)
-    comparison.only = (len(_steps(ours) - shared_steps), len(_steps(theirs) - shared_steps))
+            parted.setdefault(name, (step, a, b))
+            gaps[name] = max(gaps.get(name, 0.0), _relative_difference(a, b))
+    return parted, gaps
 
 
-def _steps(columns: Columns) -> set[int]:
+def _shared_steps(ours: Columns, theirs: Columns) -> set[int]:
+    steps: set[int] = set()
+    for name in _shared_columns(ours, theirs):
+        steps |= ours[name].keys() & theirs[name].keys()
+    return steps
+
+
+def _shared_columns(ours: Columns, theirs: Columns) -> set[str]:
+    """The columns that both runs logged, except those that no two runs share: times."""
+    return ours.keys() & theirs.keys() - set(TIMINGS)
+
+
+def _all_steps(columns: Columns) -> set[int]:
     return set().union(*columns.values())
 
 

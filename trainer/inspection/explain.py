@@ -186,8 +186,10 @@ class Dissection:
         trainer.optimizer.load_state_dict(state[1])
         first_gradients = first.applied_gradients()
         for name, parameter in trainer.module.named_parameters():
-            if name in first.gradients:
-                parameter.grad = first_gradients.get(name)
+            if name in first_gradients:
+                parameter.grad = first_gradients[name].clone()  # the backward adds to it in place
+            elif name in first.gradients:
+                parameter.grad = None
         stale = self._run(trainer.plan.step(1))
         result = {}
         for name in first.gradients:

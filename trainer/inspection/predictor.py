@@ -99,13 +99,12 @@ class Predictor:
         return probabilities.float().cpu()
 
     def _build_model(self) -> nn.Module:
-        shape = self.signature.shape
-        is_image = shape is not None and len(shape) == 3
+        shape = self.signature.shape or []
         return build_model(
             replace(self.config.model, weights=None),  # the run's own weights are loaded next
             seed=self.config.run.seed,
             num_classes=self.signature.num_classes,
-            in_channels=shape[0] if shape is not None and is_image else None,
+            in_channels=shape[0] if len(shape) == 3 else None,
         )
 
     def _load_weights(self, run: Path) -> None:

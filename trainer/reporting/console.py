@@ -34,12 +34,15 @@ class Console:
 
     def __init__(self, *, active: bool) -> None:
         self._active = active
+        # In a notebook rich would draw HTML widgets; plain lines suit its output better than a bar.
         self._rich = rich.console.Console(force_jupyter=False)
         self._on_terminal = active and sys.stdout.isatty() and self._rich.is_interactive
         self._interval = BAR_INTERVAL if self._on_terminal else LINE_INTERVAL
         self._progress: RunProgress | None = None  # of a run that has begun
         self._live: Live | None = None
-        self._next_drawing = math.inf  # when to draw the bar, or to print a progress line
+        # When to draw the bar, or to print a progress line, next. Infinity outside a run and on inactive consoles
+        # keeps `advance` at one comparison.
+        self._next_drawing = math.inf
         self._latest_row: Row = {}
         self._epochs = EpochTable()
         if active and isinstance(sys.stdout, io.TextIOWrapper):
@@ -60,6 +63,7 @@ class Console:
             return
         self._progress = RunProgress(total_steps, steps_per_epoch, first_step)
         if self._on_terminal:
+            # Without auto_refresh rich starts no thread, which would compete with the loop for the interpreter.
             self._live = Live(console=self._rich, get_renderable=self._bar, auto_refresh=False, transient=True)
             self._live.start(refresh=True)
         self._next_drawing = 0.0
@@ -79,7 +83,7 @@ class Console:
             return
         width = self._rich.width if self._on_terminal else sys.maxsize
         self._print(*self._epochs.lines(epoch, epochs, row, seconds=seconds, best=best, width=width))
-        if self._progress is not None:
+        if self._progress is not None:  # the epoch's line is news enough: no progress line right after it
             self._next_drawing = monotonic() + self._interval
 
     def note(self, text: str) -> None:

@@ -91,6 +91,7 @@ class EpochTable:
 
     def _fitting_groups(self, room: int) -> list[_Group]:
         """The metrics that fit in `room` characters."""
+        # A metric that does not fit is left out whole: half of its columns would be misread.
         groups = []
         for name, logged in self._phases.items():
             group = _Group(name, [phase for phase in PHASES if phase in logged])

@@ -71,6 +71,8 @@ class Journal:
 
     def _open_metrics(self, progress: Progress) -> None:
         """Open `metrics.jsonl` and W&B, each with the rows that the checkpoint counted."""
+        # The rows after the checkpoint go from the file, because the resumed run computes them again. They are read
+        # before, because W&B may have received them already and must not get them twice.
         path = self.directory / "metrics.jsonl"
         earlier_rows = read_rows(path) if progress.rows and path.exists() else []
         self._metrics = MetricsFile(path, keep_rows=progress.rows)
@@ -96,6 +98,7 @@ class Journal:
     def finish(self, summary: Mapping[str, Any], facts: Facts, figures: Mapping[str, Path]) -> None:
         """Write `summary.json`, show the results, and send `figures` to W&B when the journal closes."""
         self._ranks.on_main(partial(write_json, self.directory / "summary.json", dict(summary)))
+        # W&B gets the figures last of all, when the journal closes: it may take seconds, and it may fail.
         self._final_step = summary["steps"]
         self._final_figures = dict(figures)
         self.console.summary(facts)
@@ -118,7 +121,7 @@ class Journal:
             run.finish(step=step, figures=figures)
             return
         status = error.exit_status if isinstance(error, LockstepError) else 1
-        alert = not isinstance(error, Stopped)
+        alert = not isinstance(error, Stopped)  # a stop by signal is intended
         run.finish(status=status, failure=failure_reason(error), alert=alert, step=step, figures=figures)
 
     # ---------------------------------------------------------------- while the run goes on
@@ -149,6 +152,7 @@ class Journal:
         now = monotonic()
         seconds = now - self._epoch_start
         self._epoch_start = now
+        # The console shows `train/epoch_loss`, the mean of the epoch, in its column `train/loss`.
         columns = {name.replace("train/epoch_", "train/"): value for name, value in row.items()}
         self.console.epoch(int(row["epoch"]), self._config.train.epochs, columns, seconds, is_best)
 

@@ -18,6 +18,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, keep_rows: int = 0) -> None:
+        # A crash may have left half a line, and rows after the checkpoint; both go.
         lines = _complete_lines(path)[:keep_rows] if path.exists() else []
         write_text(path, "".join(lines))
         self.rows = len(lines)
@@ -26,7 +27,7 @@ class MetricsFile:
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a row, its keys in their order. Floats read back exactly, NaN and infinities included."""
         self._file.write(json.dumps(dict(row)) + "\n")
-        self._file.flush()
+        self._file.flush()  # to the operating system, so that a killed process loses no row
         self.rows += 1
 
     def close(self) -> None:

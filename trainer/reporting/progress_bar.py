@@ -78,6 +78,7 @@ class RunProgress:
         several times too long after each evaluation and too short before it.
         """
         now = monotonic()
+        # Rounded down: 100 % means done.
         percent = math.floor(100 * self._fraction)
         eta = ABSENT
         if self._pace_start is not None and self._step > self._pace_start[1]:

@@ -70,6 +70,8 @@ def save_state(directory: Path, name: str, state: Mapping[Any, Any]) -> None:
     """
     check_name(name)
     encoder = _Encoder(name)
+    if not isinstance(state, Mapping):
+        raise encoder.unsupported("", _kind(state), "dicts: what `state_dict()` returns")
     tree = encoder.encode(state, "")
     write_tensors(directory / f"{name}.safetensors", encoder.tensors)
     (directory / f"{name}.json").write_text(json.dumps(tree))
@@ -108,7 +110,7 @@ class _Encoder:
             return {TUPLE: self._encode_sequence(value, path)}
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        raise self._unsupported(path, f"a {type(value).__module__}.{type(value).__qualname__}")
+        raise self.unsupported(path, _kind(value))
 
     def _encode_sequence(self, values: list[Any] | tuple[Any, ...], path: str) -> list[Any]:
         return [self.encode(value, _join(path, index)) for index, value in enumerate(values)]
@@ -117,7 +119,7 @@ class _Encoder:
         items = []
         for key, value in mapping.items():
             if not isinstance(key, str | int):
-                raise self._unsupported(path, f"a dict with the key {key!r}, which is neither text nor a whole number")
+                raise self.unsupported(path, f"a dict with the key {key!r}, which is neither text nor a whole number")
             items.append([key, self.encode(value, _join(path, key))])
         if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
             return dict(items)
@@ -126,7 +128,7 @@ class _Encoder:
     def _add_tensor(self, tensor: Tensor, path: str) -> str:
         if tensor.layout != torch.strided or tensor.dtype not in DTYPES or tensor.is_meta:
             kind = f"a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
-            raise self._unsupported(path, kind, "dense tensors of the usual dtypes")
+            raise self.unsupported(path, kind, "dense tensors of the usual dtypes")
         key = path
         while key in self.tensors or key == RESERVED_TENSOR:  # {"a.b": x, "a": {"b": y}} has one path twice
             key += "'"
@@ -134,11 +136,16 @@ class _Encoder:
         self.tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
         return key
 
-    def _unsupported(self, path: str, kind: str, allowed: str = ALLOWED) -> LockstepError:
+    def unsupported(self, path: str, kind: str, allowed: str = ALLOWED) -> LockstepError:
         where = f'"{path}" is' if path else "it is"
         return LockstepError(
             f'the state of "{self.name}" cannot be saved: {where} {kind}; a checkpoint holds {allowed}'
         )
+
+
+def _kind(value: object) -> str:
+    kind = type(value)
+    return f"a {kind.__module__}.{kind.__qualname__}"
 
 
 def _join(path: str, key: str | int) -> str:

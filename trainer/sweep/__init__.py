@@ -1,1 +1,1 @@
-"""Sweeps: W&B's own YAML, checked before the first trial, and run here without a server."""
+"""Sweeps in W&B's YAML: checked before the first trial, and run on this machine without a server."""

@@ -1,4 +1,4 @@
-"""What would make trials fail one by one, found before the first: a wrong key, value, component argument or metric."""
+"""Finds what would make trials fail one by one, before the first: a wrong key, value, component argument or metric."""
 
 from __future__ import annotations
 
@@ -6,59 +6,68 @@ import math
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from trainer.config.fields import show
 from trainer.config.load import load
 from trainer.config.schema import Config
 from trainer.core.metrics import TIMINGS
 from trainer.errors import ConfigError, DataError, nearest
-from trainer.sweep.description import Sweep
+from trainer.sweep.description import Sweep, format_overrides
 from trainer.sweep.space import Values
 
 ROW_VALUES = ("lr", "grad_norm", *TIMINGS)
-OWN = ("run.dir", "run.name", "run.resume")  # which the sweep sets
-STEPS_PER_EPOCH = 1000  # of a schedule that is built to see whether it takes its arguments
+SWEEP_KEYS = ("run.dir", "run.name", "run.resume")  # which the sweep sets for each trial
+STEPS_PER_EPOCH = 1000  # any number: a schedule is built only to see whether it takes its arguments
 
 
 def check(sweep: Sweep, overrides: list[str]) -> Config:
-    """Raise a `ConfigError` for what no trial, or not every trial, could take; returns the trials' common config.
+    """Raise a `ConfigError` for what not every trial could take; returns the config that the trials share.
 
-    Each parameter is tried at its every choice, or at its ends, with the others at their first.
+    Each parameter is tried at all its choices, or at its ends, with the others at their first value. All
+    combinations could be thousands.
     """
     if not Path(sweep.program).is_file():
         raise ConfigError("program", f"there is no {sweep.program} here; start where it is ({sweep.file})")
     for parameter in sweep.parameters:
-        if parameter.name in OWN:
+        if parameter.name in SWEEP_KEYS:
             raise ConfigError(
-                f"parameters.{parameter.name}", f"every trial has its own, given by the sweep ({sweep.file})"
+                f"parameters.{parameter.name}", f"every trial has its own, set by the sweep ({sweep.file})"
             )
     path, shared = sweep.base()
+    # Without any trial's values: the overrides that all share must be right by themselves.
     base = load(path, [*shared, *overrides])
-    first = {parameter.name: parameter.extremes()[0] for parameter in sweep.parameters}
-    tried: list[Values] = [first]
-    for parameter in sweep.parameters:
-        tried += [{**first, parameter.name: value} for value in parameter.extremes()[1:]]
-    swept = {parameter.name.partition(".")[0] for parameter in sweep.parameters}
-    for values in tried:
-        written = [f"{name}={show(value)}" for name, value in values.items()]
+    config = base
+    for values in _list_samples(sweep):
+        arguments = format_overrides(values)
         try:
-            config = load(path, [*shared, *overrides, *written])
-            _try_components(config, swept)
+            config = load(path, [*shared, *overrides, *arguments])
+            _try_components(config, {name.partition(".")[0] for name in values})
         except ConfigError as error:
+            # The trial's values come from the sweep's file, not from the command line that starts it.
             message = error.message.removesuffix(" (the command line)")
-            raise ConfigError(error.key, f"{message} ({sweep.file}, a trial with {' '.join(written)})") from None
+            raise ConfigError(error.key, f"{message} ({sweep.file}, a trial with {' '.join(arguments)})") from None
     _check_metric(sweep, config)
     return base
 
 
-def _try_components(config: Config, swept: set[str]) -> None:
+def _list_samples(sweep: Sweep) -> list[Values]:
+    """The first value of every parameter, then each other value of one parameter beside the first of the others."""
+    first = {parameter.name: parameter.list_extremes()[0] for parameter in sweep.parameters}
+    samples = [first]
+    for parameter in sweep.parameters:
+        for value in parameter.list_extremes()[1:]:
+            samples.append({**first, parameter.name: value})
+    return samples
+
+
+def _try_components(config: Config, sections: set[str]) -> None:
     """Build what is cheap to build of the sections that the sweep changes."""
     from torch import nn
 
-    if "optimizer" in swept:
+    if "optimizer" in sections:
         from trainer.components.optimizer import build_optimizer
 
+        # With BatchNorm, because settings such as weight decay may split its parameters off.
         build_optimizer(config.optimizer, nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)))
-    if "schedule" in swept:
+    if "schedule" in sections:
         from trainer.components.schedule import build_schedule
 
         build_schedule(
@@ -68,40 +77,42 @@ def _try_components(config: Config, swept: set[str]) -> None:
             history=[],
             mode=config.best.mode,
         )
-    if "loss" in swept:
-        _metrics(config)
-    if "model" in swept:
+    if "loss" in sections:
+        _list_metrics(config)
+    if "model" in sections:
         from trainer.components.models import build_model
 
         build_model(config.model, seed=0, num_classes=config.model.num_classes or 10, in_channels=3)
-    if "data" in swept:
+    if "data" in sections:
         from trainer.data.datasets import build_datasets
 
-        with suppress(DataError):  # its files may lie on the trials' machine alone
+        with suppress(DataError):  # the files may be on the trials' machine alone
             build_datasets(config.data, nullcontext)
 
 
-def _metrics(config: Config) -> list[str]:
+def _list_metrics(config: Config) -> list[str]:
     from trainer.components.task import build_task
 
     return ["loss", *build_task(config.loss, config.model.num_classes).metrics]
 
 
 def _check_metric(sweep: Sweep, config: Config) -> None:
-    names = _metrics(config)
-    known = [f"{phase}{name}" for phase in ("val/", "train/", "train/epoch_") for name in names]
-    known.append(f"best/{config.best.metric}")
-    if sweep.metric not in [*known, *ROW_VALUES]:
+    """Refuse a metric that no run logs, and early stopping at a rung that no run reaches."""
+    names = _list_metrics(config)
+    logged = [f"{phase}{name}" for phase in ("val/", "train/", "train/epoch_") for name in names]
+    logged.append(f"best/{config.best.metric}")
+    if sweep.metric not in [*logged, *ROW_VALUES]:
+        suggestion = nearest(sweep.metric, logged)
         raise ConfigError(
             "metric.name",
-            f'"{sweep.metric}" is not logged{nearest(sweep.metric, known)}; a run logs {", ".join(known)} '
-            f"({sweep.file})",
+            f'"{sweep.metric}" is not logged{suggestion}; a run logs {", ".join(logged)} ({sweep.file})',
         )
-    least = sweep.hyperband.least if sweep.hyperband else 0
+    if sweep.hyperband is None or not sweep.metric.startswith("val/"):
+        return
     evaluations = math.ceil(config.train.epochs / config.train.evaluate_every)
-    if sweep.metric.startswith("val/") and least > evaluations:
+    if sweep.hyperband.min_iter > evaluations:
         raise ConfigError(
             "early_terminate.min_iter",
-            f"a trial logs {sweep.metric} {evaluations} times, never the {least} times before it may be stopped "
-            f"({sweep.file})",
+            f"a trial logs {sweep.metric} {evaluations} times, never the {sweep.hyperband.min_iter} times before it "
+            f"may be stopped ({sweep.file})",
         )

@@ -1,4 +1,4 @@
-"""One trial as processes of their own: started, followed by its files, stopped; why it failed."""
+"""One trial as processes of their own: how it starts, stops and is followed by its files, and why it failed."""
 
 from __future__ import annotations
 
@@ -6,114 +6,119 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 from trainer.config.fields import show
-from trainer.process.parent import end_with_parent, process_status
+from trainer.process.parent import end_with_parent
 from trainer.reporting.jsonl import read_rows
 from trainer.sweep.description import Sweep
-from trainer.sweep.store import Trial
+from trainer.sweep.study import Trial
 
-PATIENCE = 60.0  # seconds from a SIGTERM to a SIGKILL
+KILL_AFTER = 60.0  # seconds from a SIGTERM to a SIGKILL
 EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b.*")
-LAUNCHERS_OWN = ("torch.distributed.elastic", "subprocess.CalledProcessError")  # said after what a rank has said
+# Launchers raise these because a rank has failed, and print them after the rank's own error.
+LAUNCHER_ERRORS = ("torch.distributed.elastic", "subprocess.CalledProcessError")
 
 
-class Process:
-    """A running trial. `directory` is its run's."""
+class TrialProcess:
+    """A running trial. `directory` is its run's; the output goes to a log beside it.
+
+    `devices` is the trial's CUDA_VISIBLE_DEVICES; None leaves it as it is.
+    """
 
     def __init__(self, sweep: Sweep, trial: Trial, directory: Path, shared: list[str], devices: str | None) -> None:
         self.trial = trial
         self.directory = directory
-        self.stopping = False
-        self._log = log_path(directory)
+        self.is_stopping = False
+        self._log = directory.with_name(f"{directory.name}.log")
         self._metric = sweep.metric
-        self._began = time.monotonic()
-        self._before = trial.seconds
-        self._size = -1
-        self._kill_at = 0.0
-        own = [f"run.dir={show(str(directory.parent))}", f"run.name={show(directory.name)}", "run.resume=auto"]
+        self._start = time.monotonic()
+        self._earlier_seconds = trial.seconds
+        self._file_size = 0
+        self._kill_time: float | None = None
+        run = [f"run.dir={show(str(directory.parent))}", f"run.name={show(directory.name)}", "run.resume=auto"]
+        # By this variable a run knows that it must end with its parent.
         environment = {**os.environ, "LOCKSTEP_SWEEP": sweep.name}
         if devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = devices
+        # Appended to, because an interrupted trial resumes with the same log.
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                sweep.trial_command(shared, trial.values, own),
+                sweep.trial_command(shared, trial.values, run),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for the sweep to pass on
-                preexec_fn=end_with_parent,  # noqa: PLW1509 - a sweep has no threads
+                start_new_session=True,  # so that a Ctrl-C reaches the sweep alone, which passes it on
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - safe: a sweep has no threads
             )
 
     def follow(self) -> None:
         """Read what the trial has logged."""
-        self.trial.seconds = self._before + time.monotonic() - self._began
+        self.trial.seconds = self._earlier_seconds + time.monotonic() - self._start
         rows = self.directory / "metrics.jsonl"
-        size = rows.stat().st_size if rows.exists() else -1
-        if size != self._size:
-            self._size = size
+        # A file of the same size has no new row, and reading a long one four times a second would cost too much.
+        size = rows.stat().st_size if rows.exists() else 0
+        if size != self._file_size:
+            self._file_size = size
             self.trial.curve = read_curve(self.directory, self._metric)
 
     def stop(self) -> None:
-        """Ask the trial to end at its next step; `status` sees to it that it does."""
-        if not self.stopping:
-            self.stopping, self._kill_at = True, time.monotonic() + PATIENCE
+        """Ask the trial to end at its next step. `poll` kills it if it does not."""
+        if not self.is_stopping:
+            self.is_stopping = True
+            self._kill_time = time.monotonic() + KILL_AFTER
             self._process.terminate()
 
-    def status(self) -> int | None:
-        """The exit status; None while anything of the trial runs: a launcher may end before what it started."""
-        status, now = self._process.poll(), time.monotonic()
-        if status is not None:
-            if not _group_lives(self._process.pid):
-                return status
-            self._kill_at = self._kill_at or now + PATIENCE
-        if self._kill_at and now > self._kill_at:
+    def poll(self) -> int | None:
+        """The exit status; None while any process of the trial runs, since a launcher may end before its ranks."""
+        status = self._process.poll()
+        if status is not None and not _group_runs(self._process.pid):
+            return status
+        if status is not None and self._kill_time is None:
+            self._kill_time = time.monotonic() + KILL_AFTER
+        if self._kill_time is not None and time.monotonic() > self._kill_time:
             os.killpg(self._process.pid, signal.SIGKILL)
         return None
 
-    def failure(self, status: int) -> str:
-        """Why the trial failed, from what it said last."""
-        return said_last(self._log) or (
-            f"killed by signal {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        )
-
-
-def log_path(directory: Path) -> Path:
-    """Where a trial's output goes: beside its run's directory, which is the run's own."""
-    return directory.with_name(f"{directory.name}.log")
+    def describe_failure(self, status: int) -> str:
+        """Why the trial failed: its last error message, else its exit status."""
+        message = last_error(self._log)
+        if message:
+            return message
+        if status < 0:
+            return f"killed by signal {signal.Signals(-status).name}"
+        return f"ended with status {status}"
 
 
 def read_curve(directory: Path, metric: str) -> list[float]:
     """All values of the metric that a run has logged."""
     path = directory / "metrics.jsonl"
-    return [row[metric] for row in read_rows(path) if metric in row] if path.exists() else []
+    if not path.exists():
+        return []
+    return [row[metric] for row in read_rows(path) if metric in row]
 
 
-def said_last(log: Path) -> str:
-    """The run's own error message in its output, else the last exception that is not a launcher's."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    raised = [line for line in lines if EXCEPTION.match(line) and not line.startswith(LAUNCHERS_OWN)]
-    return (told or raised or [""])[-1]
+def last_error(log: Path) -> str:
+    """The run's own error message in its output, else the last exception that is not a launcher's, else nothing."""
+    message = exception = ""
+    for text in log.read_text(errors="replace").splitlines():
+        line = text.strip()
+        if line.startswith("error: "):
+            message = line.removeprefix("error: ")
+        elif EXCEPTION.match(line) and not line.startswith(LAUNCHER_ERRORS):
+            exception = line
+    return message or exception
 
 
-def _group_lives(group: int) -> bool:
-    """Whether a process of the group runs. One that has ended, and nobody waited for, does not."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return sys.platform != "linux" or any(_group_of(int(entry.name)) == group for entry in Path("/proc").glob("[0-9]*"))
-
-
-def _group_of(process: int) -> int:
-    """The group of a process; 0 where it has ended."""
-    try:
-        state, _, group = process_status(process)
-    except OSError:
-        return 0
-    return 0 if state in "ZX" else group
+def _group_runs(group: int) -> bool:
+    """True if a process of the group runs. A zombie, which has ended but was not waited for, does not."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # it has ended meanwhile
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False

@@ -14,201 +14,222 @@ from trainer.exact.seeding import numpy_generator
 
 Values = dict[str, Any]  # one trial's value of each parameter, by dotted name
 
-BOUNDS = {  # what each distribution over numbers needs; with q_ before it, values are rounded to multiples of q
+# What each distribution takes. With q_ before its name, values are rounded to multiples of q.
+DISTRIBUTIONS = {
+    "constant": ("value",),
+    "categorical": ("values", "probabilities"),
+    "categorical_w_probabilities": ("values", "probabilities"),
+    "int_uniform": ("min", "max"),
     "uniform": ("min", "max"),
     "log_uniform": ("min", "max"),  # exponents of e
     "log_uniform_values": ("min", "max"),
     "normal": ("mu", "sigma"),
     "log_normal": ("mu", "sigma"),
+    "q_uniform": ("min", "max", "q"),
+    "q_log_uniform": ("min", "max", "q"),
+    "q_log_uniform_values": ("min", "max", "q"),
+    "q_normal": ("mu", "sigma", "q"),
+    "q_log_normal": ("mu", "sigma", "q"),
 }
-ROUNDED = ("q_uniform", "q_log_uniform", "q_log_uniform_values", "q_normal", "q_log_normal")
-CHOICES = {  # the distributions over given values, and what each takes
-    "constant": ("value",),
-    "categorical": ("values", "probabilities"),
-    "categorical_w_probabilities": ("values", "probabilities"),
-}
-DISTRIBUTIONS = (*CHOICES, "int_uniform", *BOUNDS, *ROUNDED)
-KEYS = ("value", "values", "probabilities", "distribution", "min", "max", "mu", "sigma", "a", "b", "q")
+OPTIONAL = ("probabilities", "q")
+KEYS = ("value", "values", "probabilities", "distribution", "min", "max", "mu", "sigma", "q")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter. `choices` where it has a list of values, else `a` and `b`: bounds, or mean and deviation."""
+    """One parameter: a list of `choices`, or a `law` over numbers whose two `bounds` are W&B's min and max.
+
+    Of a normal law, `bounds` are the mean and the deviation, of a log-normal one those of the logarithm.
+    """
 
     name: str
-    distribution: str
+    law: str
     choices: tuple[Any, ...] = ()
     probabilities: tuple[float, ...] | None = None
-    a: float = 0.0
-    b: float = 1.0
+    bounds: tuple[float, float] = (0.0, 0.0)
     q: float | None = None
 
     @property
-    def base(self) -> str:
-        return self.distribution.removeprefix("q_")
-
-    @property
-    def span(self) -> tuple[float, float]:
-        """Least and greatest value; of a normal distribution, three deviations off the mean."""
-        low, high = (self.a, self.b) if "normal" not in self.base else (self.a - 3 * self.b, self.a + 3 * self.b)
-        return (math.exp(low), math.exp(high)) if self.base in ("log_uniform", "log_normal") else (low, high)
+    def range(self) -> tuple[float, float]:
+        """Least and greatest value. A normal law has none; three deviations around its mean stand in."""
+        if "normal" not in self.law:
+            return self.bounds
+        mean, deviation = self.bounds
+        low, high = mean - 3 * deviation, mean + 3 * deviation
+        return (math.exp(low), math.exp(high)) if self.law == "log_normal" else (low, high)
 
     def draw(self, seed: int, trial: int) -> Any:
         """The value of a trial: a function of the seed, the parameter's name and the trial's number alone."""
         generator = numpy_generator(seed, f"sweep/{self.name}", trial)
         if self.choices:
             return self.choices[int(generator.choice(len(self.choices), p=self.probabilities))]
-        if self.base == "int_uniform":
-            return int(generator.integers(int(self.a), int(self.b), endpoint=True))
-        if self.base == "log_uniform_values":
-            return self.rounded(math.exp(generator.uniform(math.log(self.a), math.log(self.b))))
-        drawn = generator.normal(self.a, self.b) if "normal" in self.base else generator.uniform(self.a, self.b)
-        return self.rounded(math.exp(drawn) if self.base in ("log_uniform", "log_normal") else drawn)
+        first, second = self.bounds
+        if self.law == "int_uniform":
+            return int(generator.integers(int(first), int(second), endpoint=True))
+        if self.law == "log_uniform":
+            return self.round(math.exp(generator.uniform(math.log(first), math.log(second))))
+        if self.law == "normal":
+            return self.round(generator.normal(first, second))
+        if self.law == "log_normal":
+            return self.round(generator.lognormal(first, second))
+        return self.round(generator.uniform(first, second))
 
-    def rounded(self, value: float) -> Any:
-        """The multiple of q nearest to a value: an integer where q is one."""
+    def round(self, number: float) -> Any:
+        """The multiple of q nearest to a number, an integer if q is one. Without q, the number."""
+        if self.law == "int_uniform":
+            return int(number)
         if self.q is None:
-            return float(value)
-        multiple = round(value / self.q) * self.q
-        return multiple if isinstance(multiple, int) else float(f"{multiple:.12g}")  # 0.3, not 0.30000000000000004
+            return float(number)
+        multiple = round(number / self.q) * self.q
+        if isinstance(multiple, int):
+            return multiple
+        return float(f"{multiple:.12g}")  # 0.3, not 0.30000000000000004
 
-    def grid(self) -> list[Any]:
-        """All values, where there are finitely many."""
+    def list_values(self) -> list[Any]:
+        """All values, for a grid. Raises `ConfigError` if there is no end of them."""
         if self.choices:
             return list(self.choices)
-        if self.distribution == "int_uniform":
-            return list(range(int(self.a), int(self.b) + 1))
-        if self.distribution == "q_uniform" and self.q is not None:
-            return [self.rounded(self.a + i * self.q) for i in range(int((self.b - self.a) / self.q + 1e-9) + 1)]
-        raise ConfigError(f"parameters.{self.name}", f"a grid needs values, and {self.distribution} has no end of them")
+        low, high = self.bounds
+        if self.law == "int_uniform":
+            return list(range(int(low), int(high) + 1))
+        if self.law == "uniform" and self.q is not None:
+            count = int((high - low) / self.q + 1e-9) + 1  # 1e-9: a quotient may fall just short of a whole number
+            return [self.round(low + i * self.q) for i in range(count)]
+        raise ConfigError(f"parameters.{self.name}", f"a grid needs values, and {self.law} has no end of them")
 
-    def extremes(self) -> list[Any]:
-        """The values that are most likely to be refused."""
-        if self.choices:
-            return list(self.choices)
-        kind = int if self.distribution == "int_uniform" else self.rounded
-        return [kind(value) for value in self.span]
+    def list_extremes(self) -> list[Any]:
+        """The values that a config is most likely to refuse."""
+        return list(self.choices) or [self.round(bound) for bound in self.range]
 
 
 def grid(parameters: list[Parameter]) -> Iterator[Values]:
     """Every combination, the last parameter changing fastest."""
     names = [parameter.name for parameter in parameters]
-    for point in itertools.product(*(parameter.grid() for parameter in parameters)):
+    for point in itertools.product(*(parameter.list_values() for parameter in parameters)):
         yield dict(zip(names, point, strict=True))
 
 
 def read_parameters(tree: Any, prefix: str = "") -> list[Parameter]:
     """The parameters of a sweep's `parameters:`, nested ones by their dotted names."""
     if not isinstance(tree, Mapping) or not tree:
-        raise ConfigError(f"parameters.{prefix}".rstrip("."), "is to name each parameter and its values")
-    found: list[Parameter] = []
+        raise ConfigError(f"parameters.{prefix}".rstrip("."), "must name each parameter and its values")
+    parameters: list[Parameter] = []
     for name, spec in tree.items():
         dotted = f"{prefix}{name}"
-        if isinstance(spec, Mapping) and "parameters" in spec:
-            _takes(f"parameters.{dotted}", spec, ("parameters",), "a section of parameters")
-            found += read_parameters(spec["parameters"], f"{dotted}.")
+        if not isinstance(spec, Mapping):
+            raise ConfigError(f"parameters.{dotted}", f"needs value, values or a distribution, and is {show(spec)}")
+        if "parameters" in spec:
+            _refuse_other_keys(f"parameters.{dotted}", spec, ("parameters",), "a section of parameters")
+            parameters += read_parameters(spec["parameters"], f"{dotted}.")
         else:
-            found.append(_read(dotted, spec))
-    return found
+            parameters.append(_read_parameter(dotted, f"parameters.{dotted}", spec))
+    return parameters
 
 
-def _read(name: str, spec: Any) -> Parameter:
-    key = f"parameters.{name}"
-    if not isinstance(spec, Mapping):
-        raise ConfigError(key, f"needs value, values or a distribution, and is {show(spec)}")
-    for unknown in set(spec) - set(KEYS):
-        raise ConfigError(f"{key}.{unknown}", f"no such key{nearest(str(unknown), KEYS)}")
-    distribution = _distribution(key, spec)
-    if distribution in CHOICES:
-        _takes(key, spec, CHOICES[distribution], distribution)
-        if distribution == "constant":
-            return Parameter(name, "constant", (_plain(key, _given(key, spec, "value")),))
-        return _categorical(name, key, spec)
-    return _bounded(name, key, spec, distribution)
+def _read_parameter(name: str, key: str, spec: Mapping[str, Any]) -> Parameter:
+    distribution = _read_distribution(key, spec)
+    keys = DISTRIBUTIONS[distribution]
+    _refuse_other_keys(key, spec, (*keys, "distribution"), f"{distribution} takes {', '.join(keys)}")
+    for required in keys:
+        if required not in spec and required not in OPTIONAL:
+            raise ConfigError(f"{key}.{required}", "is missing; give value, values, or a distribution with its bounds")
+    if distribution == "constant":
+        return Parameter(name, "constant", (_refuse_text_number(key, spec["value"]),))
+    if "values" in keys:
+        return _read_choices(name, key, spec)
+    return _read_numbers(name, key, spec, distribution)
 
 
-def _distribution(key: str, spec: Mapping[str, Any]) -> str:
-    """The distribution that is named, or that the other keys speak of."""
-    whole = all(isinstance(spec.get(bound), int) for bound in ("min", "max"))
-    bounded = "int_uniform" if whole else "uniform"
-    meant = "constant" if "value" in spec else "categorical" if "values" in spec else bounded
-    distribution = spec.get("distribution", meant)
+def _read_distribution(key: str, spec: Mapping[str, Any]) -> str:
+    """The distribution that the description names, or that its other keys imply."""
+    whole_bounds = isinstance(spec.get("min"), int) and isinstance(spec.get("max"), int)
+    default = "int_uniform" if whole_bounds else "uniform"
+    if "value" in spec:
+        default = "constant"
+    elif "values" in spec:
+        default = "categorical"
+    distribution = str(spec.get("distribution", default))
     if distribution not in DISTRIBUTIONS:
-        raise ConfigError(
-            f"{key}.distribution",
-            f"{show(distribution)} is not one of {', '.join(DISTRIBUTIONS)}{nearest(str(distribution), DISTRIBUTIONS)}",
-        )
-    if distribution == "int_uniform" and not whole:
+        suggestion = nearest(distribution, DISTRIBUTIONS)
+        raise ConfigError(f"{key}.distribution", f"{distribution} is not one of {', '.join(DISTRIBUTIONS)}{suggestion}")
+    if distribution == "int_uniform" and not whole_bounds:
         raise ConfigError(f"{key}.min", "int_uniform needs whole bounds, min and max")
-    return str(distribution)
+    return distribution
 
 
-def _bounded(name: str, key: str, spec: Mapping[str, Any], distribution: str) -> Parameter:
-    """A distribution between bounds, or around a mean."""
-    first, second = BOUNDS.get(distribution.removeprefix("q_"), ("min", "max"))
-    rounds = distribution.startswith("q_")
-    _takes(key, spec, (first, second, *(("q",) if rounds else ())), distribution)
-    a, b = (number(f"{key}.{bound}", _given(key, spec, bound)) for bound in (first, second))
-    q = number(f"{key}.q", spec.get("q", 1)) if rounds else None
-    if first == "min" and a > b:
-        raise ConfigError(f"{key}.min", f"{a} is more than max={b}")
-    if distribution.endswith("log_uniform_values") and a <= 0:
-        raise ConfigError(f"{key}.min", f"{a} has no logarithm; it must be more than 0")
-    if b <= 0 and first == "mu":
-        raise ConfigError(f"{key}.sigma", f"{b} is not more than 0")
+def _refuse_other_keys(key: str, spec: Mapping[str, Any], keys: tuple[str, ...], explanation: str) -> None:
+    """Refuse a key that is not W&B's, or that would do nothing."""
+    for other in spec:
+        if other not in (*KEYS, "parameters"):
+            raise ConfigError(f"{key}.{other}", f"no such key{nearest(str(other), KEYS)}")
+        if other not in keys:
+            raise ConfigError(f"{key}.{other}", f"does nothing here: {explanation}")
+
+
+def _read_numbers(name: str, key: str, spec: Mapping[str, Any], distribution: str) -> Parameter:
+    """A distribution over numbers, between bounds or around a mean."""
+    low_name, high_name = DISTRIBUTIONS[distribution][:2]
+    low = read_number(f"{key}.{low_name}", spec[low_name])
+    high = read_number(f"{key}.{high_name}", spec[high_name])
+    q = read_number(f"{key}.q", spec.get("q", 1)) if distribution.startswith("q_") else None
+    if low_name == "min" and low > high:
+        raise ConfigError(f"{key}.min", f"{low} is more than max={high}")
+    if high_name == "sigma" and high <= 0:
+        raise ConfigError(f"{key}.sigma", f"{high} is not more than 0")
     if q is not None and q <= 0:
         raise ConfigError(f"{key}.q", f"{q} is not more than 0")
-    parameter = Parameter(name, distribution, a=a, b=b, q=q)
+    law = distribution.removeprefix("q_")
     try:
-        parameter.extremes()
+        if law == "log_uniform":
+            low, high = math.exp(low), math.exp(high)  # from here on, both log-uniform laws are one
+        elif law == "log_uniform_values":
+            law = "log_uniform"
+        parameter = Parameter(name, law, bounds=(low, high), q=q)
+        least, _ = parameter.range
     except OverflowError:
-        raise ConfigError(key, f"{a} and {b} are exponents of e, and too large for a number") from None
+        raise ConfigError(key, "its bounds are exponents of e, and one is too large for a number") from None
+    if law.startswith("log") and least <= 0:
+        raise ConfigError(f"{key}.{low_name}", f"{least} has no logarithm; it must be more than 0")
     return parameter
 
 
-def _given(key: str, spec: Mapping[str, Any], name: str) -> Any:
-    if name not in spec:
-        raise ConfigError(f"{key}.{name}", "is missing; give value, values, or a distribution with its bounds")
-    return spec[name]
-
-
-def _takes(key: str, spec: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:
-    """Refuse a key that would do nothing."""
-    for other in spec:
-        if other not in (*names, "distribution"):
-            raise ConfigError(f"{key}.{other}", f"does nothing here: {what} takes {', '.join(names)}")
-
-
-def _categorical(name: str, key: str, spec: Mapping[str, Any]) -> Parameter:
-    values, probabilities = _given(key, spec, "values"), spec.get("probabilities")
+def _read_choices(name: str, key: str, spec: Mapping[str, Any]) -> Parameter:
+    values = spec["values"]
     if not isinstance(values, list) or not values:
         raise ConfigError(f"{key}.values", f"{show(values)} is not a list of values")
-    if probabilities is not None:
-        numbers = isinstance(probabilities, list) and all(
-            isinstance(p, int | float) and not isinstance(p, bool) and p >= 0 for p in probabilities
-        )
-        if not numbers or len(probabilities) != len(values) or not math.isclose(sum(probabilities), 1, abs_tol=1e-6):
-            raise ConfigError(f"{key}.probabilities", f"must be {len(values)} numbers that add up to 1")
-        probabilities = tuple(p / sum(probabilities) for p in probabilities)
-    return Parameter(name, "categorical", tuple(_plain(key, value) for value in values), probabilities)
+    choices = tuple(_refuse_text_number(key, value) for value in values)
+    probabilities = spec.get("probabilities")
+    if probabilities is None:
+        return Parameter(name, "categorical", choices)
+    if not isinstance(probabilities, list):
+        probabilities = [probabilities]
+    shares = [read_number(f"{key}.probabilities", share) for share in probabilities]
+    total = sum(shares)
+    if len(shares) != len(values) or min(shares) < 0 or not math.isclose(total, 1, abs_tol=1e-6):
+        raise ConfigError(f"{key}.probabilities", f"must be {len(values)} numbers that add up to 1")
+    # Divided by their sum, because NumPy allows less of an error than a YAML with six digits has.
+    return Parameter(name, "categorical", choices, tuple(share / total for share in shares))
 
 
-def number(key: str, value: Any) -> float:
-    """A finite number, or a `ConfigError`."""
+def read_number(key: str, value: Any) -> float:
+    """A finite number. Raises `ConfigError` for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return value
-    _plain(key, value)
-    raise ConfigError(key, f"{show(value)} is not a number" if value is not None else "is missing")
+    if value is None:
+        raise ConfigError(key, "is missing")
+    raise ConfigError(key, f"{show(_refuse_text_number(key, value))} is not a number")
 
 
-def _plain(key: str, value: Any) -> Any:
-    """A value, unless it is a number that YAML reads as text."""
-    if isinstance(value, str) and "e" in value.lower():
-        try:
-            number = float(value)
-        except ValueError:
-            return value
-        mantissa, _, exponent = value.lower().partition("e")
-        written = f"{mantissa if '.' in mantissa else f'{mantissa}.0'}e{int(exponent):+d}"
-        raise ConfigError(key, f"YAML reads {value} as text, not as the number {number}; write {written}")
-    return value
+def _refuse_text_number(key: str, value: Any) -> Any:
+    """The value. Raises `ConfigError` for a number that YAML reads as text, such as 1e-4."""
+    if not isinstance(value, str) or "e" not in value.lower():
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    mantissa, _, exponent = value.lower().partition("e")
+    if "." not in mantissa:
+        mantissa += ".0"
+    yaml_number = f"{mantissa}e{int(exponent):+d}"
+    raise ConfigError(key, f"YAML reads {value} as text, not as the number {number}; write {yaml_number}")

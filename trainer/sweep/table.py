@@ -1,7 +1,8 @@
-"""The trials of a sweep as a table: live on a terminal, a line for each that ends elsewhere."""
+"""The trials of a sweep as a table: live on a terminal, a line for each start and end elsewhere."""
 
 from __future__ import annotations
 
+import math
 import sys
 
 from rich.console import Console
@@ -11,21 +12,28 @@ from rich.text import Text
 
 from trainer.config.fields import show
 from trainer.sweep.description import Sweep
-from trainer.sweep.store import Trial
+from trainer.sweep.study import State, Trial
 
-MOST_ROWS = 20
-STYLES = {"done": "green", "stopped": "yellow", "failed": "bold red", "running": "cyan", "interrupted": "dim"}
+MAX_ROWS = 20
+STYLES: dict[State, str] = {
+    "done": "green",
+    "stopped": "yellow",
+    "failed": "bold red",
+    "running": "cyan",
+    "interrupted": "dim",
+}
 
 
 class LiveTable:
-    """Shows trials while they run; drawn by its caller, no thread of its own."""
+    """Shows trials while they run. It has no thread: its caller says when to draw."""
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._console = Console(force_jupyter=False)
-        on_terminal = sys.stdout.isatty() and self._console.is_interactive
-        self._live = Live(console=self._console, auto_refresh=False, transient=True) if on_terminal else None
-        self._told: dict[int, str] = {}
+        self._live: Live | None = None
+        if sys.stdout.isatty() and self._console.is_interactive:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._printed_states: dict[int, State] = {}
 
     def __enter__(self) -> LiveTable:
         if self._live is not None:
@@ -38,60 +46,74 @@ class LiveTable:
 
     def show(self, trials: list[Trial]) -> None:
         if self._live is not None:
-            running = [trial for trial in trials if trial.state == "running"]
-            rows = [*running, *ranked(self._sweep, [trial for trial in trials if trial.state != "running"])]
-            self._live.update(table(self._sweep, rows[: min(MOST_ROWS, self._console.height - 6)]), refresh=True)
+            rows = [trial for trial in trials if trial.state == "running"]
+            rows += sort_trials(self._sweep, [trial for trial in trials if trial.state != "running"])
+            height = min(MAX_ROWS, self._console.height - 6)
+            self._live.update(build_table(self._sweep, rows[:height]), refresh=True)
             return
         for trial in trials:
-            if self._told.get(trial.number) != trial.state:
-                self._told[trial.number] = trial.state
-                print(line(self._sweep, trial), flush=True)
+            if self._printed_states.get(trial.number) != trial.state:
+                self._printed_states[trial.number] = trial.state
+                print(format_line(self._sweep, trial), flush=True)
 
 
-def ranked(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
+def sort_trials(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
     """The trials, best first; those without a value last."""
     sign = -1 if sweep.goal == "maximize" else 1
-    return sorted(trials, key=lambda trial: (trial.value is None, sign * (trial.value or 0.0), trial.number))
+
+    def position(trial: Trial) -> float:
+        return math.inf if trial.value is None else sign * trial.value
+
+    return sorted(trials, key=position)
 
 
-def table(sweep: Sweep, trials: list[Trial]) -> Table:
-    """One row for each trial. On a narrow terminal the reasons give way, not the numbers."""
-    names = varying(sweep)
-    headings = ["trial", "state", sweep.metric, *names, "time"]
-    rows = [
-        [str(t.number), t.state, shown(t), *(show_value(t.values[name]) for name in names), f"{t.seconds:.0f} s"]
-        for t in trials
-    ]
-    grid = Table(box=None, expand=True, pad_edge=False, header_style="dim", padding=(0, 1))
-    for place, heading in enumerate(headings):
-        width = max(len(cells[place]) for cells in [headings, *rows])
-        grid.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True, min_width=width)
-    grid.add_column("", overflow="ellipsis", no_wrap=True, ratio=1)  # what is left of the width
-    for trial, cells in zip(trials, rows, strict=True):
-        styled = [Text(cell, STYLES[trial.state] if place == 1 else "") for place, cell in enumerate(cells)]
-        grid.add_row(*styled, Text(trial.reason))
-    return grid
+def build_table(sweep: Sweep, trials: list[Trial]) -> Table:
+    """One row for each trial. On a narrow terminal the reasons are cut, not the numbers."""
+    rows = [list_cells(sweep, trial) for trial in trials]
+    table = Table(box=None, expand=True, pad_edge=False, header_style="dim", padding=(0, 1))
+    for heading, *cells in zip(list_headings(sweep), *rows, strict=True):
+        width = max(map(len, [heading, *cells]))  # or rich would cut numbers where the terminal is narrow
+        table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True, min_width=width)
+    table.add_column("", overflow="ellipsis", no_wrap=True, ratio=1)  # the reason: what is left of the width
+    for trial, row in zip(trials, rows, strict=True):
+        number, state, *numbers, reason = map(Text, [*row, trial.reason])  # as text, not as rich's markup
+        state.stylize(STYLES[trial.state])
+        table.add_row(number, state, *numbers, reason)
+    return table
 
 
-def line(sweep: Sweep, trial: Trial) -> str:
-    values = " ".join(f"{name}={show_value(trial.values[name])}" for name in varying(sweep))
+def list_headings(sweep: Sweep) -> list[str]:
+    return ["trial", "state", sweep.metric, *list_varying(sweep), "time"]
+
+
+def list_cells(sweep: Sweep, trial: Trial) -> list[str]:
+    """A trial's cells, in the order of the headings."""
+    values = [format_value(trial.values[name]) for name in list_varying(sweep)]
+    return [str(trial.number), trial.state, format_metric(trial), *values, f"{trial.seconds:.0f} s"]
+
+
+def format_line(sweep: Sweep, trial: Trial) -> str:
+    """What is printed as a trial changes its state."""
     if trial.state == "running":
-        return f"trial {trial.number}  {values}"
-    reason = f"  {trial.reason}" if trial.reason else ""
-    return f"trial {trial.number}  {trial.state}  {sweep.metric} {shown(trial)}  {trial.seconds:.0f} s{reason}"
+        values = [f"{name}={format_value(trial.values[name])}" for name in list_varying(sweep)]
+        return f"trial {trial.number}  {' '.join(values)}"
+    line = f"trial {trial.number}  {trial.state}  {sweep.metric} {format_metric(trial)}  {trial.seconds:.0f} s"
+    return f"{line}  {trial.reason}" if trial.reason else line
 
 
-def varying(sweep: Sweep) -> list[str]:
-    """The parameters that have more than one value."""
+def list_varying(sweep: Sweep) -> list[str]:
+    """The names of the parameters that have more than one value."""
     return [parameter.name for parameter in sweep.parameters if len(parameter.choices) != 1]
 
 
-def shown(trial: Trial) -> str:
+def format_metric(trial: Trial) -> str:
     """A trial's value, or the last one that a running trial logged."""
-    value = trial.value if trial.value is not None else (trial.curve[-1] if trial.curve else None)
+    value = trial.value
+    if value is None and trial.curve:
+        value = trial.curve[-1]
     return "–" if value is None else f"{value:.4g}"
 
 
-def show_value(value: object) -> str:
+def format_value(value: object) -> str:
     """A parameter's value in few characters."""
     return f"{value:.4g}" if isinstance(value, float) else show(value)

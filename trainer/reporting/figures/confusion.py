@@ -58,6 +58,7 @@ def class_table(decisions: Sequence[Decision], counts: Counts, names: Sequence[s
     true, predicted = _columns(decisions)
     scores = precision_recall_fscore_support(true, predicted, labels=range(len(names)), zero_division=0)
     precision, recall, f1, support = scores
+    # The largest count off the diagonal; 0 where a class is never mistaken.
     mistakes = counts.copy()
     np.fill_diagonal(mistakes, 0)
     confused_with = mistakes.argmax(axis=1)
@@ -86,6 +87,7 @@ def draw_confusion_matrix(counts: Counts, classes: Sequence[str], path: Path) ->
 
     size = len(counts)
     side = min(max(2.6, CELL * size), 8.4)
+    # Shares of a row, because classes may differ in size; a class without samples has a row of zeros.
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure = new_figure(side + 2.2, side + 1.4)
     axes = figure.subplots()

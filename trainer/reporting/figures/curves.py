@@ -49,7 +49,7 @@ def draw_curves(rows: Rows, path: Path) -> None:
         _add_legend(axes)
     _plot(rate_panel, rows, "lr", color=GREY, linewidth=1.4)
     _style_panel(rate_panel, "learning rate")
-    rate_panel.set_ylim(bottom=0)
+    rate_panel.set_ylim(bottom=0)  # a constant rate would otherwise fill a tiny range around itself
     _style_step_axis(rate_panel)
     write(figure, path)
 
@@ -73,6 +73,7 @@ def _plot(axes: Axes, rows: Rows, key: str, **style: Any) -> None:
     finite = np.isfinite(values)
     if not finite.any():
         return
+    # A line connects two finite neighbours, so a value without any would be invisible.
     padded = np.pad(finite, 1)
     isolated = finite & ~padded[:-2] & ~padded[2:]
     if isolated.any():

@@ -37,6 +37,7 @@ def draw(run: Run, directory: Path, *, has_best: bool) -> dict[str, Path]:
         draw_curves(read_rows(directory / "metrics.jsonl"), paths["curves"])
     if run.evaluator is None or not has_best:
         return paths
+    # The best model is loaded into the run's own module, so the last state must come back afterwards.
     last = checkpoint.snapshot(run.module)
     run.load_best()
     decisions = run.evaluator.decisions()
@@ -62,6 +63,7 @@ def draw_batch(run: Run, directory: Path) -> dict[str, Path]:
 
 def split_by_correctness(decisions: Sequence[Decision]) -> tuple[list[Decision], list[Decision]]:
     """The wrong decisions, the most confident first, and the right ones, the least confident first."""
+    # Ties are ordered by sample, so that any number of processes draws the same pictures.
     by_confidence = sorted(decisions, key=lambda decision: (decision.confidence, -decision.sample_id))
     right = [decision for decision in by_confidence if decision.predicted == decision.true]
     wrong = [decision for decision in by_confidence if decision.predicted != decision.true]
@@ -94,6 +96,7 @@ def _draw_samples(run: Run, decisions: list[Decision], folder: Path) -> dict[str
     paths = {"predictions": folder / "predictions.png"}
     groups = [_prediction_group(run, heading, samples) for heading, samples in sections if samples]
     draw_predictions(groups, paths["predictions"])
+    # On the inputs as the model sees them; the pictures show them before normalisation.
     maps = compute_saliency(run.task, run.module, inputs)
     if maps is not None:
         paths["saliency"] = folder / "saliency.png"

@@ -69,8 +69,10 @@ def draw_saliency(group: PredictionGroup, maps: Tensor, path: Path) -> None:
     if pictures.ndim == 3:
         pictures = np.repeat(pictures[..., None], 3, axis=-1)
     saliency = _to_array(maps)
+    # A muted grey leaves the bright end of the scale to the map; the root makes weak regions visible, too.
     grey = 0.2 + 0.6 * pictures.mean(axis=-1, keepdims=True)
     opacity = 0.85 * np.sqrt(saliency)[..., None]
+    # From 0.25 on: the colours below it are nearly black, as if the image were dark there.
     heat = colormaps["inferno"](0.25 + 0.65 * saliency)[..., :3]
     overlaid = (1 - opacity) * grey + opacity * heat
     count, height, width, _ = pictures.shape
@@ -108,7 +110,8 @@ def _draw_grid(blocks: Sequence[_Block], path: Path, *, columns: int, cell: floa
     """Draw each picture in a square of `cell` inches below its centred title, one block below the other."""
     width = columns * (cell + GAP) + GAP
     height = GAP
-    figure = new_figure(width, 1)
+    # One pair of axes, in inches, holds all pictures and titles: each is placed exactly, whatever its size.
+    figure = new_figure(width, 1)  # the height is known once all blocks are drawn
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -130,7 +133,7 @@ def _draw_block(axes: Axes, block: _Block, start: float, columns: int, cell: flo
     width = cell * min(1, pixels_wide / pixels_high)
     height = cell * min(1, pixels_high / pixels_wide)
     title_lines = max(title.count("\n") + 1 for title in block.titles)
-    title_height = title_lines * 1.4 * SMALL / 72
+    title_height = title_lines * 1.4 * SMALL / 72  # points to inches, with the space between lines
     row_height = title_height + height + GAP
     for i, picture in enumerate(block.pictures):
         row, column = divmod(i, columns)

@@ -34,6 +34,7 @@ def compute_saliency(task: Task, model: nn.Module, images: Tensor) -> Tensor | N
             probabilities = task.probabilities(output)
             if probabilities is None or not isinstance(output, Tensor) or output.shape != probabilities.shape:
                 return None
+            # Samples do not influence each other in evaluation mode, so the gradient of the sum has that of each.
             score = output.gather(1, probabilities.argmax(1, keepdim=True)).sum()
             last_features = features[1:][-1:]
             input_gradient, *feature_gradients = torch.autograd.grad(score, [inputs, *last_features])
@@ -49,6 +50,7 @@ def compute_saliency(task: Task, model: nn.Module, images: Tensor) -> Tensor | N
     for activation, gradient in zip(last_features, feature_gradients, strict=True):
         channel_weights = gradient.mean((2, 3), keepdim=True)
         cam = _scale((channel_weights * activation.detach()).sum(1).relu(), size)
+        # A map of zeros says that no feature map speaks for the class.
         maps = torch.where(cam.amax((1, 2), keepdim=True) > 0, cam, maps)
     return maps
 

@@ -48,6 +48,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def write(figure: Figure, path: Path, *, cropped: bool = False) -> None:
     """Write a figure as PNG, completely or not at all; `cropped` removes its empty margins."""
+    # savefig writes in pieces: a full disk must not destroy the figure of an earlier session.
     partial = path.with_name(f".{path.stem}.partial.png")
     try:
         figure.savefig(partial, bbox_inches="tight" if cropped else None)

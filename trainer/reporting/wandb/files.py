@@ -6,15 +6,19 @@ import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
 from trainer.config.secrets import redacted
 
-if TYPE_CHECKING:
-    from trainer.reporting.wandb.histograms import Histogram
+
+class Histogram(NamedTuple):
+    """The `counts` of a histogram's bins, and their `edges`, one more than bins."""
+
+    counts: list[float]
+    edges: list[float]
 
 
 def best_model_artifact(directory: Path, run_id: str) -> tuple[Any, list[str]] | None:
@@ -29,9 +33,11 @@ def best_model_artifact(directory: Path, run_id: str) -> tuple[Any, list[str]] |
         return None
     row = json.loads((best / "metrics.json").read_text())
     config = redacted(yaml.safe_load((best / "config.yaml").read_text()))
+    # The run's own file keeps references to the environment; what leaves the machine is redacted as well.
     redacted_config = directory / "wandb" / "best_config.yaml"
     redacted_config.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     artifact = wandb.Artifact(f"model-{run_id}", type="model", metadata={**row, "config": config})
+    # The cache would copy the model into the user's home.
     files = {
         "model.safetensors": best / "model.safetensors",
         "metrics.json": best / "metrics.json",

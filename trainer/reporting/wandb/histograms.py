@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from trainer.core.observers import Observer
 from trainer.exact.plan import Step
-
-if TYPE_CHECKING:
-    from trainer.reporting.wandb.run import WandbRun
+from trainer.reporting.wandb.files import Histogram
+from trainer.reporting.wandb.run import WandbRun
 
 MAX_TENSORS = 64  # evenly spread over a model's parameters, so that the cost of a large model is bounded
 BINS = 64
-
-
-class Histogram(NamedTuple):
-    """`counts` of BINS bins, and their BINS + 1 `edges`."""
-
-    counts: list[float]
-    edges: list[float]
 
 
 class HistogramObserver(Observer):
@@ -61,6 +51,7 @@ def _pick_parameters(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
         if parameter.grad is not None:
             trained.append((name, parameter, parameter.grad))
     count = min(len(trained), MAX_TENSORS)
+    # Evenly spread from the first layer to the last, and the same tensors every time.
     return [trained[i * len(trained) // count] for i in range(count)]
 
 
@@ -71,6 +62,7 @@ def _count(tensor: Tensor) -> Histogram | None:
     if not torch.isfinite(torch.tensor([low, high])).all():
         return None
     if low == high:
+        # Bins need a width: equal values fall into the middle one.
         low, high = low - 0.5, high + 0.5
     counts = torch.histc(values, BINS, low, high)
     edges = torch.linspace(low, high, BINS + 1)

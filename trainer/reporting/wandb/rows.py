@@ -45,10 +45,8 @@ def _is_received(row: Row, summary: Mapping[str, Any]) -> bool:
     newest_step = summary.get("step", -1)
     if row["step"] != newest_step:
         return bool(row["step"] < newest_step)
-    for name, value in row.items():
-        if _is_comparable(value) and summary.get(name) != value:
-            return False
-    return True
+    comparable = [name for name, value in row.items() if _is_comparable(value)]
+    return all(summary.get(name) == row[name] for name in comparable)
 
 
 def _is_comparable(value: Any) -> bool:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.config.schema import WandbConfig
 from trainer.config.secrets import redacted, without_logins
@@ -19,6 +19,7 @@ from trainer.reporting.wandb.client import (
     start_client,
 )
 from trainer.reporting.wandb.files import (
+    Histogram,
     best_model_artifact,
     is_offline,
     mark_sent,
@@ -27,9 +28,6 @@ from trainer.reporting.wandb.files import (
     wrap_histograms,
 )
 from trainer.reporting.wandb.rows import EarlierRows, Row
-
-if TYPE_CHECKING:
-    from trainer.reporting.wandb.histograms import Histogram
 
 Note = Callable[[str], None]  # shows one line to the user
 

@@ -1,0 +1,79 @@
+"""Files and directories are complete or absent, and a directory has one lock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainer.storage.files import (
+    is_locked,
+    lock_directory,
+    new_directory,
+    new_file,
+    write_json,
+    write_text,
+)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with new_file(path) as partial:
+        assert partial.suffix == path.suffix  # by which libraries choose a format
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    write_json(path, {"a": 1})
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError, match="odd"), new_file(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError("odd")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_directory_is_replaced_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    for name in ("old", "new"):
+        with new_directory(path) as partial:
+            (partial / name).touch()
+    assert names(path) == ["new"]
+    with pytest.raises(RuntimeError, match="odd"), new_directory(path) as partial:
+        (partial / "half").touch()
+        raise RuntimeError("odd")
+    assert names(path) == ["new"]
+    assert names(tmp_path) == ["a"]
+
+
+def test_the_rest_of_a_killed_process_is_no_obstacle(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "a") as partial:
+        pass
+    partial.mkdir()
+    (partial / "half").touch()
+    with new_directory(tmp_path / "a") as partial:
+        (partial / "whole").touch()
+    assert names(tmp_path / "a") == ["whole"]
+
+
+def test_one_process_has_the_lock(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path)  # there is no lock file yet
+    first = lock_directory(tmp_path)
+    assert first is not None
+    assert is_locked(tmp_path)
+    assert lock_directory(tmp_path) is None
+    first.close()
+    assert not is_locked(tmp_path)
+    second = lock_directory(tmp_path)
+    assert second is not None
+    second.close()
