@@ -21,7 +21,10 @@ from tests.wandb_sweeps import SweepBackend
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="launch/sweep.sh is for Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="launch/sweep.sh is for Linux"),
+    pytest.mark.fresh_process,  # the agent starts launchers, and those the runs
+]
 
 
 @pytest.fixture
