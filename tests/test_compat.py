@@ -21,6 +21,7 @@ from tests.distributed.ranks import on_ranks
 from tests.programs import run_program
 from trainer import Trainer, load
 from trainer.storage import checkpoint
+from trainer.storage.run_directory import check_same_run
 
 DATA = Path(__file__).parent / "data" / "run_before_rooms"
 EXPECTED = json.loads((DATA / "expected.json").read_text())
@@ -165,3 +166,12 @@ def test_replay(runs: Path, same_kernels: bool) -> None:
         for logged, replayed in again["logged"].values():
             assert replayed == logged
         assert again["digests"] == {"10": [expected["digest"]] * 2}
+
+
+def test_classes_named_by_the_path_of_an_earlier_version_are_found() -> None:
+    """A task given from Python is written by its import path, and modules have moved since."""
+    config = load("configs/digits.yaml", ["loss.name=trainer.task.CrossEntropy"])
+    assert config.loss.name == "trainer.components.task.CrossEntropy"
+    before = config.to_dict(digests=True)
+    before["loss"]["name"] = "trainer.task.CrossEntropy"
+    check_same_run(before, config, config.run)
