@@ -26,6 +26,7 @@ def settings() -> dict[str, Any]:
         "benchmark": torch.backends.cudnn.benchmark,
         "deterministic": torch.backends.cudnn.deterministic,
         "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "fill": torch.utils.deterministic.fill_uninitialized_memory,
         "environment": {name: value for name, value in os.environ.items() if name.startswith(("CUBLAS", "TORCH"))},
     }
 
@@ -68,6 +69,7 @@ def test_a_bitwise_run_leaves_its_process_as_it_was(tmp_path: Path, fail: bool) 
             "algorithms": True,
             "threads": 1,
             "deterministic": True,
+            "fill": False,
             "tf32": (False, False),
             "environment": before["environment"]
             | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets, ImageArrays
-from trainer.data.loading import Loader, Normalize, build_loaders
-from trainer.data.samples import KeyedDataset, Request
+from trainer.data.loading import Loader, Normalize, _pin, _tensors_in, _wait_for_copy, build_loaders
+from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
@@ -130,3 +130,59 @@ def test_samples_of_different_shapes_are_an_error_that_names_them() -> None:
     assert isinstance(answer, DataError)
     assert "(1, 2, 2), (1, 3, 2)" in str(answer)
     assert "data.val_transforms" in str(answer)
+
+
+# ---------------------------------------------------------------- copies to a GPU
+
+
+class Holder:
+    """An object of somebody else's, that knows how to be pinned."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def pin_memory(self) -> Holder:
+        return Holder(self.tensor.pin_memory())
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+def nested_batch() -> tuple[MicroBatch, list[Tensor]]:
+    """A micro-batch of eight tensors in every kind of container, and the tensors."""
+    t = [torch.full((2,), float(number)) for number in range(8)]
+    inputs = {"image": t[0], "views": [t[1], (t[2], Pair(t[3], t[4]))], "name": "a"}
+    targets = (t[5], {"boxes": t[6], "count": 3}, Holder(t[7]))
+    return MicroBatch(0, inputs, targets), t
+
+
+def test_every_tensor_of_a_nested_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[float] = []
+
+    def pin(tensor: Tensor, *_: Any) -> Tensor:
+        pinned.append(float(tensor[0]))
+        return tensor.clone()
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    batch, tensors = nested_batch()
+    result = _pin(batch)
+    assert sorted(pinned) == list(range(8))
+    assert isinstance(result, MicroBatch)
+    assert result.inputs["name"] == "a" and isinstance(result.inputs["views"][1][1], Pair)
+    assert not {id(tensor) for tensor in _tensors_in((result.inputs, result.targets))} & {id(t) for t in tensors}
+
+
+def test_the_memory_of_every_tensor_of_a_nested_batch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def wait_event(self, event: Any) -> None:
+            assert event == "end of copy"
+
+    stream = Stream()
+    recorded: list[tuple[float, Any]] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, user: recorded.append((float(tensor[0]), user)))
+    _wait_for_copy(nested_batch()[0], "end of copy")  # type: ignore[arg-type]
+    assert sorted(number for number, _ in recorded) == list(range(8))
+    assert all(user is stream for _, user in recorded)

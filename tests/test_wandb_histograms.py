@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -63,3 +65,16 @@ def test_the_observer_takes_them_every_so_many_steps() -> None:
     for step in plan.steps(0):
         observer.gradient(step)
     assert run.steps == [4, 8]
+
+
+def test_counts_are_those_of_numpy() -> None:
+    layer = with_gradients(nn.Linear(50, 40))
+    counts, edges = take_histograms(layer)["weights/weight"]
+    expected, _ = np.histogram(layer.weight.detach().double().numpy(), edges)
+    assert sum(abs(a - b) for a, b in zip(counts, expected, strict=True)) <= 2  # a value on an edge
+
+
+def test_bitwise_mode_refuses_nothing_in_them_on_a_gpu() -> None:
+    """torch.histc has no deterministic CUDA kernel; a count of whole numbers without weights has."""
+    with patch("torch.histc", side_effect=AssertionError("refused")):
+        assert take_histograms(with_gradients(nn.Linear(6, 8)))

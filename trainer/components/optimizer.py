@@ -17,6 +17,7 @@ from trainer.errors import ConfigError, LockstepError
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 Numbers = dict[str, Any]  # int, float, bool, str or None by name; under PARAMETERS a list of names
+IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}  # arguments that choose how torch updates
 PARAMETERS = "parameters"  # cannot clash: every other name has a dot
 CONFIG_ENTRIES = {"params", "lr", "initial_lr", "weight_decay"}  # a group's entries that come from the config
 
@@ -33,7 +34,8 @@ def build_optimizer(section: OptimizerConfig, model: nn.Module, *, head: str | N
     if not groups:
         raise ConfigError("model", "no parameter requires a gradient, so there is nothing to train; freeze less")
     target = resolve("optimizer", section.name, OPTIMIZERS)
-    optimizer = build("optimizer", target, section.args, groups, lr=section.lr)
+    supplied = {"fused": True} if _can_be_fused(target, section.args, model) else {}
+    optimizer = build("optimizer", target, section.args, groups, lr=section.lr, **supplied)
     if not isinstance(optimizer, Optimizer) or "lr" not in optimizer.defaults:
         raise ConfigError("optimizer.name", f'"{section.name}" is not an optimizer with a learning rate `lr`')
     # LBFGS and its like want a closure that runs the model again, which a step of micro-batches cannot offer.
@@ -48,6 +50,20 @@ def build_optimizer(section: OptimizerConfig, model: nn.Module, *, head: str | N
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def _can_be_fused(target: Any, arguments: dict[str, Any], model: nn.Module) -> bool:
+    """True on CUDA, for torch's own optimizers, where the config asks for no implementation.
+
+    A fused update is one kernel for many parameters. With fp16 it also skips a step that overflowed without asking
+    the host. CPUs keep torch's default: another implementation may round another way.
+    """
+    if target not in OPTIMIZERS.values() or IMPLEMENTATIONS & arguments.keys():
+        return False
+    if any(getattr(module, "sparse", False) for module in model.modules()):
+        return False  # fused updates take no sparse gradients
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return all(parameter.is_cuda and parameter.is_floating_point() for parameter in trained)
 
 
 def _groups(section: OptimizerConfig, model: nn.Module, head: str | None) -> list[dict[str, Any]]:

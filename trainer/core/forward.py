@@ -52,6 +52,7 @@ class Forward:
         first, last = batch.indices
         samples = step.micro_batches[last - 1][1] - step.micro_batches[first][0]
         seeds = [self._key(step, index) for index in range(first, last)]
+        self._seed_device(seeds[0])
         with Fused(model, device_generator(self._device), seeds, samples) as fused:
             result = self._output_and_loss(model, batch)
         fused.finish()

@@ -35,7 +35,10 @@ class Stopwatch:
         self._samples_at_start = samples_seen
 
     def pace(self, samples_seen: int, waited: float) -> Row:
-        """Samples per second, and the share of the time in which this process waited for data, `waited` seconds."""
+        """Samples per second, and the share of the time in which this process waited for data, `waited` seconds.
+
+        Both by the host's clock. On a GPU the host queues work ahead, so it may wait for data while the GPU is busy.
+        """
         seconds = max(time.monotonic() - self._interval_start, 1e-9)
         samples = samples_seen - self._samples_at_start
         self.mark(samples_seen)

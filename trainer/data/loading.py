@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory  # what a DataLoader pins with
 
 from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets, MapDataset
@@ -231,23 +232,36 @@ def _raise_if_error(batch: MicroBatch | DataError) -> MicroBatch:
 
 
 def _pin(batch: MicroBatch) -> MicroBatch:
-    """The batch in page-locked memory, from which it is copied without the host; a `DataLoader` does this itself."""
-    inputs, targets = batch.inputs, batch.targets
-    if isinstance(inputs, Tensor):
-        inputs = inputs.pin_memory()
-    if isinstance(targets, Tensor):
-        targets = targets.pin_memory()
-    return batch._replace(inputs=inputs, targets=targets)
+    """The batch in page-locked memory, from which it is copied without the host.
+
+    With loader processes `DataLoader` does this itself, by the same function: every tensor in dicts, lists and tuples,
+    and every object with a `pin_memory` of its own.
+    """
+    pinned: MicroBatch = pin_memory(batch)  # type: ignore[no-untyped-call]
+    return pinned
 
 
 def _wait_for_copy(batch: MicroBatch, end_of_copy: torch.cuda.Event) -> MicroBatch:
     """The batch, once the current stream may use it. The host does not wait."""
     current = torch.cuda.current_stream()
     current.wait_event(end_of_copy)
-    for part in (batch.inputs, batch.targets):
-        if isinstance(part, Tensor):
-            part.record_stream(current)  # so that its memory is not reused before this stream is done with it
+    for tensor in _tensors_in((batch.inputs, batch.targets)):
+        tensor.record_stream(current)  # so that its memory is not reused before this stream is done with it
     return batch
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested dicts, lists, tuples and other objects, by their attributes."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        yield from _tensors_in(vars(value))
 
 
 def _return_as_is(batch: Any) -> Any:

@@ -80,7 +80,7 @@ class BitwiseReduction(Reduction):
         total = tree_sum.root() if self._ranks.count == 1 else self._exchange(step, tree_sum)
         is_used = list(self._has_gradient.values())
         if self._find_unused_parameters or step.has_idle_rank:
-            is_used = self._used_on_any_rank(is_used)
+            is_used = self._ranks.any_rank_each(is_used)
         gradients = total[: len(self._parameters)]
         for parameter, gradient, used in zip(self._parameters.values(), gradients, is_used, strict=True):
             # To an optimizer, no gradient and a zero one are not the same.

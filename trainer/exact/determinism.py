@@ -51,6 +51,8 @@ def _deterministic() -> Iterator[None]:
         (torch.backends.cudnn, "deterministic", True),
         (torch.backends.cudnn, "allow_tf32", False),
         (torch.backends.cuda.matmul, "allow_tf32", False),
+        # Filling what is about to be overwritten changes no bit, and costs a kernel for every tensor.
+        (torch.utils.deterministic, "fill_uninitialized_memory", False),
     ]
     before = [getattr(owner, name) for owner, name, _ in flags]
     with _environment(ENVIRONMENT):

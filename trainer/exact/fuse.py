@@ -45,6 +45,8 @@ class Fused(TorchFunctionMode):
         self._seen: dict[int, tuple[Tensor, float, list[Tensor]]] = {}
         generator.manual_seed(seeds[0])
         self._untouched = generator.get_state()
+        # On a GPU, what is drawn on the host belongs to no micro-batch. A copy: the state itself is 5 KB.
+        self._host_state = torch.default_generator.get_state() if generator is not torch.default_generator else None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = HANDLERS.get(function)
@@ -105,6 +107,8 @@ class Fused(TorchFunctionMode):
 
     def _look_for_strays(self) -> None:
         self._strayed |= not torch.equal(self._generator.get_state(), self._untouched)
+        if self._host_state is not None:
+            self._strayed |= not torch.equal(torch.default_generator.get_state(), self._host_state)
 
     def scratch(self, running: Tensor | None, momentum: float) -> Tensor | None:
         """Where a normalisation puts what its micro-batches hold, `(count, features)`, instead of in `running`."""

@@ -126,17 +126,10 @@ class Reduction(ABC):
 
     # ---------------------------------------------------------------- shared by both implementations
 
-    def _used_on_any_rank(self, is_used: list[bool]) -> list[bool]:
-        """For each flag, whether any rank raises it. Waits for the device on several ranks."""
-        if self._ranks.count == 1:
-            return is_used
-        flags = torch.tensor(is_used, dtype=torch.int32, device=self._ranks.device)
-        return [bool(count) for count in self._ranks.sum_(flags).tolist()]
-
     def _is_weighted_by_values(self, step: Step) -> bool:
         is_weighted = bool(self._weights)
         # A rank with nothing to do has seen no weight and cannot know by itself.
-        return self._used_on_any_rank([is_weighted])[0] if step.has_idle_rank else is_weighted
+        return self._ranks.any_rank_each([is_weighted])[0] if step.has_idle_rank else is_weighted
 
     def _divide_by_weight(self, step: Step) -> None:
         """Turn a mean over the step's samples into one over its targets; without targets the gradient is 0."""

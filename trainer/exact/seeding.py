@@ -47,8 +47,21 @@ def seed_cpu(value: int) -> None:
 
 
 def device_seeder(device: torch.device) -> Callable[[int], object]:
-    """What seeds the one generator that a model's dropout on `device` draws from."""
-    return device_generator(device).manual_seed if device.type in ("cpu", "cuda") else torch.manual_seed
+    """What seeds the generators that a model on `device` draws from: the device's, and the host's.
+
+    Dropout draws on the device. A layer drop that calls `torch.rand(1)` draws on the host.
+    """
+    if device.type == "cpu":
+        return torch.default_generator.manual_seed
+    if device.type != "cuda":
+        return torch.manual_seed
+    of_device = device_generator(device)
+
+    def seed_both(value: int) -> None:
+        torch.default_generator.manual_seed(value)
+        of_device.manual_seed(value)
+
+    return seed_both
 
 
 def device_generator(device: torch.device) -> torch.Generator:

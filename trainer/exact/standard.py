@@ -44,7 +44,7 @@ class StandardReduction(Reduction):
         if self._ranks.count == 1 or not step.has_idle_rank:
             return
         parameters = list(self._parameters.values())
-        is_used = self._used_on_any_rank([parameter.grad is not None for parameter in parameters])
+        is_used = self._ranks.any_rank_each([parameter.grad is not None for parameter in parameters])
         for parameter, used in zip(parameters, is_used, strict=True):
             if not used:
                 continue

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object, patch_environment
 from torch import Tensor, distributed, nn
 
 from trainer.errors import LockstepError
@@ -54,7 +54,10 @@ class Ranks:
         )
         with warnings.catch_warnings():  # newer torch renames the option, older torch has the old name only
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-            prepared: nn.Module = self.accelerator.prepare_model(model)
+            # DDP keeps to the device that the model is on. Accelerate would name LOCAL_RANK's, which does not exist
+            # where a launcher shows each process one GPU (`srun --gpus-per-task=1`).
+            with patch_environment(accelerate_bypass_device_map="true"):
+                prepared: nn.Module = self.accelerator.prepare_model(model)
         return prepared
 
     def broadcast_parameters(self, model: nn.Module) -> nn.Module:
@@ -75,8 +78,12 @@ class Ranks:
     def all_gather_by_sends(self, shard: Tensor, whole: Tensor) -> None:
         """Fill `whole`, `(ranks, n)`, with every rank's `shard`, `(n,)`.
 
-        All sends and receives are started at once. On gloo that takes a third of the time of its `all_gather`.
+        On the CPU all sends and receives are started at once: on gloo that takes a third of the time of its
+        `all_gather`. A GPU's tensors may be on a group that has no point-to-point transfers for them.
         """
+        if self.device.type != "cpu":
+            distributed.all_gather_into_tensor(whole.view(-1), shard)
+            return
         whole[self.rank].copy_(shard)
         exchanges = []
         for distance in range(1, self.count):
@@ -100,6 +107,14 @@ class Ranks:
         vote = torch.tensor(int(flag))
         work = distributed.all_reduce(vote, distributed.ReduceOp.MAX, group=self._host_group, async_op=True)
         return Agreement(vote, work)
+
+    def any_rank_each(self, flags: list[bool]) -> list[bool]:
+        """For each flag, whether it is true on any rank: waits for the other hosts, never for a GPU."""
+        if self.count == 1:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.int32)
+        distributed.all_reduce(votes, distributed.ReduceOp.MAX, group=self._host_group)
+        return [bool(vote) for vote in votes.tolist()]
 
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Run `action` on the main process. Every rank returns its result, or raises the same error if it fails."""

@@ -64,6 +64,8 @@ def _count(tensor: Tensor) -> Histogram | None:
     if low == high:
         # Bins need a width: equal values fall into the middle one.
         low, high = low - 0.5, high + 0.5
-    counts = torch.histc(values, BINS, low, high)
+    # Not `torch.histc`: on CUDA, bitwise mode refuses it. Whole numbers add up to the same counts in any order.
+    bins = ((values - low) * (BINS / (high - low))).long().clamp(0, BINS - 1)
+    counts = torch.bincount(bins, minlength=BINS)
     edges = torch.linspace(low, high, BINS + 1)
     return Histogram(counts.tolist(), edges.tolist())

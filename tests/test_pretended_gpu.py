@@ -1,0 +1,154 @@
+"""What can be shown of a GPU without one: no host wait in a step, two copies a forward, all state on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._pytree import tree_leaves
+
+from tests.pretended import CUDA, DeviceLog, pretended_cuda, run_backward
+from trainer import Config, Trainer
+from trainer.components.models import small_cnn
+from trainer.data.datasets import ImageArrays
+from trainer.process.ranks import Ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class OneGpu(Ranks):
+    """One process on the pretended device, without Accelerate."""
+
+    def __init__(self, precision: str) -> None:
+        self.rank, self.count, self.is_main, self.device, self._host_group = 0, 1, True, CUDA, None
+        self.accelerator: Any = SimpleNamespace(no_sync=lambda model: nullcontext(), free_memory=lambda: None)
+
+    def prepare(self, model: nn.Module, *, find_unused_parameters: bool = False) -> nn.Module:
+        return model
+
+
+def config(directory: Path, **changes: Any) -> Config:
+    tree: dict[str, Any] = {
+        "run": {"dir": str(directory), "figures": False},
+        "batch": {"size": 32, "micro_size": 8},
+        "optimizer": {"lr": 0.02},
+        "schedule": {"name": "constant"},
+        "train": {"epochs": 1},
+        "best": {"metric": "train/loss"},
+        "wandb": {"mode": "disabled"},
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        tree.setdefault(section, {})[key] = value
+    return Config.from_dict(tree)
+
+
+@pytest.fixture(autouse=True)
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("trainer.core.build.Ranks", OneGpu)
+    # Random states are numbers, which fake tensors do not have.
+    monkeypatch.setattr("trainer.exact.fuse.Fused._look_for_strays", lambda self: None)
+    monkeypatch.setattr("trainer.core.build.signature_of_samples", lambda *args, **kwargs: None)
+    yield
+
+
+def train(directory: Path, steps: int = 3, model: nn.Module | None = None, **changes: Any) -> tuple[Trainer, DeviceLog]:
+    """A trainer after some steps, and what the last of them did on the device."""
+    images = torch.randint(256, (32 * 6, 1, 8, 8), dtype=torch.uint8)
+    data = ImageArrays(images, torch.randint(10, (len(images),)))
+    trainer = Trainer(config(directory, **changes), model=model or small_cnn(10), train_data=data)
+    trainer.fuse = int(trainer.config.batch.fuse)
+    # How often each layer is called is counted on the host in the first step, once.
+    statistics = trainer.reduction._statistics
+    statistics._calls = [1] * len(statistics._layers)
+    with trainer.run.settings():
+        trainer.start()
+        for number in range(steps):
+            with DeviceLog() as log:
+                trainer.train_step(trainer.plan.step(number))
+                trainer.meter._flush()
+    return trainer, log
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"train__precision": "bf16", "train__max_grad_norm": 1.0},
+    {"train__precision": "fp16"},
+    {"train__precision": "fp16", "train__max_grad_norm": 1.0, "optimizer__name": "adamw"},
+    {"batch__fuse": 4},
+    {"loss__class_weights": [1.0] * 10},
+    {"loss__ignore_index": 3},
+    {"loss__class_weights": [1.0] * 10, "loss__ignore_index": 3},
+    {"run__reproducibility": "bitwise"},
+    {"run__reproducibility": "bitwise", "train__find_unused_parameters": True, "optimizer__name": "adamw"},
+    {"batch_norm__momentum_per": "step"},
+    {"batch_norm__mode": "frozen"},
+    {"train__channels_last": True},
+    {"train__channels_last": True, "run__reproducibility": "bitwise", "train__max_grad_norm": 1.0},
+]
+
+
+@pytest.mark.parametrize("changes", SETTINGS, ids=str)
+def test_no_step_waits_for_the_device(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pretended_cuda():
+        trainer, log = train(tmp_path, **changes)
+    assert not log.blocking_copies
+    assert log.copies == 2 * (4 // trainer.fuse), "inputs and targets of each forward, and nothing else"
+    state = [*trainer.module.parameters(), *trainer.module.buffers(), *tree_leaves(dict(trainer.optimizer.state))]
+    assert {tensor.device for tensor in state if isinstance(tensor, Tensor)} == {CUDA}
+    if "train__channels_last" in changes:
+        assert all(
+            p.is_contiguous(memory_format=torch.channels_last) for p in trainer.module.parameters() if p.dim() == 4
+        )
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+    ],
+)
+def test_a_wait_is_noticed(tmp_path: Path, wait: Any) -> None:
+    class Waits(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            wait(out.detach())
+            return out
+
+    with pretended_cuda(), pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        train(tmp_path, 1, nn.Sequential(nn.Flatten(), Waits(64, 10)))
+
+
+def test_a_copy_to_the_host_is_noticed(tmp_path: Path) -> None:
+    class Copies(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            out.detach().cpu()
+            return out
+
+    with pretended_cuda():
+        _, log = train(tmp_path, 1, nn.Sequential(nn.Flatten(), Copies(64, 10)))
+    assert log.blocking_copies.count((8, 10)) == 4  # one a micro-batch
+
+
+def test_the_pretended_backward_is_the_engines() -> None:
+    torch.manual_seed(0)
+    one, two = small_cnn(10), small_cnn(10)
+    two.load_state_dict(one.state_dict())
+    images = torch.randn(4, 1, 8, 8)
+    one(images).square().sum().backward()
+    run_backward(two(images).square().sum())
+    for ours, theirs in zip(two.parameters(), one.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
