@@ -25,6 +25,7 @@ from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.observers import Observer, Observers, Stateful
 from trainer.core.recalibrate import recalibrate_statistics
+from trainer.core.refused import refuse_nondeterministic
 from trainer.core.stateful import load_states, named_stateful, read_states
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
@@ -124,6 +125,7 @@ class Trainer:
         if self.progress.step:
             raise LockstepError("this Trainer has trained already; make a new one, with run.resume=auto to go on")
         with self.run.settings():
+            refuse_nondeterministic(self.run)
             self.fuse, self.fuse_note = choose_fuse(self.run)
             with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
                 self._resume(self.journal.resume_from)

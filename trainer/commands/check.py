@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> None:
     config = load_config(parser.parse(arguments))
 
     from trainer.core.fuse_check import choose_fuse
+    from trainer.core.refused import refuse_nondeterministic, refused_operations
     from trainer.reporting.console import Console
     from trainer.reporting.summary import header
     from trainer.storage.run_directory import run_path
@@ -37,16 +38,20 @@ def main(arguments: list[str]) -> None:
     keep_freed_memory(trainer.ranks.device.type)
     console = Console(active=trainer.ranks.is_main)
     with trainer.run.settings():
+        refuse_nondeterministic(trainer.run)
         trainer.fuse, trainer.fuse_note = choose_fuse(trainer.run)
         facts = header(trainer.run, trainer.schedule, trainer.fuse, trainer.fuse_note, run_path(config.run))
         console.header(facts)
         start = perf_counter()
         row = _train_first_step(trainer)
         seconds = perf_counter() - start
+        refused = refused_operations(trainer.run) if trainer.run.bitwise else []
     size = trainer.plan.step(0).size
     samples = f"{size} sample" if size == 1 else f"{size} samples"
     metrics = [f"{name} {value:.4g}" for name, value in row.items() if name.startswith("train/")]
     console.note(f"this runs: a first step of {samples} in {seconds:.2f} s, {', '.join(metrics)}")
+    for line in refused:
+        console.note(f"on a GPU, run.reproducibility=bitwise would be refused for {line}")
     trainer.ranks.close()
 
 

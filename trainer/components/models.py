@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trainer.components.pooling import AdaptiveAvgPool2d
 from trainer.components.weights import torchvision_weights
 from trainer.config.registry import build, resolve
 from trainer.config.schema import ModelConfig
@@ -29,7 +30,7 @@ def small_cnn(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Seq
         *block(in_channels, width),
         nn.MaxPool2d(2),
         *block(width, 2 * width),
-        nn.AdaptiveAvgPool2d(2),
+        AdaptiveAvgPool2d(2),
         nn.Flatten(),
         nn.Linear(8 * width, num_classes),
     )

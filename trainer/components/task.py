@@ -132,8 +132,9 @@ class CrossEntropy(Task):
                 f"cross_entropy needs one tensor of scores, and the model gives a {type(output).__name__}; "
                 "name a Task of your own, whose `predict` picks the tensor",
             )
+        scores, labels = _pixels_as_samples(output, targets)
         try:
-            total = self._total(output, targets, NO_LABEL if self.ignore_index is None else self.ignore_index)
+            total = self._total(scores, labels, NO_LABEL if self.ignore_index is None else self.ignore_index)
         except IndexError as error:  # on the CPU only: a GPU reports a wrong label as a failed assertion
             raise DataError(
                 f"{str(error).rstrip('.').lower()}: the model gives {output.shape[1]} classes, 0 to "
@@ -235,6 +236,18 @@ class BCEWithLogits(ElementLoss):
     def __init__(self, pos_weight: Sequence[float] | None = None) -> None:
         loss = nn.BCEWithLogitsLoss(pos_weight=_as_weights(pos_weight), reduction="sum")
         super().__init__(loss, rule_of(loss))
+
+
+def _pixels_as_samples(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores `(N, C, H, W)` and labels `(N, H, W)` as `(N·H·W, C)` and `(N·H·W,)`, for deterministic algorithms alone.
+
+    CUDA has no deterministic kernel for a negative log-likelihood of images, and has one for that of samples.
+    """
+    if output.dim() < 3 or targets.is_floating_point() or not torch.are_deterministic_algorithms_enabled():
+        return output, targets
+    if output.shape[:1] + output.shape[2:] != targets.shape:
+        return output, targets  # torch says what does not fit
+    return output.movedim(1, -1).flatten(0, -2), targets.flatten()
 
 
 def match_targets(output: Tensor, targets: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def _prove(run: Run, step: Step, index: int) -> None:
 
 def _results(run: Run, forward: Forward, step: Step, batches: list[MicroBatch]) -> dict[str, Tensor]:
     """Loss, gradient and buffers after some forwards and backwards."""
-    with _without_trace(run):
+    with without_trace(run):
         losses = []
         for batch in batches:
             _, loss = forward(run.module, batch, step)
@@ -124,7 +124,7 @@ def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 @contextmanager
-def _without_trace(run: Run) -> Iterator[None]:
+def without_trace(run: Run) -> Iterator[None]:
     """Leave the model's buffers and gradients and all generators as they were, whatever happens in between."""
     module, generator = run.module, device_generator(run.ranks.device)
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
@@ -159,7 +159,7 @@ def _largest_that_fits(run: Run, step: Step, first: int, last: int) -> int:
 
 def _fits(run: Run, step: Step, first: int, count: int) -> bool:
     try:
-        with _without_trace(run):
+        with without_trace(run):
             reserved = _memory_of_an_optimizer(run)
             ids = run.plan.sample_ids(step, first, first + count)
             _, loss = run.forward(run.module, run.train_loader.peek(ids, first, count), step)
@@ -189,7 +189,7 @@ def _memory_of_one(run: Run, step: Step, index: int) -> int:
         bytes_by_pointer[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with _without_trace(run), saved_tensors_hooks(note, lambda tensor: tensor):
+    with without_trace(run), saved_tensors_hooks(note, lambda tensor: tensor):
         batch = run.train_loader.peek(run.plan.sample_ids(step, index), index)
         graph = run.forward(run.module, batch, step)
         del graph

@@ -125,7 +125,7 @@ class Meter:
     def add(self, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
         """Count one micro-batch: its loss, and what its metrics need."""
         self._losses.append(WeightedSum(loss.total.detach(), loss.weight))
-        self._outputs.append((_detached(output), batch.targets))
+        self._outputs.append((detached(output), batch.targets))
         self._elements += output.numel() if isinstance(output, Tensor) else MOST_ELEMENTS
         if self._elements >= MOST_ELEMENTS:
             self._flush()
@@ -208,7 +208,8 @@ def _fit_together(outputs: list[tuple[Any, Any]]) -> bool:
     return len(shapes) <= 1
 
 
-def _detached(output: Any) -> Any:
+def detached(output: Any) -> Any:
+    """A model's output without its graph."""
     if isinstance(output, Tensor):
         return output.detach()
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
