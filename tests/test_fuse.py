@@ -275,6 +275,38 @@ def test_auto_takes_what_fits_and_leaves_no_trace_of_its_tries(
     assert on_ranks(1, settled, tmp_path) == [(due, 0.0, True, False)]
 
 
+def test_auto_leaves_a_margin_of_a_gpus_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the margin has no memory for does not fit, and the batch ahead is there while it is tried."""
+    from trainer.core import fuse_check
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80_000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", lambda size, **_: size)
+        assert fuse_check._margin(torch.device("cuda", 0)) == 4_000
+    assert fuse_check._margin(torch.device("cpu")).numel() == 0
+
+    def choose(directory: Path) -> tuple[int, int]:
+        settings = config(directory, batch__micro_size=MICRO, batch__fuse="auto")
+        trainer = Trainer(settings, model=conv_net(), train_data=Images(), val_data=Images(20))
+        sizes: list[int] = []
+        peek = trainer.run.train_loader.peek
+
+        def count_samples(ids: Any, *args: Any) -> Any:
+            sizes.append(len(ids))
+            return peek(ids, *args)
+
+        def margin(device: torch.device) -> Tensor:
+            if sizes[-1] > 3 * MICRO:
+                raise torch.OutOfMemoryError("simulated")
+            return torch.empty(0)
+
+        monkeypatch.setattr(trainer.run.train_loader, "peek", count_samples)
+        monkeypatch.setattr(fuse_check, "_margin", margin)
+        return choose_fuse(trainer.run)[0], sizes.count(3 * MICRO)
+
+    assert on_ranks(1, choose, tmp_path) == [(3, 2)]
+
+
 def test_auto_on_the_cpu_asks_how_much_memory_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer.core import fuse_check
 

@@ -18,9 +18,17 @@ from tests.pretended import CUDA, DeviceLog, pretended_cuda, run_backward
 from trainer import Config, Trainer
 from trainer.components.models import small_cnn
 from trainer.data.datasets import ImageArrays
+from trainer.exact.refused import REFUSED
 from trainer.process.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Bilinear(nn.Module):
+    """`(N, C, 6, 6)` → `(N, C · 11 · 11)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.interpolate(x, size=(11, 11), mode="bilinear").flatten(1)
 
 
 class OneGpu(Ranks):
@@ -152,3 +160,13 @@ def test_the_pretended_backward_is_the_engines() -> None:
     for ours, theirs in zip(two.parameters(), one.parameters(), strict=True):
         assert ours.grad is not None and theirs.grad is not None
         assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("model", [small_cnn(10), nn.Sequential(nn.Conv2d(1, 2, 3), Bilinear(), nn.Linear(242, 10))])
+def test_bitwise_runs_nothing_that_cuda_refuses(tmp_path: Path, model: nn.Module) -> None:
+    """As CUDA is dispatched to: torch's functions replace some operations there, such as bilinear interpolation."""
+    with pretended_cuda():
+        _, log = train(tmp_path, 2, model, run__reproducibility="bitwise")
+    operations = {name.removeprefix("aten.").partition(".")[0] for name in log.operations}
+    assert "convolution_backward" in operations
+    assert not operations & REFUSED.keys()

@@ -100,8 +100,8 @@ def test_the_same_bits_through_any_stop(tmp_path: Path, stops: list[tuple[int, i
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_models_too(tmp_path: Path) -> None:
-    """Micro-batches of two sizes, met in another order on each number of ranks."""
-    changes: dict[str, Any] = {"train__compile": True, "train__max_steps": 5}
+    """Micro-batches of two sizes, met in another order on each number of ranks, and recalibrated by many of them."""
+    changes: dict[str, Any] = {"train__compile": True, "train__max_steps": 5, "batch_norm__recalibrate": 3}
     (reference,) = on_ranks(1, run, tmp_path / "1", **changes)
     assert on_ranks(3, run, tmp_path / "3", **changes)[0] == reference
 

@@ -23,6 +23,7 @@ from trainer.process import launcher
 
 PROOF_SAMPLES = 4  # of each micro-batch: more of them would prove no more
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-2}  # rounding stays far below, other mathematics far above
+MARGIN = 0.05  # of a GPU's memory
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -160,11 +161,13 @@ def _largest_that_fits(run: Run, step: Step, first: int, last: int) -> int:
 def _fits(run: Run, step: Step, first: int, count: int) -> bool:
     try:
         with without_trace(run):
-            reserved = _memory_of_an_optimizer(run)
             ids = run.plan.sample_ids(step, first, first + count)
-            _, loss = run.forward(run.module, run.train_loader.peek(ids, first, count), step)
+            batch = run.train_loader.peek(ids, first, count)
+            batch_ahead = run.train_loader.peek(ids, first, count)  # copied while this one is computed
+            reserved = [*_memory_of_an_optimizer(run), _margin(run.ranks.device)]
+            _, loss = run.forward(run.module, batch, step)
             loss.total.backward()  # type: ignore[no-untyped-call]
-            del reserved
+            del reserved, batch_ahead
     except torch.OutOfMemoryError:
         fits = False  # the handler ends here: its traceback holds what the trial allocated
     else:
@@ -178,6 +181,12 @@ def _memory_of_an_optimizer(run: Run) -> list[Tensor]:
     """As much memory as an Adam allocates in the first step."""
     trained = [p for p in run.module.parameters() if p.requires_grad]
     return [torch.empty_like(parameter) for parameter in [*trained, *trained]]
+
+
+def _margin(device: torch.device) -> Tensor:
+    """A part of a GPU's memory for what the trial does not run: evaluation, metrics, NCCL, fragmentation."""
+    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+    return torch.empty(int(total * MARGIN), dtype=torch.uint8, device=device)
 
 
 def _memory_of_one(run: Run, step: Step, index: int) -> int:

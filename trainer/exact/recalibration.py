@@ -8,6 +8,7 @@ mode, so that each layer sees inputs normalised as they are in training.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,11 @@ def recalibrate(
     counters = [layer.num_batches_tracked.clone() for layer in layers if layer.num_batches_tracked is not None]
     moments = [_Moments(layer, count, ranks.device) for layer in layers]
     try:
-        for index, forward in forwards:
-            for sums in moments:
-                sums.index = index
-            forward()
+        with _uncompiled(model):
+            for index, forward in forwards:
+                for sums in moments:
+                    sums.index = index
+                forward()
     finally:
         for sums in moments:
             sums.hook.remove()
@@ -44,6 +46,15 @@ def recalibrate(
         _set_statistics(layer, ranks.sum_(sums.rows).sum(0))
         assert layer.num_batches_tracked is not None
         layer.num_batches_tracked.copy_(counter)
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """A context in which a compiled model runs as it was written.
+
+    torch.compile would make the hooks part of its kernels, anew for every index that they count, until it gives up.
+    """
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 class _Moments:
