@@ -151,6 +151,22 @@ def digits_net() -> nn.Module:
     return Trainer(load(ROOT / "configs" / "digits.yaml")).module
 
 
+def standard_average(directory: Path, max_steps: int) -> dict[str, Tensor]:
+    """The averaged model as the last checkpoint keeps it, in standard mode and fp64."""
+    settings = ["train.precision=fp64", "run.resume=auto", f"train.max_steps={max_steps}"]
+    observer = AveragedWeights(decay=0.5)
+    digits(directory, *settings, observers=[observer])
+    return dict(observer.state_dict())
+
+
+def test_averaged_weights_keep_the_whole_statistics_in_standard_mode(tmp_path: Path) -> None:
+    """There each rank holds its share of BatchNorm's statistics, which differs from that of the others."""
+    (reference,) = on_ranks(1, standard_average, tmp_path / "straight", 4)
+    on_ranks(2, standard_average, tmp_path / "cut", 2)
+    for average in on_ranks(3, standard_average, tmp_path / "cut", 4):
+        assert largest_difference(average, reference) < 1e-11
+
+
 def test_averaged_weights_by_hand(tmp_path: Path) -> None:
     """(w₁ + w₂) / 2 after two steps with a decay of 0.5, since the first update is a copy."""
 
