@@ -8,7 +8,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.exact.tree import TreeSum, nodes_of
+from trainer.exact.tree import TreeSum, nodes_of_range
 
 
 def added(left: str, right: str) -> str:
@@ -36,7 +36,7 @@ def test_any_sharing_out_makes_the_same_additions(leaves: int, data: st.DataObje
         part: TreeSum[str] = TreeSum(leaves, added)
         for leaf in range(first, last):
             part.push((0, leaf), str(leaf))
-        assert [node for node, _ in part.nodes] == nodes_of(first, last, leaves)
+        assert [node for node, _ in part.nodes] == nodes_of_range(first, last, leaves)
         for (level, index), value in part.nodes:
             assert value == by_definition(leaves, level, index)
             whole.push((level, index), value)
@@ -47,9 +47,9 @@ def test_any_sharing_out_makes_the_same_additions(leaves: int, data: st.DataObje
 def test_a_range_folds_into_few_nodes(leaves: int, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, leaves - 1))
     last = data.draw(st.integers(first + 1, leaves))
-    assert len(nodes_of(first, last, leaves)) <= max(1, 2 * root_level(leaves))
+    assert len(nodes_of_range(first, last, leaves)) <= max(1, 2 * root_level(leaves))
 
 
 def test_seven_leaves() -> None:
     assert by_definition(7, 3, 0) == "(((0+1)+(2+3))+((4+5)+6))"
-    assert nodes_of(3, 7, 7) == [(0, 3), (2, 1)]
+    assert nodes_of_range(3, 7, 7) == [(0, 3), (2, 1)]

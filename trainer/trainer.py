@@ -25,7 +25,7 @@ from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.observers import Observer, Observers, Stateful
 from trainer.core.recalibrate import recalibrate_statistics
-from trainer.core.stateful import load_states, named_stateful, read_states
+from trainer.core.stateful import StatefulObjects, load_states, read_states
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError, Stopped
@@ -61,7 +61,6 @@ class Trainer:
 
     journal: Journal
     stopwatch: Stopwatch
-    batches: TrainLoader
 
     def __init__(
         self,
@@ -74,6 +73,7 @@ class Trainer:
         observers: Sequence[Observer] = (),
         stateful: Mapping[str, Stateful] | None = None,
     ) -> None:
+        attributes_before = frozenset(vars(self))  # those that a subclass assigned before this call
         with settings_of(config):
             self.run = build_run(config, model=model, train_data=train_data, val_data=val_data, task=task)
             self.optimizer = build_optimizer(self.config.optimizer, self.module, head=self.config.model.head)
@@ -87,7 +87,6 @@ class Trainer:
             )
         self.observers = Observers([*build_observers(self.config.observers, Observer), *observers])
         self.stateful: dict[str, Stateful] = dict(stateful or {})
-        named_stateful(self.stateful, self.observers)  # refuses now what could not be saved later
         self.progress = Progress()
         self.schedule = self._build_schedule()
         self.meter = Meter(self.run.task, self.ranks, exact=self.run.bitwise)
@@ -98,7 +97,9 @@ class Trainer:
         self.fuse_note = ""  # why batch.fuse=auto chose 1
         self.state_notes: list[str] = []  # what a resume found of stateful objects that it did not expect
         self._restored_states: Mapping[str, Any] | None = None
-        self._attributes_of_trainer = frozenset(vars(self))
+        self._batches: TrainLoader | None = None
+        self._attributes_of_trainer = frozenset(vars(self)) - attributes_before
+        self._stateful_objects()  # refuses now what could not be saved later
 
     @property
     def config(self) -> Config:
@@ -123,6 +124,7 @@ class Trainer:
         """Train from the start, or from the checkpoint that `run.resume` finds; returns what `summary.json` holds."""
         if self.progress.step:
             raise LockstepError("this Trainer has trained already; make a new one, with run.resume=auto to go on")
+        self._stateful_objects()  # refuses now what could not be saved later
         with self.run.settings():
             self.fuse, self.fuse_note = choose_fuse(self.run)
             with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
@@ -136,7 +138,10 @@ class Trainer:
                     self._loop(stop)
                     return self._finish()
                 except RuntimeError as error:
-                    raise refused_operation(error) or error from None
+                    refusal = refused_operation(error)
+                    if refusal is None:
+                        raise
+                    raise refusal from None
                 finally:
                     self.end_loading()
 
@@ -151,17 +156,31 @@ class Trainer:
             self.observers.add(HistogramObserver(self.module, self.journal.wandb, every))
 
     def start(self) -> None:
-        """Begin to train, at the step after those that are done: what comes before `train_step`."""
+        """Begin to train at the step after those that are done. Call it before the first `train_step`."""
+        stateful = self._stateful_objects()  # refuses now what could not be saved later
         self.stopwatch = Stopwatch(self.progress)
-        self.batches = TrainLoader(self.run.train_loader, self.plan, self.ranks.rank, self.progress.step, self.fuse)
+        self.load_from(self.progress.step)
         self.module.train()
         self.observers.begin(self.run)
         if self._restored_states is not None:
-            self.state_notes = load_states(self._all_stateful(), self._restored_states)
+            self.state_notes = load_states(stateful, self._restored_states)
+            self._restored_states = None
+
+    def load_from(self, steps_done: int) -> None:
+        """Load the samples of the step after `steps_done` next."""
+        self._batches = TrainLoader(self.run.train_loader, self.plan, self.ranks.rank, steps_done, self.fuse)
+
+    @property
+    def batches(self) -> TrainLoader:
+        """This rank's micro-batches, step by step. Raises `LockstepError` before `start`."""
+        if self._batches is None:
+            raise LockstepError("train_step needs samples: call start() once before it")
+        return self._batches
 
     def end_loading(self) -> None:
         """End the loader processes with the run. Left to the interpreter's exit, they would count as killed."""
-        self.batches.close()
+        if self._batches is not None:
+            self._batches.close()
         if self.run.evaluator is not None:
             self.run.evaluator.close()
 
@@ -330,7 +349,7 @@ class Trainer:
         self.progress.interval = self.interval_totals.sums
         self.progress.epoch = self.epoch_totals.sums
         self.progress.scaler = self.run.precision.state()
-        states = read_states(self._all_stateful(), self.ranks)
+        states = read_states(self._stateful_objects(), self.ranks)
         self.ranks.on_main(lambda: self._write_checkpoint(states))
         self.stopwatch.mark(self.progress.samples_seen)
 
@@ -370,11 +389,18 @@ class Trainer:
         self._freeze(last_step_begun // self.plan.steps_per_epoch)
         self.run.forget_features()
 
-    def _all_stateful(self) -> dict[str, Stateful]:
-        """What `stateful` holds, a subclass's own attributes, and observers with a state."""
-        own = {name: value for name, value in vars(self).items() if name not in self._attributes_of_trainer}
-        attributes = {name: value for name, value in own.items() if isinstance(value, Stateful)}
-        return named_stateful({**attributes, **self.stateful}, self.observers)
+    def _stateful_objects(self) -> dict[str, Stateful]:
+        """What `stateful` holds, a subclass's own attributes, and observers with a state, by name."""
+        model_parts = {id(part) for part in self.module.modules()}  # saved with the model
+        attributes = {}
+        for name, value in vars(self).items():
+            if name not in self._attributes_of_trainer and id(value) not in model_parts:
+                attributes[name] = value
+        objects = StatefulObjects()
+        objects.add_named(self.stateful)
+        objects.add_attributes(attributes)
+        objects.add_observers(self.observers)
+        return objects.by_name
 
     def _stop(self, signal_number: int) -> None:
         self.save()

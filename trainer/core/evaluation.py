@@ -94,16 +94,22 @@ class Evaluator:
         self._features.clear()
 
     def _in_eval_mode(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
-        """Each batch with what it is to be run through: the model, or its head where the batch holds its features."""
+        """Each batch with what it is run through: the model, or its head where the batch holds the features.
+
+        The model is in eval mode meanwhile, and afterwards in the mode that it had.
+        """
+        was_training = self._model.training
         self._model.eval()
-        kept_features = self._features.batches()
-        if kept_features is not None:
-            self.close()
-            for request, (head, batch) in zip(self._requests, kept_features, strict=True):
-                yield request, head, batch
-        else:
-            yield from self._loaded_batches()
-        self._model.train()
+        try:
+            batches_of_features = self._features.batches()
+            if batches_of_features is None:
+                yield from self._loaded_batches()
+            else:
+                self.close()
+                for request, (head, batch) in zip(self._requests, batches_of_features, strict=True):
+                    yield request, head, batch
+        finally:
+            self._model.train(was_training)
 
     def _loaded_batches(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
         if self._batches is None:
