@@ -15,23 +15,23 @@ Value = TypeVar("Value")
 
 
 class Node(NamedTuple):
-    """The sum of the micro-batches from `index · 2^level` to before `(index + 1) · 2^level`, as far as there are any."""
+    """The sum of those micro-batches from `position · 2^level` to before `(position + 1) · 2^level` that there are."""
 
     level: int
-    index: int
+    position: int
 
     @property
     def is_right(self) -> bool:
         """True if the parent adds this node to its left sibling."""
-        return self.index % 2 == 1
+        return self.position % 2 == 1
 
     @property
     def left_sibling(self) -> Node:
-        return Node(self.level, self.index - 1)
+        return Node(self.level, self.position - 1)
 
     @property
     def parent(self) -> Node:
-        return Node(self.level + 1, self.index // 2)
+        return Node(self.level + 1, self.position // 2)
 
 
 class TreeSum(Generic[Value]):
@@ -73,11 +73,11 @@ class TreeSum(Generic[Value]):
         """True for the root, and for a node whose sibling is still to come or belongs to another rank."""
         if node.is_right:
             return not self.nodes or self.nodes[-1][0] != node.left_sibling
-        has_right_sibling = (node.index + 1) << node.level < self._micro_batches
+        has_right_sibling = (node.position + 1) << node.level < self._micro_batches
         return has_right_sibling or self._is_root(node)
 
     def _is_root(self, node: Node) -> bool:
-        return node.index == 0 and 1 << node.level >= self._micro_batches
+        return node.position == 0 and 1 << node.level >= self._micro_batches
 
 
 @cache
