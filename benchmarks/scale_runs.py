@@ -16,10 +16,9 @@ from typing import Any
 from torch import nn
 
 from benchmarks.processes import on_processes
-from trainer import Config, Stopped, Trainer
+from trainer import Config, Observer, Run, Step, Stopped, Trainer
 from trainer.components.models import small_cnn
 from trainer.core.metrics import TIMINGS
-from trainer.exact.plan import Step
 from trainer.reporting.jsonl import read_rows
 from trainer.storage import checkpoint
 
@@ -111,21 +110,24 @@ def outcome(parts: Sequence[Part], directory: Path, quick: bool) -> Outcome:
     return Outcome(parts, digests | {"rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()})
 
 
-class Cut(Trainer):
-    """A `Trainer` that is sent a signal in the middle of a run: SIGTERM to its last rank alone, SIGKILL to all."""
+class Interruption(Observer):
+    """Sends a signal in the middle of a run: SIGTERM to the last rank alone, SIGKILL to all."""
 
-    part: Part
+    def __init__(self, part: Part) -> None:
+        self.part = part
 
-    def train_step(self, step: Step) -> None:
-        super().train_step(step)
-        last_rank = self.ranks.rank == self.ranks.count - 1
-        if self.part.signal and step.number == self.part.until and (last_rank or self.part.signal == "SIGKILL"):
+    def begin(self, run: Run) -> None:
+        self.is_last_rank = run.ranks.rank == run.ranks.count - 1
+
+    def step(self, step: Step) -> None:
+        if not self.part.signal or step.number != self.part.until:
+            return
+        if self.is_last_rank or self.part.signal == "SIGKILL":
             os.kill(os.getpid(), SIGNALS[self.part.signal])
 
 
 def train_part(directory: Path, part: Part, quick: bool) -> dict[str, Any] | None:
-    trainer = Cut(subject(directory, part, quick))
-    trainer.part = part
+    trainer = Trainer(subject(directory, part, quick), observers=[Interruption(part)])
     try:
         return trainer.fit()
     except Stopped:
@@ -135,15 +137,14 @@ def train_part(directory: Path, part: Part, quick: bool) -> dict[str, Any] | Non
 # ---------------------------------------------------------------- how soon a resumed run is in its place
 
 
-class Timed(Trainer):
-    """Notes when its first step has ended."""
+class FirstStep(Observer):
+    """Records when the first step has ended."""
 
-    first_step_ended: float | None = None
+    end_time: float | None = None
 
-    def train_step(self, step: Step) -> None:
-        super().train_step(step)
-        if self.first_step_ended is None:
-            self.first_step_ended = time.perf_counter()
+    def step(self, step: Step) -> None:
+        if self.end_time is None:
+            self.end_time = time.perf_counter()
 
 
 def resume_seconds(directory: Path, samples: int) -> dict[int, float]:
@@ -171,7 +172,7 @@ def _resumed(directory: Path, samples: int, until: int) -> float:
         "train": {"epochs": 1, "max_steps": until},
         "wandb": {"mode": "disabled"},
     }
-    trainer = Timed(Config.from_dict(tree))
-    trainer.fit()
-    assert trainer.first_step_ended is not None
-    return trainer.first_step_ended - began
+    first_step = FirstStep()
+    Trainer(Config.from_dict(tree), observers=[first_step]).fit()
+    assert first_step.end_time is not None
+    return first_step.end_time - began

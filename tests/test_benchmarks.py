@@ -18,19 +18,19 @@ from torchvision.models import mobilenet_v3_small
 from benchmarks import fuse, loops, scale, step_time
 from benchmarks.gpu import CHECKS, main
 from benchmarks.subjects import first_digits, fitted, settings
-from benchmarks.timing import OURS, InterleavedTrainer, Rounds, quartiles
+from benchmarks.timing import LOCKSTEP, InterleavedTrainer, Rounds, quartiles
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import largest_difference, state
 from tests.programs import run_program
 from tests.test_configs import image_folder
 
-LOOPS = ["raw", OURS, *step_time.VARIANTS, *(name for name, _, _ in step_time.PEERS)]
+LOOPS = ["raw", LOCKSTEP, *step_time.VARIANTS, *(name for name, _, _ in step_time.PEERS)]
 
 
 def run(module: str, *arguments: str) -> str:
-    done = run_program(["-m", f"benchmarks.{module}", *arguments], timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    result = run_program(["-m", f"benchmarks.{module}", *arguments], timeout=900)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def test_step_time_prints_and_saves_every_line(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_rounds_interleave_and_fit_is_whole(tmp_path: Path) -> None:
 
     ((events, counts, ours, plain),) = on_ranks(1, interleaved, tmp_path)
     assert "".join(events) == "aaabbb" + "ooo" + "bbbaaa" + "ooo" + "aaabbb" + "ooo" + "o"
-    assert counts == {"a": 2, "b": 2, OURS: 2}
+    assert counts == {"a": 2, "b": 2, LOCKSTEP: 2}
     assert largest_difference(ours, plain) == 0
 
 
@@ -120,8 +120,8 @@ def test_every_loop_trains(tmp_path: Path) -> None:
 
 def test_quartiles_are_of_each_rounds_own_ratio() -> None:
     clocks = [torch.tensor([t, 2 * t]).numpy() for t in (1.0, 10.0, 100.0)]
-    seconds = {"raw": clocks, OURS: [clocks[0] * 2, clocks[1] * 1.5, clocks[2] * 1.1]}
-    assert quartiles(seconds, OURS, "raw")[1].tolist() == pytest.approx([1.5, 1.5])
+    seconds = {"raw": clocks, LOCKSTEP: [clocks[0] * 2, clocks[1] * 1.5, clocks[2] * 1.1]}
+    assert quartiles(seconds, LOCKSTEP, "raw")[1].tolist() == pytest.approx([1.5, 1.5])
 
 
 def gpu(*arguments: str) -> tuple[int, str]:
@@ -172,12 +172,12 @@ def test_transfer_compares_both_recipes_with_the_script(tmp_path: Path) -> None:
 
 
 def test_scale_finds_equal_runs_and_reads_the_peers_rightly() -> None:
-    found = json.loads(run("scale", "--quick", "--json"))
-    assert found["equal"]
-    assert len({tuple(each["digests"].values()) for each in found["runs"]}) == 1
-    assert all(len(set(each["digests"].values())) == 4 for each in found["runs"])
+    report = json.loads(run("scale", "--quick", "--json"))
+    assert report["equal"]
+    assert len({tuple(each["digests"].values()) for each in report["runs"]}) == 1
+    assert all(len(set(each["digests"].values())) == 4 for each in report["runs"])
     guide, one, four = (
-        next(line for line in found["loops"] if (line["loop"], line["layout"]) == place)
+        next(line for line in report["loops"] if (line["loop"], line["layout"]) == place)
         for place in (("Accelerate's guide", "1 × 4"), ("Lockstep", "1 × 4"), ("Lockstep", "4 × 1"))
     )
     assert (guide["read"], guide["repeated"]) == ([159], [0])
@@ -186,11 +186,11 @@ def test_scale_finds_equal_runs_and_reads_the_peers_rightly() -> None:
         assert (line["read"], line["repeated"], line["other_steps"]) == ([159], [0], "0 of 3")
         assert line["gradient_error"] < 1e-5
         assert line["batch_norm_updates"] == 10
-    assert max(found["resume_seconds"].values()) > 0
+    assert max(report["resume_seconds"].values()) > 0
 
 
 def test_scale_names_the_runs_that_differ() -> None:
     digests = [{"weights": "a", "rows": "b"}, {"weights": "a", "rows": "b"}, {"weights": "a", "rows": "c"}]
-    found = [scale.Outcome([], each) for each in digests]
-    assert scale.verdict(found[:2])[0]
-    assert scale.verdict(found) == (False, "DIFFERENT from line 1: line 3 in its rows")
+    outcomes = [scale.Outcome([], each) for each in digests]
+    assert scale.verdict(outcomes[:2])[0]
+    assert scale.verdict(outcomes) == (False, "DIFFERENT from line 1: line 3 in its rows")

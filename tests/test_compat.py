@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,11 @@ from PIL import Image
 from torch import nn
 
 from tests.distributed.ranks import on_ranks
+from tests.programs import run_program
 from trainer import Trainer, load
 from trainer.storage import checkpoint
+from trainer.storage.run_directory import check_same_run
 
-ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data" / "run_before_rooms"
 EXPECTED = json.loads((DATA / "expected.json").read_text())
 KERNELS = "d85b47ac"  # `kernels_sha256` where the runs were made
@@ -76,14 +75,7 @@ def runs(tmp_path: Path) -> Path:
 
 def command(*arguments: object, status: int = 0) -> str:
     """What `python -m trainer …` prints."""
-    process = subprocess.run(
-        [sys.executable, "-m", "trainer", *map(str, arguments)],
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = run_program(["-m", "trainer", *arguments])
     assert process.returncode == status, process.stderr
     return process.stdout
 
@@ -174,3 +166,12 @@ def test_replay(runs: Path, same_kernels: bool) -> None:
         for logged, replayed in again["logged"].values():
             assert replayed == logged
         assert again["digests"] == {"10": [expected["digest"]] * 2}
+
+
+def test_classes_named_by_the_path_of_an_earlier_version_are_found() -> None:
+    """A task given from Python is written by its import path, and modules have moved since."""
+    config = load("configs/digits.yaml", ["loss.name=trainer.task.CrossEntropy"])
+    assert config.loss.name == "trainer.components.task.CrossEntropy"
+    before = config.to_dict(digests=True)
+    before["loss"]["name"] = "trainer.task.CrossEntropy"
+    check_same_run(before, config, config.run)

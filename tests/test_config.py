@@ -209,6 +209,7 @@ def test_load_names_an_argument_it_cannot_take(arguments: Any, message: str) -> 
         load(*arguments)
 
 
+@pytest.mark.fresh_process  # imports the package from another place
 def test_the_default_config_comes_with_the_package(tmp_path: Path) -> None:
     """As installed: the package lies elsewhere with its own `configs`, and the current directory has none."""
     package, elsewhere = tmp_path / "site" / "trainer", tmp_path / "elsewhere"

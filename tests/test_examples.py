@@ -47,8 +47,8 @@ def test_its_loss_and_metric_by_hand() -> None:
     total, weight = Segmentation(disc_weight=3.0).loss_sum(output, targets)
     losses = nn.BCEWithLogitsLoss(reduction="none")(output, targets)[0]
     assert float(total / weight) == pytest.approx(float(3 * losses[:2].sum() + losses[2:].sum()) / 8, rel=1e-12)
-    found, union = Segmentation().metric_sums(output, targets)["iou"]
-    assert (int(found), int(union)) == (1, 3)
+    intersection, union = Segmentation().metric_sums(output, targets)["iou"]
+    assert (int(intersection), int(union)) == (1, 3)
 
 
 class Bare(Task):
@@ -74,7 +74,7 @@ def test_python_use_in_ten_lines(tmp_path: Path) -> None:
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
     }
-    done = run_program(["-c", short], cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "val/iou" in done.stdout
+    result = run_program(["-c", short], cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "val/iou" in result.stdout
     assert (tmp_path / "runs" / "run" / "summary.json").is_file()

@@ -22,7 +22,7 @@ from trainer.errors import ConfigError
 from trainer.inspection.autograd_chain import chain
 from trainer.inspection.explain import Dissection
 
-SIZE, LR, SHOWN = 13, 0.1, 4
+SIZE, LR, FIRST_VALUES = 13, 0.1, 4
 BASE = [
     *("data.name=fake", "data.image_size=8", "data.channels=1", "data.size=100"),
     *(f"batch.size={SIZE}", "batch.micro_size=5", "train.precision=fp64"),
@@ -40,15 +40,15 @@ def explained(*overrides: str) -> tuple[dict[str, Any], nn.Module, list[tuple[Te
     dissected = Dissection(load(None, [*BASE, *overrides]))
     trainer = dissected.trainer
     before = copy.deepcopy(trainer.module)
-    drawn = [trainer.run.data.train[int(i)] for i in trainer.plan.permutation(0)[: 2 * SIZE]]
-    images, targets = torch.stack([image for image, _ in drawn]), torch.tensor([target for _, target in drawn])
+    pairs = [trainer.run.data.train[int(i)] for i in trainer.plan.permutation(0)[: 2 * SIZE]]
+    images, targets = torch.stack([image for image, _ in pairs]), torch.tensor([target for _, target in pairs])
     return dissected.report(), before, list(zip((images.double() / 255).split(SIZE), targets.split(SIZE), strict=True))
 
 
-def shows(shown: dict[str, Any], tensor: Tensor) -> None:
-    assert shown["shape"] == list(tensor.shape)
-    assert shown["norm"] == pytest.approx(float(tensor.norm()), **EXACT)
-    assert shown["first"] == pytest.approx(tensor.flatten()[:SHOWN].tolist(), **EXACT)
+def shows(summary: dict[str, Any], tensor: Tensor) -> None:
+    assert summary["shape"] == list(tensor.shape)
+    assert summary["norm"] == pytest.approx(float(tensor.norm()), **EXACT)
+    assert summary["first"] == pytest.approx(tensor.flatten()[:FIRST_VALUES].tolist(), **EXACT)
 
 
 def gradients_of_two_steps() -> None:
@@ -78,7 +78,7 @@ def gradients_of_two_steps() -> None:
     assert sum(part["loss_sum"] for part in parts) / SIZE == pytest.approx(report["loss"]["mean"], **EXACT)
     assert report["loss"]["epoch"] == {"steps": 8, "step_size": SIZE, "last_step_size": 100 - 7 * SIZE}
     model, (images, targets) = untrained, samples[0]
-    alone = F.cross_entropy(model(images[:SHOWN]), targets[:SHOWN], reduction="none")
+    alone = F.cross_entropy(model(images[:FIRST_VALUES]), targets[:FIRST_VALUES], reduction="none")
     assert [sample["loss_sum"] for sample in report["batch"]["samples"]] == pytest.approx(alone.tolist(), **EXACT)
 
 
@@ -114,12 +114,12 @@ def weighted() -> None:
     report, model, samples = explained("model.name=tests.test_explain.plain", "loss.ignore_index=3")
     images, targets = samples[0]
     loss = F.cross_entropy(model(images), targets, ignore_index=3)
-    counted = int((targets != 3).sum())
-    assert counted < SIZE
+    valid_targets = int((targets != 3).sum())
+    assert valid_targets < SIZE
     for (name, parameter), stages in zip(model.named_parameters(), report["gradients"].values(), strict=True):
         (gradient,) = torch.autograd.grad(loss, parameter, retain_graph=True)
         assert name in report["gradients"]
-        shows(stages["after_last"], gradient * counted / SIZE)
+        shows(stages["after_last"], gradient * valid_targets / SIZE)
         shows(stages["reduced"], gradient)
 
 
@@ -140,20 +140,20 @@ class Residual(nn.Module):
 
 
 def test_the_chain_passes_every_layer_and_names_what_each_node_gives() -> None:
-    found = chain(Residual()(torch.ones(2, 3)).sum(), Residual())
-    assert found == []  # another model's parameters
+    nodes = chain(Residual()(torch.ones(2, 3)).sum(), Residual())
+    assert nodes == []  # another model's parameters
     model = Residual()
-    found = chain(model(torch.ones(2, 3)).sum(), model)
+    nodes = chain(model(torch.ones(2, 3)).sum(), model)
     layers = ["AddmmBackward0", "AddBackward0", "ReluBackward0", "AddmmBackward0", "AddmmBackward0"]
-    assert [node["name"] for node in found] == [
+    assert [node["name"] for node in nodes] == [
         "SumBackward0",
         *layers,
         "TBackward0",
         "torch::autograd::AccumulateGrad",
     ]
-    given = [set(node["parameters"]) for node in found if node["parameters"]]
+    parameter_sets = [set(node["parameters"]) for node in nodes if node["parameters"]]
     both = [{f"{name}.weight", f"{name}.bias"} for name in ("last", "inner")]
-    assert given == [*both, {"first.bias"}, {"first.weight"}]  # the first weight is a transposition further on
+    assert parameter_sets == [*both, {"first.bias"}, {"first.weight"}]  # the first weight is a transposition further on
 
 
 def printed(*arguments: str) -> str:

@@ -22,28 +22,28 @@ from trainer.exact.plan import Step
 from trainer.reporting.jsonl import read_rows
 
 LESSONS = Path(__file__).parents[1] / "configs" / "lessons"
-QUIET = ["wandb.mode=disabled", "run.figures=false"]
+OFFLINE = ["wandb.mode=disabled", "run.figures=false"]
 
 
-def of(lesson: str, directory: Path, *overrides: str) -> Config:
-    return load(LESSONS / f"{lesson}.yaml", [*QUIET, f"run.dir={directory}", *overrides])
+def load_lesson(lesson: str, directory: Path, *overrides: str) -> Config:
+    return load(LESSONS / f"{lesson}.yaml", [*OFFLINE, f"run.dir={directory}", *overrides])
 
 
 def accuracies(lesson: str, directory: Path) -> list[tuple[float, float]]:
     """Before and after training, for each of 20 seeds."""
-    found = []
+    results = []
     for seed in range(20):
-        trainer = Trainer(of(lesson, directory, f"run.seed={seed}", "train.log_every=80"))
+        trainer = Trainer(load_lesson(lesson, directory, f"run.seed={seed}", "train.log_every=80"))
         before = trainer.evaluate()["accuracy"]
         trainer.fit()
-        found.append((before, trainer.evaluate()["accuracy"]))
-    return found
+        results.append((before, trainer.evaluate()["accuracy"]))
+    return results
 
 
 @pytest.mark.parametrize("lesson", ["patterns", "own_optimizer"])
 def test_both_patterns_are_right_at_a_glaring_intensity_on_each_of_20_seeds(tmp_path: Path, lesson: str) -> None:
-    (found,) = on_ranks(1, accuracies, lesson, tmp_path)
-    before, after = zip(*found, strict=True)
+    (results,) = on_ranks(1, accuracies, lesson, tmp_path)
+    before, after = zip(*results, strict=True)
     assert after == (1.0,) * 20
     assert sum(before) / 20 < 0.3  # of four outputs, so a guess is right in one of four
 
@@ -65,22 +65,22 @@ def test_gradient_descent_is_sgd_without_momentum() -> None:
     assert unused.tolist() == [1, 1]
 
 
-def descended(directory: Path) -> list[dict[str, Any]]:
-    Trainer(of("parabola", directory, "train.precision=fp64")).fit()
+def descend(directory: Path) -> list[dict[str, Any]]:
+    Trainer(load_lesson("parabola", directory, "train.precision=fp64")).fit()
     return read_rows(directory / "parabola" / "metrics.jsonl")
 
 
 def test_each_step_down_the_parabola_multiplies_x_by_one_minus_twice_the_rate(tmp_path: Path) -> None:
-    (rows,) = on_ranks(1, descended, tmp_path)
+    (rows,) = on_ranks(1, descend, tmp_path)
     steps = [row for row in rows if "train/x" in row]
     assert [row["train/x"] for row in steps] == pytest.approx([0.8**k for k in range(30)], rel=1e-12)
     assert [row["train/loss"] for row in steps] == pytest.approx([0.64**k for k in range(30)], rel=1e-12)
 
 
-def drawn(directory: Path, *arguments: str) -> int:
+def draw_descent(directory: Path, *arguments: str) -> int:
     from examples.lessons.descent import main
 
-    return main([*QUIET, f"run.dir={directory}", *arguments])
+    return main([*OFFLINE, f"run.dir={directory}", *arguments])
 
 
 @pytest.mark.parametrize(
@@ -93,34 +93,33 @@ def drawn(directory: Path, *arguments: str) -> int:
 def test_the_descent_is_an_animation_of_each_step(tmp_path: Path, name: str, steps: int, arguments: list[str]) -> None:
     from PIL import Image
 
-    assert on_ranks(1, drawn, tmp_path, *arguments) == [0]
+    assert on_ranks(1, draw_descent, tmp_path, *arguments) == [0]
     with Image.open(tmp_path / name / "figures" / "descent.gif") as image:
         assert image.n_frames == steps + 1  # the start, and a frame a step
 
 
-def regressed(directory: Path) -> float:
-    return float(Trainer(of("regression", directory, "train.epochs=4")).fit()["best"])
+def fit_regression(directory: Path) -> float:
+    return float(Trainer(load_lesson("regression", directory, "train.epochs=4")).fit()["best"])
 
 
 def test_the_regression_learns_where_the_spot_is(tmp_path: Path) -> None:
-    assert on_ranks(1, regressed, tmp_path)[0] < 0.1  # the middle would be 0.5 away
+    assert on_ranks(1, fit_regression, tmp_path)[0] < 0.1  # the middle would be 0.5 away
 
 
-def switched(directory: Path) -> list[dict[str, Any]]:
+def fit_switches(directory: Path) -> list[dict[str, Any]]:
     switches = ["model.affine=true", "model.affine=false", "model.track_running_stats=false"]
-    return [Trainer(of("batch_norm", directory, "train.epochs=1", switch)).fit() for switch in switches]
+    return [Trainer(load_lesson("batch_norm", directory, "train.epochs=1", switch)).fit() for switch in switches]
 
 
 def test_switches_of_batch_norm(tmp_path: Path) -> None:
-    ((both_on, without_affine, untracked),) = on_ranks(1, switched, tmp_path)
+    ((both_on, without_affine, untracked),) = on_ranks(1, fit_switches, tmp_path)
     assert untracked["weights_sha256"] == both_on["weights_sha256"]  # training never reads running statistics
     assert untracked["best"] != both_on["best"]  # validation does
     assert without_affine["weights_sha256"] != both_on["weights_sha256"]
     assert without_affine["best"] > 0.85
+    frozen_without_statistics = ["batch_norm.mode=frozen", "model.track_running_stats=false"]
     with pytest.raises(AssertionError, match=r'batch_norm\.mode: layer "1" keeps no running statistics'):
-        on_ranks(
-            1, lambda: Trainer(of("batch_norm", tmp_path, "batch_norm.mode=frozen", "model.track_running_stats=false"))
-        )
+        on_ranks(1, lambda: Trainer(load_lesson("batch_norm", tmp_path, *frozen_without_statistics)))
     assert sum(p.numel() for p in net(10, 1, affine=False).parameters()) == 16 * 9 + 32 * 16 * 9 + 5130
 
 
@@ -185,8 +184,8 @@ def reductions(directory: Path, name: str) -> list[tuple[list[dict[str, Any]], d
         model = mlp() if ignored else nn.Sequential(mlp(), nn.Linear(4, 1))
         trainer = fitted(settings, model, train_data=Points() if ignored else Values())
         rows = read_rows(directory / "run" / "metrics.jsonl")
-        kept = [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
-        runs.append((kept, state(trainer)))
+        columns = [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+        runs.append((columns, state(trainer)))
     return runs
 
 

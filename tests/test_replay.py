@@ -47,42 +47,42 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("number", [1, 3, 4, 6, 8])
 def test_a_step_on_three_ranks_is_the_step_on_one(run: Path, tmp_path: Path, number: int) -> None:
     """103 samples by 28: epochs of 4 steps, the last of 19; checkpoints after 3, 4, 6, 8."""
-    found = replay(lambda: make(tmp_path), run, number)
-    assert found.step == found.asked == number
-    assert found.began_after == max(step for step in (0, 3, 4, 6, 8) if step < number)
-    assert all(was == now for was, now in found.digests.values())
-    assert all(was == now for was, now in found.logged.values())
+    result = replay(lambda: make(tmp_path), run, number)
+    assert result.step == result.asked == number
+    assert result.began_after == max(step for step in (0, 3, 4, 6, 8) if step < number)
+    assert all(was == now for was, now in result.digests.values())
+    assert all(was == now for was, now in result.logged.values())
     if number % 2 == 0:
-        assert number in found.digests
-        assert set(found.logged) == {"train/loss", "lr", "grad_norm"}
-        assert found.grad_norm == found.logged["grad_norm"][0]
-    assert len(found.samples) == len({sample["id"] for sample in found.samples}) == (19 if number % 4 == 0 else 28)
+        assert number in result.digests
+        assert set(result.logged) == {"train/loss", "lr", "grad_norm"}
+        assert result.grad_norm == result.logged["grad_norm"][0]
+    assert len(result.samples) == len({sample["id"] for sample in result.samples}) == (19 if number % 4 == 0 else 28)
 
 
 def test_what_it_says_is_what_happened(run: Path, tmp_path: Path) -> None:
     """Step 4, from the weights of checkpoint 3: losses, statistics, gradient and change computed by hand."""
-    found = replay(lambda: make(tmp_path), run, 4)
+    result = replay(lambda: make(tmp_path), run, 4)
     before, after = (load_file(run / "checkpoints" / f"step_0000000{step}" / "model.safetensors") for step in (3, 4))
     net, data = conv_net().double(), Images()
     net.load_state_dict(before)
     means, total = [], torch.zeros((), dtype=torch.float64)
-    for place in sorted({sample["micro_batch"] for sample in found.samples}):
-        own = [sample for sample in found.samples if sample["micro_batch"] == place]
-        ids = [sample["id"] for sample in own]
+    for micro_batch in sorted({sample["micro_batch"] for sample in result.samples}):
+        batch_samples = [sample for sample in result.samples if sample["micro_batch"] == micro_batch]
+        ids = [sample["id"] for sample in batch_samples]
         hidden = net[0](data.points[ids])
         means.append(hidden.mean((0, 2, 3)))
         losses = F.cross_entropy(net[1:](hidden), data.labels[ids], reduction="none")
-        assert [sample["loss"] for sample in own] == pytest.approx(losses.tolist(), rel=1e-12)
-        assert [sample["target"] for sample in own] == ["abcd"[data.labels[i]] for i in ids]
-        total = total + losses.sum() / len(found.samples)
-    assert found.loss == pytest.approx(total.item(), rel=1e-12)
-    seen = found.batch_norm["1"]
-    assert seen["least_mean"] == pytest.approx(torch.stack(means).min().item(), rel=1e-9)
-    assert seen["largest_mean"] == pytest.approx(torch.stack(means).max().item(), rel=1e-9)
+        assert [sample["loss"] for sample in batch_samples] == pytest.approx(losses.tolist(), rel=1e-12)
+        assert [sample["target"] for sample in batch_samples] == ["abcd"[data.labels[i]] for i in ids]
+        total = total + losses.sum() / len(result.samples)
+    assert result.loss == pytest.approx(total.item(), rel=1e-12)
+    statistics = result.batch_norm["1"]
+    assert statistics["least_mean"] == pytest.approx(torch.stack(means).min().item(), rel=1e-9)
+    assert statistics["largest_mean"] == pytest.approx(torch.stack(means).max().item(), rel=1e-9)
     total.backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in net.parameters() if p.grad is not None))
-    assert found.grad_norm == pytest.approx(norm, rel=1e-9)
-    for name, numbers in found.weights.items():
+    assert result.grad_norm == pytest.approx(norm, rel=1e-9)
+    for name, numbers in result.weights.items():
         assert numbers["change"] == pytest.approx((after[name] - before[name]).norm().item(), rel=1e-9)
 
 
@@ -96,13 +96,13 @@ def test_a_run_without_a_finite_loss_says_how_to_look_at_it(tmp_path: Path) -> N
     settings = ["optimizer.lr=1e30", "train.log_every=20", "wandb.mode=disabled", "run.figures=false"]
     failed = run_program(["train.py", f"run.dir={tmp_path}", *settings])
     assert failed.returncode == 1
-    (told,) = (line.split() for line in failed.stderr.splitlines() if "replay" in line)
-    assert told[-2:] == ["--step", "20"]
-    printed = run_program([*told[1:], "--json"])
-    assert printed.returncode == 0, printed.stderr
-    found = json.loads(printed.stdout)
-    assert 1 < found["step"] < found["asked"] == 20
-    assert not math.isfinite(found["loss"])
-    kept = tmp_path / "digits" / "replay" / f"step_{found['step']:08d}"
-    assert {path.name for path in kept.iterdir()} == {"replay.json", "images.png"}
-    assert "is not finite already in step" in run_program([*told[1:]]).stdout
+    (replay_command,) = (line.split() for line in failed.stderr.splitlines() if "replay" in line)
+    assert replay_command[-2:] == ["--step", "20"]
+    output = run_program([*replay_command[1:], "--json"])
+    assert output.returncode == 0, output.stderr
+    report = json.loads(output.stdout)
+    assert 1 < report["step"] < report["asked"] == 20
+    assert not math.isfinite(report["loss"])
+    directory = tmp_path / "digits" / "replay" / f"step_{report['step']:08d}"
+    assert {path.name for path in directory.iterdir()} == {"replay.json", "images.png"}
+    assert "is not finite already in step" in run_program([*replay_command[1:]]).stdout

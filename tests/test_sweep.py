@@ -437,6 +437,7 @@ def running_in(directory: Path) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.fresh_process  # a sweep's trials are processes that it starts
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     """Its second trial is cut off by a SIGKILL of the sweep and goes on from its checkpoint; a third one fails."""
     file = write(tmp_path, {"optimizer.lr": {"values": [0.05, 0.02, 1e30]}}, "train.epochs=8", "train.log_every=2")

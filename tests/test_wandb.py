@@ -82,6 +82,7 @@ def rows(path: Path):
             yield {name: value for name, value in items.items() if not name.startswith("_")}
 
 
+@pytest.mark.fresh_process  # imports W&B's client, and no torch
 def test_an_offline_run_and_its_resumption(run, tmp_path):
     facts, printed = run(
         """
@@ -122,6 +123,7 @@ report(ids=[first.id, again.id], described=first.describe())
     assert exits == [[0], [1]]
 
 
+@pytest.mark.fresh_process  # what a start imports
 @pytest.mark.parametrize(
     ("mode", "environment"),
     [("disabled", {}), ("auto", {"WANDB_MODE": "disabled"}), ("disabled", {"WANDB_MODE": "online"})],
@@ -132,6 +134,7 @@ def test_a_disabled_one_does_not_import_wandb(run, tmp_path, mode, environment):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fresh_process  # imports W&B's client, and no torch
 def test_mode_auto_follows_the_environment(run):
     facts, printed = run(
         """
@@ -158,6 +161,7 @@ def test_an_unknown_mode_in_the_environment_is_refused(monkeypatch, tmp_path):
     assert error.value.key == "WANDB_MODE"
 
 
+@pytest.mark.fresh_process  # imports W&B's client, and no torch
 def test_a_server_that_refuses_leaves_the_run_offline(run):
     with WandbServer() as server:
         server.fault("403")

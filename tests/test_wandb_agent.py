@@ -17,11 +17,15 @@ import yaml
 
 from benchmarks.wandb_server import WandbServer
 from tests.wandb_sweeps import SweepBackend
+from trainer.storage.files import is_locked
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="launch/sweep.sh is for Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="launch/sweep.sh is for Linux"),
+    pytest.mark.fresh_process,  # the agent starts launchers, and those the runs
+]
 
 
 @pytest.fixture
@@ -137,14 +141,15 @@ def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(
     runs, logged = tmp_path / "runs", "metrics.jsonl"
     first, blown_up, refused_value, last = (f"{name}r{i}" for i in range(4))
 
-    wait_for((runs / f"digits-{first}" / logged).exists, 60, tmp_path)
+    wait_for((runs / f"digits-{first}" / logged).exists, 180, tmp_path)
     assert processes(runs)
     backend.run(first)["stop"] = True  # as early termination and the Stop button do
     wait_for(lambda: len(sweep["runs"]) > 1, 30, tmp_path)
-    assert not any(first in line for line in processes(runs))
+    # The agent starts the next trial once the launcher has ended; the run below it may still be writing.
+    wait_for(lambda: not is_locked(runs / f"digits-{first}"), 30, tmp_path)
     assert (runs / f"digits-{first}" / "checkpoints" / "last").exists()
 
-    wait_for((runs / f"digits-{last}" / logged).exists, 90, tmp_path)  # the second and third failed
+    wait_for((runs / f"digits-{last}" / logged).exists, 180, tmp_path)  # the second and third failed
     assert backend.runs[blown_up]["state"] == backend.runs[refused_value]["state"] == "failed"
     assert "the loss is" in backend.runs[blown_up]["summary"]["failure"]
     assert "optimizer.lr: -1.0 is less than 0" in backend.runs[refused_value]["summary"]["failure"]
@@ -169,7 +174,7 @@ def test_a_trial_ends_with_an_agent_that_is_killed(tmp_path: Path, server: Wandb
             stderr=log,
         )
     runs = tmp_path / "runs"
-    wait_for((runs / f"digits-{name}r0" / "metrics.jsonl").exists, 60, tmp_path)
+    wait_for((runs / f"digits-{name}r0" / "metrics.jsonl").exists, 180, tmp_path)
     assert len(processes(runs)) == 3
     agent.kill()
     agent.wait()

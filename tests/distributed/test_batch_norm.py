@@ -59,7 +59,7 @@ def plain_pytorch(model: nn.Module, micro_size: int, momentum_per_step: bool = F
     return model.state_dict()
 
 
-def ours(directory: Path, make: Any, micro_size: int, **changes: Any) -> dict[str, Tensor]:
+def train(directory: Path, make: Any, micro_size: int, **changes: Any) -> dict[str, Tensor]:
     settings = config(directory, batch__micro_size=micro_size, **changes)
     return state(fitted(settings, make(), train_data=Images(SAMPLES), val_data=Images(20)))
 
@@ -69,7 +69,7 @@ def ours(directory: Path, make: Any, micro_size: int, **changes: Any) -> dict[st
 def test_buffers_are_those_of_one_process_in_order(tmp_path: Path, ranks: int, per: str) -> None:
     reference = plain_pytorch(conv_net(momentum=0.3), 7, per == "step")
     assert reference["1.num_batches_tracked"] == 2 * (3 * 4 + 1)
-    for buffers in on_ranks(ranks, ours, tmp_path, lambda: conv_net(momentum=0.3), 7, batch_norm__momentum_per=per):
+    for buffers in on_ranks(ranks, train, tmp_path, lambda: conv_net(momentum=0.3), 7, batch_norm__momentum_per=per):
         assert largest_difference(buffers, reference) < 1e-12
 
 
@@ -79,22 +79,22 @@ def test_resumed_where_ranks_have_nothing_to_do(tmp_path: Path, stop: int) -> No
     which agrees on its buckets in the second forward, must not be asked to by one rank alone."""
     reference = plain_pytorch(conv_net(momentum=0.3), 7)
     changes = {"run__resume": "auto", "train__max_steps": stop}
-    on_ranks(1, ours, tmp_path, lambda: conv_net(momentum=0.3), 7, **changes)
-    for buffers in on_ranks(3, ours, tmp_path, lambda: conv_net(momentum=0.3), 7, run__resume="auto"):
+    on_ranks(1, train, tmp_path, lambda: conv_net(momentum=0.3), 7, **changes)
+    for buffers in on_ranks(3, train, tmp_path, lambda: conv_net(momentum=0.3), 7, run__resume="auto"):
         assert largest_difference(buffers, reference) < 1e-12
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_layers_called_twice_and_instance_norm(tmp_path: Path, ranks: int) -> None:
     reference = plain_pytorch(SharedNorm(), 7)
-    for buffers in on_ranks(ranks, ours, tmp_path, SharedNorm, 7):
+    for buffers in on_ranks(ranks, train, tmp_path, SharedNorm, 7):
         assert largest_difference(buffers, reference) < 1e-12
 
 
 def test_a_step_ages_the_statistics_alike_however_it_is_cut(tmp_path: Path) -> None:
     """With momentum_per=step, what a step leaves of the statistics before it does not depend on M."""
 
-    def left_over(directory: Path, micro_size: int) -> Tensor:
+    def remainder_of_start(directory: Path, micro_size: int) -> Tensor:
         model = conv_net()
         model[1].running_mean.fill_(1e9)  # so far off that only its remainder is seen
         settings = config(directory, batch__micro_size=micro_size, batch_norm__momentum_per="step", train__max_steps=3)
@@ -102,8 +102,8 @@ def test_a_step_ages_the_statistics_alike_however_it_is_cut(tmp_path: Path) -> N
         return trainer.module.state_dict()["1.running_mean"]
 
     for micro_size in (28, 7, 4):
-        (left,) = on_ranks(1, left_over, tmp_path / str(micro_size), micro_size)
-        assert torch.allclose(left, torch.tensor(1e9 * 0.9**3, dtype=torch.float64), rtol=1e-7)
+        (remainder,) = on_ranks(1, remainder_of_start, tmp_path / str(micro_size), micro_size)
+        assert torch.allclose(remainder, torch.tensor(1e9 * 0.9**3, dtype=torch.float64), rtol=1e-7)
 
 
 @pytest.mark.parametrize(("ranks", "cuts"), [(1, 4), (2, 2), (3, 2)])  # 28 samples in 4 micro-batches, or 3 × 2
@@ -115,8 +115,8 @@ def test_with_sync_the_micro_batches_of_all_ranks_at_once_are_one_update(ranks: 
         StatisticsShare(model, section, Ranks("fp64")).begin(plan.step(0))
         return float(model[1].momentum)
 
-    for found in on_ranks(ranks, momentum):
-        assert (1 - found) ** cuts == pytest.approx(0.7, rel=1e-12)
+    for spread in on_ranks(ranks, momentum):
+        assert (1 - spread) ** cuts == pytest.approx(0.7, rel=1e-12)
 
 
 def test_frozen_layers_stay_as_they_were(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_cumulative_momentum_and_sync_on_the_cpu_are_refused(tmp_path: Path) -> 
 
 def test_the_configs_momentum_counts(tmp_path: Path) -> None:
     reference = plain_pytorch(conv_net(momentum=0.3), 7)
-    for buffers in on_ranks(2, ours, tmp_path, conv_net, 7, batch_norm__momentum=0.3):
+    for buffers in on_ranks(2, train, tmp_path, conv_net, 7, batch_norm__momentum=0.3):
         assert largest_difference(buffers, reference) < 1e-12
 
 

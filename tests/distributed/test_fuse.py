@@ -63,8 +63,8 @@ def test_equals_the_run_that_fuses_nothing(
     for got, got_rows, took in on_ranks(ranks, run, tmp_path, net, fuse, batch_norm__momentum_per=per):
         assert took == ({2: 4, 3: 3}[ranks] if fuse == "auto" else fuse)
         assert largest_difference(got, weights) < 1e-12
-        for row, due in zip(got_rows, rows, strict=True):
-            assert row == pytest.approx(due, rel=1e-12, abs=1e-14)
+        for row, expected in zip(got_rows, rows, strict=True):
+            assert row == pytest.approx(expected, rel=1e-12, abs=1e-14)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

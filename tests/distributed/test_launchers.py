@@ -46,8 +46,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The default config, fp64 and cut short inside its second epoch, by each launcher."""
     directories = {launcher: tmp_path_factory.mktemp(launcher) for launcher in LAUNCHERS}
     for launcher, directory in directories.items():
-        done = launch(launcher, "train.py", f"run.dir={directory}", *SHORT)
-        assert done.returncode == 0, done.stdout + done.stderr
+        result = launch(launcher, "train.py", f"run.dir={directory}", *SHORT)
+        assert result.returncode == 0, result.stdout + result.stderr
     return directories
 
 
@@ -68,24 +68,24 @@ def test_the_run_is_the_same(runs: dict[str, Path]) -> None:
     reference = runs["python"]
     for launcher in ("accelerate", "torchrun"):
         assert largest_difference(last(runs[launcher]), last(reference)) < 1e-12
-        for row, due in zip(
+        for row, expected in zip(
             read_rows(runs[launcher] / "digits" / "metrics.jsonl"),
             read_rows(reference / "digits" / "metrics.jsonl"),
             strict=True,
         ):
             for column in (*TIMINGS, "digest"):  # no bound holds for these
                 row.pop(column, None)
-                due.pop(column, None)
-            assert row == pytest.approx(due, rel=1e-10)
+                expected.pop(column, None)
+            assert row == pytest.approx(expected, rel=1e-10)
 
 
 def test_the_best_model_gives_its_numbers_again(runs: dict[str, Path]) -> None:
     best = json.loads((runs["python"] / "digits" / "best" / "metrics.json").read_text())
     for ranks in (1, 3):
-        done = run_program(["-m", "trainer", "evaluate", runs["python"] / "digits"], ranks=ranks)
-        assert done.returncode == 0, done.stderr
+        result = run_program(["-m", "trainer", "evaluate", runs["python"] / "digits"], ranks=ranks)
+        assert result.returncode == 0, result.stderr
         values = {}
-        for line in done.stdout.splitlines():
+        for line in result.stdout.splitlines():
             if line.startswith("  val/"):
                 name, value, *_ = line.split()
                 values[name] = float(value)
@@ -105,28 +105,28 @@ MISTAKES = [
 ]
 
 
-def check_one_message(done: subprocess.CompletedProcess[str], message: str, directory: Path) -> None:
+def check_one_message(result: subprocess.CompletedProcess[str], message: str, directory: Path) -> None:
     """The mistake is reported by one rank, before anything is written and without a traceback through the trainer."""
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
-    assert "trainer/trainer.py" not in done.stderr
+    assert "trainer/trainer.py" not in result.stderr
     assert not (directory / "digits").exists()
 
 
 @pytest.mark.parametrize(("ranks", "mistake", "message"), MISTAKES)
 def test_a_mistake_is_reported_once(tmp_path: Path, ranks: int, mistake: list[str], message: str) -> None:
-    done = run_program(["train.py", f"run.dir={tmp_path}", *SHORT, *mistake], ranks=ranks)
-    check_one_message(done, message, tmp_path)
-    assert done.returncode == 2
+    result = run_program(["train.py", f"run.dir={tmp_path}", *SHORT, *mistake], ranks=ranks)
+    check_one_message(result, message, tmp_path)
+    assert result.returncode == 2
 
 
 @pytest.mark.fresh_process  # launchers print tracebacks and have a status of their own
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_a_mistake_is_reported_once_under_a_launcher(tmp_path: Path, launcher: str) -> None:
-    done = launch(launcher, "train.py", f"run.dir={tmp_path}", *SHORT, *MISSPELT)
-    check_one_message(done, MOMENTUM, tmp_path)
-    assert done.returncode == 1
+    result = launch(launcher, "train.py", f"run.dir={tmp_path}", *SHORT, *MISSPELT)
+    check_one_message(result, MOMENTUM, tmp_path)
+    assert result.returncode == 1
 
 
 def wait_for_rows(directory: Path, is_running: Callable[[], bool]) -> None:
@@ -148,8 +148,8 @@ def check_checkpoint_of_stop(directory: Path, stderr: str) -> None:
     step = json.loads((last / "manifest.json").read_text())["step"]
     assert f"after step {step}" in stderr
     length = [f"train.max_steps={step + 3}", "train.epochs=1000", "run.resume=auto"]
-    done = run_program(["train.py", f"run.dir={directory}", *SHORT, *length])
-    assert done.returncode == 0, done.stderr
+    result = run_program(["train.py", f"run.dir={directory}", *SHORT, *length])
+    assert result.returncode == 0, result.stderr
     assert summary(directory)["steps"] == step + 3
 
 
@@ -159,12 +159,12 @@ def test_a_signal_ends_a_run_at_a_step_with_a_checkpoint(tmp_path: Path, number:
     try:
         wait_for_rows(tmp_path, program.is_running)
         program.send_signal(number)
-        done = program.wait(timeout=60)
+        result = program.wait(timeout=60)
     finally:
         program.kill()
-    assert done.returncode == 128 + number
-    assert "Traceback" not in done.stderr
-    check_checkpoint_of_stop(tmp_path, done.stderr)
+    assert result.returncode == 128 + number
+    assert "Traceback" not in result.stderr
+    check_checkpoint_of_stop(tmp_path, result.stderr)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -177,11 +177,11 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, rank: i
         while program.is_running():  # `wait` would signal the other rank, as launchers do
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        done = program.wait(timeout=1)
+        result = program.wait(timeout=1)
     finally:
         program.kill()
     assert program.exit_statuses == [143, 143]
-    check_checkpoint_of_stop(tmp_path, done.stderr)
+    check_checkpoint_of_stop(tmp_path, result.stderr)
 
 
 @pytest.mark.fresh_process  # the launcher is signalled, and has to pass it on
@@ -195,6 +195,6 @@ def test_a_signal_to_a_launcher_ends_the_run_at_a_step_with_a_checkpoint(tmp_pat
 
 def test_a_launcher_that_asks_for_more_than_the_config_is_refused(tmp_path: Path) -> None:
     environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
-    done = run_program(["train.py", f"run.dir={tmp_path}"], env=environment, timeout=60)
-    assert done.returncode == 2
-    assert "set train.precision instead" in done.stderr
+    result = run_program(["train.py", f"run.dir={tmp_path}"], env=environment, timeout=60)
+    assert result.returncode == 2
+    assert "set train.precision instead" in result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Points, config, mlp, state
 from trainer import ConfigError, LockstepError, Observer, Trainer, WeightedSum
+from trainer.config.schema import ObserverConfig
 from trainer.core.build import Run
 from trainer.core.metrics import Row
 from trainer.data.samples import MicroBatch
@@ -144,13 +146,18 @@ def average(directory: Path, how: str, max_steps: int | None = None) -> dict[str
         trainer: Any = AveragingTrainer(settings, **given)
         trainer.fit()
         return dict(trainer.average.state_dict())
-    observer = Average()
-    Trainer(settings, observers=[observer], **given).fit()
+    if how == "config":
+        named = ObserverConfig(name=f"{__name__}.Average")
+        trainer = Trainer(replace(settings, observers=(named,)), **given)
+    else:
+        trainer = Trainer(settings, observers=[Average()], **given)
+    trainer.fit()
+    (observer,) = trainer.observers
     assert observer.count == (max_steps or 4)
     return dict(observer.average.state_dict())
 
 
-@pytest.mark.parametrize("how", ["observer", "subclass"])
+@pytest.mark.parametrize("how", ["observer", "config", "subclass"])
 def test_state_of_ones_own_survives_a_resume_on_another_number_of_processes(tmp_path: Path, how: str) -> None:
     (reference,) = on_ranks(1, average, tmp_path / "straight", how)
     on_ranks(2, average, tmp_path / "cut", how, max_steps=1)

@@ -40,13 +40,13 @@ def steps(directory: Path, workers: int, first_step: int = 0) -> Steps:
     )
     trainer = Trainer(settings)
     loader = TrainLoader(trainer.run.train_loader, trainer.plan, trainer.ranks.rank, first_step)
-    seen: Steps = {}
+    samples: Steps = {}
     for step in trainer.plan.steps(first_step):
         for batch in loader.step(step):
             ids = trainer.plan.sample_ids(step, batch.first).tolist()
             pixels = hashlib.sha256(batch.inputs.numpy().tobytes() + batch.targets.numpy().tobytes()).hexdigest()
-            seen[step.number, batch.first] = ids, pixels, trainer.schedule.factor(step.number - 1)
-    return seen
+            samples[step.number, batch.first] = ids, pixels, trainer.schedule.factor(step.number - 1)
+    return samples
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +69,14 @@ def test_the_reference_is_worth_comparing_to(reference: Steps) -> None:
 def test_equal_on_any_ranks_and_workers(tmp_path: Path, reference: Steps, ranks: int, workers: int) -> None:
     parts = on_ranks(ranks, steps, tmp_path, workers)
     assert sum(map(len, parts)) == len(reference)  # nothing is run twice
-    assert {place: seen for part in parts for place, seen in part.items()} == reference
+    assert {place: samples for part in parts for place, samples in part.items()} == reference
 
 
 def test_equal_from_any_step_on(tmp_path: Path, reference: Steps) -> None:
     for first_step in (1, 4, 5, 7):
         parts = on_ranks(2, steps, tmp_path, 1, first_step)
-        rest = {place: seen for place, seen in reference.items() if place[0] > first_step}
-        assert {place: seen for part in parts for place, seen in part.items()} == rest
+        rest = {place: samples for place, samples in reference.items() if place[0] > first_step}
+        assert {place: samples for part in parts for place, samples in part.items()} == rest
 
 
 class DrawsFromEverything:

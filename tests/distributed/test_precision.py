@@ -18,11 +18,11 @@ from trainer.reporting.jsonl import read_rows
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_near_fp32_and_equal_over_ranks(tmp_path: Path, precision: str) -> None:
     def run(directory: Path, precision: str) -> tuple[dict[str, Tensor], list[torch.dtype]]:
-        model, seen = conv_net(), []
-        model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        model, dtypes = conv_net(), []
+        model[0].register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
         settings = config(directory, batch__micro_size=7, train__precision=precision, train__max_grad_norm=1.0)
         trainer = fitted(settings, model, train_data=Images(103), val_data=Images(20))
-        return state(trainer), seen
+        return state(trainer), dtypes
 
     ((exact, _),) = on_ranks(1, run, tmp_path / "fp32", "fp32")
     ((reference, dtypes),) = on_ranks(1, run, tmp_path / "1", precision)
@@ -86,10 +86,10 @@ def test_a_skipped_step_does_not_hold_up_the_schedule(tmp_path: Path) -> None:
 
 def test_fp64_is_fp64_throughout(tmp_path: Path) -> None:
     def run(directory: Path) -> set[Any]:
-        seen = set()
+        dtypes = set()
         model = conv_net()
-        model[0].register_forward_hook(lambda module, inputs, output: seen.update({inputs[0].dtype, output.dtype}))
+        model[0].register_forward_hook(lambda module, inputs, output: dtypes.update({inputs[0].dtype, output.dtype}))
         trainer = fitted(config(directory), model, train_data=Images(28), val_data=Images(20))
-        return seen | {t.dtype for t in trainer.module.state_dict().values() if t.is_floating_point()}
+        return dtypes | {t.dtype for t in trainer.module.state_dict().values() if t.is_floating_point()}
 
     assert on_ranks(1, run, tmp_path) == [{torch.float64}]

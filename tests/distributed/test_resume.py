@@ -70,12 +70,12 @@ def test_resumed_runs_end_alike(tmp_path: Path, straight: Any, stops: list[tuple
         results = on_ranks(ranks, run, tmp_path, train__max_steps=step, train__log_every=4)
     for got, got_optimizer in results:
         assert largest_difference(got, weights) < 1e-12
-        for index, held in optimizer.items():
-            assert largest_difference(got_optimizer[index], held) < 1e-12
+        for index, expected_state in optimizer.items():
+            assert largest_difference(got_optimizer[index], expected_state) < 1e-12
     expected = on_ranks(1, run, tmp_path / "expected", train__log_every=4) and rows(tmp_path / "expected")
     assert len(rows(tmp_path)) == len(expected)
-    for row, due in zip(rows(tmp_path), expected, strict=True):
-        assert row == pytest.approx(due, rel=1e-10)
+    for row, expected_row in zip(rows(tmp_path), expected, strict=True):
+        assert row == pytest.approx(expected_row, rel=1e-10)
     best = [json.loads((d / "run" / "best" / "metrics.json").read_text()) for d in (tmp_path, directory)]
     assert best[0]["step"] == best[1]["step"]
     assert best[0]["val/loss"] == pytest.approx(best[1]["val/loss"], rel=1e-10)
@@ -97,16 +97,16 @@ def test_a_changed_key_is_refused_by_name(tmp_path: Path) -> None:
     changes = {"train__max_steps": 3, "optimizer__lr": 0.2, "run__resume_changes": "allow"}
     assert on_ranks(2, changed, tmp_path, **changes) == ["accepted", "accepted"]
     assert on_ranks(1, changed, tmp_path, train__max_steps=4, optimizer__lr=0.2, data__workers=1) == ["accepted"]
-    kept = (tmp_path / "run" / "config.yaml").read_bytes()
+    written_config = (tmp_path / "run" / "config.yaml").read_bytes()
     (message,) = on_ranks(1, changed, tmp_path, train__max_steps=3, optimizer__lr=0.2)
     assert message.startswith("train.max_steps: the run to resume is at step 4 and would end at 3")
-    assert (tmp_path / "run" / "config.yaml").read_bytes() == kept
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == written_config
 
 
 def options(directory: Path, steps: int) -> list[str]:
     """The default config, bitwise, `steps` long: 23 steps an epoch, a row every 5, a checkpoint at each epoch's end."""
-    chosen = ["run.reproducibility=bitwise", "run.name=run", "run.figures=false", "wandb.mode=disabled"]
-    return [*chosen, f"run.dir={directory}", f"train.max_steps={steps}", "train.epochs=1000", "train.log_every=5"]
+    fixed = ["run.reproducibility=bitwise", "run.name=run", "run.figures=false", "wandb.mode=disabled"]
+    return [*fixed, f"run.dir={directory}", f"train.max_steps={steps}", "train.epochs=1000", "train.log_every=5"]
 
 
 def last_steps(directory: Path) -> tuple[int, int]:
@@ -150,12 +150,12 @@ def test_a_run_killed_between_checkpoints_is_done_over_to_the_same_bits(tmp_path
         program.kill()
     assert saved < logged
     end = logged + 9  # past the rows that the killed run had written after its checkpoint
-    done = run_program(["train.py", *options(tmp_path / "cut", end), "run.resume=auto"])
-    assert done.returncode == 0, done.stderr
-    assert f"resumed after step {saved}" in done.stdout
-    (due,) = on_ranks(1, straight_through, end)
+    result = run_program(["train.py", *options(tmp_path / "cut", end), "run.resume=auto"])
+    assert result.returncode == 0, result.stderr
+    assert f"resumed after step {saved}" in result.stdout
+    (reference,) = on_ranks(1, straight_through, end)
     summary = json.loads((tmp_path / "cut" / "run" / "summary.json").read_text())
-    assert {name: summary[name] for name in DIGESTS} == {name: due[name] for name in DIGESTS}
+    assert {name: summary[name] for name in DIGESTS} == {name: reference[name] for name in DIGESTS}
     assert rows(tmp_path / "cut") == rows(tmp_path / "straight")
 
 
@@ -192,14 +192,14 @@ def test_a_resumed_run_reads_nothing_before_its_place(tmp_path: Path, workers: i
         Trainer(settings).fit()
 
     on_ranks(1, go_on, 1)
-    kept = tmp_path / "run" / "checkpoints"
-    held = checkpoint.load(kept / "step_00000001")
-    held.progress.step, held.progress.samples_seen = 999, 99_900  # as after 998 steps more
-    checkpoint.save(kept, held, keep=1)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    first = checkpoint.load(checkpoints / "step_00000001")
+    first.progress.step, first.progress.samples_seen = 999, 99_900  # as after 998 steps more
+    checkpoint.save(checkpoints, first, keep=1)
     (tmp_path / "read0").unlink()
     on_ranks(2, go_on, 1000)
     order = Plan(100_000, 100, 50, 2, 1, seed=0).permutation(0)
     for rank in (0, 1):
-        looked_at, *read = map(int, (tmp_path / f"read{rank}").read_text().split())
-        assert looked_at == 0  # the model is made for a sample's shape
-        assert read == order[99_900:][50 * rank :][:50].tolist()
+        shape_sample, *sample_ids = map(int, (tmp_path / f"read{rank}").read_text().split())
+        assert shape_sample == 0  # the model is made for a sample's shape
+        assert sample_ids == order[99_900:][50 * rank :][:50].tolist()

@@ -118,15 +118,15 @@ def test_features_of_validation_samples_are_made_once(tmp_path: Path, unfreeze: 
         class Twice(Trainer):
             def evaluate(self) -> dict[str, float]:
                 assert self.run.evaluator is not None
-                kept.append(super().evaluate())
+                cached.append(super().evaluate())
                 handle = self.module[0].register_forward_hook(count)
                 self.run.evaluator.evaluate()
                 handle.remove()
                 self.run.evaluator.forget()
                 whole.append(self.run.evaluator.evaluate())  # this keeps the features for the next one
-                return kept[-1]
+                return cached[-1]
 
-        kept: list[dict[str, float]] = []
+        cached: list[dict[str, float]] = []
         whole: list[dict[str, float]] = []
         section = {"batch__size": SIZE, "train__epochs": 3, "model__freeze": "backbone", "model__unfreeze": unfreeze}
         settings = config(tmp_path, batch__eval_size=8, batch__micro_size=4, **section)
@@ -134,9 +134,9 @@ def test_features_of_validation_samples_are_made_once(tmp_path: Path, unfreeze: 
         trainer.fit()
         trainer._freeze(0)  # what was thawed is another backbone now
         trainer.evaluate()
-        return kept, whole, calls
+        return cached, whole, calls
 
-    for kept, whole, calls in on_ranks(2, both):
-        assert kept == whole
-        assert len(kept) == 4
+    for cached, whole, calls in on_ranks(2, both):
+        assert cached == whole
+        assert len(cached) == 4
         assert calls == (2 if unfreeze else 0)  # this rank's two batches, in the last epoch

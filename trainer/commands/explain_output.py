@@ -11,13 +11,15 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from trainer.commands.tables import Row, add_rows, format_cell, make_table
+
 MAX_WIDTH = 100  # columns
 FIRST_ROWS, LAST_ROWS = 6, 4  # of a long table that is cut short
 MOST_ROWS = FIRST_ROWS + LAST_ROWS
+MOST_VALUES = 4  # of a list
 
 Report = Mapping[str, Any]
 Part = RenderableType
-Row = Sequence[str]
 
 
 def print_lesson(report: Report, most_rows: int | None) -> None:
@@ -33,51 +35,57 @@ def print_lesson(report: Report, most_rows: int | None) -> None:
 def lesson(report: Report, most_rows: int | None) -> Iterator[tuple[str, list[Part]]]:
     """The panels: a title and what stands below it."""
     yield "1 · The batch", _explain_batch(report)
-    yield "2 · The loss", [*_explain_step_loss(report, most_rows), _explain_epoch_loss(report)]
-    yield "3 · The way back", _explain_graph(report, most_rows)
+    yield "2 · The loss", _explain_loss(report, most_rows)
+    yield "3 · The way back", _explain_graph(report["chain"], most_rows)
     yield "4 · The gradients", _explain_gradients(report, most_rows)
     yield "5 · The update", _explain_update(report, most_rows)
-    yield "6 · BatchNorm", _explain_batch_norm(report, most_rows)
-    yield "7 · Without zero_grad", _explain_zero_grad(report, most_rows)
+    yield "6 · BatchNorm", _explain_batch_norm(report["batch_norm"], most_rows)
+    yield "7 · Without zero_grad", _explain_zero_grad(report["without_zero_grad"], most_rows)
 
 
 def _explain_batch(report: Report) -> list[Part]:
     batch = report["batch"]
-    sizes = batch["micro_batches"]
-    size = f"{max(sizes)}" if min(sizes) == max(sizes) else f"{max(sizes)} or {min(sizes)}"
+    samples = batch["samples"]
     model = f"{report['model']}, {_count(report['parameters'], 'parameter')}, {report['precision']}."
-    cut = f"{_count(batch['size'], 'sample')}, in {_count(len(sizes), 'micro-batch', 'es')} of {size}."
-    parts: list[Part] = [f"{model} The first step takes {cut}"]
+    size = _count(batch["size"], "sample")
+    parts: list[Part] = [f"{model} The first step takes {size}, in {_describe_sizes(batch['micro_batches'])}."]
     if batch["shape"]:
         shape = " × ".join(map(str, batch["shape"]))
         parts.append(f"A micro-batch reaches the model as {batch['dtype']} {shape}. Its first samples:")
-    if "target" in batch["samples"][0]:
+    if "target" in samples[0]:
         rows = []
-        for sample in batch["samples"]:
-            output, loss = _first_values(sample["output"]), _number(sample["loss_sum"])
-            rows.append((str(sample["id"]), _first_values(sample["target"]), output, loss))
+        for sample in samples:
+            target, output = _first_values(sample["target"]), _first_values(sample["output"])
+            rows.append((sample["id"], target, output, sample["loss_sum"]))
         parts.append(_table(("sample", "target", "model's output", "loss"), rows, None))
     return parts
 
 
-def _explain_step_loss(report: Report, most_rows: int | None) -> list[Part]:
+def _describe_sizes(sizes: Sequence[int]) -> str:
+    largest, smallest = max(sizes), min(sizes)
+    count = _count(len(sizes), "micro-batch", "es")
+    return f"{count} of {largest}" if largest == smallest else f"{count} of {largest} or {smallest}"
+
+
+def _explain_loss(report: Report, most_rows: int | None) -> list[Part]:
     loss = report["loss"]
     total = weight = 0.0
     rows = []
     for index, part in enumerate(loss["micro_batches"]):
         total += part["loss_sum"]
         weight += part["weight"]
-        rows.append((str(index), _number(part["loss_sum"]), _number(part["weight"]), _number(part["mean"])))
+        rows.append((index, part["loss_sum"], part["weight"], part["mean"]))
+    mean = format_cell(loss["mean"])
     return [
         f"{loss['name']} gives a sum for each micro-batch. The step divides once, by the weight of all its targets:",
         _table(("micro-batch", "Σ loss", "÷ weight of its targets", "= mean"), rows, most_rows),
-        f"the step's loss is {_number(total)} ÷ {_number(weight)} = [bold]{_number(loss['mean'])}[/].",
+        f"the step's loss is {total:.4g} ÷ {weight:.4g} = [bold]{mean}[/].",
+        _explain_epoch_loss(loss["epoch"]),
     ]
 
 
-def _explain_epoch_loss(report: Report) -> str:
+def _explain_epoch_loss(epoch: Report) -> str:
     """Why an epoch's loss is not the mean of its steps' losses."""
-    epoch = report["loss"]["epoch"]
     steps, size, last = epoch["steps"], epoch["step_size"], epoch["last_step_size"]
     if last == size:
         composition = f"{_count(steps, 'step')} of {_count(size, 'sample')}. If the last step were shorter, a"
@@ -91,24 +99,24 @@ def _explain_epoch_loss(report: Report) -> str:
     )
 
 
-def _explain_graph(report: Report, most_rows: int | None) -> list[Part]:
+def _explain_graph(nodes: Sequence[Report], most_rows: int | None) -> list[Part]:
     rows = []
-    for index, node in enumerate(report["chain"]):
+    for index, node in enumerate(nodes):
         name = node["name"].removeprefix("torch::autograd::")
-        rows.append((str(index), name, ", ".join(node["parameters"])))
+        rows.append((index, name, ", ".join(node["parameters"])))
     if most_rows is not None:
         most_rows += FIRST_ROWS  # one layer takes several nodes
     return [
         f"backward() goes from the loss to the first layer, {len(rows)} nodes on the longest path:",
-        _table(("", "autograd node", "gives the gradient of"), rows, most_rows, align_right=False),
+        _table(("", "autograd node", "gives the gradient of"), rows, most_rows, text_columns=(0, 1, 2)),
     ]
 
 
 def _explain_gradients(report: Report, most_rows: int | None) -> list[Part]:
     rows = []
     for name, stages in report["gradients"].items():
-        norms = [_norm(stages[stage]) for stage in ("before", "after_first", "after_last", "reduced")]
-        rows.append((name, *norms))
+        first, last = _norm(stages["after_first"]), _norm(stages["after_last"])
+        rows.append((name, _norm(stages["before"]), first, last, _norm(stages["reduced"])))
     count = _count(len(report["batch"]["micro_batches"]), "micro-batch", "es")
     parts: list[Part] = [
         f"Norms before backward, after the first and the last of {count}, and as the optimizer receives them: "
@@ -122,11 +130,11 @@ def _explain_gradients(report: Report, most_rows: int | None) -> list[Part]:
         )
     if report["gradient_scale"] != 1:
         parts.append(f"fp16: before the reduction, gradients are multiplied by {report['gradient_scale']:g}.")
-    norm, most = report["grad_norm"], report["max_grad_norm"]
+    norm, limit = report["grad_norm"], report["max_grad_norm"]
     clipping = ""
-    if most is not None:
-        clipping = f", clipped to {most:g}" if norm > most else f", under {most:g}"
-    parts.append(f"The whole gradient's norm is [bold]{_number(norm)}[/]{clipping}.")
+    if limit is not None:
+        clipping = f", clipped to {limit:g}" if norm > limit else f", under {limit:g}"
+    parts.append(f"The whole gradient's norm is [bold]{norm:.4g}[/]{clipping}.")
     return parts
 
 
@@ -134,29 +142,27 @@ def _explain_update(report: Report, most_rows: int | None) -> list[Part]:
     rows = []
     for name, update in report["updates"].items():
         gradient = _norm(report["gradients"][name]["reduced"])
-        change, relative = _number(update["norm"]), _number(update["relative"])
-        rows.append((name, gradient, change, relative, _first_values(update["first"][:3])))
+        values = _first_values(update["first"][:3])
+        rows.append((name, gradient, update["norm"], update["relative"], values))
     headings = ("parameter", "gradient", "change", "change ÷ weight", "first values of the change")
+    rate = f"{report['lr']:g}"
     return [
-        f"{report['optimizer']} with learning rate {report['lr']:g}; norms of the gradients and of what they changed:",
+        f"{report['optimizer']} with learning rate {rate}; norms of the gradients and of what they changed:",
         _table(headings, rows, most_rows),
     ]
 
 
-def _explain_batch_norm(report: Report, most_rows: int | None) -> list[Part]:
-    section = report["batch_norm"]
-    if not section["layers"]:
+def _explain_batch_norm(section: Report, most_rows: int | None) -> list[Part]:
+    layers = section["layers"]
+    if not layers:
         return ["No layer keeps running statistics."]
     rows = []
-    for name, stages in section["layers"].items():
-        cells = []
-        for stage in ("before", "after_first", "after"):
-            # A layer that the first micro-batch did not reach has no values after it.
-            statistics = stages.get(stage, stages["before"])
-            mean, variance = (_number(statistics[kind]["first"][0]) for kind in ("mean", "var"))
-            cells.append(f"{mean}\n{variance}")
-        rows.append((name, "mean\nvar", *cells))
-    last = next(iter(section["layers"].values()))["after"]
+    for name, stages in layers.items():
+        before = stages["before"]
+        # A layer that the first micro-batch did not reach has no values after it.
+        states = (before, stages.get("after_first", before), stages["after"])
+        rows.append((name, "mean\nvar", *map(_first_channel, states)))
+    last = next(iter(layers.values()))["after"]
     return [
         f"Each of the {section['micro_batches']} micro-batches is normalised by its own statistics s, and moves the "
         f"running ones: r ← (1 − m) r + m s, with m = {last['momentum']:.4g} "
@@ -165,12 +171,18 @@ def _explain_batch_norm(report: Report, most_rows: int | None) -> list[Part]:
     ]
 
 
-def _explain_zero_grad(report: Report, most_rows: int | None) -> list[Part]:
-    if report["without_zero_grad"] is None:
+def _first_channel(statistics: Report) -> str:
+    """Mean and variance of channel 0, one below the other."""
+    mean, variance = statistics["mean"]["first"], statistics["var"]["first"]
+    return f"{mean[0]:.4g}\n{variance[0]:.4g}"
+
+
+def _explain_zero_grad(steps: Report | None, most_rows: int | None) -> list[Part]:
+    if steps is None:
         return ["This run has one step, so nothing would be left over for a second."]
     rows = []
-    for name, steps in report["without_zero_grad"].items():
-        rows.append((name, _norm(steps["first"]), _norm(steps["second"]), _norm(steps["both"])))
+    for name, gradients in steps.items():
+        rows.append((name, _norm(gradients["first"]), _norm(gradients["second"]), _norm(gradients["both"])))
     return [
         "zero_grad sets each gradient to None after the update. Were it forgotten, the second step's backward would "
         "add to the first one's gradient, and the optimizer would take both for one:",
@@ -178,24 +190,17 @@ def _explain_zero_grad(report: Report, most_rows: int | None) -> list[Part]:
     ]
 
 
-def _table(headings: Row, rows: Sequence[Row], most_rows: int | None, *, align_right: bool = True) -> Table:
-    """A table; of more than `most_rows` rows the first and the last, and between them how many are left out.
-
-    `align_right` is for the numbers in all columns but the first.
-    """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if align_right and index else "left", overflow="fold")
+def _table(
+    headings: Sequence[str], rows: Sequence[Row], most_rows: int | None, *, text_columns: Sequence[int] = (0,)
+) -> Table:
+    """A table; of more than `most_rows` rows the first and the last, and between them how many are left out."""
+    table = make_table(headings, text_columns=text_columns)
     if most_rows is None or len(rows) <= most_rows:
-        first, last = rows, rows[:0]
-    else:
-        first, last = rows[: most_rows - LAST_ROWS], rows[-LAST_ROWS:]
-    for row in first:
-        table.add_row(*row)
-    if last:
-        table.add_row(Text(f"… {len(rows) - len(first) - len(last)} more (--all)", "dim"))
-    for row in last:
-        table.add_row(*row)
+        add_rows(table, rows)
+        return table
+    add_rows(table, rows[: most_rows - LAST_ROWS])
+    table.add_row(Text(f"… {len(rows) - most_rows} more (--all)", "dim"))
+    add_rows(table, rows[-LAST_ROWS:])
     return table
 
 
@@ -203,17 +208,14 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{plural}"
 
 
-def _norm(values: Mapping[str, Any] | None) -> str:
-    return "None" if values is None else _number(values["norm"])
+def _norm(values: Report | None) -> float | str:
+    """The norm in a gradient's values, or that the gradient is None."""
+    return "None" if values is None else float(values["norm"])
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
-
-
-def _first_values(value: Any) -> str:
-    """A number, or the first four of a list."""
-    if isinstance(value, list):
-        text = " ".join(f"{number:.2g}" for number in value[:4])
-        return f"{text} …" if len(value) > 4 else text
-    return _number(value) if isinstance(value, float) else str(value)
+def _first_values(value: Any) -> Any:
+    """A number as it is; of a list, its first values."""
+    if not isinstance(value, list):
+        return value
+    text = " ".join(f"{number:.2g}" for number in value[:MOST_VALUES])
+    return f"{text} …" if len(value) > MOST_VALUES else text

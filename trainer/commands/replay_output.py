@@ -6,33 +6,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from trainer.commands.tables import add_rows, make_table
 from trainer.inspection.replay import Replay, loss_rank
 
 MOST_ROWS = 12  # of a table
-
-Row = Mapping[str, Any]
 
 
 def print_replay(result: Replay, run: Path, directory: Path) -> None:
     """Print whether the step is the one that the run trained, and what it looked like inside."""
     console = Console(highlight=False)
-    for title, text in [*_facts(result, run), ("digest", _compare_digests(result))]:
+    for title, text in _facts(result, run):
         console.print(f"[dim]{title:<10}[/] {text}")
     console.print(_table("samples, largest loss first", sorted(result.samples, key=loss_rank)))
-    console.print(_table("layers' outputs", _rows("layer", result.layers)))
+    console.print(_table("layers' outputs", _named_rows("layer", result.layers)))
     if result.batch_norm:
         title = "BatchNorm's statistics of one channel in one micro-batch"
-        console.print(_table(title, _rows("layer", result.batch_norm)))
-    console.print(_table("weights", _rows("parameter", result.weights)))
+        console.print(_table(title, _named_rows("layer", result.batch_norm)))
+    console.print(_table("weights", _named_rows("parameter", result.weights)))
     console.print(f"[dim]files     [/] {directory}: replay.json has every row of these tables")
 
 
 def _facts(result: Replay, run: Path) -> list[tuple[str, str]]:
-    start = f"from the checkpoint of step {result.began_after}" if result.began_after else "from the run's beginning"
+    start = "from the run's beginning"
+    if result.began_after:
+        start = f"from the checkpoint of step {result.began_after}"
     facts = [("replay", f"{run}, step {result.step} in epoch {result.epoch}, {start}")]
     if result.step != result.asked:
         facts.append(("", f"step {result.asked} was asked for; the loss is not finite already in step {result.step}"))
@@ -41,46 +41,42 @@ def _facts(result: Replay, run: Path) -> list[tuple[str, str]]:
     for name, (before, now) in result.logged.items():
         comparison = "the same now" if before == now else f"and now {now!r}"
         facts.append(("logged", f"{name} {before!r}, {comparison}"))
+    facts.append(("digest", _compare_digests(result)))
     return facts
 
 
 def _compare_digests(result: Replay) -> str:
     """Whether the weights are those of the run, at the steps where the run logged a digest of them."""
-    if not result.digests:
+    digests = result.digests
+    if not digests:
         return "the run logged none between the checkpoint and this step"
-    for step, (before, now) in result.digests.items():
+    for step, (before, now) in digests.items():
         if before != now:
             return (
-                f"differs from the run's at step {step}: {before}, and now {now}; equal bits on another number "
-                f"of processes need run.reproducibility=bitwise"
+                f"differs from the run's at step {step}: {before}, and now {now}; equal bits on another number of "
+                f"processes need run.reproducibility=bitwise"
             )
-    steps = len(result.digests)
-    last = "this step's too" if result.step in result.digests else f"the last of them step {max(result.digests)}"
-    return f"the same as the run's at all {steps} logged steps on the way, {last}"
+    last = "this step's too" if result.step in digests else f"the last of them step {max(digests)}"
+    return f"the same as the run's at all {len(digests)} logged steps on the way, {last}"
 
 
-def _rows(heading: str, numbers: Mapping[str, Row]) -> list[Row]:
+def _named_rows(heading: str, numbers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows that begin with their name, in a column `heading`."""
     return [{heading: name, **row} for name, row in numbers.items()]
 
 
-def _table(title: str, rows: Sequence[Row]) -> Table:
-    """The first rows, numbers aligned right."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False)
-    names: dict[str, None] = {}  # the keys of all rows, in order
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The first rows, with a column for every key of any row."""
+    columns: dict[str, None] = {}  # a dict, because it keeps their order
     for row in rows:
-        names.update(dict.fromkeys(row))
-    for name in names:
-        is_number = all(isinstance(row.get(name, 0), int | float) for row in rows)
-        table.add_column(name.replace("_", " "), justify="right" if is_number else "left", overflow="fold")
+        columns.update(dict.fromkeys(row))
+    text_columns = []
+    for index, name in enumerate(columns):
+        if any(isinstance(row.get(name), str) for row in rows):
+            text_columns.append(index)
+    table = make_table([name.replace("_", " ") for name in columns], text_columns=text_columns, title=title)
     for row in rows[:MOST_ROWS]:
-        table.add_row(*[_format(row.get(name)) for name in names])
+        add_rows(table, [[row.get(name) for name in columns]])
     if len(rows) > MOST_ROWS:
         table.caption = f"{len(rows) - MOST_ROWS} more in replay.json"
     return table
-
-
-def _format(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

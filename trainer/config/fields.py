@@ -66,6 +66,23 @@ class Section:
         return dict(vars(self))
 
 
+# Modules that have moved: a run that named their classes goes on under the new paths.
+MOVED_MODULES = {
+    "trainer.task.": "trainer.components.task.",
+    "trainer.models.": "trainer.components.models.",
+    "trainer.optimizer.": "trainer.components.optimizer.",
+    "trainer.schedule.": "trainer.components.schedule.",
+}
+
+
+def current_path(name: str) -> str:
+    """An import path as it is today, from one that an earlier version may have written."""
+    for old, new in MOVED_MODULES.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComponentSection(Section):
     """A section that names a component. Keys that it does not declare are the component's arguments, `args`."""
@@ -74,6 +91,7 @@ class ComponentSection(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "name", current_path(getattr(self, "name", "")))
         if not isinstance(self.args, Mapping):
             raise ConfigError(f"{self.SECTION}.args", f"{show(self.args)} is not a mapping of arguments")
         arguments = {}

@@ -9,13 +9,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from trainer.components.freezing import Freezing
 from trainer.components.models import build_model, compile_model, input_channels
-from trainer.components.task import Task, as_task
+from trainer.components.task import Task, as_task, loss_arguments
 from trainer.components.weights import start_from_weights, weights_file
 from trainer.config.schema import BestConfig, Config
 from trainer.core.evaluation import Evaluator
@@ -155,7 +156,10 @@ def _with_names(config: Config, **objects: object) -> Config:
     for section, thing in objects.items():
         if thing is not None:
             name = f"{type(thing).__module__}.{type(thing).__qualname__}"
-            config = replace(config, **{section: replace(getattr(config, section), name=name)})
+            changes: dict[str, Any] = {"name": name}
+            if isinstance(thing, nn.modules.loss._Loss):
+                changes["args"] = loss_arguments(thing)  # so that `evaluate` makes the same loss again
+            config = replace(config, **{section: replace(getattr(config, section), **changes)})
     return config
 
 

@@ -21,6 +21,7 @@ from trainer.data.loading import Normalize
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
 from trainer.errors import ConfigError, DataError, LockstepError
+from trainer.process import launcher
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint, signature
 from trainer.storage.run_directory import read_config
@@ -177,10 +178,10 @@ class _ImageFiles:
 
 
 def _device_of_one_process(precision: str) -> torch.device:
-    ranks = Ranks(precision)
-    if ranks.count > 1:
-        raise ConfigError("WORLD_SIZE", f"{ranks.count} processes were started, and one predicts; start it alone")
-    return ranks.device
+    processes = launcher.world_size()
+    if processes > 1:  # before they join, or one could end while another still connects to it
+        raise ConfigError("WORLD_SIZE", f"{processes} processes were started, and one predicts; start it alone")
+    return Ranks(precision).device
 
 
 def _format_shape(shape: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 import yaml
 
+from trainer.config.fields import current_path
 from trainer.config.load import load
 from trainer.config.schema import Config, RunConfig
 from trainer.errors import ConfigError
@@ -163,7 +164,10 @@ def _with_defaults(before: Mapping[str, Any]) -> dict[str, Any]:
     tree = dict(before)
     for section, defaults in Config().to_dict().items():
         if isinstance(defaults, Mapping):
-            tree[section] = {**defaults, **before.get(section, {})}
+            values = {**defaults, **before.get(section, {})}
+            if isinstance(values.get("name"), str):
+                values["name"] = current_path(values["name"])
+            tree[section] = values
         else:
             tree.setdefault(section, defaults)
     return tree

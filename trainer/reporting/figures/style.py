@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from trainer.storage.files import sync
+from trainer.storage.files import new_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,10 +49,5 @@ def new_figure(width: float, height: float) -> Figure:
 def write(figure: Figure, path: Path, *, cropped: bool = False) -> None:
     """Write a figure as PNG, completely or not at all; `cropped` removes its empty margins."""
     # savefig writes in pieces: a full disk must not destroy the figure of an earlier session.
-    partial = path.with_name(f".{path.stem}.partial.png")
-    try:
+    with new_file(path) as partial:
         figure.savefig(partial, bbox_inches="tight" if cropped else None)
-        sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
