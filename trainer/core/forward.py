@@ -13,7 +13,7 @@ from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import Fused
 from trainer.exact.plan import Step
-from trainer.exact.seeding import device_generator, device_seeder, key, mixed
+from trainer.exact.seeding import device_generator, device_seeder, key, mix_key
 
 TOO_FEW_VALUES = "Expected more than 1 value per channel when training"  # the words of torch's BatchNorm
 
@@ -42,7 +42,7 @@ class Forward:
         return self._output_and_loss(model, batch)
 
     def _key(self, step: Step, index: int) -> int:
-        return mixed(self._draws, step.number, index)
+        return mix_key(self._draws, step.number, index)
 
     def _output_and_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Any, WeightedSum]:
         output = self.output(model, batch)

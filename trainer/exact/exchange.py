@@ -37,13 +37,15 @@ class ShardExchange:
     def sum(self, step: Step, values: Sequence[list[Tensor]]) -> list[Tensor]:
         """The root of the step's tree, from the `values` of this rank's nodes. A collective."""
         micro_batches = len(step.micro_batches)
-        nodes_of_ranks = [nodes_of_range(first, end, micro_batches) for first, end in step.ranks]
-        shards = self._exchange_shards(self._pack(values), nodes_of_ranks)
-
-        shard_sum: TreeSum[Tensor] = TreeSum(micro_batches, Tensor.add_)
-        nodes: list[Node] = []
-        for nodes_of_rank in nodes_of_ranks:
+        nodes: list[Node] = []  # of all ranks
+        nodes_by_rank: list[int] = []
+        for first, end in step.ranks:
+            nodes_of_rank = nodes_of_range(first, end, micro_batches)
             nodes += nodes_of_rank
+            nodes_by_rank.append(len(nodes_of_rank))
+
+        shards = self._exchange_shards(self._pack(values), nodes_by_rank)
+        shard_sum: TreeSum[Tensor] = TreeSum(micro_batches, Tensor.add_)
         for node, shard in zip(nodes, shards, strict=True):
             shard_sum.push(node, shard)
 
@@ -53,39 +55,41 @@ class ShardExchange:
 
     def _pack(self, values: Sequence[list[Tensor]]) -> Tensor:
         """This rank's nodes as rows, `(nodes, ranks, shard size)`. The last shard may have some elements to spare."""
-        ranks, shard_size = self._ranks.count, self._shard_size
-        packed = self._buffer("packed", len(values), ranks * shard_size)
+        ranks = self._ranks.count
+        packed = self._buffer("packed", len(values), ranks * self._shard_size)
         for row, tensors in zip(packed, values, strict=True):
-            flat_tensors = []
-            for tensor, like in zip(tensors, self._layout, strict=True):
-                flat_tensors.append(_flatten(tensor, like))
-            torch.cat(flat_tensors, out=row[: self._size])
-        return packed.view(len(values), ranks, shard_size)
+            flat = map(_flatten, tensors, self._layout)
+            torch.cat(list(flat), out=row[: self._size])
+        return packed.view(len(values), ranks, self._shard_size)
 
-    def _exchange_shards(self, packed: Tensor, nodes_of_ranks: list[list[Node]]) -> Tensor:
+    def _exchange_shards(self, packed: Tensor, nodes_by_rank: list[int]) -> Tensor:
         """This rank's shard of every rank's nodes, `(nodes of all ranks, shard size)`, in the order of the ranks."""
         shard_size = self._shard_size
-        nodes_sent = len(packed)
-        nodes_received = [len(nodes) for nodes in nodes_of_ranks]
-        received = self._buffer("received", sum(nodes_received), shard_size)
+        size_sent = len(packed) * shard_size
+        sizes_received = [nodes * shard_size for nodes in nodes_by_rank]
+        received = self._buffer("received", sum(nodes_by_rank), shard_size)
+        # One call for all ranks' shards: the first dimension must be that of the ranks.
+        by_rank = packed.transpose(0, 1).reshape(-1)
         distributed.all_to_all_single(
             received.view(-1),
-            packed.transpose(0, 1).reshape(-1),
-            output_split_sizes=[nodes * shard_size for nodes in nodes_received],
-            input_split_sizes=[nodes_sent * shard_size] * self._ranks.count,
+            by_rank,
+            output_split_sizes=sizes_received,
+            input_split_sizes=[size_sent] * self._ranks.count,
         )
         return received
 
     def _unpack(self, total: Tensor) -> list[Tensor]:
         flat_tensors = torch.split(total.view(-1)[: self._size], self._sizes)
-        return [_unflatten(flat, like) for flat, like in zip(flat_tensors, self._layout, strict=True)]
+        return list(map(_unflatten, flat_tensors, self._layout))
 
     def _buffer(self, name: str, *shape: int) -> Tensor:
         """Memory that is kept from step to step: allocating it anew costs as much as filling it."""
         size = math.prod(shape)
-        if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._ranks.device)
-        return self._buffers[name][:size].view(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=self._dtype, device=self._ranks.device)
+            self._buffers[name] = buffer
+        return buffer[:size].view(shape)
 
 
 def _flatten(tensor: Tensor, like: Tensor) -> Tensor:
