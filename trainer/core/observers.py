@@ -1,4 +1,4 @@
-"""The one place where other people's code joins a run: observers, and objects whose state travels in checkpoints."""
+"""How other code joins a run: observers of its steps, and objects whose state is saved in its checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Observer:
 
     Give observers to `Trainer(…, observers=[…])`, or name their classes in the config under `observers`.
 
-    An observer with `state_dict` and `load_state_dict` is `Stateful`: its state travels in every checkpoint.
+    An observer with `state_dict` and `load_state_dict` is `Stateful`: every checkpoint has its state.
 
     The step does not wait for the device. An observer that reads a tensor on the host (`.item()`, `.tolist()`,
     `print`) makes it wait, so do that at some steps only.
@@ -52,7 +52,7 @@ class Observer:
         """After an epoch's row was logged, its evaluation included; `step` is the epoch's last."""
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """After the run, with what `summary.json` holds. Not called for a run that fails or is stopped."""
+        """After the run, with the contents of `summary.json`. Not called for a run that fails or is stopped."""
 
 
 @runtime_checkable
@@ -85,12 +85,12 @@ class Observers:
         self._observers.append(observer)
 
     def remove(self, observer: Observer) -> None:
-        """Call `observer` no more."""
+        """Stop calling `observer`."""
         self._observers.remove(observer)
 
     @property
     def look_at_gradients(self) -> bool:
-        """True if one of them overrides `gradient`, so that gradients must be unscaled in every step."""
+        """True if one of them overrides `gradient`: then fp16's gradients must be unscaled in every step."""
         return any(type(observer).gradient is not Observer.gradient for observer in self._observers)
 
     def begin(self, run: Run) -> None:

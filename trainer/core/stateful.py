@@ -1,4 +1,4 @@
-"""Objects whose state travels in checkpoints: their names there, and the same state on every rank."""
+"""Objects whose state is saved in checkpoints: their names there, and the same state on every rank."""
 
 from __future__ import annotations
 
