@@ -122,8 +122,7 @@ class Trainer:
     # ---------------------------------------------------------------- the run
 
     def fit(self) -> dict[str, Any]:
-        """Train from the first step, or from the checkpoint that `run.resume` finds; returns the contents of
-        `summary.json`.
+        """Train from the first step or the checkpoint that `run.resume` finds; returns the contents of `summary.json`.
 
         Raises `LockstepError` if the loss is not finite or the run cannot go on, `Stopped` after a signal.
         """
@@ -135,11 +134,11 @@ class Trainer:
             with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
                 self._resume(self.journal.resume_from)
                 self._introduce()
-                self.start()
-                for note in self.state_notes:
-                    self.journal.console.note(note)
-                self.journal.start_clock(self.plan, self.progress.step)
                 try:
+                    self.start()
+                    for note in self.state_notes:
+                        self.journal.console.note(note)
+                    self.journal.start_clock(self.plan, self.progress.step)
                     self._loop(stop)
                     return self._finish()
                 except RuntimeError as error:
@@ -152,13 +151,14 @@ class Trainer:
 
     def _introduce(self) -> None:
         """Show what will run, and its first samples."""
-        header = report.header(self.run, self.schedule, self.fuse, self.fuse_note, self.journal.directory)
-        self.journal.begin(header, self.progress, lambda: environment(self.ranks, self.run.data))
+        journal = self.journal
+        header = report.header(self.run, self.schedule, self.fuse, self.fuse_note, journal.directory)
+        journal.begin(header, self.progress, lambda: environment(self.ranks, self.run.data))
         if self.config.run.figures and not self.progress.step:
-            self.ranks.on_main(lambda: self.journal.figures(drawing.draw_batch(self.run, self.journal.directory)))
+            self.ranks.on_main(lambda: journal.figures(drawing.draw_batch(self.run, journal.directory)))
         every = self.config.wandb.log_histograms_every
-        if every is not None and self.journal.wandb is not None:
-            self.observers.add(HistogramObserver(self.module, self.journal.wandb, every))
+        if every is not None and journal.wandb is not None:
+            self.observers.add(HistogramObserver(self.module, journal.wandb, every))
 
     def start(self) -> None:
         """Begin at the step after those that are done. A loop of one's own calls it once before `train_step`."""
