@@ -60,7 +60,6 @@ class Trainer:
     Raises `ConfigError` or `DataError` if the config cannot be run.
     """
 
-    journal: Journal
     stopwatch: Stopwatch
 
     def __init__(
@@ -99,6 +98,7 @@ class Trainer:
         self.state_notes: list[str] = []  # stateful objects that the checkpoint or the run lacks
         self._restored_states: Mapping[str, Any] | None = None
         self._batches: TrainLoader | None = None
+        self._journal: Journal | None = None
         self._attributes_of_trainer = frozenset(vars(self)) - attributes_before
         self._stateful_objects()  # refuses now what could not be saved later
 
@@ -131,8 +131,8 @@ class Trainer:
         self._stateful_objects()  # refuses now what could not be saved later
         with self.run.settings():
             self.fuse, self.fuse_note = choose_fuse(self.run)
-            with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
-                self._resume(self.journal.resume_from)
+            with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self._journal:
+                self._resume(self._journal.resume_from)
                 self._introduce()
                 try:
                     self.start()
@@ -181,6 +181,16 @@ class Trainer:
         if self._batches is None:
             raise LockstepError("train_step needs samples: call start() once before it")
         return self._batches
+
+    @property
+    def journal(self) -> Journal:
+        """The run directory, the console and W&B. Raises `LockstepError` before `fit` opens them."""
+        if self._journal is None:
+            raise LockstepError(
+                "fit() opens the run directory, which log, end_epoch and save write to; in a loop of your own, use "
+                "measure() and evaluate()"
+            )
+        return self._journal
 
     def end_loading(self) -> None:
         """End the loader processes. If they were left to the interpreter's exit, they would count as killed."""

@@ -431,9 +431,16 @@ def test_a_loop_of_ones_own_takes_the_same_steps(tmp_path: Path) -> None:
         trainer.start()
         for step in trainer.plan.steps():
             trainer.train_step(step)
+        row = trainer.measure(step)
+        metrics = trainer.evaluate()
         trainer.end_loading()
+        with pytest.raises(LockstepError, match=r"fit\(\) opens the run directory.*use measure\(\) and evaluate\(\)"):
+            trainer.log(step)
     reference = trainer_of(tmp_path / "fit")
     reference.fit()
+    *_, logged = read_rows(tmp_path / "fit" / "run" / "metrics.jsonl")
+    assert metrics["loss"] == logged["val/loss"]
+    assert row["step"] == logged["step"]
     weights = state(trainer)
     assert all(torch.equal(weights[name], tensor) for name, tensor in state(reference).items())
 
