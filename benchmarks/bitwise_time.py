@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks.step_time import machine
 from benchmarks.subjects import noise, resnet18, settings
-from benchmarks.timing import OURS, InterleavedTrainer, Loop, Rounds, quartiles
+from benchmarks.timing import LOCKSTEP, InterleavedTrainer, Loop, Rounds, quartiles
 from trainer import Trainer
 from trainer.components.models import small_cnn
 from trainer.data.datasets import ImageArrays
@@ -61,7 +61,7 @@ def measure(subject: Subject, rounds: Rounds) -> tuple[float, np.ndarray[tuple[i
         other = Trainer(standard, model=subject.make_model(), train_data=data)
         trainer = InterleavedTrainer(bitwise, model=subject.make_model(), train_data=_same(data))
         seconds = trainer.fit_with({"standard": _steps(other)}, rounds)
-    return 1e3 * float(np.median(seconds["standard"], axis=0)[0]), quartiles(seconds, OURS, "standard")
+    return 1e3 * float(np.median(seconds["standard"], axis=0)[0]), quartiles(seconds, LOCKSTEP, "standard")
 
 
 def _same(data: ImageArrays) -> ImageArrays:

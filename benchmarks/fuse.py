@@ -21,11 +21,10 @@ from torch import nn
 
 from benchmarks.step_time import Sink, Workload, line_of, machine, table, workloads
 from benchmarks.subjects import settings
-from benchmarks.timing import OURS, InterleavedTrainer, Loop, Rounds, Seconds
+from benchmarks.timing import LOCKSTEP, InterleavedTrainer, Loop, Rounds, Seconds
 from trainer import Config, Trainer
 from trainer.core.fuse_check import choose_fuse
 from trainer.data.datasets import ImageArrays, digits
-from trainer.data.loading import TrainLoader
 
 FUSED = (2, 4, 8)  # of the 8 micro-batches of a step
 BASE = "fuse=1"
@@ -72,14 +71,13 @@ def measure(workload: Workload, data: ImageArrays, rounds: Rounds, threads: int)
         }
         torch.set_num_threads(threads)
         seconds = trainer.fit_with(fused, rounds)
-    return {BASE: seconds.pop(OURS), **seconds}
+    return {BASE: seconds.pop(LOCKSTEP), **seconds}
 
 
 def _steps(trainer: Trainer) -> Loop:
     """The steps of a run, as `Trainer.fit` makes them, with what it reads from the device."""
     trainer.fuse, trainer.fuse_note = choose_fuse(trainer.run)
-    trainer.batches = TrainLoader(trainer.run.train_loader, trainer.plan, trainer.ranks.rank, 0, trainer.fuse)
-    trainer.module.train()
+    trainer.start()
     for step in trainer.plan.steps():
         trainer.train_step(step)
         if step.number % trainer.config.train.log_every == 0:

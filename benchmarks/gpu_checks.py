@@ -21,7 +21,7 @@ from benchmarks.loops import Work, raw
 from benchmarks.processes import on_processes
 from benchmarks.step_time import measure, workloads
 from benchmarks.subjects import SGD, first_digits, fitted, noise, resnet18, settings
-from benchmarks.timing import OURS, InterleavedTrainer, Rounds, Seconds, quartiles
+from benchmarks.timing import LOCKSTEP, InterleavedTrainer, Rounds, Seconds, quartiles
 from trainer import Config, Trainer
 from trainer.components.models import small_cnn
 from trainer.config.schema import DataConfig
@@ -55,8 +55,8 @@ def tiny_step_time(device: torch.device, directory: Path) -> Verdict:
 
 
 def _faster(device: torch.device, seconds: Seconds) -> Verdict:
-    low, middle, high = quartiles(seconds, OURS, "raw")[:, 0]
-    microseconds = 1e6 * sorted(clocks[0] for clocks in seconds[OURS])[len(seconds[OURS]) // 2]
+    low, middle, high = quartiles(seconds, LOCKSTEP, "raw")[:, 0]
+    microseconds = 1e6 * sorted(clocks[0] for clocks in seconds[LOCKSTEP])[len(seconds[LOCKSTEP]) // 2]
     figures = f"{middle:.3f} × raw, {low:.3f} to {high:.3f} in half of the rounds, {microseconds:.0f} µs a step"
     return (bool(middle <= 1.05) if device.type == "cuda" else None), figures
 

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from benchmarks import loops
-from benchmarks.timing import OURS, InterleavedTrainer, Loop, Rounds, Seconds, quartiles
+from benchmarks.timing import LOCKSTEP, InterleavedTrainer, Loop, Rounds, Seconds, quartiles
 from trainer import Config, load
 from trainer.components.models import small_cnn
 from trainer.data.datasets import ImageArrays, digits
@@ -45,8 +45,8 @@ PEERS: list[tuple[str, Callable[[loops.Work], Loop], str]] = [  # name, loop, th
     ("Lightning Fabric's guide", loops.fabric, "lightning"),
 ]
 VARIANTS: dict[str, dict[str, Any]] = {  # Lockstep in other company
-    f"{OURS}, bar in a terminal": {"terminal": True},
-    f"{OURS}, W&B offline": {"wandb": "offline"},
+    f"{LOCKSTEP}, bar in a terminal": {"terminal": True},
+    f"{LOCKSTEP}, W&B offline": {"wandb": "offline"},
 }
 Loops = Mapping[str, Callable[[loops.Work], Loop]]
 
@@ -133,14 +133,14 @@ def compare(workload: Workload, rounds: Rounds, threads: int) -> list[Line]:
     """The table of a workload, Lockstep's lines and the loop by hand first."""
     if "WORLD_SIZE" in os.environ:
         seconds = measure(workload, rounds, {"raw DDP": loops.raw_ddp}, threads=threads)
-        return [line_of(seconds, name, "raw DDP") for name in ("raw DDP", OURS)]
+        return [line_of(seconds, name, "raw DDP") for name in ("raw DDP", LOCKSTEP)]
     raw: Loops = {"raw": loops.raw}
     peers = {name: loop for name, loop, package in PEERS if find_spec(package)}
     seconds = measure(workload, rounds, {**raw, **peers}, threads=threads)
-    lines = [line_of(seconds, name, "raw") for name in ("raw", OURS)]
+    lines = [line_of(seconds, name, "raw") for name in ("raw", LOCKSTEP)]
     for name, setting in VARIANTS.items():
         alone = measure(workload, rounds, raw, threads=threads, **setting)
-        lines.append(line_of({name: alone[OURS], "raw": alone["raw"]}, name, "raw"))
+        lines.append(line_of({name: alone[LOCKSTEP], "raw": alone["raw"]}, name, "raw"))
     return lines + [line_of(seconds, name, "raw") if name in peers else Line(name) for name, _, _ in PEERS]
 
 

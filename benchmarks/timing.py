@@ -14,7 +14,7 @@ import torch
 from trainer import Trainer
 from trainer.exact.plan import Step
 
-OURS = "Lockstep"
+LOCKSTEP = "Lockstep"
 Clocks = npt.NDArray[np.float64]  # seconds on the wall, and of the process's CPU time
 Loop = Iterator[None]  # a training loop that yields after each of its steps
 Seconds = dict[str, list[Clocks]]  # of a step, by loop, one for each round
@@ -45,7 +45,7 @@ class InterleavedTrainer(Trainer):
         assert self.plan.total_steps == rounds.total_steps, "the run is as long as its rounds"
         self._loops, self._rounds = loops, rounds
         self._began = self._clock()
-        self._seconds: Seconds = {name: [] for name in (*loops, OURS)}
+        self._seconds: Seconds = {name: [] for name in (*loops, LOCKSTEP)}
         self.fit()
         return {name: times[1:] for name, times in self._seconds.items()}
 
@@ -57,7 +57,7 @@ class InterleavedTrainer(Trainer):
 
     def _between_rounds(self, done: int) -> None:
         if done:
-            self._seconds[OURS].append((self._clock() - self._began) / self._rounds.steps)
+            self._seconds[LOCKSTEP].append((self._clock() - self._began) / self._rounds.steps)
         if done <= self._rounds.count:
             for name in list(self._loops)[:: -1 if done % 2 else 1]:  # each comes before and after its neighbours
                 began = self._clock()

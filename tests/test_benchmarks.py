@@ -18,13 +18,13 @@ from torchvision.models import mobilenet_v3_small
 from benchmarks import fuse, loops, scale, step_time
 from benchmarks.gpu import CHECKS, main
 from benchmarks.subjects import first_digits, fitted, settings
-from benchmarks.timing import OURS, InterleavedTrainer, Rounds, quartiles
+from benchmarks.timing import LOCKSTEP, InterleavedTrainer, Rounds, quartiles
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import largest_difference, state
 from tests.programs import run_program
 from tests.test_configs import image_folder
 
-LOOPS = ["raw", OURS, *step_time.VARIANTS, *(name for name, _, _ in step_time.PEERS)]
+LOOPS = ["raw", LOCKSTEP, *step_time.VARIANTS, *(name for name, _, _ in step_time.PEERS)]
 
 
 def run(module: str, *arguments: str) -> str:
@@ -88,7 +88,7 @@ def test_rounds_interleave_and_fit_is_whole(tmp_path: Path) -> None:
 
     ((events, counts, ours, plain),) = on_ranks(1, interleaved, tmp_path)
     assert "".join(events) == "aaabbb" + "ooo" + "bbbaaa" + "ooo" + "aaabbb" + "ooo" + "o"
-    assert counts == {"a": 2, "b": 2, OURS: 2}
+    assert counts == {"a": 2, "b": 2, LOCKSTEP: 2}
     assert largest_difference(ours, plain) == 0
 
 
@@ -120,8 +120,8 @@ def test_every_loop_trains(tmp_path: Path) -> None:
 
 def test_quartiles_are_of_each_rounds_own_ratio() -> None:
     clocks = [torch.tensor([t, 2 * t]).numpy() for t in (1.0, 10.0, 100.0)]
-    seconds = {"raw": clocks, OURS: [clocks[0] * 2, clocks[1] * 1.5, clocks[2] * 1.1]}
-    assert quartiles(seconds, OURS, "raw")[1].tolist() == pytest.approx([1.5, 1.5])
+    seconds = {"raw": clocks, LOCKSTEP: [clocks[0] * 2, clocks[1] * 1.5, clocks[2] * 1.1]}
+    assert quartiles(seconds, LOCKSTEP, "raw")[1].tolist() == pytest.approx([1.5, 1.5])
 
 
 def gpu(*arguments: str) -> tuple[int, str]:

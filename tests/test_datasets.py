@@ -431,7 +431,7 @@ def test_wrong_arguments_of_fake_are_named(args: dict[str, Any], key: str) -> No
 
 # --- names and import paths
 
-OWN = """
+OWN_DATA_SETS = """
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
@@ -482,7 +482,7 @@ def bad(train):
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_data_sets.py").write_text(OWN)
+    (tmp_path / "own_data_sets.py").write_text(OWN_DATA_SETS)
     monkeypatch.syspath_prepend(tmp_path)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves
 
+from tests.distributed.ranks import on_ranks
 from tests.pretended import CUDA, DeviceLog, pretended_cuda, run_backward
 from trainer import Config, Trainer
 from trainer.components.models import small_cnn
@@ -42,6 +44,16 @@ class OneGpu(Ranks):
         return model
 
 
+def in_a_fork(test: Callable[..., None]) -> Callable[..., None]:
+    """The test in a process of its own: where autograd has met the pretended device, no later fork can use autograd."""
+
+    @wraps(test)
+    def run(**arguments: Any) -> None:
+        on_ranks(1, test, **arguments)
+
+    return run
+
+
 def config(directory: Path, **changes: Any) -> Config:
     tree: dict[str, Any] = {
         "run": {"dir": str(directory), "figures": False},
@@ -62,7 +74,7 @@ def config(directory: Path, **changes: Any) -> Config:
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("trainer.core.build.Ranks", OneGpu)
     # Random states are numbers, which fake tensors do not have.
-    monkeypatch.setattr("trainer.exact.fuse.Fused._look_for_strays", lambda self: None)
+    monkeypatch.setattr("trainer.exact.fuse.Fused._check_draws", lambda self: None)
     monkeypatch.setattr("trainer.core.build.signature_of_samples", lambda *args, **kwargs: None)
     yield
 
@@ -75,7 +87,7 @@ def train(directory: Path, steps: int = 3, model: nn.Module | None = None, **cha
     trainer.fuse = int(trainer.config.batch.fuse)
     # How often each layer is called is counted on the host in the first step, once.
     statistics = trainer.reduction._statistics
-    statistics._calls = [1] * len(statistics._layers)
+    statistics._calls_are_counted = True
     with trainer.run.settings():
         trainer.start()
         for number in range(steps):
@@ -104,6 +116,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
+@in_a_fork
 def test_no_step_waits_for_the_device(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pretended_cuda():
         trainer, log = train(tmp_path, **changes)
@@ -127,6 +140,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, changes: dict[str, Any]) -
         lambda x: x[x > 0],
     ],
 )
+@in_a_fork
 def test_a_wait_is_noticed(tmp_path: Path, wait: Any) -> None:
     class Waits(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -138,6 +152,7 @@ def test_a_wait_is_noticed(tmp_path: Path, wait: Any) -> None:
         train(tmp_path, 1, nn.Sequential(nn.Flatten(), Waits(64, 10)))
 
 
+@in_a_fork
 def test_a_copy_to_the_host_is_noticed(tmp_path: Path) -> None:
     class Copies(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -150,6 +165,7 @@ def test_a_copy_to_the_host_is_noticed(tmp_path: Path) -> None:
     assert log.blocking_copies.count((8, 10)) == 4  # one a micro-batch
 
 
+@in_a_fork
 def test_the_pretended_backward_is_the_engines() -> None:
     torch.manual_seed(0)
     one, two = small_cnn(10), small_cnn(10)
@@ -163,6 +179,7 @@ def test_the_pretended_backward_is_the_engines() -> None:
 
 
 @pytest.mark.parametrize("model", [small_cnn(10), nn.Sequential(nn.Conv2d(1, 2, 3), Bilinear(), nn.Linear(242, 10))])
+@in_a_fork
 def test_bitwise_runs_nothing_that_cuda_refuses(tmp_path: Path, model: nn.Module) -> None:
     """As CUDA is dispatched to: torch's functions replace some operations there, such as bilinear interpolation."""
     with pretended_cuda():

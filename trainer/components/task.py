@@ -333,6 +333,20 @@ def _build_module(cls: type[nn.Module], arguments: dict[str, Any]) -> Any:
     return loss
 
 
+def loss_arguments(loss: nn.Module) -> dict[str, Any]:
+    """What a loss module of torch.nn was made with, as a config names it, defaults and the reduction left out."""
+    arguments: dict[str, Any] = {}
+    for name, parameter in inspect.signature(type(loss)).parameters.items():
+        value = getattr(loss, name, parameter.default)
+        if name in ("size_average", "reduce", "reduction"):
+            continue
+        if isinstance(value, Tensor):
+            value = value.tolist()
+        if value != parameter.default:
+            arguments[name] = value
+    return arguments
+
+
 def _task_of_module(loss: Any, num_classes: int | None) -> Task:
     check_loss(loss)
     if is_unchanged(loss, nn.CrossEntropyLoss):

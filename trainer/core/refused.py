@@ -10,7 +10,7 @@ import torch
 
 from trainer.core.build import Run
 from trainer.core.fuse_check import without_trace
-from trainer.core.metrics import detached
+from trainer.core.metrics import detach
 from trainer.errors import ConfigError
 from trainer.exact.refused import RefusedOperations
 
@@ -33,7 +33,7 @@ def refused_operations(run: Run) -> list[str]:
         with watch.watching():
             output, loss = run.forward(run.module, batch, step)
             loss.total.backward()  # type: ignore[no-untyped-call]
-            run.task.metric_sums(detached(output), batch.targets)
+            run.task.metric_sums(detach(output), batch.targets)
     return watch.messages()
 
 
