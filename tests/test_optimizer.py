@@ -7,7 +7,13 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from trainer.components.optimizer import build_optimizer, load_named_state, named_state, set_learning_rate
+from trainer.components.optimizer import (
+    _can_be_fused,
+    build_optimizer,
+    load_named_state,
+    named_state,
+    set_learning_rate,
+)
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError, LockstepError
 
@@ -259,3 +265,30 @@ def test_a_wrong_argument_is_named_by_its_key(name, arguments, key):
 def test_nothing_to_train_is_said():
     with pytest.raises(ConfigError, match="nothing to train"):
         optimizer_of(net().requires_grad_(False), "sgd")
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_on_the_cpu_torch_chooses_how_to_update_and_a_config_may(name):
+    model = nn.Linear(2, 2)
+    for arguments, expected in (({}, None), ({"fused": True}, True), ({"foreach": True}, None)):
+        optimizer = build_optimizer(OptimizerConfig(name=name, lr=0.1, args=arguments), model)
+        assert optimizer.defaults["fused"] is expected
+
+
+class OnCuda(nn.Linear):
+    """A layer whose weight says that it is on a GPU."""
+
+    def __init__(self, sparse=False):
+        super().__init__(2, 2, bias=False)
+        self.sparse = sparse
+        self.weight = type("Cuda", (nn.Parameter,), {"is_cuda": True})(self.weight.data)
+
+
+def test_fused_on_cuda_where_nothing_else_is_asked():
+    sgd, other = torch.optim.SGD, torch.optim.RMSprop
+    assert _can_be_fused(sgd, {"momentum": 0.9}, OnCuda())
+    assert not _can_be_fused(sgd, {"foreach": True}, OnCuda())
+    assert not _can_be_fused(sgd, {"fused": False}, OnCuda())
+    assert not _can_be_fused(other, {}, OnCuda())
+    assert not _can_be_fused(sgd, {}, OnCuda(sparse=True))
+    assert not _can_be_fused(sgd, {}, nn.Sequential(OnCuda(), nn.Linear(1, 1)))
