@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from trainer.core.build import build_run, settings_of
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.observers import Observer, Observers, Stateful
+from trainer.core.preflight import notes_on
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.stateful import load_states, named_stateful, read_states
 from trainer.data.datasets import MapDataset
@@ -44,6 +46,7 @@ from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
 from trainer.storage.run_directory import check_same_run, config_yaml
+from trainer.storage.shared_checkpoint import load_on_all
 
 
 class Trainer:
@@ -136,14 +139,17 @@ class Trainer:
                     self._loop(stop)
                     return self._finish()
                 except RuntimeError as error:
-                    raise refused_operation(error) or error from None
+                    raise refused_operation(error) or self.ranks.explain(error) or error from None
                 finally:
                     self.end_loading()
 
     def _introduce(self) -> None:
         """Show what is about to run, and its first samples."""
         header = report.header(self.run, self.schedule, self.fuse, self.fuse_note, self.journal.directory)
-        self.journal.begin(header, self.progress, lambda: environment(self.ranks, self.run.data))
+        facts = self.journal.with_sharing(self.run.facts_of_ranks)
+        self.journal.begin(header, self.progress, partial(environment, self.ranks, self.run.data, facts))
+        for note in notes_on(facts):
+            self.journal.console.note(note)
         if self.config.run.figures and not self.progress.step:
             self.ranks.on_main(lambda: self.journal.figures(drawing.draw_batch(self.run, self.journal.directory)))
         every = self.config.wandb.log_histograms_every
@@ -345,7 +351,11 @@ class Trainer:
     def _resume(self, path: Path | None) -> None:
         if path is None:
             return
-        content = checkpoint.load(path)
+        content = load_on_all(path, self.module, self.ranks, self._check_resumable)
+        self.restore(content)
+        self.ranks.on_main(lambda: checkpoint.restore_best(self.journal.directory, content.progress.best_step))
+
+    def _check_resumable(self, content: Checkpoint) -> None:
         check_same_run(content.config, self.config, self.config.run)
         if content.progress.step > self.plan.total_steps:
             raise ConfigError(
@@ -353,8 +363,6 @@ class Trainer:
                 f"the run to resume is at step {content.progress.step} and would end at {self.plan.total_steps}; raise "
                 f"it, or start a new run with run.resume=never",
             )
-        self.restore(content)
-        self.ranks.on_main(lambda: checkpoint.restore_best(self.journal.directory, content.progress.best_step))
 
     def restore(self, content: Checkpoint) -> None:
         """Become the run at the step boundary of a checkpoint."""
