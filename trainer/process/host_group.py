@@ -192,7 +192,8 @@ class HostGroup:
     def _show_waiting(self, is_waiting: bool) -> None:
         """Let the other ranks know whether this one waits: whoever gives up names those that do not."""
         self._is_shown_as_waiting = is_waiting
-        _ask_store(lambda store: store.set(f"{self._prefix}/{self.rank}", str(int(is_waiting))))
+        with suppress(ConnectionError):
+            _ask_store(lambda store: store.set(f"{self._prefix}/{self.rank}", str(int(is_waiting))))
 
     def explain(self, error: RuntimeError) -> LockstepError | None:
         """The error in terms of ranks, if a collective operation timed out, here or on another rank; else None."""
@@ -205,10 +206,14 @@ class HostGroup:
             # The operation was the device's, which does not show who waits. The others give up at about this time.
             self._show_waiting(True)
             time.sleep(SECONDS_TO_SHOW)
-        report = self._find_report()
-        if is_timeout and report is None:
-            report = self._describe_absent()
-            _ask_store(lambda store: store.set(STORE_REPORT, report))
+        try:
+            report = self._find_report()
+            if is_timeout and report is None:
+                report = self._describe_absent()
+                _ask_store(lambda store: store.set(STORE_REPORT, report))
+        except ConnectionError:
+            # The store has ended with rank 0, or hangs with it: who waits is not known.
+            report = f"the ranks waited {self.timeout:g} s for one another, and no longer" if is_timeout else None
         # Without a report, a rank has ended: it says why.
         return None if report is None else LockstepError(report)
 
@@ -256,7 +261,7 @@ def _get_if_set(store: Any, key: str) -> bytes | None:
 
 
 def _ask_store(question: Callable[[Any], Any]) -> Any:
-    """The answer of the process group's store; None if it fails, or does not come in time."""
+    """The answer of the process group's store. Raises `ConnectionError` if there is none in time."""
     answers: list[Any] = []
 
     def ask() -> None:
@@ -266,7 +271,9 @@ def _ask_store(question: Callable[[Any], Any]) -> Any:
     thread = Thread(target=ask, daemon=True, name="store")
     thread.start()
     thread.join(SECONDS_TO_ANSWER)
-    return answers[0] if answers else None
+    if not answers:
+        raise ConnectionError("the store does not answer")
+    return answers[0]
 
 
 def _to_send(error: Exception, rank: int, machines: list[str]) -> LockstepError:
