@@ -25,7 +25,6 @@ from benchmarks.timing import LOCKSTEP, InterleavedTrainer, Loop, Rounds, Second
 from trainer import Config, Trainer
 from trainer.core.fuse_check import choose_fuse
 from trainer.data.datasets import ImageArrays, digits
-from trainer.data.loading import TrainLoader
 
 FUSED = (2, 4, 8)  # of the 8 micro-batches of a step
 BASE = "fuse=1"
@@ -78,8 +77,7 @@ def measure(workload: Workload, data: ImageArrays, rounds: Rounds, threads: int)
 def _steps(trainer: Trainer) -> Loop:
     """The steps of a run, as `Trainer.fit` makes them, with what it reads from the device."""
     trainer.fuse, trainer.fuse_note = choose_fuse(trainer.run)
-    trainer.batches = TrainLoader(trainer.run.train_loader, trainer.plan, trainer.ranks.rank, 0, trainer.fuse)
-    trainer.module.train()
+    trainer.start()
     for step in trainer.plan.steps():
         trainer.train_step(step)
         if step.number % trainer.config.train.log_every == 0:

@@ -45,28 +45,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_same_run_elsewhere_is_the_same(runs: Path) -> None:
-    found = compare(runs / "one", runs / "two")
-    assert found.same
-    assert found.steps == [1, 2, 3, 4]
-    assert found.environment == {"processes": (1, 2)}
-    assert not found.config
-    assert not found.data
-    assert found.free == {"run.name": ("one", "two")}
+    comparison = compare(runs / "one", runs / "two")
+    assert comparison.same
+    assert comparison.steps == [1, 2, 3, 4]
+    assert comparison.environment == {"processes": (1, 2)}
+    assert not comparison.config
+    assert not comparison.data
+    assert comparison.free == {"run.name": ("one", "two")}
 
 
 def test_the_first_step_of_a_difference_is_found(runs: Path) -> None:
     """One weight is moved by 1e-12 within step 2: its digest parts there, and the loss in the step after it."""
-    found = compare(runs / "one", runs / "spoilt")
-    assert not found.same
-    assert found.parted["digest"][0] == 2
-    assert found.parted["train/loss"][0] == 3
-    assert 0 < found.gaps["train/loss"] < 1e-10
+    comparison = compare(runs / "one", runs / "spoilt")
+    assert not comparison.same
+    assert comparison.first_differences["digest"][0] == 2
+    assert comparison.first_differences["train/loss"][0] == 3
+    assert 0 < comparison.largest_differences["train/loss"] < 1e-10
 
 
 def test_config_and_data_are_named(runs: Path) -> None:
-    found = compare(runs / "one", runs / "other")
-    assert found.config == {"optimizer.lr": (0.1, 0.2)}
-    assert list(found.data) == ["train"]
+    comparison = compare(runs / "one", runs / "other")
+    assert comparison.config == {"optimizer.lr": (0.1, 0.2)}
+    assert list(comparison.data) == ["train"]
 
 
 def test_the_command_says_it_and_its_status_too(runs: Path, tmp_path: Path) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
 from trainer import LockstepError, Observer, Trainer
+from trainer.exact.determinism import run_settings
 from trainer.exact.plan import Step
+from trainer.reporting.jsonl import read_rows
 
 
 def settings() -> dict[str, Any]:
@@ -101,3 +104,60 @@ def test_what_the_caller_draws_does_not_depend_on_a_run_before(tmp_path: Path) -
         return float(torch.rand(())), random.random(), float(np.random.rand())
 
     assert on_ranks(1, draws, tmp_path, True) == on_ranks(1, draws, tmp_path, False)
+
+
+def test_settings_within_settings_are_put_back_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a caller evaluates one run while another one trains."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    outside = settings()
+    with run_settings(bitwise=True, compiled=False):
+        bitwise = settings()
+        draw = torch.rand(1)
+        with run_settings(bitwise=False, compiled=False):
+            torch.rand(5)
+        with run_settings(bitwise=True, compiled=False):
+            assert settings() == bitwise
+            torch.manual_seed(1)
+        assert settings() == bitwise
+        after = torch.rand(1)
+    assert settings() == outside
+    assert bitwise != outside
+    with run_settings(bitwise=False, compiled=False):
+        assert torch.equal(torch.rand(1), draw)
+        assert torch.equal(torch.rand(1), after)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_evaluation_outside_fit_gives_what_the_run_logged_and_changes_nothing(tmp_path: Path, workers: int) -> None:
+    def evaluate(directory: Path) -> None:
+        data = Images(56)
+        trainer = Trainer(
+            config(
+                directory,
+                run__reproducibility="bitwise",
+                batch__micro_size=14,
+                batch_norm__recalibrate=2,
+                batch_norm__recalibrate_at="evaluation",
+                data__workers=workers,
+            ),
+            model=nn.Sequential(nn.Dropout(0.5), conv_net()),
+            train_data=data,
+            val_data=data,
+        )
+        untrained = trainer.evaluate()
+        assert trainer.evaluate() == untrained
+        trainer.fit()
+        logged = read_rows(directory / "run" / "metrics.jsonl")[-1]
+        assert logged["val/loss"] != untrained["loss"]
+        before = settings()
+        for training in (True, False):
+            trainer.module.train(training)
+            generators = torch.get_rng_state()
+            assert trainer.evaluate()["loss"] == logged["val/loss"]
+            assert trainer.module.training == training
+            assert all(module.training == training for module in trainer.module.modules())
+            assert torch.equal(torch.get_rng_state(), generators)
+        assert settings() == before
+        trainer.end_loading()
+
+    on_ranks(1, evaluate, tmp_path)

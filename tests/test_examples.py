@@ -1,4 +1,4 @@
-"""The project of one's own, by its import paths, with a config and without."""
+"""What docs/bring-your-own.md and docs/extending.md show, run for real."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from examples.bring_your_own.task import Segmentation
+from examples.extending.averaged_weights import AveragedWeights
+from examples.extending.focal_loss import FocalLoss
+from examples.extending.lookahead import LookaheadTrainer
+from examples.extending.update_size import UpdateSize
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import largest_difference, state
 from tests.programs import run_program
@@ -17,6 +23,7 @@ from trainer import Task, Trainer
 from trainer.components.task import build_task
 from trainer.config.load import load
 from trainer.config.schema import LossConfig
+from trainer.reporting.jsonl import read_rows
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "examples" / "bring_your_own" / "discs.yaml"
@@ -78,3 +85,156 @@ def test_python_use_in_ten_lines(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "val/iou" in result.stdout
     assert (tmp_path / "runs" / "run" / "summary.json").is_file()
+
+
+# ---------------------------------------------------------------- docs/extending.md
+
+
+def digits(directory: Path, *more: str, trainer: type[Trainer] = Trainer, observers: Any = ()) -> Trainer:
+    """A run of the default config, which has BatchNorm, as a Trainer that has trained."""
+    overrides = ["wandb.mode=disabled", "run.figures=false", f"run.dir={directory}", "train.log_every=1", *more]
+    a_trainer = trainer(load(ROOT / "configs" / "digits.yaml", overrides), observers=observers)
+    a_trainer.fit()
+    return a_trainer
+
+
+def test_the_update_size_by_hand(tmp_path: Path) -> None:
+    def fit() -> None:
+        plain_descent = ["train.max_steps=1", "optimizer.momentum=0", "optimizer.weight_decay=0"]
+        start = Trainer(load(ROOT / "configs" / "digits.yaml", plain_descent))
+        length = nn.utils.parameters_to_vector(start.module.parameters()).norm()
+        digits(tmp_path, *plain_descent, observers=[UpdateSize()])
+        row, epoch_row = read_rows(tmp_path / "digits" / "metrics.jsonl")
+        assert row["update_size"] == pytest.approx(row["lr"] * row["grad_norm"] / float(length), rel=1e-4)
+        assert epoch_row["update_size"] == row["update_size"]
+
+    on_ranks(1, fit)
+
+
+def test_the_update_size_is_measured_every_so_often(tmp_path: Path) -> None:
+    """Named in the config, as docs/extending.md shows it."""
+
+    def fit() -> None:
+        name = "examples.extending.update_size.UpdateSize"
+        digits(tmp_path, "train.max_steps=5", f"observers=[{{name: {name}, every: 2}}]")
+        sizes = [row.get("update_size") for row in read_rows(tmp_path / "digits" / "metrics.jsonl")][:5]
+        assert sizes[0] is None
+        assert sizes[1] == sizes[2] != sizes[3] == sizes[4]
+
+    on_ranks(1, fit)
+
+
+def averaged(directory: Path, max_steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """The averaged weights, the model's, and the loss of the averaged ones."""
+    settings = ["run.reproducibility=bitwise", "run.resume=auto", f"train.max_steps={max_steps}"]
+    observer = AveragedWeights(decay=0.5)
+    trainer = digits(directory, *settings, observers=[observer])
+    row = read_rows(directory / "digits" / "metrics.jsonl")[-1]
+    return dict(observer.average.module.state_dict()), state(trainer), row["val/averaged_loss"]
+
+
+def test_averaged_weights_are_the_same_after_a_resume_on_other_processes(tmp_path: Path) -> None:
+    ((reference, weights, loss),) = on_ranks(1, averaged, tmp_path / "straight", 5)
+    on_ranks(2, averaged, tmp_path / "cut", 2)
+    for average, others, other_loss in on_ranks(3, averaged, tmp_path / "cut", 5):
+        assert all(torch.equal(others[name], weights[name]) for name in weights)
+        names = [name for name, _ in digits_net().named_parameters()]
+        assert all(torch.equal(average[name], reference[name]) for name in names)
+        assert other_loss == loss
+    (checkpoint,) = (tmp_path / "cut" / "digits" / "checkpoints").glob("step_*5")
+    straight = tmp_path / "straight" / "digits" / "checkpoints" / checkpoint.name
+    for file in ("AveragedWeights.safetensors", "AveragedWeights.json"):  # with BatchNorm's whole statistics
+        assert (checkpoint / file).read_bytes() == (straight / file).read_bytes()
+
+
+def digits_net() -> nn.Module:
+    return Trainer(load(ROOT / "configs" / "digits.yaml")).module
+
+
+def standard_average(directory: Path, max_steps: int) -> dict[str, Tensor]:
+    """The averaged model as the last checkpoint keeps it, in standard mode and fp64."""
+    settings = ["train.precision=fp64", "run.resume=auto", f"train.max_steps={max_steps}"]
+    observer = AveragedWeights(decay=0.5)
+    digits(directory, *settings, observers=[observer])
+    return dict(observer.state_dict())
+
+
+def test_averaged_weights_keep_the_whole_statistics_in_standard_mode(tmp_path: Path) -> None:
+    """There each rank holds its share of BatchNorm's statistics, which differs from that of the others."""
+    (reference,) = on_ranks(1, standard_average, tmp_path / "straight", 4)
+    on_ranks(2, standard_average, tmp_path / "cut", 2)
+    for average in on_ranks(3, standard_average, tmp_path / "cut", 4):
+        assert largest_difference(average, reference) < 1e-11
+
+
+def test_averaged_weights_by_hand(tmp_path: Path) -> None:
+    """(w₁ + w₂) / 2 after two steps with a decay of 0.5, since the first update is a copy."""
+
+    def fit() -> None:
+        observer = AveragedWeights(decay=0.5)
+        first = state(digits(tmp_path / "1", "train.max_steps=1"))
+        second = state(digits(tmp_path / "2", "train.max_steps=2", observers=[observer]))
+        assert isinstance(observer.average, AveragedModel)
+        for name, average in observer.average.module.named_parameters():
+            assert torch.allclose(average, (first[name] + second[name]) / 2, rtol=1e-6, atol=1e-8)
+
+    on_ranks(1, fit)
+
+
+def test_focal_loss_by_hand() -> None:
+    output = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    targets = torch.tensor([0, 2])
+    total, weight = FocalLoss(gamma=0.0).loss_sum(output, targets)
+    assert float(total) == pytest.approx(float(F.cross_entropy(output, targets, reduction="sum")), rel=1e-12)
+    assert weight == 2
+    probability = output.softmax(1)[torch.arange(2), targets]
+    expected = -((1 - probability) ** 2 * probability.log()).sum()
+    assert float(FocalLoss().loss_sum(output, targets)[0]) == pytest.approx(float(expected), rel=1e-12)
+    right, count = FocalLoss().metric_sums(output, targets)["accuracy"]
+    assert (int(right), count) == (1, 2)
+
+
+def test_focal_loss_trains(tmp_path: Path) -> None:
+    def fit() -> None:
+        name = "examples.extending.focal_loss.FocalLoss"
+        digits(tmp_path, "train.max_steps=20", f"loss.name={name}", "loss.gamma=1.5")
+        rows = read_rows(tmp_path / "digits" / "metrics.jsonl")
+        assert rows[-1]["val/accuracy"] > 0.5
+        assert rows[19]["train/loss"] < rows[0]["train/loss"] / 2
+
+    on_ranks(1, fit)
+
+
+def looked_ahead(directory: Path, max_steps: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+    settings = ["run.reproducibility=bitwise", "run.resume=auto", f"train.max_steps={max_steps}"]
+    trainer = digits(directory, *settings, trainer=LookaheadTrainer)
+    assert isinstance(trainer, LookaheadTrainer)
+    return state(trainer), [slow.detach() for slow in trainer.slow]
+
+
+def test_lookahead_is_the_same_run_after_a_resume_on_other_processes(tmp_path: Path) -> None:
+    ((reference, slow),) = on_ranks(1, looked_ahead, tmp_path / "straight", 7)
+    on_ranks(3, looked_ahead, tmp_path / "cut", 6)
+    for weights, slow_weights in on_ranks(2, looked_ahead, tmp_path / "cut", 7):
+        assert all(torch.equal(weights[name], reference[name]) for name in reference)
+        assert all(torch.equal(one, other) for one, other in zip(slow_weights, slow, strict=True))
+
+
+def test_lookahead_by_hand(tmp_path: Path) -> None:
+    def fit() -> None:
+        start = [parameter.detach().clone() for parameter in digits_net().parameters()]
+        plain = digits(tmp_path / "plain", "train.max_steps=5")
+        ahead = digits(tmp_path / "ahead", "train.max_steps=5", trainer=LookaheadTrainer)
+        weights = zip(start, plain.module.parameters(), ahead.module.parameters(), strict=True)
+        for before, fast, slow in weights:
+            assert torch.allclose(slow, (before + fast) / 2, rtol=1e-5, atol=1e-7)
+
+    on_ranks(1, fit)
+
+
+def test_lookahead_runs_as_a_program(tmp_path: Path) -> None:
+    overrides = ["wandb.mode=disabled", "run.figures=false", f"run.dir={tmp_path}", "train.max_steps=2"]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = run_program(["-m", "examples.extending.lookahead", *overrides], env=environment, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "digits" / "summary.json").is_file()

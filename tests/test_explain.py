@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
+from trainer import Observer
 from trainer.commands.explain import main
 from trainer.commands.explain_output import print_lesson
 from trainer.config.load import load
+from trainer.core.build import Run
 from trainer.errors import ConfigError
+from trainer.exact.plan import Step
 from trainer.inspection.autograd_chain import chain
 from trainer.inspection.explain import Dissection
 
@@ -219,3 +222,23 @@ def test_it_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process"):
         main([])
+
+
+class NeedsBegin(Observer):
+    """An observer that prepares itself in `begin`, as most do."""
+
+    steps: list[int]
+
+    def begin(self, run: Run) -> None:
+        self.steps = []
+
+    def step(self, step: Step) -> None:
+        self.steps.append(step.number)
+
+
+def test_observers_of_the_config_see_its_steps() -> None:
+    dissected = Dissection(load(None, [*BASE, "observers=[{name: tests.test_explain.NeedsBegin}]"]))
+    dissected.report()
+    (observer,) = dissected.trainer.observers
+    assert isinstance(observer, NeedsBegin)
+    assert observer.steps == [1, 2, 2], "the second step once more, without zero_grad"

@@ -19,7 +19,7 @@ from trainer import ConfigError, Task, Trainer
 from trainer.config.load import load
 from trainer.config.schema import Config
 from trainer.core.fuse_check import choose_fuse
-from trainer.exact.fuse import Fused, _as_channels, _one_by_one
+from trainer.exact.fuse import Fused, _normalize_as_channels, _normalize_one_by_one
 from trainer.exact.plan import Plan
 
 MICRO = 4  # 103 samples in steps of 28: 7 micro-batches of 4; a last step of 19, in 4 of 4 and one of 3
@@ -67,7 +67,7 @@ def test_few_groups_as_even_as_can_be() -> None:
 # ---------------------------------------------------------------- the same mathematics
 
 
-@pytest.mark.parametrize("normalize", [_one_by_one, _as_channels])
+@pytest.mark.parametrize("normalize", [_normalize_one_by_one, _normalize_as_channels])
 @pytest.mark.parametrize("shape", [(12, 5), (12, 5, 3, 3), (12, 5, 2, 2, 2)])
 @pytest.mark.parametrize("tracked", [True, False])
 def test_both_ways_to_normalise_are_batch_norm_of_each_part(

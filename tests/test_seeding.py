@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.exact.seeding import device_seeder, key, mixed, numpy_generator, preserved_cpu_generators, seed_cpu
+from trainer.exact.seeding import device_seeder, key, mix_key, numpy_generator, preserved_cpu_generators, seed_cpu
 
 
 def test_keys_are_fixed_for_ever() -> None:
     """A changed key would change every run there is, so two are on record."""
     assert key(0, "order", 0) == 0x6057847D6CE3C932
-    assert mixed(0, 1, 0) == 0xE220A8397B1DCDAF
+    assert mix_key(0, 1, 0) == 0xE220A8397B1DCDAF
 
 
 @pytest.mark.fresh_process  # Python's hash seed is chosen when the interpreter starts
@@ -40,7 +40,7 @@ def test_each_position_has_a_key_of_its_own() -> None:
         for j in range(30)
     ]
     assert len(set(keys)) == len(keys)
-    mixed_keys = [mixed(key(0, "device"), step, index) for step in range(300) for index in range(30)]
+    mixed_keys = [mix_key(key(0, "device"), step, index) for step in range(300) for index in range(30)]
     assert len(set(mixed_keys)) == len({k & 0xFFFFFFFF for k in mixed_keys}) == len(mixed_keys)
     bits = np.array([[k >> b & 1 for b in range(64)] for k in mixed_keys]).mean(0)
     assert (abs(bits - 0.5) < 0.03).all()

@@ -100,11 +100,11 @@ def wait_for(condition: Callable[[], Any], seconds: float, directory: Path) -> f
 
 
 def test_a_grid_on_two_processes_is_one_run_a_trial(tmp_path: Path, server: WandbServer, backend: SweepBackend) -> None:
-    parameters = {"optimizer.lr": {"values": [1e-5, 0.1]}, "train.max_grad_norm": {"values": [None, 1]}}
+    parameters = {"optimizer.lr": {"values": [1e-5]}, "train.max_grad_norm": {"values": [None, 1]}}
     file = sweep_file(tmp_path, "cpu", parameters, "train.max_steps=3", "train.log_every=1")
     agent = start_agents(server, tmp_path, str(file))
     assert agent.wait(timeout=240) == 0, (tmp_path / "agent.log").read_text()
-    assert len(backend.runs) == 4
+    assert len(backend.runs) == 2
     for run in backend.runs.values():
         assert (run["state"], len(run["writers"]), run["rewritten"]) == ("finished", 1, 0)
         rows = backend.history(run["name"])
@@ -116,7 +116,7 @@ def test_a_grid_on_two_processes_is_one_run_a_trial(tmp_path: Path, server: Wand
         assert json.loads((path / "summary.json").read_text())["world_size"] == 2
         config = yaml.safe_load((path / "config.yaml").read_text())
         settings.append((config["optimizer"]["lr"], config["train"]["max_grad_norm"]))
-    assert sorted(settings, key=str) == sorted([(lr, norm) for lr in (1e-5, 0.1) for norm in (None, 1.0)], key=str)
+    assert sorted(settings, key=str) == [(1e-5, 1.0), (1e-5, None)]
 
 
 def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(

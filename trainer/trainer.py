@@ -1,4 +1,4 @@
-"""`Trainer`: the loop, the step, what is logged and what is kept; each reads top to bottom."""
+"""`Trainer`: the loop, the step, the logged rows and the checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.observers import Observer, Observers, Stateful
 from trainer.core.preflight import notes_on
 from trainer.core.recalibrate import recalibrate_statistics
-from trainer.core.stateful import load_states, named_stateful, read_states
+from trainer.core.stateful import StatefulObjects, load_states, read_states
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError, Stopped
@@ -52,19 +52,19 @@ from trainer.storage.shared_checkpoint import load_on_all
 class Trainer:
     """Trains what a `Config` describes, on however many processes were launched.
 
-    A model, data sets or a task made elsewhere may be given instead of being named in the config:
+    A model, data sets or a task can be passed instead of being named in the config:
 
         Trainer(Config(), model=net, train_data=train, val_data=val).fit()
 
-    `observers` see every step; `stateful` objects travel in every checkpoint under their names. A subclass's own
-    attributes with `state_dict` and `load_state_dict` do so by themselves. See docs/extending.md.
+    `observers` see every step. `stateful` objects are saved in every checkpoint, each under its name, and so are a
+    subclass's own attributes that have `state_dict` and `load_state_dict`. A resume loads those that exist by the
+    time of `start`. See docs/extending.md.
 
-    Raises `ConfigError` or `DataError` where the config cannot be run.
+    Raises `ConfigError` or `DataError` if the config cannot be run.
     """
 
     journal: Journal
     stopwatch: Stopwatch
-    batches: TrainLoader
 
     def __init__(
         self,
@@ -77,12 +77,13 @@ class Trainer:
         observers: Sequence[Observer] = (),
         stateful: Mapping[str, Stateful] | None = None,
     ) -> None:
+        attributes_before = frozenset(vars(self))  # those that a subclass assigned before this call
         with settings_of(config):
             self.run = build_run(config, model=model, train_data=train_data, val_data=val_data, task=task)
             self.optimizer = build_optimizer(self.config.optimizer, self.module, head=self.config.model.head)
             self.run.freezing.apply(epoch=0)
-            reduction = BitwiseReduction if self.run.bitwise else StandardReduction
-            self.reduction = reduction(
+            kind = BitwiseReduction if self.run.bitwise else StandardReduction
+            self.reduction = kind(
                 self.module,
                 self.config.batch_norm,
                 self.ranks,
@@ -90,7 +91,6 @@ class Trainer:
             )
         self.observers = Observers([*build_observers(self.config.observers, Observer), *observers])
         self.stateful: dict[str, Stateful] = dict(stateful or {})
-        named_stateful(self.stateful, self.observers)  # refuses now what could not be saved later
         self.progress = Progress()
         self.schedule = self._build_schedule()
         self.meter = Meter(self.run.task, self.ranks, exact=self.run.bitwise)
@@ -99,9 +99,11 @@ class Trainer:
         self.grad_norm: Tensor | None = None
         self.fuse = 1  # micro-batches in one forward, chosen before training
         self.fuse_note = ""  # why batch.fuse=auto chose 1
-        self.state_notes: list[str] = []  # what a resume found of stateful objects that it did not expect
+        self.state_notes: list[str] = []  # stateful objects that the checkpoint or the run lacks
         self._restored_states: Mapping[str, Any] | None = None
-        self._attributes_of_trainer = frozenset(vars(self))
+        self._batches: TrainLoader | None = None
+        self._attributes_of_trainer = frozenset(vars(self)) - attributes_before
+        self._stateful_objects()  # refuses now what could not be saved later
 
     @property
     def config(self) -> Config:
@@ -123,9 +125,14 @@ class Trainer:
     # ---------------------------------------------------------------- the run
 
     def fit(self) -> dict[str, Any]:
-        """Train from the start, or from the checkpoint that `run.resume` finds; returns what `summary.json` holds."""
+        """Train from the first step, or from the checkpoint that `run.resume` finds; returns the contents of
+        `summary.json`.
+
+        Raises `LockstepError` if the loss is not finite or the run cannot go on, `Stopped` after a signal.
+        """
         if self.progress.step:
             raise LockstepError("this Trainer has trained already; make a new one, with run.resume=auto to go on")
+        self._stateful_objects()  # refuses now what could not be saved later
         with self.run.settings():
             self.fuse, self.fuse_note = choose_fuse(self.run)
             with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
@@ -139,12 +146,15 @@ class Trainer:
                     self._loop(stop)
                     return self._finish()
                 except RuntimeError as error:
-                    raise refused_operation(error) or self.ranks.explain(error) or error from None
+                    cause = refused_operation(error) or self.ranks.explain(error)
+                    if cause is None:
+                        raise
+                    raise cause from None
                 finally:
                     self.end_loading()
 
     def _introduce(self) -> None:
-        """Show what is about to run, and its first samples."""
+        """Show what will run, and its first samples."""
         header = report.header(self.run, self.schedule, self.fuse, self.fuse_note, self.journal.directory)
         facts = self.journal.with_sharing(self.run.facts_of_ranks)
         self.journal.begin(header, self.progress, partial(environment, self.ranks, self.run.data, facts))
@@ -157,17 +167,31 @@ class Trainer:
             self.observers.add(HistogramObserver(self.module, self.journal.wandb, every))
 
     def start(self) -> None:
-        """Begin to train, at the step after those that are done: what comes before `train_step`."""
+        """Begin at the step after those that are done. A loop of one's own calls it once before `train_step`."""
+        stateful = self._stateful_objects()  # refuses now what could not be saved later
         self.stopwatch = Stopwatch(self.progress)
-        self.batches = TrainLoader(self.run.train_loader, self.plan, self.ranks.rank, self.progress.step, self.fuse)
+        self.load_from(self.progress.step)
         self.module.train()
         self.observers.begin(self.run)
         if self._restored_states is not None:
-            self.state_notes = load_states(self._all_stateful(), self._restored_states)
+            self.state_notes = load_states(stateful, self._restored_states)
+            self._restored_states = None
+
+    def load_from(self, steps_done: int) -> None:
+        """Load the samples of the step after `steps_done` next."""
+        self._batches = TrainLoader(self.run.train_loader, self.plan, self.ranks.rank, steps_done, self.fuse)
+
+    @property
+    def batches(self) -> TrainLoader:
+        """This rank's micro-batches, step by step. Raises `LockstepError` before `start`."""
+        if self._batches is None:
+            raise LockstepError("train_step needs samples: call start() once before it")
+        return self._batches
 
     def end_loading(self) -> None:
-        """End the loader processes with the run. Left to the interpreter's exit, they would count as killed."""
-        self.batches.close()
+        """End the loader processes. If they were left to the interpreter's exit, they would count as killed."""
+        if self._batches is not None:
+            self._batches.close()
         if self.run.evaluator is not None:
             self.run.evaluator.close()
 
@@ -185,7 +209,10 @@ class Trainer:
                 self._stop(stop.signal_number)
 
     def train_step(self, step: Step) -> None:
-        """One optimizer update on the step's samples, over all ranks. Never waits for the device."""
+        """One optimizer update on the step's samples, over all ranks. Never waits for the device.
+
+        Steps are taken in order, after `start`.
+        """
         run, reduction = self.run, self.reduction
         if step.first_in_epoch:
             self._freeze(step.epoch)
@@ -217,7 +244,7 @@ class Trainer:
         return is_clipped or self._is_logged(step) or step.number == self.plan.total_steps
 
     def _freeze(self, epoch: int) -> None:
-        """Train what is trained in `epoch`, and no more. A collective, at an epoch's begin."""
+        """Freeze and thaw parameters as `epoch` asks for. A collective, at an epoch's first step."""
         if self.run.freezing.apply(epoch):
             self.reduction.rebuild()
             self.module.train()
@@ -229,10 +256,10 @@ class Trainer:
         return step.number % self.config.train.log_every == 0 or step.last_in_epoch
 
     def measure(self, step: Step) -> Row:
-        """A row of the steps since the last one: training's only host sync. A collective."""
+        """A row of the steps since the last row. A collective; only here does training wait for the device."""
         self._read_meter()
         row: Row = {"step": step.number, "epoch": step.epoch + 1}
-        row |= {f"train/{name}": value for name, value in self.interval_totals.means().items()}
+        row |= _with_prefix("train/", self.interval_totals.means())
         row |= learning_rates(self.optimizer)
         if self.grad_norm is not None:
             row["grad_norm"] = self.grad_norm.item()
@@ -242,7 +269,7 @@ class Trainer:
         return row
 
     def log(self, step: Step) -> None:
-        """Log a row, and end the run where its loss is not finite."""
+        """Log a row. Raises `LockstepError` if its loss is not finite."""
         row = self.measure(step)
         self.observers.row(row)
         self.journal.log(row, self.digest() if self.ranks.is_main else "")
@@ -255,27 +282,27 @@ class Trainer:
             )
 
     def digest(self) -> str:
-        """Of the weights, which are the same on every rank."""
+        """The digest of the weights, which are the same on every rank."""
         return hexadecimal(digest(dict(self.module.named_parameters())))
 
     def _read_meter(self) -> None:
         self.interval_totals.add(self.meter.read())
 
     def end_epoch(self, step: Step) -> None:
-        """Log the epoch's row: means over its samples, and an evaluation where one is due."""
-        row = {f"train/epoch_{name}": value for name, value in self.epoch_totals.means().items()}
+        """Log the epoch's row: means over its samples, and an evaluation every `train.evaluate_every` epochs."""
+        means = _with_prefix("train/epoch_", self.epoch_totals.means())
         self.epoch_totals = Totals()
         is_last = step.number == self.plan.total_steps
         is_due = (step.epoch + 1) % self.config.train.evaluate_every == 0
-        self._log_epoch(step, row, evaluate=is_last or is_due)
+        self._log_epoch(step, means, evaluate=is_last or is_due)
 
     def _log_epoch(self, step: Step, means: Row, *, evaluate: bool) -> None:
         row = {"step": step.number, "epoch": step.epoch + 1, **means}
         if evaluate and self.run.evaluator is not None:
-            row |= {f"val/{name}": value for name, value in self.evaluate().items()}
+            row |= _with_prefix("val/", self.evaluate())
         row |= learning_rates(self.optimizer)
         self.observers.row(row)
-        is_best = self._keep_best(row)
+        is_best = self._save_if_best(row)
         if self.progress.best is not None:
             row[f"best/{self.config.best.metric}"] = self.progress.best
         self.journal.epoch(row, is_best)
@@ -283,7 +310,11 @@ class Trainer:
         self.stopwatch.mark(self.progress.samples_seen)
 
     def evaluate(self) -> Row:
-        """The loss and metrics over all validation samples, with the present weights. A collective."""
+        """The loss and metrics over all validation samples, with the present weights. A collective.
+
+        It may be called before, after and without `fit`; `end_loading` then ends its loader processes. Raises
+        `ConfigError` if there are no validation samples.
+        """
         with self.run.settings():
             self.reduction.gather()
             if self.config.batch_norm.recalibrate_at == "evaluation":
@@ -291,28 +322,38 @@ class Trainer:
             return self.run.evaluate()
 
     def load_best(self) -> Row:
-        """Load the best weights so far on every rank; returns the row that they were kept with."""
+        """Load the best weights so far on every rank; returns the row that was saved with them."""
         return self.run.load_best()
 
-    def _keep_best(self, row: Row) -> bool:
-        """Keep the model if its row is the best so far: decided from numbers that are the same on every rank."""
-        section, progress = self.config.best, self.progress
-        value = row.get(section.metric.replace("train/", "train/epoch_"))
+    def _save_if_best(self, row: Row) -> bool:
+        """Save the model if its row is the best so far, and return whether it is.
+
+        Every rank decides alike, from numbers that are the same on all.
+        """
+        progress = self.progress
+        value = row.get(self.config.best.metric.replace("train/", "train/epoch_"))
         if value is None:
             return False
         progress.history.append(value)
-        if math.isnan(value):
+        if not self._is_best(value):
             return False
-        if progress.best is not None:
-            gain = value - progress.best if section.mode == "max" else progress.best - value
-            if gain <= 0:
-                return False
-        progress.best, progress.best_step, progress.best_epoch = value, int(row["step"]), int(row["epoch"])
+        progress.best = value
+        progress.best_step = int(row["step"])
+        progress.best_epoch = int(row["epoch"])
         self.reduction.gather()
-        self.ranks.on_main(lambda: self._write_best(row))
+        self.ranks.on_main(lambda: self._save_best(row))
         return True
 
-    def _write_best(self, row: Row) -> None:
+    def _is_best(self, value: float) -> bool:
+        """True if `value` is better than the best so far; NaN never is."""
+        if math.isnan(value):
+            return False
+        best = self.progress.best
+        if best is None:
+            return True
+        return value > best if self.config.best.mode == "max" else value < best
+
+    def _save_best(self, row: Row) -> None:
         checkpoint.save_best(
             self.journal.directory,
             checkpoint.snapshot(self.module),
@@ -336,7 +377,7 @@ class Trainer:
         self.progress.interval = self.interval_totals.sums
         self.progress.epoch = self.epoch_totals.sums
         self.progress.scaler = self.run.precision.state()
-        states = read_states(self._all_stateful(), self.ranks)
+        states = read_states(self._stateful_objects(), self.ranks)
         self.ranks.on_main(lambda: self._write_checkpoint(states))
         self.stopwatch.mark(self.progress.samples_seen)
 
@@ -365,7 +406,7 @@ class Trainer:
             )
 
     def restore(self, content: Checkpoint) -> None:
-        """Become the run at the step boundary of a checkpoint."""
+        """Take over the state of a checkpoint. Stateful objects take theirs over in `start`."""
         checkpoint.restore_model(self.module, content.model)
         load_named_state(self.optimizer, self.module, content.optimizer, content.optimizer_numbers)
         self.run.precision.load_state(content.progress.scaler)
@@ -378,11 +419,18 @@ class Trainer:
         self._freeze(last_step_begun // self.plan.steps_per_epoch)
         self.run.forget_features()
 
-    def _all_stateful(self) -> dict[str, Stateful]:
-        """What `stateful` holds, a subclass's own attributes, and observers with a state."""
-        own = {name: value for name, value in vars(self).items() if name not in self._attributes_of_trainer}
-        attributes = {name: value for name, value in own.items() if isinstance(value, Stateful)}
-        return named_stateful({**attributes, **self.stateful}, self.observers)
+    def _stateful_objects(self) -> dict[str, Stateful]:
+        """What `stateful` holds, a subclass's own attributes, and observers with a state, by name."""
+        model_parts = {id(part) for part in self.module.modules()}  # saved with the model
+        attributes = {}
+        for name, value in vars(self).items():
+            if name not in self._attributes_of_trainer and id(value) not in model_parts:
+                attributes[name] = value
+        objects = StatefulObjects()
+        objects.add_named(self.stateful)
+        objects.add_attributes(attributes)
+        objects.add_observers(self.observers)
+        return objects.by_name
 
     def _stop(self, signal_number: int) -> None:
         self.save()
@@ -393,9 +441,9 @@ class Trainer:
         )
 
     def _finish(self) -> dict[str, Any]:
-        """The summary and figures; before them, if the run ends inside an epoch, its last row and evaluation.
+        """Write and return the summary, and draw figures. A run that ends inside an epoch is evaluated before that.
 
-        Those come after the last checkpoint: a run that goes on from it leaves no trace of having ended here.
+        All this comes after the last checkpoint, so a run that goes on from it shows no trace of having ended here.
         """
         last = self.plan.step(self.plan.total_steps - 1)
         self.reduction.gather()
@@ -422,3 +470,8 @@ class Trainer:
             history=self.progress.history,
             mode=self.config.best.mode,
         )
+
+
+def _with_prefix(prefix: str, row: Row) -> Row:
+    """The row with `prefix` before the name of every column."""
+    return {prefix + name: value for name, value in row.items()}

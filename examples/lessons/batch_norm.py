@@ -107,16 +107,16 @@ def switches(overrides: list[str]) -> Figure:
     axes = figure.subplots()
     colours = {"model.affine=true": INK, "model.affine=false": BLUE, "model.track_running_stats=false": VERMILION}
     for switch, colour in colours.items():
-        chosen = [
+        settings = [
             *overrides,
             "run.figures=false",
             f"run.name={switch.removeprefix('model.').replace('=', '_')}",
             switch,
         ]
-        Trainer(load(CONFIG, chosen)).fit()
+        Trainer(load(CONFIG, settings)).fit()
         losses = []
         for size in EVAL_SIZES:
-            trainer = Trainer(load(CONFIG, [*chosen, f"batch.eval_size={size}"]))
+            trainer = Trainer(load(CONFIG, [*settings, f"batch.eval_size={size}"]))
             trainer.load_best()
             losses.append(trainer.evaluate()["loss"])
         label = "both switches on" if switch == "model.affine=true" else switch.removeprefix("model.")

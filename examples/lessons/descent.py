@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PARABOLA = Path("configs/lessons/parabola.yaml")
-FRAMES_PER_SECOND, HELD = 8, 16  # frames that the last picture stays
+FRAMES_PER_SECOND = 8
+END_FRAMES = 16  # for which the last picture stays
 CELLS = 61  # points along a side of the surface
 
 Floats = npt.NDArray[np.float64]
@@ -53,24 +54,24 @@ class Walk(Observer):
 def losses(trainer: Trainer, weights: Tensor) -> Floats:
     """The mean loss over the training samples at each of some weights `(n, parameters)`; the model's are put back."""
     parameters = list(trainer.module.parameters())
-    kept = parameters_to_vector(parameters).detach().clone()
+    original = parameters_to_vector(parameters).detach().clone()
     batch = trainer.run.train_loader.peek(range(len(trainer.run.data.train)))
-    found = []
+    values = []
     trainer.module.eval()
     with torch.no_grad():
-        for row in weights.to(kept):
+        for row in weights.to(original):
             vector_to_parameters(row, parameters)
             _, loss = trainer.run.forward(trainer.module, batch, None)
-            found.append(float(loss.total / loss.weight))
-        vector_to_parameters(kept, parameters)
-    return np.array(found)
+            values.append(float(loss.total / loss.weight))
+        vector_to_parameters(original, parameters)
+    return np.array(values)
 
 
 def over_a_curve(axes: Axes, trainer: Trainer, path: Tensor) -> Floats:
-    """Draw the loss of one parameter; the path's points, `(steps + 1, 2)`."""
+    """Draw the loss of one parameter over its values; returns the path's points, `(steps + 1, 2)`."""
     reach = 1.25 * path.abs().max().clamp(min=1e-3)
-    places = torch.linspace(float(-reach), float(reach), 201, dtype=torch.float64)
-    axes.plot(places.numpy(), losses(trainer, places.unsqueeze(1)), color=BLUE, linewidth=1.6)
+    values = torch.linspace(float(-reach), float(reach), 201, dtype=torch.float64)
+    axes.plot(values.numpy(), losses(trainer, values.unsqueeze(1)), color=BLUE, linewidth=1.6)
     axes.grid(color=FAINT, linewidth=0.8)
     axes.set_xlabel("parameter", fontsize=SMALL, color=INK)
     axes.set_ylabel("loss", fontsize=SMALL, color=INK)
@@ -78,7 +79,7 @@ def over_a_curve(axes: Axes, trainer: Trainer, path: Tensor) -> Floats:
 
 
 def over_a_surface(axes: Axes, trainer: Trainer, path: Tensor) -> Floats:
-    """Draw the loss around the path, in the plane where most of it lies; the path's points, `(steps + 1, 2)`."""
+    """Draw the loss in the plane where most of the path lies; returns the path's points, `(steps + 1, 2)`."""
     from matplotlib.colors import LogNorm
 
     end = path[-1]
@@ -86,20 +87,24 @@ def over_a_surface(axes: Axes, trainer: Trainer, path: Tensor) -> Floats:
     points = (path - end) @ directions.T
     low, high = points.amin(0), points.amax(0)
     margin = 0.25 * (high - low).max().clamp(min=1e-6)
-    across, up = (torch.linspace(float(a - margin), float(b + margin), CELLS) for a, b in zip(low, high, strict=True))
+    left, bottom = (low - margin).tolist()
+    right, top = (high + margin).tolist()
+    across = torch.linspace(left, right, CELLS)
+    up = torch.linspace(bottom, top, CELLS)
     grid = torch.cartesian_prod(up, across).flip(1).double()
     surface = losses(trainer, end + grid @ directions).reshape(CELLS, CELLS)
     highest = max(float(surface.max()), 1e-30)
-    levels = np.geomspace(max(float(surface.min()), 1e-6 * highest), 1.001 * highest, 25)  # a loss may be 0
-    drawn = axes.contourf(across, up, surface, levels=levels, norm=LogNorm(), cmap="Blues", extend="min")
-    bar = axes.figure.colorbar(drawn, ax=axes, ticks=levels[::6], format="%.2g", shrink=0.85, extendrect=True)
+    lowest = max(float(surface.min()), 1e-6 * highest)  # a loss may be 0, which no logarithmic scale shows
+    levels = np.geomspace(lowest, 1.001 * highest, 25)
+    contours = axes.contourf(across, up, surface, levels=levels, norm=LogNorm(), cmap="Blues", extend="min")
+    bar = axes.figure.colorbar(contours, ax=axes, ticks=levels[::6], format="%.2g", shrink=0.85, extendrect=True)
     bar.minorticks_off()
     bar.set_label("mean loss of the training samples", fontsize=SMALL, color=INK)
     bar.ax.tick_params(labelsize=SMALL, colors=GREY, labelcolor=INK)
     axes.set_xlabel("first principal direction of the path", fontsize=SMALL, color=INK)
     axes.set_ylabel("second", fontsize=SMALL, color=INK)
-    drawn_points: Floats = points.numpy()
-    return drawn_points
+    on_the_plane: Floats = points.numpy()
+    return on_the_plane
 
 
 def animate(trainer: Trainer, walk: Walk, to: Path) -> None:
@@ -114,12 +119,14 @@ def animate(trainer: Trainer, walk: Walk, to: Path) -> None:
     axes = figure.subplots()
     axes.tick_params(colors=GREY, labelcolor=INK, labelsize=SMALL)
     axes.spines[["top", "right"]].set_visible(False)
-    points = (over_a_curve if path.shape[1] == 1 else over_a_surface)(axes, trainer, path)
+    draw_loss = over_a_curve if path.shape[1] == 1 else over_a_surface
+    points = draw_loss(axes, trainer, path)
     draw = _pen(axes, points, losses(trainer, path))
     draw(0)
     figure.canvas.draw()
-    figure.set_layout_engine("none")  # laid out once
-    frames = [*range(len(points)), *[len(points) - 1] * HELD]
+    figure.set_layout_engine("none")  # else the axes move from frame to frame
+    last = len(points) - 1
+    frames = [*range(len(points)), *[last] * END_FRAMES]
     animation = FuncAnimation(figure, draw, frames=frames)
     to.parent.mkdir(parents=True, exist_ok=True)
     animation.save(to, writer=PillowWriter(fps=FRAMES_PER_SECOND))

@@ -19,7 +19,9 @@ class Patterns:
     classes = ("columns", "frame")
 
     def __init__(self, intensities: Sequence[int]) -> None:
-        self._samples = [(i * cells, label) for i in intensities for label, cells in enumerate((COLUMNS, FRAME))]
+        self._samples: list[tuple[Tensor, int]] = []
+        for intensity in intensities:
+            self._samples += [(intensity * COLUMNS, 0), (intensity * FRAME, 1)]
 
     def __len__(self) -> int:
         return len(self._samples)

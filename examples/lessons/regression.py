@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-SIDE, WIDTH, NOISE = 28, 2.5, 0.1  # pixels, pixels, of the spot's brightness
+SIDE = 28  # pixels
+WIDTH = 2.5  # of the spot, in pixels
+NOISE = 0.1  # of the spot's brightness
 
 
 class Spots:
@@ -15,7 +17,9 @@ class Spots:
         draw = torch.Generator().manual_seed(seed)
         self.places = torch.rand(samples, 2, generator=draw) * 2 - 1
         axis = torch.linspace(-1.2, 1.2, SIDE)
-        across, down = ((axis - place.unsqueeze(1)) / (2.4 * WIDTH / SIDE) for place in self.places.unbind(1))
+        width = 2.4 * WIDTH / SIDE  # in the units of the axis
+        across = (axis - self.places[:, :1]) / width
+        down = (axis - self.places[:, 1:]) / width
         spots = torch.exp(-(down.unsqueeze(2) ** 2 + across.unsqueeze(1) ** 2) / 2)
         self.images = (spots + NOISE * torch.randn(spots.shape, generator=draw)).unsqueeze(1)
 

@@ -10,6 +10,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -66,6 +67,9 @@ def _child(rank: int, count: int, port: int, pipe: Connection, function: Callabl
             "MASTER_PORT": str(port),
         }
     torch.set_num_threads(1)
+    # A fork believes its parent's fork server to be its own child, which it cannot wait for.
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server._forkserver_pid = server._forkserver_address = server._forkserver_alive_fd = None
     AcceleratorState._reset_state(reset_partial_state=True)  # a fork has its parent's, if a test there made a Trainer
     try:
         buffer = io.BytesIO()

@@ -71,6 +71,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "weighted": {"loss__class_weights": [1.0, 0.3, 2.0, 0.5, 1.5], "loss__label_smoothing": 0.1},
     "sometimes": {"sometimes": True},
     "recalibrated": {"batch_norm__recalibrate": 2},
+    "channels_last": {"train__channels_last": True},
 }
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import IGNORED, Points, config, fitted, largest_difference, mlp, state
 from trainer import ConfigError, Task, Trainer
-from trainer.data.loading import TrainLoader
 from trainer.exact.plan import Plan
 from trainer.reporting.jsonl import read_rows
 
@@ -186,7 +185,7 @@ def test_a_step_without_targets_changes_nothing(tmp_path: Path) -> None:
         data.labels[:] = IGNORED
         settings = config(directory, batch__micro_size=7, loss__ignore_index=IGNORED, train__log_every=99)
         trainer = Trainer(settings, model=mlp(), train_data=data, val_data=Points(20))
-        trainer.batches = TrainLoader(trainer.run.train_loader, trainer.plan, trainer.ranks.rank, 0)
+        trainer.start()
         trainer.train_step(trainer.plan.step(0))
         return state(trainer)
 

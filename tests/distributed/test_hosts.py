@@ -103,6 +103,7 @@ def test_long_work_of_one_rank_outlasts_the_timeout(kind: str) -> None:
 def test_a_rank_that_does_not_come_is_named(kind: str) -> None:
     def wait() -> str:
         ranks = Ranks("fp32", timeout=2)
+        ranks.barrier()
         if ranks.rank == 1:
             time.sleep(6)
             return ""

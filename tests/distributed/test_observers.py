@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +226,222 @@ def test_an_object_without_state_is_refused_by_name(tmp_path: Path) -> None:
     wrong: Any = {"counter": object()}
     with pytest.raises(ConfigError, match=r"stateful\.counter: object has no state_dict"):
         Trainer(config(tmp_path), model=mlp(), train_data=data, val_data=data, stateful=wrong)
+
+
+def trainer_of(directory: Path, cls: type[Trainer] = Trainer, **more: Any) -> Trainer:
+    data = Points(SAMPLES, ignored=False)
+    settings = config(directory, batch__micro_size=14, run__resume="auto")
+    return cls(settings, model=mlp(), train_data=data, val_data=data, **more)
+
+
+def saved_states(directory: Path) -> set[str]:
+    """The names of the stateful objects in the newest checkpoint."""
+    checkpoints = directory / "run" / "checkpoints"
+    newest = checkpoints / (checkpoints / "last").read_text().strip()
+    return set(json.loads((newest / "state.json").read_text()).get("stateful", []))
+
+
+class Counter:
+    """The least that has a state."""
+
+    def __init__(self, count: int = 0) -> None:
+        self.count = count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.count = state["count"]
+
+
+class CountingTrainer(Trainer):
+    """State before and after `Trainer.__init__` and in `fit`, private, shared with an observer; and what is none."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        self.early = Counter()
+        super().__init__(*args, **more)
+        self._private = Counter()
+        self.head = self.module[-1]  # type: ignore[index]
+        self.net = self.module
+        self.average_class = AveragedModel
+        self.observer = Average()
+        self.observers.add(self.observer)
+
+    def fit(self) -> dict[str, Any]:
+        self.late = Counter()
+        return super().fit()
+
+    def train_step(self, step: Step) -> None:
+        super().train_step(step)
+        for counter in (self.early, self._private, self.late):
+            counter.count += 1
+
+
+def test_every_object_of_a_subclass_is_saved_once_and_the_model_with_itself_alone(tmp_path: Path) -> None:
+    trainer_of(tmp_path, CountingTrainer).fit()
+    assert saved_states(tmp_path) == {"early", "private", "observer", "late"}
+    resumed: Any = trainer_of(tmp_path, CountingTrainer)
+    resumed.fit()
+    assert [resumed.early.count, resumed._private.count, resumed.late.count] == [4, 4, 4]
+    assert resumed.observer.count == 4
+
+
+def test_an_object_passed_by_name_and_kept_as_an_attribute_is_one(tmp_path: Path) -> None:
+    class Keeping(Trainer):
+        def __init__(self, *args: Any, stateful: Any, **more: Any) -> None:
+            super().__init__(*args, stateful=stateful, **more)
+            self.counter = stateful["given"]
+
+    trainer_of(tmp_path, Keeping, stateful={"given": Counter(3)}).fit()
+    assert saved_states(tmp_path) == {"given"}
+
+
+@pytest.mark.parametrize("how", ["observer", "observer in another case", "second observer", "attribute", "file"])
+def test_two_objects_of_one_name_are_refused_before_training(tmp_path: Path, how: str) -> None:
+    """On a resume, one would be given the other's state."""
+
+    class Model(Trainer):
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
+            self.model = Counter()
+
+    class Keeping(Trainer):
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
+            self.counter = Counter()
+
+    cases: dict[str, tuple[type[Trainer], dict[str, Any], str]] = {
+        "observer": (Trainer, {"stateful": {"Average": Counter()}, "observers": [Average()]}, "Average: a checkpoint"),
+        "observer in another case": (
+            Trainer,
+            {"stateful": {"average": Counter()}, "observers": [Average()]},
+            r"stateful\.Average: .* state of a Counter under this name \(average\)",
+        ),
+        "second observer": (
+            Trainer,
+            {"stateful": {"Average-2": Counter()}, "observers": [Average(), Average()]},
+            r"stateful\.Average-2",
+        ),
+        "attribute": (Keeping, {"stateful": {"counter": Counter()}}, r"stateful\.counter: .*needs another"),
+        "file": (Model, {}, '"model" names a file that every checkpoint has'),
+    }
+    cls, more, message = cases[how]
+    with pytest.raises(ConfigError, match=message):
+        trainer_of(tmp_path, cls, **more).fit()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_class_is_no_stateful_object(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stateful\.counter: Counter is a class"):
+        trainer_of(tmp_path, stateful={"counter": Counter})
+
+
+class Loading(Average):
+    """Notes whether its state is loaded after `begin`."""
+
+    def begin(self, run: Run) -> None:
+        super().begin(run)
+        self.loads = 0
+        self.first_bias = run.module.state_dict()["0.bias"].clone()
+
+    def load_state_dict(self, state: Any) -> None:
+        super().load_state_dict(state)
+        self.loads += 1
+
+
+def test_state_is_loaded_once_and_after_begin_which_sees_the_restored_model(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, observers=[Loading()])
+    trainer.fit()
+    resumed = trainer_of(tmp_path, observers=[observer := Loading()])
+    resumed.fit()
+    assert (observer.loads, observer.count) == (1, 4)
+    assert torch.equal(observer.first_bias, trainer.module.state_dict()["0.bias"])
+    resumed.start()
+    assert observer.loads == 0, "begun anew, not restored anew"
+    resumed.end_loading()
+
+
+METHODS = ["begin", "micro_batch", "gradient", "step", "row", "epoch", "end", "state_dict"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_an_observer_on_one_rank_ends_all(tmp_path: Path, method: str, rank: int) -> None:
+    def fit(directory: Path) -> str:
+        observer = Average()
+        trainer = trainer_of(directory, observers=[observer])
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("broken on this rank") from KeyError("its cause")
+
+        if trainer.ranks.rank == rank:
+            setattr(Average, method, fail)
+        try:
+            trainer.fit()
+        except Exception as error:
+            if trainer.ranks.rank == rank:
+                assert isinstance(error.__cause__, KeyError), "the observer's own error, with what caused it"
+            return str(error)
+        return ""
+
+    messages = on_ranks(2, fit, tmp_path, timeout=60)
+    assert messages[rank] == "broken on this rank"
+    if method != "end":  # rank 0 has written its summary by then, and nothing is left to do together
+        assert messages[1 - rank]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("train/loss", 0.0, r'Writing\.row changes "train/loss"; add a column under a name of its own'),
+        ("lr", None, r'Writing\.row changes "lr"'),
+        ("mine/tensor", torch.ones(()), r'Writing\.row gives "mine/tensor" a Tensor; give it a number'),
+        ("mine/text", "high", r'Writing\.row gives "mine/text" a str'),
+    ],
+)
+def test_an_observer_adds_columns_of_numbers_and_changes_none(
+    tmp_path: Path, name: str, value: Any, message: str
+) -> None:
+    class Writing(Observer):
+        def row(self, row: Row) -> None:
+            row[name] = value
+            if value is None:
+                del row[name]
+
+    with pytest.raises(ConfigError, match=message):
+        trainer_of(tmp_path, observers=[Writing()]).fit()
+
+
+def test_of_columns_that_differ_between_ranks_rank_0_is_written(tmp_path: Path) -> None:
+    class Writing(Observer):
+        def begin(self, run: Run) -> None:
+            self.rank = run.ranks.rank
+
+        def row(self, row: Row) -> None:
+            row["mine/rank"] = float(self.rank)
+
+    on_ranks(2, lambda directory: trainer_of(directory, observers=[Writing()]).fit() and None, tmp_path)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["mine/rank"] for row in rows] == [0.0] * len(rows)
+
+
+def test_a_loop_of_ones_own_takes_the_same_steps(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path / "own")
+    with trainer.run.settings():
+        trainer.start()
+        for step in trainer.plan.steps():
+            trainer.train_step(step)
+        trainer.end_loading()
+    reference = trainer_of(tmp_path / "fit")
+    reference.fit()
+    weights = state(trainer)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state(reference).items())
+
+
+def test_a_step_before_start_says_what_to_call(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    with pytest.raises(LockstepError, match=r"call start\(\) once before"):
+        trainer.train_step(trainer.plan.step(0))
 
 
 def test_training_data_alone_is_enough(tmp_path: Path) -> None:

@@ -66,16 +66,16 @@ def _rows(comparison: Comparison, first: Path, second: Path) -> list[Line]:
     if not steps:
         return [("rows", "none that both logged")]
     text = f"{len(steps)} logged steps compared, {steps[0]} to {steps[-1]}"
-    for run, count in zip((first, second), comparison.only, strict=True):
+    for run, count in zip((first, second), comparison.steps_of_one, strict=True):
         if count:
             text += f"; {count} only in {run}"
     lines = [("rows", text)]
     if comparison.same:
         lines.append(("", "every value and every digest of the weights is the same, bit for bit"))
-    for column, (step, ours, theirs) in sorted(comparison.parted.items(), key=_first_step):
+    for column, (step, ours, theirs) in sorted(comparison.first_differences.items(), key=_first_step):
         name, gap = "weights", ""
         if column != "digest":
-            name, gap = column, f"   at most {comparison.gaps[column]:.1e} apart, relative"
+            name, gap = column, f"   at most {comparison.largest_differences[column]:.1e} apart, relative"
         lines.append(("", f"from step {step:<6} {name:<20} {ours} | {theirs}{gap}"))
     return lines
 

@@ -1,6 +1,6 @@
-"""A config → a `Run`: everything that training, evaluating and looking into a run share.
+"""Config → `Run`: everything that training, evaluation and inspection share.
 
-What only training needs, an optimizer and a reduction, is built by the `Trainer`.
+The `Trainer` builds what only training needs: an optimizer and a reduction.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from trainer.storage.signature import Signature, signature_of_samples
 class Run:
     """The parts of a run on this process, each built from its own section of the config.
 
-    `module` is the model itself, in its modes, on its device, in the run's dtype. `weights_note` says in one line
+    `module` is the model itself, without DDP, on its device and in the run's dtype. `weights_note` says in one line
     which weights it started from. `facts_of_ranks` has what each rank runs on, in rank order.
     """
 
@@ -66,7 +66,7 @@ class Run:
         return self.config.run.reproducibility == "bitwise"
 
     def settings(self) -> AbstractContextManager[None]:
-        """The process-wide settings that the run needs; put back at the end."""
+        """A context with the process-wide settings that the run needs; it restores those before at the end."""
         return settings_of(self.config)
 
     def evaluate(self) -> Row:
@@ -95,13 +95,13 @@ class Run:
         return row
 
     def forget_features(self) -> None:
-        """The weights have changed by something else than a training step: evaluate everything anew."""
+        """Discard cached features: the weights have changed by something other than a training step."""
         if self.evaluator is not None:
             self.evaluator.forget()
 
 
 def settings_of(config: Config) -> AbstractContextManager[None]:
-    """The process-wide settings of a run with `config`; put back at the end."""
+    """A context with the process-wide settings of a run with `config`; it restores those before at the end."""
     return run_settings(bitwise=config.run.reproducibility == "bitwise", compiled=config.train.compile)
 
 
@@ -113,7 +113,7 @@ def build_run(
     val_data: MapDataset | None = None,
     task: Task | nn.Module | None = None,
 ) -> Run:
-    """Build what `config` describes; a model, data or a task made elsewhere takes the place of the config's.
+    """Build what `config` describes; a model, data or a task that is passed replaces the config's.
 
     A collective: every rank of a run calls it with the same config. Raises `ConfigError` or `DataError`.
     """
@@ -166,14 +166,16 @@ def build_run(
 
 
 def _with_names(config: Config, **objects: object) -> Config:
-    """The config with each given object's own name in its section: what is written is what ran."""
-    for section, thing in objects.items():
-        if thing is not None:
-            name = f"{type(thing).__module__}.{type(thing).__qualname__}"
-            changes: dict[str, Any] = {"name": name}
-            if isinstance(thing, nn.modules.loss._Loss):
-                changes["args"] = loss_arguments(thing)  # so that `evaluate` makes the same loss again
-            config = replace(config, **{section: replace(getattr(config, section), **changes)})
+    """The config with the name of each object that was passed in its section, so that `config.yaml` says what ran."""
+    for section, value in objects.items():
+        if value is None:
+            continue
+        kind = type(value)
+        changes: dict[str, Any] = {"name": f"{kind.__module__}.{kind.__qualname__}"}
+        if isinstance(value, nn.modules.loss._Loss):
+            changes["args"] = loss_arguments(value)  # so that `evaluate` makes the same loss again
+        before = getattr(config, section)
+        config = replace(config, **{section: replace(before, **changes)})
     return config
 
 
@@ -198,7 +200,7 @@ def _plan(config: Config, ranks: Ranks, samples: int) -> Plan:
 
 
 def _num_classes(config: Config, data: Datasets) -> int | None:
-    """Outputs of the model: the config's, else one for each class of the data, else unknown."""
+    """The number of the model's outputs: the config's, else that of the data's classes, else None."""
     outputs = config.model.num_classes
     classes = len(data.classes or [])
     if outputs is not None and outputs < classes and config.loss.name == "cross_entropy":
@@ -215,7 +217,7 @@ def _module(
     loader: Loader,
     num_classes: int | None,
 ) -> tuple[nn.Module, str]:
-    """The model with its first weights, in its modes, on its device, in its dtype; and a note on the weights."""
+    """The model with its initial weights, on its device and in its dtype; and a note on the weights."""
     weights = weights_file(config.model, ranks.main_first)
     if model is None:
         channels = input_channels(loader.peek([0]).inputs)
@@ -273,6 +275,6 @@ def _evaluator(
 
 
 def _head_of_fixed_features(config: Config, task: Task, freezing: Freezing) -> nn.Module | None:
-    """The head, where running it on kept features is the same as running the model."""
+    """The head, if running it on cached features gives what running the model gives; else None."""
     has_plain_predict = type(task).predict is Task.predict
     return freezing.head if has_plain_predict and not config.train.compile else None

@@ -19,7 +19,7 @@ from trainer.process.ranks import Ranks
 
 @dataclass(frozen=True)
 class Decision:
-    """What a classifier made of one validation sample."""
+    """A classifier's answer for one validation sample."""
 
     sample_id: int
     predicted: int
@@ -28,10 +28,10 @@ class Decision:
 
 
 class Evaluator:
-    """Runs a model over a data set, in order, each rank a contiguous share, of unequal size where it must be.
+    """Runs a model over a data set, in order; each rank takes a contiguous share, not always of equal size.
 
-    The model's running statistics must be the true ones (`Reduction.gather`). Loader processes are kept from one
-    evaluation to the next and start on the next one early.
+    The model's running statistics must be the true ones (`Reduction.gather`). Loader processes live on from one
+    evaluation to the next, and load the next one's first batches early.
     """
 
     def __init__(
@@ -67,10 +67,11 @@ class Evaluator:
     @torch.no_grad()
     def decisions(self) -> list[Decision]:
         """A classifier's decision for every sample that counts, in order, on every rank; empty for other tasks."""
-        own: list[Decision] = []
+        decisions: list[Decision] = []
         for request, model, batch in self._in_eval_mode():
-            own += self._decide(request, model, batch)
-        return sorted(self._ranks.gather(own), key=lambda decision: decision.sample_id)
+            decisions += self._decide(request, model, batch)
+        decisions = self._ranks.gather(decisions)
+        return sorted(decisions, key=lambda decision: decision.sample_id)
 
     def _decide(self, request: Request, model: nn.Module, batch: MicroBatch) -> list[Decision]:
         task = self._forward.task
@@ -90,20 +91,26 @@ class Evaluator:
             self._batches = None
 
     def forget(self) -> None:
-        """The model's weights are others now: compute everything anew."""
+        """Discard what was cached: the model's weights have changed."""
         self._features.clear()
 
     def _in_eval_mode(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
-        """Each batch with what it is to be run through: the model, or its head where the batch holds its features."""
+        """Each batch with what it is run through: the model, or its head where the batch holds the features.
+
+        The model is in eval mode meanwhile, and afterwards in the mode that it had.
+        """
+        was_training = self._model.training
         self._model.eval()
-        kept_features = self._features.batches()
-        if kept_features is not None:
-            self.close()
-            for request, (head, batch) in zip(self._requests, kept_features, strict=True):
-                yield request, head, batch
-        else:
-            yield from self._loaded_batches()
-        self._model.train()
+        try:
+            batches_of_features = self._features.batches()
+            if batches_of_features is None:
+                yield from self._loaded_batches()
+            else:
+                self.close()
+                for request, (head, batch) in zip(self._requests, batches_of_features, strict=True):
+                    yield request, head, batch
+        finally:
+            self._model.train(was_training)
 
     def _loaded_batches(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
         if self._batches is None:

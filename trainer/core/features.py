@@ -1,8 +1,8 @@
-"""Features of validation samples, kept while the backbone that computes them is frozen.
+"""Features of validation samples, cached while the backbone that computes them is frozen.
 
-A backbone that is frozen whole, in eval mode, computes the same features from the same pixels in every epoch, and
-validation images are not augmented at random. So from the second evaluation on only the head is run: on the same
-tensors, in the same batches, with the same bits as a result.
+A backbone that is entirely frozen, in eval mode, computes the same features from the same pixels in every epoch, and
+validation images are not augmented at random. So from the second evaluation on only the head runs, on the same
+tensors in the same batches, with the same bits as a result.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from trainer.data.samples import MicroBatch
 
-MAX_BYTES = 1 << 30  # of features per process; if there are more, none are kept
+MAX_BYTES = 1 << 30  # of features per process; if there are more, none are cached
 
 
 class Features:
-    """The head's inputs, batch by batch. `find_head` returns the head now, or None while the backbone is trained."""
+    """The head's inputs, batch by batch. `find_head` returns the head, or None while the backbone is trained."""
 
     def __init__(self, find_head: Callable[[], nn.Module | None]) -> None:
         self._find_head = find_head
@@ -33,7 +33,7 @@ class Features:
         self._is_usable = True  # the head is the model's last operation, and the features are few enough
 
     def batches(self) -> list[tuple[nn.Module, MicroBatch]] | None:
-        """The head, and each batch with its features as inputs; None if they are not all known."""
+        """The head, and each batch with its features as inputs; None unless all are cached."""
         head = self._find_head()
         if head is None or not self._is_complete:
             return None
@@ -41,7 +41,7 @@ class Features:
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[Callable[[MicroBatch], None]]:
-        """Yields a function that keeps a batch's features; call it with each batch once `model` has been run on it."""
+        """Yields a function that caches a batch's features; call it with each batch after `model` has run on it."""
         head = self._find_head() if self._is_usable else None
         if head is None:
             yield lambda batch: None
@@ -49,7 +49,7 @@ class Features:
         self.clear()
         calls: list[tuple[Any, Any]] = []  # the head's (input, output) in the model's last forward
 
-        def note_call(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def record_call(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             calls.append((inputs[0], output))
 
         def check_head_is_last(_: nn.Module, inputs: Any, output: Any) -> None:
@@ -64,7 +64,7 @@ class Features:
                 self._is_usable = self._bytes <= MAX_BYTES
             calls.clear()
 
-        with head.register_forward_hook(note_call), model.register_forward_hook(check_head_is_last):
+        with head.register_forward_hook(record_call), model.register_forward_hook(check_head_is_last):
             yield record
         self._is_complete = self._is_usable
         if not self._is_usable:

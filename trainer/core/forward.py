@@ -13,9 +13,9 @@ from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import Fused
 from trainer.exact.plan import Step
-from trainer.exact.seeding import device_generator, device_seeder, key, mixed
+from trainer.exact.seeding import device_generator, device_seeder, key, mix_key
 
-TOO_FEW_VALUES = "Expected more than 1 value per channel when training"  # the words of torch's BatchNorm
+TOO_FEW_VALUES = "Expected more than 1 value per channel when training"  # as torch's BatchNorm says it
 
 
 class Forward:
@@ -24,41 +24,45 @@ class Forward:
     def __init__(self, task: Task, precision: Precision, device: torch.device, seed: int) -> None:
         self.task = task
         self._precision = precision
-        self._draws = key(seed, "device")
+        self._base_key = key(seed, "device")
         self._device = device
         self._seed_device = device_seeder(device)
 
     def __call__(self, model: nn.Module, batch: MicroBatch, step: Step | None) -> tuple[Any, WeightedSum]:
         """The model's output and the loss, summed over targets, of one micro-batch or of several at once.
 
-        In training, dropout and whatever else the model draws is keyed by the step and the micro-batch. `step` is
+        In training, what the model draws (dropout and the like) is keyed by the step and the micro-batch. `step` is
         None in evaluation, where nothing is drawn.
+
+        Raises `ConfigError` where a micro-batch is too small for BatchNorm or the loss is no weighted sum.
         """
         if step is None:
             return self._output_and_loss(model, batch)
         if batch.fused > 1:
-            return self._fused(model, batch, step)
+            return self._fuse(model, batch, step)
         self._seed_device(self._key(step, batch.first))
         return self._output_and_loss(model, batch)
 
     def _key(self, step: Step, index: int) -> int:
-        return mixed(self._draws, step.number, index)
+        return mix_key(self._base_key, step.number, index)
 
     def _output_and_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Any, WeightedSum]:
         output = self.output(model, batch)
         return output, as_weighted_sum(self.task.loss_sum(output, batch.targets))
 
-    def _fused(self, model: nn.Module, batch: MicroBatch, step: Step) -> tuple[Any, WeightedSum]:
-        first, last = batch.indices
-        samples = step.micro_batches[last - 1][1] - step.micro_batches[first][0]
-        seeds = [self._key(step, index) for index in range(first, last)]
+    def _fuse(self, model: nn.Module, batch: MicroBatch, step: Step) -> tuple[Any, WeightedSum]:
+        first, end = batch.indices
+        start, _ = step.micro_batches[first]
+        _, stop = step.micro_batches[end - 1]
+        samples = stop - start
+        seeds = [self._key(step, index) for index in range(first, end)]
         with Fused(model, device_generator(self._device), seeds, samples) as fused:
             result = self._output_and_loss(model, batch)
         fused.finish()
         return result
 
     def output(self, model: nn.Module, batch: MicroBatch) -> Any:
-        """The model's output in the run's dtype: sums in autocast's own would lose digits."""
+        """The model's output in the run's dtype: a loss summed in autocast's dtype would lose digits."""
         if not self._precision.autocasts:
             return self._predict(model, batch)
         with self._precision.autocast():

@@ -1,4 +1,4 @@
-"""Before training: how many micro-batches share a forward, chosen and proved by trial runs that leave no trace."""
+"""Before training: how many micro-batches share a forward, chosen and checked by forwards that leave no trace."""
 
 from __future__ import annotations
 
@@ -17,44 +17,52 @@ from trainer.core.precision import Precision
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import REMEDY
-from trainer.exact.plan import IndexRange, Step
+from trainer.exact.plan import IndexRange, Step, split_evenly
 from trainer.exact.seeding import device_generator, preserved_cpu_generators
 from trainer.process import launcher
 
-PROOF_SAMPLES = 4  # of each micro-batch: more of them would prove no more
+SAMPLES_TO_COMPARE = 4  # of each micro-batch: more of them would show no more
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-2}  # rounding stays far below, other mathematics far above
 CGROUP = Path("/sys/fs/cgroup")
+NAMES_IN_A_MESSAGE = 5
 
 
 def choose_fuse(run: Run) -> tuple[int, str]:
     """The number of micro-batches in one forward, and why `auto` is 1 where it is: the same on every rank.
 
-    A number that the config asks for is proved right; `auto` is the largest that fits in memory. Where several
-    micro-batches in one forward do not give what they give one by one, `auto` is 1, and a number raises
-    `ConfigError`. A collective.
+    `auto` is the largest number that fits in memory. Where several micro-batches in one forward do not give what they
+    give one by one, `auto` is 1, and any other setting raises `ConfigError`. A collective.
     """
-    asked = run.config.batch.fuse
-    if asked == 1 or run.config.fuse_refusal():
+    fuse = run.config.batch.fuse
+    if fuse == 1 or run.config.fuse_refusal():
         return 1, ""
     if run.ranks.device.type not in ("cpu", "cuda"):
-        if asked == "auto":
+        if fuse == "auto":
             return 1, ""
-        raise ConfigError("batch.fuse", f"{asked} needs a CPU or a CUDA device; {REMEDY}")
+        raise ConfigError("batch.fuse", f"{fuse} needs a CPU or a CUDA device; {REMEDY}")
     step = run.plan.step(0)
-    limit = len(step.micro_batches) if asked == "auto" else asked
-    first, last = _largest_group(run, step, limit)
-    if last - first == 1:
+    limit = len(step.micro_batches) if fuse == "auto" else fuse
+    first, end = _largest_group(run, step, limit)
+    if end - first == 1:
         return 1, ""  # no rank has two micro-batches to run at once
     run.module.train()
     try:
-        _prove(run, step, first)
+        _check_two_micro_batches(run, step, first)
     except ConfigError as error:
-        if asked != "auto":
+        if fuse != "auto":
             raise
-        return 1, error.message.partition(", so ")[0].partition("; ")[0]
-    if asked != "auto":
-        return asked, ""
-    return min(run.ranks.gather([_largest_that_fits(run, step, first, last)])), ""
+        return 1, _first_clause(error.message)
+    if fuse != "auto":
+        return fuse, ""
+    fits_on_this_rank = _largest_that_fits(run, step, first, end)
+    return min(run.ranks.gather([fits_on_this_rank])), ""
+
+
+def _first_clause(message: str) -> str:
+    """What is wrong, without the conclusion and the remedy, which are for a config that asks for a number."""
+    clause, _, _ = message.partition("; ")
+    clause, _, _ = clause.partition(", so ")
+    return clause
 
 
 def _largest_group(run: Run, step: Step, limit: int) -> IndexRange:
@@ -65,36 +73,38 @@ def _largest_group(run: Run, step: Step, limit: int) -> IndexRange:
     return max(groups, key=lambda group: group[1] - group[0])
 
 
-# ---------------------------------------------------------------- the proof
+# ---------------------------------------------------------------- the same result
 
 
-def _prove(run: Run, step: Step, index: int) -> None:
-    """Run two micro-batches, cut to a few samples, one by one and at once: loss, gradient and buffers must agree."""
-    first_ids = run.plan.sample_ids(step, index)[:PROOF_SAMPLES]
-    second_ids = run.plan.sample_ids(step, index + 1)[:PROOF_SAMPLES]
-    size = len(first_ids)
-    ranges = [(number * size, (number + 1) * size) for number in range(index + 2)]
-    step = step._replace(micro_batches=ranges)
+def _check_two_micro_batches(run: Run, step: Step, first: int) -> None:
+    """Run a few samples of two micro-batches one by one and at once: loss, gradient and buffers must agree."""
+    ids = run.plan.sample_ids(step, first)[:SAMPLES_TO_COMPARE]
+    next_ids = run.plan.sample_ids(step, first + 1)[:SAMPLES_TO_COMPARE]
     loader = run.train_loader
-    one_by_one = [loader.peek(first_ids, index), loader.peek(second_ids, index + 1)]
-    at_once = [loader.peek([*first_ids, *second_ids], index, 2)]
+    one_by_one = [loader.peek(ids, first), loader.peek(next_ids, first + 1)]
+    at_once = [loader.peek([*ids, *next_ids], first, 2)]
+    count = first + 2
+    small_step = step._replace(micro_batches=split_evenly(count * len(ids), count))
 
     dtype = run.precision.dtype
-    exact = Precision("fp64" if dtype == torch.float64 else "fp32", run.ranks.device)  # autocast rounds too much
-    forward = Forward(run.task, exact, run.ranks.device, run.config.run.seed)
-    expected = _results(run, forward, step, one_by_one)
+    precision = Precision("fp64" if dtype == torch.float64 else "fp32", run.ranks.device)  # autocast rounds too much
+    forward = Forward(run.task, precision, run.ranks.device, run.config.run.seed)
+    expected = _results(run, forward, small_step, one_by_one)
     try:
-        actual = _results(run, forward, step, at_once)
+        actual = _results(run, forward, small_step, at_once)
     except RuntimeError as error:
         # As from activation checkpointing, which runs layers again outside the forward.
         cause = str(error).splitlines()[0]
         raise ConfigError("batch.fuse", f"two micro-batches fail in one forward ({cause}); {REMEDY}") from None
-    different = [name for name in expected if not _is_close(actual[name], expected[name], TOLERANCE[dtype])]
-    if different:
+    differences = []
+    for name, value in expected.items():
+        if not _is_close(actual[name], value, TOLERANCE[dtype]):
+            differences.append(name)
+    if differences:
+        names = ", ".join(differences[:NAMES_IN_A_MESSAGE])
         raise ConfigError(
             "batch.fuse",
-            f"two micro-batches in one forward do not give what they give one by one "
-            f"(different: {', '.join(different[:5])}), "
+            f"two micro-batches in one forward do not give what they give one by one (different: {names}), "
             f"so some part of the model or the loss looks at more than one sample; {REMEDY}",
         )
 
@@ -104,10 +114,9 @@ def _results(run: Run, forward: Forward, step: Step, batches: list[MicroBatch]) 
     with _without_trace(run):
         losses = []
         for batch in batches:
-            _, loss = forward(run.module, batch, step)
-            loss.total.backward()  # type: ignore[no-untyped-call]
-            total = loss.total.detach()
-            losses.append(torch.stack([total, torch.as_tensor(loss.weight, dtype=total.dtype, device=total.device)]))
+            _, (total, weight) = forward(run.module, batch, step)
+            total.backward()  # type: ignore[no-untyped-call]
+            losses.append(torch.stack([total.detach(), torch.as_tensor(weight).to(total)]))
         gradients = [p.grad.flatten() for p in run.module.parameters() if p.grad is not None]
         results = {"the loss": torch.stack(losses).sum(0), "the gradient": torch.cat(gradients)}
         for name, buffer in run.module.named_buffers():
@@ -116,17 +125,19 @@ def _results(run: Run, forward: Forward, step: Step, batches: list[MicroBatch]) 
 
 
 def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """True if two tensors are the same but for rounding. NaN counts as close: `>` is false for it."""
+    """True if two tensors are equal up to rounding. NaN counts as close: `>` is false for it."""
     if actual.shape != expected.shape:
         return False
-    difference = torch.linalg.vector_norm((actual - expected).to(expected.dtype).double())
-    return not bool(difference > tolerance * torch.linalg.vector_norm(expected.double()))
+    difference = (actual - expected).to(expected.dtype).double().norm()
+    bound = tolerance * expected.double().norm()
+    return not bool(difference > bound)
 
 
 @contextmanager
 def _without_trace(run: Run) -> Iterator[None]:
-    """Leave the model's buffers and gradients and all generators as they were, whatever happens in between."""
-    module, generator = run.module, device_generator(run.ranks.device)
+    """Put the model's buffers and gradients and all generators back at the end, also after an error."""
+    module = run.module
+    generator = device_generator(run.ranks.device)
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     module.zero_grad()
@@ -146,12 +157,13 @@ def _without_trace(run: Run) -> Iterator[None]:
 # ---------------------------------------------------------------- what fits in memory
 
 
-def _largest_that_fits(run: Run, step: Step, first: int, last: int) -> int:
-    """The largest group from `first` on that a forward and backward have memory for, halved until one does."""
-    count = last - first
+def _largest_that_fits(run: Run, step: Step, first: int, end: int) -> int:
+    """How many micro-batches from `first` on fit into memory for a forward and backward; halved until they do."""
+    count = end - first
     if run.ranks.device.type == "cpu":
-        # Where main memory runs out, the process is killed: there is no error to catch.
-        count = max(1, min(count, _available_memory() // max(1, _memory_of_one(run, step, first))))
+        # A process that runs out of main memory is killed: there is no error to catch.
+        fitting = _available_memory() // max(1, _memory_of_one(run, step, first))
+        count = max(1, min(count, fitting))
     while count > 1 and not _fits(run, step, first, count):
         count //= 2
     return count
@@ -162,11 +174,12 @@ def _fits(run: Run, step: Step, first: int, count: int) -> bool:
         with _without_trace(run):
             reserved = _memory_of_an_optimizer(run)
             ids = run.plan.sample_ids(step, first, first + count)
-            _, loss = run.forward(run.module, run.train_loader.peek(ids, first, count), step)
+            batch = run.train_loader.peek(ids, first, count)
+            _, loss = run.forward(run.module, batch, step)
             loss.total.backward()  # type: ignore[no-untyped-call]
             del reserved
     except torch.OutOfMemoryError:
-        fits = False  # the handler ends here: its traceback holds what the trial allocated
+        fits = False  # the handler must end before memory is freed: its traceback refers to the activations
     else:
         fits = True
     gc.collect()
@@ -175,24 +188,28 @@ def _fits(run: Run, step: Step, first: int, count: int) -> bool:
 
 
 def _memory_of_an_optimizer(run: Run) -> list[Tensor]:
-    """As much memory as an Adam allocates in the first step."""
-    trained = [p for p in run.module.parameters() if p.requires_grad]
-    return [torch.empty_like(parameter) for parameter in [*trained, *trained]]
+    """As much memory as Adam allocates in its first step: two tensors for each parameter."""
+    tensors = []
+    for parameter in run.module.parameters():
+        if parameter.requires_grad:
+            tensors += [torch.empty_like(parameter), torch.empty_like(parameter)]
+    return tensors
 
 
 def _memory_of_one(run: Run, step: Step, index: int) -> int:
-    """Bytes that one micro-batch's forward keeps for its backward, twice: gradients of activations are as large."""
+    """Bytes that one micro-batch's forward saves for its backward, twice: gradients of activations are as large."""
     bytes_by_pointer: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def measure(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         bytes_by_pointer[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with _without_trace(run), saved_tensors_hooks(note, lambda tensor: tensor):
-        batch = run.train_loader.peek(run.plan.sample_ids(step, index), index)
+    with _without_trace(run), saved_tensors_hooks(measure, lambda tensor: tensor):
+        ids = run.plan.sample_ids(step, index)
+        batch = run.train_loader.peek(ids, index)
         graph = run.forward(run.module, batch, step)
-        del graph
+        del graph  # within the context, whose hooks its tensors came through
     for parameter in run.module.parameters():
         bytes_by_pointer.pop(parameter.untyped_storage().data_ptr(), None)
     return 2 * sum(bytes_by_pointer.values())
@@ -203,7 +220,12 @@ def _available_memory() -> int:
     import psutil  # type: ignore[import-untyped]
 
     available = int(psutil.virtual_memory().available)
-    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
-    if limit.is_file() and limit.read_text().strip().isdecimal():  # a container's own limit
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    limit = _read_text(CGROUP / "memory.max")
+    if limit.isdecimal():  # a container's own limit; "max" for none
+        used = int(_read_text(CGROUP / "memory.current"))
+        available = min(available, int(limit) - used)
     return available // (2 * launcher.local_world_size())
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text().strip() if path.is_file() else ""

@@ -19,7 +19,7 @@ from trainer.storage.checkpoint import Progress
 
 Row = dict[str, float]  # one logged row
 TIMINGS = ("samples_per_second", "data_wait")  # columns that depend on the hardware
-MOST_ELEMENTS = 1 << 22  # of outputs kept back before they are measured
+MAX_WAITING_ELEMENTS = 1 << 22  # of outputs that wait to be measured: bounds their memory
 
 
 class Stopwatch:
@@ -30,36 +30,36 @@ class Stopwatch:
         self.mark(progress.samples_seen)
 
     def mark(self, samples_seen: int) -> None:
-        """Begin an interval."""
+        """Start an interval."""
         self._interval_start = time.monotonic()
         self._samples_at_start = samples_seen
 
     def pace(self, samples_seen: int, waited: float) -> Row:
-        """Samples per second, and the share of the time in which this process waited for data, `waited` seconds."""
+        """Samples per second since the last mark, and the share of that time spent waiting for data (`waited` s)."""
         seconds = max(time.monotonic() - self._interval_start, 1e-9)
         samples = samples_seen - self._samples_at_start
         self.mark(samples_seen)
         return {"samples_per_second": samples / seconds, "data_wait": min(1.0, waited / seconds)}
 
     def stop(self, progress: Progress) -> None:
-        """Write the seconds so far into the run's progress."""
+        """Write the seconds of training so far into the run's progress."""
         progress.seconds = time.monotonic() - self._start
 
 
-Exact = tuple[list[float], list[float]]  # a sum and its weight, each as floats that add up to it exactly
+ExactSum = tuple[list[float], list[float]]  # a sum and its weight, each as floats that add up to it exactly
 
 
 class Totals:
-    """Sums and their weights, by name, on the host: exact, so that neither order nor grouping shows.
+    """Sums and their weights, by name, on the host. They are exact, so neither order nor grouping changes them.
 
-    Each is kept as an expansion of non-overlapping floats (Shewchuk, 1997, "Adaptive precision floating-point
-    arithmetic"), as within `math.fsum`. It is rounded once, when it is read. Plain values, which JSON keeps.
+    Each is an expansion of non-overlapping floats (Shewchuk, 1997, "Adaptive precision floating-point arithmetic"),
+    as within `math.fsum`, and is rounded once, when it is read. `sums` are plain values, which JSON preserves.
     """
 
-    def __init__(self, sums: Mapping[str, Exact] | None = None) -> None:
-        self.sums: dict[str, Exact] = {}
+    def __init__(self, sums: Mapping[str, ExactSum] | None = None) -> None:
+        self.sums: dict[str, ExactSum] = {}
         for name, (total, weight) in (sums or {}).items():
-            self.sums[name] = list(total), list(weight)
+            self.sums[name] = list(total), list(weight)  # JSON gives lists of both
 
     def count(self, name: str, total: float, weight: float) -> None:
         """Add one sum and its weight."""
@@ -77,7 +77,7 @@ class Totals:
                 _grow(weights, value)
 
     def means(self) -> dict[str, float]:
-        """Sum ÷ weight of every name with a non-zero weight. Where every target was ignored, there is no loss."""
+        """Sum ÷ weight of every name with a non-zero weight: where every target is ignored, there is no loss."""
         means = {}
         for name, (totals, weights) in self.sums.items():
             weight = math.fsum(weights)
@@ -93,7 +93,9 @@ def _grow(expansion: list[float], value: float) -> None:
         return
     errors = 0
     for part in expansion.copy():
-        larger, smaller = (value, part) if abs(value) > abs(part) else (part, value)
+        larger, smaller = value, part
+        if abs(smaller) >= abs(larger):
+            larger, smaller = part, value
         value = larger + smaller
         error = smaller - (value - larger)
         if error:
@@ -102,12 +104,15 @@ def _grow(expansion: list[float], value: float) -> None:
     expansion[errors:] = [value]
 
 
+OutputAndTargets = tuple[Any, Any]
+
+
 class Meter:
     """The loss and metrics of many micro-batches, summed in fp64 on the device.
 
-    `add` only keeps references. Outputs are measured together, many micro-batches at a time, because a handful of
-    small operations for each would cost more than a small net's layer. Where the sums must be `exact`, the same on
-    any number of ranks to the last bit, each micro-batch is measured by itself and the host adds up.
+    `add` only stores references. Outputs are measured together, many micro-batches at a time, because a few small
+    operations for each would cost more than a layer of a small net. If the sums must be `exact`, the same on any
+    number of ranks to the last bit, each micro-batch is measured by itself and the host adds them up.
     """
 
     def __init__(self, task: Task, ranks: Ranks, *, exact: bool = False) -> None:
@@ -120,40 +125,43 @@ class Meter:
         self._clear()
 
     def add(self, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
-        """Count one micro-batch: its loss, and what its metrics need."""
+        """Count one micro-batch: its loss now, its metrics later."""
         self._losses.append(WeightedSum(loss.total.detach(), loss.weight))
-        self._outputs.append((_detached(output), batch.targets))
-        self._elements += output.numel() if isinstance(output, Tensor) else MOST_ELEMENTS
-        if self._elements >= MOST_ELEMENTS:
+        self._outputs.append((_detach(output), batch.targets))
+        # The size of an output that is no tensor is unknown, so it does not wait.
+        self._elements += output.numel() if isinstance(output, Tensor) else MAX_WAITING_ELEMENTS
+        if self._elements >= MAX_WAITING_ELEMENTS:
             self._flush()
 
     def read(self) -> Totals:
-        """All that was added since the last read, over all ranks: one collective, one host sync."""
+        """All that was added since the last read, summed over all ranks. A collective; waits for the device."""
         self._flush()
-        if self._exact:
-            own_rows = torch.stack(self._sums).tolist() if self._sums else []
-            rows = self._ranks.gather(own_rows)
-        else:
-            own_sums = self._sums[0] if self._sums else self._zeros()
-            rows = [self._ranks.sum_(own_sums).tolist()]
-        self._sums = []
         totals = Totals()
-        for row in rows:
-            for name, (total, weight) in zip(self._names, row, strict=True):
+        for sums in self._sums_of_all_ranks():
+            for name, (total, weight) in zip(self._names, sums, strict=True):
                 totals.count(name, total, weight)
+        self._sums = []
         return totals
+
+    def _sums_of_all_ranks(self) -> list[list[tuple[float, float]]]:
+        """What `_sums` of all ranks hold, on the host."""
+        if self._exact:
+            sums = torch.stack(self._sums).tolist() if self._sums else []
+            return self._ranks.gather(sums)
+        total = self._sums[0] if self._sums else self._zeros()
+        return [self._ranks.sum_(total).tolist()]
 
     def _zeros(self) -> Tensor:
         return torch.zeros(len(self._names), 2, dtype=self._dtype, device=self._ranks.device)
 
     def _clear(self) -> None:
         self._losses: list[WeightedSum] = []
-        self._outputs: list[tuple[Any, Any]] = []  # with their targets
+        self._outputs: list[OutputAndTargets] = []
         self._elements = 0
 
     @torch.no_grad()
     def _flush(self) -> None:
-        """Measure and sum the outputs that are kept back."""
+        """Measure the outputs that wait."""
         if self._exact:
             for loss, output in zip(self._losses, self._outputs, strict=True):
                 self._sums.append(self._measure(self._zeros(), [loss], [output]))
@@ -162,50 +170,57 @@ class Meter:
             self._sums = [self._measure(sums, self._losses, self._outputs)]
         self._clear()
 
-    def _measure(self, sums: Tensor, losses: list[WeightedSum], outputs: list[tuple[Any, Any]]) -> Tensor:
-        """`sums`, `(1 + metrics, 2)`, a row for the loss and one for each metric, with some micro-batches added."""
-        for total, weight in _combined(losses):
+    def _measure(self, sums: Tensor, losses: list[WeightedSum], outputs: list[OutputAndTargets]) -> Tensor:
+        """Add micro-batches to `sums`, `(1 + metrics, 2)`: the loss in the first row, then a row for each metric."""
+        for total, weight in _combine_losses(losses):
             sums[0, 0] += total
             sums[0, 1] += weight
-        for output, targets in _joined(outputs):
+        for output, targets in _join_outputs(outputs):
             metrics = self._task.metric_sums(output, targets)
-            if tuple(metrics) != self._task.metrics:
-                declared = ", ".join(self._task.metrics)
-                raise ConfigError("loss.name", f"metric_sums gives {', '.join(metrics)}; metrics declares {declared}")
+            self._check_names(metrics)
             for row, (total, weight) in enumerate(metrics.values(), start=1):
                 sums[row, 0] += total
                 sums[row, 1] += weight
         return sums
 
+    def _check_names(self, metrics: Mapping[str, object]) -> None:
+        if tuple(metrics) != self._task.metrics:
+            names = ", ".join(metrics)
+            declared = ", ".join(self._task.metrics)
+            raise ConfigError("loss.name", f"metric_sums gives {names}; metrics declares {declared}")
 
-def _combined(losses: list[WeightedSum]) -> Iterator[WeightedSum]:
-    """The same sum in fewer operations: all totals with the plain counts as one, then each weight that is a tensor."""
-    counts = sum(weight for _, weight in losses if isinstance(weight, int))
-    total = torch.stack([total for total, _ in losses]).sum(dtype=torch.float64)
-    yield WeightedSum(total, counts)
-    for _, weight in losses:
+
+def _combine_losses(losses: list[WeightedSum]) -> Iterator[WeightedSum]:
+    """The same sum in fewer operations: all totals and all plain counts as one, then each weight that is a tensor."""
+    totals = []
+    count = 0
+    tensor_weights = []
+    for total, weight in losses:
+        totals.append(total)
         if isinstance(weight, Tensor):
-            yield WeightedSum(weight.new_zeros(()), weight)
+            tensor_weights.append(weight)
+        else:
+            count += weight
+    yield WeightedSum(torch.stack(totals).sum(dtype=torch.float64), count)
+    for weight in tensor_weights:
+        yield WeightedSum(weight.new_zeros(()), weight)
 
 
-def _joined(outputs: list[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-    """The same outputs and targets, joined along the samples where they are tensors that fit together."""
-    if not _fit_together(outputs):
-        yield from outputs
-        return
-    yield torch.cat([output for output, _ in outputs]), torch.cat([targets for _, targets in outputs])
-
-
-def _fit_together(outputs: list[tuple[Any, Any]]) -> bool:
+def _join_outputs(outputs: list[OutputAndTargets]) -> list[OutputAndTargets]:
+    """The same outputs and targets, joined along the samples if they are tensors of fitting shapes."""
     shapes = set()
     for output, targets in outputs:
         if not isinstance(output, Tensor) or not isinstance(targets, Tensor):
-            return False
+            return outputs
         shapes.add((output.shape[1:], targets.shape[1:]))
-    return len(shapes) <= 1
+    if len(shapes) > 1:
+        return outputs
+    all_outputs, all_targets = zip(*outputs, strict=True)
+    return [(torch.cat(all_outputs), torch.cat(all_targets))]
 
 
-def _detached(output: Any) -> Any:
+def _detach(output: Any) -> Any:
+    """The output without its graph. Models may return tensors in tuples and dicts."""
     if isinstance(output, Tensor):
         return output.detach()
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+    return tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, output)

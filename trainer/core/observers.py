@@ -1,4 +1,4 @@
-"""The one place where other people's code joins a run: observers, and objects whose state travels in checkpoints."""
+"""How other code joins a run: observers of its steps, and objects whose state is saved in its checkpoints."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ class Observer:
 
     Give observers to `Trainer(…, observers=[…])`, or name their classes in the config under `observers`.
 
-    An observer with `state_dict` and `load_state_dict` is `Stateful`: its state travels in every checkpoint.
+    An observer with `state_dict` and `load_state_dict` is `Stateful`: every checkpoint has its state.
 
     The step does not wait for the device. An observer that reads a tensor on the host (`.item()`, `.tolist()`,
     `print`) makes it wait, so do that at some steps only.
+
+    An error in any method ends the run, as an error of the model would: on one rank, it ends the others as well.
     """
 
     def begin(self, run: Run) -> None:
-        """Before the first step of this session, after a checkpoint was restored. `run` holds model, data and plan."""
+        """Before the first step of this session. `run` holds model, data and plan.
+
+        After a resume the model is the checkpoint's already; the observer's own state is loaded right after this.
+        """
 
     def micro_batch(self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
         """After the forward and backward of each of this rank's micro-batches (with `batch.fuse`, of several)."""
@@ -37,13 +42,17 @@ class Observer:
         """After the update."""
 
     def row(self, row: Row) -> None:
-        """Before a row is logged: add columns of your own, numbers, the same on every rank."""
+        """Before a row is logged: add columns of your own to it.
+
+        Their values are numbers. Rank 0's row is the one that is written, so a value that differs between ranks must
+        be summed or gathered first. A change of another column, or another kind of value, raises `ConfigError`.
+        """
 
     def epoch(self, step: Step, row: Row) -> None:
         """After an epoch's row was logged, its evaluation included; `step` is the epoch's last."""
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """After the run, with what `summary.json` holds. Not called for a run that fails or is stopped."""
+        """After the run, with the contents of `summary.json`. Not called for a run that fails or is stopped."""
 
 
 @runtime_checkable
@@ -76,12 +85,12 @@ class Observers:
         self._observers.append(observer)
 
     def remove(self, observer: Observer) -> None:
-        """Call `observer` no more."""
+        """Stop calling `observer`."""
         self._observers.remove(observer)
 
     @property
     def look_at_gradients(self) -> bool:
-        """True if one of them overrides `gradient`, so that gradients must be unscaled in every step."""
+        """True if one of them overrides `gradient`: then fp16's gradients must be unscaled in every step."""
         return any(type(observer).gradient is not Observer.gradient for observer in self._observers)
 
     def begin(self, run: Run) -> None:
@@ -102,7 +111,9 @@ class Observers:
 
     def row(self, row: Row) -> None:
         for observer in self._observers:
+            before = dict(row)
             observer.row(row)
+            _check_row(observer, before, row)
 
     def epoch(self, step: Step, row: Row) -> None:
         for observer in self._observers:
@@ -113,8 +124,22 @@ class Observers:
             observer.end(summary)
 
 
+def _check_row(observer: Observer, before: Row, after: Row) -> None:
+    """Raise `ConfigError` where an observer did more than add numbers to a row.
+
+    Ranks choose the best model by their own rows: one changed on a single rank would leave the others waiting.
+    """
+    kind = type(observer).__qualname__
+    for name, value in before.items():
+        if after.get(name) is not value:
+            raise ConfigError("observers", f'{kind}.row changes "{name}"; add a column under a name of its own')
+    for name, value in after.items():
+        if not isinstance(value, int | float):
+            raise ConfigError("observers", f'{kind}.row gives "{name}" a {type(value).__name__}; give it a number')
+
+
 def check_observer(observer: object) -> None:
-    """Raise `ConfigError` where `observer` is none."""
+    """Raise `ConfigError` unless `observer` is an object of a subclass of `Observer`."""
     if isinstance(observer, type) and issubclass(observer, Observer):
         raise ConfigError("observers", f"{observer.__name__} is a class; give an object, {observer.__name__}(…)")
     if not isinstance(observer, Observer):

@@ -11,10 +11,10 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """How a run computes. `dtype` is that of weights and inputs: fp64 in fp64, fp32 in all others.
+    """The precision of a run. `dtype` is that of weights and inputs: fp64 in fp64, fp32 in all others.
 
-    fp16 scales the loss so that small gradients survive (Micikevicius et al., 2018; `torch.amp.GradScaler`).
-    A step whose gradient overflowed is skipped by every rank alike, as the gradient is the same on all.
+    fp16 scales the loss so that small gradients do not become 0 (Micikevicius et al., 2018; `torch.amp.GradScaler`).
+    All ranks have the same gradient, so all skip a step whose gradient overflowed.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -31,16 +31,20 @@ class Precision:
         """The context of a forward in bf16 or fp16."""
         return torch.autocast(self._device_type, self._autocast)
 
-    def backward(self, loss: Tensor, seed: Tensor) -> None:
-        """Add the gradient of `loss * seed`; a seed costs less than a product and its backward."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward(seed)  # type: ignore[no-untyped-call]
+    def backward(self, loss: Tensor, loss_scale: Tensor) -> None:
+        """Add the gradient of `loss * loss_scale`."""
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        # As the gradient of the loss itself, the factor costs less than a product and its backward.
+        loss.backward(loss_scale)  # type: ignore[no-untyped-call]
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Bring the gradients to their true size, once a step, before they are looked at."""
+        """Bring the gradients to their true size. Call it at most once a step, before anything reads them."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Update the weights, unless fp16 overflowed."""
         if self.scaler is None:
             optimizer.step()
         else:
@@ -48,6 +52,7 @@ class Precision:
             self.scaler.update()
 
     def state(self) -> dict[str, Any]:
+        """The scaler's state, for a checkpoint; {} without a scaler."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 
 from trainer.core.build import Run
 from trainer.data.loading import step_requests
+from trainer.data.samples import Request
 from trainer.exact.plan import Step
 from trainer.exact.recalibration import recalibrate
 
@@ -16,25 +17,34 @@ def recalibrate_statistics(run: Run, steps_done: int) -> bool:
 
     The running statistics must be the true ones before. Returns False where the config asks for none. A collective.
     """
-    count = min(run.config.batch_norm.recalibrate, run.plan.steps_per_epoch)
+    plan = run.plan
+    count = min(run.config.batch_norm.recalibrate, plan.steps_per_epoch)
     if not count:
         return False
-    epoch = max(0, steps_done - 1) // run.plan.steps_per_epoch
-    first = epoch * run.plan.steps_per_epoch
-    steps = [run.plan.step(first + index) for index in range(count)]
+    first = max(0, steps_done - 1) // plan.steps_per_epoch * plan.steps_per_epoch
+    steps = [plan.step(first + index) for index in range(count)]
     micro_batches = sum(len(step.micro_batches) for step in steps)
-    recalibrate(run.module, _forwards(run, steps), micro_batches, run.ranks)
+    was_training = run.module.training
+    run.module.train()  # a caller outside `fit` may have left it in eval mode, where no layer sees its own statistics
+    try:
+        recalibrate(run.module, _forwards(run, steps), micro_batches, run.ranks)
+    finally:
+        run.module.train(was_training)
     return True
 
 
 def _forwards(run: Run, steps: list[Step]) -> Iterator[tuple[int, Callable[[], object]]]:
     """This rank's forwards, each with its index among all micro-batches of all ranks."""
-    requests = [(step, request) for step in steps for request in step_requests(run.plan, step, run.ranks.rank)]
-    micro_batches_before: dict[int, int] = {}
-    total = 0
+    requests: list[Request] = []
+    steps_of_requests: list[Step] = []
+    firsts: list[int] = []  # of each request's step, the index of its first micro-batch
+    micro_batches = 0
     for step in steps:
-        micro_batches_before[step.number] = total
-        total += len(step.micro_batches)
-    batches = run.train_loader.run([request for _, request in requests])
-    for (step, _), batch in zip(requests, batches, strict=True):
-        yield micro_batches_before[step.number] + batch.first, partial(run.forward, run.module, batch, step)
+        for request in step_requests(run.plan, step, run.ranks.rank):
+            requests.append(request)
+            steps_of_requests.append(step)
+            firsts.append(micro_batches)
+        micro_batches += len(step.micro_batches)
+    batches = run.train_loader.run(requests)
+    for batch, step, first in zip(batches, steps_of_requests, firsts, strict=True):
+        yield first + batch.first, partial(run.forward, run.module, batch, step)

@@ -1,6 +1,6 @@
 """The modes of a model's norm layers: which of them train, which are frozen, and with what momentum.
 
-How running statistics are kept right on several ranks is in `trainer.exact.running_statistics`.
+`trainer.exact.running_statistics` has how running statistics stay right on several ranks.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def norm_layers(model: nn.Module) -> list[_NormBase]:
 
 
 def named_norm_layers(model: nn.Module) -> list[tuple[str, _NormBase]]:
-    """The same, each with its name."""
-    return [
-        (name, layer)
-        for name, layer in model.named_modules()
-        if isinstance(layer, _NormBase) and layer.running_mean is not None
-    ]
+    """The layers of `model` that keep running statistics, each with its name."""
+    layers = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, _NormBase) and layer.running_mean is not None:
+            layers.append((name, layer))
+    return layers
 
 
 def freeze(layer: nn.Module) -> None:
@@ -59,8 +59,9 @@ def freeze(layer: nn.Module) -> None:
 
 
 def hold_in_eval(module: nn.Module) -> None:
-    """Keep the module and all that it holds in eval mode, whatever `train()` is called above it."""
+    """Keep the module and its submodules in eval mode, even when `train()` is called on a model that contains it."""
     module.eval()
+    # An instance attribute hides the class's method: `train` of the parent calls this one.
     module.train = MethodType(lambda self, mode=True: self, module)  # type: ignore[method-assign]
 
 

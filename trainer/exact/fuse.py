@@ -1,14 +1,15 @@
-"""Several micro-batches in one forward, each as if it were alone.
+"""Several micro-batches in one forward, each computed as if it were alone.
 
 Almost every operation of a model acts on each sample by itself, and gains from more of them at once. Two kinds do
 not, and are run micro-batch by micro-batch while `Fused` is active: normalisation over a batch, by each
-micro-batch's own statistics, and dropout, from each micro-batch's own random stream. Both are caught where
-modules and functions alike come through, at the functions of torch (`torch.overrides.TorchFunctionMode`).
+micro-batch's own statistics, and dropout, from each micro-batch's own random stream. Both are intercepted at the
+functions of torch, which modules and functional code have in common (`torch.overrides.TorchFunctionMode`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -21,13 +22,30 @@ from torch.overrides import TorchFunctionMode
 from trainer.errors import ConfigError
 from trainer.exact.batch_norm import norm_layers
 
-RANDOM = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu)
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu)
 REMEDY = "set batch.fuse=1"
 Part = TypeVar("Part")
 
 
+@dataclass
+class StatisticUpdates:
+    """A running statistic, and the micro-batches' own values of it, `(micro-batches, features)` for each call."""
+
+    running: Tensor
+    momentum: float
+    calls: list[Tensor] = field(default_factory=list)
+
+    def apply(self, count: int) -> None:
+        """Update the running statistic as `count` micro-batches would, one after the other."""
+        calls = len(self.calls)
+        decay = (1.0 - self.momentum) ** (count * calls)
+        for call, values in enumerate(self.calls):
+            weights = _weights(self.momentum, count, calls, call, dtype=self.running.dtype, device=self.running.device)
+            self.running.addmv_(values.t(), weights, beta=decay if call == 0 else 1.0)
+
+
 class Fused(TorchFunctionMode):
-    """The forward of as many micro-batches as there are `seeds`, `samples` in all; call `finish` when it is done.
+    """The forward of as many micro-batches as there are `seeds`, `samples` in all; call `finish` after it.
 
     Each micro-batch draws from `generator` as if it had been seeded for it alone.
     """
@@ -39,12 +57,11 @@ class Fused(TorchFunctionMode):
         self._seeds = seeds
         self._count = len(seeds)
         self._samples = samples
-        self._strayed = False  # something was drawn that belongs to no micro-batch
-        self._states: list[Tensor] = []  # of each micro-batch's stream, once one has drawn
-        # For each running statistic its momentum and, call by call, what the micro-batches hold: (count, features).
-        self._seen: dict[int, tuple[Tensor, float, list[Tensor]]] = {}
+        self._has_foreign_draws = False  # something was drawn for several micro-batches at once
+        self._states: list[Tensor] = []  # the generator's state for each micro-batch, once one has drawn
+        self._updates: dict[int, StatisticUpdates] = {}  # by the id of the running statistic
         generator.manual_seed(seeds[0])
-        self._untouched = generator.get_state()
+        self._initial_state = generator.get_state()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = HANDLERS.get(function)
@@ -55,87 +72,105 @@ class Fused(TorchFunctionMode):
     def finish(self) -> None:
         """Leave the running statistics as the micro-batches would, one after the other.
 
-        Raises a `ConfigError` if something was drawn that belongs to no micro-batch. Nothing waits for the device.
+        Raises `ConfigError` if something was drawn for several micro-batches at once. Never waits for a GPU.
         """
-        self._look_for_strays()
-        if self._strayed:
+        self._check_draws()
+        if self._has_foreign_draws:
             raise ConfigError(
                 "batch.fuse",
                 "the model or the loss draws random numbers for several micro-batches at once; draw them by "
                 f"dropout, torch.rand or torch.randn with the samples as first dimension, or {REMEDY}",
             )
+        if not self._updates:
+            return
         with torch.no_grad():
-            for running, momentum, calls in self._seen.values():
-                for call, values in enumerate(calls):
-                    place = self._count, len(calls), call
-                    weights = _weights(momentum, *place, dtype=running.dtype, device=running.device)
-                    kept = (1.0 - momentum) ** (self._count * len(calls)) if call == 0 else 1.0
-                    running.addmv_(values.t(), weights, beta=kept)
-            for layer in norm_layers(self._model) if self._seen else []:
-                seen, counter = self._seen.get(id(layer.running_mean)), layer.num_batches_tracked
-                if seen is not None and counter is not None and isinstance(layer, _BatchNorm):
-                    counter.add_((self._count - 1) * len(seen[2]))  # each call has counted one itself
+            for updates in self._updates.values():
+                updates.apply(self._count)
+            self._update_counters()
+
+    def _update_counters(self) -> None:
+        for layer in norm_layers(self._model):
+            updates = self._updates.get(id(layer.running_mean))
+            if updates is None or layer.num_batches_tracked is None or not isinstance(layer, _BatchNorm):
+                continue
+            # Each call has counted one micro-batch itself.
+            layer.num_batches_tracked.add_((self._count - 1) * len(updates.calls))
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...] | None:
-        """`x` by micro-batch; None where its first dimension is not that of the samples."""
+        """`x` by micro-batch; None if its first dimension is not that of the samples."""
         if x.dim() == 0 or x.shape[0] % self._samples:
             return None
         return x.chunk(self._count)
 
     def rows(self, shape: tuple[int, ...]) -> list[tuple[int, ...]] | None:
-        """A shape by micro-batch; None where its first dimension is not that of the samples."""
+        """A shape by micro-batch; None if its first dimension is not that of the samples."""
         if not shape or not shape[0] or shape[0] % self._samples:
             return None
-        return [(shape[0] // self._count, *shape[1:])] * self._count
+        rows = shape[0] // self._count
+        return [(rows, *shape[1:])] * self._count
 
     def draw(self, parts: Sequence[Part], function: Callable[[Part], Tensor]) -> list[Tensor]:
-        """`function` of each part, each drawing on from where its micro-batch's stream is."""
-        self._look_for_strays()
+        """`function` of each part, drawing from where its micro-batch's random stream has got to."""
+        self._check_draws()
         if not self._states:
             for seed in self._seeds:
                 self._generator.manual_seed(seed)
                 self._states.append(self._generator.get_state())
         results = []
-        for i, part in enumerate(parts):
-            self._generator.set_state(self._states[i])
+        for index, part in enumerate(parts):
+            self._generator.set_state(self._states[index])
             results.append(function(part))
-            self._states[i] = self._generator.get_state()
-        self._generator.set_state(self._untouched)
+            self._states[index] = self._generator.get_state()
+        self._generator.set_state(self._initial_state)
         return results
 
-    def _look_for_strays(self) -> None:
-        self._strayed |= not torch.equal(self._generator.get_state(), self._untouched)
+    def _check_draws(self) -> None:
+        """Note if anything was drawn outside `draw`: only that can have moved the generator."""
+        is_unmoved = torch.equal(self._generator.get_state(), self._initial_state)
+        self._has_foreign_draws |= not is_unmoved
 
-    def scratch(self, running: Tensor | None, momentum: float) -> Tensor | None:
-        """Where a normalisation puts what its micro-batches hold, `(count, features)`, instead of in `running`."""
+    def own_statistics(self, running: Tensor | None, momentum: float) -> Tensor | None:
+        """Where a call writes the micro-batches' own statistics instead of to `running`, `(micro-batches, features)`.
+
+        None if the layer keeps no running statistics.
+        """
         if running is None:
             return None
-        scratch = running.new_zeros(self._count, running.shape[0])
-        self._seen.setdefault(id(running), (running, momentum, []))[2].append(scratch)
-        return scratch
+        updates = self._updates.get(id(running))
+        if updates is None:
+            updates = self._updates[id(running)] = StatisticUpdates(running, momentum)
+        values = running.new_zeros(self._count, running.shape[0])
+        updates.calls.append(values)
+        return values
 
 
 @lru_cache(maxsize=256)
 def _weights(momentum: float, count: int, calls: int, call: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What each micro-batch's value counts after all updates, one micro-batch after the other, `calls` in each."""
-    last = count * calls - 1
-    values = [momentum * (1.0 - momentum) ** (last - i * calls - call) for i in range(count)]
+    """The weight of each micro-batch's value in a running statistic after all updates, `(count,)`.
+
+    The micro-batches come one after the other, `calls` updates in each, of which this is number `call`.
+    """
+    last_update = count * calls - 1
+    values = []
+    for index in range(count):
+        later_updates = last_update - (index * calls + call)
+        values.append(momentum * (1.0 - momentum) ** later_updates)
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-# ---------------------------------------------------------------- what takes the place of torch's functions
+# ---------------------------------------------------------------- replacements of torch's functions
 
 
-def _random(fused: Fused, function: Any, x: Tensor, **kwargs: Any) -> Tensor:
+def _dropout(fused: Fused, function: Any, x: Tensor, **kwargs: Any) -> Tensor:
     """Dropout and its like, `function(x, p, training, inplace)`."""
     parts = fused.parts(x) if kwargs["training"] else None
     if parts is None:
         return function(x, **kwargs)  # type: ignore[no-any-return]
-    kwargs["inplace"] = False  # a part is a view, which autograd does not let be overwritten
+    kwargs["inplace"] = False  # a part is a view, which autograd forbids to overwrite
     return torch.cat(fused.draw(parts, lambda part: function(part, **kwargs)))
 
 
-def _like(fused: Fused, function: Any, x: Tensor, **kwargs: Any) -> Tensor:
+def _random_like(fused: Fused, function: Any, x: Tensor, **kwargs: Any) -> Tensor:
     """Noise in the shape of the samples."""
     parts = fused.parts(x) if "generator" not in kwargs else None
     if parts is None:
@@ -143,12 +178,14 @@ def _like(fused: Fused, function: Any, x: Tensor, **kwargs: Any) -> Tensor:
     return torch.cat(fused.draw(parts, lambda part: function(part, **kwargs)))
 
 
-def _sized(fused: Fused, function: Any, *size: Any, **kwargs: Any) -> Tensor:
-    """Noise of which each sample has a row, such as the mask of a drop-connect."""
-    given = kwargs.pop("size", size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-    rows = fused.rows(tuple(given)) if "generator" not in kwargs else None
+def _random_of_size(fused: Fused, function: Any, *size: Any, **kwargs: Any) -> Tensor:
+    """Noise with a row for each sample, such as the mask of a drop-connect."""
+    if len(size) == 1 and not isinstance(size[0], int):
+        size = size[0]  # torch.rand((2, 3)) is torch.rand(2, 3)
+    size = kwargs.pop("size", size)
+    rows = fused.rows(tuple(size)) if "generator" not in kwargs else None
     if rows is None:
-        return function(given, **kwargs)  # type: ignore[no-any-return]
+        return function(size, **kwargs)  # type: ignore[no-any-return]
     return torch.cat(fused.draw(rows, lambda shape: function(shape, **kwargs)))
 
 
@@ -181,14 +218,15 @@ def _batch_norm(
         raise ConfigError(
             "batch.fuse",
             f"a BatchNorm layer's input of shape {tuple(x.shape)} does not have the samples as its "
-            f"first dimension, so it cannot be taken apart into micro-batches; {REMEDY}",
+            f"first dimension, so it cannot be split into micro-batches; {REMEDY}",
         )
-    mean, var = fused.scratch(running_mean, momentum), fused.scratch(running_var, momentum)
-    normalize = _one_by_one if x.device.type == "cpu" else _as_channels
+    mean = fused.own_statistics(running_mean, momentum)
+    var = fused.own_statistics(running_var, momentum)
+    normalize = _normalize_one_by_one if x.device.type == "cpu" else _normalize_as_channels
     return normalize(parts, mean=mean, var=var, weight=weight, bias=bias, eps=eps)
 
 
-def _one_by_one(
+def _normalize_one_by_one(
     parts: Sequence[Tensor],
     *,
     mean: Tensor | None,
@@ -198,14 +236,15 @@ def _one_by_one(
     eps: float,
 ) -> Tensor:
     """Each micro-batch by a call of its own: the least memory traffic."""
-    means = mean if mean is not None else [None] * len(parts)
-    variances = var if var is not None else [None] * len(parts)
-    return torch.cat(
-        [F.batch_norm(x, m, v, weight, bias, True, 1.0, eps) for x, m, v in zip(parts, means, variances, strict=True)]
-    )
+    results = []
+    for index, part in enumerate(parts):
+        own_mean = None if mean is None else mean[index]
+        own_var = None if var is None else var[index]
+        results.append(F.batch_norm(part, own_mean, own_var, weight, bias, True, 1.0, eps))
+    return torch.cat(results)
 
 
-def _as_channels(
+def _normalize_as_channels(
     parts: Sequence[Tensor],
     *,
     mean: Tensor | None,
@@ -242,21 +281,25 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Normalised sample by sample in any case; only its running statistics know of micro-batches."""
-    parts = fused.parts(x) if use_input_stats and running_mean is not None else None
-    mean, var = (None, None) if parts is None else (fused.scratch(s, momentum) for s in (running_mean, running_var))
-    if parts is None or mean is None or var is None:
+    """Every sample is normalised by itself in any case; only the running statistics depend on micro-batches."""
+    parts = fused.parts(x) if use_input_stats else None
+    if parts is None or running_mean is None or running_var is None:
         return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return torch.cat(
-        [F.instance_norm(p, m, v, weight, bias, True, 1.0, eps) for p, m, v in zip(parts, mean, var, strict=True)]
-    )
+    means = fused.own_statistics(running_mean, momentum)
+    variances = fused.own_statistics(running_var, momentum)
+    assert means is not None
+    assert variances is not None
+    results = []
+    for part, mean, var in zip(parts, means, variances, strict=True):
+        results.append(F.instance_norm(part, mean, var, weight, bias, True, 1.0, eps))
+    return torch.cat(results)
 
 
 HANDLERS: dict[Any, Callable[..., Tensor]] = {
-    **dict.fromkeys(RANDOM, _random),
+    **dict.fromkeys(DROPOUTS, _dropout),
+    **dict.fromkeys((torch.rand_like, torch.randn_like, torch.bernoulli), _random_like),
+    **dict.fromkeys((torch.rand, torch.randn), _random_of_size),
     Tensor.bernoulli_: _bernoulli_,
-    **dict.fromkeys((torch.rand_like, torch.randn_like, torch.bernoulli), _like),
-    **dict.fromkeys((torch.rand, torch.randn), _sized),
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
 }

@@ -1,7 +1,7 @@
 """Who runs what, in every step of every epoch: pure arithmetic on the config and the number of ranks.
 
-A *step* takes `batch_size` samples of the epoch's permutation, the last step of an epoch what is left. It is
-cut into `M = ceil(n / micro_size)` *micro-batches* of even size, and every rank runs a contiguous range of
+A *step* takes `batch_size` samples of the epoch's permutation; the last step of an epoch takes what is left. Its n
+samples are divided evenly into `M = ceil(n / micro_size)` *micro-batches*, and every rank runs a contiguous range of
 them. Samples, order and micro-batches do not depend on the number of ranks; who runs them does.
 """
 
@@ -20,11 +20,11 @@ import numpy.typing as npt
 from trainer.errors import ConfigError
 from trainer.exact.seeding import numpy_generator
 
-IndexRange = tuple[int, int]
+IndexRange = tuple[int, int]  # the first index, and the one past the last
 
 
 def split_evenly(count: int, parts: int) -> list[IndexRange]:
-    """Cut `range(count)` into `parts` contiguous ranges `(start, stop)`, sizes at most one apart, larger first.
+    """Divide `range(count)` into `parts` contiguous ranges, sizes at most one apart, larger ones first.
 
     >>> split_evenly(8, 3)
     [(0, 3), (3, 6), (6, 8)]
@@ -34,17 +34,25 @@ def split_evenly(count: int, parts: int) -> list[IndexRange]:
     return list(itertools.pairwise(bounds))
 
 
+class Layout(NamedTuple):
+    """How the samples of a step are divided. It depends on their number alone, so a run has two of them at most."""
+
+    micro_batches: list[IndexRange]  # ranges of samples within the step, in order
+    ranks: list[IndexRange]  # each rank's range of micro-batches; empty for a rank with nothing to do
+    has_idle_rank: bool  # as in a last step of fewer micro-batches than ranks
+
+
 class Step(NamedTuple):
     """One optimizer update: the samples `[start, start + size)` of its epoch's permutation."""
 
-    number: int  # steps done once this one is: what logs and checkpoints show
-    epoch: int
+    number: int  # counted from 1: what logs and checkpoints show
+    epoch: int  # counted from 0
     start: int
     size: int
     last_in_epoch: bool
-    micro_batches: list[IndexRange]  # ranges within the step, in order
-    ranks: list[IndexRange]  # each rank's range of micro-batches; empty for a rank with nothing to do
-    has_idle_rank: bool  # as in a last step of fewer micro-batches than ranks
+    micro_batches: list[IndexRange]  # these three as in `Layout`
+    ranks: list[IndexRange]
+    has_idle_rank: bool
 
     @property
     def first_in_epoch(self) -> bool:
@@ -55,9 +63,11 @@ class Step(NamedTuple):
 class Plan:
     """The plan of a run of `epochs` over `samples` samples, or of `max_steps` steps if that ends sooner.
 
-    `equal_ranks` gives every rank the same number of micro-batches, at least one, by cutting a step finer (or
-    coarser, where samples are too few): what statistics shared across ranks (SyncBatchNorm) need. Such a plan
-    depends on `ranks`.
+    `equal_ranks` gives every rank the same number of micro-batches, at least one, by making them smaller (or larger,
+    where samples are too few): what statistics shared across ranks (SyncBatchNorm) need. Such a plan depends on
+    `ranks`.
+
+    Raises `ConfigError` where some rank would have nothing to do in every step.
     """
 
     samples: int
@@ -68,26 +78,33 @@ class Plan:
     seed: int
     max_steps: int | None = None
     equal_ranks: bool = False
-    _layouts: dict[int, tuple[list[IndexRange], list[IndexRange], bool]] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _layouts: dict[int, Layout] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.micro_size > self.batch_size:
             raise ConfigError(
                 "batch.micro_size", f"{self.micro_size} is more than batch.size={self.batch_size}; lower it"
             )
+        if self.equal_ranks:
+            self._refuse_too_few_samples()
+        else:
+            self._refuse_idle_ranks()
+
+    def _refuse_idle_ranks(self) -> None:
         largest = min(self.batch_size, self.samples)
-        if not self.equal_ranks and self.ranks > self._cuts(largest):
+        micro_batches = self._count_micro_batches(largest)
+        if self.ranks > micro_batches:
             raise ConfigError(
                 "batch.micro_size",
-                f"{self.ranks} processes share {self._cuts(largest)} micro-batches a step "
+                f"{self.ranks} processes share {micro_batches} micro-batches a step "
                 f"({largest} samples in micro-batches of {self.micro_size}), so some would never have work; "
                 f"set batch.micro_size={max(1, largest // self.ranks)} or less, raise batch.size, "
                 f"or start fewer processes",
             )
+
+    def _refuse_too_few_samples(self) -> None:
         shortest = self.samples - (self.steps_per_epoch - 1) * self.batch_size
-        if self.equal_ranks and shortest < self.ranks:
+        if shortest < self.ranks:
             raise ConfigError(
                 "batch_norm.mode",
                 f"sync needs a sample for each of the {self.ranks} processes in every step, and the last step "
@@ -104,47 +121,56 @@ class Plan:
         planned = self.epochs * self.steps_per_epoch
         return planned if self.max_steps is None else min(planned, self.max_steps)
 
-    def step(self, done: int) -> Step:
-        """The step that follows `done` earlier ones. Found at once: nothing before it is replayed."""
-        epoch, in_epoch = divmod(done, self.steps_per_epoch)
-        start = in_epoch * self.batch_size
+    def step(self, index: int) -> Step:
+        """The step after `index` others: a look-up, for which no earlier step is needed."""
+        epoch, index_in_epoch = divmod(index, self.steps_per_epoch)
+        start = index_in_epoch * self.batch_size
         size = min(self.batch_size, self.samples - start)
-        if size not in self._layouts:
-            self._layouts[size] = self._layout(size)
-        return Step(done + 1, epoch, start, size, in_epoch + 1 == self.steps_per_epoch, *self._layouts[size])
+        layout = self._layouts.get(size)
+        if layout is None:
+            layout = self._layouts[size] = self._layout(size)
+        is_last = index_in_epoch + 1 == self.steps_per_epoch
+        return Step(index + 1, epoch, start, size, is_last, *layout)
 
-    def steps(self, done: int = 0) -> Iterator[Step]:
-        """The run's steps after the first `done`."""
-        return map(self.step, range(done, self.total_steps))
+    def steps(self, first: int = 0) -> Iterator[Step]:
+        """The run's steps without the first ones, as many as `first` says."""
+        return map(self.step, range(first, self.total_steps))
 
     def permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         """The order of the sample ids in `epoch`, a function of the seed and the epoch alone."""
         return _permutation(self.seed, epoch, self.samples)
 
-    def sample_ids(self, step: Step, micro_batch: int, last: int | None = None) -> npt.NDArray[np.int64]:
-        """The sample ids of one micro-batch of `step`, in order, or of all from it to before `last`."""
-        start, stop = step.micro_batches[micro_batch][0], step.micro_batches[(last or micro_batch + 1) - 1][1]
+    def sample_ids(self, step: Step, first: int, end: int | None = None) -> npt.NDArray[np.int64]:
+        """The sample ids of micro-batch `first` of `step`, in order, or of all micro-batches `[first, end)`."""
+        last = first if end is None else end - 1
+        start, _ = step.micro_batches[first]
+        _, stop = step.micro_batches[last]
         return self.permutation(step.epoch)[step.start + start : step.start + stop]
 
     def groups(self, step: Step, rank: int, fuse: int) -> list[IndexRange]:
         """A rank's micro-batches of `step` in even ranges of at most `fuse` neighbours of one size."""
-        groups: list[IndexRange] = []
         sizes = [stop - start for start, stop in step.micro_batches]
-        for _, run in itertools.groupby(range(*step.ranks[rank]), key=sizes.__getitem__):
-            first, *more = run
-            count = 1 + len(more)
-            groups += [(first + start, first + stop) for start, stop in split_evenly(count, math.ceil(count / fuse))]
+        groups: list[IndexRange] = []
+        for _, neighbours in itertools.groupby(range(*step.ranks[rank]), key=sizes.__getitem__):
+            indices = list(neighbours)
+            count = math.ceil(len(indices) / fuse)
+            for start, stop in split_evenly(len(indices), count):
+                groups.append((indices[start], indices[stop - 1] + 1))
         return groups
 
-    def _cuts(self, size: int) -> int:
-        return math.ceil(size / self.micro_size)
+    def _count_micro_batches(self, samples: int) -> int:
+        return math.ceil(samples / self.micro_size)
 
-    def _layout(self, size: int) -> tuple[list[IndexRange], list[IndexRange], bool]:
-        cuts = self._cuts(size)
+    def _layout(self, samples: int) -> Layout:
+        count = self._count_micro_batches(samples)
         if self.equal_ranks:
-            cuts = min(math.ceil(cuts / self.ranks), size // self.ranks) * self.ranks
-        ranks = split_evenly(cuts, self.ranks)
-        return split_evenly(size, cuts), ranks, any(start == stop for start, stop in ranks)
+            micro_batches_a_rank = min(math.ceil(count / self.ranks), samples // self.ranks)
+            count = micro_batches_a_rank * self.ranks
+        return Layout(
+            micro_batches=split_evenly(samples, count),
+            ranks=split_evenly(count, self.ranks),
+            has_idle_rank=count < self.ranks,
+        )
 
 
 @lru_cache(maxsize=2)  # the loader runs ahead into the next epoch

@@ -35,7 +35,7 @@ class Reduction(ABC):
     `module` is the model itself. What `micro_batch` gives may be a wrapper around it, such as DDP.
     """
 
-    _ranks_averaged_over = 1  # what the sum over ranks is divided by on the way, which the loss scale undoes
+    _ranks_averaged_over = 1  # DDP's mean over ranks divides by their number, and the loss scale undoes that
 
     def __init__(
         self, module: nn.Module, section: BatchNormConfig, ranks: Ranks, *, find_unused_parameters: bool
@@ -44,7 +44,7 @@ class Reduction(ABC):
         self._section = section
         self._ranks = ranks
         self._find_unused_parameters = find_unused_parameters
-        self._scales: dict[float, Tensor] = {}  # few values recur; each is copied to the device once
+        self._scales: dict[float, Tensor] = {}  # few values, again and again: each is copied to the device once
         self._build()
 
     def _build(self) -> None:
@@ -55,10 +55,10 @@ class Reduction(ABC):
 
     @abstractmethod
     def _wrap(self) -> RunningStatistics:
-        """Make the model ready for several ranks, and return the keeper of its running statistics."""
+        """Prepare the model for several ranks, and return what updates its running statistics."""
 
     def rebuild(self) -> None:
-        """Start anew after parameters were frozen or thawed. A collective."""
+        """Adapt to parameters that were frozen or thawed. A collective."""
         self.gather()
         self._statistics.restore_momentum()
         self._build()
@@ -66,32 +66,35 @@ class Reduction(ABC):
     # ---------------------------------------------------------------- one step
 
     def begin(self, step: Step) -> None:
-        """Make ready for the step's micro-batches."""
+        """Prepare for the step's micro-batches."""
         self._statistics.begin(step)
 
     @abstractmethod
     def micro_batch(self, step: Step, indices: IndexRange) -> AbstractContextManager[nn.Module]:
-        """The context of one forward and backward of the micro-batches `indices`; gives the module to run."""
+        """The context of one forward and backward of the micro-batches `indices`; yields the module to run."""
 
     def loss_scale(self, step: Step, indices: IndexRange, loss: Tensor, weight: Tensor | int) -> Tensor:
-        """What a backward multiplies its loss sum by, a 0-dim tensor: 1 / (the targets of the whole step).
+        """The factor of this loss sum in the step's mean, a 0-dim tensor: 1 / (the targets of the whole step).
 
-        Where the weight of the targets depends on their values, it is a tensor, and the step's total is not known
-        yet: then this is 1 / (the samples of the step), and `finish` corrects it.
+        A weight that depends on the targets' values is a tensor, and its total over the step is not known yet: then
+        the factor is 1 / (the samples of the step), and `finish` corrects the gradient.
         """
+        first, end = indices
         if isinstance(weight, Tensor):
-            self._weights[indices[0]] = weight
-            scale = self._ranks_averaged_over / step.size
+            self._weights[first] = weight
+            factor = self._ranks_averaged_over / step.size
         else:
-            first, last = indices
-            samples = step.micro_batches[last - 1][1] - step.micro_batches[first][0]
-            scale = self._ranks_averaged_over * samples / (step.size * weight)
-        if scale not in self._scales:
-            self._scales[scale] = torch.tensor(scale, dtype=loss.dtype, device=loss.device)
-        return self._scales[scale]
+            start, _ = step.micro_batches[first]
+            _, stop = step.micro_batches[end - 1]
+            # Every sample has as many targets as those of this micro-batch.
+            factor = self._ranks_averaged_over * (stop - start) / (step.size * weight)
+        scale = self._scales.get(factor)
+        if scale is None:
+            scale = self._scales[factor] = torch.tensor(factor, dtype=loss.dtype, device=loss.device)
+        return scale
 
     def finish(self, step: Step) -> None:
-        """Leave the same gradient on every rank: that of the step's loss sum over its weight. A collective."""
+        """Leave the same gradient on every rank: that of the step's loss sum divided by its weight. A collective."""
         self._sum_over_ranks(step)
         if self._is_first_step and not self._find_unused_parameters:
             self._refuse_unused_parameters()
@@ -101,7 +104,7 @@ class Reduction(ABC):
 
     @abstractmethod
     def _sum_over_ranks(self, step: Step) -> None:
-        """Sum the ranks' gradients, if that has not happened; a gradient that no rank has stays None."""
+        """Sum the ranks' gradients, unless the backward has done so. A gradient that no rank has stays None."""
 
     # ---------------------------------------------------------------- the whole gradient
 
@@ -110,7 +113,7 @@ class Reduction(ABC):
         return nn.utils.get_total_norm(self._gradients())
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Scale the gradient down to `max_norm` where it is longer; returns its norm before that, on the device."""
+        """Scale the gradient down to `max_norm` if it is longer; returns its norm before that, on the device."""
         if max_norm is None:
             return self.norm()
         return nn.utils.clip_grad_norm_(self._parameters.values(), max_norm)
@@ -127,31 +130,34 @@ class Reduction(ABC):
     # ---------------------------------------------------------------- shared by both implementations
 
     def _used_on_any_rank(self, is_used: list[bool]) -> list[bool]:
-        """For each flag, whether any rank raises it. Waits for the device on several ranks."""
+        """For each flag, whether it is true on any rank. Waits for the device on several ranks."""
         if self._ranks.count == 1:
             return is_used
         flags = torch.tensor(is_used, dtype=torch.int32, device=self._ranks.device)
-        return [bool(count) for count in self._ranks.sum_(flags).tolist()]
+        counts = self._ranks.sum_(flags).tolist()
+        return [count > 0 for count in counts]
 
     def _is_weighted_by_values(self, step: Step) -> bool:
         is_weighted = bool(self._weights)
-        # A rank with nothing to do has seen no weight and cannot know by itself.
-        return self._used_on_any_rank([is_weighted])[0] if step.has_idle_rank else is_weighted
+        if step.has_idle_rank:
+            # A rank with nothing to do has no weights and cannot know by itself.
+            [is_weighted] = self._used_on_any_rank([is_weighted])
+        return is_weighted
 
     def _divide_by_weight(self, step: Step) -> None:
-        """Turn a mean over the step's samples into one over its targets; without targets the gradient is 0."""
+        """Turn the mean over the step's samples into that over its targets; without targets the gradient is 0."""
         weights = torch.zeros(len(step.micro_batches), dtype=torch.float64, device=self._ranks.device)
         for index, weight in self._weights.items():
             weights[index] = weight
         self._weights.clear()
-        # Over the ranks each weight meets only zeros, so this sum is exact in any order.
+        # Each weight is added to the zeros of all other ranks, so this sum is exact in any order.
         total = self._ranks.sum_(weights).sum()
         factor = torch.where(total > 0, step.size / total, torch.zeros_like(total))
         gradients = self._gradients()
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
     def _refuse_unused_parameters(self) -> None:
-        """A parameter without a gradient would stall DDP on several ranks, so it is refused on one as well."""
+        """A parameter without a gradient would make DDP wait for ever on several ranks, so one refuses it as well."""
         unused = [name for name, p in self._parameters.items() if p.grad is None]
         if not unused:
             return

@@ -22,6 +22,33 @@ from trainer.exact.plan import Step
 from trainer.process.ranks import Ranks
 
 
+class NormLayer:
+    """One norm layer: its `buffers` (mean and variance), its `counter` of calls, and its calls in a micro-batch."""
+
+    def __init__(self, module: _NormBase) -> None:
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        assert module.num_batches_tracked is not None
+        self.buffers = [module.running_mean, module.running_var]
+        self.counter = module.num_batches_tracked
+        self.calls = 1
+        self.counts_calls = isinstance(module, _BatchNorm)  # instance norms have a counter and do not use it
+        self._module = module
+        self._configured_momentum = float(module.momentum or 0.0)
+
+    def restore_momentum(self) -> None:
+        """Update by the momentum that the layer was built with."""
+        self._module.momentum = self._configured_momentum
+
+    def spread_momentum(self, updates: int) -> None:
+        """Make n updates together age the statistics as one would: each with momentum 1 - (1 - m)^(1/n)."""
+        self._module.momentum = 1.0 - (1.0 - self._configured_momentum) ** (1.0 / updates)
+
+    def decay(self) -> float:
+        """What one micro-batch leaves of the statistics before it: (1 - momentum)^calls."""
+        return (1.0 - (self._module.momentum or 0.0)) ** self.calls
+
+
 class RunningStatistics(ABC):
     """The running statistics of a model's trained norm layers, and the momentum with which they are updated.
 
@@ -31,18 +58,22 @@ class RunningStatistics(ABC):
 
     def __init__(self, model: nn.Module, section: BatchNormConfig, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._layers = [layer for layer in norm_layers(model) if not is_held(layer)]
-        self._momenta = [float(layer.momentum or 0.0) for layer in self._layers]
-        self.buffers = [buffer for layer in self._layers for buffer in _mean_and_variance(layer)]
-        self._counters = [_counter(layer) for layer in self._layers]
-        self._calls: list[int] | None = None  # of each layer, in one micro-batch
+        self._layers: list[NormLayer] = []
+        self.buffers: list[Tensor] = []
+        for module in norm_layers(model):
+            if not is_held(module):
+                layer = NormLayer(module)
+                self._layers.append(layer)
+                self.buffers += layer.buffers
+        self._counters = [layer.counter for layer in self._layers]
+        self._calls_are_counted = False
         self._momentum_is_per_step = section.momentum_per == "step"
         self._micro_batches_per_update = ranks.count if section.mode == "sync" else 1
-        self._updates_per_step = 0  # over which each momentum is spread at present; 0: as the layers have it
+        self._updates_per_step = 0  # over which each momentum is spread at present; 0: as the layers were built
 
     @abstractmethod
     def begin(self, step: Step) -> None:
-        """Make ready for the micro-batches of `step`."""
+        """Prepare for the micro-batches of `step`."""
 
     @abstractmethod
     def gather(self) -> None:
@@ -50,8 +81,8 @@ class RunningStatistics(ABC):
 
     def restore_momentum(self) -> None:
         """Give the layers their own momentum back."""
-        for layer, momentum in zip(self._layers, self._momenta, strict=True):
-            layer.momentum = momentum
+        for layer in self._layers:
+            layer.restore_momentum()
         self._updates_per_step = 0
 
     def _must_spread_momentum(self, step: Step) -> bool:
@@ -59,28 +90,23 @@ class RunningStatistics(ABC):
         return self._momentum_is_per_step and self._updates_of(step) != self._updates_per_step
 
     def _spread_momentum(self, step: Step) -> None:
-        """Make the step's n updates together age the statistics as one would: each with 1 - (1 - m)^(1/n)."""
-        updates = self._updates_of(step)
-        for layer, momentum in zip(self._layers, self._momenta, strict=True):
-            layer.momentum = 1.0 - (1.0 - momentum) ** (1.0 / updates)
-        self._updates_per_step = updates
+        self._updates_per_step = self._updates_of(step)
+        for layer in self._layers:
+            layer.spread_momentum(self._updates_per_step)
 
     def _updates_of(self, step: Step) -> int:
         return len(step.micro_batches) // self._micro_batches_per_update
 
-    def _count_calls(self, before: list[int], micro_batches: int) -> None:
-        """Set the calls of each layer in a micro-batch, from its counter `micro_batches` ago and now."""
-        self._calls = []
-        for layer, counter, start in zip(self._layers, self._counters, before, strict=True):
-            # Instance norms are called once and do not count it.
-            is_counted = isinstance(layer, _BatchNorm)
-            self._calls.append((int(counter) - start) // micro_batches if is_counted else 1)
+    def _read_counters(self) -> list[int]:
+        """The counter of every layer. Waits for the device, so only the first step calls it."""
+        return [int(counter) for counter in self._counters]
 
-    def _decays(self) -> list[float]:
-        """What one micro-batch leaves of the statistics of each layer: (1 - momentum)^calls."""
-        assert self._calls is not None
-        pairs = zip(self._layers, self._calls, strict=True)
-        return [(1.0 - (layer.momentum or 0.0)) ** calls for layer, calls in pairs]
+    def _count_calls(self, counts_before: list[int], micro_batches: int) -> None:
+        """Set the calls of each layer in a micro-batch, from its counter `micro_batches` ago and now."""
+        self._calls_are_counted = True
+        for layer, before, now in zip(self._layers, counts_before, self._read_counters(), strict=True):
+            if layer.counts_calls:
+                layer.calls = (now - before) // micro_batches
 
 
 class StatisticsShare(RunningStatistics):
@@ -95,8 +121,9 @@ class StatisticsShare(RunningStatistics):
         super().__init__(model, section, ranks)
         self._is_shared = ranks.count > 1 and section.mode == "micro" and bool(self._layers)
         self._is_gathered = True  # every rank holds the true statistics, not its share
-        self._unaged = 0  # micro-batches of later ranks for which this share has not aged yet
-        self._first_step: tuple[list[int], int] | None = None  # counters before it, this rank's micro-batches in it
+        self._micro_batches_to_age_for = 0  # of the ranks after this one, in the last step
+        self._counts_before_first_step: list[int] | None = None
+        self._micro_batches_in_first_step = 0  # of this rank
         self._buffers_by_decay: dict[float, list[Tensor]] = {}
 
     def begin(self, step: Step) -> None:
@@ -107,55 +134,61 @@ class StatisticsShare(RunningStatistics):
             self._buffers_by_decay = {}
         if not self._is_shared:
             return
-        first, last = step.ranks[self._ranks.rank]
+        first, end = step.ranks[self._ranks.rank]
         if self._is_gathered:
             self._scatter()
         else:
             self._age(first)
-        self._unaged = len(step.micro_batches) - last
-        if self._first_step is None and last > first:
-            counts = [int(counter) for counter in self._counters]
-            self._first_step = counts, last - first
+        self._micro_batches_to_age_for = len(step.micro_batches) - end
+        if self._counts_before_first_step is None and end > first:
+            self._counts_before_first_step = self._read_counters()
+            self._micro_batches_in_first_step = end - first
 
     def gather(self) -> None:
         if not self._is_shared or self._is_gathered:
             return
         self._count_calls_of_first_step()
         self._age(0)
-        for tensors in (self.buffers, self._counters):
-            total = self._ranks.sum_(torch.cat([tensor.reshape(-1) for tensor in tensors]))
-            sizes = [tensor.numel() for tensor in tensors]
-            for tensor, part in zip(tensors, torch.split(total, sizes), strict=True):
-                tensor.copy_(part.view_as(tensor))
+        self._sum_over_ranks(self.buffers)
+        self._sum_over_ranks(self._counters)
         self._is_gathered = True
 
     def _scatter(self) -> None:
-        """Leave the statistics with rank 0 alone. It runs first, so its share has not to age for others yet."""
+        """Leave the statistics with rank 0 alone. It runs first, so its share need not age for others yet."""
         if not self._ranks.is_main:
             torch._foreach_zero_([*self.buffers, *self._counters])
         self._is_gathered = False
 
-    def _age(self, more: int) -> None:
-        """Age this rank's share for the micro-batches of others: those still due, and `more`."""
-        micro_batches = self._unaged + more
-        self._unaged = 0
+    def _age(self, micro_batches: int) -> None:
+        """Age this rank's share for micro-batches of other ranks: `micro_batches`, and those after its own last one."""
+        micro_batches += self._micro_batches_to_age_for
+        self._micro_batches_to_age_for = 0
         if not self._is_shared or self._is_gathered or not micro_batches:
             return
-        if self._calls is None:
+        if not self._calls_are_counted:
             return  # this rank has run nothing yet, so its share is empty
         if not self._buffers_by_decay:
             self._group_by_decay()
         for decay, buffers in self._buffers_by_decay.items():
             torch._foreach_mul_(buffers, decay**micro_batches)
 
-    def _count_calls_of_first_step(self) -> None:
-        if self._calls is None and self._first_step is not None:
-            self._count_calls(*self._first_step)
-
     def _group_by_decay(self) -> None:
-        for layer, decay in zip(self._layers, self._decays(), strict=True):
+        """Collect the buffers that one operation can age together."""
+        for layer in self._layers:
+            decay = layer.decay()
             if decay != 1.0:
-                self._buffers_by_decay.setdefault(decay, []).extend(_mean_and_variance(layer))
+                self._buffers_by_decay.setdefault(decay, []).extend(layer.buffers)
+
+    def _count_calls_of_first_step(self) -> None:
+        if not self._calls_are_counted and self._counts_before_first_step is not None:
+            self._count_calls(self._counts_before_first_step, self._micro_batches_in_first_step)
+
+    def _sum_over_ranks(self, tensors: list[Tensor]) -> None:
+        """Add up some tensors over all ranks, in place, in one operation."""
+        total = self._ranks.sum_(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        sizes = [tensor.numel() for tensor in tensors]
+        for tensor, part in zip(tensors, torch.split(total, sizes), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 class StatisticsDifferences(RunningStatistics):
@@ -169,7 +202,8 @@ class StatisticsDifferences(RunningStatistics):
         if self._must_spread_momentum(step):
             self._spread_momentum(step)
         self._start = [buffer.clone() for buffer in self.buffers]
-        self._counters_at_start = [counter.clone() for counter in self._counters]
+        if not self._calls_are_counted:
+            self._counts_at_start = self._read_counters()
 
     def gather(self) -> None:
         """Nothing to do: every rank holds the true statistics."""
@@ -183,14 +217,14 @@ class StatisticsDifferences(RunningStatistics):
         """After micro-batch `index`: how much it changed each buffer, aged for the micro-batches after it."""
         if not self.buffers:
             return []
-        if self._calls is None:
+        if not self._calls_are_counted:
             first = step.ranks[self._ranks.rank][0]
-            before = [int(counter) for counter in self._counters_at_start]
-            self._count_calls(before, index + 1 - first)
-        later = len(step.micro_batches) - 1 - index
+            self._count_calls(self._counts_at_start, index + 1 - first)
+        micro_batches_after = len(step.micro_batches) - 1 - index
         factors: list[float] = []
-        for decay in self._decays():
-            factors += [decay**later] * 2  # for the mean and for the variance
+        for layer in self._layers:
+            factor = layer.decay() ** micro_batches_after
+            factors += [factor, factor]  # for the mean and for the variance
         differences = list(torch._foreach_sub(self.buffers, self._start))
         torch._foreach_mul_(differences, factors)
         return differences
@@ -201,21 +235,10 @@ class StatisticsDifferences(RunningStatistics):
             return
         torch._foreach_add_(self._start, differences)
         torch._foreach_copy_(self.buffers, self._start)
-        if self._calls is None:
+        if not self._calls_are_counted:
             return
-        first, last = step.ranks[self._ranks.rank]
-        of_others = len(step.micro_batches) - (last - first)
-        for layer, counter, calls in zip(self._layers, self._counters, self._calls, strict=True):
-            if isinstance(layer, _BatchNorm):
-                counter.add_(calls * of_others)
-
-
-def _mean_and_variance(layer: _NormBase) -> list[Tensor]:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return [layer.running_mean, layer.running_var]
-
-
-def _counter(layer: _NormBase) -> Tensor:
-    assert layer.num_batches_tracked is not None
-    return layer.num_batches_tracked
+        first, end = step.ranks[self._ranks.rank]
+        micro_batches_of_others = len(step.micro_batches) - (end - first)
+        for layer in self._layers:
+            if layer.counts_calls:
+                layer.counter.add_(layer.calls * micro_batches_of_others)

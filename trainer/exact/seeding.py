@@ -1,7 +1,7 @@
-"""Keys → random numbers. Every random draw of a run has a key: what it is for, and where in the run it falls.
+"""Random numbers by key. Every random draw of a run has a key: its purpose, and its position in the run.
 
-Nothing is drawn from a stream that runs on from step to step, so nothing random needs saving, and a draw does
-not depend on who makes it or on what was drawn before.
+No random stream runs on from step to step, so there is no random state to save, and a draw depends neither on the
+process that makes it nor on earlier draws.
 """
 
 from __future__ import annotations
@@ -14,23 +14,30 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-MASK = (1 << 64) - 1
+MASK = (1 << 64) - 1  # keeps 64 bits of a Python integer
+
+# SplitMix64's constants; the second step is another odd number, so that the two sequences differ.
+MAJOR_STEP = 0x9E3779B97F4A7C15
+MINOR_STEP = 0xD1B54A32D192ED03
+FIRST_MULTIPLIER = 0xBF58476D1CE4E5B9
+SECOND_MULTIPLIER = 0x94D049BB133111EB
 
 
 def key(seed: int, purpose: str, *position: int) -> int:
     """A 64-bit key, the BLAKE2b digest (RFC 7693) of the seed, a purpose and a position in the run."""
-    text = f"{seed}/{purpose}/{'/'.join(map(str, position))}"
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+    path = "/".join(map(str, position))
+    digest = blake2b(f"{seed}/{purpose}/{path}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
-def mixed(base: int, major: int, minor: int) -> int:
-    """A 64-bit key for a place in the run within `base`. For the hot loop, where hashing would cost too much.
+def mix_key(base: int, major: int, minor: int) -> int:
+    """A 64-bit key for the position (major, minor) within the key `base`. For the hot loop, where hashing is too slow.
 
     SplitMix64's finalizer (Steele, Lea and Flood, 2014) over two Weyl sequences of odd steps.
     """
-    x = (base + major * 0x9E3779B97F4A7C15 + minor * 0xD1B54A32D192ED03) & MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    x = (base + major * MAJOR_STEP + minor * MINOR_STEP) & MASK
+    x = ((x ^ (x >> 30)) * FIRST_MULTIPLIER) & MASK
+    x = ((x ^ (x >> 27)) * SECOND_MULTIPLIER) & MASK
     return x ^ (x >> 31)
 
 
@@ -47,12 +54,14 @@ def seed_cpu(value: int) -> None:
 
 
 def device_seeder(device: torch.device) -> Callable[[int], object]:
-    """What seeds the one generator that a model's dropout on `device` draws from."""
-    return device_generator(device).manual_seed if device.type in ("cpu", "cuda") else torch.manual_seed
+    """A function that seeds the one generator from which a model's dropout on `device` draws."""
+    if device.type in ("cpu", "cuda"):
+        return device_generator(device).manual_seed
+    return torch.manual_seed
 
 
 def device_generator(device: torch.device) -> torch.Generator:
-    """The generator that a model's dropout on `device`, a CPU or a CUDA device, draws from."""
+    """The generator from which a model's dropout on `device`, a CPU or a CUDA device, draws."""
     if device.type == "cpu":
         return torch.default_generator
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -62,19 +71,21 @@ def device_generator(device: torch.device) -> torch.Generator:
 
 @contextmanager
 def preserved_cpu_generators() -> Iterator[None]:
-    """Leave the three CPU generators as they were found."""
-    saved = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+    """Put the three CPU generators back at the end."""
+    torch_state = torch.default_generator.get_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     try:
         yield
     finally:
-        torch.default_generator.set_state(saved[0])
-        random.setstate(saved[1])
-        np.random.set_state(saved[2])
+        torch.default_generator.set_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 @contextmanager
 def preserved_generators() -> Iterator[None]:
-    """Leave the three CPU generators, and that of a CUDA device in use, as they were found."""
+    """Put the three CPU generators, and that of a CUDA device in use, back at the end."""
     cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     with preserved_cpu_generators():
         try:

@@ -1,9 +1,9 @@
 """The reduction of standard mode: DDP sums gradients, and each rank keeps a share of the running statistics.
 
-DDP averages over ranks and starts when the last backward of a rank does, bucket by bucket, while it runs; in the
-micro-batches before it, gradients only accumulate. A step in which some rank has nothing to do, which every rank
-knows from the plan, runs without DDP and is summed after the backward: DDP would wait for that rank for ever, in
-the backward and, early in a run, even in the forward, where it agrees on its buckets.
+DDP averages over ranks bucket by bucket, during a rank's last backward; in the micro-batches before that one,
+gradients only accumulate. A step in which some rank has nothing to do, which every rank knows from the plan, runs
+without DDP and is summed after the backward. DDP would wait for that rank for ever: in the backward and, early in a
+run, even in the forward, where the ranks agree on the buckets.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ class StandardReduction(Reduction):
     def micro_batch(self, step: Step, indices: IndexRange) -> AbstractContextManager[nn.Module]:
         if step.has_idle_rank:
             return nullcontext(self._module)
-        is_last = indices[1] == step.ranks[self._ranks.rank][1]
-        if self._ranks.count == 1 or is_last:
+        _, end = indices
+        _, end_of_rank = step.ranks[self._ranks.rank]
+        if self._ranks.count == 1 or end == end_of_rank:
             return nullcontext(self._model)
-        return self._without_synchronisation()
+        return self._without_synchronization()
 
     @contextmanager
-    def _without_synchronisation(self) -> Iterator[nn.Module]:
+    def _without_synchronization(self) -> Iterator[nn.Module]:
         with self._ranks.accelerator.no_sync(self._model):
             yield self._model
 
@@ -44,10 +45,12 @@ class StandardReduction(Reduction):
         if self._ranks.count == 1 or not step.has_idle_rank:
             return
         parameters = list(self._parameters.values())
-        is_used = self._used_on_any_rank([parameter.grad is not None for parameter in parameters])
+        has_gradient = [parameter.grad is not None for parameter in parameters]
+        is_used = self._used_on_any_rank(has_gradient)
         for parameter, used in zip(parameters, is_used, strict=True):
             if not used:
                 continue
+            # Every rank takes part in the sum, also one whose micro-batches did not use the parameter.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             self._ranks.sum_(parameter.grad).div_(self._ranks_averaged_over)

@@ -13,54 +13,54 @@ def chain(loss: Tensor, module: nn.Module) -> list[dict[str, Any]]:
     Each entry has a node's `name` and the names of the `parameters` whose gradients that node computes. The longest
     path, because residual branches are short cuts, and the shortest one would pass the fewest layers.
     """
-    order = _post_order(loss.grad_fn)
-    leaves = _name_leaves(order, module)
-    if not leaves:
+    nodes = _post_order(loss.grad_fn)
+    accumulators = _name_accumulators(nodes, module)
+    if not accumulators:
         return []
-    path = _longest_path(order, goal=next(iter(leaves)))
+    path = _longest_path(nodes, goal=next(iter(accumulators)))
     entries = []
-    for node, following in zip(path, [*path[1:], None], strict=True):
+    for node, next_node in zip(path, [*path[1:], None], strict=True):
         parameters = []
-        for after, _ in node.next_functions:
-            leaf = after if after is following else _skip_unary_nodes(after)
-            if leaf in leaves:
-                parameters.append(leaves[leaf])
+        for successor, _ in node.next_functions:
+            end = successor if successor is next_node else _skip_unary_nodes(successor)
+            if end in accumulators:
+                parameters.append(accumulators[end])
         entries.append({"name": node.name(), "parameters": parameters})
     return entries
 
 
-def _name_leaves(nodes: list[Any], module: nn.Module) -> dict[Any, str]:
+def _name_accumulators(nodes: list[Any], module: nn.Module) -> dict[Any, str]:
     """The nodes that accumulate a parameter's gradient, each with the parameter's name, in the model's order."""
-    accumulators = {}
+    nodes_by_parameter = {}
     for node in nodes:
         variable = getattr(node, "variable", None)
         if variable is not None:
-            accumulators[id(variable)] = node
-    leaves = {}
+            nodes_by_parameter[id(variable)] = node
+    names = {}
     for name, parameter in module.named_parameters():
-        node = accumulators.get(id(parameter))
+        node = nodes_by_parameter.get(id(parameter))
         if node is not None:
-            leaves[node] = name
-    return leaves
+            names[node] = name
+    return names
 
 
-def _longest_path(order: list[Any], goal: Any) -> list[Any]:
-    """The nodes of the longest path from the last node of `order` to `goal`, [] if there is none.
+def _longest_path(nodes: list[Any], goal: Any) -> list[Any]:
+    """The nodes of the longest path from the last of `nodes` to `goal`, [] if there is none.
 
-    In post-order, the longest paths onwards from a node are known when the node's turn comes.
+    `nodes` are in post-order, so a node comes after all that its paths lead through.
     """
-    lengths = {goal: 0}  # of nodes with a path to the goal
-    following = {}  # the next node on that path
-    for node in order:
-        for after, _ in node.next_functions:
-            if after in lengths and lengths[after] >= lengths.get(node, 0):
-                lengths[node] = lengths[after] + 1
-                following[node] = after
+    lengths = {goal: 0}  # of the longest path from a node to the goal
+    next_nodes = {}  # on that path
+    for node in nodes:
+        for successor, _ in node.next_functions:
+            if successor in lengths and lengths[successor] >= lengths.get(node, 0):
+                lengths[node] = lengths[successor] + 1
+                next_nodes[node] = successor
     path = []
-    node = order[-1]
+    node = nodes[-1]
     while node in lengths:
         path.append(node)
-        node = following.get(node)
+        node = next_nodes.get(node)
     return path
 
 
@@ -74,19 +74,19 @@ def _skip_unary_nodes(node: Any) -> Any:
 def _post_order(root: Any) -> list[Any]:
     """All nodes that `root` leads to, and `root`, each after those that it leads to.
 
-    Without recursion, since graphs are deeper than Python's stack.
+    Without recursion, because graphs are deeper than Python's stack.
     """
-    order: list[Any] = []
+    nodes: list[Any] = []
     visited: set[Any] = set()
     stack = [] if root is None else [(root, False)]
     while stack:
         node, is_expanded = stack.pop()
         if is_expanded:
-            order.append(node)
+            nodes.append(node)
         elif node not in visited:
             visited.add(node)
             stack.append((node, True))
-            for after, _ in node.next_functions:
-                if after is not None:
-                    stack.append((after, False))
-    return order
+            for successor, _ in node.next_functions:
+                if successor is not None:
+                    stack.append((successor, False))
+    return nodes

@@ -25,9 +25,9 @@ class Comparison:
 
     - `config`, `free`: keys that change a run, and keys that a resumed run may change too.
     - `data`, `environment`: entries of `environment.json`.
-    - `steps`: the steps that both runs logged; `only` counts those that one run alone logged.
-    - `parted`: of each column that differs, the first such step and its values.
-    - `gaps`: of each column that differs, the largest difference over all steps, relative to the larger value.
+    - `steps`: the steps that both runs logged; `steps_of_one` counts those that the first or the second alone logged.
+    - `first_differences`: for each column that differs, the first such step and its values.
+    - `largest_differences`: for each such column, the largest over all steps, relative to the larger value.
     """
 
     config: Changes
@@ -35,14 +35,14 @@ class Comparison:
     data: Changes
     environment: Changes
     steps: list[int]
-    only: tuple[int, int]
-    parted: dict[str, Difference]
-    gaps: dict[str, float]
+    steps_of_one: tuple[int, int]
+    first_differences: dict[str, Difference]
+    largest_differences: dict[str, float]
 
     @property
     def same(self) -> bool:
         """True if both runs logged some step, and every value that both logged is the same."""
-        return bool(self.steps) and not self.parted
+        return bool(self.steps) and not self.first_differences
 
 
 def compare(first: Path, second: Path) -> Comparison:
@@ -52,19 +52,21 @@ def compare(first: Path, second: Path) -> Comparison:
     """
     config, free = _compare_configs(first, second)
     data, environment = _compare_environments(first, second)
-    ours = _read_columns(first)
-    theirs = _read_columns(second)
-    steps = _shared_steps(ours, theirs)
-    parted, gaps = _compare_columns(ours, theirs)
+    columns = _read_columns(first)
+    other_columns = _read_columns(second)
+    steps = _shared_steps(columns, other_columns)
+    steps_of_first = _all_steps(columns) - steps
+    steps_of_second = _all_steps(other_columns) - steps
+    first_differences, largest_differences = _compare_columns(columns, other_columns)
     return Comparison(
         config=config,
         free=free,
         data=data,
         environment=environment,
         steps=sorted(steps),
-        only=(len(_all_steps(ours) - steps), len(_all_steps(theirs) - steps)),
-        parted=parted,
-        gaps=gaps,
+        steps_of_one=(len(steps_of_first), len(steps_of_second)),
+        first_differences=first_differences,
+        largest_differences=largest_differences,
     )
 
 
@@ -83,42 +85,43 @@ def _compare_configs(first: Path, second: Path) -> tuple[Changes, Changes]:
 
 def _compare_environments(first: Path, second: Path) -> tuple[Changes, Changes]:
     """What differs in the data's fingerprints, and in everything else."""
-    ours = _read_environment(first)
-    theirs = _read_environment(second)
-    data = changed_keys(ours.pop("data"), theirs.pop("data"))
-    for values in (ours, theirs):  # host names, clocks and disks differ without meaning anything
+    environment = _read_environment(first)
+    other_environment = _read_environment(second)
+    for values in (environment, other_environment):  # host names, clocks and disks differ without meaning anything
         values.pop("ranks", None)
-    return data, changed_keys(ours, theirs)
+    data = changed_keys(environment.pop("data"), other_environment.pop("data"))
+    return data, changed_keys(environment, other_environment)
 
 
-def _compare_columns(ours: Columns, theirs: Columns) -> tuple[dict[str, Difference], dict[str, float]]:
+def _compare_columns(columns: Columns, other_columns: Columns) -> tuple[dict[str, Difference], dict[str, float]]:
     """The first difference and the largest one, of each column that differs.
 
     Column by column, since an epoch's row and the row of its last step have the same step.
     """
-    parted: dict[str, Difference] = {}
-    gaps: dict[str, float] = {}
-    for name in _shared_columns(ours, theirs):
-        for step in sorted(ours[name].keys() & theirs[name].keys()):
-            a = ours[name][step]
-            b = theirs[name][step]
-            if repr(a) == repr(b):  # as text, since NaN does not equal itself
+    first_differences: dict[str, Difference] = {}
+    largest_differences: dict[str, float] = {}
+    for name in _shared_columns(columns, other_columns):
+        values, other_values = columns[name], other_columns[name]
+        for step in sorted(values.keys() & other_values.keys()):
+            value, other = values[step], other_values[step]
+            if repr(value) == repr(other):  # as text, since NaN does not equal itself
                 continue
-            parted.setdefault(name, (step, a, b))
-            gaps[name] = max(gaps.get(name, 0.0), _relative_difference(a, b))
-    return parted, gaps
+            first_differences.setdefault(name, (step, value, other))
+            largest = largest_differences.get(name, 0.0)
+            largest_differences[name] = max(largest, _relative_difference(value, other))
+    return first_differences, largest_differences
 
 
-def _shared_steps(ours: Columns, theirs: Columns) -> set[int]:
+def _shared_steps(columns: Columns, other_columns: Columns) -> set[int]:
     steps: set[int] = set()
-    for name in _shared_columns(ours, theirs):
-        steps |= ours[name].keys() & theirs[name].keys()
+    for name in _shared_columns(columns, other_columns):
+        steps |= columns[name].keys() & other_columns[name].keys()
     return steps
 
 
-def _shared_columns(ours: Columns, theirs: Columns) -> set[str]:
-    """The columns that both runs logged, except those that no two runs share: times."""
-    return ours.keys() & theirs.keys() - set(TIMINGS)
+def _shared_columns(columns: Columns, other_columns: Columns) -> set[str]:
+    """The columns that both runs logged, without timings, which no two runs share."""
+    return columns.keys() & other_columns.keys() - set(TIMINGS)
 
 
 def _all_steps(columns: Columns) -> set[int]:
@@ -145,9 +148,9 @@ def _read_environment(run: Path) -> dict[str, Any]:
         raise LockstepError(f"{path} cannot be read ({error}); it is written when a run begins") from None
 
 
-def _relative_difference(a: Any, b: Any) -> float:
-    """|a - b| relative to the larger of both; 0 for text, which has no distance."""
-    if isinstance(a, str) or isinstance(b, str):
+def _relative_difference(value: Any, other: Any) -> float:
+    """|value - other| relative to the larger of both; 0 for text, which has no distance."""
+    if isinstance(value, str) or isinstance(other, str):
         return 0.0
-    largest = max(abs(a), abs(b))
-    return float(abs(a - b) / largest) if largest else 0.0
+    largest = max(abs(value), abs(other))
+    return float(abs(value - other) / largest) if largest else 0.0

@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from trainer.components.task import WeightedSum
 from trainer.config.schema import Config
-from trainer.data.loading import TrainLoader
 from trainer.data.samples import MicroBatch
 from trainer.exact.batch_norm import named_norm_layers
 from trainer.exact.plan import Step
@@ -109,6 +108,7 @@ class Dissection:
         trainer = self.trainer
         config, precision = trainer.config, trainer.run.precision
         step = trainer.plan.step(0)
+        trainer.start()
         first = self._run(step)
         return {
             "config": config.run.name,
@@ -137,8 +137,7 @@ class Dissection:
     def _run(self, step: Step) -> StepLesson:
         """Do `step`, watched."""
         trainer = self.trainer
-        trainer.module.train()
-        trainer.batches = TrainLoader(trainer.run.train_loader, trainer.plan, trainer.ranks.rank, step.number - 1)
+        trainer.load_from(step.number - 1)
         with StepLesson(trainer) as lesson:
             lesson.note_statistics("before")
             try:

@@ -1,6 +1,6 @@
-"""A step of a run repeated on one process and taken apart: where a run went wrong, and on which samples.
+"""A step of a run, repeated on one process in detail: where a run went wrong, and on which samples.
 
-The step is reached from the nearest checkpoint before it, or from the run's first step, by training as the run did.
+Training starts at the nearest checkpoint before the step, or at the run's first step, and goes as it did in the run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Digests = dict[int, tuple[str, str]]  # at logged steps: the run's, and this one
 
 @dataclass
 class Replay:
-    """What is known of step `step`. `asked` differs where an earlier step had no finite loss already."""
+    """The details of step `step`. The step that was `asked` for is a later one if the loss was not finite before it."""
 
     step: int
     asked: int
@@ -47,10 +47,10 @@ class Replay:
 
 
 def replay(make_trainer: Callable[[], Trainer], directory: Path, number: int) -> Replay:
-    """Take step `number` (1 is the first) of the run in `directory` apart.
+    """Repeat step `number` (1 is the first) of the run in `directory`, and report its details.
 
-    `make_trainer` builds what the run's config describes. If the loss is not finite in a step before, that step is
-    taken apart instead. Raises `ConfigError` where the run has no such step.
+    `make_trainer` builds what the run's config describes. If the loss is not finite in an earlier step, that step is
+    reported instead. Raises `ConfigError` if the run has no such step.
     """
     trainer = make_trainer()
     if trainer.ranks.count > 1:
@@ -79,10 +79,12 @@ def _logged_rows(directory: Path) -> Rows:
 
 def _restore(trainer: Trainer, directory: Path, *, before: int) -> int:
     """Bring `trainer` to the newest checkpoint before a step, if there is one; returns the checkpoint's step or 0."""
-    checkpoints = {path.name: path for path in (directory / "checkpoints").glob("step_*")}
-    earlier = [name for name in checkpoints if name < f"step_{before:08d}"]
-    if earlier:
-        trainer.restore(checkpoint.load(checkpoints[max(earlier)]))
+    earlier_checkpoints = []
+    for path in (directory / "checkpoints").glob("step_*"):
+        if path.name < f"step_{before:08d}":
+            earlier_checkpoints.append(path)
+    if earlier_checkpoints:
+        trainer.restore(checkpoint.load(max(earlier_checkpoints)))
     trainer.start()
     return trainer.progress.step
 
@@ -101,7 +103,10 @@ def _advance(trainer: Trainer, to: int, logged_rows: Rows, digests: Digests) -> 
 
 
 def _measure_as_logged(trainer: Trainer, step: Step, logged_rows: Rows, digests: Digests) -> Row:
-    """At a step that the run logged, its row and digest as they are now. What was measured goes on as in the run."""
+    """At a step that the run logged, note its digest and return its row as they are here; {} at other steps.
+
+    Measuring starts the sums of the next row anew, as it did in the run.
+    """
     logged = logged_rows.get(step.number)
     if logged is None:
         return {}
@@ -113,7 +118,7 @@ def _measure_as_logged(trainer: Trainer, step: Step, logged_rows: Rows, digests:
 
 
 def _examine(trainer: Trainer, logged_rows: Rows, digests: Digests) -> Replay:
-    """Take the next step apart."""
+    """Train the next step and report its details."""
     step = trainer.plan.step(trainer.progress.step)
     with StepWatch(trainer, detailed=True) as watch:
         trainer.train_step(step)

@@ -25,7 +25,7 @@ Stages = dict[str, Tensor | None]
 
 @dataclass
 class MicroBatchRecord:
-    """A micro-batch as it was run. `output` is detached."""
+    """A micro-batch and its result. `output` is detached."""
 
     batch: MicroBatch
     output: Any
@@ -34,31 +34,34 @@ class MicroBatchRecord:
 
     @property
     def samples(self) -> int:
-        """How many samples can be looked at one by one."""
-        targets = self.batch.targets
-        are_tensors = isinstance(self.output, Tensor) and isinstance(targets, Tensor)
-        return len(targets) if are_tensors and len(self.output) == len(targets) else 0
+        """The number of samples, if output and targets have a row for each; else 0."""
+        output, targets = self.output, self.batch.targets
+        if not isinstance(output, Tensor) or not isinstance(targets, Tensor):
+            return 0
+        return len(targets) if len(output) == len(targets) else 0
 
     def sample_loss(self, trainer: Trainer, row: int) -> tuple[float, float] | None:
-        """Loss sum and weight of one sample by itself; None where samples cannot be told apart."""
+        """Loss sum and weight of one sample by itself; None if samples cannot be told apart."""
         if row >= self.samples:
             return None
-        only = slice(row, row + 1)
+        output = self.output[row : row + 1]
+        targets = self.batch.targets[row : row + 1]
         with torch.no_grad():
-            total, weight = trainer.run.task.loss_sum(self.output[only], self.batch.targets[only])
+            total, weight = trainer.run.task.loss_sum(output, targets)
         return float(total), float(weight)
 
 
 class StepWatch(Observer):
-    """Records the steps of `trainer` within a `with` block, and leaves them as they are. Waits for the device.
+    """Records the steps of `trainer` within a `with` block, without changing them. Waits for the device.
 
     `records` has the micro-batches. With `detailed`, also:
 
-    - `gradients`: of each trained parameter a copy as `applied` by the update, None for none; with `backwards` also
-      `before` the step, `after_first` and `after_last` backward;
+    - `gradients`: for each trained parameter a copy as `applied` by the update, None if it had none; with `backwards`
+      also `before` the step, `after_first` and `after_last` backward;
     - `weights_before`: copies of all parameters;
-    - `layers`: of each leaf module's output the least and largest finite value, and the share that is finite;
-    - `norm_inputs`: of each norm layer's inputs the least and largest mean and variance of a channel.
+    - `layers`: for the output of each module without submodules the least and largest finite value, and the share
+      that is finite;
+    - `norm_inputs`: for the inputs of each norm layer the least and largest mean and variance of a channel.
     """
 
     def __init__(self, trainer: Trainer, *, detailed: bool, backwards: bool = False) -> None:
@@ -84,10 +87,10 @@ class StepWatch(Observer):
         for handle in self._handles:
             handle.remove()
 
-    # ---------------------------------------------------------------- what was recorded
+    # ---------------------------------------------------------------- results
 
     def loss(self) -> float:
-        """The loss over the step's targets; NaN where there are none."""
+        """The mean loss over the step's targets; NaN if there are none."""
         weight = math.fsum(record.weight for record in self.records)
         total = math.fsum(record.loss_sum for record in self.records)
         return total / weight if weight else math.nan
@@ -97,53 +100,74 @@ class StepWatch(Observer):
         return all(math.isfinite(record.loss_sum) for record in self.records)
 
     def grad_norm(self) -> float:
-        """The L2 norm of the step's gradient before clipping; NaN where there was no gradient."""
-        clipped = self.trainer.config.train.max_grad_norm is not None
-        if clipped and self.trainer.grad_norm is not None:
+        """The L2 norm of the step's gradient before clipping; NaN if there was no gradient."""
+        is_clipped = self.trainer.config.train.max_grad_norm is not None
+        if is_clipped and self.trainer.grad_norm is not None:
             return float(self.trainer.grad_norm)
-        norms = [float(gradient.double().norm()) for gradient in self.applied_gradients().values()]
-        return math.hypot(*norms) if norms else math.nan
+        gradients = self.applied_gradients()
+        if not gradients:
+            return math.nan
+        return math.hypot(*(float(gradient.double().norm()) for gradient in gradients.values()))
 
     def applied_gradients(self) -> dict[str, Tensor]:
         """The gradient of each parameter that had one, as the update applied it."""
-        applied = {name: stages["applied"] for name, stages in self.gradients.items()}
-        return {name: gradient for name, gradient in applied.items() if gradient is not None}
+        gradients = {}
+        for name, stages in self.gradients.items():
+            gradient = stages["applied"]
+            if gradient is not None:
+                gradients[name] = gradient
+        return gradients
 
     def changes(self) -> dict[str, Tensor]:
         """What the update added to each parameter."""
-        parameters = dict(self.trainer.module.named_parameters())
-        return {name: parameters[name].detach() - before for name, before in self.weights_before.items()}
+        changes = {}
+        for name, parameter in self.trainer.module.named_parameters():
+            if name in self.weights_before:
+                changes[name] = parameter.detach() - self.weights_before[name]
+        return changes
 
     # ---------------------------------------------------------------- recording
 
     def micro_batch(self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
-        detached = output.detach() if isinstance(output, Tensor) else output
-        self.records.append(MicroBatchRecord(batch, detached, loss.total.item(), float(loss.weight)))
+        if isinstance(output, Tensor):
+            output = output.detach()
+        record = MicroBatchRecord(batch, output, loss_sum=loss.total.item(), weight=float(loss.weight))
+        self.records.append(record)
 
     def gradient(self, step: Step) -> None:
-        for name, parameter in self._trained():
-            self.gradients[name]["applied"] = _copy(parameter.grad)
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.trainer.module.named_parameters() if name in self.gradients]
+        for name, parameter in self.trainer.module.named_parameters():
+            if name in self.gradients:
+                self.gradients[name]["applied"] = _copy(parameter.grad)
 
     def _copy_weights(self) -> None:
         for name, parameter in self.trainer.module.named_parameters():
             self.weights_before[name] = parameter.detach().clone()
             if parameter.requires_grad:
-                stages = dict.fromkeys(("before", "after_first", "after_last", "applied"))
-                self.gradients[name] = {**stages, "before": _copy(parameter.grad)}
+                self.gradients[name] = {
+                    "before": _copy(parameter.grad),
+                    "after_first": None,
+                    "after_last": None,
+                    "applied": None,
+                }
 
     def _attach_hooks(self) -> None:
         module = self.trainer.module
-        for name, parameter in self._trained() if self._backwards else []:
-            handle = parameter.register_post_accumulate_grad_hook(self._gradient_hook(name))  # type: ignore[no-untyped-call]
-            self._handles.append(handle)
+        if self._backwards:
+            self._attach_gradient_hooks()
         for name, layer in module.named_modules():
             if not any(layer.children()):
-                self._handles.append(layer.register_forward_hook(self._output_hook(name)))
+                handle = layer.register_forward_hook(self._output_hook(name))
+                self._handles.append(handle)
         for name, layer in named_norm_layers(module):
-            self._handles.append(layer.register_forward_pre_hook(self._norm_input_hook(name)))
+            handle = layer.register_forward_pre_hook(self._norm_input_hook(name))
+            self._handles.append(handle)
+
+    def _attach_gradient_hooks(self) -> None:
+        for name, parameter in self.trainer.module.named_parameters():
+            if name in self.gradients:
+                hook = self._gradient_hook(name)
+                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
 
     def _gradient_hook(self, name: str) -> Callable[[Tensor], None]:
         def record(parameter: Tensor) -> None:
@@ -173,7 +197,8 @@ class StepWatch(Observer):
     def _norm_input_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             by_channel = inputs[0].detach().double().transpose(0, 1).flatten(1)
-            mean, variance = by_channel.mean(1), by_channel.var(1, correction=0)
+            mean = by_channel.mean(1)
+            variance = by_channel.var(1, correction=0)
             numbers = {
                 "least_mean": mean.min().item(),
                 "largest_mean": mean.max().item(),
@@ -191,7 +216,7 @@ def _copy(tensor: Tensor | None) -> Tensor | None:
 
 def _merge(numbers_of: dict[str, Numbers], name: str, numbers: Numbers) -> None:
     """Add another micro-batch to a layer's numbers: the least of `least…`, the largest of `largest…`."""
-    so_far = numbers_of.setdefault(name, {})
+    merged = numbers_of.setdefault(name, {})
     for key, value in numbers.items():
         choose = min if key.startswith("least") else max
-        so_far[key] = choose(value, so_far.get(key, value))
+        merged[key] = choose(value, merged.get(key, value))

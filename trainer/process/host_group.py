@@ -185,7 +185,10 @@ class HostGroup:
                 self._show_waiting(True)
                 work.wait()
         except RuntimeError as error:
-            raise self.explain(error) or error from None
+            absence = self.explain(error)
+            if absence is None:
+                raise
+            raise absence from None
         if self._is_shown_as_waiting:
             self._show_waiting(False)
 
