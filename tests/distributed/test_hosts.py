@@ -140,7 +140,7 @@ def test_a_rank_that_hangs_in_training_is_named(tmp_path: Path) -> None:
         data = Slow(56, ignored=False)
         settings = config(directory, batch__micro_size=14, run__timeout=2)
         with pytest.raises(LockstepError) as caught:
-            Trainer(settings, model=mlp(), train_data=data, val_data=Points(28)).fit()
+            Trainer(settings, model=mlp(), train_data=data, val_data=Points(28, ignored=False)).fit()
         return str(caught.value)
 
     started = time.monotonic()

@@ -43,8 +43,8 @@ def failure(directory: Path, rank: int, reproducibility: str, **facts: Any) -> t
         fitted(
             config(directory, run__reproducibility=reproducibility, batch__micro_size=14),
             mlp(),
-            train_data=Points(56),
-            val_data=Points(28),
+            train_data=Points(56, ignored=False),
+            val_data=Points(28, ignored=False),
         )
     except Exception as error:
         return type(error).__name__, str(error)
