@@ -13,14 +13,14 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 from torch import distributed
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Points, config, mlp
+from tests.programs import run_program
 from trainer import ConfigError, Trainer
 from trainer.errors import DataError, LockstepError
-from trainer.process import host_group, interface
+from trainer.process import interface, store
 from trainer.process.interface import choose_gloo_interface
 from trainer.process.ranks import Ranks
 
@@ -102,10 +102,10 @@ def test_long_work_of_one_rank_outlasts_the_timeout(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["gather", "any_rank_async", "on_main", "main_first"])
 def test_a_rank_that_does_not_come_is_named(kind: str) -> None:
     def wait() -> str:
-        ranks = Ranks("fp32", timeout=2)
+        ranks = Ranks("fp32", timeout=1)
         ranks.barrier()
         if ranks.rank == 1:
-            time.sleep(6)
+            time.sleep(4)
             return ""
 
         def first() -> None:
@@ -126,7 +126,7 @@ def test_a_rank_that_does_not_come_is_named(kind: str) -> None:
 
     first, _, third = on_ranks(3, wait)
     assert first == third
-    assert first.startswith(f"the ranks waited 2 s for rank 1 on {socket.gethostname()}, and no longer")
+    assert first.startswith(f"the ranks waited 1 s for rank 1 on {socket.gethostname()}, and no longer")
     assert "raise run.timeout" in first
 
 
@@ -134,12 +134,12 @@ def test_a_rank_that_hangs_in_training_is_named(tmp_path: Path) -> None:
     class Slow(Points):
         def __getitem__(self, i: int) -> Any:
             if os.environ["RANK"] == "1" and i == 20:
-                time.sleep(8)
+                time.sleep(5)
             return super().__getitem__(i)
 
     def train(directory: Path) -> str:
         data = Slow(56, ignored=False)
-        settings = config(directory, batch__micro_size=14, run__timeout=2)
+        settings = config(directory, batch__micro_size=14, run__timeout=1)
         with pytest.raises(LockstepError) as caught:
             Trainer(settings, model=mlp(), train_data=data, val_data=Points(28, ignored=False)).fit()
         return str(caught.value)
@@ -250,10 +250,44 @@ def test_the_address_towards_a_host_is_read_off_the_routes() -> None:
 
 
 def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_group, "SECONDS_TO_ANSWER", 0.1)
+    monkeypatch.setattr(store, "SECONDS_TO_ANSWER", 0.1)
     monkeypatch.setattr(distributed.distributed_c10d, "_get_default_store", lambda: time.sleep(60))
     started = time.monotonic()
     with pytest.raises(ConnectionError):
-        host_group._ask_store(lambda store: 1)
+        store.ask_store(lambda _: 1)
     assert time.monotonic() - started < 5
-    assert torch.get_num_threads() == 1
+
+
+# ---------------------------------------------------------------- who reports
+
+
+def test_a_machine_that_fails_before_the_ranks_join_says_so(tmp_path: Path) -> None:
+    """Only its own ranks can: one of them does. The other machine may have nothing to report."""
+    code = "import sys; from trainer.commands.train import main; sys.exit(main(sys.argv[1:]))"
+    ranks = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    for rank, local_rank, count in (("2", "0", 1), ("3", "1", 0)):
+        environment = {**os.environ, **ranks, "RANK": rank, "LOCAL_RANK": local_rank}
+        result = run_program(["-c", code, str(tmp_path / "missing.yaml")], env=environment)
+        assert result.returncode == 2
+        assert result.stderr.count("missing.yaml") == count
+
+
+def test_a_defect_is_shown_with_its_traceback_and_once(tmp_path: Path) -> None:
+    """The ranks that only hear of it leave the report to the one it happened on."""
+    code = (
+        "import os, sys\n"
+        "from trainer.process.exit import exit_process, report_error\n"
+        "from trainer.process.ranks import Ranks\n"
+        "def defect():\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise KeyError('a defect')\n"
+        "try:\n"
+        "    Ranks('fp32').on_each(defect)\n"
+        "except Exception as error:\n"
+        "    exit_process(report_error(error))\n"
+    )
+    result = run_program(["-c", code], ranks=3)
+    assert result.returncode == 1
+    assert result.stderr.count("Traceback") == 1
+    assert "KeyError: 'a defect'" in result.stderr
+    assert "error: " not in result.stderr

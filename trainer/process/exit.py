@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from trainer.errors import LockstepError, OtherRankFailed, Stopped
 from trainer.process import launcher
+from trainer.process.store import ask_store
 
 REPORTER_KEY = "lockstep/failure"  # in the process group's store: the rank that reports the failure
 SECONDS_TO_REPORT = 2.0  # a launcher kills every rank once one has exited, so the others wait for the reporter
@@ -99,8 +100,7 @@ def _is_first_to_report(error: BaseException) -> bool:
         time.sleep(SECONDS_TO_NOTICE + SECONDS_TO_TRACE)
     elif not isinstance(error, LockstepError):
         time.sleep(SECONDS_TO_NOTICE)
-    with suppress(Exception):
-        store = distributed.distributed_c10d._get_default_store()
-        reporter: bytes = store.compare_set(REPORTER_KEY, "", str(rank))
+    with suppress(ConnectionError):
+        reporter: bytes = ask_store(lambda store: store.compare_set(REPORTER_KEY, "", str(rank)))
         return reporter == str(rank).encode()
     return False  # the store ended with rank 0, which reported before it ended

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, distributed
 
 from trainer.errors import LockstepError, OtherRankFailed
+from trainer.process.store import ask_store, value_of
 
 HEARTBEAT_SECONDS = 5.0  # between the heartbeats of a rank that the others wait for, at most
 SECONDS_TO_SHOW = 1.0  # a wait of this length is made known to the other ranks
-SECONDS_TO_ANSWER = 5.0  # the store lives in a process that may be the one that hangs
 STORE_PREFIX = "lockstep/waiting"
 STORE_REPORT = "lockstep/timeout"  # the message of the first rank whose wait timed out
 
@@ -196,7 +196,7 @@ class HostGroup:
         """Let the other ranks know whether this one waits: whoever gives up names those that do not."""
         self._is_shown_as_waiting = is_waiting
         with suppress(ConnectionError):
-            _ask_store(lambda store: store.set(f"{self._prefix}/{self.rank}", str(int(is_waiting))))
+            ask_store(lambda store: store.set(f"{self._prefix}/{self.rank}", str(int(is_waiting))))
 
     def explain(self, error: RuntimeError) -> LockstepError | None:
         """The error in terms of ranks, if a collective operation timed out, here or on another rank; else None."""
@@ -213,7 +213,7 @@ class HostGroup:
             report = self._find_report()
             if is_timeout and report is None:
                 report = self._describe_absent()
-                _ask_store(lambda store: store.set(STORE_REPORT, report))
+                ask_store(lambda store: store.set(STORE_REPORT, report))
         except ConnectionError:
             # The store has ended with rank 0, or hangs with it: who waits is not known.
             report = f"the ranks waited {self.timeout:g} s for one another, and no longer" if is_timeout else None
@@ -223,9 +223,7 @@ class HostGroup:
     def _find_report(self) -> str | None:
         """What another rank that gave up has written; it writes before it ends, yet others may notice its end first."""
         time.sleep(SECONDS_TO_SHOW / 2)
-        report: bytes | None = _ask_store(
-            lambda store: store.get(STORE_REPORT) if store.check([STORE_REPORT]) else None
-        )
+        report: bytes | None = ask_store(lambda store: store.get(STORE_REPORT) if store.check([STORE_REPORT]) else None)
         return None if report is None else report.decode()
 
     def _describe_absent(self) -> str:
@@ -237,7 +235,7 @@ class HostGroup:
         )
 
     def _is_waiting(self, rank: int) -> bool:
-        value = _ask_store(partial(_get_if_set, key=f"{self._prefix}/{rank}"))
+        value = ask_store(partial(value_of, key=f"{self._prefix}/{rank}"))
         return bool(value == b"1")
 
 
@@ -253,30 +251,6 @@ def _ends_within(work: Any, seconds: float) -> bool:
             raise
         return False
     return True
-
-
-def _get_if_set(store: Any, key: str) -> bytes | None:
-    """The value of a key of the store; None if nobody has set it, for which `get` would wait."""
-    if not store.check([key]):
-        return None
-    value: bytes = store.get(key)
-    return value
-
-
-def _ask_store(question: Callable[[Any], Any]) -> Any:
-    """The answer of the process group's store. Raises `ConnectionError` if there is none in time."""
-    answers: list[Any] = []
-
-    def ask() -> None:
-        with suppress(Exception):
-            answers.append(question(distributed.distributed_c10d._get_default_store()))
-
-    thread = Thread(target=ask, daemon=True, name="store")
-    thread.start()
-    thread.join(SECONDS_TO_ANSWER)
-    if not answers:
-        raise ConnectionError("the store does not answer")
-    return answers[0]
 
 
 def _to_send(error: Exception, rank: int, machines: list[str]) -> LockstepError:
