@@ -35,11 +35,11 @@ def settings() -> dict[str, Any]:
 
 class Spy(Observer):
     def __init__(self, fail: bool) -> None:
-        self.seen: list[dict[str, Any]] = []
+        self.settings: list[dict[str, Any]] = []
         self._fail = fail
 
     def step(self, step: Step) -> None:
-        self.seen.append(settings())
+        self.settings.append(settings())
         if self._fail:
             raise LockstepError("as asked")
 
@@ -57,8 +57,8 @@ def fit(directory: Path, reproducibility: str, *, fail: bool = False) -> tuple[l
     if fail:
         with pytest.raises(LockstepError, match="as asked"):
             trainer.fit()
-        return spy.seen, ""
-    return spy.seen, trainer.fit()["weights_sha256"]
+        return spy.settings, ""
+    return spy.settings, trainer.fit()["weights_sha256"]
 
 
 @pytest.mark.parametrize("fail", [False, True])
@@ -66,8 +66,8 @@ def test_a_bitwise_run_leaves_its_process_as_it_was(tmp_path: Path, fail: bool) 
     def run(directory: Path) -> None:
         torch.set_num_threads(2)
         before = settings()
-        seen, _ = fit(directory / "bitwise", "bitwise", fail=fail)
-        assert seen[0] == before | {
+        during, _ = fit(directory / "bitwise", "bitwise", fail=fail)
+        assert during[0] == before | {
             "algorithms": True,
             "threads": 1,
             "deterministic": True,
@@ -76,8 +76,8 @@ def test_a_bitwise_run_leaves_its_process_as_it_was(tmp_path: Path, fail: bool) 
             | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"},
         }
         assert settings() == before
-        seen, _ = fit(directory / "standard", "standard")
-        assert seen[0] == before
+        during, _ = fit(directory / "standard", "standard")
+        assert during[0] == before
 
     on_ranks(1, run, tmp_path)
 

@@ -48,15 +48,15 @@ def test_groups_are_all_micro_batches_in_order_and_of_one_size(
         return
     plan = Plan(samples=size, batch_size=size, micro_size=micro_size, ranks=ranks, epochs=1, seed=0)
     step = plan.step(0)
-    places = []
+    indices = []
     for rank in range(ranks):
         for first, last in plan.groups(step, rank, fuse):
             assert 1 <= last - first <= fuse
             assert len({stop - start for start, stop in step.micro_batches[first:last]}) == 1
-            places += range(first, last)
-            ids = [i for place in range(first, last) for i in plan.sample_ids(step, place)]
+            indices += range(first, last)
+            ids = [i for index in range(first, last) for i in plan.sample_ids(step, index)]
             assert plan.sample_ids(step, first, last).tolist() == ids
-    assert places == list(range(len(step.micro_batches)))
+    assert indices == list(range(len(step.micro_batches)))
 
 
 def test_few_groups_as_even_as_can_be() -> None:
@@ -81,9 +81,9 @@ def test_both_ways_to_normalise_are_batch_norm_of_each_part(
         return [out, *torch.autograd.grad(out, [x, weight, bias], grown)]
 
     mean, var = (torch.zeros(3, 5, dtype=torch.float64) if tracked else None for _ in range(2))
-    got = outcome(normalize(x.chunk(3), mean=mean, var=var, weight=weight, bias=bias, eps=1e-5))
-    due = outcome(torch.cat([F.batch_norm(p, None, None, weight, bias, True) for p in x.chunk(3)]))
-    for a, b in zip(got, due, strict=True):
+    actual = outcome(normalize(x.chunk(3), mean=mean, var=var, weight=weight, bias=bias, eps=1e-5))
+    expected = outcome(torch.cat([F.batch_norm(p, None, None, weight, bias, True) for p in x.chunk(3)]))
+    for a, b in zip(actual, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-13)
     if mean is not None and var is not None:
         for m, v, part in zip(mean, var, x.detach().chunk(3), strict=True):
@@ -122,9 +122,9 @@ def test_layers_that_draw_are_not_told_apart(tmp_path: Path) -> None:
     (reference,) = on_ranks(1, run, tmp_path / "1", Drawing, 1)
     assert not isinstance(reference, str)
     for fuse in (2, 3, 8, "auto"):
-        (got,) = on_ranks(1, run, tmp_path / str(fuse), Drawing, fuse)
-        assert not isinstance(got, str), got
-        assert largest_difference(got, reference) < 1e-12
+        (weights,) = on_ranks(1, run, tmp_path / str(fuse), Drawing, fuse)
+        assert not isinstance(weights, str), weights
+        assert largest_difference(weights, reference) < 1e-12
 
 
 def test_clipping_class_weights_and_autocast(tmp_path: Path) -> None:
@@ -136,8 +136,8 @@ def test_clipping_class_weights_and_autocast(tmp_path: Path) -> None:
             "loss__ignore_index": 2,
         }
         (reference,) = on_ranks(1, run, tmp_path / f"{precision}1", conv_net, 1, **changes)
-        (got,) = on_ranks(1, run, tmp_path / f"{precision}3", conv_net, 3, **changes)
-        assert largest_difference(got, reference) < bound
+        (weights,) = on_ranks(1, run, tmp_path / f"{precision}3", conv_net, 3, **changes)
+        assert largest_difference(weights, reference) < bound
 
 
 # ---------------------------------------------------------------- what is refused
@@ -189,10 +189,10 @@ def test_what_micro_batches_cannot_share_is_refused(
     assert message in refused
     assert refused.endswith("set batch.fuse=1")
     assert not (tmp_path / "run").exists(), "refused before the run directory is touched"
-    (found,) = on_ranks(1, run, tmp_path, lambda: Odd(odd), "auto")
-    assert not isinstance(found, str), "auto looks for what works"
-    (alone,) = on_ranks(1, run, tmp_path, lambda: Odd(odd), 1)
-    assert not isinstance(alone, str)
+    (automatic,) = on_ranks(1, run, tmp_path, lambda: Odd(odd), "auto")
+    assert not isinstance(automatic, str), "auto looks for what works"
+    (unfused,) = on_ranks(1, run, tmp_path, lambda: Odd(odd), 1)
+    assert not isinstance(unfused, str)
 
 
 class Contrast(Task):
@@ -253,13 +253,13 @@ class Small(nn.Module):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize(("most", "due"), [(100, 7), (12, 3), (11, 1)])
+@pytest.mark.parametrize(("most", "expected"), [(100, 7), (12, 3), (11, 1)])
 def test_auto_takes_what_fits_and_leaves_no_trace_of_its_tries(
-    tmp_path: Path, backward: bool, most: int, due: int
+    tmp_path: Path, backward: bool, most: int, expected: int
 ) -> None:
     """7 micro-batches of 4 are tried first, then 3, then 1."""
 
-    def settled(directory: Path) -> tuple[int, float, bool, bool]:
+    def choose(directory: Path) -> tuple[int, float, bool, bool]:
         settings = config(directory, batch__micro_size=MICRO, batch__fuse="auto")
         trainer = Trainer(settings, model=Small(most, backward), train_data=Images(), val_data=Images(20))
         before, drawn = state(trainer), torch.get_rng_state()
@@ -272,22 +272,22 @@ def test_auto_takes_what_fits_and_leaves_no_trace_of_its_tries(
             any(p.grad is not None for p in trainer.module.parameters()),
         )
 
-    assert on_ranks(1, settled, tmp_path) == [(due, 0.0, True, False)]
+    assert on_ranks(1, choose, tmp_path) == [(expected, 0.0, True, False)]
 
 
 def test_auto_on_the_cpu_asks_how_much_memory_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer.core import fuse_check
 
-    def settled(directory: Path, room: int) -> tuple[int, int]:
+    def choose(directory: Path, room: int) -> tuple[int, int]:
         settings = config(directory, batch__micro_size=MICRO, batch__fuse="auto")
         trainer = Trainer(settings, model=conv_net(), train_data=Images(), val_data=Images(20))
         one = fuse_check._memory_of_one(trainer.run, trainer.plan.step(0), 0)
         monkeypatch.setattr(fuse_check, "_available_memory", lambda: room * one)
         return choose_fuse(trainer.run)[0], one
 
-    for room, due in ((0, 1), (1, 1), (5, 5), (99, 7)):
-        ((fuse, one),) = on_ranks(1, settled, tmp_path, room)
-        assert fuse == due
+    for room, expected in ((0, 1), (1, 1), (5, 5), (99, 7)):
+        ((fuse, one),) = on_ranks(1, choose, tmp_path, room)
+        assert fuse == expected
     activations = 2 * MICRO * (50 + 4 * 9 * 3 + CLASSES) * 8  # input, three maps of (4, 3, 3), logits; fp64
     assert 0.5 * activations < one < 2 * activations
     assert fuse_check._available_memory() > 0

@@ -30,13 +30,13 @@ def plans(draw: st.DrawFn) -> Plan:
 
 @given(plans())
 def test_each_epoch_takes_every_sample_once(plan: Plan) -> None:
-    seen: dict[int, list[int]] = {}
+    ids_by_epoch: dict[int, list[int]] = {}
     for step in plan.steps():
         for rank in range(plan.ranks):
             for micro_batch in range(*step.ranks[rank]):
-                seen.setdefault(step.epoch, []).extend(plan.sample_ids(step, micro_batch).tolist())
-    assert sorted(seen) == list(range(plan.epochs))
-    assert all(sorted(ids) == list(range(plan.samples)) for ids in seen.values())
+                ids_by_epoch.setdefault(step.epoch, []).extend(plan.sample_ids(step, micro_batch).tolist())
+    assert sorted(ids_by_epoch) == list(range(plan.epochs))
+    assert all(sorted(ids) == list(range(plan.samples)) for ids in ids_by_epoch.values())
 
 
 @given(plans())

@@ -63,7 +63,6 @@ class Trainer:
     Raises `ConfigError` or `DataError` if the config cannot be run.
     """
 
-    journal: Journal
     stopwatch: Stopwatch
 
     def __init__(
@@ -102,6 +101,7 @@ class Trainer:
         self.state_notes: list[str] = []  # stateful objects that the checkpoint or the run lacks
         self._restored_states: Mapping[str, Any] | None = None
         self._batches: TrainLoader | None = None
+        self._journal: Journal | None = None
         self._attributes_of_trainer = frozenset(vars(self)) - attributes_before
         self._stateful_objects()  # refuses now what could not be saved later
 
@@ -125,8 +125,7 @@ class Trainer:
     # ---------------------------------------------------------------- the run
 
     def fit(self) -> dict[str, Any]:
-        """Train from the first step, or from the checkpoint that `run.resume` finds; returns the contents of
-        `summary.json`.
+        """Train from the first step or the checkpoint that `run.resume` finds; returns the contents of `summary.json`.
 
         Raises `LockstepError` if the loss is not finite or the run cannot go on, `Stopped` after a signal.
         """
@@ -135,14 +134,14 @@ class Trainer:
         self._stateful_objects()  # refuses now what could not be saved later
         with self.run.settings():
             self.fuse, self.fuse_note = choose_fuse(self.run)
-            with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self.journal:
-                self._resume(self.journal.resume_from)
+            with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self._journal:
+                self._resume(self._journal.resume_from)
                 self._introduce()
-                self.start()
-                for note in self.state_notes:
-                    self.journal.console.note(note)
-                self.journal.start_clock(self.plan, self.progress.step)
                 try:
+                    self.start()
+                    for note in self.state_notes:
+                        self.journal.console.note(note)
+                    self.journal.start_clock(self.plan, self.progress.step)
                     self._loop(stop)
                     return self._finish()
                 except RuntimeError as error:
@@ -155,16 +154,17 @@ class Trainer:
 
     def _introduce(self) -> None:
         """Show what will run, and its first samples."""
-        header = report.header(self.run, self.schedule, self.fuse, self.fuse_note, self.journal.directory)
-        facts = self.journal.with_sharing(self.run.facts_of_ranks)
-        self.journal.begin(header, self.progress, partial(environment, self.ranks, self.run.data, facts))
+        journal = self.journal
+        header = report.header(self.run, self.schedule, self.fuse, self.fuse_note, journal.directory)
+        facts = journal.with_sharing(self.run.facts_of_ranks)
+        journal.begin(header, self.progress, partial(environment, self.ranks, self.run.data, facts))
         for note in notes_on(facts):
-            self.journal.console.note(note)
+            journal.console.note(note)
         if self.config.run.figures and not self.progress.step:
-            self.ranks.on_main(lambda: self.journal.figures(drawing.draw_batch(self.run, self.journal.directory)))
+            self.ranks.on_main(lambda: journal.figures(drawing.draw_batch(self.run, journal.directory)))
         every = self.config.wandb.log_histograms_every
-        if every is not None and self.journal.wandb is not None:
-            self.observers.add(HistogramObserver(self.module, self.journal.wandb, every))
+        if every is not None and journal.wandb is not None:
+            self.observers.add(HistogramObserver(self.module, journal.wandb, every))
 
     def start(self) -> None:
         """Begin at the step after those that are done. A loop of one's own calls it once before `train_step`."""
@@ -187,6 +187,16 @@ class Trainer:
         if self._batches is None:
             raise LockstepError("train_step needs samples: call start() once before it")
         return self._batches
+
+    @property
+    def journal(self) -> Journal:
+        """The run directory, the console and W&B. Raises `LockstepError` before `fit` opens them."""
+        if self._journal is None:
+            raise LockstepError(
+                "fit() opens the run directory, which log, end_epoch and save write to; in a loop of your own, use "
+                "measure() and evaluate()"
+            )
+        return self._journal
 
     def end_loading(self) -> None:
         """End the loader processes. If they were left to the interpreter's exit, they would count as killed."""

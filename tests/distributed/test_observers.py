@@ -89,15 +89,15 @@ def test_an_observer_sees_every_step_on_one_process_and_several(tmp_path: Path) 
     loss.backward()  # type: ignore[no-untyped-call]
     expected = [p.grad for p in net.parameters()]
     assert sum(total for total, _ in losses) / sum(weight for _, weight in losses) == pytest.approx(loss.item(), 1e-12)
-    for seen, due in zip(gradient, expected, strict=True):
-        assert torch.allclose(seen, due, rtol=1e-12, atol=1e-15)
+    for actual, by_hand in zip(gradient, expected, strict=True):
+        assert torch.allclose(actual, by_hand, rtol=1e-12, atol=1e-15)
 
     results = on_ranks(2, record, tmp_path / "2")
     for rank, (calls, _, on_two, _) in enumerate(results):
-        own = [f"micro_batch 1.{rank}", "gradient 1", "step 1", f"micro_batch 2.{rank}", "gradient 2", "step 2"]
-        assert calls == ["begin", *own, "epoch 0 True", "end 2"]
-        for seen, due in zip(on_two, expected, strict=True):
-            assert torch.allclose(seen, due, rtol=1e-12, atol=1e-15)
+        steps = [f"micro_batch 1.{rank}", "gradient 1", "step 1", f"micro_batch 2.{rank}", "gradient 2", "step 2"]
+        assert calls == ["begin", *steps, "epoch 0 True", "end 2"]
+        for actual, by_hand in zip(on_two, expected, strict=True):
+            assert torch.allclose(actual, by_hand, rtol=1e-12, atol=1e-15)
 
 
 class Average(Observer):
@@ -141,16 +141,16 @@ def average(directory: Path, how: str, max_steps: int | None = None) -> dict[str
         train__max_steps=max_steps,
     )
     data = Points(SAMPLES, ignored=False)
-    given = {"model": mlp(), "train_data": data, "val_data": data}
+    parts = {"model": mlp(), "train_data": data, "val_data": data}
     if how == "subclass":
-        trainer: Any = AveragingTrainer(settings, **given)
+        trainer: Any = AveragingTrainer(settings, **parts)
         trainer.fit()
         return dict(trainer.average.state_dict())
     if how == "config":
         named = ObserverConfig(name=f"{__name__}.Average")
-        trainer = Trainer(replace(settings, observers=(named,)), **given)
+        trainer = Trainer(replace(settings, observers=(named,)), **parts)
     else:
-        trainer = Trainer(settings, observers=[Average()], **given)
+        trainer = Trainer(settings, observers=[Average()], **parts)
     trainer.fit()
     (observer,) = trainer.observers
     assert observer.count == (max_steps or 4)
@@ -290,10 +290,10 @@ def test_an_object_passed_by_name_and_kept_as_an_attribute_is_one(tmp_path: Path
     class Keeping(Trainer):
         def __init__(self, *args: Any, stateful: Any, **more: Any) -> None:
             super().__init__(*args, stateful=stateful, **more)
-            self.counter = stateful["given"]
+            self.counter = stateful["passed"]
 
-    trainer_of(tmp_path, Keeping, stateful={"given": Counter(3)}).fit()
-    assert saved_states(tmp_path) == {"given"}
+    trainer_of(tmp_path, Keeping, stateful={"passed": Counter(3)}).fit()
+    assert saved_states(tmp_path) == {"passed"}
 
 
 @pytest.mark.parametrize("how", ["observer", "observer in another case", "second observer", "attribute", "file"])
@@ -431,9 +431,16 @@ def test_a_loop_of_ones_own_takes_the_same_steps(tmp_path: Path) -> None:
         trainer.start()
         for step in trainer.plan.steps():
             trainer.train_step(step)
+        row = trainer.measure(step)
+        metrics = trainer.evaluate()
         trainer.end_loading()
+        with pytest.raises(LockstepError, match=r"fit\(\) opens the run directory.*use measure\(\) and evaluate\(\)"):
+            trainer.log(step)
     reference = trainer_of(tmp_path / "fit")
     reference.fit()
+    *_, logged = read_rows(tmp_path / "fit" / "run" / "metrics.jsonl")
+    assert metrics["loss"] == logged["val/loss"]
+    assert row["step"] == logged["step"]
     weights = state(trainer)
     assert all(torch.equal(weights[name], tensor) for name, tensor in state(reference).items())
 

@@ -1,4 +1,4 @@
-"""The process-wide settings of a run, and what CUDA says where they cannot be kept."""
+"""The process-wide settings of a run, and clear errors for operations that cannot run under them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ NO_DETERMINISTIC_KERNEL = "does not have a deterministic implementation"
 
 @contextmanager
 def run_settings(*, bitwise: bool, compiled: bool) -> Iterator[None]:
-    """What a run changes in its process, put back at the end, also after a failure.
+    """A context with the settings that a run needs in its process. Those before come back at the end, also after an
+    error; contexts may be nested.
 
-    The generators that dropout and the data draw from are seeded again and again. What the caller draws after a run
-    must not depend on it.
+    A run seeds the generators of its dropout and data over and over. They come back as well, so that what the caller
+    draws after a run does not depend on it.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_generators())
@@ -39,7 +40,7 @@ def run_settings(*, bitwise: bool, compiled: bool) -> Iterator[None]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """The settings under which one kind of device and one software stack give the same bits again.
+    """The settings under which one kind of device and one software stack always give the same bits.
 
     See https://docs.pytorch.org/docs/stable/notes/randomness.html.
     """
@@ -70,9 +71,9 @@ def _deterministic() -> Iterator[None]:
 
 @contextmanager
 def _one_kernel_a_shape() -> Iterator[None]:
-    """Have torch.compile fail where it would fall back to eager after a number of shapes.
+    """Make torch.compile fail instead of falling back to eager mode after a number of shapes.
 
-    Which shapes a rank meets first depends on the number of ranks.
+    Which shapes a rank compiles first depends on the number of ranks, so a fallback would, too.
     """
     import torch._dynamo.config as dynamo  # imported here: it costs seconds
 
@@ -86,18 +87,19 @@ def _one_kernel_a_shape() -> Iterator[None]:
 
 @contextmanager
 def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables that are set where the user has not set them."""
-    added = {name: value for name, value in defaults.items() if name not in os.environ}
-    os.environ.update(added)
+    """A context with `defaults` for the environment variables that the user has not set."""
+    names = [name for name in defaults if name not in os.environ]
+    for name in names:
+        os.environ[name] = defaults[name]
     try:
         yield
     finally:
-        for name in added:
+        for name in names:
             os.environ.pop(name, None)
 
 
 def refused_operation(error: RuntimeError) -> LockstepError | None:
-    """The error in the run's own terms, if a device refused an operation or what it was given; else None."""
+    """An error that says what to do, if a device refused an operation or its input; None for any other error."""
     message = str(error)
     if DEVICE_ASSERT in message:
         # CUDA reports this asynchronously, so the operation is not known, and the device is unusable afterwards.

@@ -1,7 +1,6 @@
-"""One training step taken apart, for learning and for debugging.
+"""One training step in detail, for learning and for debugging.
 
-Nothing is computed a second way: an observer watches the run's own `train_step`. What is reported is what training
-does.
+Nothing is computed a second way: an observer watches the run's own `train_step`, so the report is what training does.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from trainer.inspection.autograd_chain import chain
 from trainer.inspection.watch import StepWatch
 from trainer.trainer import Trainer
 
-MOST_VALUES = 4  # of a tensor, and samples of a batch
-MOST_NUMBERS = 10  # of one sample's output or target
+MAX_VALUES = 4  # reported of a tensor; and samples reported of a batch
+MAX_NUMBERS = 10  # reported of one sample's output or target
 
 Values = dict[str, Any]  # a tensor's shape, L2 norm and first values; plain, for JSON
 
 
 class StepLesson(StepWatch):
-    """A detailed watch that also follows the backward of the first micro-batch and the running statistics.
+    """A detailed watch that also records the backward of the first micro-batch and the running statistics.
 
     `statistics` has for each norm layer those `before` the step, `after_first` micro-batch, and `after` the step.
     """
@@ -58,15 +57,19 @@ class StepLesson(StepWatch):
         return losses
 
     def gradient_values(self) -> dict[str, dict[str, Values | None]]:
-        """Of each parameter's gradient, a few numbers `before`, `after_first` and `after_last` backward, `reduced`."""
+        """Each gradient in a few numbers: `before`, `after_first` and `after_last` backward, `reduced` over ranks."""
         result = {}
-        for name, stages in self.gradients.items():
-            result[name] = {stage: values(gradient) for stage, gradient in stages.items()}
-            result[name]["reduced"] = result[name].pop("applied")
+        for name, gradients in self.gradients.items():
+            result[name] = {
+                "before": values(gradients["before"]),
+                "after_first": values(gradients["after_first"]),
+                "after_last": values(gradients["after_last"]),
+                "reduced": values(gradients["applied"]),
+            }
         return result
 
     def update_values(self) -> dict[str, Values]:
-        """Of what the update added to each trained parameter, a few numbers."""
+        """A few numbers of what the update added to each trained parameter."""
         result = {}
         for name, change in self.changes().items():
             if name not in self.gradients:
@@ -83,21 +86,28 @@ class StepLesson(StepWatch):
             return []
         record = self.records[0]
         samples: list[Values] = []
-        for row in range(MOST_VALUES):
+        for row in range(MAX_VALUES):
             loss = record.sample_loss(self.trainer, row)
             if loss is None:
                 break
-            sample = {"target": _plain(record.batch.targets[row]), "output": _plain(record.output[row])}
-            samples.append({**sample, "loss_sum": loss[0], "weight": loss[1]})
+            loss_sum, weight = loss
+            samples.append(
+                {
+                    "target": _plain_values(record.batch.targets[row]),
+                    "output": _plain_values(record.output[row]),
+                    "loss_sum": loss_sum,
+                    "weight": weight,
+                }
+            )
         return samples
 
 
 class Dissection:
-    """A run's first step, and the second with and without zero_grad between them: on one process, nothing written."""
+    """A run's first step, and the second with and without zero_grad in between. One process; writes no files."""
 
     def __init__(self, config: Config) -> None:
-        # A few samples need no loader processes.
-        self.trainer = Trainer(replace(config, data=replace(config.data, workers=0)))
+        data = replace(config.data, workers=0)  # a few samples need no loader processes
+        self.trainer = Trainer(replace(config, data=data))
 
     def report(self) -> dict[str, Any]:
         """The whole report, as plain values."""
@@ -135,7 +145,7 @@ class Dissection:
         }
 
     def _run(self, step: Step) -> StepLesson:
-        """Do `step`, watched."""
+        """Train `step` and record it."""
         trainer = self.trainer
         trainer.load_from(step.number - 1)
         with StepLesson(trainer) as lesson:
@@ -152,9 +162,9 @@ class Dissection:
         ids = [plan.sample_ids(step, index) for index in range(len(step.micro_batches))]
         inputs = self.trainer.run.train_loader.peek(ids[0]).inputs
         is_tensor = isinstance(inputs, Tensor)
-        samples: list[Values] = [{"id": int(sample_id)} for sample_id in ids[0][:MOST_VALUES]]
+        samples: list[Values] = [{"id": int(sample_id)} for sample_id in ids[0][:MAX_VALUES]]
         for sample, numbers in zip(samples, lesson.samples(), strict=False):
-            sample.update(numbers)
+            sample.update(numbers)  # ids alone, if samples cannot be told apart
         return {
             "size": step.size,
             "micro_batches": [len(part) for part in ids],
@@ -175,34 +185,49 @@ class Dissection:
         }
 
     def _without_zero_grad(self, first: StepLesson) -> dict[str, Any] | None:
-        """The second step's gradient as it is, and as it is where the first one's was left; None in a run of one."""
+        """Each gradient of the `first` and of the `second` step, and what a second step gives that was not preceded by
+        zero_grad: `both`. None in a run of one step.
+        """
         trainer = self.trainer
         if trainer.plan.total_steps < 2:
             return None
-        state = copy.deepcopy((trainer.module.state_dict(), trainer.optimizer.state_dict()))
-        second = self._run(trainer.plan.step(1))
-        trainer.module.load_state_dict(state[0])
-        trainer.optimizer.load_state_dict(state[1])
-        first_gradients = first.applied_gradients()
-        for name, parameter in trainer.module.named_parameters():
-            if name in first_gradients:
-                parameter.grad = first_gradients[name].clone()  # the backward adds to it in place
-            elif name in first.gradients:
-                parameter.grad = None
-        stale = self._run(trainer.plan.step(1))
+        step = trainer.plan.step(1)
+        model_state = copy.deepcopy(trainer.module.state_dict())
+        optimizer_state = copy.deepcopy(trainer.optimizer.state_dict())
+        second = self._run(step)
+        trainer.module.load_state_dict(model_state)
+        trainer.optimizer.load_state_dict(optimizer_state)
+        self._put_back_gradients(first)
+        both = self._run(step)
         result = {}
         for name in first.gradients:
-            lessons = {"first": first, "second": second, "both": stale}
-            result[name] = {key: values(lesson.gradients[name]["applied"]) for key, lesson in lessons.items()}
+            result[name] = {
+                "first": values(first.gradients[name]["applied"]),
+                "second": values(second.gradients[name]["applied"]),
+                "both": values(both.gradients[name]["applied"]),
+            }
         return result
+
+    def _put_back_gradients(self, lesson: StepLesson) -> None:
+        """Leave the gradients as they were when the recorded step's update applied them."""
+        gradients = lesson.applied_gradients()
+        for name, parameter in self.trainer.module.named_parameters():
+            if name in gradients:
+                parameter.grad = gradients[name].clone()  # the backward adds to it in place
+            elif name in lesson.gradients:
+                parameter.grad = None
 
 
 def values(tensor: Tensor | None) -> Values | None:
-    """A tensor in a few plain numbers; None for None, which a gradient is before the first backward."""
+    """A tensor's shape, norm and first values; None for None, which a gradient is before the first backward."""
     if tensor is None:
         return None
-    first = tensor.detach().reshape(-1)[:MOST_VALUES].tolist()
-    return {"shape": list(tensor.shape), "norm": float(tensor.detach().double().norm()), "first": first}
+    tensor = tensor.detach()
+    return {
+        "shape": list(tensor.shape),
+        "norm": float(tensor.double().norm()),
+        "first": tensor.reshape(-1)[:MAX_VALUES].tolist(),
+    }
 
 
 def _statistics(layer: _NormBase) -> Values:
@@ -215,6 +240,8 @@ def _statistics(layer: _NormBase) -> Values:
     }
 
 
-def _plain(tensor: Tensor) -> Any:
-    """A number, or a few of a flat list."""
-    return tensor.item() if tensor.dim() == 0 else tensor.reshape(-1)[:MOST_NUMBERS].tolist()
+def _plain_values(tensor: Tensor) -> Any:
+    """The number of a 0-dim tensor, or the first numbers of any other one."""
+    if tensor.dim() == 0:
+        return tensor.item()
+    return tensor.reshape(-1)[:MAX_NUMBERS].tolist()

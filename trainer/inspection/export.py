@@ -68,9 +68,9 @@ def export(predictor: Predictor, kind: str, path: Path) -> Path:
 
 
 def _check_onnx_packages() -> None:
-    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError("--export", f"onnx needs {' and '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}")
+    absent = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if absent:
+        raise ConfigError("--export", f"onnx needs {' and '.join(absent)}: pip install {' '.join(ONNX_PACKAGES)}")
 
 
 def _example_images(predictor: Predictor) -> Tensor:

@@ -30,8 +30,8 @@ from trainer.storage.run_directory import read_config
 class Predictor:
     """The best model of the run at `run`, with its validation transforms, normalisation and class names.
 
-    `overrides` are `key=value` changes of the run's config. A model that was given to the run's `Trainer`, instead of
-    being named in its config, must be given here too.
+    `overrides` are `key=value` changes of the run's config. A model that was passed to the run's `Trainer`, instead of
+    being named in its config, must be passed here too.
 
     Attributes: `config`, `signature`, `device`, `module`, `task`, `normalize`.
 
@@ -57,9 +57,9 @@ class Predictor:
         self._forward = Forward(self.task, precision, self.device, self.config.run.seed)
 
     def classify(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor | DataError]]:
-        """Each file in order, with the probability of every class or with the reason that it cannot be used.
+        """Each file in order, with the probability of every class, or with an error that says why there is none.
 
-        Probabilities are float32 `(classes,)` on the CPU.
+        Probabilities are float32 `(classes,)` on the CPU. Raises `ConfigError` if the run trained no classifier.
         """
         size = self.config.batch.eval_size
         batches = iter(self._load_files(paths))
@@ -73,7 +73,7 @@ class Predictor:
     def _classify_batch(
         self, paths: Sequence[Path], items: Sequence[MicroBatch | DataError]
     ) -> list[Tensor | DataError]:
-        """The answer for each file of a batch; only the usable ones pass through the model."""
+        """The answer for each file of a batch; only usable images go through the model."""
         answers: list[Tensor | DataError] = []
         images = []
         for path, item in zip(paths, items, strict=True):
@@ -120,7 +120,7 @@ class Predictor:
             ) from None
 
     def _load_files(self, paths: Sequence[Path]) -> DataLoader[list[MicroBatch | DataError]]:
-        """Batches of files. Each file is a sample of its own, so one that cannot be read does not fail its batch."""
+        """Batches of files. Each file is loaded by itself, so that one that cannot be read does not fail its batch."""
         config = self.config
         transform = build_transforms("data.val_transforms", config.data.val_transforms)
         files = _ImageFiles(paths, self._file_channels())
@@ -130,7 +130,7 @@ class Predictor:
             batch_size=config.batch.eval_size,
             collate_fn=list,
             num_workers=max(0, min(config.data.workers, len(paths) - 1)),
-            generator=torch.Generator(),  # else the loader would draw from the caller's
+            generator=torch.Generator(),  # without one, the loader draws from the caller's
         )
 
     def _file_channels(self) -> int:
@@ -142,7 +142,7 @@ class Predictor:
         raise ConfigError("data.name", f"{self.config.data.name} holds {content}; only grey and colour files are read")
 
     def _check_image(self, path: Path, item: MicroBatch | DataError) -> Tensor | DataError:
-        """The image, `(1, C, H, W)`, if it has the shape and dtype of those that the model was validated on."""
+        """The image, `(1, C, H, W)`, if its shape and dtype are those of the validation data; else an error."""
         if isinstance(item, DataError):
             return item
         image: Tensor = item.inputs
@@ -174,7 +174,7 @@ class _ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return decode(self.paths[index], self._channels), 0  # 0 stands for the target, which is not known
+        return decode(self.paths[index], self._channels), 0  # a target, which every sample must have
 
 
 def _device_of_one_process(precision: str) -> torch.device:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from trainer.inspection.watch import StepWatch
 from trainer.reporting.jsonl import read_rows
 from trainer.storage import checkpoint
 from trainer.trainer import Trainer
+
+COMPARED_COLUMNS = ("train/loss", "lr", "grad_norm")
 
 Rows = dict[int, dict[str, Any]]  # logged rows of steps, by step
 Digests = dict[int, tuple[str, str]]  # at logged steps: the run's, and this one's
@@ -58,16 +61,21 @@ def replay(make_trainer: Callable[[], Trainer], directory: Path, number: int) ->
     if not 1 <= number <= trainer.plan.total_steps:
         raise ConfigError("--step", f"{number} is none of the run's steps, 1 to {trainer.plan.total_steps}")
     logged_rows = _logged_rows(directory)
-    with trainer.run.settings():
+    with trainer.run.settings(), ExitStack() as stack:
+        stack.callback(trainer.end_loading)
         digests: Digests = {}
-        start = _restore(trainer, directory, before=number)
-        first_bad = _advance(trainer, number, logged_rows, digests)
-        if first_bad is not None:
-            trainer, digests = make_trainer(), {}
+        first_step = _restore(trainer, directory, before=number)
+        first_bad_step = _advance(trainer, number, logged_rows, digests)
+        if first_bad_step is not None:
+            # Once more, because the details of a step are recorded while it runs.
+            trainer = make_trainer()
+            stack.callback(trainer.end_loading)
+            digests = {}
             _restore(trainer, directory, before=number)
-            _advance(trainer, first_bad, logged_rows, digests)
+            _advance(trainer, first_bad_step, logged_rows, digests)
         result = _examine(trainer, logged_rows, digests)
-    result.asked, result.began_after = number, start
+    result.asked = number
+    result.began_after = first_step
     return result
 
 
@@ -124,7 +132,10 @@ def _examine(trainer: Trainer, logged_rows: Rows, digests: Digests) -> Replay:
         trainer.train_step(step)
     row = _measure_as_logged(trainer, step, logged_rows, digests)
     logged = logged_rows.get(step.number, {})
-    compared = [name for name in row if name in ("train/loss", "grad_norm", "lr")]
+    both_rows = {}
+    for name in COMPARED_COLUMNS:
+        if name in row:
+            both_rows[name] = logged[name], row[name]
     return Replay(
         step=step.number,
         asked=step.number,
@@ -138,7 +149,7 @@ def _examine(trainer: Trainer, logged_rows: Rows, digests: Digests) -> Replay:
         batch_norm=watch.norm_inputs,
         weights=_weights(watch),
         digests=digests,
-        logged={name: (logged[name], row[name]) for name in compared},
+        logged=both_rows,
         images=_images(watch),
     )
 
@@ -164,7 +175,7 @@ def _samples(watch: StepWatch, step: Step) -> list[dict[str, Any]]:
 
 
 def _target(targets: Any, row: int, classes: list[str] | None) -> Any:
-    """A class name where there is one, else the plain value."""
+    """The name of the target's class if it has one, else its plain value."""
     value = targets[row].tolist() if isinstance(targets, Tensor) else None
     if isinstance(value, int) and classes and 0 <= value < len(classes):
         return classes[value]
@@ -172,21 +183,27 @@ def _target(targets: Any, row: int, classes: list[str] | None) -> Any:
 
 
 def _weights(watch: StepWatch) -> dict[str, dict[str, float]]:
-    """Of each parameter its norm before the step, its gradient's as applied, and that of its change."""
+    """For each parameter three norms: its own before the step, its gradient's as applied, and its change's."""
     weights: dict[str, dict[str, float]] = {}
     for name, change in watch.changes().items():
-        weights[name] = {"norm": watch.weights_before[name].norm().item(), "change": change.norm().item()}
+        before = watch.weights_before[name]
+        weights[name] = {"norm": before.norm().item(), "change": change.norm().item()}
     for name, gradient in watch.applied_gradients().items():
         weights[name]["gradient"] = gradient.norm().item()
     return weights
 
 
 def _images(watch: StepWatch) -> Tensor | None:
-    """The images as the model saw them, `(N, C, H, W)` in [0, 1]; None where inputs are no images."""
-    inputs = [record.batch.inputs for record in watch.records]
-    if not inputs or not all(isinstance(images, Tensor) and images.dim() == 4 for images in inputs):
+    """The images as the model saw them, `(N, C, H, W)` in [0, 1]; None if inputs are no images."""
+    batches = []
+    for record in watch.records:
+        images = record.batch.inputs
+        if not isinstance(images, Tensor) or images.dim() != 4:
+            return None
+        batches.append(images)
+    if not batches:
         return None
-    return watch.trainer.run.train_loader.normalize.undo(torch.cat(inputs))
+    return watch.trainer.run.train_loader.normalize.undo(torch.cat(batches))
 
 
 def loss_rank(sample: Mapping[str, Any]) -> float:
