@@ -20,6 +20,7 @@ from trainer.process.exit import delay_exit_for_gloo
 from trainer.process.host_group import HostGroup
 from trainer.process.interface import choose_gloo_interface
 from trainer.process.launcher_settings import check_launcher_settings, check_world_size
+from trainer.process.restart import join_after_restart
 
 DEFAULT_TIMEOUT = 1800.0  # seconds; that of run.timeout
 DEVICE_MARGIN = 60.0  # seconds
@@ -45,6 +46,7 @@ class Ranks:
         is_on_device = torch.accelerator.is_available()
         # On GPUs the host gives up first, because its message names the ranks that did not come.
         device_timeout = timeout + (DEVICE_MARGIN if is_on_device else 0)
+        join_after_restart(timedelta(seconds=device_timeout))
         self.accelerator = Accelerator(
             mixed_precision="no",  # `Precision` does it, with one code path for every device
             cpu=None if is_on_device else True,  # without True, torchrun's processes do not join
