@@ -75,6 +75,7 @@ def test_nothing_the_host_agrees_on_uses_the_devices_group(tmp_path: Path) -> No
             setattr(distributed, name, recorded)
         ranks.gather([1])
         ranks.any_rank_async(True).result()
+        assert ranks.any_rank_each([ranks.is_main, False]) == [True, False]
         ranks.on_main(lambda: 1)
         ranks.on_each(lambda: 1)
         ranks.barrier()

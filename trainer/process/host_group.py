@@ -103,6 +103,14 @@ class HostGroup:
 
         return answer
 
+    def any_each(self, flags: list[bool]) -> list[bool]:
+        """For each flag, whether it is true on any rank."""
+        if self.count == 1:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.int32)
+        self._run(partial(distributed.all_reduce, votes, distributed.ReduceOp.MAX))
+        return [bool(vote) for vote in votes.tolist()]
+
     @contextmanager
     def first(self, is_first: bool) -> Iterator[None]:
         """A context whose body runs on ranks with `is_first`, and then on the others.

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, patch_environment
 from torch import Tensor, distributed, nn
 
 from trainer.errors import ConfigError, LockstepError, OtherRankFailed
@@ -78,7 +78,10 @@ class Ranks:
         )
         with warnings.catch_warnings():  # newer torch renames the option, older torch has the old name only
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-            prepared: nn.Module = self.accelerator.prepare_model(model)
+            # DDP keeps to the device that the model is on. Accelerate would name LOCAL_RANK's, which does not exist
+            # where a launcher shows each process one GPU (`srun --gpus-per-task=1`).
+            with patch_environment(accelerate_bypass_device_map="true"):
+                prepared: nn.Module = self.accelerator.prepare_model(model)
         return prepared
 
     def broadcast_parameters(self, model: nn.Module) -> nn.Module:
@@ -127,8 +130,12 @@ class Ranks:
     def all_gather_by_sends(self, shard: Tensor, whole: Tensor) -> None:
         """Fill `whole`, `(ranks, n)`, with every rank's `shard`, `(n,)`.
 
-        All sends and receives are started at once. On gloo that takes a third of the time of its `all_gather`.
+        On the CPU all sends and receives are started at once: on gloo that takes a third of the time of its
+        `all_gather`. A GPU's tensors may be on a group that has no point-to-point transfers for them.
         """
+        if self.device.type != "cpu":
+            distributed.all_gather_into_tensor(whole.view(-1), shard)
+            return
         whole[self.rank].copy_(shard)
         exchanges = []
         for distance in range(1, self.count):
@@ -154,6 +161,10 @@ class Ranks:
     def any_rank_async(self, flag: bool) -> Agreement:
         """Start asking whether `flag` is true on any rank; `result()` gives the answer, the same on every rank."""
         return Agreement(self._host.any_async(flag))
+
+    def any_rank_each(self, flags: list[bool]) -> list[bool]:
+        """For each flag, whether it is true on any rank: waits for the other hosts, never for a GPU."""
+        return self._host.any_each(flags)
 
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Run `action` on the main process. Every rank returns its result, or raises the same error if it fails.
