@@ -6,7 +6,8 @@
 #
 # Two minutes before its time is up, or when it is cancelled or preempted, the run gets a SIGTERM, keeps a
 # checkpoint and ends with status 143. The same line goes on from there, on any number of GPUs; after
-# preemption or a node's failure Slurm does so by itself. run.dir and data.root must lie on a shared disk.
+# preemption or a node's failure Slurm does so by itself, for which run.dir must lie on a shared disk: rank 0 may be
+# on another machine then. Every machine needs the data. See docs/multi-gpu.md.
 # Give your cluster's --partition and --account to sbatch, and activate your environment before.
 
 #SBATCH --job-name=lockstep

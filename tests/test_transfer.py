@@ -198,7 +198,7 @@ def test_one_process_of_a_machine_downloads(tmp_path: Path) -> None:
     def fetch(port: int) -> bytes:
         ranks = Ranks("fp32")
         path = tmp_path / "deep" / "weights.pth"
-        download(f"http://127.0.0.1:{port}/weights.pth", path, ranks.node_main_first)
+        download(f"http://127.0.0.1:{port}/weights.pth", path, ranks.main_first)
         return path.read_bytes()
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:

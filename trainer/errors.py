@@ -32,6 +32,10 @@ class DataError(LockstepError, ValueError):
     exit_status = 2
 
 
+class OtherRankFailed(LockstepError):
+    """A defect of the program has ended another rank, which shows its traceback. Exit status 1."""
+
+
 class Stopped(LockstepError):
     """A signal stopped the run at a step boundary, after a complete checkpoint. Exit status 128 + the signal."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from trainer.core.build import build_run, settings_of
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.observers import Observer, Observers, Stateful
+from trainer.core.preflight import notes_on
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.refused import refuse_nondeterministic
 from trainer.core.stateful import StatefulObjects, load_states, read_states
@@ -45,6 +47,7 @@ from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
 from trainer.storage.run_directory import check_same_run, config_yaml
+from trainer.storage.shared_checkpoint import load_on_all
 
 
 class Trainer:
@@ -144,10 +147,10 @@ class Trainer:
                     self._loop(stop)
                     return self._finish()
                 except RuntimeError as error:
-                    refusal = refused_operation(error)
-                    if refusal is None:
+                    cause = refused_operation(error) or self.ranks.explain(error)
+                    if cause is None:
                         raise
-                    raise refusal from None
+                    raise cause from None
                 finally:
                     self.end_loading()
 
@@ -155,7 +158,10 @@ class Trainer:
         """Show what will run, and its first samples."""
         journal = self.journal
         header = report.header(self.run, self.schedule, self.fuse, self.fuse_note, journal.directory)
-        journal.begin(header, self.progress, lambda: environment(self.ranks, self.run.data))
+        facts = journal.with_sharing(self.run.facts_of_ranks)
+        journal.begin(header, self.progress, partial(environment, self.ranks, self.run.data, facts))
+        for note in notes_on(facts):
+            journal.console.note(note)
         if self.config.run.figures and not self.progress.step:
             self.ranks.on_main(lambda: journal.figures(drawing.draw_batch(self.run, journal.directory)))
         every = self.config.wandb.log_histograms_every
@@ -398,7 +404,11 @@ class Trainer:
     def _resume(self, path: Path | None) -> None:
         if path is None:
             return
-        content = checkpoint.load(path)
+        content = load_on_all(path, self.module, self.ranks, self._check_resumable)
+        self.restore(content)
+        self.ranks.on_main(lambda: checkpoint.restore_best(self.journal.directory, content.progress.best_step))
+
+    def _check_resumable(self, content: Checkpoint) -> None:
         check_same_run(content.config, self.config, self.config.run)
         if content.progress.step > self.plan.total_steps:
             raise ConfigError(
@@ -406,8 +416,6 @@ class Trainer:
                 f"the run to resume is at step {content.progress.step} and would end at {self.plan.total_steps}; raise "
                 f"it, or start a new run with run.resume=never",
             )
-        self.restore(content)
-        self.ranks.on_main(lambda: checkpoint.restore_best(self.journal.directory, content.progress.best_step))
 
     def restore(self, content: Checkpoint) -> None:
         """Take over the state of a checkpoint. Stateful objects take theirs over in `start`."""

@@ -25,7 +25,7 @@ from trainer.errors import ConfigError, nearest
 
 FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 SERVER_TIMEOUT = 20.0  # seconds that a server may be silent during a download
-MainFirst = Callable[[], AbstractContextManager[None]]  # within it, one process of each machine goes before the others
+MainFirst = Callable[[], AbstractContextManager[None]]  # within it, one process goes before the others
 
 
 def torchvision_weights(section: ModelConfig) -> Any | None:
@@ -53,7 +53,7 @@ def torchvision_weights(section: ModelConfig) -> Any | None:
     return choices[name]
 
 
-def weights_file(section: ModelConfig, node_main_first: MainFirst) -> Path | None:
+def weights_file(section: ModelConfig, main_first: MainFirst) -> Path | None:
     """The file with the weights of `model.weights`, downloaded once per machine if it is not there."""
     if section.weights is None:
         return None
@@ -62,13 +62,13 @@ def weights_file(section: ModelConfig, node_main_first: MainFirst) -> Path | Non
         return Path(section.weights).expanduser()
     file_name = Path(urlparse(weights.url).path).name
     path = Path(torch.hub.get_dir(), "checkpoints", file_name)
-    download(weights.url, path, node_main_first)
+    download(weights.url, path, main_first)
     return path
 
 
-def download(url: str, path: Path, node_main_first: MainFirst) -> None:
+def download(url: str, path: Path, main_first: MainFirst) -> None:
     """Download `url` to `path`, completely or not at all. If the file is there, the network is not used."""
-    with node_main_first():
+    with main_first():
         if path.is_file():
             return
         _, dash, digest = path.stem.rpartition("-")  # torchvision puts the start of the SHA-256 there

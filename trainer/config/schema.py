@@ -32,6 +32,9 @@ class RunConfig(Section):
         "standard", "what runs on different process counts share: the mathematics, or every bit"
     )
     figures: bool = key(True, "draw the run's PNG figures at its end")
+    timeout: float = key(
+        1800.0, "how long a process waits for the others before the run ends with an error", unit="seconds", minimum=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

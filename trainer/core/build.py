@@ -24,6 +24,7 @@ from trainer.core.features import Features
 from trainer.core.forward import Forward
 from trainer.core.metrics import Row
 from trainer.core.precision import Precision
+from trainer.core.preflight import RankFacts, check_data, check_ranks
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
 from trainer.data.loading import Loader, build_loaders
 from trainer.errors import ConfigError, nearest
@@ -41,11 +42,12 @@ class Run:
     """The parts of a run on this process, each built from its own section of the config.
 
     `module` is the model itself, without DDP, on its device and in the run's dtype. `weights_note` says in one line
-    which weights it started from.
+    which weights it started from. `facts_of_ranks` has what each rank runs on, in rank order.
     """
 
     config: Config
     ranks: Ranks
+    facts_of_ranks: list[RankFacts]
     precision: Precision
     data: Datasets
     plan: Plan
@@ -77,11 +79,19 @@ class Run:
         return self.evaluator.evaluate()
 
     def load_best(self, directory: Path | None = None) -> Row:
-        """Load the best weights of the run in `directory` (this one's) on every rank; returns their row."""
-        tensors, row = checkpoint.load_best(directory or run_path(self.config.run))
-        checkpoint.restore_model(self.module, tensors)
+        """Load the best weights of the run in `directory` (this one's) on every rank; returns their row. A collective.
+
+        Only the main process reads them: no other machine needs to see the run's directory.
+        """
+        row: Row = self.ranks.on_main(lambda: self._read_best(directory or run_path(self.config.run)))
+        self.ranks.broadcast_parameters(self.module)
         if directory is not None:
             self.forget_features()
+        return row
+
+    def _read_best(self, directory: Path) -> Row:
+        tensors, row = checkpoint.load_best(directory)
+        checkpoint.restore_model(self.module, tensors)
         return row
 
     def forget_features(self) -> None:
@@ -108,10 +118,12 @@ def build_run(
     A collective: every rank of a run calls it with the same config. Raises `ConfigError` or `DataError`.
     """
     config = _with_names(config, model=model, data=train_data, loss=task)
-    ranks = Ranks(config.train.precision)
+    ranks = Ranks(config.train.precision, config.run.timeout)
+    facts_of_ranks = check_ranks(config, ranks)
     precision = Precision(config.train.precision, ranks.device)
 
-    data = _data(config, ranks, train_data, val_data)
+    data = ranks.on_each(lambda: _data(config, ranks, train_data, val_data))
+    check_data(data, ranks)
     plan = _plan(config, ranks, len(data.train))
     train_loader, val_loader = build_loaders(
         config.data, data, seed=config.run.seed, device=ranks.device, dtype=precision.dtype
@@ -119,9 +131,10 @@ def build_run(
 
     num_classes = _num_classes(config, data)
     signature = signature_of_samples(val_loader or train_loader, num_classes=num_classes, classes=data.classes)
-    module, weights_note = _module(
-        config, ranks, dtype=precision.dtype, model=model, loader=train_loader, num_classes=num_classes
+    build_module = partial(
+        _module, config, ranks, dtype=precision.dtype, model=model, loader=train_loader, num_classes=num_classes
     )
+    module, weights_note = ranks.on_each(build_module)  # a machine may lack the file of the weights
     the_task = as_task(config.loss if task is None else task, num_classes).to(ranks.device, precision.dtype)
     config = _with_best_metric(config, the_task, has_validation=val_loader is not None)
 
@@ -133,6 +146,7 @@ def build_run(
     return Run(
         config=config,
         ranks=ranks,
+        facts_of_ranks=facts_of_ranks,
         precision=precision,
         data=data,
         plan=plan,
@@ -204,7 +218,7 @@ def _module(
     num_classes: int | None,
 ) -> tuple[nn.Module, str]:
     """The model with its initial weights, on its device and in its dtype; and a note on the weights."""
-    weights = weights_file(config.model, ranks.node_main_first)
+    weights = weights_file(config.model, ranks.main_first)
     if model is None:
         channels = input_channels(loader.peek([0]).inputs)
         model = build_model(config.model, seed=config.run.seed, num_classes=num_classes, in_channels=channels)

@@ -13,12 +13,14 @@ from contextlib import suppress
 from functools import cache
 from typing import NoReturn
 
-from trainer.errors import LockstepError, Stopped
+from trainer.errors import LockstepError, OtherRankFailed, Stopped
 from trainer.process import launcher
+from trainer.process.store import ask_store
 
 REPORTER_KEY = "lockstep/failure"  # in the process group's store: the rank that reports the failure
 SECONDS_TO_REPORT = 2.0  # a launcher kills every rank once one has exited, so the others wait for the reporter
 SECONDS_TO_NOTICE = 1.0  # a lost connection is noticed before the rank that caused it has reported why
+SECONDS_TO_TRACE = 0.5  # the rank with the defect, which waits the second above, is to show its traceback
 SECONDS_FOR_GLOO = 0.2  # gloo's thread needs this long to release the tensors of the last collective
 CLOSED_PIPE_STATUS = 128 + signal.SIGPIPE
 
@@ -92,11 +94,13 @@ def _is_first_to_report(error: BaseException) -> bool:
 
     rank = launcher.rank()
     if not distributed.is_initialized():
-        return rank == 0  # nothing is shared yet: every rank reads the same config and fails alike
-    if not isinstance(error, LockstepError):
+        # Nothing is shared yet. The ranks of a machine read the same config and fail alike; another machine may not.
+        return launcher.local_rank() == 0
+    if isinstance(error, OtherRankFailed):
+        time.sleep(SECONDS_TO_NOTICE + SECONDS_TO_TRACE)
+    elif not isinstance(error, LockstepError):
         time.sleep(SECONDS_TO_NOTICE)
-    with suppress(Exception):
-        store = distributed.distributed_c10d._get_default_store()
-        reporter: bytes = store.compare_set(REPORTER_KEY, "", str(rank))
+    with suppress(ConnectionError):
+        reporter: bytes = ask_store(lambda store: store.compare_set(REPORTER_KEY, "", str(rank)))
         return reporter == str(rank).encode()
     return False  # the store ended with rank 0, which reported before it ended

@@ -13,6 +13,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """This process's number among the run's processes on this machine; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def world_size() -> int:
     """The number of processes of the run, on all machines; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from itertools import chain
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object, patch_environment
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, patch_environment
 from torch import Tensor, distributed, nn
 
-from trainer.errors import LockstepError
+from trainer.errors import ConfigError, LockstepError, OtherRankFailed
 from trainer.process.exit import delay_exit_for_gloo
+from trainer.process.host_group import HostGroup
+from trainer.process.interface import choose_gloo_interface
 from trainer.process.launcher_settings import check_launcher_settings, check_world_size
+from trainer.process.restart import join_after_restart
+
+DEFAULT_TIMEOUT = 1800.0  # seconds; that of run.timeout
+DEVICE_MARGIN = 60.0  # seconds
+LAST_TURN = 2  # of `main_first`, after rank 0's and that of each other machine's first rank
+MAX_NAMED_RANKS = 8
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -23,12 +36,21 @@ class Ranks:
     Attributes: `rank` of `count`; `is_main`, true on rank 0; `device`; `accelerator`, Accelerate's own object.
     """
 
-    def __init__(self, precision: str) -> None:
-        """Join the processes. `precision` is the config's, which the launcher must not contradict."""
+    def __init__(self, precision: str, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Join the processes. `precision` is the config's, which the launcher must not contradict.
+
+        A rank waits for the others at most `timeout` seconds.
+        """
         check_launcher_settings(precision)
+        choose_gloo_interface()
+        is_on_device = torch.accelerator.is_available()
+        # On GPUs the host gives up first, because its message names the ranks that did not come.
+        device_timeout = timeout + (DEVICE_MARGIN if is_on_device else 0)
+        join_after_restart(timedelta(seconds=device_timeout))
         self.accelerator = Accelerator(
             mixed_precision="no",  # `Precision` does it, with one code path for every device
-            cpu=None if torch.accelerator.is_available() else True,  # without True, torchrun's processes do not join
+            cpu=None if is_on_device else True,  # without True, torchrun's processes do not join
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=device_timeout))],
         )
         self.rank: int = self.accelerator.process_index
         self.count: int = self.accelerator.num_processes
@@ -37,10 +59,12 @@ class Ranks:
         check_world_size(self.count)
         if self.count > 1:
             delay_exit_for_gloo()
-        # On GPUs, ranks agree in a group of their own on the host: the GPU's group would wait for queued kernels.
-        self._host_group: Any = None
-        if self.count > 1 and self.device.type != "cpu":
-            self._host_group = distributed.new_group(backend="gloo")
+        self._host = HostGroup(self.rank, self.count, timeout)
+
+    @property
+    def machines(self) -> list[str]:
+        """The host names of the ranks' machines, in rank order."""
+        return self._host.machines
 
     # ---------------------------------------------------------------- models
 
@@ -64,8 +88,36 @@ class Ranks:
         """The model with rank 0's parameters and buffers on every rank."""
         if self.count > 1:
             for tensor in model.state_dict().values():
-                distributed.broadcast(tensor, src=0)
+                self.broadcast_tensor(tensor)
         return model
+
+    @torch.no_grad()
+    def broadcast_tensor(self, tensor: Tensor) -> None:
+        """Give a tensor on the run's device rank 0's elements, in place. Its shape and dtype are the same everywhere.
+
+        Bytes are sent, since gloo does not know every dtype; elements in row-major order, since strides may differ.
+        """
+        elements = tensor.detach().contiguous().reshape(-1)  # the tensor's own memory unless it has other strides
+        if not elements.numel():
+            return
+        distributed.broadcast(elements.view(torch.uint8), src=0)
+        if elements.data_ptr() != tensor.data_ptr():
+            tensor.copy_(elements.view(tensor.shape))
+
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rank 0's `tensors`, by name, on every rank, on the CPU. The device holds one of them at a time."""
+        if self.count == 1:
+            return dict(tensors)
+        layout = self.on_main(lambda: [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()])
+        results: dict[str, Tensor] = {}
+        for name, shape, dtype in layout:
+            if self.is_main:
+                buffer = tensors[name].to(self.device)
+            else:
+                buffer = torch.empty(shape, dtype=dtype, device=self.device)
+            self.broadcast_tensor(buffer)
+            results[name] = tensors[name] if self.is_main else buffer.cpu()
+        return results
 
     # ---------------------------------------------------------------- tensors
 
@@ -98,61 +150,96 @@ class Ranks:
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The concatenation of every rank's `items`, in rank order, on every rank."""
-        return list(gather_object(items)) if self.count > 1 else items
+        if self.count == 1:
+            return items
+        return list(chain.from_iterable(self._host.gather(items)))
+
+    def barrier(self) -> None:
+        """Wait on the host until every rank is here: before the device's group starts to count the seconds."""
+        self._host.any_async(False)()
 
     def any_rank_async(self, flag: bool) -> Agreement:
         """Start asking whether `flag` is true on any rank; `result()` gives the answer, the same on every rank."""
-        if self.count == 1:
-            return Agreement(flag, None)
-        vote = torch.tensor(int(flag))
-        work = distributed.all_reduce(vote, distributed.ReduceOp.MAX, group=self._host_group, async_op=True)
-        return Agreement(vote, work)
+        return Agreement(self._host.any_async(flag))
 
     def any_rank_each(self, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is true on any rank: waits for the other hosts, never for a GPU."""
-        if self.count == 1:
-            return flags
-        votes = torch.tensor(flags, dtype=torch.int32)
-        distributed.all_reduce(votes, distributed.ReduceOp.MAX, group=self._host_group)
-        return [bool(vote) for vote in votes.tolist()]
+        return self._host.any_each(flags)
 
     def on_main(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on the main process. Every rank returns its result, or raises the same error if it fails."""
-        result: Any = None
-        failure: LockstepError | None = None
-        if self.is_main:
-            try:
-                result = action()
-            except OSError as error:
-                failure = _explain_write_error(error)
-            except LockstepError as error:
-                failure = error
-            except Exception as error:
-                # A defect of the program. This rank shows the traceback, and the others must not wait for a result.
-                self._broadcast([None, LockstepError(f"the main process failed: {error}")])
-                raise
-        result, failure = self._broadcast([result, failure])
+        """Run `action` on the main process. Every rank returns its result, or raises the same error if it fails.
+
+        The others wait on the host for as long as it takes.
+        """
+        crashes: list[Exception] = []
+        result, failure = self._host.from_main(partial(_run_on_main, action, crashes))
+        if crashes:
+            raise crashes[0]
         if failure is not None:
             raise failure
         return result
 
-    def _broadcast(self, values: list[Any]) -> list[Any]:
-        """The main process's values, on every rank."""
-        if self.count > 1:
-            broadcast_object_list(values)
-        return values
+    def on_each(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; each returns its own result. If it fails on any, all raise the same error.
+
+        Otherwise the others would wait for the failed rank. Where only some ranks fail, the error names them.
+        """
+        result: T | None = None
+        failure: LockstepError | None = None
+        crash: Exception | None = None
+        try:
+            result = action()
+        except LockstepError as error:
+            failure = error
+        except Exception as error:
+            failure = OtherRankFailed(f"{type(error).__name__}: {error}")
+            crash = error
+        failures = self._host.gather(failure)
+        if crash is not None:
+            raise crash  # a defect of the program: this rank shows the traceback
+        failed = [rank for rank, other in enumerate(failures) if other is not None]
+        if failed:
+            first: LockstepError = failures[failed[0]]
+            raise first if len(failed) == self.count else self._with_place(first, failed)
+        return cast(T, result)
+
+    def _with_place(self, error: LockstepError, failed: list[int]) -> LockstepError:
+        """An error that names the ranks it happened on, and the first one's machine."""
+        names = ", ".join(map(str, failed[:MAX_NAMED_RANKS])) + (", …" if len(failed) > MAX_NAMED_RANKS else "")
+        place = f"(on rank {names} of {self.count}, machine {self.machines[failed[0]]}; the other ranks do not fail)"
+        if isinstance(error, ConfigError):
+            return ConfigError(error.key, f"{error.message} {place}")
+        return type(error)(f"{error} {place}")
+
+    def explain(self, error: RuntimeError) -> LockstepError | None:
+        """The error in terms of ranks, if a collective operation timed out, here or on another rank; else None."""
+        return self._host.explain(error)
 
     # ---------------------------------------------------------------- order, and the end
 
-    def main_first(self) -> AbstractContextManager[None]:
-        """A context whose body the main process runs first, the others after it."""
-        context: AbstractContextManager[None] = self.accelerator.main_process_first()
-        return context
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """A context whose body rank 0 runs first, then one rank of each other machine, then all others.
 
-    def node_main_first(self) -> AbstractContextManager[None]:
-        """A context whose body one process of each machine runs first, the machine's others after it."""
-        context: AbstractContextManager[None] = self.accelerator.local_main_process_first()
-        return context
+        What rank 0 downloads is there for the others where machines share a disk. Where they do not, each machine
+        downloads once. Where the body fails, no rank of a later turn runs it.
+        """
+        own_turn = self._turn()
+        for turn in range(LAST_TURN):
+            if turn == own_turn:
+                with self._host.first(True):
+                    yield
+            else:
+                with self._host.first(False):
+                    pass
+        if own_turn == LAST_TURN:
+            yield
+
+    def _turn(self) -> int:
+        if self.is_main:
+            return 0
+        is_first_of_machine = self.machines.index(self.machines[self.rank]) == self.rank
+        return 1 if is_first_of_machine else LAST_TURN
 
     def close(self) -> None:
         """Leave the process group. No collective operation is possible afterwards."""
@@ -163,15 +250,26 @@ class Ranks:
 class Agreement:
     """The pending answer of `Ranks.any_rank_async`."""
 
-    def __init__(self, vote: Tensor | bool, work: Any) -> None:
-        self._vote = vote
-        self._work = work
+    def __init__(self, answer: Callable[[], bool]) -> None:
+        self._answer = answer
 
     def result(self) -> bool:
         """True if any rank's flag was. Waits for the other ranks."""
-        if self._work is not None:
-            self._work.wait()
-        return bool(self._vote)
+        return self._answer()
+
+
+def _run_on_main(action: Callable[[], Any], crashes: list[Exception]) -> tuple[Any, LockstepError | None]:
+    """The result of `action`, and what all ranks are to raise. A defect of the program goes to `crashes`."""
+    try:
+        return action(), None
+    except OSError as error:
+        return None, _explain_write_error(error)
+    except LockstepError as error:
+        return None, error
+    except Exception as error:
+        # This rank shows the traceback, and the others must not wait for a result.
+        crashes.append(error)
+        return None, OtherRankFailed(f"the main process failed: {error}")
 
 
 def _explain_write_error(error: OSError) -> LockstepError:

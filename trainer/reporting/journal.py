@@ -18,7 +18,7 @@ from trainer.reporting.jsonl import MetricsFile, read_rows
 from trainer.reporting.wandb.run import WandbRun, start_wandb
 from trainer.storage.checkpoint import Progress
 from trainer.storage.files import write_json
-from trainer.storage.run_directory import RunDirectory, run_path, write_config
+from trainer.storage.run_directory import RunDirectory, run_path, sees_token, write_config
 
 Facts = Sequence[tuple[str, str]]
 Row = Mapping[str, float]
@@ -52,6 +52,22 @@ class Journal:
     def _open(self) -> Path | None:
         self._run_directory = RunDirectory(self._config.run)
         return self._run_directory.resume_from
+
+    def with_sharing(self, facts_of_ranks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The facts of each rank with whether it sees the run's directory. A collective.
+
+        Only the main process uses the directory, so a run needs no shared disk for it.
+        """
+        token = self._ranks.on_main(self._token)
+        sees = self._ranks.gather([sees_token(self.directory, token)])
+        facts = []
+        for values, shares in zip(facts_of_ranks, sees, strict=True):
+            facts.append({**values, "shares_run_directory": shares})
+        return facts
+
+    def _token(self) -> str:
+        assert self._run_directory is not None
+        return self._run_directory.token
 
     def begin(self, header: Facts, progress: Progress, environment: Callable[[], dict[str, Any]]) -> None:
         """Open the files, start W&B and show the header. Only the main process calls `environment`."""

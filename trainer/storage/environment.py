@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from trainer.data.datasets import Datasets
+from trainer.process.machine import describe_device, package_versions
 from trainer.process.ranks import Ranks
 from trainer.storage.fingerprint import fingerprint
 
-PACKAGES = ("torch", "torchvision", "accelerate", "numpy")
 GIT_TIMEOUT = 5  # seconds
 
 # `describe` gives the commit and "-dirty"; tags are excluded, since they would replace the commit.
 GIT_COMMAND = ("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
-def environment(ranks: Ranks, data: Datasets) -> dict[str, Any]:
-    """Plain values: whatever may change a run's bits, and the fingerprints of its data."""
-    values: dict[str, Any] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        values[package] = _package_version(package)
-    values |= _describe_device(ranks.device)
+def environment(ranks: Ranks, data: Datasets, facts_of_ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Plain values: whatever may change a run's bits, and the fingerprints of its data.
+
+    Rank 0's are at the top; `ranks` has those of every rank, in rank order.
+    """
+    values: dict[str, Any] = {}
+    values |= package_versions()
+    values |= describe_device(ranks.device)
     values["processes"] = ranks.count
     values["threads"] = torch.get_num_threads()
     values["code"] = _git_commit()
@@ -34,27 +35,8 @@ def environment(ranks: Ranks, data: Datasets) -> dict[str, Any]:
         "train": fingerprint(data.train),
         "val": None if data.val is None else fingerprint(data.val),
     }
+    values["ranks"] = [dict(facts) for facts in facts_of_ranks]
     return values
-
-
-def _describe_device(device: torch.device) -> dict[str, Any]:
-    if device.type == "cuda":
-        return {
-            "device": torch.cuda.get_device_name(device),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        }
-    instructions = None
-    if device.type == "cpu":
-        instructions = torch.backends.cpu.get_cpu_capability()  # AVX2 and AVX512 kernels round differently
-    return {"device": device.type, "instructions": instructions, "machine": platform.machine()}
-
-
-def _package_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _git_commit() -> str | None:

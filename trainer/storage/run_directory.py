@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+from uuid import uuid4
 
 import yaml
 
@@ -26,6 +27,7 @@ FREE_KEYS = (
     "run.resume",
     "run.resume_changes",
     "run.figures",
+    "run.timeout",
     "data.cache",
     "data.workers",
     "data.prefetch",
@@ -44,7 +46,8 @@ FREE_KEYS = (
 class RunDirectory:
     """`<run.dir>/<run.name>`, locked by this process until `close`.
 
-    Attributes: `resume_from`, the checkpoint to resume from; `moved_to`, where an earlier run of this name went.
+    Attributes: `resume_from`, the checkpoint to resume from; `moved_to`, where an earlier run of this name went;
+    `token`, text in the lock file by which other machines can tell whether they see this very directory.
     """
 
     def __init__(self, section: RunConfig) -> None:
@@ -66,6 +69,9 @@ class RunDirectory:
             raise ConfigError("run.dir", f"{self.path} cannot be made ({error.strerror}); name another") from None
         if self._lock is None:
             self._lock = lock(self.path)
+        self.token = uuid4().hex
+        self._lock.write(self.token)
+        self._lock.flush()
 
     def close(self) -> None:
         """Release the lock."""
@@ -77,6 +83,14 @@ class RunDirectory:
         if not self.path.is_dir():
             return False
         return any(entry.name != LOCK_FILE for entry in self.path.iterdir())
+
+
+def sees_token(path: Path, token: str) -> bool:
+    """True if the directory at `path` is the one with this token, on this machine or on a shared disk."""
+    try:
+        return (path / LOCK_FILE).read_text() == token
+    except OSError:
+        return False
 
 
 def lock(path: Path) -> TextIO:

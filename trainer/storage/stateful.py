@@ -69,11 +69,8 @@ def save_state(directory: Path, name: str, state: Mapping[Any, Any]) -> None:
     Raises `LockstepError`, naming the object and the key, if `state` holds anything but `ALLOWED`.
     """
     check_name(name)
-    encoder = _Encoder(name)
-    if not isinstance(state, Mapping):
-        raise encoder.unsupported("", _kind(state), "dicts: what `state_dict()` returns")
-    tree = encoder.encode(state, "")
-    write_tensors(directory / f"{name}.safetensors", encoder.tensors)
+    tree, tensors = split_state(name, state)
+    write_tensors(directory / f"{name}.safetensors", tensors)
     (directory / f"{name}.json").write_text(json.dumps(tree))
 
 
@@ -81,6 +78,19 @@ def load_state(directory: Path, name: str) -> dict[Any, Any]:
     """What `save_state` wrote. Raises `OSError`, `ValueError`, `KeyError` or `SafetensorError` on damaged files."""
     tensors = load_file(directory / f"{name}.safetensors")
     tree = json.loads((directory / f"{name}.json").read_text())
+    return join_state(tree, tensors)
+
+
+def split_state(name: str, state: Mapping[Any, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """A state as values that JSON knows, and copies of its tensors on the CPU. Raises as `save_state` does."""
+    encoder = _Encoder(name)
+    if not isinstance(state, Mapping):
+        raise encoder.unsupported("", _kind(state), "dicts: what `state_dict()` returns")
+    return encoder.encode(state, ""), encoder.tensors
+
+
+def join_state(tree: Any, tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
+    """The state that `split_state` took apart."""
     return dict(_decode(tree, tensors))
 
 

@@ -29,23 +29,29 @@ def draw(run: Run, directory: Path, *, has_best: bool) -> dict[str, Path]:
 
     Returns the paths by the figures' names on the main process; empty on the others. The run's model stays as it is.
     """
+    # Drawing is slow. The others wait for it here, on the host.
     folder = directory / "figures"
-    paths: dict[str, Path] = {}
-    if run.ranks.is_main:
-        folder.mkdir(exist_ok=True)
-        paths["curves"] = folder / "curves.png"
-        draw_curves(read_rows(directory / "metrics.jsonl"), paths["curves"])
-    if run.evaluator is None or not has_best:
-        return paths
-    # The best model is loaded into the run's own module, so the last state must come back afterwards.
-    last = checkpoint.snapshot(run.module)
-    run.load_best()
-    decisions = run.evaluator.decisions()
-    if run.ranks.is_main and decisions:
-        paths |= _draw_confusion(decisions, run.data.classes, folder)
-        paths |= _draw_samples(run, decisions, folder)
-    run.module.load_state_dict(last)
-    return paths
+    paths: dict[str, Path] = run.ranks.on_main(lambda: _draw_metrics(directory, folder))
+    if run.evaluator is not None and has_best:
+        # The best model is loaded into the run's own module, so the last state must come back afterwards.
+        last = checkpoint.snapshot(run.module)
+        run.load_best()
+        decisions = run.evaluator.decisions()
+        if decisions:
+            paths |= run.ranks.on_main(lambda: _draw_decisions(run, decisions, folder))
+        run.module.load_state_dict(last)
+    return paths if run.ranks.is_main else {}
+
+
+def _draw_metrics(directory: Path, folder: Path) -> dict[str, Path]:
+    folder.mkdir(exist_ok=True)
+    path = folder / "curves.png"
+    draw_curves(read_rows(directory / "metrics.jsonl"), path)
+    return {"curves": path}
+
+
+def _draw_decisions(run: Run, decisions: list[Decision], folder: Path) -> dict[str, Path]:
+    return _draw_confusion(decisions, run.data.classes, folder) | _draw_samples(run, decisions, folder)
 
 
 def draw_batch(run: Run, directory: Path) -> dict[str, Path]:

@@ -1,0 +1,225 @@
+"""Machines without a shared disk: rank 0 alone reads and writes the run's directory, and every rank goes on from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tests.distributed.ranks import on_ranks
+from tests.distributed.small import Images, config, conv_net, fitted, largest_difference, state
+from tests.programs import Program
+from trainer import Config, Trainer
+from trainer.process.ranks import Ranks
+from trainer.storage import checkpoint
+
+
+class Count:
+    """Stateful: a tensor, a tuple and a number, which all ranks count alike."""
+
+    def __init__(self) -> None:
+        self.total = torch.zeros(3, dtype=torch.float64)
+        self.steps = 0
+
+    def step(self, *_: Any) -> None:
+        self.steps += 1
+        self.total += self.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "pair": (self.steps, "a"), 5: self.steps}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        assert saved["pair"] == (saved[5], "a")
+        self.total, self.steps = saved["total"].clone(), saved[5]
+
+
+def own_directory(directory: Path) -> Path:
+    """Each rank's own, as on a machine of its own."""
+    return directory / os.environ.get("RANK", "0")
+
+
+def settings(directory: Path, **changes: Any) -> Config:
+    return config(directory, batch__micro_size=7, run__resume="auto", train__checkpoint_every=2, **changes)
+
+
+def net() -> nn.Module:
+    model = conv_net()
+    model.insert(4, nn.Dropout(0.3))
+    return model
+
+
+def train(directory: Path, is_shared: bool, **changes: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
+    """The weights at the end, the best ones, and the state that travelled."""
+    own = directory if is_shared else own_directory(directory)
+    counts = Count()
+    trainer = Trainer(
+        settings(own, **changes), model=net(), train_data=Images(103), val_data=Images(50), stateful={"counts": counts}
+    )
+    step = trainer.train_step
+
+    def counted(of: Any) -> None:
+        step(of)
+        counts.step()
+
+    trainer.train_step = counted  # type: ignore[method-assign]
+    trainer.fit()
+    last = state(trainer)
+    trainer.load_best()
+    return last, state(trainer), counts.state_dict()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return on_ranks(1, train, tmp_path_factory.mktemp("reference"), True)[0]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_run_and_its_resume_need_no_shared_directory(tmp_path: Path, reference: Any, channels_last: bool) -> None:
+    on_ranks(2, train, tmp_path, False, train__max_steps=5, train__channels_last=channels_last)
+    for last, best, counts in on_ranks(2, train, tmp_path, False, train__channels_last=channels_last):
+        assert largest_difference(last, reference[0]) < 1e-12
+        assert largest_difference(best, reference[1]) < 1e-12
+        assert torch.equal(counts["total"], reference[2]["total"])
+    run = tmp_path / "0" / "run"
+    assert json.loads((run / "summary.json").read_text())["steps"] == 8
+    assert not (tmp_path / "1").exists(), "only rank 0 writes"
+    ranks = json.loads((run / "environment.json").read_text())["ranks"]
+    assert [rank["shares_run_directory"] for rank in ranks] == [True, False]
+
+
+def test_figures_of_a_run_without_a_shared_directory(tmp_path: Path) -> None:
+    on_ranks(2, train, tmp_path, False, run__figures=True)
+    names = {path.name for path in (tmp_path / "0" / "run" / "figures").iterdir()}
+    assert {"curves.png", "confusion_matrix.png", "per_class.csv"} <= names
+    assert not (tmp_path / "1").exists()
+
+
+def test_a_directory_that_only_rank_0_may_write(tmp_path: Path) -> None:
+    def run(directory: Path) -> float:
+        own = directory if os.environ["RANK"] == "0" else Path("/proc/nowhere")
+        return fitted(settings(own), net(), train_data=Images(56), val_data=Images(50)).progress.step
+
+    assert on_ranks(2, run, tmp_path) == [4, 4]
+
+
+def test_a_resume_costs_one_read(tmp_path: Path) -> None:
+    on_ranks(2, train, tmp_path, True, train__max_steps=4)
+
+    def reads(directory: Path) -> list[str]:
+        calls: list[str] = []
+        for name in ("load", "load_best"):
+            original = getattr(checkpoint, name)
+
+            def counted(*args: Any, name: str = name, original: Any = original) -> Any:
+                calls.append(name)
+                return original(*args)
+
+            setattr(checkpoint, name, counted)
+        train(directory, True)
+        return calls
+
+    assert on_ranks(2, reads, tmp_path) == [["load", "load_best"], []]
+
+
+def test_a_damaged_checkpoint_is_one_error_on_every_rank(tmp_path: Path) -> None:
+    on_ranks(2, train, tmp_path, False, train__max_steps=4)
+    path = checkpoint.latest(tmp_path / "0" / "run" / "checkpoints")
+    assert path is not None
+    (path / "model.safetensors").write_bytes(b"damaged")
+
+    def resume(directory: Path) -> str:
+        with pytest.raises(Exception, match="is not what was written") as caught:
+            train(directory, False)
+        return str(caught.value)
+
+    first, second = on_ranks(2, resume, tmp_path)
+    assert first == second
+
+
+def test_a_signal_stops_a_run_without_a_shared_directory(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from trainer.commands.train import main; from trainer.process.exit import exit_process; "
+        f"exit_process(main(['run.dir={tmp_path}/' + os.environ['RANK'], *sys.argv[1:]]))"
+    )
+    arguments = ["train.epochs=1000", "train.log_every=5", "run.figures=false", "wandb.mode=disabled"]
+    program = Program(["-c", code, *arguments], ranks=2)
+    rows = tmp_path / "0" / "digits" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 120
+        while not (rows.exists() and rows.read_text().count("\n") > 3):
+            assert time.monotonic() < deadline
+            assert program.is_running()
+            time.sleep(0.05)
+        os.kill(program.pids[1], signal.SIGTERM)
+        while program.is_running():  # `wait` would signal the other rank, as launchers do
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        result = program.wait(timeout=1)
+    finally:
+        program.kill()
+    assert program.exit_statuses == [143, 143], result.stderr
+    assert result.stderr.count("a checkpoint is kept") == 1
+    assert not (tmp_path / "1").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.complex64])
+def test_tensors_of_any_dtype_and_strides_are_broadcast(dtype: torch.dtype) -> None:
+    def exchange() -> list[Tensor]:
+        ranks = Ranks("fp32")
+        whole = (torch.arange(48).reshape(2, 3, 2, 4) * (1 - ranks.rank)).to(dtype)
+        shapes = [whole, whole.to(memory_format=torch.channels_last), whole[:, :, :, 1], whole[:0], whole[0, 0, 0, 3]]
+        for tensor in shapes:
+            ranks.broadcast_tensor(tensor)
+        named = {"a": whole[0, 0, 0, 0], "b": whole} if ranks.is_main else {}
+        return [*(tensor.clone() for tensor in shapes), *ranks.broadcast_tensors(named).values()]
+
+    first, second = on_ranks(2, exchange)
+    for ours, theirs in zip(first, second, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+
+
+def folder_of_images(root: Path, count: int) -> None:
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (4, 4), number).save(root / part / name / f"{number}.png")
+
+
+def failure_with_own_root(directory: Path) -> tuple[str, str]:
+    try:
+        root = str(own_directory(directory))
+        Trainer(config(directory, data__name="folder", data__root=root, batch__size=4, batch__micro_size=2))
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", "nothing failed"
+
+
+def test_data_that_one_machine_lacks_is_one_message(tmp_path: Path) -> None:
+    folder_of_images(tmp_path / "0", 2)
+    first, second = on_ranks(2, failure_with_own_root, tmp_path)
+    assert first == second
+    assert first[0] == "DataError"
+    assert f"{tmp_path / '1'} is not a folder" in first[1]
+    assert "(on rank 1 of 2, machine " in first[1]
+
+
+def test_other_data_on_one_machine_is_one_message(tmp_path: Path) -> None:
+    folder_of_images(tmp_path / "0", 2)
+    folder_of_images(tmp_path / "1", 2)
+    assert on_ranks(2, failure_with_own_root, tmp_path) == [("", "nothing failed")] * 2
+    Image.new("L", (4, 4)).save(tmp_path / "1" / "val" / "a" / "x.png")
+    first, second = on_ranks(2, failure_with_own_root, tmp_path)
+    assert first == second
+    assert first[0] == "DataError"
+    assert "the val samples of folder on rank 1 (" in first[1]
+    assert "5 samples and 4 samples" in first[1]

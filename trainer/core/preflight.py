@@ -1,0 +1,136 @@
+"""Before a run on several processes: do all ranks run the same thing on the same thing?
+
+A difference that breaks what a run promises is an error that names the rank and its machine. The others are in
+`environment.json`, which describes every rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.config.schema import Config
+from trainer.data.datasets import Datasets
+from trainer.errors import ConfigError, DataError, LockstepError
+from trainer.process.machine import describe_rank
+from trainer.process.ranks import Ranks
+from trainer.storage.fingerprint import quick_fingerprint
+from trainer.storage.run_directory import changed_keys, is_free
+
+RankFacts = dict[str, Any]
+
+# Ranks that differ in these do not train the same model. NumPy draws the order of the samples.
+SAME_ALWAYS = ("torch", "numpy", "nccl")
+# These decide which kernels run, and so the last bits of a result.
+SAME_BITWISE = ("torchvision", "cuda", "cudnn", "device", "instructions", "machine")
+LARGEST_CLOCK_SKEW = 10.0  # seconds; a larger one is worth a note
+# What differs between any two machines, or says nothing of how they compute.
+OF_EACH_MACHINE = ("rank", "host", "clock", "clock_skew", "free_disk", "shares_run_directory")
+
+# Keys of the config for where a machine has its files. What the files hold is compared where it matters.
+OF_EACH_DISK = ("data.root", "model.weights")
+
+
+def check_ranks(config: Config, ranks: Ranks) -> list[RankFacts]:
+    """What each rank runs on, in rank order, on every rank. A collective.
+
+    Raises `ConfigError` if the ranks have different configs, `LockstepError` if they could not train the same model,
+    or, in bitwise mode, not to the same bits.
+    """
+    ranks.barrier()  # all read their clocks at about the same time
+    own = describe_rank(ranks.device, Path(config.run.dir))
+    own["config"] = _hash(_binding_keys(config))
+    of_ranks = ranks.gather([own])
+    _check_configs(config, ranks, [values.pop("config") for values in of_ranks])
+    clocks = [values.pop("clock") for values in of_ranks]
+    facts: list[RankFacts] = []
+    for rank, values in enumerate(of_ranks):
+        facts.append({"rank": rank, **values, "clock_skew": round(clocks[rank] - clocks[0], 3)})
+    _check_alike(facts, SAME_ALWAYS, "the ranks of a run compute the same only with the same version")
+    if config.run.reproducibility == "bitwise":
+        _check_alike(facts, SAME_BITWISE, "run.reproducibility=bitwise needs the same on every rank")
+    return facts
+
+
+def check_data(data: Datasets, ranks: Ranks) -> None:
+    """Raise `DataError` unless every rank has the same samples, as far as can be told at once. A collective."""
+    if ranks.count == 1:
+        return
+    own: dict[str, tuple[int, str] | None] = {}
+    for name, part in (("train", data.train), ("val", data.val)):
+        own[name] = None if part is None else (len(part), quick_fingerprint(part))
+    of_ranks = ranks.gather([own])
+    for rank, other in enumerate(of_ranks):
+        for name in own:
+            if other[name] != of_ranks[0][name]:
+                raise DataError(
+                    f"the {name} samples of {data.name} on rank {rank} ({ranks.machines[rank]}) are not those of rank "
+                    f"0 ({ranks.machines[0]}): {_count(other[name])} and {_count(of_ranks[0][name])}; give every "
+                    f"machine the same files in the same folders"
+                )
+
+
+def notes_on(facts: Sequence[RankFacts]) -> list[str]:
+    """A line for each difference between ranks that is allowed and that a person may want to know of."""
+    notes = []
+    for name in facts[0]:
+        if name in OF_EACH_MACHINE:
+            continue
+        other = _first_different(facts, name)
+        if other is not None:
+            values = f"{other[name]} on rank {other['rank']} ({other['host']}), {facts[0][name]} on rank 0"
+            notes.append(f"the ranks differ in {name}: {values}")
+    for values_of_rank in facts:
+        skew = values_of_rank["clock_skew"]
+        if abs(skew) > LARGEST_CLOCK_SKEW:
+            rank, host = values_of_rank["rank"], values_of_rank["host"]
+            notes.append(f"the clock of rank {rank} ({host}) is {skew:+.0f} s off rank 0's")
+    return notes
+
+
+def _binding_keys(config: Config) -> dict[str, Any]:
+    """The keys that all ranks must share, with their values: all but those that a resumed run may change."""
+    changes = changed_keys({}, config.to_dict(digests=True))
+    return {name: value for name, (_, value) in changes.items() if not (is_free(name) or name in OF_EACH_DISK)}
+
+
+def _check_configs(config: Config, ranks: Ranks, hashes: list[str]) -> None:
+    if len(set(hashes)) == 1:
+        return
+    configs = ranks.gather([_binding_keys(config)])
+    for rank, other in enumerate(configs):
+        for name, (of_main, value) in changed_keys(configs[0], other).items():
+            raise ConfigError(
+                name,
+                f"is {value} on rank {rank} ({ranks.machines[rank]}) and {of_main} on rank 0 ({ranks.machines[0]}); "
+                f"give every process the same config",
+            )
+
+
+def _check_alike(facts: Sequence[RankFacts], names: Sequence[str], reason: str) -> None:
+    for name in names:
+        other = _first_different(facts, name)
+        if other is not None:
+            raise LockstepError(
+                f"{name} is {other.get(name)} on rank {other['rank']} ({other['host']}) and {facts[0].get(name)} on "
+                f"rank 0 ({facts[0]['host']}); {reason}"
+            )
+
+
+def _first_different(facts: Sequence[RankFacts], name: str) -> RankFacts | None:
+    """The first rank's facts that differ from rank 0's in `name`."""
+    for values in facts:
+        if values.get(name) != facts[0].get(name):
+            return values
+    return None
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _count(part: tuple[int, str] | None) -> str:
+    return "none" if part is None else f"{part[0]:,} samples"

@@ -1,0 +1,276 @@
+"""Agreement of the ranks on the host: plain values over gloo, whatever device the run uses.
+
+Nothing here waits for a GPU. A rank waits for the others at most `timeout` seconds. One that has long work to do while
+the others wait sends them a heartbeat, so that only a rank that does nothing is given up.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from itertools import count as count_from
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from trainer.errors import LockstepError, OtherRankFailed
+from trainer.process.store import ask_store, value_of
+
+HEARTBEAT_SECONDS = 5.0  # between the heartbeats of a rank that the others wait for, at most
+SECONDS_TO_SHOW = 1.0  # a wait of this length is made known to the other ranks
+STORE_PREFIX = "lockstep/waiting"
+STORE_REPORT = "lockstep/timeout"  # the message of the first rank whose wait timed out
+
+# What ranks say while some have work to do that the others wait for; the largest value counts.
+DONE, FAILED, BUSY = 0, 1, 2
+STILL_WORKING = -1  # in place of the size of what the main process sends
+
+TIMEOUT_MESSAGES = ("Timed out waiting", "timed out", "Timeout")
+LOST_CONNECTION_MESSAGES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+_group_numbers = count_from()  # Each process makes its groups in the same order.
+
+
+class HostGroup:
+    """The gloo group of `count` ranks, of which this process is `rank`. Joined by all ranks together.
+
+    `machines` are the host names of the ranks' machines, in rank order.
+    """
+
+    def __init__(self, rank: int, count: int, timeout: float) -> None:
+        self.rank = rank
+        self.count = count
+        self.timeout = timeout
+        self._prefix = f"{STORE_PREFIX}/{next(_group_numbers)}"
+        self._is_shown_as_waiting = False
+        self._group: Any = None
+        self.machines = [socket.gethostname()] * count
+        if count > 1:
+            self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            self.machines = self.gather(socket.gethostname())
+
+    # ---------------------------------------------------------------- collective operations
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank."""
+        if self.count == 1:
+            return [value]
+        data = _to_bytes(value)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        self._run(partial(distributed.all_gather, sizes, torch.tensor([len(data)])))
+        largest = max(int(size) for size in sizes)
+        padded = torch.zeros(largest, dtype=torch.uint8)
+        padded[: len(data)] = data
+        parts = [torch.empty_like(padded) for _ in range(self.count)]
+        self._run(partial(distributed.all_gather, parts, padded))
+        return [_from_bytes(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+
+    def from_main(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns on rank 0, on every rank. The others wait for as long as it takes."""
+        if self.count == 1:
+            return action()
+        if self.rank == 0:
+            with self._heartbeat(partial(self._broadcast, torch.tensor([STILL_WORKING]))):
+                value = action()
+            data = _to_bytes(value)
+            self._broadcast(torch.tensor([len(data)]))
+            self._broadcast(data)
+            return value
+        size = torch.tensor([STILL_WORKING])
+        while int(size) == STILL_WORKING:
+            self._broadcast(size)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        self._broadcast(data)
+        return _from_bytes(data)
+
+    def any_async(self, flag: bool) -> Callable[[], bool]:
+        """Start asking whether `flag` is true on any rank. The function returned waits for the answer."""
+        if self.count == 1:
+            return lambda: flag
+        vote = torch.tensor(int(flag))
+        work = distributed.all_reduce(vote, distributed.ReduceOp.MAX, group=self._group, async_op=True)
+
+        def answer() -> bool:
+            self._wait(work)
+            return bool(vote)
+
+        return answer
+
+    def any_each(self, flags: list[bool]) -> list[bool]:
+        """For each flag, whether it is true on any rank."""
+        if self.count == 1:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.int32)
+        self._run(partial(distributed.all_reduce, votes, distributed.ReduceOp.MAX))
+        return [bool(vote) for vote in votes.tolist()]
+
+    @contextmanager
+    def first(self, is_first: bool) -> Iterator[None]:
+        """A context whose body runs on ranks with `is_first`, and then on the others.
+
+        Where it fails on a rank with `is_first`, no other runs it: they raise `LockstepError`, the rank its own error.
+        """
+        failure: Exception | None = None
+        if is_first:
+            try:
+                with self._heartbeat(partial(self._largest, BUSY)):
+                    yield
+            except Exception as error:
+                failure = error
+        self._await_first(failure)
+        if not is_first:
+            yield
+
+    def _await_first(self, failure: Exception | None) -> None:
+        """Wait until no rank is busy. Raises if the work of any rank failed."""
+        if self.count == 1:
+            if failure is not None:
+                raise failure
+            return
+        outcome = BUSY
+        while outcome == BUSY:
+            outcome = self._largest(DONE if failure is None else FAILED)
+        if outcome == DONE:
+            return
+        failures = self.gather(None if failure is None else _to_send(failure, self.rank, self.machines))
+        if failure is not None:
+            raise failure
+        raise next(error for error in failures if error is not None)
+
+    def _largest(self, value: int) -> int:
+        """The largest of all ranks' values."""
+        vote = torch.tensor(value)
+        self._run(partial(distributed.all_reduce, vote, distributed.ReduceOp.MAX))
+        return int(vote)
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        self._run(partial(distributed.broadcast, tensor, 0))
+
+    def _run(self, operation: Callable[..., Any]) -> None:
+        self._wait(operation(group=self._group, async_op=True))
+
+    @contextmanager
+    def _heartbeat(self, beat: Callable[[], object]) -> Iterator[None]:
+        """While the body runs, call `beat` again and again in a thread, so that the other ranks go on waiting."""
+        if self.count == 1:
+            yield
+            return
+        end = Event()
+        failures: list[Exception] = []
+        interval = min(HEARTBEAT_SECONDS, self.timeout / 4)
+
+        def beat_until_end() -> None:
+            while not end.wait(interval):
+                try:
+                    beat()
+                except Exception as error:
+                    failures.append(error)
+                    return
+
+        thread = Thread(target=beat_until_end, daemon=True, name="heartbeat")
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
+        if failures:
+            raise failures[0]
+
+    # ---------------------------------------------------------------- waiting, and giving up
+
+    def _wait(self, work: Any) -> None:
+        """Wait for an operation. Raises `LockstepError` naming the ranks that did not come within the timeout."""
+        try:
+            if not _ends_within(work, min(SECONDS_TO_SHOW, self.timeout / 2)):
+                self._show_waiting(True)
+                work.wait()
+        except RuntimeError as error:
+            absence = self.explain(error)
+            if absence is None:
+                raise
+            raise absence from None
+        if self._is_shown_as_waiting:
+            self._show_waiting(False)
+
+    def _show_waiting(self, is_waiting: bool) -> None:
+        """Let the other ranks know whether this one waits: whoever gives up names those that do not."""
+        self._is_shown_as_waiting = is_waiting
+        with suppress(ConnectionError):
+            ask_store(lambda store: store.set(f"{self._prefix}/{self.rank}", str(int(is_waiting))))
+
+    def explain(self, error: RuntimeError) -> LockstepError | None:
+        """The error in terms of ranks, if a collective operation timed out, here or on another rank; else None."""
+        message = str(error)
+        is_timeout = any(words in message for words in TIMEOUT_MESSAGES)
+        is_connection_lost = any(words in message for words in LOST_CONNECTION_MESSAGES)
+        if self.count == 1 or not (is_timeout or is_connection_lost):
+            return None
+        if not self._is_shown_as_waiting and is_timeout:
+            # The operation was the device's, which does not show who waits. The others give up at about this time.
+            self._show_waiting(True)
+            time.sleep(SECONDS_TO_SHOW)
+        try:
+            report = self._find_report()
+            if is_timeout and report is None:
+                report = self._describe_absent()
+                ask_store(lambda store: store.set(STORE_REPORT, report))
+        except ConnectionError:
+            # The store has ended with rank 0, or hangs with it: who waits is not known.
+            report = f"the ranks waited {self.timeout:g} s for one another, and no longer" if is_timeout else None
+        # Without a report, a rank has ended: it says why.
+        return None if report is None else LockstepError(report)
+
+    def _find_report(self) -> str | None:
+        """What another rank that gave up has written; it writes before it ends, yet others may notice its end first."""
+        time.sleep(SECONDS_TO_SHOW / 2)
+        report: bytes | None = ask_store(lambda store: store.get(STORE_REPORT) if store.check([STORE_REPORT]) else None)
+        return None if report is None else report.decode()
+
+    def _describe_absent(self) -> str:
+        absent = [rank for rank in range(self.count) if rank != self.rank and not self._is_waiting(rank)]
+        names = ", ".join(f"rank {rank} on {self.machines[rank]}" for rank in absent)
+        return (
+            f"the ranks waited {self.timeout:g} s for {names or 'one another'}, and no longer; where that rank works "
+            f"on, raise run.timeout, else its own output or `py-spy dump` says where it hangs"
+        )
+
+    def _is_waiting(self, rank: int) -> bool:
+        value = ask_store(partial(value_of, key=f"{self._prefix}/{rank}"))
+        return bool(value == b"1")
+
+
+def _ends_within(work: Any, seconds: float) -> bool:
+    """True if an operation ends within so many seconds; raises if it fails. It goes on if it does not end."""
+    if work.is_completed():
+        work.wait()
+        return True
+    try:
+        work.wait(timedelta(seconds=seconds))
+    except RuntimeError:
+        if work.is_completed():
+            raise
+        return False
+    return True
+
+
+def _to_send(error: Exception, rank: int, machines: list[str]) -> LockstepError:
+    """What other ranks raise where this one failed."""
+    if isinstance(error, LockstepError):
+        return error
+    return OtherRankFailed(f"rank {rank} on {machines[rank]} failed: {error}")
+
+
+def _to_bytes(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _from_bytes(data: Tensor) -> Any:
+    return pickle.loads(data.numpy().tobytes())

@@ -1,0 +1,87 @@
+"""What a rank runs on: its machine, device, driver and library versions."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import socket
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "accelerate", "numpy")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+GIB = 2**30
+
+
+def describe_rank(device: torch.device, directory: Path) -> dict[str, Any]:
+    """Plain values that may differ between the ranks of a run; `directory` is where it is to be written.
+
+    `clock` is the time of the call, in seconds since 1970.
+    """
+    values: dict[str, Any] = {"clock": time.time(), "host": socket.gethostname()}
+    values |= package_versions()
+    values |= describe_device(device)
+    values["memory"] = _device_memory(device)
+    values["driver"] = _nvidia_driver()
+    values["nccl"] = _nccl_version(device)
+    values["free_disk"] = _free_disk(directory)
+    return values
+
+
+def package_versions() -> dict[str, str | None]:
+    """The versions of Python and of what computes; None for a package that is not installed."""
+    values: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            values[package] = version(package)
+        except PackageNotFoundError:
+            values[package] = None
+    return values
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """The device's name, and what else decides which kernels it runs."""
+    if device.type == "cuda":
+        return {
+            "device": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        }
+    instructions = None
+    if device.type == "cpu":
+        instructions = torch.backends.cpu.get_cpu_capability()  # AVX2 and AVX512 kernels round differently
+    return {"device": device.type, "instructions": instructions, "machine": platform.machine()}
+
+
+def _device_memory(device: torch.device) -> str | None:
+    """A GPU's whole memory; None for a CPU, whose memory is shared by the ranks of a machine."""
+    if device.type != "cuda":
+        return None
+    return f"{torch.cuda.get_device_properties(device).total_memory / GIB:.1f} GiB"
+
+
+def _nvidia_driver() -> str | None:
+    try:
+        first_line = NVIDIA_DRIVER.read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+    versions = [word for word in first_line.split() if word[0].isdigit() and "." in word]
+    return versions[0] if versions else None
+
+
+def _nccl_version(device: torch.device) -> str | None:
+    if device.type != "cuda" or not torch.distributed.is_nccl_available():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+
+
+def _free_disk(directory: Path) -> str | None:
+    """What is free where `directory` is, or will be once it is made."""
+    for path in (directory, *directory.absolute().parents):
+        if path.is_dir():
+            return f"{shutil.disk_usage(path).free / GIB:.1f} GiB"
+    return None

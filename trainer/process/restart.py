@@ -1,0 +1,40 @@
+"""Joining again after torchrun has restarted the ranks: `torchrun --max-restarts`.
+
+torchrun keeps one store for all attempts. In it the new ranks would find the addresses of those that have ended.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun: 0, then 1 after the first restart
+
+
+def join_after_restart(timeout: timedelta) -> None:
+    """Join the process group under keys of this attempt. Does nothing in the first one, where Accelerate joins."""
+    attempt = os.environ.get(ATTEMPT, "0")
+    if attempt == "0" or distributed.is_initialized() or "RANK" not in os.environ:
+        return
+    store, rank, count = next(rendezvous("env://", timeout=timeout))
+    distributed.init_process_group(
+        _backend(),
+        store=PrefixStore(f"attempt_{attempt}", store),
+        rank=rank,
+        world_size=count,
+        timeout=timeout,
+    )
+
+
+def _backend() -> str:
+    """The one that Accelerate takes."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return "gloo"
+    backend: str = distributed.get_default_backend_for_device(device)
+    return backend

@@ -1,0 +1,58 @@
+"""A checkpoint read by the main process alone, and sent to the others: no other machine needs to see its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from trainer.process.ranks import Ranks
+from trainer.storage import checkpoint
+from trainer.storage.checkpoint import Checkpoint
+from trainer.storage.stateful import join_state, split_state
+
+
+def load_on_all(path: Path, module: nn.Module, ranks: Ranks, check: Callable[[Checkpoint], None]) -> Checkpoint:
+    """The checkpoint at `path`, which only rank 0 reads, on every rank. A collective.
+
+    The weights go tensor by tensor into `module`, and the result's `model` on the other ranks is the module's own
+    tensors. Raises what reading and `check` raise on rank 0, on every rank, before the module is changed.
+    """
+    if ranks.count == 1:
+        content = checkpoint.load(path)
+        check(content)
+        return content
+
+    contents: list[Checkpoint] = []  # empty on all ranks but 0
+
+    def read() -> Checkpoint:
+        content = checkpoint.load(path)
+        check(content)
+        checkpoint.restore_model(module, content.model)
+        contents.append(content)
+        return replace(content, model={}, optimizer={}, stateful={})  # what is sent at once: plain values
+
+    received: Checkpoint = ranks.on_main(read)
+    ranks.broadcast_parameters(module)
+    own = contents[0] if contents else received
+    return replace(
+        received,
+        model=own.model or module.state_dict(),
+        optimizer=ranks.broadcast_tensors(own.optimizer),
+        stateful=_share_states(own.stateful, ranks),
+    )
+
+
+def _share_states(states: dict[str, dict[Any, Any]], ranks: Ranks) -> dict[str, dict[Any, Any]]:
+    """The states of rank 0's `states`, by name, on every rank."""
+    trees: dict[str, Any] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, state in states.items():
+        trees[name], tensors[name] = split_state(name, state)
+    results: dict[str, dict[Any, Any]] = {}
+    for name, tree in ranks.on_main(lambda: trees).items():
+        results[name] = join_state(tree, ranks.broadcast_tensors(tensors.get(name, {})))
+    return results
