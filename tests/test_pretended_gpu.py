@@ -21,6 +21,7 @@ from trainer import Config, Trainer
 from trainer.components.models import small_cnn
 from trainer.data.datasets import ImageArrays
 from trainer.exact.refused import REFUSED
+from trainer.process.host_group import HostGroup
 from trainer.process.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -36,8 +37,9 @@ class Bilinear(nn.Module):
 class OneGpu(Ranks):
     """One process on the pretended device, without Accelerate."""
 
-    def __init__(self, precision: str) -> None:
-        self.rank, self.count, self.is_main, self.device, self._host_group = 0, 1, True, CUDA, None
+    def __init__(self, precision: str, timeout: float) -> None:
+        self.rank, self.count, self.is_main, self.device = 0, 1, True, CUDA
+        self._host = HostGroup(0, 1, timeout)
         self.accelerator: Any = SimpleNamespace(no_sync=lambda model: nullcontext(), free_memory=lambda: None)
 
     def prepare(self, model: nn.Module, *, find_unused_parameters: bool = False) -> nn.Module:
