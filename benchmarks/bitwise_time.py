@@ -45,23 +45,45 @@ class Subject:
 
 
 SUBJECTS = (
-    Subject("small_cnn, 64 = 8 × 8 images of 32 × 32", lambda: small_cnn(10, 3), 8, 8, 32, 10),
+    Subject(
+        "small_cnn, 64 = 8 × 8 images of 32 × 32",
+        lambda: small_cnn(10, 3),
+        8,
+        8,
+        32,
+        10,
+    ),
     Subject("ResNet-18, 64 = 8 × 8 images of 64 × 64", resnet18, 8, 8, 64, 2),
 )
 
 
-def measure(subject: Subject, rounds: Rounds) -> tuple[float, np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
+def measure(
+    subject: Subject, rounds: Rounds
+) -> tuple[float, np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
     """Milliseconds of a standard step, and the quartiles of bitwise over standard, on both clocks."""
     size = subject.cuts * subject.micro
     data = noise(rounds.total_steps * size, subject.side)
     with TemporaryDirectory() as directory, redirect_stdout(StringIO()):
-        common = {"batch__size": size, "batch__micro_size": subject.micro, "train__log_every": 50}
-        bitwise = settings(Path(directory), run__name="bitwise", run__reproducibility="bitwise", **common)
+        common = {
+            "batch__size": size,
+            "batch__micro_size": subject.micro,
+            "train__log_every": 50,
+        }
+        bitwise = settings(
+            Path(directory),
+            run__name="bitwise",
+            run__reproducibility="bitwise",
+            **common,
+        )
         standard = settings(Path(directory), run__name="standard", **common)
         other = Trainer(standard, model=subject.make_model(), train_data=data)
-        trainer = InterleavedTrainer(bitwise, model=subject.make_model(), train_data=_same(data))
+        trainer = InterleavedTrainer(
+            bitwise, model=subject.make_model(), train_data=_same(data)
+        )
         seconds = trainer.fit_with({"standard": _steps(other)}, rounds)
-    return 1e3 * float(np.median(seconds["standard"], axis=0)[0]), quartiles(seconds, LOCKSTEP, "standard")
+    return 1e3 * float(np.median(seconds["standard"], axis=0)[0]), quartiles(
+        seconds, LOCKSTEP, "standard"
+    )
 
 
 def _same(data: ImageArrays) -> ImageArrays:
@@ -84,16 +106,24 @@ def _steps(trainer: Trainer) -> Loop:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bitwise_time", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20, help="rounds of each (default: 20)")
-    parser.add_argument("--steps", type=int, help="steps of a round (default: 10, then 2)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bitwise_time", description=__doc__
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="rounds of each (default: 20)"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="steps of a round (default: 10, then 2)"
+    )
     options = parser.parse_args(arguments)
     speaks = launcher.rank() == 0
     try:
         if speaks:
             print(f"{machine(1)}\n")
         for subject in SUBJECTS:
-            standard, (low, median, high) = measure(subject, Rounds(options.rounds, options.steps or subject.steps))
+            standard, (low, median, high) = measure(
+                subject, Rounds(options.rounds, options.steps or subject.steps)
+            )
             if speaks:
                 print(
                     f"{subject.name}: standard {standard:.1f} ms a step, bitwise {median[0]:.3f} × that "

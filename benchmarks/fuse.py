@@ -34,7 +34,11 @@ def deep() -> nn.Module:
     """20 convolutions of 16 channels, each with BatchNorm, `(N, 1, 8, 8)` → `(N, 10)`."""
     layers: list[nn.Module] = []
     for inputs in (1, *[16] * 19):
-        layers += [nn.Conv2d(inputs, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+        layers += [
+            nn.Conv2d(inputs, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+        ]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 64, 10))
 
 
@@ -45,11 +49,18 @@ def subjects() -> list[tuple[Workload, ImageArrays]]:
     small = settings(Path(), batch__size=64, batch__micro_size=8)
     return [
         (workloads()[1], data),
-        (Workload("20 convolutions of 16 channels, 8 × 8 pixels", small, deep, steps=5), data),
+        (
+            Workload(
+                "20 convolutions of 16 channels, 8 × 8 pixels", small, deep, steps=5
+            ),
+            data,
+        ),
     ]
 
 
-def measure(workload: Workload, data: ImageArrays, rounds: Rounds, threads: int) -> Seconds:
+def measure(
+    workload: Workload, data: ImageArrays, rounds: Rounds, threads: int
+) -> Seconds:
     """Seconds of a step for each number of micro-batches in a forward."""
     ids = torch.arange(rounds.total_steps * workload.config.batch.size) % len(data)
     train = ImageArrays(*data.batch(ids))
@@ -64,9 +75,13 @@ def measure(workload: Workload, data: ImageArrays, rounds: Rounds, threads: int)
             tree["batch"] |= {"fuse": fuse}
             return Config.from_dict(tree)
 
-        trainer = InterleavedTrainer(config(1), model=workload.make_model(), train_data=train)
+        trainer = InterleavedTrainer(
+            config(1), model=workload.make_model(), train_data=train
+        )
         fused = {
-            f"fuse={fuse}": _steps(Trainer(config(fuse), model=workload.make_model(), train_data=train))
+            f"fuse={fuse}": _steps(
+                Trainer(config(fuse), model=workload.make_model(), train_data=train)
+            )
             for fuse in FUSED
         }
         torch.set_num_threads(threads)
@@ -87,12 +102,22 @@ def _steps(trainer: Trainer) -> Loop:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fuse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.fuse",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, help="steps of a round (default: 20, then 5)")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of each run (default: 15)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the process (default: 1)")
-    parser.add_argument("--save", type=Path, help="write the tables to this Markdown file too")
+    parser.add_argument(
+        "--steps", type=int, help="steps of a round (default: 20, then 5)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="rounds of each run (default: 15)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of the process (default: 1)"
+    )
+    parser.add_argument(
+        "--save", type=Path, help="write the tables to this Markdown file too"
+    )
     options = parser.parse_args(arguments)
     text = [f"# Micro-batches in one forward\n\n{machine(options.threads)}"]
     print(text[0], end="\n\n", flush=True)
@@ -100,7 +125,9 @@ def main(arguments: Sequence[str]) -> int:
         rounds = Rounds(options.rounds, options.steps or workload.steps)
         seconds = measure(workload, data, rounds, options.threads)
         lines = [line_of(seconds, name, BASE) for name in seconds]
-        text.append(f"## {workload.name}\n\n{rounds.count} rounds of {rounds.steps} steps\n\n{table(lines, BASE)}")
+        text.append(
+            f"## {workload.name}\n\n{rounds.count} rounds of {rounds.steps} steps\n\n{table(lines, BASE)}"
+        )
         print(text[-1], end="\n\n", flush=True)
     if options.save:
         options.save.parent.mkdir(parents=True, exist_ok=True)

@@ -58,27 +58,44 @@ def run_check(name: str, device: torch.device) -> checks.Verdict:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checks", nargs="*", help=f"names of checks, among: {', '.join(CHECKS)} (default: all)")
+    parser.add_argument(
+        "checks",
+        nargs="*",
+        help=f"names of checks, among: {', '.join(CHECKS)} (default: all)",
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--save", type=Path, help="write the report to this Markdown file too")
+    parser.add_argument(
+        "--save", type=Path, help="write the report to this Markdown file too"
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.checks) - set(CHECKS):
         parser.error(f"no such check: {', '.join(unknown)}")
     if options.device == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # for the trainers, and the processes to come
+        # For the trainers, and the processes to come.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     elif not torch.cuda.is_available():
-        print("no CUDA GPU here: nothing is checked (--device cpu runs the same code on the CPU)")
+        print(
+            "no CUDA GPU here: nothing is checked (--device cpu runs the same code on the CPU)"
+        )
         return 0
-    lines = [f"# Checks on {'a GPU' if options.device == 'cuda' else 'the CPU'}", machine(torch.get_num_threads()), ""]
+    lines = [
+        f"# Checks on {'a GPU' if options.device == 'cuda' else 'the CPU'}",
+        machine(torch.get_num_threads()),
+        "",
+    ]
     print("\n\n".join(lines[:2]), end="\n\n", flush=True)
     failed = False
     for name in options.checks or CHECKS:
         began = monotonic()
         passed, figures = run_check(name, torch.device(options.device))
         failed = failed or passed is False
-        lines.append(f"- {WORDS[passed]} **{name}**: {figures} ({monotonic() - began:.0f} s)")
+        lines.append(
+            f"- {WORDS[passed]} **{name}**: {figures} ({monotonic() - began:.0f} s)"
+        )
         print(lines[-1].replace("*", ""), flush=True)
     if options.save:
         options.save.parent.mkdir(parents=True, exist_ok=True)

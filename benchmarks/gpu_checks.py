@@ -40,7 +40,9 @@ EQUAL = 1e-12  # relative, in fp64
 
 def resnet_step_time(device: torch.device, directory: Path) -> Verdict:
     """ResNet-18, bf16, 256 samples a step in one micro-batch: at most 1.05 × the loop by hand."""
-    batch, side, rounds = (256, 128, Rounds(8, 5)) if device.type == "cuda" else (4, 32, Rounds(2, 1))
+    batch, side, rounds = (
+        (256, 128, Rounds(8, 5)) if device.type == "cuda" else (4, 32, Rounds(2, 1))
+    )
     data = noise(rounds.total_steps * batch, side)
     config = settings(directory, batch__size=batch, train__precision="bf16")
     trainer = InterleavedTrainer(config, model=resnet18(), train_data=data)
@@ -51,12 +53,18 @@ def resnet_step_time(device: torch.device, directory: Path) -> Verdict:
 def tiny_step_time(device: torch.device, directory: Path) -> Verdict:
     """A net so small that the loop's own work is most of the step: at most 1.05 × the loop by hand."""
     rounds = Rounds(20, 50) if device.type == "cuda" else Rounds(2, 2)
-    return _faster(device, measure(workloads()[0], rounds, {"raw": raw}, threads=torch.get_num_threads()))
+    return _faster(
+        device,
+        measure(workloads()[0], rounds, {"raw": raw}, threads=torch.get_num_threads()),
+    )
 
 
 def _faster(device: torch.device, seconds: Seconds) -> Verdict:
     low, middle, high = quartiles(seconds, LOCKSTEP, "raw")[:, 0]
-    microseconds = 1e6 * sorted(clocks[0] for clocks in seconds[LOCKSTEP])[len(seconds[LOCKSTEP]) // 2]
+    microseconds = (
+        1e6
+        * sorted(clocks[0] for clocks in seconds[LOCKSTEP])[len(seconds[LOCKSTEP]) // 2]
+    )
     figures = f"{middle:.3f} × raw, {low:.3f} to {high:.3f} in half of the rounds, {microseconds:.0f} µs a step"
     return (bool(middle <= 1.05) if device.type == "cuda" else None), figures
 
@@ -77,7 +85,10 @@ def peak_memory(device: torch.device, directory: Path) -> Verdict:
     ours = _peak_bytes(lambda: Trainer(config, model=resnet18(), train_data=data).fit())
     if device.type != "cuda":
         return None, "measured on CUDA only"
-    return ours <= 1.02 * theirs, f"{ours / theirs:.4f} × raw ({ours / 2**20:.0f} and {theirs / 2**20:.0f} MiB)"
+    return (
+        ours <= 1.02 * theirs,
+        f"{ours / theirs:.4f} × raw ({ours / 2**20:.0f} and {theirs / 2**20:.0f} MiB)",
+    )
 
 
 def _peak_bytes(action: Callable[[], object]) -> int:
@@ -107,9 +118,18 @@ def host_syncs(device: torch.device, directory: Path) -> Verdict:
             if step.number > 2:  # a few constants are moved to the device once
                 found.extend(seen)
 
-    changes = {"batch__micro_size": 16, "train__precision": "bf16", "train__max_grad_norm": 1.0}
+    changes = {
+        "batch__micro_size": 16,
+        "train__precision": "bf16",
+        "train__max_grad_norm": 1.0,
+    }
     for workers in (0, 2):
-        config = settings(directory / str(workers), data__workers=workers, train__log_every=5, **changes)
+        config = settings(
+            directory / str(workers),
+            data__workers=workers,
+            train__log_every=5,
+            **changes,
+        )
         Watched(config, model=small_cnn(10), train_data=first_digits(64 * 12)).fit()
     if device.type != "cuda":
         return None, "seen on CUDA only"
@@ -117,7 +137,9 @@ def host_syncs(device: torch.device, directory: Path) -> Verdict:
         torch.zeros(1, device=device).item()
     if not seen:
         return False, "torch's own check does not see a sync that is there"
-    return not found, f"{len(found)} in 20 steps" + "".join(f", {place}" for place in sorted(set(found)))
+    return not found, f"{len(found)} in 20 steps" + "".join(
+        f", {place}" for place in sorted(set(found))
+    )
 
 
 @contextmanager
@@ -145,21 +167,28 @@ def pixels(device: torch.device, directory: Path) -> Verdict:
     """Copies on the side stream, pinned and not, give the CPU's bits, however far the device is behind."""
     data = noise(1024, 64)
     expected = _loaded(data, torch.device("cpu"), 0)
-    equal = {workers: torch.equal(_loaded(data, device, workers), expected) for workers in (0, 2)}
+    equal = {
+        workers: torch.equal(_loaded(data, device, workers), expected)
+        for workers in (0, 2)
+    }
     return all(equal.values()), ", ".join(
-        f"{workers} workers: {'equal' if same else 'NOT equal'}" for workers, same in equal.items()
+        f"{workers} workers: {'equal' if same else 'NOT equal'}"
+        for workers, same in equal.items()
     )
 
 
 def _loaded(data: ImageArrays, device: torch.device, workers: int) -> Tensor:
     """All images as a loader gives them, with targets as a further pixel, on the CPU."""
     sets = Datasets(data, None, None, "noise")
-    loader, _ = build_loaders(DataConfig(workers=workers), sets, seed=0, device=device, dtype=torch.float32)
+    loader, _ = build_loaders(
+        DataConfig(workers=workers), sets, seed=0, device=device, dtype=torch.float32
+    )
     busy = torch.full((2048, 2048), 1 / 2048, device=device)
     kept = []
     for batch in loader.run(whole_requests(len(data), 32, 0, 1)):
         for _ in range(20 if device.type == "cuda" else 0):
-            busy = busy @ busy  # a buffer taken back too early would be overwritten while this runs
+            # A buffer taken back too early would be overwritten while this runs.
+            busy = busy @ busy
         kept.append(torch.cat([batch.inputs.flatten(1), batch.targets.unsqueeze(1)], 1))
     return torch.cat(kept).cpu()
 
@@ -179,18 +208,29 @@ def bf16(device: torch.device, directory: Path) -> Verdict:
 
 def compiled(device: torch.device, directory: Path) -> Verdict:
     """A compiled model learns."""
-    return _learns(directory, train__compile=True) if device.type == "cuda" else (None, "compiled on CUDA only")
+    return (
+        _learns(directory, train__compile=True)
+        if device.type == "cuda"
+        else (None, "compiled on CUDA only")
+    )
 
 
 def _learns(directory: Path, **changes: Any) -> Verdict:
-    trainer = fitted(settings(directory, train__epochs=3, **changes), lambda: small_cnn(10), first_digits(1280))
+    trainer = fitted(
+        settings(directory, train__epochs=3, **changes),
+        lambda: small_cnn(10),
+        first_digits(1280),
+    )
     rows = read_rows(directory / "run" / "metrics.jsonl")
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     scaler = trainer.run.precision.scaler
     scale = f", loss scale {scaler.get_scale():.0f}" if scaler else ""
     whole = all(p.dtype is torch.float32 for p in trainer.module.parameters())
     learnt = all(map(math.isfinite, losses)) and losses[-1] < 0.5 * losses[0]
-    return learnt and whole, f"loss {losses[0]:.3f} → {losses[-1]:.3f}{scale}, weights {'' if whole else 'NOT '}fp32"
+    return (
+        learnt and whole,
+        f"loss {losses[0]:.3f} → {losses[-1]:.3f}{scale}, weights {'' if whole else 'NOT '}fp32",
+    )
 
 
 # ---------------------------------------------------------------- equal runs, in fp64
@@ -205,17 +245,27 @@ def bitwise(device: torch.device, directory: Path) -> Verdict:
     """In fp32 and bitwise mode, they do so to the last bit."""
     two, one = _on_two_and_one(device, directory, run__reproducibility="bitwise")
     other = [name for name, tensor in one.items() if not torch.equal(two[name], tensor)]
-    return not other, f"{len(one) - len(other)} of {len(one)} tensors have the same bits {' '.join(other[:3])}".strip()
+    return (
+        not other,
+        f"{len(one) - len(other)} of {len(one)} tensors have the same bits {' '.join(other[:3])}".strip(),
+    )
 
 
 def _on_two_and_one(
-    device: torch.device, directory: Path, on_two: dict[str, Any] | None = None, **changes: Any
+    device: torch.device,
+    directory: Path,
+    on_two: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> list[Mapping[str, Tensor]]:
     """The end of the same run on two processes, with `on_two` changed besides, and on one."""
     ends = []
     for count, more in ((2, on_two or {}), (1, {})):
-        config = settings(directory / str(count), **{"batch__micro_size": 8, **changes, **more})
-        ends.append(on_processes(count, _trained, config, device.type, device=device.type)[0])
+        config = settings(
+            directory / str(count), **{"batch__micro_size": 8, **changes, **more}
+        )
+        ends.append(
+            on_processes(count, _trained, config, device.type, device=device.type)[0]
+        )
     return ends
 
 
@@ -230,8 +280,15 @@ def fused(device: torch.device, directory: Path) -> Verdict:
     """8 micro-batches in one forward are those 8 one by one, BatchNorm and dropout included."""
     states = []
     for fuse in (8, 1):
-        config = settings(directory / str(fuse), batch__micro_size=8, batch__fuse=fuse, train__precision="fp64")
-        states.append(fitted(config, _with_dropout, first_digits(640)).module.state_dict())
+        config = settings(
+            directory / str(fuse),
+            batch__micro_size=8,
+            batch__fuse=fuse,
+            train__precision="fp64",
+        )
+        states.append(
+            fitted(config, _with_dropout, first_digits(640)).module.state_dict()
+        )
     return _equal(*states)
 
 
@@ -243,8 +300,15 @@ def sync_batch_norm(device: torch.device, directory: Path) -> Verdict:
     """`batch_norm.mode=sync` on one process is `micro`."""
     states = []
     for mode in ("sync", "micro"):
-        config = settings(directory / mode, batch__micro_size=32, batch_norm__mode=mode, train__precision="fp64")
-        states.append(fitted(config, lambda: small_cnn(10), first_digits(640)).module.state_dict())
+        config = settings(
+            directory / mode,
+            batch__micro_size=32,
+            batch_norm__mode=mode,
+            train__precision="fp64",
+        )
+        states.append(
+            fitted(config, lambda: small_cnn(10), first_digits(640)).module.state_dict()
+        )
     return _equal(*states)
 
 
@@ -253,7 +317,11 @@ def sync_on_two(device: torch.device, directory: Path) -> Verdict:
     if device.type != "cuda":
         return None, "torch's SyncBatchNorm runs on CUDA only"
     sync = {"batch_norm__mode": "sync", "batch__micro_size": 32}
-    changes = {"batch__micro_size": 64, "batch_norm__momentum_per": "step", "train__precision": "fp64"}
+    changes = {
+        "batch__micro_size": 64,
+        "batch_norm__momentum_per": "step",
+        "train__precision": "fp64",
+    }
     return _equal(*_on_two_and_one(device, directory, sync, **changes))
 
 
@@ -262,9 +330,15 @@ def resume(device: torch.device, directory: Path) -> Verdict:
     states = []
     for name, stops in {"stopped": (7, 15), "straight": (15,)}.items():
         for stop in stops:
-            changes = {"train__max_steps": stop, "train__precision": "fp64", "run__resume": "auto"}
+            changes = {
+                "train__max_steps": stop,
+                "train__precision": "fp64",
+                "run__resume": "auto",
+            }
             trainer = fitted(
-                settings(directory / name, batch__micro_size=16, **changes), _with_dropout, first_digits(64 * 20)
+                settings(directory / name, batch__micro_size=16, **changes),
+                _with_dropout,
+                first_digits(64 * 20),
             )
         states.append(trainer.module.state_dict())
     return _equal(*states)
@@ -273,8 +347,13 @@ def resume(device: torch.device, directory: Path) -> Verdict:
 def _equal(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Verdict:
     """Whether all tensors are equal but for rounding: the largest difference, relative to each tensor's largest."""
     differences = {
-        name: float((state[name].cpu() - tensor.cpu()).abs().max() / tensor.cpu().abs().max().clamp(min=1e-300))
+        name: float(
+            (state[name].cpu() - tensor.cpu()).abs().max()
+            / tensor.cpu().abs().max().clamp(min=1e-300)
+        )
         for name, tensor in reference.items()
     }
     worst = max(differences, key=lambda name: differences[name])
-    return differences[worst] <= EQUAL, f"largest relative difference {differences[worst]:.1e}, in {worst}"
+    return differences[
+        worst
+    ] <= EQUAL, f"largest relative difference {differences[worst]:.1e}, in {worst}"

@@ -45,7 +45,10 @@ class Work:
 
     def fetch(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Images in [0, 1] and targets, on the device."""
-        inputs, targets = self.data.images.index_select(0, ids), self.data.targets.index_select(0, ids)
+        inputs, targets = (
+            self.data.images.index_select(0, ids),
+            self.data.targets.index_select(0, ids),
+        )
         if self.ranks.device.type == "cuda":
             inputs = inputs.pin_memory().to(self.ranks.device, non_blocking=True)
             targets = targets.pin_memory().to(self.ranks.device, non_blocking=True)
@@ -53,7 +56,9 @@ class Work:
 
     def loader(self) -> DataLoader[Any]:
         """A shuffled `DataLoader` of micro-batches."""
-        return DataLoader(_InMemory(self.data), self.micro_size, shuffle=True, collate_fn=_as_is)
+        return DataLoader(
+            _InMemory(self.data), self.micro_size, shuffle=True, collate_fn=_as_is
+        )
 
 
 class _InMemory(Dataset[Any]):
@@ -91,7 +96,11 @@ def raw_with_tqdm(work: Work) -> Loop:
 
 def _by_hand(work: Work, show: Callable[[Tensor], None]) -> Loop:
     model, optimizer = work.model_and_optimizer()
-    autocast = nullcontext() if work.autocast is None else torch.autocast(work.ranks.device.type, work.autocast)
+    autocast = (
+        nullcontext()
+        if work.autocast is None
+        else torch.autocast(work.ranks.device.type, work.autocast)
+    )
     size, micro, cuts = work.batch_size, work.micro_size, work.cuts
     while True:
         order = torch.randperm(len(work.data))
@@ -122,7 +131,9 @@ def raw_ddp(work: Work) -> Loop:
             for index, places in enumerate(own, start=1):
                 inputs, targets = work.fetch(order[start + places])
                 with nullcontext() if index == len(own) else ddp.no_sync():
-                    loss = F.cross_entropy(ddp(inputs), targets) * (work.ranks.count / work.cuts)
+                    loss = F.cross_entropy(ddp(inputs), targets) * (
+                        work.ranks.count / work.cuts
+                    )
                     loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
@@ -134,11 +145,14 @@ def accelerate(work: Work) -> Loop:
     from accelerate import Accelerator
 
     accelerator = Accelerator(
-        gradient_accumulation_steps=work.cuts, cpu=True if work.ranks.device.type == "cpu" else None
+        gradient_accumulation_steps=work.cuts,
+        cpu=True if work.ranks.device.type == "cpu" else None,
     )
     model, optimizer = work.model_and_optimizer()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1_000_000)
-    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, work.loader(), scheduler)
+    model, optimizer, loader, scheduler = accelerator.prepare(
+        model, optimizer, work.loader(), scheduler
+    )
     while True:
         for images, targets in loader:
             with accelerator.accumulate(model):

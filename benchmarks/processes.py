@@ -15,13 +15,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-CLEAN = multiprocessing.get_context("forkserver")  # torch is imported once, in a process without threads
-os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")  # scikit-learn's, or it leaves semaphores behind
+# Torch is imported once, in a process without threads.
+CLEAN = multiprocessing.get_context("forkserver")
+# scikit-learn's, or it leaves semaphores behind.
+os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")
 CLEAN.set_forkserver_preload(["benchmarks.preload"])
 PATIENCE = 300.0  # seconds for the processes of a run to end
 
 
-def on_processes(count: int, function: Callable[..., Any], *args: Any, device: str = "cpu") -> list[Any]:
+def on_processes(
+    count: int, function: Callable[..., Any], *args: Any, device: str = "cpu"
+) -> list[Any]:
     """What `function(*args)` returns on each of `count` processes; None of one that a signal ended.
 
     They run on the CPU, or share the first GPU (`device="cuda"`).
@@ -33,7 +37,10 @@ def on_processes(count: int, function: Callable[..., Any], *args: Any, device: s
         port = probe.getsockname()[1]
     pipes = [CLEAN.Pipe(duplex=False) for _ in range(count)]
     processes = [
-        CLEAN.Process(target=_as_rank, args=((rank, count, port), device, pipe[1], partial(function, *args)))
+        CLEAN.Process(
+            target=_as_rank,
+            args=((rank, count, port), device, pipe[1], partial(function, *args)),
+        )
         for rank, pipe in enumerate(pipes)
     ]
     for process in processes:
@@ -55,14 +62,21 @@ def on_processes(count: int, function: Callable[..., Any], *args: Any, device: s
 
 def _received(receiver: Connection, deadline: float) -> Any:
     if not receiver.poll(max(0.0, deadline - time.monotonic())):
-        raise TimeoutError(f"the processes of a run did not end within {PATIENCE:.0f} s")
+        raise TimeoutError(
+            f"the processes of a run did not end within {PATIENCE:.0f} s"
+        )
     try:
         return pickle.loads(receiver.recv_bytes())
     except EOFError:  # a signal ended it
         return None
 
 
-def _as_rank(group: tuple[int, int, int], device: str, pipe: Connection, function: Callable[[], Any]) -> None:
+def _as_rank(
+    group: tuple[int, int, int],
+    device: str,
+    pipe: Connection,
+    function: Callable[[], Any],
+) -> None:
     """`group`: which rank, of how many, who meet at which port.
 
     Ends without the interpreter's own way out, as `trainer.process.exit.exit_process` does.
@@ -74,21 +88,33 @@ def _as_rank(group: tuple[int, int, int], device: str, pipe: Connection, functio
         os.environ["ACCELERATE_USE_CPU"] = "true"
     if count > 1:
         local = rank if device == "cpu" else 0  # of one GPU each rank is the first
-        numbers = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        numbers = {
+            "RANK": rank,
+            "LOCAL_RANK": local,
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+        }
         os.environ |= {name: str(number) for name, number in numbers.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if device != "cpu":
-            torch.distributed.init_process_group("gloo")  # NCCL refuses two processes on one GPU
-    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as in a process started by hand
+            # NCCL refuses two processes on one GPU.
+            torch.distributed.init_process_group("gloo")
+    # Of loader processes, as in a process started by hand.
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
         try:
             result: Any = (function(),)
             if count > 1 and torch.distributed.get_world_size() != count:
                 result = "the processes were never joined"
         except BaseException as error:
             result = f"{type(error).__name__}: {error}"
-    pipe.send_bytes(pickle.dumps(result))  # tensors go as bytes: their memory would end with this process
+    # Tensors go as bytes: their memory would end with this process.
+    pipe.send_bytes(pickle.dumps(result))
     pipe.close()
     sys.stdout.flush()
     os._exit(0)

@@ -42,10 +42,16 @@ def outcomes(quick: bool) -> list[Outcome]:
 def verdict(found: Sequence[Outcome]) -> tuple[bool, str]:
     """Whether every run left the first one's digests, in a sentence."""
     due = found[0].digests
-    odd = [(i, [k for k in due if o.digests[k] != due[k]]) for i, o in enumerate(found, 1) if o.digests != due]
+    odd = [
+        (i, [k for k in due if o.digests[k] != due[k]])
+        for i, o in enumerate(found, 1)
+        if o.digests != due
+    ]
     if not odd:
         return True, f"All {len(found)} runs are equal, bit for bit."
-    return False, "DIFFERENT from line 1: " + "; ".join(f"line {i} in its {', '.join(keys)}" for i, keys in odd)
+    return False, "DIFFERENT from line 1: " + "; ".join(
+        f"line {i} in its {', '.join(keys)}" for i, keys in odd
+    )
 
 
 def runs_table(found: Sequence[Outcome]) -> Table:
@@ -53,7 +59,11 @@ def runs_table(found: Sequence[Outcome]) -> Table:
     table = _table("", "run", *digests)
     for number, each in enumerate(found, 1):
         described = ", then ".join(part.describe() for part in each.parts)
-        table.add_row(str(number), described, *(digest[:SHOWN] for digest in each.digests.values()))
+        table.add_row(
+            str(number),
+            described,
+            *(digest[:SHOWN] for digest in each.digests.values()),
+        )
     return table
 
 
@@ -87,7 +97,9 @@ def peers_table(lines: Sequence[Line]) -> Table:
 
 
 def _each(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" if isinstance(value, int) else f"{value:.0e}" for value in values)
+    return ", ".join(
+        f"{value:g}" if isinstance(value, int) else f"{value:.0e}" for value in values
+    )
 
 
 def _table(*columns: str) -> Table:
@@ -99,18 +111,35 @@ def _table(*columns: str) -> Table:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.scale",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="a few lines of each table")
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
-    parser.add_argument("--save", type=Path, help="write the tables to this Markdown file too")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few lines of each table"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object in place of the tables",
+    )
+    parser.add_argument(
+        "--save", type=Path, help="write the tables to this Markdown file too"
+    )
     options = parser.parse_args(arguments)
-    console = Console(width=400, record=True, quiet=options.json, highlight=False, soft_wrap=True)
+    console = Console(
+        width=400, record=True, quiet=options.json, highlight=False, soft_wrap=True
+    )
     began = monotonic()
     console.print(f"# The same run on any number of processes\n\n{machine(1)}\n")
     found = outcomes(options.quick)
     equal, sentence = verdict(found)
-    console.print("## run.reproducibility=bitwise: what each run left behind\n", runs_table(found), sentence, sep="\n")
+    console.print(
+        "## run.reproducibility=bitwise: what each run left behind\n",
+        runs_table(found),
+        sentence,
+        sep="\n",
+    )
     samples, epochs = (BATCH * 2 + 31, 1) if options.quick else (1439, 2)
     lines = compare(samples, epochs, (1, 4) if options.quick else (1, 2, 4))
     console.print(
@@ -120,20 +149,37 @@ def main(arguments: Sequence[str]) -> int:
     )
     with TemporaryDirectory() as directory:
         seconds = resume_seconds(Path(directory), 100_000)
-    resumed = ", ".join(f"{value:.2f} s after step {step}" for step, value in seconds.items())
-    console.print(f"\nResumed in an epoch of 100,000 images, 1000 steps, the first step has ended: {resumed}.")
+    resumed = ", ".join(
+        f"{value:.2f} s after step {step}" for step, value in seconds.items()
+    )
+    console.print(
+        f"\nResumed in an epoch of 100,000 images, 1000 steps, the first step has ended: {resumed}."
+    )
     console.print(f"{monotonic() - began:.0f} s in all.")
     if options.json:
         print(json.dumps(_plain(found, equal, lines, seconds), indent=2))
     if options.save:
         options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text("\n".join(line.rstrip() for line in console.export_text().splitlines()) + "\n")
+        options.save.write_text(
+            "\n".join(line.rstrip() for line in console.export_text().splitlines())
+            + "\n"
+        )
     return 0 if equal else 1
 
 
-def _plain(found: Sequence[Outcome], equal: bool, lines: Sequence[Line], seconds: dict[int, float]) -> dict[str, Any]:
+def _plain(
+    found: Sequence[Outcome],
+    equal: bool,
+    lines: Sequence[Line],
+    seconds: dict[int, float],
+) -> dict[str, Any]:
     runs = [asdict(each) for each in found]
-    return {"equal": equal, "runs": runs, "loops": [asdict(line) for line in lines], "resume_seconds": seconds}
+    return {
+        "equal": equal,
+        "runs": runs,
+        "loops": [asdict(line) for line in lines],
+        "resume_seconds": seconds,
+    }
 
 
 if __name__ == "__main__":

@@ -36,8 +36,16 @@ class Part:
     signal: str | None = None
 
     def describe(self) -> str:
-        end = "" if self.until is None else f", {self.signal or 'stopped'} after step {self.until}"
-        workers = f" + {self.workers} worker{'s' * (self.workers > 1)} each" if self.workers else ""
+        end = (
+            ""
+            if self.until is None
+            else f", {self.signal or 'stopped'} after step {self.until}"
+        )
+        workers = (
+            f" + {self.workers} worker{'s' * (self.workers > 1)} each"
+            if self.workers
+            else ""
+        )
         return f"{self.processes} {'process' if self.processes == 1 else 'processes'}{workers}{end}"
 
 
@@ -49,7 +57,9 @@ class Outcome:
     digests: dict[str, str]
 
 
-def cnn_with_dropout(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Sequential:
+def cnn_with_dropout(
+    num_classes: int, in_channels: int = 1, width: int = 32
+) -> nn.Sequential:
     """`small_cnn` that drops a fifth of what its last layer sees."""
     model = small_cnn(num_classes, in_channels, width)
     model.insert(len(model) - 1, nn.Dropout(0.2))
@@ -60,14 +70,22 @@ def subject(directory: Path, part: Part, quick: bool) -> Config:
     """Steps of 100 samples in 13 micro-batches, which no count above 1 divides; 39 samples in an epoch's last."""
     return Config.from_dict(
         {
-            "run": {"dir": str(directory), "reproducibility": "bitwise", "resume": "auto", "figures": False},
+            "run": {
+                "dir": str(directory),
+                "reproducibility": "bitwise",
+                "resume": "auto",
+                "figures": False,
+            },
             "data": {
                 "name": "digits",
                 "workers": part.workers,
                 "train_transforms": [{"name": "RandomCrop", "size": 8, "padding": 1}],
             },
             "batch": {"size": 100, "micro_size": 8, "eval_size": 50},
-            "model": {"name": "benchmarks.scale_runs.cnn_with_dropout", "width": 8 if quick else 32},
+            "model": {
+                "name": "benchmarks.scale_runs.cnn_with_dropout",
+                "width": 8 if quick else 32,
+            },
             "optimizer": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4},
             "schedule": {"name": "step", "step_size": 1, "gamma": 0.5},
             "train": {
@@ -85,16 +103,30 @@ def subject(directory: Path, part: Part, quick: bool) -> Config:
 def cases(quick: bool) -> list[list[Part]]:
     """The runs of the table: every count with and without workers, never stopped and stopped; then two signals."""
     if quick:
-        return [[Part(1)], [Part(3, 1)], [Part(2, until=4), Part(1)], [Part(2, until=13, signal="SIGKILL"), Part(3)]]
+        return [
+            [Part(1)],
+            [Part(3, 1)],
+            [Part(2, until=4), Part(1)],
+            [Part(2, until=13, signal="SIGKILL"), Part(3)],
+        ]
     counts, stops = (1, 2, 3, 4, 8), (1, 9, 15, 20, 29)  # 15: an epoch's end
     runs = [[Part(count, workers)] for count, workers in product(counts, (0, 2))]
     for index, count in enumerate(counts):
         elsewhere = counts[(index + 2) % len(counts)]
         for workers in (0, 2):
-            runs.append([Part(count, workers, until=stops[index]), Part(elsewhere, 2 - workers)])
+            runs.append(
+                [Part(count, workers, until=stops[index]), Part(elsewhere, 2 - workers)]
+            )
     runs.append([Part(3, until=12, signal="SIGTERM"), Part(8)])
     runs.append([Part(4, 2, until=24, signal="SIGKILL"), Part(1)])
-    runs.append([Part(8, until=3), Part(2, 2, until=11, signal="SIGTERM"), Part(1, until=22), Part(3)])
+    runs.append(
+        [
+            Part(8, until=3),
+            Part(2, 2, until=11, signal="SIGTERM"),
+            Part(1, until=22),
+            Part(3),
+        ]
+    )
     return runs
 
 
@@ -105,9 +137,12 @@ def outcome(parts: Sequence[Part], directory: Path, quick: bool) -> Outcome:
     summary = summaries[0]
     digests = {name: summary[f"{name}_sha256"] for name in HASHED}
     rows = [
-        {k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(directory / "run" / "metrics.jsonl")
+        {k: v for k, v in row.items() if k not in TIMINGS}
+        for row in read_rows(directory / "run" / "metrics.jsonl")
     ]
-    return Outcome(parts, digests | {"rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()})
+    return Outcome(
+        parts, digests | {"rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+    )
 
 
 class Interruption(Observer):
@@ -157,7 +192,8 @@ def resume_seconds(directory: Path, samples: int) -> dict[int, float]:
     seconds = {1: on_processes(1, _resumed, directory, samples, 2)[0]}
     kept = directory / "run" / "checkpoints"
     held = checkpoint.load(checkpoint.latest(kept) or kept)
-    held.progress.step, held.progress.samples_seen = last, 100 * last  # a position is a step number, and no more
+    # A position is a step number, and no more.
+    held.progress.step, held.progress.samples_seen = last, 100 * last
     checkpoint.save(kept, held, keep=1)
     seconds[last] = on_processes(1, _resumed, directory, samples, last + 1)[0]
     return seconds

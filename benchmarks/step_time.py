@@ -32,14 +32,22 @@ import torch
 from torch import nn
 
 from benchmarks import loops
-from benchmarks.timing import LOCKSTEP, InterleavedTrainer, Loop, Rounds, Seconds, quartiles
+from benchmarks.timing import (
+    LOCKSTEP,
+    InterleavedTrainer,
+    Loop,
+    Rounds,
+    Seconds,
+    quartiles,
+)
 from trainer import Config, load
 from trainer.components.models import small_cnn
 from trainer.data.datasets import ImageArrays, digits
 from trainer.process import launcher
 from trainer.process.exit import report_error
 
-PEERS: list[tuple[str, Callable[[loops.Work], Loop], str]] = [  # name, loop, the package it needs
+# Name, loop, the package it needs.
+PEERS: list[tuple[str, Callable[[loops.Work], Loop], str]] = [
     ("raw + tqdm and .item()", loops.raw_with_tqdm, "tqdm"),
     ("Accelerate's guide", loops.accelerate, "accelerate"),
     ("Lightning Fabric's guide", loops.fabric, "lightning"),
@@ -62,7 +70,9 @@ class Workload:
 
     @property
     def cuts(self) -> int:
-        return self.config.batch.size // (self.config.batch.micro_size or self.config.batch.size)
+        return self.config.batch.size // (
+            self.config.batch.micro_size or self.config.batch.size
+        )
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,11 @@ class Line:
 def mlp() -> nn.Module:
     """A net so small that a loop's own work shows."""
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10)
+        nn.Flatten(),
+        nn.Linear(64, 128, bias=False),
+        nn.BatchNorm1d(128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
     )
 
 
@@ -87,12 +101,23 @@ def workloads() -> list[Workload]:
     default = load(Path(__file__).parents[1] / "configs" / "digits.yaml", [])
     return [
         Workload("MLP with BatchNorm, 64 samples a step", small, mlp, steps=100),
-        Workload("configs/digits.yaml, 64 = 8 × 8 samples a step", default, lambda: small_cnn(10), steps=20),
+        Workload(
+            "configs/digits.yaml, 64 = 8 × 8 samples a step",
+            default,
+            lambda: small_cnn(10),
+            steps=20,
+        ),
     ]
 
 
 def measure(
-    workload: Workload, rounds: Rounds, others: Loops, *, threads: int, wandb: str = "disabled", terminal: bool = False
+    workload: Workload,
+    rounds: Rounds,
+    others: Loops,
+    *,
+    threads: int,
+    wandb: str = "disabled",
+    terminal: bool = False,
 ) -> Seconds:
     """Seconds of a step of Lockstep and of `others`, one epoch of digits, repeated until they are enough."""
     data = digits().train
@@ -105,8 +130,11 @@ def measure(
     with TemporaryDirectory() as directory, redirect_stdout(Sink(terminal)):
         tree["run"] |= {"dir": directory, "figures": False}
         config = Config.from_dict(tree)
-        trainer = InterleavedTrainer(config, model=workload.make_model(), train_data=train, val_data=val)
-        torch.set_num_threads(threads)  # Accelerate sets them where there are several processes
+        trainer = InterleavedTrainer(
+            config, model=workload.make_model(), train_data=train, val_data=val
+        )
+        # Accelerate sets them where there are several processes.
+        torch.set_num_threads(threads)
         work = loops.Work(
             make_model=workload.make_model,
             data=train,
@@ -115,7 +143,9 @@ def measure(
             sgd={"lr": config.optimizer.lr, **config.optimizer.args},
             ranks=trainer.ranks,
         )
-        return trainer.fit_with({name: loop(work) for name, loop in others.items()}, rounds)
+        return trainer.fit_with(
+            {name: loop(work) for name, loop in others.items()}, rounds
+        )
 
 
 class Sink(io.StringIO):
@@ -141,16 +171,26 @@ def compare(workload: Workload, rounds: Rounds, threads: int) -> list[Line]:
     for name, setting in VARIANTS.items():
         alone = measure(workload, rounds, raw, threads=threads, **setting)
         lines.append(line_of({name: alone[LOCKSTEP], "raw": alone["raw"]}, name, "raw"))
-    return lines + [line_of(seconds, name, "raw") if name in peers else Line(name) for name, _, _ in PEERS]
+    return lines + [
+        line_of(seconds, name, "raw") if name in peers else Line(name)
+        for name, _, _ in PEERS
+    ]
 
 
 def line_of(seconds: Seconds, name: str, base: str) -> Line:
-    return Line(name, 1e6 * float(np.median(seconds[name], axis=0)[0]), quartiles(seconds, name, base))
+    return Line(
+        name,
+        1e6 * float(np.median(seconds[name], axis=0)[0]),
+        quartiles(seconds, name, base),
+    )
 
 
 def table(lines: Sequence[Line], base: str = "raw") -> str:
     """Markdown that reads well as it is."""
-    cells = [("loop", "µs a step", f"× {base}", "half of the rounds", f"× {base}, CPU time"), ("---", *["--:"] * 4)]
+    cells = [
+        ("loop", "µs a step", f"× {base}", "half of the rounds", f"× {base}, CPU time"),
+        ("---", *["--:"] * 4),
+    ]
     for line in lines:
         if line.microseconds is None:
             cells.append((line.name, "not installed", "", "", ""))
@@ -167,8 +207,15 @@ def table(lines: Sequence[Line], base: str = "raw") -> str:
 
 def machine(threads: int) -> str:
     """What a reader must know of where the figures come from."""
-    packages = [name for name in ("torch", "accelerate", "lightning") if find_spec(name)]
-    versions = ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
+    packages = [
+        name for name in ("torch", "accelerate", "lightning") if find_spec(name)
+    ]
+    versions = ", ".join(
+        [
+            f"Python {platform.python_version()}",
+            *(f"{name} {version(name)}" for name in packages),
+        ]
+    )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
     processes = launcher.world_size()
     each = f"{processes} processes of {threads}" if processes > 1 else f"{threads}"
@@ -177,18 +224,42 @@ def machine(threads: int) -> str:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    names = (
+        [
+            line
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
+    return (
+        names[0].partition(":")[2].strip()
+        if names
+        else platform.processor() or platform.machine()
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_time", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.step_time",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, help="steps of a round, a multiple of log_every (default: 100, then 20)")
-    parser.add_argument("--rounds", type=int, default=30, help="rounds of each loop (default: 30)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the process (default: 1)")
-    parser.add_argument("--save", type=Path, help="write the tables to this Markdown file too")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="steps of a round, a multiple of log_every (default: 100, then 20)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=30, help="rounds of each loop (default: 30)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of the process (default: 1)"
+    )
+    parser.add_argument(
+        "--save", type=Path, help="write the tables to this Markdown file too"
+    )
     options = parser.parse_args(arguments)
     main_process = launcher.rank() == 0
     text = [f"# The time of a training step\n\n{machine(options.threads)}"]
@@ -198,9 +269,15 @@ def main(arguments: Sequence[str]) -> int:
                 continue
             rounds = Rounds(options.rounds, options.steps or workload.steps)
             lines = compare(workload, rounds, options.threads)
-            text.append(f"## {workload.name}\n\n{rounds.count} rounds of {rounds.steps} steps\n\n{table(lines)}")
+            text.append(
+                f"## {workload.name}\n\n{rounds.count} rounds of {rounds.steps} steps\n\n{table(lines)}"
+            )
             if main_process:
-                print("\n\n".join(text[-1:] if len(text) > 2 else text), end="\n\n", flush=True)
+                print(
+                    "\n\n".join(text[-1:] if len(text) > 2 else text),
+                    end="\n\n",
+                    flush=True,
+                )
     except Exception as error:
         return report_error(error)
     if options.save and main_process:

@@ -32,7 +32,9 @@ def settings(directory: Path, **changes: Any) -> Config:
     return Config.from_dict(tree)
 
 
-def fitted(config: Config, make_model: Callable[[], nn.Module], data: ImageArrays) -> Trainer:
+def fitted(
+    config: Config, make_model: Callable[[], nn.Module], data: ImageArrays
+) -> Trainer:
     torch.manual_seed(0)
     trainer = Trainer(config, model=make_model(), train_data=data)
     trainer.fit()

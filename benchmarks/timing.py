@@ -42,7 +42,9 @@ class InterleavedTrainer(Trainer):
 
     def fit_with(self, loops: Mapping[str, Loop], rounds: Rounds) -> Seconds:
         """Run `fit`, `rounds.total_steps` long, and with it every one of `loops`."""
-        assert self.plan.total_steps == rounds.total_steps, "the run is as long as its rounds"
+        assert self.plan.total_steps == rounds.total_steps, (
+            "the run is as long as its rounds"
+        )
         self._loops, self._rounds = loops, rounds
         self._began = self._clock()
         self._seconds: Seconds = {name: [] for name in (*loops, LOCKSTEP)}
@@ -57,9 +59,12 @@ class InterleavedTrainer(Trainer):
 
     def _between_rounds(self, done: int) -> None:
         if done:
-            self._seconds[LOCKSTEP].append((self._clock() - self._began) / self._rounds.steps)
+            self._seconds[LOCKSTEP].append(
+                (self._clock() - self._began) / self._rounds.steps
+            )
         if done <= self._rounds.count:
-            for name in list(self._loops)[:: -1 if done % 2 else 1]:  # each comes before and after its neighbours
+            # Each comes before and after its neighbours.
+            for name in list(self._loops)[:: -1 if done % 2 else 1]:
                 began = self._clock()
                 for _ in islice(self._loops[name], self._rounds.steps):
                     pass

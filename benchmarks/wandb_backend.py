@@ -39,7 +39,8 @@ class Backend:
                 "state": "running",
                 "config": {},
                 "summary": {},
-                "fields": {},  # what else the client said of the run: displayName, tags, …
+                # What else the client said of the run: displayName, tags, …
+                "fields": {},
                 "lines": {},  # by file, then by line number
                 "rewritten": 0,  # lines that were sent twice with different text
                 "files": {},
@@ -63,16 +64,26 @@ class Backend:
         if v.get("host"):
             run["state"] = "running"
         if v.get("config"):
-            run["config"] = {key: item["value"] for key, item in json.loads(v["config"]).items()}
+            run["config"] = {
+                key: item["value"] for key, item in json.loads(v["config"]).items()
+            }
             run["writers"] |= set((run["config"].get("_wandb") or {}).get("e") or {})
         if v.get("summaryMetrics"):
             run["summary"] |= json.loads(v["summaryMetrics"])
         # Given the true count of lines here, the client would append to them by itself.
-        return {"upsertBucket": {"bucket": self.bucket(run) | {"historyLineCount": 0}, "inserted": inserted}}
+        return {
+            "upsertBucket": {
+                "bucket": self.bucket(run) | {"historyLineCount": 0},
+                "inserted": inserted,
+            }
+        }
 
     def on_runresumestatus(self, v: dict[str, Any]) -> Any:
         run = self.runs.get(v["name"])
-        return {"model": self.project(v.get("project")) | {"bucket": run and self.bucket(run)}}
+        return {
+            "model": self.project(v.get("project"))
+            | {"bucket": run and self.bucket(run)}
+        }
 
     def bucket(self, run: dict[str, Any]) -> dict[str, Any]:
         history = run["lines"].get("wandb-history.jsonl", {})
@@ -81,7 +92,9 @@ class Backend:
             "id": opaque("Run", run["name"]),
             "name": run["name"],
             "displayName": run["fields"].get("displayName") or run["name"],
-            "config": json.dumps({key: {"value": value} for key, value in run["config"].items()}),
+            "config": json.dumps(
+                {key: {"value": value} for key, value in run["config"].items()}
+            ),
             "summaryMetrics": json.dumps(run["summary"]),
             "sweepName": None,
             "project": self.project(run["project"]),
@@ -98,7 +111,12 @@ class Backend:
 
     def project(self, name: str | None) -> dict[str, Any]:
         entity = {"id": opaque("Entity", ENTITY), "name": ENTITY}
-        return {"id": opaque("Project", name or "p"), "internalId": "1", "name": name or "p", "entity": entity}
+        return {
+            "id": opaque("Project", name or "p"),
+            "internalId": "1",
+            "name": name or "p",
+            "entity": entity,
+        }
 
     def stream(self, name: str, body: dict[str, Any]) -> Any:
         """Store rows of a run by line number, so that a repeated request changes nothing."""
@@ -124,9 +142,20 @@ class Backend:
         return {"serverInfo": {"features": []}}
 
     def on_viewer(self, _: Any) -> Any:
-        viewer = {"id": opaque("User", ENTITY), "entity": ENTITY, "username": ENTITY, "email": "", "flags": "{}"}
+        viewer = {
+            "id": opaque("User", ENTITY),
+            "entity": ENTITY,
+            "username": ENTITY,
+            "email": "",
+            "flags": "{}",
+        }
         teams = {"edges": [{"node": {"name": ENTITY, "id": opaque("Entity", ENTITY)}}]}
-        rest = {"name": ENTITY, "admin": False, "apiKeys": {"edges": []}, "deletedAt": None}
+        rest = {
+            "name": ENTITY,
+            "admin": False,
+            "apiKeys": {"edges": []},
+            "deletedAt": None,
+        }
         return {"viewer": viewer | rest | {"teams": teams}}
 
     on_getviewer = on_getdefaultentity = on_viewer
@@ -134,8 +163,17 @@ class Backend:
     # ---------------------------------------------------------------- files and artifacts
 
     def on_createrunfiles(self, v: dict[str, Any]) -> Any:
-        files = [{"name": file, "uploadUrl": self.upload_url("run", v["run"], file)} for file in v["files"]]
-        return {"createRunFiles": {"runID": opaque("Run", v["run"]), "uploadHeaders": [], "files": files}}
+        files = [
+            {"name": file, "uploadUrl": self.upload_url("run", v["run"], file)}
+            for file in v["files"]
+        ]
+        return {
+            "createRunFiles": {
+                "runID": opaque("Run", v["run"]),
+                "uploadHeaders": [],
+                "files": files,
+            }
+        }
 
     def upload_url(self, *parts: str) -> str:
         return f"{self.url}/storage/{quote('/'.join(parts))}"
@@ -171,13 +209,19 @@ class Backend:
             "id": opaque("Artifact", str(artifact["id"])),
             "digest": v["digest"],
             "state": "COMMITTED" if artifact["committed"] else "PENDING",
-            "artifactSequence": {"id": opaque("ArtifactCollection", name), "latestArtifact": None},
+            "artifactSequence": {
+                "id": opaque("ArtifactCollection", name),
+                "latestArtifact": None,
+            },
         }
         return {"createArtifact": {"artifact": answer}}
 
     def committed_artifact(self, name: str, digest: str) -> dict[str, Any] | None:
         for artifact in self.artifacts:
-            if artifact["committed"] and (artifact["name"], artifact["digest"]) == (name, digest):
+            if artifact["committed"] and (artifact["name"], artifact["digest"]) == (
+                name,
+                digest,
+            ):
                 return artifact
         return None
 
@@ -185,7 +229,9 @@ class Backend:
         """Give the aliases to this version: an alias belongs to one version of a name."""
         for other in self.artifacts:
             if other["name"] == artifact["name"]:
-                other["aliases"] = [alias for alias in other["aliases"] if alias not in aliases]
+                other["aliases"] = [
+                    alias for alias in other["aliases"] if alias not in aliases
+                ]
         artifact["aliases"] += aliases
 
     def on_createartifactmanifest(self, v: dict[str, Any]) -> Any:
@@ -196,7 +242,11 @@ class Backend:
 
     def on_updateartifactmanifest(self, v: dict[str, Any]) -> Any:
         request = {"artifactID": v["artifactManifestID"], "name": "wandb_manifest.json"}
-        return {"updateArtifactManifest": self.on_createartifactmanifest(request)["createArtifactManifest"]}
+        return {
+            "updateArtifactManifest": self.on_createartifactmanifest(request)[
+                "createArtifactManifest"
+            ]
+        }
 
     def on_createartifactfiles(self, v: dict[str, Any]) -> Any:
         edges = []
@@ -220,7 +270,11 @@ class Backend:
         artifact = self.artifacts[int(named(v["artifactID"]))]
         artifact["committed"] = True
         self.move_aliases(artifact, [*artifact["future aliases"], "latest"])
-        return {"commitArtifact": {"artifact": {"id": v["artifactID"], "digest": artifact["digest"]}}}
+        return {
+            "commitArtifact": {
+                "artifact": {"id": v["artifactID"], "digest": artifact["digest"]}
+            }
+        }
 
     def on_artifacttype(self, v: dict[str, Any]) -> Any:
         return {"project": self.project(v.get("project")) | {"artifact": None}}

@@ -29,7 +29,9 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             host.stopping.wait()
         elif host.broken:
-            self.reply(int(host.broken), {"error": "broken", "errors": [{"message": "broken"}]})
+            self.reply(
+                int(host.broken), {"error": "broken", "errors": [{"message": "broken"}]}
+            )
         else:
             with host.lock:
                 self.reply(200, self.answer(host.backend, path, body))
@@ -40,7 +42,9 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/graphql":
             query = json.loads(body)
             match = re.search(r"\b(?:query|mutation)\s+(\w+)", query["query"])
-            operation = getattr(backend, f"on_{match[1].lower()}" if match else "", None)
+            operation = getattr(
+                backend, f"on_{match[1].lower()}" if match else "", None
+            )
             if operation is None:
                 backend.unknown.append(query["query"])
                 return {"data": None, "errors": [{"message": "unknown operation"}]}
@@ -58,7 +62,11 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
             if not size:
                 break
-        return gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
+        return (
+            gzip.decompress(data)
+            if self.headers.get("Content-Encoding") == "gzip"
+            else data
+        )
 
     def reply(self, status: int, answer: Any) -> None:
         data = json.dumps(answer).encode()
@@ -111,7 +119,9 @@ class WandbServer:
         self._listener = _Listener(self)
         self.port = self._listener.server_address[1]
         self.backend.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(
+            target=self._listener.serve_forever, args=(0.05,), daemon=True
+        ).start()
 
     def stop(self) -> None:
         """Cut every connection, as if the server died."""
@@ -139,14 +149,20 @@ class WandbServer:
     @property
     def environment(self) -> dict[str, str]:
         key = "0123456789" * 4
-        return {"WANDB_BASE_URL": self.backend.url, "WANDB_API_KEY": key, "NO_PROXY": "127.0.0.1"}
+        return {
+            "WANDB_BASE_URL": self.backend.url,
+            "WANDB_API_KEY": key,
+            "NO_PROXY": "127.0.0.1",
+        }
 
     def wait_for_step(self, run: str, step: int, seconds: float = 20) -> None:
         """Return once a row of `step` or a later one has arrived."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             with self.lock:
-                if any(row.get("step", -1) >= step for row in self.backend.history(run)):
+                if any(
+                    row.get("step", -1) >= step for row in self.backend.history(run)
+                ):
                     return
             time.sleep(0.05)
         raise TimeoutError(f"step {step} of {run} never arrived")

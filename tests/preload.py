@@ -24,6 +24,8 @@ for name in NAMES:
 
 assert os.environ["OMP_NUM_THREADS"] == "1"
 assert threading.active_count() == 1, "a process with threads must not fork"
-assert "wandb" not in sys.modules  # the trainer asks whether it is imported, to know whether a run has begun
+# The trainer asks whether it is imported, to know whether a run has begun.
+assert "wandb" not in sys.modules
 gc.collect()
-gc.freeze()  # else each fork's garbage collection copies the pages of every imported object
+# Else each fork's garbage collection copies the pages of every imported object.
+gc.freeze()

@@ -30,20 +30,31 @@ class DeviceLog(TorchDispatchMode):
         self.copies = 0
         self.blocking_copies: list[tuple[int, ...]] = []  # shapes
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = str(function)
-        if name.startswith("aten._fused_sgd_"):  # torch gives it no shapes-only version; it changes tensors in place
+        # Torch gives it no shapes-only version; it changes tensors in place.
+        if name.startswith("aten._fused_sgd_"):
             self.operations[name] += 1
             return None
         result = function(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        tensors = [
+            leaf
+            for leaf in tree_leaves((args, kwargs, result))
+            if isinstance(leaf, Tensor)
+        ]
         devices = {tensor.device.type for tensor in tensors}
         if "cuda" in devices:
             self.operations[name] += 1
-        if devices >= {"cpu", "cuda"} and name.startswith(("aten._to_copy", "aten.copy_")):
+        if devices >= {"cpu", "cuda"} and name.startswith(
+            ("aten._to_copy", "aten.copy_")
+        ):
             self.copies += 1
-            is_async = kwargs.get("non_blocking") or (name.startswith("aten.copy_") and args[2:] == (True,))
+            is_async = kwargs.get("non_blocking") or (
+                name.startswith("aten.copy_") and args[2:] == (True,)
+            )
             if not is_async:
                 self.blocking_copies.append(tuple(tensors[0].shape))
         return result
@@ -76,7 +87,9 @@ def pretended_cuda() -> Iterator[None]:
     """Within it, tensors and modules can be on `CUDA`, and a backward can be run."""
     replacements: dict[str, Any] = {
         "torch.nn.Module.to": _move,
-        "torch.Tensor.backward": lambda root, gradient=None: run_backward(root, gradient),
+        "torch.Tensor.backward": lambda root, gradient=None: run_backward(
+            root, gradient
+        ),
         "torch.Tensor.pin_memory": lambda tensor: tensor,
         "torch.Tensor.record_stream": lambda tensor, stream: None,
         "torch.cuda.default_generators": (StandInGenerator(),),
@@ -99,9 +112,13 @@ def _move(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
 
     def moved(tensor: Tensor) -> Tensor:
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        kind = (
+            dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        )
         # Of the same kind, not a copy: what was made from a Python number would be copied in earnest.
-        result = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device=device or tensor.device)
+        result = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=kind, device=device or tensor.device
+        )
         if memory_format is not None and tensor.dim() == 4:
             result = result.contiguous(memory_format=memory_format)
         return result
@@ -109,7 +126,9 @@ def _move(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                part._parameters[name] = nn.Parameter(moved(parameter.detach()), parameter.requires_grad)
+                part._parameters[name] = nn.Parameter(
+                    moved(parameter.detach()), parameter.requires_grad
+                )
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = moved(buffer)
@@ -120,7 +139,9 @@ def _move(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
 def run_backward(root: Tensor, gradient: Tensor | None = None) -> None:
     """`root.backward(gradient)`, one autograd node after the other: torch's engine has no thread for this device."""
     assert root.grad_fn is not None
-    arrived: dict[Any, list[Tensor | None]] = {root.grad_fn: [torch.ones_like(root) if gradient is None else gradient]}
+    arrived: dict[Any, list[Tensor | None]] = {
+        root.grad_fn: [torch.ones_like(root) if gradient is None else gradient]
+    }
     for node in _from_outputs_to_inputs(root.grad_fn):
         incoming = arrived.pop(node, None)
         if incoming is None or all(part is None for part in incoming):
@@ -149,7 +170,11 @@ def _from_outputs_to_inputs(root: Any) -> list[Any]:
         elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            stack += [(successor, False) for successor, _ in node.next_functions if successor is not None]
+            stack += [
+                (successor, False)
+                for successor, _ in node.next_functions
+                if successor is not None
+            ]
     return order[::-1]
 
 

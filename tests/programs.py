@@ -27,7 +27,8 @@ from subprocess import CompletedProcess, TimeoutExpired
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.preload"])
-KILL_DELAY = 30.0  # seconds from SIGTERM to SIGKILL for the ranks that outlive a failed one; torchrun's own
+# Seconds from SIGTERM to SIGKILL for the ranks that outlive a failed one; torchrun's own.
+KILL_DELAY = 30.0
 
 
 def run_program(
@@ -62,7 +63,9 @@ class Program:
         self.arguments = [str(argument) for argument in arguments]
         environment = dict(os.environ if env is None else env)
         if environment.get("OMP_NUM_THREADS") != "1":
-            raise ValueError("the server read OMP_NUM_THREADS=1 when it imported torch: start a fresh process")
+            raise ValueError(
+                "the server read OMP_NUM_THREADS=1 when it imported torch: start a fresh process"
+            )
         self._directory = tempfile.TemporaryDirectory()
         self._output = Path(self._directory.name, "stdout")
         self._errors = Path(self._directory.name, "stderr")
@@ -70,7 +73,13 @@ class Program:
         self._errors.touch()
         self._processes = []
         for variables in _rank_environments(environment, ranks):
-            work = (self.arguments, variables, str(cwd), str(self._output), str(self._errors))
+            work = (
+                self.arguments,
+                variables,
+                str(cwd),
+                str(self._output),
+                str(self._errors),
+            )
             self._processes.append(SERVER.Process(target=_become_program, args=work))
         for process in self._processes:
             process.start()
@@ -99,7 +108,12 @@ class Program:
         """
         try:
             status = self._wait_for_ranks(time.monotonic() + timeout)
-            return CompletedProcess(self.arguments, status, self._output.read_text(), self._errors.read_text())
+            return CompletedProcess(
+                self.arguments,
+                status,
+                self._output.read_text(),
+                self._errors.read_text(),
+            )
         except TimeoutError:
             output, errors = self._output.read_text(), self._errors.read_text()
             raise TimeoutExpired(self.arguments, timeout, output, errors) from None
@@ -116,7 +130,9 @@ class Program:
         running = {process.sentinel: process for process in self._processes}
         status = 0
         while running:
-            sentinels = multiprocessing.connection.wait(list(running), max(0.0, deadline - time.monotonic()))
+            sentinels = multiprocessing.connection.wait(
+                list(running), max(0.0, deadline - time.monotonic())
+            )
             if not sentinels:
                 raise TimeoutError
             for sentinel in sentinels:
@@ -152,17 +168,28 @@ def _rank_environments(environment: dict[str, str], ranks: int) -> list[dict[str
     return environments
 
 
-def _become_program(arguments: list[str], environment: dict[str, str], cwd: str, output: str, errors: str) -> None:
+def _become_program(
+    arguments: list[str],
+    environment: dict[str, str],
+    cwd: str,
+    output: str,
+    errors: str,
+) -> None:
     """In the forked process: run the program, and end as an interpreter of its own would."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     _redirect(output, 1)
     _redirect(errors, 2)
-    multiprocessing.set_start_method(None, force=True)  # of loader processes: the default, not the server's own
+    # Of loader processes: the default, not the server's own.
+    multiprocessing.set_start_method(None, force=True)
     # The server's own streams were opened for other files, perhaps for a terminal: these are as at a program's start.
-    sys.stdout = sys.__stdout__ = TextIOWrapper(FileIO(1, "w", closefd=False), encoding="utf-8")
-    sys.stderr = sys.__stderr__ = TextIOWrapper(FileIO(2, "w", closefd=False), encoding="utf-8", line_buffering=True)
+    sys.stdout = sys.__stdout__ = TextIOWrapper(
+        FileIO(1, "w", closefd=False), encoding="utf-8"
+    )
+    sys.stderr = sys.__stderr__ = TextIOWrapper(
+        FileIO(2, "w", closefd=False), encoding="utf-8", line_buffering=True
+    )
     status = 0
     try:
         _execute(arguments, environment)
@@ -183,14 +210,17 @@ def _become_program(arguments: list[str], environment: dict[str, str], cwd: str,
 
 
 def _redirect(path: str, descriptor: int) -> None:
-    file = os.open(path, os.O_WRONLY | os.O_APPEND)  # appending, or ranks would write over one another's lines
+    # Appending, or ranks would write over one another's lines.
+    file = os.open(path, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, descriptor)
     os.close(file)
 
 
 def _execute(arguments: list[str], environment: dict[str, str]) -> None:
     """Run a script, `-m MODULE` or `-c CODE` as `__main__`, with the module search path that Python gives it."""
-    extra = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    extra = [
+        path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path
+    ]
     installed = [path for path in sys.path if path not in ("", str(ROOT))]
     match arguments:
         case ["-m", module, *_]:

@@ -31,7 +31,8 @@ LAYERS = [
     ["commands"],
 ]
 LEVELS = {room: level for level, layer in enumerate(LAYERS) for room in layer}
-ENTRIES = {"__init__", "__main__"}  # the package's own front doors may import from any room
+# The package's own front doors may import from any room.
+ENTRIES = {"__init__", "__main__"}
 
 
 def module_name(file: Path) -> str:
@@ -89,12 +90,20 @@ def test_imports_point_downwards(module: str) -> None:
     assert own in LEVELS, f"{own}: a new room needs its place in LAYERS"
     for imported in trainer_imports(TRAINER_FILES[module]):
         other = room(imported)
-        assert other not in ENTRIES, f"{module} imports the package's front door: import from the file itself"
-        assert other == own or LEVELS[other] < LEVELS[own], f"{module} imports {imported}, which is above or beside it"
+        assert other not in ENTRIES, (
+            f"{module} imports the package's front door: import from the file itself"
+        )
+        assert other == own or LEVELS[other] < LEVELS[own], (
+            f"{module} imports {imported}, which is above or beside it"
+        )
 
 
 def test_no_files_import_each_other() -> None:
-    graph = {module: trainer_imports(file) for module, file in TRAINER_FILES.items() if room(module) not in ENTRIES}
+    graph = {
+        module: trainer_imports(file)
+        for module, file in TRAINER_FILES.items()
+        if room(module) not in ENTRIES
+    }
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -105,7 +114,10 @@ def test_no_files_import_each_other() -> None:
 def test_config_knows_the_errors_alone() -> None:
     for module, file in TRAINER_FILES.items():
         if room(module) == "config":
-            assert {room(imported) for imported in trainer_imports(file)} <= {"config", "errors"}, module
+            assert {room(imported) for imported in trainer_imports(file)} <= {
+                "config",
+                "errors",
+            }, module
 
 
 @pytest.mark.parametrize("own", ["exact", "data"])
@@ -114,7 +126,11 @@ def test_no_loop_console_or_tracker_below_the_core(own: str) -> None:
         if room(module) == own:
             rooms = {room(imported) for imported in trainer_imports(file)}
             assert not rooms & {"core", "reporting", "trainer"}, module
-            assert not {name.split(".")[0] for name in imported_modules(file)} & {"wandb", "rich", "matplotlib"}, module
+            assert not {name.split(".")[0] for name in imported_modules(file)} & {
+                "wandb",
+                "rich",
+                "matplotlib",
+            }, module
 
 
 def test_the_package_knows_nothing_of_what_uses_it() -> None:
@@ -126,7 +142,9 @@ def test_the_package_knows_nothing_of_what_uses_it() -> None:
 @pytest.mark.parametrize("package", ["benchmarks", "examples"])
 def test_nothing_but_tests_imports_tests(package: str) -> None:
     for module, file in source_files(package).items():
-        assert "tests" not in {imported.split(".")[0] for imported in imported_modules(file)}, module
+        assert "tests" not in {
+            imported.split(".")[0] for imported in imported_modules(file)
+        }, module
 
 
 def test_examples_use_public_names() -> None:
@@ -134,4 +152,6 @@ def test_examples_use_public_names() -> None:
         assert trainer_imports(file) <= {"trainer.__init__"}, module
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "trainer":
-                assert {alias.name for alias in node.names} <= set(trainer.__all__), module
+                assert {alias.name for alias in node.names} <= set(trainer.__all__), (
+                    module
+                )

@@ -24,7 +24,12 @@ from tests.distributed.small import largest_difference, state
 from tests.programs import run_program
 from tests.test_configs import image_folder
 
-LOOPS = ["raw", LOCKSTEP, *step_time.VARIANTS, *(name for name, _, _ in step_time.PEERS)]
+LOOPS = [
+    "raw",
+    LOCKSTEP,
+    *step_time.VARIANTS,
+    *(name for name, _, _ in step_time.PEERS),
+]
 
 
 def run(module: str, *arguments: str) -> str:
@@ -34,26 +39,54 @@ def run(module: str, *arguments: str) -> str:
 
 
 def test_step_time_prints_and_saves_every_line(tmp_path: Path) -> None:
-    printed = run("step_time", "--steps", "2", "--rounds", "2", "--save", str(tmp_path / "new" / "table.md"))
+    printed = run(
+        "step_time",
+        "--steps",
+        "2",
+        "--rounds",
+        "2",
+        "--save",
+        str(tmp_path / "new" / "table.md"),
+    )
     saved = (tmp_path / "new" / "table.md").read_text()
     assert printed.strip() == saved.strip()
     tables = [part.splitlines() for part in saved.split("\n\n") if part.startswith("|")]
     assert len(tables) == len(step_time.workloads())
     absent = [name for name, _, package in step_time.PEERS if not find_spec(package)]
     for table in tables:
-        rows = {cells[0]: cells[1:] for line in table[2:] if (cells := [c.strip() for c in line.strip("|").split("|")])}
+        rows = {
+            cells[0]: cells[1:]
+            for line in table[2:]
+            if (cells := [c.strip() for c in line.strip("|").split("|")])
+        }
         assert list(rows) == LOOPS
         for name, (microseconds, ratio, spread, cpu_ratio) in rows.items():
             if name in absent:
                 assert microseconds == "not installed"
             else:
-                assert min(float(microseconds), float(ratio), float(spread.split()[0]), float(cpu_ratio)) > 0
+                assert (
+                    min(
+                        float(microseconds),
+                        float(ratio),
+                        float(spread.split()[0]),
+                        float(cpu_ratio),
+                    )
+                    > 0
+                )
     for fact in ("torch", "accelerate", "Python", "1 thread"):
         assert fact in saved
 
 
 def test_fuse_prints_and_saves_every_line(tmp_path: Path) -> None:
-    printed = run("fuse", "--steps", "1", "--rounds", "1", "--save", str(tmp_path / "new" / "table.md"))
+    printed = run(
+        "fuse",
+        "--steps",
+        "1",
+        "--rounds",
+        "1",
+        "--save",
+        str(tmp_path / "new" / "table.md"),
+    )
     saved = (tmp_path / "new" / "table.md").read_text()
     assert printed.strip() == saved.strip()
     for workload, _ in fuse.subjects():
@@ -65,7 +98,9 @@ def test_fuse_prints_and_saves_every_line(tmp_path: Path) -> None:
 def test_rounds_interleave_and_fit_is_whole(tmp_path: Path) -> None:
     """Each loop makes its steps in its turn, and the interrupted run ends as one that nothing interrupts."""
 
-    def interleaved(directory: Path) -> tuple[list[str], dict[str, int], dict[str, Tensor], dict[str, Tensor]]:
+    def interleaved(
+        directory: Path,
+    ) -> tuple[list[str], dict[str, int], dict[str, Tensor], dict[str, Tensor]]:
         events: list[str] = []
 
         def loop(name: str) -> Iterator[None]:
@@ -82,12 +117,21 @@ def test_rounds_interleave_and_fit_is_whole(tmp_path: Path) -> None:
         model, data = step_time.mlp, first_digits(64 * rounds.total_steps)
         plain = fitted(settings(directory / "plain"), model, data)
         torch.manual_seed(0)
-        trainer = Counted(settings(directory / "interleaved"), model=model(), train_data=data)
+        trainer = Counted(
+            settings(directory / "interleaved"), model=model(), train_data=data
+        )
         seconds = trainer.fit_with({"a": loop("a"), "b": loop("b")}, rounds)
-        return events, {name: len(times) for name, times in seconds.items()}, state(trainer), state(plain)
+        return (
+            events,
+            {name: len(times) for name, times in seconds.items()},
+            state(trainer),
+            state(plain),
+        )
 
     ((events, counts, ours, plain),) = on_ranks(1, interleaved, tmp_path)
-    assert "".join(events) == "aaabbb" + "ooo" + "bbbaaa" + "ooo" + "aaabbb" + "ooo" + "o"
+    assert (
+        "".join(events) == "aaabbb" + "ooo" + "bbbaaa" + "ooo" + "aaabbb" + "ooo" + "o"
+    )
     assert counts == {"a": 2, "b": 2, LOCKSTEP: 2}
     assert largest_difference(ours, plain) == 0
 
@@ -109,7 +153,9 @@ def test_every_loop_trains(tmp_path: Path) -> None:
                 steps = loop(work)
                 for _ in range(20):
                     next(steps)
-                result[name] = float(torch.nn.functional.cross_entropy(model(inputs), targets))
+                result[name] = float(
+                    torch.nn.functional.cross_entropy(model(inputs), targets)
+                )
                 assert int(model[2].num_batches_tracked) == 20 * 8 + 1  # type: ignore[arg-type, index, union-attr]
         return result
 
@@ -120,7 +166,10 @@ def test_every_loop_trains(tmp_path: Path) -> None:
 
 def test_quartiles_are_of_each_rounds_own_ratio() -> None:
     clocks = [torch.tensor([t, 2 * t]).numpy() for t in (1.0, 10.0, 100.0)]
-    seconds = {"raw": clocks, LOCKSTEP: [clocks[0] * 2, clocks[1] * 1.5, clocks[2] * 1.1]}
+    seconds = {
+        "raw": clocks,
+        LOCKSTEP: [clocks[0] * 2, clocks[1] * 1.5, clocks[2] * 1.1],
+    }
     assert quartiles(seconds, LOCKSTEP, "raw")[1].tolist() == pytest.approx([1.5, 1.5])
 
 
@@ -145,17 +194,32 @@ def test_without_a_gpu_one_line_says_so() -> None:
 
 def test_gpu_checks_run_on_the_cpu(tmp_path: Path) -> None:
     # The others take longer.
-    names = ["peak memory", "host syncs", "pixels", "bf16", "bitwise", "fused", "sync BatchNorm", "resume"]
+    names = [
+        "peak memory",
+        "host syncs",
+        "pixels",
+        "bf16",
+        "bitwise",
+        "fused",
+        "sync BatchNorm",
+        "resume",
+    ]
     status, printed = gpu(*names, "--device", "cpu", "--save", str(tmp_path / "gpu.md"))
     assert status == 0
-    assert [line.split(" ", 2)[2].split(":")[0] for line in printed.splitlines() if line.startswith("- ")] == names
+    assert [
+        line.split(" ", 2)[2].split(":")[0]
+        for line in printed.splitlines()
+        if line.startswith("- ")
+    ] == names
     assert "FAIL" not in printed
     assert all(f"**{name}**" in (tmp_path / "gpu.md").read_text() for name in names)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", [name for name in CHECKS if not name.startswith("step time")])
+@pytest.mark.parametrize(
+    "name", [name for name in CHECKS if not name.startswith("step time")]
+)
 def test_on_a_gpu(name: str) -> None:
     assert "PASS" in run("gpu", name)
 
@@ -164,11 +228,25 @@ def test_transfer_compares_both_recipes_with_the_script(tmp_path: Path) -> None:
     weights = tmp_path / "weights.pth"
     torch.save(mobilenet_v3_small().state_dict(), weights)
     image_folder(tmp_path)
-    changes = ["model.name=mobilenet_v3_small", f"model.weights={weights}", "--epochs", "1"]
-    lines = [line for line in run("transfer", str(tmp_path), *changes).splitlines() if line.startswith("|")][2:]
+    changes = [
+        "model.name=mobilenet_v3_small",
+        f"model.weights={weights}",
+        "--epochs",
+        "1",
+    ]
+    lines = [
+        line
+        for line in run("transfer", str(tmp_path), *changes).splitlines()
+        if line.startswith("|")
+    ][2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert [row[:2] for row in cells] == [[r, loop] for r in ("extract", "finetune") for loop in ("script", "Lockstep")]
-    assert all(0 <= float(accuracy) <= 1 and min(map(float, rest)) > 0 for _, _, accuracy, *rest in cells)
+    assert [row[:2] for row in cells] == [
+        [r, loop] for r in ("extract", "finetune") for loop in ("script", "Lockstep")
+    ]
+    assert all(
+        0 <= float(accuracy) <= 1 and min(map(float, rest)) > 0
+        for _, _, accuracy, *rest in cells
+    )
 
 
 def test_scale_finds_equal_runs_and_reads_the_peers_rightly() -> None:
@@ -177,20 +255,38 @@ def test_scale_finds_equal_runs_and_reads_the_peers_rightly() -> None:
     assert len({tuple(each["digests"].values()) for each in report["runs"]}) == 1
     assert all(len(set(each["digests"].values())) == 4 for each in report["runs"])
     guide, one, four = (
-        next(line for line in report["loops"] if (line["loop"], line["layout"]) == place)
-        for place in (("Accelerate's guide", "1 × 4"), ("Lockstep", "1 × 4"), ("Lockstep", "4 × 1"))
+        next(
+            line for line in report["loops"] if (line["loop"], line["layout"]) == place
+        )
+        for place in (
+            ("Accelerate's guide", "1 × 4"),
+            ("Lockstep", "1 × 4"),
+            ("Lockstep", "4 × 1"),
+        )
     )
     assert (guide["read"], guide["repeated"]) == ([159], [0])
-    assert guide["gradient_error"] == pytest.approx(0.5, abs=0.02)  # 2 of 4 micro-batches, divided by 4
+    # 2 of 4 micro-batches, divided by 4.
+    assert guide["gradient_error"] == pytest.approx(0.5, abs=0.02)
     for line in (one, four):
-        assert (line["read"], line["repeated"], line["other_steps"]) == ([159], [0], "0 of 3")
+        assert (line["read"], line["repeated"], line["other_steps"]) == (
+            [159],
+            [0],
+            "0 of 3",
+        )
         assert line["gradient_error"] < 1e-5
         assert line["batch_norm_updates"] == 10
     assert max(report["resume_seconds"].values()) > 0
 
 
 def test_scale_names_the_runs_that_differ() -> None:
-    digests = [{"weights": "a", "rows": "b"}, {"weights": "a", "rows": "b"}, {"weights": "a", "rows": "c"}]
+    digests = [
+        {"weights": "a", "rows": "b"},
+        {"weights": "a", "rows": "b"},
+        {"weights": "a", "rows": "c"},
+    ]
     outcomes = [scale.Outcome([], each) for each in digests]
     assert scale.verdict(outcomes[:2])[0]
-    assert scale.verdict(outcomes) == (False, "DIFFERENT from line 1: line 3 in its rows")
+    assert scale.verdict(outcomes) == (
+        False,
+        "DIFFERENT from line 1: line 3 in its rows",
+    )

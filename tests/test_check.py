@@ -10,8 +10,17 @@ from tests.programs import run_program
 ROOT = Path(__file__).parents[1]
 
 
-def check(directory: Path, *arguments: str, processes: int = 1) -> CompletedProcess[str]:
-    command = ["-m", "trainer", "check", ROOT / "configs/digits.yaml", *arguments, f"run.dir={directory}"]
+def check(
+    directory: Path, *arguments: str, processes: int = 1
+) -> CompletedProcess[str]:
+    command = [
+        "-m",
+        "trainer",
+        "check",
+        ROOT / "configs/digits.yaml",
+        *arguments,
+        f"run.dir={directory}",
+    ]
     return run_program(command, ranks=processes)
 
 
@@ -24,6 +33,8 @@ def test_it_shows_the_first_step_once_and_writes_nothing(tmp_path: Path) -> None
 
 
 def test_a_loss_that_is_no_number_is_an_error(tmp_path: Path) -> None:
-    exploded = check(tmp_path, "train.precision=fp16", "data.mean=[1e-30]", "data.std=[1e-30]")
+    exploded = check(
+        tmp_path, "train.precision=fp16", "data.mean=[1e-30]", "data.std=[1e-30]"
+    )
     assert exploded.returncode == 1
     assert "the loss of the first step is nan" in exploded.stderr

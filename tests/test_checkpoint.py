@@ -43,7 +43,9 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert (tmp_path / "last").read_text().strip() == path.name
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["step"] == 7
-    assert manifest["files"] == {f.name: file_sha256(f) for f in path.iterdir() if f.name != "manifest.json"}
+    assert manifest["files"] == {
+        f.name: file_sha256(f) for f in path.iterdir() if f.name != "manifest.json"
+    }
     loaded = checkpoint.load(path)
     expected = checkpoint_of(7)
     assert torch.equal(loaded.model["w"], expected.model["w"])
@@ -57,14 +59,20 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 def test_the_newest_few_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         checkpoint.save(tmp_path, checkpoint_of(step), keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step_00000015", "step_00000020"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "last",
+        "step_00000015",
+        "step_00000020",
+    ]
     assert checkpoint.latest(tmp_path) == tmp_path / "step_00000020"
     shutil.rmtree(tmp_path / "step_00000020")
     assert checkpoint.latest(tmp_path) == tmp_path / "step_00000015"
     assert checkpoint.latest(tmp_path / "nowhere") is None
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json"]
+)
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damage_is_noticed_and_named(tmp_path: Path, name: str, damage: str) -> None:
     path = checkpoint.save(tmp_path, checkpoint_of(7), keep=2)
@@ -81,7 +89,9 @@ def test_damage_is_noticed_and_named(tmp_path: Path, name: str, damage: str) -> 
     assert "checkpoint before it" in str(caught.value)
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The disk is full at any of a checkpoint's syncs: the one before stays the last, and nothing half-written."""
     checkpoint.save(tmp_path, checkpoint_of(5), keep=1)
     sync = files.sync
@@ -103,7 +113,13 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
 
 
 def save_best(run: Path, step: int) -> None:
-    checkpoint.save_best(run, {"w": torch.tensor([float(step)])}, "run: {}\n", {"step": step, "val/loss": 1 / step}, {})
+    checkpoint.save_best(
+        run,
+        {"w": torch.tensor([float(step)])},
+        "run: {}\n",
+        {"step": step, "val/loss": 1 / step},
+        {},
+    )
 
 
 def test_best_is_replaced_whole_and_goes_back_with_the_run(tmp_path: Path) -> None:
@@ -117,7 +133,8 @@ def test_best_is_replaced_whole_and_goes_back_with_the_run(tmp_path: Path) -> No
     checkpoint.restore_best(tmp_path, 10)  # the run goes on from before step 20
     tensors, row = checkpoint.load_best(tmp_path)
     assert (tensors["w"].item(), row["step"]) == (10, 10)
-    (tmp_path / "best").rename(tmp_path / ".best.previous")  # cut off between the two renames
+    # Cut off between the two renames.
+    (tmp_path / "best").rename(tmp_path / ".best.previous")
     assert checkpoint.load_best(tmp_path)[1]["step"] == 10
     with pytest.raises(LockstepError, match="has no best model yet"):
         checkpoint.load_best(tmp_path / "elsewhere")
@@ -138,7 +155,9 @@ def test_digests_follow_names_values_and_dtypes() -> None:
     assert tensors_sha256({"a": a, "b": b}) == tensors_sha256({"b": b, "a": a.clone()})
     others = [{"a": a, "c": b}, {"a": a + 1e-6, "b": b}, {"a": a.double(), "b": b}]
     assert len({tensors_sha256(t) for t in [{"a": a, "b": b}, *others]}) == 4
-    assert tensors_sha256({"t": a.view(2, 2).t()}) == tensors_sha256({"t": torch.tensor([[0.0, 2], [1, 3]])})
+    assert tensors_sha256({"t": a.view(2, 2).t()}) == tensors_sha256(
+        {"t": torch.tensor([[0.0, 2], [1, 3]])}
+    )
 
 
 def test_an_earlier_run_is_moved_aside_never_overwritten(tmp_path: Path) -> None:
@@ -147,7 +166,11 @@ def test_an_earlier_run_is_moved_aside_never_overwritten(tmp_path: Path) -> None
         run = RunDirectory(section)
         (run.path / "metrics.jsonl").write_text(str(number))
         run.close()
-    assert {p.name: (p / "metrics.jsonl").read_text() for p in tmp_path.iterdir()} == {"r": "2", "r.1": "0", "r.2": "1"}
+    assert {p.name: (p / "metrics.jsonl").read_text() for p in tmp_path.iterdir()} == {
+        "r": "2",
+        "r.1": "0",
+        "r.2": "1",
+    }
 
 
 def test_a_run_in_use_is_left_alone(tmp_path: Path) -> None:
@@ -169,7 +192,9 @@ def test_a_runs_name_is_a_name(tmp_path: Path, name: str) -> None:
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"run\.dir: .*file/a cannot be made \(Not a directory\)"):
+    with pytest.raises(
+        ConfigError, match=r"run\.dir: .*file/a cannot be made \(Not a directory\)"
+    ):
         RunDirectory(RunConfig(name="a", dir=str(tmp_path / "file")))
 
 
@@ -181,14 +206,20 @@ def test_what_may_change_between_sessions() -> None:
         "wandb": {"project": "other"},
     }
     check_same_run(before, Config.from_dict(free), RunConfig())
-    for section, key, value in (("optimizer", "lr", 0.2), ("optimizer", "momentum", 0.9), ("batch", "micro_size", 3)):
+    for section, key, value in (
+        ("optimizer", "lr", 0.2),
+        ("optimizer", "momentum", 0.9),
+        ("batch", "micro_size", 3),
+    ):
         changed = Config.from_dict({section: {key: value}})
         with pytest.raises(ConfigError) as caught:
             check_same_run(before, changed, RunConfig())
         assert caught.value.key == f"{section}.{key}"
         check_same_run(before, changed, RunConfig(resume_changes="allow"))
     changed = Config.from_dict({"optimizer": {"name": "adamw"}})
-    with pytest.raises(ConfigError, match=r"optimizer\.name: adamw cannot go on from the state of sgd"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.name: adamw cannot go on from the state of sgd"
+    ):
         check_same_run(before, changed, RunConfig(resume_changes="allow"))
 
 
@@ -197,12 +228,16 @@ def test_a_key_that_an_earlier_version_did_not_know_has_its_default() -> None:
     del before["optimizer"]["layer_decay"], before["batch_norm"]
     check_same_run(before, Config(), RunConfig())
     changed = Config.from_dict({"optimizer": {"layer_decay": 0.5}})
-    with pytest.raises(ConfigError, match=r"optimizer\.layer_decay was 1\.0 and is 0\.5"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.layer_decay was 1\.0 and is 0\.5"
+    ):
         check_same_run(before, changed, RunConfig())
 
 
 def test_weights_of_another_model_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model: is not the checkpoint's: .*size mismatch for weight"):
+    with pytest.raises(
+        ConfigError, match=r"model: is not the checkpoint's: .*size mismatch for weight"
+    ):
         checkpoint.restore_model(nn.Linear(3, 2), checkpoint.snapshot(nn.Linear(4, 2)))
 
 

@@ -41,7 +41,16 @@ def parser() -> CommandParser:
     [
         ["run", "a", "b", "--top=2", "--json", "optimizer.lr=1", "data.workers=0"],
         ["optimizer.lr=1", "--json", "run", "--top", "2", "a", "data.workers=0", "b"],
-        ["--optimizer.lr=1", "run", "a", "--json", "b", "--data.workers=0", "--top", "2"],
+        [
+            "--optimizer.lr=1",
+            "run",
+            "a",
+            "--json",
+            "b",
+            "--data.workers=0",
+            "--top",
+            "2",
+        ],
     ],
 )
 def test_paths_options_and_overrides_stand_in_any_order(arguments: list[str]) -> None:
@@ -51,7 +60,9 @@ def test_paths_options_and_overrides_stand_in_any_order(arguments: list[str]) ->
     assert options.overrides == ["optimizer.lr=1", "data.workers=0"]
 
 
-def test_what_exists_is_a_path_also_with_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_exists_is_a_path_also_with_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("lr=0.1", "optimizer.lr=0.1"):
         (tmp_path / name).mkdir()
@@ -88,26 +99,50 @@ def test_an_override_may_be_longer_than_the_name_of_a_file() -> None:
         (["predict"], "the following arguments are required: RUN"),
         (["predict", "run"], "PATH: is missing: predict RUN PATH…"),
         (["predict", "run", "--jsn"], '--jsn: no such option; did you mean "json"?'),
-        (["predict", "run", "--export=onx"], '--export: "onx" is not one of torch, onnx; did you mean "onnx"?'),
+        (
+            ["predict", "run", "--export=onx"],
+            '--export: "onx" is not one of torch, onnx; did you mean "onnx"?',
+        ),
         (["replay", "run"], "the following arguments are required: --step"),
         (["replay", "run", "--stp=3"], '--stp: no such option; did you mean "step"?'),
         (["replay", "run", "--step"], "--step: expected one argument"),
-        (["replay", "run", "--step", "x"], '--step: needs a whole number, 0 or more, and got "x"'),
+        (
+            ["replay", "run", "--step", "x"],
+            '--step: needs a whole number, 0 or more, and got "x"',
+        ),
         (["evaluate", "run", "run"], "run: is one argument too many"),
-        (["evaluate", "nowhere"], "nowhere: is not a run directory: it has no config.yaml"),
+        (
+            ["evaluate", "nowhere"],
+            "nowhere: is not a run directory: it has no config.yaml",
+        ),
         (["compare", "a"], "the following arguments are required: RUN_B"),
-        (["compare", "a", "b", "optimizer.lr=1"], "optimizer.lr=1: is one argument too many"),
+        (
+            ["compare", "a", "b", "optimizer.lr=1"],
+            "optimizer.lr=1: is one argument too many",
+        ),
         (["sync"], "the following arguments are required: RUN"),
         (["sync", "--all", "run"], "--all: no such option"),
-        (["sweep", "a.yaml", "--parallel", "0"], '--parallel: needs a whole number, 1 or more, and got "0"'),
+        (
+            ["sweep", "a.yaml", "--parallel", "0"],
+            '--parallel: needs a whole number, 1 or more, and got "0"',
+        ),
         (["check", "a.yaml", "b.yaml"], "b.yaml: is one argument too many"),
         (["explain", "configs/digit.yaml"], 'did you mean "digits.yaml"'),
-        (["train", "--epochs=3"], "--epochs: no such option; a key of the config is set as section.key=value"),
-        (["train", "train.epoch=3"], 'train.epoch: no such key; did you mean "epochs"?'),
+        (
+            ["train", "--epochs=3"],
+            "--epochs: no such option; a key of the config is set as section.key=value",
+        ),
+        (
+            ["train", "train.epoch=3"],
+            'train.epoch: no such key; did you mean "epochs"?',
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert program.main(arguments) == 2
@@ -119,7 +154,8 @@ def test_a_mistake_is_one_line_and_exit_status_2(
 def test_each_command_has_help_with_an_example(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # the tests' own process keeps its handlers
+    # The tests' own process keeps its handlers.
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["/usr/bin/lockstep"])
     assert program.main([]) == 0
     overview = capsys.readouterr().out
@@ -135,7 +171,9 @@ def test_each_command_has_help_with_an_example(
         assert summary in overview
 
 
-def run_python(*arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *arguments: object, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
@@ -165,11 +203,18 @@ def test_help_needs_no_torch() -> None:
     run_python("-c", code)
 
 
-def test_train_py_and_the_module_are_one_command_on_several_processes_too(tmp_path: Path) -> None:
+def test_train_py_and_the_module_are_one_command_on_several_processes_too(
+    tmp_path: Path,
+) -> None:
     assert train.main is train_command.main
-    done = run_program(["-m", "trainer", "train", f"--run.dir={tmp_path}", *SHORT], ranks=2)
+    done = run_program(
+        ["-m", "trainer", "train", f"--run.dir={tmp_path}", *SHORT], ranks=2
+    )
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "digits" / "summary.json").read_text())["world_size"] == 2
+    assert (
+        json.loads((tmp_path / "digits" / "summary.json").read_text())["world_size"]
+        == 2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +225,17 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("trainer", "configs"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    run_python("-c", "from setuptools import build_meta; build_meta.build_wheel('dist')", cwd=source)
+        shutil.copytree(
+            ROOT / name,
+            source / name,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+    run_python(
+        "-c",
+        "from setuptools import build_meta; build_meta.build_wheel('dist')",
+        cwd=source,
+    )
     (wheel,) = (source / "dist").glob("lockstep-*.whl")
     site = tmp_path_factory.mktemp("site")
     with zipfile.ZipFile(wheel) as archive:
@@ -199,7 +253,9 @@ def test_a_wheel_holds_all_packages_the_configs_and_the_licence(site: Path) -> N
         return {path.relative_to(directory) for path in directory.rglob(pattern)}
 
     assert files(site / "trainer", "*.py") == files(ROOT / "trainer", "*.py")
-    assert files(site / "trainer/configs", "*.yaml") == files(ROOT / "configs", "*.yaml")
+    assert files(site / "trainer/configs", "*.yaml") == files(
+        ROOT / "configs", "*.yaml"
+    )
     assert (site / "trainer/py.typed").is_file()
     assert len([*site.glob("lockstep-*.dist-info/licenses/LICENSE")]) == 1
 
@@ -207,7 +263,9 @@ def test_a_wheel_holds_all_packages_the_configs_and_the_licence(site: Path) -> N
 @pytest.mark.fresh_process  # imports the package from another place
 def test_an_installed_package_needs_no_checkout(site: Path, tmp_path: Path) -> None:
     """Its command is there, and `check` and `train`, in one process to save time, find the default config."""
-    usage = run_python(site / "bin/lockstep", "train", "--help", cwd=tmp_path, PYTHONPATH=str(site)).stdout
+    usage = run_python(
+        site / "bin/lockstep", "train", "--help", cwd=tmp_path, PYTHONPATH=str(site)
+    ).stdout
     assert usage.startswith("usage: lockstep train [-h] [CONFIG.yaml] [key=value ...]")
     code = f"""if True:
         import trainer
@@ -222,7 +280,11 @@ def test_an_installed_package_needs_no_checkout(site: Path, tmp_path: Path) -> N
 
 
 def test_arguments_for_argparse_name_what_they_take() -> None:
-    for convert, text in ((whole_number(least=1), "0"), (whole_number(least=1), "1.5"), (one_of(("a", "b")), "c")):
+    for convert, text in (
+        (whole_number(least=1), "0"),
+        (whole_number(least=1), "1.5"),
+        (one_of(("a", "b")), "c"),
+    ):
         with pytest.raises(argparse.ArgumentTypeError, match=text):
             convert(text)
     assert whole_number(least=0)("0") == 0

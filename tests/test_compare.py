@@ -19,9 +19,20 @@ from trainer.inspection.compare import compare
 from trainer.storage.fingerprint import fingerprint
 
 
-def fit(directory: Path, *, name: str, samples: int = 56, spoilt: bool = False, **changes: object) -> None:
-    settings = config(directory, run__name=name, batch__micro_size=7, train__log_every=1, **changes)
-    trainer = Trainer(settings, model=conv_net(), train_data=Images(samples), val_data=Images(28))
+def fit(
+    directory: Path,
+    *,
+    name: str,
+    samples: int = 56,
+    spoilt: bool = False,
+    **changes: object,
+) -> None:
+    settings = config(
+        directory, run__name=name, batch__micro_size=7, train__log_every=1, **changes
+    )
+    trainer = Trainer(
+        settings, model=conv_net(), train_data=Images(samples), val_data=Images(28)
+    )
     if spoilt:
         second = trainer.plan.step(1)
 
@@ -71,7 +82,9 @@ def test_config_and_data_are_named(runs: Path) -> None:
 
 def test_the_command_says_it_and_its_status_too(runs: Path, tmp_path: Path) -> None:
     def command(*names: str) -> CompletedProcess[str]:
-        return run_program(["-m", "trainer", "compare", *(runs / name for name in names)])
+        return run_program(
+            ["-m", "trainer", "compare", *(runs / name for name in names)]
+        )
 
     assert command("one", "two").returncode == 0
     parted = command("one", "spoilt")
@@ -88,12 +101,23 @@ def test_fingerprints_see_samples_and_not_their_place_on_disk(tmp_path: Path) ->
         (tmp_path / name / "a" / "1.png").write_bytes(contents)
         return ImageFolder(tmp_path / name, ["a/1.png"], [0])
 
-    same, moved, longer = (folder(n, c) for n, c in (("x", b"1"), ("y", b"1"), ("z", b"12")))
+    same, moved, longer = (
+        folder(n, c) for n, c in (("x", b"1"), ("y", b"1"), ("z", b"12"))
+    )
     assert fingerprint(same) == fingerprint(moved) != fingerprint(longer)
     images, targets = torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1])
-    arrays = [ImageArrays(images, targets), ImageArrays(images + 1, targets), ImageArrays(images, targets.flip(0))]
+    arrays = [
+        ImageArrays(images, targets),
+        ImageArrays(images + 1, targets),
+        ImageArrays(images, targets.flip(0)),
+    ]
     fakes = [FakeImages("train", 5, (1, 2, 2), 2), FakeImages("val", 5, (1, 2, 2), 2)]
-    assert len({fingerprint(each) for each in [*arrays, *fakes, Images(5), Images(6)]}) == 7
+    assert (
+        len({fingerprint(each) for each in [*arrays, *fakes, Images(5), Images(6)]})
+        == 7
+    )
     (tmp_path / "x" / "a" / "1.png").unlink()
-    with pytest.raises(DataError, match=r"1\.png cannot be read \(No such file or directory\)"):
+    with pytest.raises(
+        DataError, match=r"1\.png cannot be read \(No such file or directory\)"
+    ):
         fingerprint(same)

@@ -47,9 +47,17 @@ def kernels_sha256() -> str:
         ).to(dtype)
         with torch.no_grad():
             for parameter in net.parameters():
-                numbers = torch.arange(parameter.numel(), dtype=torch.float64) * 7919 % 101 / 101 - 0.5
+                numbers = (
+                    torch.arange(parameter.numel(), dtype=torch.float64)
+                    * 7919
+                    % 101
+                    / 101
+                    - 0.5
+                )
                 parameter.copy_(numbers.reshape(parameter.shape))
-        images = (torch.arange(64 * 64) * 7919 % 256).reshape(64, 1, 8, 8).to(dtype) / 255
+        images = (torch.arange(64 * 64) * 7919 % 256).reshape(64, 1, 8, 8).to(
+            dtype
+        ) / 255
         targets = torch.arange(64) % 10
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         for _ in range(3):
@@ -87,11 +95,16 @@ def resume(run: Path, *overrides: str) -> dict[str, Any]:
 
 def rows(run: Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in TIMINGS} for line in lines]
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in TIMINGS}
+        for line in lines
+    ]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_an_interrupted_run_resumes_to_what_the_old_code_gave(runs: Path, ranks: int, same_kernels: bool) -> None:
+def test_an_interrupted_run_resumes_to_what_the_old_code_gave(
+    runs: Path, ranks: int, same_kernels: bool
+) -> None:
     """In bitwise mode, on any number of ranks: weights, buffers, optimizer and every logged number."""
     run = runs / "interrupted"
     summary = on_ranks(ranks, resume, run)[0]
@@ -99,11 +112,15 @@ def test_an_interrupted_run_resumes_to_what_the_old_code_gave(runs: Path, ranks:
     for name in ("steps", "samples_seen", "best_epoch"):
         assert summary[name] == expected["summary"][name]
     if same_kernels:
-        assert {name: summary[name] for name in expected["summary"]} == expected["summary"]
+        assert {name: summary[name] for name in expected["summary"]} == expected[
+            "summary"
+        ]
         assert rows(run) == expected["rows"]
         return
     for row, expected_row in zip(rows(run), expected["rows"], strict=True):
-        inexact = {name: value for name, value in expected_row.items() if name != "digest"}
+        inexact = {
+            name: value for name, value in expected_row.items() if name != "digest"
+        }
         assert {name: row[name] for name in inexact} == pytest.approx(inexact, rel=1e-9)
 
 
@@ -134,10 +151,18 @@ def test_evaluate(runs: Path) -> None:
 def test_predict(runs: Path, tmp_path: Path) -> None:
     pixels = (np.arange(64) * 4).astype(np.uint8).reshape(8, 8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
-    answer = json.loads(command("predict", runs / "finished", tmp_path / "image.png", "--top", 10, "--json"))
+    answer = json.loads(
+        command(
+            "predict", runs / "finished", tmp_path / "image.png", "--top", 10, "--json"
+        )
+    )
     probabilities = {entry["class_id"]: entry["probability"] for entry in answer["top"]}
-    assert [probabilities[i] for i in range(10)] == pytest.approx(EXPECTED["predict"], rel=1e-4)
-    assert [entry["class"] for entry in answer["top"]] == [str(entry["class_id"]) for entry in answer["top"]]
+    assert [probabilities[i] for i in range(10)] == pytest.approx(
+        EXPECTED["predict"], rel=1e-4
+    )
+    assert [entry["class"] for entry in answer["top"]] == [
+        str(entry["class_id"]) for entry in answer["top"]
+    ]
 
 
 def test_compare(runs: Path) -> None:

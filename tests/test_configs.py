@@ -15,7 +15,10 @@ from trainer import Trainer
 from trainer.config.load import load
 
 ROOT = Path(__file__).parents[1]
-YAMLS = [*sorted((ROOT / "configs").rglob("*.yaml")), *sorted((ROOT / "examples").rglob("*.yaml"))]
+YAMLS = [
+    *sorted((ROOT / "configs").rglob("*.yaml")),
+    *sorted((ROOT / "examples").rglob("*.yaml")),
+]
 CONFIGS = [path for path in YAMLS if path.parent.name != "sweeps"]
 WITHOUT_CLASSES = {
     "regression": {"batch.png", "curves.png"},
@@ -45,7 +48,12 @@ def substitutes(path: Path, directory: Path) -> list[str]:
         if config.model.weights:
             overrides.append("model.weights=null")
     if config.data.name in ("cifar10", "mnist"):
-        overrides = ["data.name=fake", "data.root=null", "data.size=600", "data.val_size=40"]
+        overrides = [
+            "data.name=fake",
+            "data.root=null",
+            "data.size=600",
+            "data.val_size=40",
+        ]
     if config.data.name == "cifar10":
         overrides += ["data.image_size=32"]
     if config.data.name == "mnist":
@@ -56,14 +64,25 @@ def substitutes(path: Path, directory: Path) -> list[str]:
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_it_runs(tmp_path: Path, path: Path) -> None:
     def run() -> str:
-        config = load(path, [f"run.dir={tmp_path}", *SHORT, *substitutes(path, tmp_path)])
+        config = load(
+            path, [f"run.dir={tmp_path}", *SHORT, *substitutes(path, tmp_path)]
+        )
         Trainer(config).fit()
         return config.run.name
 
     directory = tmp_path / on_ranks(1, run)[0]
     assert json.loads((directory / "summary.json").read_text())["steps"] == 2
-    classified = {"batch.png", "confusion_matrix.png", "curves.png", "per_class.csv", "predictions.png", "saliency.png"}
-    assert {p.name for p in (directory / "figures").iterdir()} == WITHOUT_CLASSES.get(path.stem, classified)
+    classified = {
+        "batch.png",
+        "confusion_matrix.png",
+        "curves.png",
+        "per_class.csv",
+        "predictions.png",
+        "saliency.png",
+    }
+    assert {p.name for p in (directory / "figures").iterdir()} == WITHOUT_CLASSES.get(
+        path.stem, classified
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
@@ -79,7 +98,9 @@ def test_the_default_config_learns(tmp_path: Path) -> None:
     """configs/digits.yaml to its end: the README's figure."""
 
     def run() -> float:
-        config = load(Path("configs/digits.yaml"), [f"run.dir={tmp_path}", "wandb.mode=disabled"])
+        config = load(
+            Path("configs/digits.yaml"), [f"run.dir={tmp_path}", "wandb.mode=disabled"]
+        )
         return float(Trainer(config).fit()["best"])
 
     assert on_ranks(1, run)[0] >= 0.98

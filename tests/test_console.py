@@ -19,7 +19,13 @@ from trainer.reporting.console import Console
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 FACTS = [("model", "my [bold]net[/bold] :smile:"), ("run", "runs/digits")]
 LONG = "runs/" + "a_long_name/" * 20
-ROW = {"train/loss": 0.03124, "train/accuracy": 0.98321, "val/loss": 0.0455, "val/accuracy": 1.0, "lr": 1e-4}
+ROW = {
+    "train/loss": 0.03124,
+    "train/accuracy": 0.98321,
+    "val/loss": 0.0455,
+    "val/accuracy": 1.0,
+    "lr": 1e-4,
+}
 
 
 class Clock:
@@ -67,7 +73,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture(params=[80, 120])
-def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Terminal:
+def terminal(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Terminal:
     return Terminal(request.param, monkeypatch)
 
 
@@ -76,17 +84,32 @@ def whole_run(console: Console, clock: Clock) -> None:
     console.header([*FACTS, ("path", LONG)])
     console.begin(10_000_000, 100_000, 200_000)
     for epoch in range(3, 31):
-        console.log({"train/loss": 1234.5, "train/accuracy": 0.5, "lr": 1.25e-5, "samples_per_second": 123456.7})
+        console.log(
+            {
+                "train/loss": 1234.5,
+                "train/accuracy": 0.5,
+                "lr": 1.25e-5,
+                "samples_per_second": 123456.7,
+            }
+        )
         for step in range(10):
             clock.now += 20
             console.advance(100_000 * (epoch - 1) + 10_000 * (step + 1))
-        console.epoch(epoch, 100, {**ROW, "train/mean_iou": 0.5, "val/mean_iou": 0.5}, 4000.0, epoch == 5)
+        console.epoch(
+            epoch,
+            100,
+            {**ROW, "train/mean_iou": 0.5, "val/mean_iou": 0.5},
+            4000.0,
+            epoch == 5,
+        )
     console.note("kept [red]7[/red]")
     console.summary(FACTS)
     console.close()
 
 
-def test_inactive_says_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inactive_says_nothing(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole_run(Console(active=False), clock)
     assert capsys.readouterr() == ("", "")
 
@@ -96,7 +119,9 @@ def test_inactive_says_nothing_on_a_terminal(clock: Clock, terminal: Terminal) -
     assert terminal.getvalue() == ""
 
 
-def test_plain_lines(clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_lines(
+    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
     whole_run(Console(active=True), clock)
@@ -104,31 +129,52 @@ def test_plain_lines(clock: Clock, capsys: pytest.CaptureFixture[str], monkeypat
     lines = out.split("\n")
     assert err == ""
     assert "\x1b" not in out and "\r" not in out
-    assert lines[:4] == ["model  my [bold]net[/bold] :smile:", "run    runs/digits", f"path   {LONG}", ""]
-    assert lines[-4:] == ["", "model  my [bold]net[/bold] :smile:", "run    runs/digits", ""]
+    assert lines[:4] == [
+        "model  my [bold]net[/bold] :smile:",
+        "run    runs/digits",
+        f"path   {LONG}",
+        "",
+    ]
+    assert lines[-4:] == [
+        "",
+        "model  my [bold]net[/bold] :smile:",
+        "run    runs/digits",
+        "",
+    ]
     assert "kept [red]7[/red]" in lines
 
 
-def test_terminal_shows_no_markup_and_wraps_nothing(clock: Clock, terminal: Terminal) -> None:
+def test_terminal_shows_no_markup_and_wraps_nothing(
+    clock: Clock, terminal: Terminal
+) -> None:
     whole_run(terminal.console(), clock)
     raw = terminal.getvalue()
-    assert raw.count("\x1b[?25l") == raw.count("\x1b[?25h") == 1  # the cursor is hidden, and shown again
+    # The cursor is hidden, and shown again.
+    assert raw.count("\x1b[?25l") == raw.count("\x1b[?25h") == 1
     lines = terminal.new_lines()
     assert max(map(len, lines)) <= terminal.columns
     assert "model  my [bold]net[/bold] :smile:" in lines
     assert "kept [red]7[/red]" in lines
     assert "│ model  my [bold]net[/bold] :smile: │" in lines
-    assert "".join(line.split()[-1] for line in lines[2:6] if "long_name" in line) == LONG
+    assert (
+        "".join(line.split()[-1] for line in lines[2:6] if "long_name" in line) == LONG
+    )
     epoch_lines = [line for line in lines if re.match(r" *\d+/100  ", line)]
     assert len(epoch_lines) == 28
-    assert all(line.endswith("1:06:40") or line.endswith("1:06:40  ★") for line in epoch_lines)
+    assert all(
+        line.endswith("1:06:40") or line.endswith("1:06:40  ★") for line in epoch_lines
+    )
 
 
 def test_epoch_columns_stay_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(active=True)
     console.epoch(1, 10, ROW, 1.26, False)
-    console.epoch(2, 10, {"train/loss": 1e-5, "train/accuracy": 1e-5, "lr": 0.05}, 61.0, False)
-    console.epoch(10, 10, {**ROW, "train/loss": math.nan, "val/loss": 98765.4321}, 3661.0, True)
+    console.epoch(
+        2, 10, {"train/loss": 1e-5, "train/accuracy": 1e-5, "lr": 0.05}, 61.0, False
+    )
+    console.epoch(
+        10, 10, {**ROW, "train/loss": math.nan, "val/loss": 98765.4321}, 3661.0, True
+    )
     assert capsys.readouterr().out.split("\n") == [
         "       ────── loss ──────  ──── accuracy ────",
         "epoch     train       val     train       val        lr      time",
@@ -139,10 +185,18 @@ def test_epoch_columns_stay_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_a_metric_logged_later_gets_a_column_and_a_heading(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_metric_logged_later_gets_a_column_and_a_heading(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     console = Console(active=True)
     console.epoch(1, 3, {"train/mae": 0.5, "train/loss": 1.0}, 1.0, False)
-    console.epoch(2, 3, {"train/mae": 0.5, "train/loss": 1.0, "val/top5_accuracy": 0.25}, 1.0, False)
+    console.epoch(
+        2,
+        3,
+        {"train/mae": 0.5, "train/loss": 1.0, "val/top5_accuracy": 0.25},
+        1.0,
+        False,
+    )
     console.epoch(3, 3, {"train/mae": 0.5, "train/loss": 1.0}, 1.0, False)
     assert capsys.readouterr().out.split("\n")[3:] == [
         "",
@@ -155,7 +209,11 @@ def test_a_metric_logged_later_gets_a_column_and_a_heading(capsys: pytest.Captur
 
 
 def test_a_narrow_terminal_leaves_out_whole_metrics(terminal: Terminal) -> None:
-    row = {f"{phase}/{name}": 0.5 for phase in ("train", "val") for name in ("mae", "mse", "loss", "r2", "bias")}
+    row = {
+        f"{phase}/{name}": 0.5
+        for phase in ("train", "val")
+        for name in ("mae", "mse", "loss", "r2", "bias")
+    }
     terminal.console().epoch(1, 1, row, 1.0, False)
     names, phases, line = terminal.new_lines()
     fits = {80: 2, 120: 4}[terminal.columns]
@@ -164,13 +222,22 @@ def test_a_narrow_terminal_leaves_out_whole_metrics(terminal: Terminal) -> None:
     assert line.split() == ["1/1", *["0.5000"] * 2 * fits, "–", "1.0", "s"]
 
 
-def test_the_bar_has_two_lines_however_narrow(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_has_two_lines_however_narrow(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for columns in (20, 40, 60, 80):
         terminal = Terminal(columns, monkeypatch)
         console = terminal.console()
         console.begin(10_000_000, 100_000, 9_000_000)
         terminal.new_lines()
-        console.log({"train/loss": 1234.5, "train/accuracy": 0.5, "lr": 1.25e-5, "samples_per_second": 1e6})
+        console.log(
+            {
+                "train/loss": 1234.5,
+                "train/accuracy": 0.5,
+                "lr": 1.25e-5,
+                "samples_per_second": 1e6,
+            }
+        )
         console.advance(9_999_999)
         frame = terminal.new_lines()
         assert len(frame) == 2 and max(map(len, frame)) <= columns
@@ -179,7 +246,9 @@ def test_the_bar_has_two_lines_however_narrow(clock: Clock, monkeypatch: pytest.
         console.close()
 
 
-def test_times_after_a_resume_count_this_session_only(clock: Clock, terminal: Terminal) -> None:
+def test_times_after_a_resume_count_this_session_only(
+    clock: Clock, terminal: Terminal
+) -> None:
     console = terminal.console()
     console.begin(total_steps=1000, steps_per_epoch=100, first_step=500)
     assert "epoch  5/10" in terminal.new_lines()[0]
@@ -212,14 +281,18 @@ def test_the_bar_is_drawn_by_time(clock: Clock, terminal: Terminal) -> None:
     console.close()
 
 
-def test_plain_progress_only_in_a_long_epoch(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_progress_only_in_a_long_epoch(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     console = Console(active=True)
     console.begin(1000, 100, 0)
     console.log({"train/loss": 0.5})
     for step in range(1, 101):  # 100 s
         clock.now += 1
         console.advance(step)
-    assert [line.split(f"{' ' * 2}step")[0] for line in capsys.readouterr().out.splitlines()] == [
+    assert [
+        line.split(f"{' ' * 2}step")[0] for line in capsys.readouterr().out.splitlines()
+    ] == [
         "epoch  1/10    3 %  0:31  eta 16:09  loss 0.5000",
         "epoch  1/10    6 %  1:01  eta 15:39  loss 0.5000",
         "epoch  1/10    9 %  1:31  eta 15:09  loss 0.5000",
@@ -270,7 +343,19 @@ def test_advance_is_cheap(terminal: Terminal) -> None:
 
 def test_number_formats() -> None:
     assert doctest.testmod(formats).failed == 0
-    values = (0.0, -0.5, 99.99994, 99.99999, 999999.4, 1234567.0, 1e-12, math.nan, -math.inf, -123456.7, 1e300)
+    values = (
+        0.0,
+        -0.5,
+        99.99994,
+        99.99999,
+        999999.4,
+        1234567.0,
+        1e-12,
+        math.nan,
+        -math.inf,
+        -123456.7,
+        1e300,
+    )
     assert all(len(formats.format_metric("loss", value)) <= 8 for value in values)
 
 
@@ -281,7 +366,9 @@ def test_a_closed_pipe_is_no_traceback() -> None:
         "from trainer.process.exit import exit_process, report_error\n"
         "try:\n    while True: print('row', flush=True)\nexcept Exception as error: exit_process(report_error(error))"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.readline()
         process.stdout.close()

@@ -24,7 +24,9 @@ from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets, ImageArrays, build_datasets
 from trainer.errors import ConfigError, DataError
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The image decoding and encoding:DeprecationWarning"
+)
 
 
 class MainFirst:
@@ -39,7 +41,9 @@ class MainFirst:
         yield
 
 
-def make(name: str, root: Any = None, main_first: MainFirst | None = None, **args: Any) -> Datasets:
+def make(
+    name: str, root: Any = None, main_first: MainFirst | None = None, **args: Any
+) -> Datasets:
     section = DataConfig(name=name, root=None if root is None else str(root), args=args)
     return build_datasets(section, main_first or MainFirst())
 
@@ -55,14 +59,28 @@ def error_text(error: type[Exception], name: str, root: Any = None, **args: Any)
 
 def test_digits_is_scikit_learns_stratified_split() -> None:
     images, labels = load_digits(return_X_y=True)
-    expected = train_test_split(images, labels, test_size=358, stratify=labels, random_state=0)
+    expected = train_test_split(
+        images, labels, test_size=358, stratify=labels, random_state=0
+    )
     data = make("digits")
     assert (len(data.train), len(data.val)) == (1439, 358)
     assert data.classes == [str(digit) for digit in range(10)]
-    for part, pixels, targets in zip((data.train, data.val), expected[:2], expected[2:], strict=True):
-        assert part.images.dtype == torch.uint8 and part.images.shape == (len(targets), 1, 8, 8)
-        assert part.targets.dtype == torch.int64 and part.targets.tolist() == targets.tolist()
-        difference = part.images.flatten(1).double() - torch.from_numpy(pixels) * 255 / 16
+    for part, pixels, targets in zip(
+        (data.train, data.val), expected[:2], expected[2:], strict=True
+    ):
+        assert part.images.dtype == torch.uint8 and part.images.shape == (
+            len(targets),
+            1,
+            8,
+            8,
+        )
+        assert (
+            part.targets.dtype == torch.int64
+            and part.targets.tolist() == targets.tolist()
+        )
+        difference = (
+            part.images.flatten(1).double() - torch.from_numpy(pixels) * 255 / 16
+        )
         assert difference.abs().max() <= 0.5  # the nearest of 256 levels
     assert int(data.train.images.max()) == 255
 
@@ -72,7 +90,10 @@ def test_digits_parts_are_disjoint_complete_and_stratified() -> None:
     whole = torch.from_numpy(load_digits().data * (255 / 16)).round().to(torch.uint8)
     both = torch.cat([data.train.images, data.val.images]).flatten(1)
     assert sorted(both.tolist()) == sorted(whole.tolist())
-    shares = [part.targets.bincount(minlength=10) / len(part) for part in (data.train, data.val)]
+    shares = [
+        part.targets.bincount(minlength=10) / len(part)
+        for part in (data.train, data.val)
+    ]
     assert (shares[0] - shares[1]).abs().max() < 1 / 358
 
 
@@ -83,11 +104,15 @@ def test_digits_does_not_depend_on_random_state_nor_change_it() -> None:
     states = np.random.get_state()[1].tolist(), torch.get_rng_state()
     second = make("digits")
     assert torch.equal(first.train.images, second.train.images)
-    assert np.random.get_state()[1].tolist() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+    assert np.random.get_state()[1].tolist() == states[0] and torch.equal(
+        torch.get_rng_state(), states[1]
+    )
 
 
 def test_arrays_give_a_batch_as_they_give_its_samples() -> None:
-    data = ImageArrays(torch.arange(5 * 12, dtype=torch.uint8).view(5, 3, 2, 2), torch.arange(5) * 10)
+    data = ImageArrays(
+        torch.arange(5 * 12, dtype=torch.uint8).view(5, 3, 2, 2), torch.arange(5) * 10
+    )
     for ids in ([3, 0, 3], torch.tensor([3, 0, 3])):
         images, targets = data.batch(ids)
         assert torch.equal(images, torch.stack([data[i][0] for i in (3, 0, 3)]))
@@ -99,17 +124,26 @@ def test_arrays_give_a_batch_as_they_give_its_samples() -> None:
 # --- folder
 
 
-def picture(path: Path, size: tuple[int, int] = (6, 4), mode: str = "RGB", **options: Any) -> Path:
+def picture(
+    path: Path, size: tuple[int, int] = (6, 4), mode: str = "RGB", **options: Any
+) -> Path:
     """A noise image, the same for the same name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(len(path.name)).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    noise = np.random.default_rng(len(path.name)).integers(
+        0, 256, (size[1], size[0], 4), dtype=np.uint8
+    )
     Image.fromarray(noise).convert(mode).save(path, **options)
     return path
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    for name in ("train/bees/b.png", "train/ants/10.JPG", "train/ants/9.jpeg", "train/ants/sub/a.webp"):
+    for name in (
+        "train/bees/b.png",
+        "train/ants/10.JPG",
+        "train/ants/9.jpeg",
+        "train/ants/sub/a.webp",
+    ):
         picture(tmp_path / name)
     picture(tmp_path / "val/bees/x.png")
     return tmp_path
@@ -118,12 +152,19 @@ def root(tmp_path: Path) -> Path:
 def test_folder_sorts_by_class_then_path_whatever_the_file_system_says(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = ["train/ants/10.JPG", "train/ants/9.jpeg", "train/ants/sub/a.webp", "train/bees/b.png"]
+    expected = [
+        "train/ants/10.JPG",
+        "train/ants/9.jpeg",
+        "train/ants/sub/a.webp",
+        "train/bees/b.png",
+    ]
     scandir, listdir = os.scandir, os.listdir
 
     class Reversed:
         def __init__(self, path: Any) -> None:
-            self.entries = iter(sorted(scandir(path), key=lambda entry: entry.name, reverse=True))
+            self.entries = iter(
+                sorted(scandir(path), key=lambda entry: entry.name, reverse=True)
+            )
 
         def __enter__(self) -> Reversed:
             return self
@@ -136,14 +177,18 @@ def test_folder_sorts_by_class_then_path_whatever_the_file_system_says(
         def __next__(self) -> os.DirEntry[str]:
             return next(self.entries)
 
-    for scan, names in ((scandir, os.listdir), (Reversed, lambda path: sorted(listdir(path), reverse=True))):
+    for scan, names in (
+        (scandir, os.listdir),
+        (Reversed, lambda path: sorted(listdir(path), reverse=True)),
+    ):
         monkeypatch.setattr(os, "scandir", scan)
         monkeypatch.setattr(os, "listdir", names)
         data = make("folder", root)
         assert data.train.paths == expected
         assert data.train.targets == [0, 0, 0, 1]
     assert data.classes == ["ants", "bees"]
-    assert (data.val.paths, data.val.targets) == (["val/bees/x.png"], [1])  # its class id is train's
+    # Its class id is train's.
+    assert (data.val.paths, data.val.targets) == (["val/bees/x.png"], [1])
     assert (data.name, data.note) == ("folder", "")
     assert [target for _, target in data.train] == data.train.targets
 
@@ -154,7 +199,9 @@ def test_png_is_decoded_exactly_as_pil_does(root: Path, mode: str) -> None:
     path = picture(root / "train/ants/0.png", (7, 5), mode)
     image, target = make("folder", root).train[0]
     assert image.dtype == torch.uint8 and image.shape == (3, 5, 7) and target == 0
-    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(Image.open(path).convert("RGB")))
+    assert np.array_equal(
+        image.permute(1, 2, 0).numpy(), np.asarray(Image.open(path).convert("RGB"))
+    )
 
 
 def test_jpeg_and_webp_are_decoded_nearly_as_pil_does_and_upright(root: Path) -> None:
@@ -163,10 +210,14 @@ def test_jpeg_and_webp_are_decoded_nearly_as_pil_does_and_upright(root: Path) ->
     picture(root / "train/ants/10.JPG", (40, 24), exif=exif, quality=95)
     picture(root / "train/ants/sub/a.webp", (40, 24))
     data = make("folder", root).train
-    turned = np.asarray(Image.open(root / "train/ants/10.JPG").transpose(Image.Transpose.ROTATE_270))
+    turned = np.asarray(
+        Image.open(root / "train/ants/10.JPG").transpose(Image.Transpose.ROTATE_270)
+    )
     assert data[0][0].shape == (3, 40, 24)
     assert np.abs(data[0][0].permute(1, 2, 0).numpy() - turned.astype(int)).max() <= 2
-    straight = np.asarray(Image.open(root / "train/ants/sub/a.webp").convert("RGB")).astype(int)
+    straight = np.asarray(
+        Image.open(root / "train/ants/sub/a.webp").convert("RGB")
+    ).astype(int)
     assert np.abs(data[2][0].permute(1, 2, 0).numpy() - straight).max() <= 2
 
 
@@ -183,10 +234,21 @@ def test_files_left_out_are_noted_and_hidden_ones_ignored(root: Path) -> None:
     assert make("folder", root).note == (
         "1 file left out: not an image type that is read (train/ants/imageNotFound.gif)"
     )
-    for name in ("train/.DS_Store", "train/ants/.DS_Store", "train/ants/.git/x.png", "val/.cache/y.png"):
+    for name in (
+        "train/.DS_Store",
+        "train/ants/.DS_Store",
+        "train/ants/.git/x.png",
+        "val/.cache/y.png",
+    ):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).touch()
-    for name in ("train/ants/a.txt", "train/bees/sub/b.bmp", "val/bees/c.tiff", "val/d.png", "ignored.png"):
+    for name in (
+        "train/ants/a.txt",
+        "train/bees/sub/b.bmp",
+        "val/bees/c.tiff",
+        "val/d.png",
+        "ignored.png",
+    ):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).touch()
     data = make("folder", root)
@@ -203,7 +265,9 @@ def test_kept_images_are_the_decoded_ones_and_as_many_as_fit(root: Path) -> None
     parts = [plain.train, plain.val]
     total = sum(part[i][0].nbytes for part in parts for i in range(len(part)))
     for room, all_fit in ((total, True), (total - 1, False)):
-        data = build_datasets(DataConfig(name="folder", root=str(root), cache=room / 2**30), MainFirst())
+        data = build_datasets(
+            DataConfig(name="folder", root=str(root), cache=room / 2**30), MainFirst()
+        )
         for cached, part in zip((data.train, data.val), parts, strict=True):
             for i in range(len(part)):
                 cached[i][0].zero_()  # what a transform writes into stays its own
@@ -212,12 +276,17 @@ def test_kept_images_are_the_decoded_ones_and_as_many_as_fit(root: Path) -> None
         cached_count = len(data.train._cached) + len(data.val._cached)
         count = len(plain.train) + len(plain.val)
         assert cached_count == count if all_fit else 0 < cached_count < count
-    with pytest.raises(ConfigError, match=r"data.cache: keeps the images of data.name=folder, not of digits"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data.cache: keeps the images of data.name=folder, not of digits",
+    ):
         build_datasets(DataConfig(name="digits", cache=1.0), MainFirst())
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "gone", "animation"])
-def test_a_corrupt_image_is_an_error_that_names_it_and_never_its_neighbour(root: Path, damage: str) -> None:
+def test_a_corrupt_image_is_an_error_that_names_it_and_never_its_neighbour(
+    root: Path, damage: str
+) -> None:
     path = picture(root / "train/ants/9.jpeg", (64, 64))
     data = make("folder", root).train
     if damage == "cut":
@@ -239,31 +308,46 @@ def test_a_corrupt_image_is_an_error_that_names_it_and_never_its_neighbour(root:
 
 def test_folder_errors_name_what_is_wrong(root: Path) -> None:
     assert error_text(ConfigError, "folder").startswith("data.root: is not set")
-    assert "data.root=nowhere is not a folder" in error_text(DataError, "folder", "nowhere")
-    assert f"{root / 'train/bees/train'} is missing" in error_text(DataError, "folder", root / "train/bees")
+    assert "data.root=nowhere is not a folder" in error_text(
+        DataError, "folder", "nowhere"
+    )
+    assert f"{root / 'train/bees/train'} is missing" in error_text(
+        DataError, "folder", root / "train/bees"
+    )
 
     (root / "train/wasps").mkdir()
-    assert f"{root / 'train/wasps'} holds no .jpg, .jpeg, .png or .webp" in error_text(DataError, "folder", root)
+    assert f"{root / 'train/wasps'} holds no .jpg, .jpeg, .png or .webp" in error_text(
+        DataError, "folder", root
+    )
     (root / "train/wasps").rmdir()
 
     picture(root / "val/bee/y.png")
     message = error_text(DataError, "folder", root)
-    assert f"{root / 'val/bee'} is a class that train/ lacks" in message and 'did you mean "bees"?' in message
+    assert (
+        f"{root / 'val/bee'} is a class that train/ lacks" in message
+        and 'did you mean "bees"?' in message
+    )
     (root / "val/bee/y.png").rename(root / "val/bees/y.png")
     (root / "val/bee").rmdir()
 
-    assert "data.rooot: folder has no such argument" in error_text(ConfigError, "folder", root, rooot=3)
+    assert "data.rooot: folder has no such argument" in error_text(
+        ConfigError, "folder", root, rooot=3
+    )
 
     for name in ("x.png", "y.png"):
         (root / "val/bees" / name).rename(root / name)
     assert f"{root / 'val'} holds no .jpg" in error_text(DataError, "folder", root)
     (root / "val/bees").rmdir()
-    assert f"{root / 'val'} has no class folders" in error_text(DataError, "folder", root)
+    assert f"{root / 'val'} has no class folders" in error_text(
+        DataError, "folder", root
+    )
     (root / "val").rmdir()
     assert f"{root / 'val'} is missing" in error_text(DataError, "folder", root)
 
 
-def test_a_folder_that_may_not_be_read_is_not_skipped(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_read_is_not_skipped(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scandir = os.scandir
 
     def guarded(path: Any) -> Any:
@@ -295,9 +379,17 @@ def test_mnist_is_read_from_its_raw_files(tmp_path: Path) -> None:
     main_first = MainFirst()
     data = make("mnist", tmp_path, main_first)
     assert (len(data.train), len(data.val)) == (7, 4)
-    assert data.train.images.shape == (7, 1, 28, 28) and data.train.images.dtype == torch.uint8
+    assert (
+        data.train.images.shape == (7, 1, 28, 28)
+        and data.train.images.dtype == torch.uint8
+    )
     assert np.array_equal(data.train.images[:, 0].numpy(), images)
-    assert data.val.targets.dtype == torch.int64 and data.val.targets.tolist() == [0, 1, 2, 3]
+    assert data.val.targets.dtype == torch.int64 and data.val.targets.tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
     assert data.classes == list("0123456789")
     assert main_first.entered == 0
 
@@ -309,7 +401,9 @@ def test_mnist_is_read_from_its_raw_files(tmp_path: Path) -> None:
         assert "missing or damaged" in error_text(DataError, "mnist", tmp_path)
 
 
-def test_cifar10_is_read_from_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10_is_read_from_its_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The files are small ones of ours, so torchvision's table of checksums is given theirs."""
     folder = tmp_path / CIFAR10.base_folder
     folder.mkdir()
@@ -320,17 +414,31 @@ def test_cifar10_is_read_from_its_batches(tmp_path: Path, monkeypatch: pytest.Mo
         return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
 
     batches = [{"data": pixels[i : i + 1], "labels": [i]} for i in range(5)]
-    train_list = [write(f"data_batch_{i + 1}", batch) for i, batch in enumerate(batches)]
+    train_list = [
+        write(f"data_batch_{i + 1}", batch) for i, batch in enumerate(batches)
+    ]
     monkeypatch.setattr(CIFAR10, "train_list", train_list)
-    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", {"data": pixels[5:], "labels": [9]})])
+    monkeypatch.setattr(
+        CIFAR10, "test_list", [write("test_batch", {"data": pixels[5:], "labels": [9]})]
+    )
     names = [f"class {i}" for i in range(10)]
     filename, md5 = write("batches.meta", {"label_names": names})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": filename, "key": "label_names", "md5": md5})
+    monkeypatch.setattr(
+        CIFAR10, "meta", {"filename": filename, "key": "label_names", "md5": md5}
+    )
 
     data = make("cifar10", tmp_path)
-    assert torch.equal(data.train.images, torch.from_numpy(pixels[:5]).view(5, 3, 32, 32))
+    assert torch.equal(
+        data.train.images, torch.from_numpy(pixels[:5]).view(5, 3, 32, 32)
+    )
     assert data.train.images.is_contiguous()
-    assert data.train.targets.dtype == torch.int64 and data.train.targets.tolist() == [0, 1, 2, 3, 4]
+    assert data.train.targets.dtype == torch.int64 and data.train.targets.tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     assert torch.equal(data.val.images, torch.from_numpy(pixels[5:]).view(1, 3, 32, 32))
     assert (data.val[0][1], data.classes) == (9, names)
 
@@ -347,10 +455,14 @@ def test_missing_files_are_one_error_that_says_what_to_do(tmp_path: Path) -> Non
         assert name in message and address in message and directory in message
         assert "data.download=true" in message
         assert error_text(ConfigError, name).startswith("data.root: is not set")
-        assert error_text(ConfigError, name, tmp_path, download="yes").startswith("data.download:")
+        assert error_text(ConfigError, name, tmp_path, download="yes").startswith(
+            "data.download:"
+        )
 
 
-def test_a_failed_download_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(MNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
     message = error_text(DataError, "mnist", tmp_path, download=True)
     assert "cannot be downloaded" in message and "unpack them in" in message
@@ -374,13 +486,18 @@ def test_fake_images_are_functions_of_their_id_and_part() -> None:
         assert not torch.equal(image, first.train[i + 10][0])  # of the same class
     states = torch.get_rng_state(), np.random.get_state()[1].tolist()
     first.train[3]
-    assert torch.equal(torch.get_rng_state(), states[0]) and np.random.get_state()[1].tolist() == states[1]
+    assert (
+        torch.equal(torch.get_rng_state(), states[0])
+        and np.random.get_state()[1].tolist() == states[1]
+    )
     with pytest.raises(IndexError):
         second.train[50]
 
 
 def test_fake_images_take_any_shape_and_all_classes() -> None:
-    data = make("fake", size=14, image_size=[5, 9], channels=1, num_classes=7, val_size=3)
+    data = make(
+        "fake", size=14, image_size=[5, 9], channels=1, num_classes=7, val_size=3
+    )
     assert data.train[0][0].shape == (1, 5, 9)
     assert sorted(target for _, target in data.train) == sorted(2 * list(range(7)))
     assert data.classes == list("0123456") and len(data.val) == 3
@@ -489,8 +606,17 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("own")
 def test_an_import_path_is_called_for_each_part() -> None:
     data = make("own_data_sets.ByTrain", size=7)
-    assert (len(data.train), data.train.what, len(data.val), data.val.what) == (7, True, 2, False)
-    assert (data.classes, data.name, data.train.root) == (["cat", "dog"], "own_data_sets.ByTrain", None)
+    assert (len(data.train), data.train.what, len(data.val), data.val.what) == (
+        7,
+        True,
+        2,
+        False,
+    )
+    assert (data.classes, data.name, data.train.root) == (
+        ["cat", "dog"],
+        "own_data_sets.ByTrain",
+        None,
+    )
     assert make("own_data_sets.ByTrain", "here").val.root == "here"
 
     main_first = MainFirst()
@@ -512,13 +638,37 @@ def test_an_import_path_without_a_part_argument_is_called_once() -> None:
 @pytest.mark.parametrize(
     ("error", "name", "root", "args", "text"),
     [
-        (ConfigError, "Stream", None, {}, "data.name: the training part of own_data_sets.Stream is"),
+        (
+            ConfigError,
+            "Stream",
+            None,
+            {},
+            "data.name: the training part of own_data_sets.Stream is",
+        ),
         (ConfigError, "no_length", None, {}, "list_iterator"),
-        (DataError, "empty", None, {}, "the validation part of own_data_sets.empty holds no samples"),
+        (
+            DataError,
+            "empty",
+            None,
+            {},
+            "the validation part of own_data_sets.empty holds no samples",
+        ),
         (ConfigError, "ByTrain", None, {"train": True}, "data.train: leave it out"),
-        (ConfigError, "ByTrain", None, {"sise": 3}, "data.sise: ByTrain has no such argument; did you mean"),
+        (
+            ConfigError,
+            "ByTrain",
+            None,
+            {"sise": 3},
+            "data.sise: ByTrain has no such argument; did you mean",
+        ),
         (ConfigError, "BySplit", None, {}, "data.root: BySplit needs this argument"),
-        (ConfigError, "pair", "here", {"size": 3}, "data.root: own_data_sets.pair takes no root"),
+        (
+            ConfigError,
+            "pair",
+            "here",
+            {"size": 3},
+            "data.root: own_data_sets.pair takes no root",
+        ),
         (ConfigError, "bad", None, {}, "no such moon"),
         (ConfigError, "ByTrian", None, {}, 'did you mean "ByTrain"?'),
     ],
@@ -531,5 +681,9 @@ def test_wrong_import_paths_are_named(
 
 def test_wrong_names_are_named() -> None:
     assert 'did you mean "cifar10"?' in error_text(ConfigError, "cifar")
-    assert error_text(ConfigError, "digits", "/somewhere").startswith("data.root: digits takes no root")
-    assert error_text(ConfigError, "digits", size=3).startswith("data.size: digits has no such argument")
+    assert error_text(ConfigError, "digits", "/somewhere").startswith(
+        "data.root: digits takes no root"
+    )
+    assert error_text(ConfigError, "digits", size=3).startswith(
+        "data.size: digits has no such argument"
+    )

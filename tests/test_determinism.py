@@ -28,9 +28,16 @@ def settings() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "benchmark": torch.backends.cudnn.benchmark,
         "deterministic": torch.backends.cudnn.deterministic,
-        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "tf32": (
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
+        ),
         "fill": torch.utils.deterministic.fill_uninitialized_memory,
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(("CUBLAS", "TORCH"))},
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("CUBLAS", "TORCH"))
+        },
     }
 
 
@@ -45,11 +52,18 @@ class Spy(Observer):
             raise LockstepError("as asked")
 
 
-def fit(directory: Path, reproducibility: str, *, fail: bool = False) -> tuple[list[dict[str, Any]], str]:
+def fit(
+    directory: Path, reproducibility: str, *, fail: bool = False
+) -> tuple[list[dict[str, Any]], str]:
     spy = Spy(fail)
     data = Images(56)
     trainer = Trainer(
-        config(directory, run__reproducibility=reproducibility, batch__micro_size=14, train__precision="fp32"),
+        config(
+            directory,
+            run__reproducibility=reproducibility,
+            batch__micro_size=14,
+            train__precision="fp32",
+        ),
         model=conv_net(),
         train_data=data,
         val_data=data,
@@ -75,7 +89,10 @@ def test_a_bitwise_run_leaves_its_process_as_it_was(tmp_path: Path, fail: bool) 
             "fill": False,
             "tf32": (False, False),
             "environment": before["environment"]
-            | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"},
+            | {
+                "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+                "TORCHINDUCTOR_DETERMINISTIC": "1",
+            },
         }
         assert settings() == before
         during, _ = fit(directory / "standard", "standard")
@@ -88,9 +105,15 @@ def test_two_runs_in_one_process_do_not_see_each_other(tmp_path: Path) -> None:
     """In either order, and made before either is trained, each ends as it does alone."""
 
     def weights(directory: Path, *order: str) -> dict[str, str]:
-        return {name: fit(directory / f"{place}-{name}", name)[1] for place, name in enumerate(order)}
+        return {
+            name: fit(directory / f"{place}-{name}", name)[1]
+            for place, name in enumerate(order)
+        }
 
-    alone = {name: on_ranks(1, weights, tmp_path / name, name)[0][name] for name in ("standard", "bitwise")}
+    alone = {
+        name: on_ranks(1, weights, tmp_path / name, name)[0][name]
+        for name in ("standard", "bitwise")
+    }
     for order in (("standard", "bitwise"), ("bitwise", "standard")):
         assert on_ranks(1, weights, tmp_path / "-".join(order), *order) == [alone]
 
@@ -108,7 +131,9 @@ def test_what_the_caller_draws_does_not_depend_on_a_run_before(tmp_path: Path) -
     assert on_ranks(1, draws, tmp_path, True) == on_ranks(1, draws, tmp_path, False)
 
 
-def test_settings_within_settings_are_put_back_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_within_settings_are_put_back_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As when a caller evaluates one run while another one trains."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     outside = settings()
@@ -130,7 +155,9 @@ def test_settings_within_settings_are_put_back_one_by_one(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_evaluation_outside_fit_gives_what_the_run_logged_and_changes_nothing(tmp_path: Path, workers: int) -> None:
+def test_an_evaluation_outside_fit_gives_what_the_run_logged_and_changes_nothing(
+    tmp_path: Path, workers: int
+) -> None:
     def evaluate(directory: Path) -> None:
         data = Images(56)
         trainer = Trainer(
@@ -157,7 +184,9 @@ def test_an_evaluation_outside_fit_gives_what_the_run_logged_and_changes_nothing
             generators = torch.get_rng_state()
             assert trainer.evaluate()["loss"] == logged["val/loss"]
             assert trainer.module.training == training
-            assert all(module.training == training for module in trainer.module.modules())
+            assert all(
+                module.training == training for module in trainer.module.modules()
+            )
             assert torch.equal(torch.get_rng_state(), generators)
         assert settings() == before
         trainer.end_loading()

@@ -26,12 +26,21 @@ def _signed(value: int) -> int:
 
 def weights(**more: Tensor) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    return {"b": torch.randn(7, 3), "a": torch.randn(5, dtype=torch.float64), "c": torch.randn(4).bfloat16(), **more}
+    return {
+        "b": torch.randn(7, 3),
+        "a": torch.randn(5, dtype=torch.float64),
+        "c": torch.randn(4).bfloat16(),
+        **more,
+    }
 
 
 def test_it_is_the_arithmetic_it_says(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     tensors = weights()
-    views = (tensors["a"].view(torch.int64), tensors["b"].view(torch.int32).flatten(), tensors["c"].view(torch.int16))
+    views = (
+        tensors["a"].view(torch.int64),
+        tensors["b"].view(torch.int32).flatten(),
+        tensors["c"].view(torch.int16),
+    )
     expected = by_hand([bit for view in views for bit in view.tolist()])
     assert hexadecimal(digest(tensors)) == expected
     monkeypatch.setattr(module, "CHUNK", 4)  # large tensors cut and small ones joined

@@ -30,13 +30,23 @@ CONFIG = ROOT / "examples" / "bring_your_own" / "discs.yaml"
 
 
 def discs(directory: Path, *more: str) -> tuple[float, Any]:
-    overrides = ["wandb.mode=disabled", "run.figures=false", f"run.dir={directory}", *more]
+    overrides = [
+        "wandb.mode=disabled",
+        "run.figures=false",
+        f"run.dir={directory}",
+        *more,
+    ]
     trainer = Trainer(load(CONFIG, overrides))
     return float(trainer.fit()["best"]), state(trainer)
 
 
 def test_the_project_learns(tmp_path: Path) -> None:
-    assert on_ranks(1, discs, tmp_path, "train.epochs=3", "data.samples=400", "model.width=8")[0][0] > 0.5
+    assert (
+        on_ranks(
+            1, discs, tmp_path, "train.epochs=3", "data.samples=400", "model.width=8"
+        )[0][0]
+        > 0.5
+    )
 
 
 def test_the_project_is_the_same_run_on_two_processes(tmp_path: Path) -> None:
@@ -53,7 +63,9 @@ def test_its_loss_and_metric_by_hand() -> None:
     targets = torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
     total, weight = Segmentation(disc_weight=3.0).loss_sum(output, targets)
     losses = nn.BCEWithLogitsLoss(reduction="none")(output, targets)[0]
-    assert float(total / weight) == pytest.approx(float(3 * losses[:2].sum() + losses[2:].sum()) / 8, rel=1e-12)
+    assert float(total / weight) == pytest.approx(
+        float(3 * losses[:2].sum() + losses[2:].sum()) / 8, rel=1e-12
+    )
     intersection, union = Segmentation().metric_sums(output, targets)["iou"]
     assert (int(intersection), int(union)) == (1, 3)
 
@@ -73,7 +85,7 @@ def test_python_use_in_ten_lines(tmp_path: Path) -> None:
     assert len(body) <= 10
     short = path.read_text().replace('"epochs": 3', '"max_steps": 2')
     assert short != path.read_text()
-    short = short.replace("from_dict({", 'from_dict({"wandb": {"mode": "disabled"}, ')
+    short = short.replace("settings = {", 'settings = {"wandb": {"mode": "disabled"}, ')
     environment = {
         "PYTHONPATH": str(ROOT),
         "PATH": "/usr/bin:/bin",
@@ -90,22 +102,38 @@ def test_python_use_in_ten_lines(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- docs/extending.md
 
 
-def digits(directory: Path, *more: str, trainer: type[Trainer] = Trainer, observers: Any = ()) -> Trainer:
+def digits(
+    directory: Path, *more: str, trainer: type[Trainer] = Trainer, observers: Any = ()
+) -> Trainer:
     """A run of the default config, which has BatchNorm, as a Trainer that has trained."""
-    overrides = ["wandb.mode=disabled", "run.figures=false", f"run.dir={directory}", "train.log_every=1", *more]
-    a_trainer = trainer(load(ROOT / "configs" / "digits.yaml", overrides), observers=observers)
+    overrides = [
+        "wandb.mode=disabled",
+        "run.figures=false",
+        f"run.dir={directory}",
+        "train.log_every=1",
+        *more,
+    ]
+    a_trainer = trainer(
+        load(ROOT / "configs" / "digits.yaml", overrides), observers=observers
+    )
     a_trainer.fit()
     return a_trainer
 
 
 def test_the_update_size_by_hand(tmp_path: Path) -> None:
     def fit() -> None:
-        plain_descent = ["train.max_steps=1", "optimizer.momentum=0", "optimizer.weight_decay=0"]
+        plain_descent = [
+            "train.max_steps=1",
+            "optimizer.momentum=0",
+            "optimizer.weight_decay=0",
+        ]
         start = Trainer(load(ROOT / "configs" / "digits.yaml", plain_descent))
         length = nn.utils.parameters_to_vector(start.module.parameters()).norm()
         digits(tmp_path, *plain_descent, observers=[UpdateSize()])
         row, epoch_row = read_rows(tmp_path / "digits" / "metrics.jsonl")
-        assert row["update_size"] == pytest.approx(row["lr"] * row["grad_norm"] / float(length), rel=1e-4)
+        assert row["update_size"] == pytest.approx(
+            row["lr"] * row["grad_norm"] / float(length), rel=1e-4
+        )
         assert epoch_row["update_size"] == row["update_size"]
 
     on_ranks(1, fit)
@@ -117,23 +145,38 @@ def test_the_update_size_is_measured_every_so_often(tmp_path: Path) -> None:
     def fit() -> None:
         name = "examples.extending.update_size.UpdateSize"
         digits(tmp_path, "train.max_steps=5", f"observers=[{{name: {name}, every: 2}}]")
-        sizes = [row.get("update_size") for row in read_rows(tmp_path / "digits" / "metrics.jsonl")][:5]
+        sizes = [
+            row.get("update_size")
+            for row in read_rows(tmp_path / "digits" / "metrics.jsonl")
+        ][:5]
         assert sizes[0] is None
         assert sizes[1] == sizes[2] != sizes[3] == sizes[4]
 
     on_ranks(1, fit)
 
 
-def averaged(directory: Path, max_steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+def averaged(
+    directory: Path, max_steps: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     """The averaged weights, the model's, and the loss of the averaged ones."""
-    settings = ["run.reproducibility=bitwise", "run.resume=auto", f"train.max_steps={max_steps}"]
+    settings = [
+        "run.reproducibility=bitwise",
+        "run.resume=auto",
+        f"train.max_steps={max_steps}",
+    ]
     observer = AveragedWeights(decay=0.5)
     trainer = digits(directory, *settings, observers=[observer])
     row = read_rows(directory / "digits" / "metrics.jsonl")[-1]
-    return dict(observer.average.module.state_dict()), state(trainer), row["val/averaged_loss"]
+    return (
+        dict(observer.average.module.state_dict()),
+        state(trainer),
+        row["val/averaged_loss"],
+    )
 
 
-def test_averaged_weights_are_the_same_after_a_resume_on_other_processes(tmp_path: Path) -> None:
+def test_averaged_weights_are_the_same_after_a_resume_on_other_processes(
+    tmp_path: Path,
+) -> None:
     ((reference, weights, loss),) = on_ranks(1, averaged, tmp_path / "straight", 5)
     on_ranks(2, averaged, tmp_path / "cut", 2)
     for average, others, other_loss in on_ranks(3, averaged, tmp_path / "cut", 5):
@@ -143,7 +186,10 @@ def test_averaged_weights_are_the_same_after_a_resume_on_other_processes(tmp_pat
         assert other_loss == loss
     (checkpoint,) = (tmp_path / "cut" / "digits" / "checkpoints").glob("step_*5")
     straight = tmp_path / "straight" / "digits" / "checkpoints" / checkpoint.name
-    for file in ("AveragedWeights.safetensors", "AveragedWeights.json"):  # with BatchNorm's whole statistics
+    for file in (
+        "AveragedWeights.safetensors",
+        "AveragedWeights.json",
+    ):  # with BatchNorm's whole statistics
         assert (checkpoint / file).read_bytes() == (straight / file).read_bytes()
 
 
@@ -153,13 +199,19 @@ def digits_net() -> nn.Module:
 
 def standard_average(directory: Path, max_steps: int) -> dict[str, Tensor]:
     """The averaged model as the last checkpoint keeps it, in standard mode and fp64."""
-    settings = ["train.precision=fp64", "run.resume=auto", f"train.max_steps={max_steps}"]
+    settings = [
+        "train.precision=fp64",
+        "run.resume=auto",
+        f"train.max_steps={max_steps}",
+    ]
     observer = AveragedWeights(decay=0.5)
     digits(directory, *settings, observers=[observer])
     return dict(observer.state_dict())
 
 
-def test_averaged_weights_keep_the_whole_statistics_in_standard_mode(tmp_path: Path) -> None:
+def test_averaged_weights_keep_the_whole_statistics_in_standard_mode(
+    tmp_path: Path,
+) -> None:
     """There each rank holds its share of BatchNorm's statistics, which differs from that of the others."""
     (reference,) = on_ranks(1, standard_average, tmp_path / "straight", 4)
     on_ranks(2, standard_average, tmp_path / "cut", 2)
@@ -173,10 +225,14 @@ def test_averaged_weights_by_hand(tmp_path: Path) -> None:
     def fit() -> None:
         observer = AveragedWeights(decay=0.5)
         first = state(digits(tmp_path / "1", "train.max_steps=1"))
-        second = state(digits(tmp_path / "2", "train.max_steps=2", observers=[observer]))
+        second = state(
+            digits(tmp_path / "2", "train.max_steps=2", observers=[observer])
+        )
         assert isinstance(observer.average, AveragedModel)
         for name, average in observer.average.module.named_parameters():
-            assert torch.allclose(average, (first[name] + second[name]) / 2, rtol=1e-6, atol=1e-8)
+            assert torch.allclose(
+                average, (first[name] + second[name]) / 2, rtol=1e-6, atol=1e-8
+            )
 
     on_ranks(1, fit)
 
@@ -185,11 +241,15 @@ def test_focal_loss_by_hand() -> None:
     output = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, 0.0]], dtype=torch.float64)
     targets = torch.tensor([0, 2])
     total, weight = FocalLoss(gamma=0.0).loss_sum(output, targets)
-    assert float(total) == pytest.approx(float(F.cross_entropy(output, targets, reduction="sum")), rel=1e-12)
+    assert float(total) == pytest.approx(
+        float(F.cross_entropy(output, targets, reduction="sum")), rel=1e-12
+    )
     assert weight == 2
     probability = output.softmax(1)[torch.arange(2), targets]
     expected = -((1 - probability) ** 2 * probability.log()).sum()
-    assert float(FocalLoss().loss_sum(output, targets)[0]) == pytest.approx(float(expected), rel=1e-12)
+    assert float(FocalLoss().loss_sum(output, targets)[0]) == pytest.approx(
+        float(expected), rel=1e-12
+    )
     right, count = FocalLoss().metric_sums(output, targets)["accuracy"]
     assert (int(right), count) == (1, 2)
 
@@ -205,27 +265,42 @@ def test_focal_loss_trains(tmp_path: Path) -> None:
     on_ranks(1, fit)
 
 
-def looked_ahead(directory: Path, max_steps: int) -> tuple[dict[str, Tensor], list[Tensor]]:
-    settings = ["run.reproducibility=bitwise", "run.resume=auto", f"train.max_steps={max_steps}"]
+def looked_ahead(
+    directory: Path, max_steps: int
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    settings = [
+        "run.reproducibility=bitwise",
+        "run.resume=auto",
+        f"train.max_steps={max_steps}",
+    ]
     trainer = digits(directory, *settings, trainer=LookaheadTrainer)
     assert isinstance(trainer, LookaheadTrainer)
     return state(trainer), [slow.detach() for slow in trainer.slow]
 
 
-def test_lookahead_is_the_same_run_after_a_resume_on_other_processes(tmp_path: Path) -> None:
+def test_lookahead_is_the_same_run_after_a_resume_on_other_processes(
+    tmp_path: Path,
+) -> None:
     ((reference, slow),) = on_ranks(1, looked_ahead, tmp_path / "straight", 7)
     on_ranks(3, looked_ahead, tmp_path / "cut", 6)
     for weights, slow_weights in on_ranks(2, looked_ahead, tmp_path / "cut", 7):
         assert all(torch.equal(weights[name], reference[name]) for name in reference)
-        assert all(torch.equal(one, other) for one, other in zip(slow_weights, slow, strict=True))
+        assert all(
+            torch.equal(one, other)
+            for one, other in zip(slow_weights, slow, strict=True)
+        )
 
 
 def test_lookahead_by_hand(tmp_path: Path) -> None:
     def fit() -> None:
         start = [parameter.detach().clone() for parameter in digits_net().parameters()]
         plain = digits(tmp_path / "plain", "train.max_steps=5")
-        ahead = digits(tmp_path / "ahead", "train.max_steps=5", trainer=LookaheadTrainer)
-        weights = zip(start, plain.module.parameters(), ahead.module.parameters(), strict=True)
+        ahead = digits(
+            tmp_path / "ahead", "train.max_steps=5", trainer=LookaheadTrainer
+        )
+        weights = zip(
+            start, plain.module.parameters(), ahead.module.parameters(), strict=True
+        )
         for before, fast, slow in weights:
             assert torch.allclose(slow, (before + fast) / 2, rtol=1e-5, atol=1e-7)
 
@@ -233,8 +308,20 @@ def test_lookahead_by_hand(tmp_path: Path) -> None:
 
 
 def test_lookahead_runs_as_a_program(tmp_path: Path) -> None:
-    overrides = ["wandb.mode=disabled", "run.figures=false", f"run.dir={tmp_path}", "train.max_steps=2"]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = run_program(["-m", "examples.extending.lookahead", *overrides], env=environment, ranks=2)
+    overrides = [
+        "wandb.mode=disabled",
+        "run.figures=false",
+        f"run.dir={tmp_path}",
+        "train.max_steps=2",
+    ]
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = run_program(
+        ["-m", "examples.extending.lookahead", *overrides], env=environment, ranks=2
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "digits" / "summary.json").is_file()

@@ -35,23 +35,40 @@ EXACT: dict[str, Any] = {"rel": 1e-11, "abs": 1e-14}
 
 
 def plain(num_classes: int) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, num_classes))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, num_classes)
+    )
 
 
-def explained(*overrides: str) -> tuple[dict[str, Any], nn.Module, list[tuple[Tensor, Tensor]]]:
+def explained(
+    *overrides: str,
+) -> tuple[dict[str, Any], nn.Module, list[tuple[Tensor, Tensor]]]:
     """The report, the model as it was before, and the samples of the first two steps."""
     dissected = Dissection(load(None, [*BASE, *overrides]))
     trainer = dissected.trainer
     before = copy.deepcopy(trainer.module)
-    pairs = [trainer.run.data.train[int(i)] for i in trainer.plan.permutation(0)[: 2 * SIZE]]
-    images, targets = torch.stack([image for image, _ in pairs]), torch.tensor([target for _, target in pairs])
-    return dissected.report(), before, list(zip((images.double() / 255).split(SIZE), targets.split(SIZE), strict=True))
+    pairs = [
+        trainer.run.data.train[int(i)] for i in trainer.plan.permutation(0)[: 2 * SIZE]
+    ]
+    images, targets = (
+        torch.stack([image for image, _ in pairs]),
+        torch.tensor([target for _, target in pairs]),
+    )
+    return (
+        dissected.report(),
+        before,
+        list(
+            zip((images.double() / 255).split(SIZE), targets.split(SIZE), strict=True)
+        ),
+    )
 
 
 def shows(summary: dict[str, Any], tensor: Tensor) -> None:
     assert summary["shape"] == list(tensor.shape)
     assert summary["norm"] == pytest.approx(float(tensor.norm()), **EXACT)
-    assert summary["first"] == pytest.approx(tensor.flatten()[:FIRST_VALUES].tolist(), **EXACT)
+    assert summary["first"] == pytest.approx(
+        tensor.flatten()[:FIRST_VALUES].tolist(), **EXACT
+    )
 
 
 def gradients_of_two_steps() -> None:
@@ -66,10 +83,14 @@ def gradients_of_two_steps() -> None:
         with torch.no_grad():
             for parameter, gradient in zip(parameters, by_hand[-1], strict=True):
                 parameter.sub_(LR * gradient)
-    for name, first, second in zip(dict(model.named_parameters()), *by_hand, strict=True):
+    for name, first, second in zip(
+        dict(model.named_parameters()), *by_hand, strict=True
+    ):
         stages = report["gradients"][name]
         assert stages["before"] is None
-        assert stages["after_first"]["norm"] != pytest.approx(stages["after_last"]["norm"], rel=1e-3)
+        assert stages["after_first"]["norm"] != pytest.approx(
+            stages["after_last"]["norm"], rel=1e-3
+        )
         shows(stages["after_last"], first)  # the full batch's
         shows(stages["reduced"], first)
         shows(report["updates"][name], -LR * first)
@@ -77,12 +98,26 @@ def gradients_of_two_steps() -> None:
         shows(report["without_zero_grad"][name]["second"], second)
         shows(report["without_zero_grad"][name]["both"], first + second)
     parts = report["loss"]["micro_batches"]
-    assert [part["weight"] for part in parts] == report["batch"]["micro_batches"] == [5, 4, 4]
-    assert sum(part["loss_sum"] for part in parts) / SIZE == pytest.approx(report["loss"]["mean"], **EXACT)
-    assert report["loss"]["epoch"] == {"steps": 8, "step_size": SIZE, "last_step_size": 100 - 7 * SIZE}
+    assert (
+        [part["weight"] for part in parts]
+        == report["batch"]["micro_batches"]
+        == [5, 4, 4]
+    )
+    assert sum(part["loss_sum"] for part in parts) / SIZE == pytest.approx(
+        report["loss"]["mean"], **EXACT
+    )
+    assert report["loss"]["epoch"] == {
+        "steps": 8,
+        "step_size": SIZE,
+        "last_step_size": 100 - 7 * SIZE,
+    }
     model, (images, targets) = untrained, samples[0]
-    alone = F.cross_entropy(model(images[:FIRST_VALUES]), targets[:FIRST_VALUES], reduction="none")
-    assert [sample["loss_sum"] for sample in report["batch"]["samples"]] == pytest.approx(alone.tolist(), **EXACT)
+    alone = F.cross_entropy(
+        model(images[:FIRST_VALUES]), targets[:FIRST_VALUES], reduction="none"
+    )
+    assert [
+        sample["loss_sum"] for sample in report["batch"]["samples"]
+    ] == pytest.approx(alone.tolist(), **EXACT)
 
 
 def test_loss_gradients_update_and_a_forgotten_zero_grad_are_those_by_hand() -> None:
@@ -90,7 +125,9 @@ def test_loss_gradients_update_and_a_forgotten_zero_grad_are_those_by_hand() -> 
 
 
 def buffers(per: str) -> None:
-    report, model, samples = explained("model.name=small_cnn", f"batch_norm.momentum_per={per}")
+    report, model, samples = explained(
+        "model.name=small_cnn", f"batch_norm.momentum_per={per}"
+    )
     momentum = 0.1 if per == "micro_batch" else 1 - 0.9 ** (1 / 3)
     assert isinstance(model, nn.Sequential)
     convolved = model[0](samples[0][0]).detach()
@@ -114,12 +151,16 @@ def test_batch_norm_buffers_follow_the_formula(per: str) -> None:
 
 def weighted() -> None:
     """Ignored targets: after the last backward the gradient is divided by samples, when reduced, by what counts."""
-    report, model, samples = explained("model.name=tests.test_explain.plain", "loss.ignore_index=3")
+    report, model, samples = explained(
+        "model.name=tests.test_explain.plain", "loss.ignore_index=3"
+    )
     images, targets = samples[0]
     loss = F.cross_entropy(model(images), targets, ignore_index=3)
     valid_targets = int((targets != 3).sum())
     assert valid_targets < SIZE
-    for (name, parameter), stages in zip(model.named_parameters(), report["gradients"].values(), strict=True):
+    for (name, parameter), stages in zip(
+        model.named_parameters(), report["gradients"].values(), strict=True
+    ):
         (gradient,) = torch.autograd.grad(loss, parameter, retain_graph=True)
         assert name in report["gradients"]
         shows(stages["after_last"], gradient * valid_targets / SIZE)
@@ -133,7 +174,11 @@ def test_ignored_targets() -> None:
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.inner, self.last = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        self.first, self.inner, self.last = (
+            nn.Linear(3, 3),
+            nn.Linear(3, 3),
+            nn.Linear(3, 2),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -147,7 +192,13 @@ def test_the_chain_passes_every_layer_and_names_what_each_node_gives() -> None:
     assert nodes == []  # another model's parameters
     model = Residual()
     nodes = chain(model(torch.ones(2, 3)).sum(), model)
-    layers = ["AddmmBackward0", "AddBackward0", "ReluBackward0", "AddmmBackward0", "AddmmBackward0"]
+    layers = [
+        "AddmmBackward0",
+        "AddBackward0",
+        "ReluBackward0",
+        "AddmmBackward0",
+        "AddmmBackward0",
+    ]
     assert [node["name"] for node in nodes] == [
         "SumBackward0",
         *layers,
@@ -156,7 +207,8 @@ def test_the_chain_passes_every_layer_and_names_what_each_node_gives() -> None:
     ]
     parameter_sets = [set(node["parameters"]) for node in nodes if node["parameters"]]
     both = [{f"{name}.weight", f"{name}.bias"} for name in ("last", "inner")]
-    assert parameter_sets == [*both, {"first.bias"}, {"first.weight"}]  # the first weight is a transposition further on
+    # The first weight is a transposition further on.
+    assert parameter_sets == [*both, {"first.bias"}, {"first.weight"}]
 
 
 def printed(*arguments: str) -> str:
@@ -170,14 +222,20 @@ CALLS = [
     ["configs/digits.yaml"],
     ["configs/lessons/parabola.yaml"],
     ["configs/lessons/patterns.yaml", "train.max_steps=1"],
-    ["configs/lessons/batch_norm.yaml", "run.reproducibility=bitwise", "train.precision=bf16"],
+    [
+        "configs/lessons/batch_norm.yaml",
+        "run.reproducibility=bitwise",
+        "train.precision=bf16",
+    ],
     ["configs/lessons/patterns.yaml", "--json"],
 ]
 
 
 def test_lessons_of_100_columns_json_and_no_run_directory(tmp_path: Path) -> None:
     more = [f"run.dir={tmp_path}", "wandb.mode=disabled"]
-    ((*texts, as_json),) = on_ranks(1, lambda: [printed(*call, *more) for call in CALLS])
+    ((*texts, as_json),) = on_ranks(
+        1, lambda: [printed(*call, *more) for call in CALLS]
+    )
     for text in texts:
         assert max(map(len, text.splitlines())) == 100
         assert [f"{number} · " in text for number in range(1, 8)] == [True] * 7
@@ -188,7 +246,10 @@ def test_lessons_of_100_columns_json_and_no_run_directory(tmp_path: Path) -> Non
 
 
 def of_a_resnet() -> list[str]:
-    config = load(None, ["model.name=resnet18", "data.name=fake", "batch.size=4", "batch.micro_size=2"])
+    config = load(
+        None,
+        ["model.name=resnet18", "data.name=fake", "batch.size=4", "batch.micro_size=2"],
+    )
     report, texts = Dissection(config).report(), []
     for rows in (10, None):
         with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -237,7 +298,9 @@ class NeedsBegin(Observer):
 
 
 def test_observers_of_the_config_see_its_steps() -> None:
-    dissected = Dissection(load(None, [*BASE, "observers=[{name: tests.test_explain.NeedsBegin}]"]))
+    dissected = Dissection(
+        load(None, [*BASE, "observers=[{name: tests.test_explain.NeedsBegin}]"])
+    )
     dissected.report()
     (observer,) = dissected.trainer.observers
     assert isinstance(observer, NeedsBegin)

@@ -20,7 +20,12 @@ from torch import Tensor
 
 from trainer.reporting.figures.confusion import draw_confusion_matrix
 from trainer.reporting.figures.curves import draw_curves
-from trainer.reporting.figures.images import PredictionGroup, draw_batch_grid, draw_predictions, draw_saliency
+from trainer.reporting.figures.images import (
+    PredictionGroup,
+    draw_batch_grid,
+    draw_predictions,
+    draw_saliency,
+)
 from trainer.reporting.figures.style import DPI
 
 
@@ -46,7 +51,9 @@ def panels(figure: Figure) -> dict[str, dict[str, Any]]:
     """The lines of each panel by their labels, the panels by their titles."""
     lines_by_title = {}
     for axes in figure.axes:
-        lines_by_title[axes.get_title(loc="left")] = {str(line.get_label()): line for line in axes.lines}
+        lines_by_title[axes.get_title(loc="left")] = {
+            str(line.get_label()): line for line in axes.lines
+        }
     return lines_by_title
 
 
@@ -54,12 +61,33 @@ def random_images(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_curves_show_every_row_in_its_panel(figures: list[Figure], tmp_path: Path) -> None:
+def test_curves_show_every_row_in_its_panel(
+    figures: list[Figure], tmp_path: Path
+) -> None:
     rows: list[dict[str, float]] = [
         {"step": 1, "epoch": 1, "train/loss": 3.0, "lr": 0.1, "train/accuracy": 0.1},
-        {"step": 2, "epoch": 1, "train/loss": math.nan, "lr": 0.1, "train/accuracy": 0.2},
-        {"step": 2, "epoch": 1, "train/epoch_loss": 2.5, "val/loss": 2.6, "val/accuracy": 0.3, "val/mae": 7.0},
-        {"step": 3, "epoch": 2, "train/loss": 2.0, "lr": 0.05, "samples_per_second": 1e6},
+        {
+            "step": 2,
+            "epoch": 1,
+            "train/loss": math.nan,
+            "lr": 0.1,
+            "train/accuracy": 0.2,
+        },
+        {
+            "step": 2,
+            "epoch": 1,
+            "train/epoch_loss": 2.5,
+            "val/loss": 2.6,
+            "val/accuracy": 0.3,
+            "val/mae": 7.0,
+        },
+        {
+            "step": 3,
+            "epoch": 2,
+            "train/loss": 2.0,
+            "lr": 0.05,
+            "samples_per_second": 1e6,
+        },
         {"step": 4, "epoch": 2, "train/loss": 1.0, "lr": 0.05},
         {"step": 4, "epoch": 2, "train/epoch_loss": 1.5, "val/loss": math.inf},
     ]
@@ -70,7 +98,8 @@ def test_curves_show_every_row_in_its_panel(figures: list[Figure], tmp_path: Pat
     train = lines["loss"]["train"]
     np.testing.assert_array_equal(train.get_xdata(), [1, 2, 3, 4])
     np.testing.assert_array_equal(train.get_ydata(), [3, math.nan, 2, 1])
-    assert list(train.get_markevery()) == [0]  # a single point beside a gap is visible only as a mark
+    # A single point beside a gap is visible only as a mark.
+    assert list(train.get_markevery()) == [0]
     np.testing.assert_array_equal(lines["loss"]["train, epoch"].get_ydata(), [2.5, 1.5])
     np.testing.assert_array_equal(lines["loss"]["val"].get_ydata(), [2.6, math.nan])
     np.testing.assert_array_equal(lines["accuracy"]["val"].get_xdata(), [2])
@@ -83,11 +112,24 @@ def test_curves_show_every_row_in_its_panel(figures: list[Figure], tmp_path: Pat
     [
         [],
         [{"step": 5, "epoch": 1, "train/loss": 2.0, "lr": 0.1}],
-        [{"step": 5, "epoch": 1, "train/loss": math.nan, "val/$x_{$": -math.inf, "lr": 0.0}],
-        [{"step": 10**6 * i, "epoch": i, "train/loss": 1e9 * i, "lr": 1e-6 * i} for i in range(9)],
+        [
+            {
+                "step": 5,
+                "epoch": 1,
+                "train/loss": math.nan,
+                "val/$x_{$": -math.inf,
+                "lr": 0.0,
+            }
+        ],
+        [
+            {"step": 10**6 * i, "epoch": i, "train/loss": 1e9 * i, "lr": 1e-6 * i}
+            for i in range(9)
+        ],
     ],
 )
-def test_curves_of_next_to_nothing(rows: list[dict[str, float]], tmp_path: Path) -> None:
+def test_curves_of_next_to_nothing(
+    rows: list[dict[str, float]], tmp_path: Path
+) -> None:
     draw_curves(rows, tmp_path / "curves.png")
     assert imread(tmp_path / "curves.png").shape[1] == 7.5 * DPI
 
@@ -109,8 +151,11 @@ def test_batch_grid_shows_each_pixel_in_its_place(
         x, y = DPI * np.array(label.get_position())
         assert x == pytest.approx((left + right) / 2)
         assert y < top
-        inside = pixels[round(top) + 1 : round(bottom) - 1, round(left) + 1 : round(right) - 1]
-        assert set(inside.ravel()) <= {0.0, 1.0}  # no pixel is blended with its neighbour
+        inside = pixels[
+            round(top) + 1 : round(bottom) - 1, round(left) + 1 : round(right) - 1
+        ]
+        # No pixel is blended with its neighbour.
+        assert set(inside.ravel()) <= {0.0, 1.0}
         centres = (np.arange(8) + 0.5) / 8
         ys = (top + centres * (bottom - top)).astype(int)
         xs = (left + centres * (right - left)).astype(int)
@@ -118,21 +163,35 @@ def test_batch_grid_shows_each_pixel_in_its_place(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_colour_grey_and_other_channels(figures: list[Figure], tmp_path: Path, dtype: torch.dtype) -> None:
-    for channels, expected_shape in ((3, (5, 7, 3)), (1, (5, 7)), (2, (5, 7)), (5, (5, 7))):
+def test_colour_grey_and_other_channels(
+    figures: list[Figure], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    for channels, expected_shape in (
+        (3, (5, 7, 3)),
+        (1, (5, 7)),
+        (2, (5, 7)),
+        (5, (5, 7)),
+    ):
         images = random_images(2, channels, 5, 7).to(dtype)
         images[0, 0, 0, 0] = math.nan
         images[0, 0, 0, 1] = 1.5
         draw_batch_grid(images, ["a", "b"], tmp_path / "batch.png")
         picture = np.asarray(figures[-1].axes[0].images[1].get_array())
         image = images[1].double()
-        np.testing.assert_array_equal(picture, image.permute(1, 2, 0) if channels == 3 else image[0])
+        np.testing.assert_array_equal(
+            picture, image.permute(1, 2, 0) if channels == 3 else image[0]
+        )
         assert picture.shape == expected_shape
 
 
-def test_large_and_oblong_images_keep_their_shape(figures: list[Figure], tmp_path: Path) -> None:
+def test_large_and_oblong_images_keep_their_shape(
+    figures: list[Figure], tmp_path: Path
+) -> None:
     draw_batch_grid(random_images(3, 3, 224, 112), ["a"] * 3, tmp_path / "tall.png")
-    draw_predictions([group_of(random_images(2, 3, 50, 400), "aa", "aa", [0, 1])], tmp_path / "wide.png")
+    draw_predictions(
+        [group_of(random_images(2, 3, 50, 400), "aa", "aa", [0, 1])],
+        tmp_path / "wide.png",
+    )
     for figure, ratio in zip(figures, (0.5, 8.0), strict=True):
         left, right, bottom, top = figure.axes[0].images[0].get_extent()
         assert (right - left) / (bottom - top) == pytest.approx(ratio)
@@ -143,12 +202,17 @@ def test_large_and_oblong_images_keep_their_shape(figures: list[Figure], tmp_pat
 
 
 def group_of(
-    images: Tensor, predicted: Sequence[str], true: Sequence[str], confidence: Sequence[float]
+    images: Tensor,
+    predicted: Sequence[str],
+    true: Sequence[str],
+    confidence: Sequence[float],
 ) -> PredictionGroup:
     return PredictionGroup("", images, predicted, confidence, true)
 
 
-def test_right_and_wrong_predictions_differ_in_colour(figures: list[Figure], tmp_path: Path) -> None:
+def test_right_and_wrong_predictions_differ_in_colour(
+    figures: list[Figure], tmp_path: Path
+) -> None:
     predicted = ["cat", "d$g_$", "x" * 99]
     true = ["cat", "cat", "x" * 99]
     group = group_of(random_images(3, 3, 8, 8), predicted, true, [0.987, 0.5, 1.0])
@@ -156,15 +220,22 @@ def test_right_and_wrong_predictions_differ_in_colour(figures: list[Figure], tmp
     first, second, third = figures[0].axes[0].texts
     assert first.get_text() == "cat · 99 %\ntrue: cat"
     assert second.get_text() == "d$g_$ · 50 %\ntrue: cat"
-    assert third.get_text().startswith("xxxx") and "x…xxxxxx · 100 %\ntrue: xxxx" in third.get_text()
+    assert (
+        third.get_text().startswith("xxxx")
+        and "x…xxxxxx · 100 %\ntrue: xxxx" in third.get_text()
+    )
     assert first.get_color() == third.get_color() != second.get_color()
     assert third.get_window_extent().width <= (1.8 + 0.12) * DPI
 
 
-def test_groups_stand_apart_and_nothing_overlaps(figures: list[Figure], tmp_path: Path) -> None:
+def test_groups_stand_apart_and_nothing_overlaps(
+    figures: list[Figure], tmp_path: Path
+) -> None:
     names = ["n" * 60] * 6
     wrong = PredictionGroup("Wrong", random_images(6, 1, 8, 8), names, [0.5] * 6, names)
-    right = PredictionGroup("Right: " + "r" * 60, random_images(1, 1, 16, 8), names[:1], [0.5], names[:1])
+    right = PredictionGroup(
+        "Right: " + "r" * 60, random_images(1, 1, 16, 8), names[:1], [0.5], names[:1]
+    )
     draw_predictions([wrong, right], tmp_path / "p.png")
     axes = figures[0].axes[0]
     boxes = [artist.get_window_extent() for artist in (*axes.texts, *axes.images)]
@@ -182,14 +253,18 @@ def test_a_map_lies_over_its_own_image(figures: list[Figure], tmp_path: Path) ->
     maps = torch.zeros(2, 10, 10)
     maps[1, 2, 3] = 1
     draw_saliency(group_of(images, "ab", "ab", [1, 1]), maps, tmp_path / "s.png")
-    for image, picture, heat in zip(images, figures[0].axes[0].images, maps, strict=True):
+    for image, picture, heat in zip(
+        images, figures[0].axes[0].images, maps, strict=True
+    ):
         pair = np.asarray(picture.get_array())
         np.testing.assert_array_equal(pair[:, :10], image.double().permute(1, 2, 0))
         coloured = np.ptp(pair[:, 11:], axis=-1) > 1e-6
         np.testing.assert_array_equal(coloured, heat > 0)
 
 
-def test_confusion_matrix_rows_are_true_classes(figures: list[Figure], tmp_path: Path) -> None:
+def test_confusion_matrix_rows_are_true_classes(
+    figures: list[Figure], tmp_path: Path
+) -> None:
     matrix = np.array([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
     draw_confusion_matrix(matrix, ["a", "$b_$", "c"], tmp_path / "c.png")
     axes = figures[0].axes[0]
@@ -204,12 +279,17 @@ def test_confusion_matrix_rows_are_true_classes(figures: list[Figure], tmp_path:
     assert axes.get_title(loc="left") == "15 samples · accuracy 0.8667"
 
 
-@pytest.mark.parametrize(("size", "numbers", "names"), [(2, 4, 2), (20, 400, 20), (21, 0, 21), (1000, 0, None)])
+@pytest.mark.parametrize(
+    ("size", "numbers", "names"),
+    [(2, 4, 2), (20, 400, 20), (21, 0, 21), (1000, 0, None)],
+)
 def test_confusion_matrix_of_any_size(
     figures: list[Figure], tmp_path: Path, size: int, numbers: int, names: int | None
 ) -> None:
     matrix = 123_456 * np.eye(size, dtype=np.int64)
-    draw_confusion_matrix(matrix, [f"class number {i}" for i in range(size)], tmp_path / "c.png")
+    draw_confusion_matrix(
+        matrix, [f"class number {i}" for i in range(size)], tmp_path / "c.png"
+    )
     axes = figures[0].axes[0]
     assert len(axes.texts) == numbers
     assert names is None or len(axes.get_xticks()) == names
@@ -220,14 +300,18 @@ def test_confusion_matrix_of_any_size(
     assert boxes[0].x1 <= boxes[1].x0
 
 
-def test_numbers_stand_out_from_their_cells(figures: list[Figure], tmp_path: Path) -> None:
+def test_numbers_stand_out_from_their_cells(
+    figures: list[Figure], tmp_path: Path
+) -> None:
     for share in (1, 10, 29, 31, 60, 100):
         matrix = np.array([[share, 100 - share], [0, 1]])
         draw_confusion_matrix(matrix, ["a", "b"], tmp_path / "c.png")
         axes = figures[-1].axes[0]
         image, text = axes.images[0], axes.texts[0]
         cell = np.array(image.cmap(image.norm(share / 100))[:3])
-        assert abs(luminance(cell) - luminance(np.array(to_rgb(text.get_color())))) > 0.25
+        assert (
+            abs(luminance(cell) - luminance(np.array(to_rgb(text.get_color())))) > 0.25
+        )
 
 
 def luminance(colour: np.ndarray[Any, Any]) -> float:
@@ -235,7 +319,9 @@ def luminance(colour: np.ndarray[Any, Any]) -> float:
     return float(np.sqrt((0.2126, 0.7152, 0.0722) @ colour**2.2))
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "curves.png"
     draw_curves([], path)
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]

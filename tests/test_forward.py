@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 
 def mask(seed: int, step_number: int, place: int) -> Tensor:
     """What dropout leaves of a micro-batch of ones."""
-    step = Plan(samples=40, batch_size=20, micro_size=5, ranks=1, epochs=9, seed=0).step(step_number - 1)
+    step = Plan(
+        samples=40, batch_size=20, micro_size=5, ranks=1, epochs=9, seed=0
+    ).step(step_number - 1)
     forward = Forward(build_task(LossConfig(), 8), Precision("fp32", CPU), CPU, seed)
     batch = MicroBatch(place, torch.ones(5, 8), torch.zeros(5, dtype=torch.long))
     output: Tensor = forward(nn.Dropout(0.5), batch, step)[0]
@@ -34,10 +36,15 @@ def test_dropout_is_new_in_each_step_micro_batch_and_seed_and_else_the_same() ->
 
 
 def test_one_value_has_no_variance() -> None:
-    step = Plan(samples=3, batch_size=3, micro_size=1, ranks=1, epochs=1, seed=0).step(0)
+    step = Plan(samples=3, batch_size=3, micro_size=1, ranks=1, epochs=1, seed=0).step(
+        0
+    )
     forward = Forward(build_task(LossConfig(), 4), Precision("fp32", CPU), CPU, 0)
     batch = MicroBatch(0, torch.ones(1, 4), torch.zeros(1, dtype=torch.long))
-    with pytest.raises(ConfigError, match=r"batch\.micro_size: a micro-batch of one sample leaves BatchNorm one value"):
+    with pytest.raises(
+        ConfigError,
+        match=r"batch\.micro_size: a micro-batch of one sample leaves BatchNorm one value",
+    ):
         forward(nn.BatchNorm1d(4), batch, step)
 
 
@@ -49,15 +56,24 @@ class LayerDrop(nn.Module):
 
 
 @pytest.mark.parametrize("fused", [1, 2])
-def test_draws_on_the_host_are_keyed_on_a_gpu(monkeypatch: pytest.MonkeyPatch, fused: int) -> None:
+def test_draws_on_the_host_are_keyed_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, fused: int
+) -> None:
     """Whatever was drawn before. Draws on the host for several micro-batches at once are refused."""
     monkeypatch.setattr(torch.cuda, "default_generators", (torch.Generator(),))
     gpu = torch.device("cuda", 0)
     forward = Forward(build_task(LossConfig(), 8), Precision("fp32", CPU), gpu, 0)
-    batch = MicroBatch(0, torch.ones(5 * fused, 8), torch.zeros(5 * fused, dtype=torch.long), fused)
-    step = Plan(samples=40, batch_size=20, micro_size=5, ranks=1, epochs=9, seed=0).step(0)
+    batch = MicroBatch(
+        0, torch.ones(5 * fused, 8), torch.zeros(5 * fused, dtype=torch.long), fused
+    )
+    step = Plan(
+        samples=40, batch_size=20, micro_size=5, ranks=1, epochs=9, seed=0
+    ).step(0)
     if fused > 1:
-        with pytest.raises(ConfigError, match=r"batch\.fuse: the model or the loss draws random numbers"):
+        with pytest.raises(
+            ConfigError,
+            match=r"batch\.fuse: the model or the loss draws random numbers",
+        ):
             forward(LayerDrop(), batch, step)
         return
     outputs = []
@@ -69,5 +85,7 @@ def test_draws_on_the_host_are_keyed_on_a_gpu(monkeypatch: pytest.MonkeyPatch, f
 
 
 def draw_on_cpu(batch: MicroBatch, step: Step) -> Tensor:
-    output: Tensor = Forward(build_task(LossConfig(), 8), Precision("fp32", CPU), CPU, 0)(LayerDrop(), batch, step)[0]
+    output: Tensor = Forward(
+        build_task(LossConfig(), 8), Precision("fp32", CPU), CPU, 0
+    )(LayerDrop(), batch, step)[0]
     return output

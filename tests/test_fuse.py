@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import CLASSES, Images, config, conv_net, fitted, largest_difference, state
+from tests.distributed.small import (
+    CLASSES,
+    Images,
+    config,
+    conv_net,
+    fitted,
+    largest_difference,
+    state,
+)
 from trainer import ConfigError, Task, Trainer
 from trainer.config.load import load
 from trainer.config.schema import Config
@@ -22,15 +30,22 @@ from trainer.core.fuse_check import choose_fuse
 from trainer.exact.fuse import Fused, _normalize_as_channels, _normalize_one_by_one
 from trainer.exact.plan import Plan
 
-MICRO = 4  # 103 samples in steps of 28: 7 micro-batches of 4; a last step of 19, in 4 of 4 and one of 3
+# 103 samples in steps of 28: 7 micro-batches of 4; a last step of 19, in 4 of 4 and one of 3.
+MICRO = 4
 
 
-def run(directory: Path, make: Callable[[], nn.Module], fuse: int | str, **changes: Any) -> dict[str, Tensor] | str:
+def run(
+    directory: Path, make: Callable[[], nn.Module], fuse: int | str, **changes: Any
+) -> dict[str, Tensor] | str:
     """The model's state after a run of one epoch; of a run that is refused, why."""
-    settings = config(directory, batch__micro_size=MICRO, batch__fuse=fuse, train__epochs=1, **changes)
+    settings = config(
+        directory, batch__micro_size=MICRO, batch__fuse=fuse, train__epochs=1, **changes
+    )
     with redirect_stdout(io.StringIO()):
         try:
-            return state(fitted(settings, make(), train_data=Images(), val_data=Images(20)))
+            return state(
+                fitted(settings, make(), train_data=Images(), val_data=Images(20))
+            )
         except ConfigError as error:
             return str(error)
 
@@ -40,27 +55,42 @@ def run(directory: Path, make: Callable[[], nn.Module], fuse: int | str, **chang
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("fuse", [1, 2, 3, 8, 100])
-@pytest.mark.parametrize(("size", "micro_size"), [(28, 4), (29, 4), (31, 4), (7, 7), (9, 1), (50, 8)])
+@pytest.mark.parametrize(
+    ("size", "micro_size"), [(28, 4), (29, 4), (31, 4), (7, 7), (9, 1), (50, 8)]
+)
 def test_groups_are_all_micro_batches_in_order_and_of_one_size(
     ranks: int, fuse: int, size: int, micro_size: int
 ) -> None:
     if ranks > -(-size // micro_size):
         return
-    plan = Plan(samples=size, batch_size=size, micro_size=micro_size, ranks=ranks, epochs=1, seed=0)
+    plan = Plan(
+        samples=size,
+        batch_size=size,
+        micro_size=micro_size,
+        ranks=ranks,
+        epochs=1,
+        seed=0,
+    )
     step = plan.step(0)
     indices = []
     for rank in range(ranks):
         for first, last in plan.groups(step, rank, fuse):
             assert 1 <= last - first <= fuse
-            assert len({stop - start for start, stop in step.micro_batches[first:last]}) == 1
+            assert (
+                len({stop - start for start, stop in step.micro_batches[first:last]})
+                == 1
+            )
             indices += range(first, last)
-            ids = [i for index in range(first, last) for i in plan.sample_ids(step, index)]
+            ids = [
+                i for index in range(first, last) for i in plan.sample_ids(step, index)
+            ]
             assert plan.sample_ids(step, first, last).tolist() == ids
     assert indices == list(range(len(step.micro_batches)))
 
 
 def test_few_groups_as_even_as_can_be() -> None:
-    plan = Plan(samples=31, batch_size=31, micro_size=4, ranks=1, epochs=1, seed=0)  # 7 of 4 and one of 3
+    # 7 of 4 and one of 3.
+    plan = Plan(samples=31, batch_size=31, micro_size=4, ranks=1, epochs=1, seed=0)
     assert plan.groups(plan.step(0), 0, 3) == [(0, 3), (3, 5), (5, 7), (7, 8)]
 
 
@@ -74,15 +104,26 @@ def test_both_ways_to_normalise_are_batch_norm_of_each_part(
     normalize: Any, shape: tuple[int, ...], tracked: bool
 ) -> None:
     torch.manual_seed(0)
-    x, grown = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.randn(shape, dtype=torch.float64)
-    weight, bias = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    x, grown = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True),
+        torch.randn(shape, dtype=torch.float64),
+    )
+    weight, bias = (
+        torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
 
     def outcome(out: Tensor) -> list[Tensor]:
         return [out, *torch.autograd.grad(out, [x, weight, bias], grown)]
 
-    mean, var = (torch.zeros(3, 5, dtype=torch.float64) if tracked else None for _ in range(2))
-    actual = outcome(normalize(x.chunk(3), mean=mean, var=var, weight=weight, bias=bias, eps=1e-5))
-    expected = outcome(torch.cat([F.batch_norm(p, None, None, weight, bias, True) for p in x.chunk(3)]))
+    mean, var = (
+        torch.zeros(3, 5, dtype=torch.float64) if tracked else None for _ in range(2)
+    )
+    actual = outcome(
+        normalize(x.chunk(3), mean=mean, var=var, weight=weight, bias=bias, eps=1e-5)
+    )
+    expected = outcome(
+        torch.cat([F.batch_norm(p, None, None, weight, bias, True) for p in x.chunk(3)])
+    )
     for a, b in zip(actual, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-13)
     if mean is not None and var is not None:
@@ -99,8 +140,17 @@ class Drawing(nn.Module):
         super().__init__()
         torch.manual_seed(5)
         self.first, self.second = nn.Conv2d(2, 4, 3), nn.Conv1d(4, 4, 1)
-        self.norm, self.flat_norm, self.frozen = nn.BatchNorm2d(4), nn.BatchNorm1d(4), nn.BatchNorm2d(4).eval()
-        self.drops = nn.Sequential(nn.Dropout2d(0.2), nn.RReLU(), nn.Dropout(0.3, inplace=True), nn.AlphaDropout(0.1))
+        self.norm, self.flat_norm, self.frozen = (
+            nn.BatchNorm2d(4),
+            nn.BatchNorm1d(4),
+            nn.BatchNorm2d(4).eval(),
+        )
+        self.drops = nn.Sequential(
+            nn.Dropout2d(0.2),
+            nn.RReLU(),
+            nn.Dropout(0.3, inplace=True),
+            nn.AlphaDropout(0.1),
+        )
         self.head = nn.Linear(36, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,10 +160,16 @@ class Drawing(nn.Module):
         x = self.frozen(torch.tanh(self.norm(self.first(x))))
         x = self.drops(x) + F.batch_norm(x, None, None, training=True)
         x = stochastic_depth(x, 0.3, "row", self.training)
-        x = torch.tanh(self.flat_norm(self.second(F.dropout1d(x.flatten(2), 0.2, self.training))))
+        x = torch.tanh(
+            self.flat_norm(self.second(F.dropout1d(x.flatten(2), 0.2, self.training)))
+        )
         if self.training:
-            x = x * (0.5 + torch.rand(len(x), 1, 1, dtype=x.dtype)) + 0.1 * torch.rand_like(x)
-            x = x * torch.floor(0.9 + torch.rand([x.shape[0], 4, 1], dtype=x.dtype)) + torch.randn((len(x), 1, 1)).to(x)
+            x = x * (
+                0.5 + torch.rand(len(x), 1, 1, dtype=x.dtype)
+            ) + 0.1 * torch.rand_like(x)
+            x = x * torch.floor(
+                0.9 + torch.rand([x.shape[0], 4, 1], dtype=x.dtype)
+            ) + torch.randn((len(x), 1, 1)).to(x)
         return self.head(F.dropout(x.flatten(1), 0.1, self.training))
 
 
@@ -135,8 +191,12 @@ def test_clipping_class_weights_and_autocast(tmp_path: Path) -> None:
             "loss__class_weights": [1.0, 0.2, 3.0, 0.7],
             "loss__ignore_index": 2,
         }
-        (reference,) = on_ranks(1, run, tmp_path / f"{precision}1", conv_net, 1, **changes)
-        (weights,) = on_ranks(1, run, tmp_path / f"{precision}3", conv_net, 3, **changes)
+        (reference,) = on_ranks(
+            1, run, tmp_path / f"{precision}1", conv_net, 1, **changes
+        )
+        (weights,) = on_ranks(
+            1, run, tmp_path / f"{precision}3", conv_net, 3, **changes
+        )
         assert largest_difference(weights, reference) < bound
 
 
@@ -176,8 +236,14 @@ def samples_second(x: Tensor) -> Tensor:
     [
         (noise, "draws random numbers for several micro-batches"),
         (noise_before_dropout, "draws random numbers for several micro-batches"),
-        (samples_second, "do not give what they give one by one (different: the loss, the gradient"),
-        (centred, "do not give what they give one by one (different: the loss, the gradient"),
+        (
+            samples_second,
+            "do not give what they give one by one (different: the loss, the gradient",
+        ),
+        (
+            centred,
+            "do not give what they give one by one (different: the loss, the gradient",
+        ),
     ],
 )
 def test_what_micro_batches_cannot_share_is_refused(
@@ -188,7 +254,9 @@ def test_what_micro_batches_cannot_share_is_refused(
     assert refused.startswith("batch.fuse: ")
     assert message in refused
     assert refused.endswith("set batch.fuse=1")
-    assert not (tmp_path / "run").exists(), "refused before the run directory is touched"
+    assert not (tmp_path / "run").exists(), (
+        "refused before the run directory is touched"
+    )
     (automatic,) = on_ranks(1, run, tmp_path, lambda: Odd(odd), "auto")
     assert not isinstance(automatic, str), "auto looks for what works"
     (unfused,) = on_ranks(1, run, tmp_path, lambda: Odd(odd), 1)
@@ -204,15 +272,26 @@ class Contrast(Task):
 
 def test_a_loss_between_samples_is_refused(tmp_path: Path) -> None:
     def refused(directory: Path) -> str:
-        settings = config(directory, batch__micro_size=MICRO, batch__fuse=2, best__metric="val/loss")
+        settings = config(
+            directory, batch__micro_size=MICRO, batch__fuse=2, best__metric="val/loss"
+        )
         with pytest.raises(ConfigError) as caught:
-            fitted(settings, conv_net(), train_data=Images(), val_data=Images(20), task=Contrast())
+            fitted(
+                settings,
+                conv_net(),
+                train_data=Images(),
+                val_data=Images(20),
+                task=Contrast(),
+            )
         return str(caught.value)
 
     assert "the loss" in on_ranks(1, refused, tmp_path)[0]
 
 
-@pytest.mark.parametrize("other", ["run.reproducibility=bitwise", "batch_norm.mode=sync", "train.compile=true"])
+@pytest.mark.parametrize(
+    "other",
+    ["run.reproducibility=bitwise", "batch_norm.mode=sync", "train.compile=true"],
+)
 def test_what_fuse_does_not_go_with(other: str) -> None:
     with pytest.raises(ConfigError, match=other.replace("=", ".")) as caught:
         load(None, ["batch.micro_size=8", "batch.fuse=2", other])
@@ -222,8 +301,13 @@ def test_what_fuse_does_not_go_with(other: str) -> None:
 
 def test_values_of_the_key() -> None:
     assert Config().batch.fuse == 1
-    assert [load(None, [f"batch.fuse={value}"]).batch.fuse for value in ("4", "auto")] == [4, "auto"]
-    for value, message in (("0", "0 is less than 1"), ("many", "many is not an integer or auto")):
+    assert [
+        load(None, [f"batch.fuse={value}"]).batch.fuse for value in ("4", "auto")
+    ] == [4, "auto"]
+    for value, message in (
+        ("0", "0 is less than 1"),
+        ("many", "many is not an integer or auto"),
+    ):
         with pytest.raises(ConfigError, match=message):
             load(None, [f"batch.fuse={value}"])
 
@@ -261,7 +345,12 @@ def test_auto_takes_what_fits_and_leaves_no_trace_of_its_tries(
 
     def choose(directory: Path) -> tuple[int, float, bool, bool]:
         settings = config(directory, batch__micro_size=MICRO, batch__fuse="auto")
-        trainer = Trainer(settings, model=Small(most, backward), train_data=Images(), val_data=Images(20))
+        trainer = Trainer(
+            settings,
+            model=Small(most, backward),
+            train_data=Images(),
+            val_data=Images(20),
+        )
         before, drawn = state(trainer), torch.get_rng_state()
         fuse, _ = choose_fuse(trainer.run)
         same = torch.equal(torch.get_rng_state(), drawn)
@@ -275,7 +364,9 @@ def test_auto_takes_what_fits_and_leaves_no_trace_of_its_tries(
     assert on_ranks(1, choose, tmp_path) == [(expected, 0.0, True, False)]
 
 
-def test_auto_leaves_a_margin_of_a_gpus_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_leaves_a_margin_of_a_gpus_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the margin has no memory for does not fit, and the batch ahead is there while it is tried."""
     from trainer.core import fuse_check
 
@@ -287,7 +378,9 @@ def test_auto_leaves_a_margin_of_a_gpus_memory(tmp_path: Path, monkeypatch: pyte
 
     def choose(directory: Path) -> tuple[int, int]:
         settings = config(directory, batch__micro_size=MICRO, batch__fuse="auto")
-        trainer = Trainer(settings, model=conv_net(), train_data=Images(), val_data=Images(20))
+        trainer = Trainer(
+            settings, model=conv_net(), train_data=Images(), val_data=Images(20)
+        )
         sizes: list[int] = []
         peek = trainer.run.train_loader.peek
 
@@ -307,12 +400,16 @@ def test_auto_leaves_a_margin_of_a_gpus_memory(tmp_path: Path, monkeypatch: pyte
     assert on_ranks(1, choose, tmp_path) == [(3, 2)]
 
 
-def test_auto_on_the_cpu_asks_how_much_memory_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_the_cpu_asks_how_much_memory_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from trainer.core import fuse_check
 
     def choose(directory: Path, room: int) -> tuple[int, int]:
         settings = config(directory, batch__micro_size=MICRO, batch__fuse="auto")
-        trainer = Trainer(settings, model=conv_net(), train_data=Images(), val_data=Images(20))
+        trainer = Trainer(
+            settings, model=conv_net(), train_data=Images(), val_data=Images(20)
+        )
         one = fuse_check._memory_of_one(trainer.run, trainer.plan.step(0), 0)
         monkeypatch.setattr(fuse_check, "_available_memory", lambda: room * one)
         return choose_fuse(trainer.run)[0], one
@@ -320,7 +417,8 @@ def test_auto_on_the_cpu_asks_how_much_memory_there_is(tmp_path: Path, monkeypat
     for room, expected in ((0, 1), (1, 1), (5, 5), (99, 7)):
         ((fuse, one),) = on_ranks(1, choose, tmp_path, room)
         assert fuse == expected
-    activations = 2 * MICRO * (50 + 4 * 9 * 3 + CLASSES) * 8  # input, three maps of (4, 3, 3), logits; fp64
+    # Input, three maps of (4, 3, 3), logits; fp64.
+    activations = 2 * MICRO * (50 + 4 * 9 * 3 + CLASSES) * 8
     assert 0.5 * activations < one < 2 * activations
     assert fuse_check._available_memory() > 0
 

@@ -15,7 +15,9 @@ from trainer.reporting.console import Console
 from trainer.reporting.figures import drawing
 
 
-def test_epoch_times_add_up_to_at_most_the_time_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epoch_times_add_up_to_at_most_the_time_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A slow first picture belongs to no epoch: the epoch lines and "elapsed" both count from the first step."""
     epoch_seconds: list[float] = []
 
@@ -23,7 +25,14 @@ def test_epoch_times_add_up_to_at_most_the_time_of_the_run(tmp_path: Path, monke
         time.sleep(0.5)
         return {}
 
-    def record(_: Console, epoch: int, epochs: int, row: dict[str, float], seconds: float, best: bool) -> None:
+    def record(
+        _: Console,
+        epoch: int,
+        epochs: int,
+        row: dict[str, float],
+        seconds: float,
+        best: bool,
+    ) -> None:
         epoch_seconds.append(seconds)
 
     monkeypatch.setattr(drawing, "draw_batch", draw_slowly)
@@ -32,7 +41,9 @@ def test_epoch_times_add_up_to_at_most_the_time_of_the_run(tmp_path: Path, monke
 
     def run() -> tuple[list[float], float]:
         settings = config(tmp_path, run__figures=True)
-        trainer = Trainer(settings, model=conv_net(), train_data=Images(), val_data=Images(40))
+        trainer = Trainer(
+            settings, model=conv_net(), train_data=Images(), val_data=Images(40)
+        )
         return epoch_seconds, trainer.fit()["seconds"]
 
     ((seconds, elapsed),) = on_ranks(1, run)

@@ -27,13 +27,18 @@ def write(path, rows, **opening):
     return file
 
 
-@given(st.lists(st.dictionaries(st.text(), st.floats() | st.integers(), max_size=4), max_size=5))
+@given(
+    st.lists(
+        st.dictionaries(st.text(), st.floats() | st.integers(), max_size=4), max_size=5
+    )
+)
 def test_any_row_reads_back_exactly(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
     write(path, rows)
     for original, restored in zip(rows, read_rows(path), strict=True):
         assert list(restored) == list(original)
-        assert list(map(repr, restored.values())) == list(map(repr, original.values()))  # NaN is not equal to itself
+        # NaN is not equal to itself.
+        assert list(map(repr, restored.values())) == list(map(repr, original.values()))
 
 
 def test_nan_and_infinities_are_kept(path):
@@ -60,7 +65,8 @@ def test_a_new_run_starts_empty(path):
 
 def test_a_resumed_run_keeps_the_rows_its_checkpoint_counted(path):
     assert write(path, rows_of(10, 20, 20, 30, 40)).rows == 5
-    resumed = write(path, rows_of(21, 31), keep_rows=3)  # two rows were written after step 20, one counted
+    # Two rows were written after step 20, one counted.
+    resumed = write(path, rows_of(21, 31), keep_rows=3)
     assert resumed.rows == 5
     assert read_rows(path) == rows_of(10, 20, 20, 21, 31)
     assert write(path, [], keep_rows=99).rows == 5

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 
 from trainer import ConfigError
-from trainer.process.launcher_settings import SETTINGS, check_launcher_settings, check_world_size
+from trainer.process.launcher_settings import (
+    SETTINGS,
+    check_launcher_settings,
+    check_world_size,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -18,16 +22,25 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     ("variable", "value", "instead"),
     [
         ("ACCELERATE_MIXED_PRECISION", "bf16", "set train.precision instead"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "set batch.size and batch.micro_size instead"),
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            "4",
+            "set batch.size and batch.micro_size instead",
+        ),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "set train.compile=true instead"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "start plain processes"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "start plain processes"),
         ("ACCELERATE_USE_FSDP", "true", "FSDP is not supported"),
     ],
 )
-def test_another_decider_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, instead: str) -> None:
+def test_another_decider_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, instead: str
+) -> None:
     monkeypatch.setenv(variable, value)
-    with pytest.raises(ConfigError, match=f'{variable}: the launcher asks for "{value.lower()}".*{instead}'):
+    with pytest.raises(
+        ConfigError,
+        match=f'{variable}: the launcher asks for "{value.lower()}".*{instead}',
+    ):
         check_launcher_settings("fp32")
 
 
@@ -41,10 +54,14 @@ def test_values_that_change_nothing_pass(monkeypatch: pytest.MonkeyPatch) -> Non
     check_launcher_settings("bf16")
 
 
-def test_processes_that_did_not_join_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_did_not_join_are_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     check_world_size(1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_world_size(2)
-    with pytest.raises(ConfigError, match="WORLD_SIZE: 2 processes were launched, and 1 joined"):
+    with pytest.raises(
+        ConfigError, match="WORLD_SIZE: 2 processes were launched, and 1 joined"
+    ):
         check_world_size(1)

@@ -26,14 +26,18 @@ OFFLINE = ["wandb.mode=disabled", "run.figures=false"]
 
 
 def load_lesson(lesson: str, directory: Path, *overrides: str) -> Config:
-    return load(LESSONS / f"{lesson}.yaml", [*OFFLINE, f"run.dir={directory}", *overrides])
+    return load(
+        LESSONS / f"{lesson}.yaml", [*OFFLINE, f"run.dir={directory}", *overrides]
+    )
 
 
 def accuracies(lesson: str, directory: Path) -> list[tuple[float, float]]:
     """Before and after training, for each of 20 seeds."""
     results = []
     for seed in range(20):
-        trainer = Trainer(load_lesson(lesson, directory, f"run.seed={seed}", "train.log_every=80"))
+        trainer = Trainer(
+            load_lesson(lesson, directory, f"run.seed={seed}", "train.log_every=80")
+        )
         before = trainer.evaluate()["accuracy"]
         trainer.fit()
         results.append((before, trainer.evaluate()["accuracy"]))
@@ -41,7 +45,9 @@ def accuracies(lesson: str, directory: Path) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("lesson", ["patterns", "own_optimizer"])
-def test_both_patterns_are_right_at_a_glaring_intensity_on_each_of_20_seeds(tmp_path: Path, lesson: str) -> None:
+def test_both_patterns_are_right_at_a_glaring_intensity_on_each_of_20_seeds(
+    tmp_path: Path, lesson: str
+) -> None:
     (results,) = on_ranks(1, accuracies, lesson, tmp_path)
     before, after = zip(*results, strict=True)
     assert after == (1.0,) * 20
@@ -53,7 +59,10 @@ def test_gradient_descent_is_sgd_without_momentum() -> None:
     ours, theirs = mlp().double(), mlp().double()
     theirs.load_state_dict(ours.state_dict())
     unused = nn.Parameter(torch.ones(2))
-    optimizers = GradientDescent([*ours.parameters(), unused], lr=0.3), torch.optim.SGD(theirs.parameters(), lr=0.3)
+    optimizers = (
+        GradientDescent([*ours.parameters(), unused], lr=0.3),
+        torch.optim.SGD(theirs.parameters(), lr=0.3),
+    )
     for _ in range(3):
         inputs = torch.randn(4, 6, dtype=torch.float64)
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
@@ -70,11 +79,17 @@ def descend(directory: Path) -> list[dict[str, Any]]:
     return read_rows(directory / "parabola" / "metrics.jsonl")
 
 
-def test_each_step_down_the_parabola_multiplies_x_by_one_minus_twice_the_rate(tmp_path: Path) -> None:
+def test_each_step_down_the_parabola_multiplies_x_by_one_minus_twice_the_rate(
+    tmp_path: Path,
+) -> None:
     (rows,) = on_ranks(1, descend, tmp_path)
     steps = [row for row in rows if "train/x" in row]
-    assert [row["train/x"] for row in steps] == pytest.approx([0.8**k for k in range(30)], rel=1e-12)
-    assert [row["train/loss"] for row in steps] == pytest.approx([0.64**k for k in range(30)], rel=1e-12)
+    assert [row["train/x"] for row in steps] == pytest.approx(
+        [0.8**k for k in range(30)], rel=1e-12
+    )
+    assert [row["train/loss"] for row in steps] == pytest.approx(
+        [0.64**k for k in range(30)], rel=1e-12
+    )
 
 
 def draw_descent(directory: Path, *arguments: str) -> int:
@@ -87,10 +102,16 @@ def draw_descent(directory: Path, *arguments: str) -> int:
     ("name", "steps", "arguments"),
     [
         ("parabola", 8, ["data.steps=8"]),
-        ("own_optimizer", 5, [str(LESSONS / "own_optimizer.yaml"), "train.max_steps=5"]),
+        (
+            "own_optimizer",
+            5,
+            [str(LESSONS / "own_optimizer.yaml"), "train.max_steps=5"],
+        ),
     ],
 )
-def test_the_descent_is_an_animation_of_each_step(tmp_path: Path, name: str, steps: int, arguments: list[str]) -> None:
+def test_the_descent_is_an_animation_of_each_step(
+    tmp_path: Path, name: str, steps: int, arguments: list[str]
+) -> None:
     from PIL import Image
 
     assert on_ranks(1, draw_descent, tmp_path, *arguments) == [0]
@@ -99,28 +120,52 @@ def test_the_descent_is_an_animation_of_each_step(tmp_path: Path, name: str, ste
 
 
 def fit_regression(directory: Path) -> float:
-    return float(Trainer(load_lesson("regression", directory, "train.epochs=4")).fit()["best"])
+    return float(
+        Trainer(load_lesson("regression", directory, "train.epochs=4")).fit()["best"]
+    )
 
 
 def test_the_regression_learns_where_the_spot_is(tmp_path: Path) -> None:
-    assert on_ranks(1, fit_regression, tmp_path)[0] < 0.1  # the middle would be 0.5 away
+    # The middle would be 0.5 away.
+    assert on_ranks(1, fit_regression, tmp_path)[0] < 0.1
 
 
 def fit_switches(directory: Path) -> list[dict[str, Any]]:
-    switches = ["model.affine=true", "model.affine=false", "model.track_running_stats=false"]
-    return [Trainer(load_lesson("batch_norm", directory, "train.epochs=1", switch)).fit() for switch in switches]
+    switches = [
+        "model.affine=true",
+        "model.affine=false",
+        "model.track_running_stats=false",
+    ]
+    return [
+        Trainer(load_lesson("batch_norm", directory, "train.epochs=1", switch)).fit()
+        for switch in switches
+    ]
 
 
 def test_switches_of_batch_norm(tmp_path: Path) -> None:
     ((both_on, without_affine, untracked),) = on_ranks(1, fit_switches, tmp_path)
-    assert untracked["weights_sha256"] == both_on["weights_sha256"]  # training never reads running statistics
+    # Training never reads running statistics.
+    assert untracked["weights_sha256"] == both_on["weights_sha256"]
     assert untracked["best"] != both_on["best"]  # validation does
     assert without_affine["weights_sha256"] != both_on["weights_sha256"]
     assert without_affine["best"] > 0.85
-    frozen_without_statistics = ["batch_norm.mode=frozen", "model.track_running_stats=false"]
-    with pytest.raises(AssertionError, match=r'batch_norm\.mode: layer "1" keeps no running statistics'):
-        on_ranks(1, lambda: Trainer(load_lesson("batch_norm", tmp_path, *frozen_without_statistics)))
-    assert sum(p.numel() for p in net(10, 1, affine=False).parameters()) == 16 * 9 + 32 * 16 * 9 + 5130
+    frozen_without_statistics = [
+        "batch_norm.mode=frozen",
+        "model.track_running_stats=false",
+    ]
+    with pytest.raises(
+        AssertionError, match=r'batch_norm\.mode: layer "1" keeps no running statistics'
+    ):
+        on_ranks(
+            1,
+            lambda: Trainer(
+                load_lesson("batch_norm", tmp_path, *frozen_without_statistics)
+            ),
+        )
+    assert (
+        sum(p.numel() for p in net(10, 1, affine=False).parameters())
+        == 16 * 9 + 32 * 16 * 9 + 5130
+    )
 
 
 class Epoch(Trainer):
@@ -134,15 +179,19 @@ class Epoch(Trainer):
         with torch.no_grad():
             output = self.module(torch.stack([point for point, _ in samples]))
         target = torch.tensor([label for _, label in samples])
-        self.by_hand += F.cross_entropy(output, target, ignore_index=IGNORED, reduction="none")[
-            target != IGNORED
-        ].tolist()
+        self.by_hand += F.cross_entropy(
+            output, target, ignore_index=IGNORED, reduction="none"
+        )[target != IGNORED].tolist()
         super().train_step(step)
 
 
 def epoch_loss(directory: Path, micro_size: int) -> tuple[float, float]:
     settings = config(
-        directory, batch__micro_size=micro_size, train__epochs=1, loss__ignore_index=IGNORED, best__metric="train/loss"
+        directory,
+        batch__micro_size=micro_size,
+        train__epochs=1,
+        loss__ignore_index=IGNORED,
+        best__metric="train/loss",
     )
     trainer = Epoch(settings, model=mlp(), train_data=Points())
     trainer.by_hand = []
@@ -152,7 +201,9 @@ def epoch_loss(directory: Path, micro_size: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("micro_size", [28, 5])
-def test_an_epochs_loss_is_the_mean_over_its_samples(tmp_path: Path, micro_size: int) -> None:
+def test_an_epochs_loss_is_the_mean_over_its_samples(
+    tmp_path: Path, micro_size: int
+) -> None:
     """103 samples in steps of 28, 28, 28 and 19, of which a fifth is ignored."""
     ((logged, by_hand),) = on_ranks(1, epoch_loss, tmp_path, micro_size)
     assert logged == pytest.approx(by_hand, rel=1e-12)
@@ -165,11 +216,15 @@ class Values(Points):
         return self.points[i], self.points[i][:1].sin()
 
 
-def reductions(directory: Path, name: str) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
+def reductions(
+    directory: Path, name: str
+) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
     runs = []
     ignored = name == "cross_entropy"
     for reduction in (None, "mean", "sum"):
-        more: dict[str, Any] = {"loss__ignore_index": IGNORED if ignored else None} if ignored else {}
+        more: dict[str, Any] = (
+            {"loss__ignore_index": IGNORED if ignored else None} if ignored else {}
+        )
         settings = config(
             directory,
             batch__micro_size=1 if ignored else 2,
@@ -190,7 +245,9 @@ def reductions(directory: Path, name: str) -> list[tuple[list[dict[str, Any]], d
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "mse", "torch.nn.SmoothL1Loss"])
-def test_reduction_mean_and_sum_are_one_run_without_nan(tmp_path: Path, name: str) -> None:
+def test_reduction_mean_and_sum_are_one_run_without_nan(
+    tmp_path: Path, name: str
+) -> None:
     """Micro-batches of one sample, steps of two: of some every target is ignored, whose mean would be 0 ÷ 0."""
     (runs,) = on_ranks(1, reductions, tmp_path, name)
     (rows, weights), *others = runs
@@ -199,12 +256,15 @@ def test_reduction_mean_and_sum_are_one_run_without_nan(tmp_path: Path, name: st
         assert theirs == rows
         assert all(torch.equal(weights[key], their_weights[key]) for key in weights)
     if name == "cross_entropy":
-        assert any("train/loss" not in row for row in rows if "grad_norm" in row)  # a step that counted nothing
+        # A step that counted nothing.
+        assert any("train/loss" not in row for row in rows if "grad_norm" in row)
 
 
 def test_another_reduction_is_refused() -> None:
     from trainer.components.task import build_task
     from trainer.config.schema import LossConfig
 
-    with pytest.raises(ConfigError, match=r'loss\.reduction: "none" is not one of mean, sum'):
+    with pytest.raises(
+        ConfigError, match=r'loss\.reduction: "none" is not one of mean, sum'
+    ):
         build_task(LossConfig(name="mse", args={"reduction": "none"}), None)

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets, ImageArrays
-from trainer.data.loading import Loader, Normalize, _pin, _tensors_in, _wait_for_copy, build_loaders
+from trainer.data.loading import (
+    Loader,
+    Normalize,
+    _pin,
+    _tensors_in,
+    _wait_for_copy,
+    build_loaders,
+)
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.errors import ConfigError, DataError
 
@@ -33,31 +40,53 @@ def test_bytes_are_scaled_to_one_then_normalised_by_channel() -> None:
 
 def test_mean_and_std_alone_and_neither() -> None:
     scaled = pixels().double() / 255
-    shift, spread = torch.tensor(MEAN).double().view(2, 1, 1), torch.tensor(STD).double().view(2, 1, 1)
+    shift, spread = (
+        torch.tensor(MEAN).double().view(2, 1, 1),
+        torch.tensor(STD).double().view(2, 1, 1),
+    )
     for mean, std, expected in (
         (None, None, scaled),
         (MEAN, None, scaled - shift),
         (None, STD, scaled / spread),
     ):
-        assert torch.allclose(Normalize(mean, std, torch.float64)(pixels()), expected, rtol=1e-6)
+        assert torch.allclose(
+            Normalize(mean, std, torch.float64)(pixels()), expected, rtol=1e-6
+        )
 
 
-@pytest.mark.parametrize(("shape", "mean"), [((4, 3, 2, 2), [0.5, 0.5]), ((4, 1, 2, 2), [0.1, 0.2]), ((4, 9), [0.5])])
+@pytest.mark.parametrize(
+    ("shape", "mean"),
+    [((4, 3, 2, 2), [0.5, 0.5]), ((4, 1, 2, 2), [0.1, 0.2]), ((4, 9), [0.5])],
+)
 def test_a_mean_fits_the_channels(shape: tuple[int, ...], mean: list[float]) -> None:
-    with pytest.raises(ConfigError, match=r"data\.mean: .* ([13] channels|inputs of \(4, 9\))"):
+    with pytest.raises(
+        ConfigError, match=r"data\.mean: .* ([13] channels|inputs of \(4, 9\))"
+    ):
         Normalize(mean, None, torch.float32)(torch.zeros(shape))
 
 
 def test_floats_take_the_runs_dtype_unscaled_and_ids_stay_whole() -> None:
     for mean in (None, MEAN):
-        assert Normalize(mean, STD if mean else None, torch.float64)(pixels(torch.float32)).dtype == torch.float64
-    assert torch.equal(Normalize(None, None, torch.float64)(pixels(torch.float32)), pixels(torch.float64))
-    assert Normalize(None, None, torch.float32)(pixels(torch.int64)).dtype == torch.int64
+        assert (
+            Normalize(mean, STD if mean else None, torch.float64)(
+                pixels(torch.float32)
+            ).dtype
+            == torch.float64
+        )
+    assert torch.equal(
+        Normalize(None, None, torch.float64)(pixels(torch.float32)),
+        pixels(torch.float64),
+    )
+    assert (
+        Normalize(None, None, torch.float32)(pixels(torch.int64)).dtype == torch.int64
+    )
 
 
 def test_undo_gives_the_image_back() -> None:
     normalize = Normalize(MEAN, STD, torch.float64)
-    assert torch.allclose(normalize.undo(normalize(pixels())), pixels().float() / 255, atol=1e-6)
+    assert torch.allclose(
+        normalize.undo(normalize(pixels())), pixels().float() / 255, atol=1e-6
+    )
 
 
 def test_each_part_has_its_own_transforms() -> None:
@@ -66,7 +95,13 @@ def test_each_part_has_its_own_transforms() -> None:
         train_transforms=[{"name": "RandomHorizontalFlip", "p": 1.0}],
         val_transforms=[{"name": "RandomVerticalFlip", "p": 1.0}],
     )
-    train, val = build_loaders(section, Datasets(part, part, None, "x"), seed=0, device=CPU, dtype=torch.float64)
+    train, val = build_loaders(
+        section,
+        Datasets(part, part, None, "x"),
+        seed=0,
+        device=CPU,
+        dtype=torch.float64,
+    )
     assert val is not None
     scaled = pixels().double() / 255
     assert torch.allclose(train.peek([0, 1]).inputs, scaled.flip(-1))
@@ -82,7 +117,9 @@ class Draws:
 
 
 def draw_inputs(seed: int) -> Tensor:
-    batch = KeyedDataset(Draws(), None, seed=seed, purpose="train")[Request(0, 0, np.arange(4))]
+    batch = KeyedDataset(Draws(), None, seed=seed, purpose="train")[
+        Request(0, 0, np.arange(4))
+    ]
     assert not isinstance(batch, DataError)
     inputs: Tensor = batch.inputs
     return inputs
@@ -109,15 +146,21 @@ class OneBad(Draws):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_sample_is_an_error_that_names_it_and_never_its_neighbour(workers: int) -> None:
+def test_a_bad_sample_is_an_error_that_names_it_and_never_its_neighbour(
+    workers: int,
+) -> None:
     keyed = KeyedDataset(OneBad(), None, seed=0, purpose="train")
-    loader = Loader(keyed, DataConfig(workers=workers), CPU, Normalize(None, None, torch.float32))
+    loader = Loader(
+        keyed, DataConfig(workers=workers), CPU, Normalize(None, None, torch.float32)
+    )
     batches = loader.run([Request(index, 0, np.array([index])) for index in range(4)])
     assert [next(batches).first, next(batches).first] == [0, 1]
     with pytest.raises(DataError) as caught:
         next(batches)
     message = str(caught.value)
-    assert message.startswith("train sample 2 (c.png): ZeroDivisionError: no such pixel")
+    assert message.startswith(
+        "train sample 2 (c.png): ZeroDivisionError: no such pixel"
+    )
     assert Path(__file__).name in message
 
 
@@ -126,7 +169,9 @@ def test_samples_of_different_shapes_are_an_error_that_names_them() -> None:
         def __getitem__(self, i: int) -> tuple[Any, int]:
             return torch.zeros(1, 2 + i, 2), i
 
-    answer = KeyedDataset(OfDifferentShapes(), None, seed=0, purpose="val")[Request(0, 0, np.arange(2))]
+    answer = KeyedDataset(OfDifferentShapes(), None, seed=0, purpose="val")[
+        Request(0, 0, np.arange(2))
+    ]
     assert isinstance(answer, DataError)
     assert "(1, 2, 2), (1, 3, 2)" in str(answer)
     assert "data.val_transforms" in str(answer)
@@ -158,7 +203,9 @@ def nested_batch() -> tuple[MicroBatch, list[Tensor]]:
     return MicroBatch(0, inputs, targets), t
 
 
-def test_every_tensor_of_a_nested_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tensor_of_a_nested_batch_is_pinned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pinned: list[float] = []
 
     def pin(tensor: Tensor, *_: Any) -> Tensor:
@@ -170,11 +217,17 @@ def test_every_tensor_of_a_nested_batch_is_pinned(monkeypatch: pytest.MonkeyPatc
     result = _pin(batch)
     assert sorted(pinned) == list(range(8))
     assert isinstance(result, MicroBatch)
-    assert result.inputs["name"] == "a" and isinstance(result.inputs["views"][1][1], Pair)
-    assert not {id(tensor) for tensor in _tensors_in((result.inputs, result.targets))} & {id(t) for t in tensors}
+    assert result.inputs["name"] == "a" and isinstance(
+        result.inputs["views"][1][1], Pair
+    )
+    assert not {
+        id(tensor) for tensor in _tensors_in((result.inputs, result.targets))
+    } & {id(t) for t in tensors}
 
 
-def test_the_memory_of_every_tensor_of_a_nested_batch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_every_tensor_of_a_nested_batch_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Stream:
         def wait_event(self, event: Any) -> None:
             assert event == "end of copy"
@@ -182,7 +235,11 @@ def test_the_memory_of_every_tensor_of_a_nested_batch_is_kept(monkeypatch: pytes
     stream = Stream()
     recorded: list[tuple[float, Any]] = []
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, user: recorded.append((float(tensor[0]), user)))
+    monkeypatch.setattr(
+        Tensor,
+        "record_stream",
+        lambda tensor, user: recorded.append((float(tensor[0]), user)),
+    )
     _wait_for_copy(nested_batch()[0], "end of copy")  # type: ignore[arg-type]
     assert sorted(number for number, _ in recorded) == list(range(8))
     assert all(user is stream for _, user in recorded)

@@ -25,7 +25,9 @@ VALUES = st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=40)
 
 
 @given(VALUES, st.data())
-def test_totals_are_exact_in_any_order_and_grouping(values: list[float], data: st.DataObject) -> None:
+def test_totals_are_exact_in_any_order_and_grouping(
+    values: list[float], data: st.DataObject
+) -> None:
     shuffled = data.draw(st.permutations(values))
     cut = data.draw(st.integers(0, len(values)))
     whole, parts = Totals(), [Totals(), Totals()]
@@ -54,14 +56,18 @@ def test_means_of_nothing_and_of_what_is_not_finite() -> None:
     assert not math.isfinite(means["c"])
 
 
-def measure(waiting_elements: int, exact: bool) -> tuple[dict[str, float], dict[str, float]]:
+def measure(
+    waiting_elements: int, exact: bool
+) -> tuple[dict[str, float], dict[str, float]]:
     """Four ragged micro-batches with ignored targets: the meter's means and those by hand."""
     assert metrics.MAX_WAITING_ELEMENTS
     metrics.MAX_WAITING_ELEMENTS = waiting_elements
     task = build_task(LossConfig(args={"ignore_index": IGNORED}), 3)
     meter = Meter(task, Ranks("fp32"), exact=exact)
     draw = torch.Generator().manual_seed(0)
-    outputs = [torch.randn(n, 3, generator=draw, dtype=torch.float64) for n in (5, 4, 7, 1)]
+    outputs = [
+        torch.randn(n, 3, generator=draw, dtype=torch.float64) for n in (5, 4, 7, 1)
+    ]
     targets = [torch.randint(-1, 3, (len(o),), generator=draw) for o in outputs]
     for output, target in zip(outputs, targets, strict=True):
         meter.add(MicroBatch(0, None, target), output, task.loss_sum(output, target))
@@ -76,19 +82,25 @@ def measure(waiting_elements: int, exact: bool) -> tuple[dict[str, float], dict[
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("waiting_elements", [1, 13, 1 << 22])
-def test_means_are_over_counted_targets_however_many_outputs_wait(waiting_elements: int, exact: bool) -> None:
+def test_means_are_over_counted_targets_however_many_outputs_wait(
+    waiting_elements: int, exact: bool
+) -> None:
     ((means, expected),) = on_ranks(1, measure, waiting_elements, exact)
     assert means == pytest.approx(expected, rel=1e-13)
 
 
-def test_the_stopwatch_goes_on_from_earlier_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stopwatch_goes_on_from_earlier_sessions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = 1000.0
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
     progress = Progress(samples_seen=50, seconds=30.0)
     watch = Stopwatch(progress)
     now += 5
-    assert watch.pace(150, 2.0) == {"samples_per_second": 20, "data_wait": 0.4}  # since the resume, not the start
+    # Since the resume, not the start.
+    assert watch.pace(150, 2.0) == {"samples_per_second": 20, "data_wait": 0.4}
     now += 10
-    assert watch.pace(250, 0.0) == {"samples_per_second": 10, "data_wait": 0}  # since the last row
+    # Since the last row.
+    assert watch.pace(250, 0.0) == {"samples_per_second": 10, "data_wait": 0}
     watch.stop(progress)
     assert progress.seconds == 45

@@ -40,7 +40,9 @@ def net(dtype=torch.float32, memory_format=torch.contiguous_format) -> Net:
 
 
 def optimizer_of(model: nn.Module, name: str, **arguments) -> torch.optim.Optimizer:
-    keys = {k: arguments.pop(k) for k in ("lr", "decay_norm_and_bias") if k in arguments}
+    keys = {
+        k: arguments.pop(k) for k in ("lr", "decay_norm_and_bias") if k in arguments
+    }
     return build_optimizer(OptimizerConfig(name=name, args=arguments, **keys), model)
 
 
@@ -55,7 +57,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 
 def through_files(tensors, numbers):
-    return safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(json.dumps(numbers))
+    return safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(
+        json.dumps(numbers)
+    )
 
 
 class Custom(torch.optim.Optimizer):
@@ -72,13 +76,21 @@ class Custom(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if not self.state[p]:
-                    self.state[p] = {"ema": 0.1, "signs": torch.zeros_like(p, dtype=torch.int64), "on": True}
+                    self.state[p] = {
+                        "ema": 0.1,
+                        "signs": torch.zeros_like(p, dtype=torch.int64),
+                        "on": True,
+                    }
                     self.state[p] |= {"nothing": None, "kind": "plain"}
                 state = self.state[p]
                 state["ema"] = 0.9 * state["ema"] + 0.1 * p.grad.norm().item()
                 state["signs"] += p.grad.sign().to(torch.int64)
-                group["average"] = torch.as_tensor(state["ema"] / 3, dtype=torch.float64)
-                factor = group["lr"] / (state["ema"] + group["count"] + group["average"].item())
+                group["average"] = torch.as_tensor(
+                    state["ema"] / 3, dtype=torch.float64
+                )
+                factor = group["lr"] / (
+                    state["ema"] + group["count"] + group["average"].item()
+                )
                 p.sub_(p.grad + state["signs"] * 1e-3, alpha=factor)
 
 
@@ -87,7 +99,12 @@ ROUND_TRIPS = {
     "sgd momentum": {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
     "adam": {"lr": 0.01},
     "adam fused": {"lr": 0.01, "fused": True},
-    "adamw amsgrad": {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1, "decay_norm_and_bias": False},
+    "adamw amsgrad": {
+        "lr": 0.01,
+        "amsgrad": True,
+        "weight_decay": 0.1,
+        "decay_norm_and_bias": False,
+    },
     "torch.optim.RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True},
     "torch.optim.NAdam": {"lr": 0.01},
     "torch.optim.ASGD": {"lr": 0.01},
@@ -104,7 +121,9 @@ def test_a_restored_optimizer_continues_bit_for_bit(case, dtype):
 
 @pytest.mark.parametrize("case", ["sgd momentum", "adam"])
 def test_so_does_one_of_a_channels_last_model(case):
-    check_round_trip(case.split()[0], ROUND_TRIPS[case], torch.float32, torch.channels_last)
+    check_round_trip(
+        case.split()[0], ROUND_TRIPS[case], torch.float32, torch.channels_last
+    )
 
 
 def check_round_trip(name, arguments, dtype, memory_format):
@@ -117,7 +136,8 @@ def check_round_trip(name, arguments, dtype, memory_format):
         saved = through_files(*named_state(uninterrupted, whole))
         restored = optimizer_of(model, name, **arguments)
         load_named_state(restored, model, *saved)
-        set_learning_rate(uninterrupted, 1.0)  # the one thing that the schedule restores
+        # The one thing that the schedule restores.
+        set_learning_rate(uninterrupted, 1.0)
         assert_same_state(uninterrupted, restored)
         train(whole, uninterrupted, range(saved_after, 6))
         train(model, restored, range(saved_after, 6))
@@ -136,7 +156,11 @@ def assert_same_state(one: torch.optim.Optimizer, other: torch.optim.Optimizer) 
             twin = other["state"][index][key]
             assert type(value) is type(twin)
             if isinstance(value, torch.Tensor):
-                assert (value.dtype, value.device, value.stride()) == (twin.dtype, twin.device, twin.stride()), key
+                assert (value.dtype, value.device, value.stride()) == (
+                    twin.dtype,
+                    twin.device,
+                    twin.stride(),
+                ), key
                 assert torch.equal(value, twin), key
                 assert value.data_ptr() != twin.data_ptr() or not value.numel()
             else:
@@ -182,26 +206,38 @@ def test_a_state_of_other_parameters_is_refused():
     with pytest.raises(LockstepError, match=r"lacks extra\.bias, extra\.weight"):
         load_named_state(optimizer_of(grown, "sgd"), grown, tensors, numbers)
     with pytest.raises(LockstepError, match=r"momentum_buffer\.tail"):
-        load_named_state(optimizer, model, {"momentum_buffer.tail": torch.ones(1)}, numbers)
+        load_named_state(
+            optimizer, model, {"momentum_buffer.tail": torch.ones(1)}, numbers
+        )
 
 
 @pytest.mark.parametrize("owner", ["parameter", "optimizer"])
 def test_a_state_that_cannot_be_saved_is_named(owner):
     model = net()
     optimizer = optimizer_of(model, "sgd")
-    optimizer.state[model.head.bias if owner == "parameter" else "global"] = {"seen": [1, 2]}
-    with pytest.raises(LockstepError, match=r"seen\.head\.bias" if owner == "parameter" else "global"):
+    optimizer.state[model.head.bias if owner == "parameter" else "global"] = {
+        "seen": [1, 2]
+    }
+    with pytest.raises(
+        LockstepError, match=r"seen\.head\.bias" if owner == "parameter" else "global"
+    ):
         named_state(optimizer, model)
 
 
 def test_weight_decay_spares_norms_and_biases():
     model = net()
     model.conv.bias.requires_grad_(False)
-    model.other = nn.Sequential(nn.LayerNorm((2, 2)), nn.RMSNorm((2, 2)), nn.InstanceNorm2d(2, affine=True))
+    model.other = nn.Sequential(
+        nn.LayerNorm((2, 2)), nn.RMSNorm((2, 2)), nn.InstanceNorm2d(2, affine=True)
+    )
     model.bias = nn.Parameter(torch.ones(1, 2))
-    optimizer = optimizer_of(model, "sgd", lr=0.2, weight_decay=0.1, decay_norm_and_bias=False)
+    optimizer = optimizer_of(
+        model, "sgd", lr=0.2, weight_decay=0.1, decay_norm_and_bias=False
+    )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, spared = ([names[id(p)] for p in group["params"]] for group in optimizer.param_groups)
+    decayed, spared = (
+        [names[id(p)] for p in group["params"]] for group in optimizer.param_groups
+    )
     assert decayed == ["spare", "conv.weight", "head.weight"]
     assert spared == [
         "scale",
@@ -226,8 +262,13 @@ def test_one_group_of_what_is_trained_by_default():
     model.head.requires_grad_(False)
     optimizer = optimizer_of(model, "torch.optim.AdamW", betas=[0.8, 0.9])
     (group,) = optimizer.param_groups
-    assert [p.shape for p in group["params"]] == [p.shape for p in model.parameters() if p.requires_grad]
-    assert isinstance(optimizer, torch.optim.AdamW) and tuple(group["betas"]) == (0.8, 0.9)
+    assert [p.shape for p in group["params"]] == [
+        p.shape for p in model.parameters() if p.requires_grad
+    ]
+    assert isinstance(optimizer, torch.optim.AdamW) and tuple(group["betas"]) == (
+        0.8,
+        0.9,
+    )
 
 
 def test_the_learning_rate_is_the_base_rate_times_the_factor():
@@ -253,7 +294,11 @@ class WithoutRate(torch.optim.Optimizer):
         (f"{__name__}.WithoutRate", {}, "optimizer.name"),
         ("builtins.list", {}, "optimizer.name"),
         ("torch.optim.LBFGS", {}, "optimizer.name"),
-        (f"{__name__}.Custom", {"decay_norm_and_bias": False}, "optimizer.decay_norm_and_bias"),
+        (
+            f"{__name__}.Custom",
+            {"decay_norm_and_bias": False},
+            "optimizer.decay_norm_and_bias",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named_by_its_key(name, arguments, key):
@@ -270,8 +315,14 @@ def test_nothing_to_train_is_said():
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_on_the_cpu_torch_chooses_how_to_update_and_a_config_may(name):
     model = nn.Linear(2, 2)
-    for arguments, expected in (({}, None), ({"fused": True}, True), ({"foreach": True}, None)):
-        optimizer = build_optimizer(OptimizerConfig(name=name, lr=0.1, args=arguments), model)
+    for arguments, expected in (
+        ({}, None),
+        ({"fused": True}, True),
+        ({"foreach": True}, None),
+    ):
+        optimizer = build_optimizer(
+            OptimizerConfig(name=name, lr=0.1, args=arguments), model
+        )
         assert optimizer.defaults["fused"] is expected
 
 

@@ -34,9 +34,13 @@ def test_each_epoch_takes_every_sample_once(plan: Plan) -> None:
     for step in plan.steps():
         for rank in range(plan.ranks):
             for micro_batch in range(*step.ranks[rank]):
-                ids_by_epoch.setdefault(step.epoch, []).extend(plan.sample_ids(step, micro_batch).tolist())
+                ids_by_epoch.setdefault(step.epoch, []).extend(
+                    plan.sample_ids(step, micro_batch).tolist()
+                )
     assert sorted(ids_by_epoch) == list(range(plan.epochs))
-    assert all(sorted(ids) == list(range(plan.samples)) for ids in ids_by_epoch.values())
+    assert all(
+        sorted(ids) == list(range(plan.samples)) for ids in ids_by_epoch.values()
+    )
 
 
 @given(plans())
@@ -53,24 +57,36 @@ def test_micro_batches_are_even_and_no_larger_than_asked(plan: Plan) -> None:
 @given(plans())
 def test_only_an_epochs_last_step_is_short(plan: Plan) -> None:
     steps = list(plan.steps())
-    assert len(steps) == plan.total_steps == plan.epochs * math.ceil(plan.samples / plan.batch_size)
+    assert (
+        len(steps)
+        == plan.total_steps
+        == plan.epochs * math.ceil(plan.samples / plan.batch_size)
+    )
     for step in steps:
         assert step.last_in_epoch == (step.start + step.size == plan.samples)
         assert step.last_in_epoch or step.size == plan.batch_size
 
 
 @given(plans(), st.integers(1, 9))
-def test_samples_and_micro_batches_do_not_depend_on_the_ranks(plan: Plan, ranks: int) -> None:
+def test_samples_and_micro_batches_do_not_depend_on_the_ranks(
+    plan: Plan, ranks: int
+) -> None:
     assume(ranks <= math.ceil(min(plan.samples, plan.batch_size) / plan.micro_size))
-    other = Plan(plan.samples, plan.batch_size, plan.micro_size, ranks, plan.epochs, plan.seed)
+    other = Plan(
+        plan.samples, plan.batch_size, plan.micro_size, ranks, plan.epochs, plan.seed
+    )
     for one, two in zip(plan.steps(), other.steps(), strict=True):
         assert one.micro_batches == two.micro_batches
         assert (plan.permutation(one.epoch) == other.permutation(two.epoch)).all()
-        assert [i for r in two.ranks for i in range(*r)] == list(range(len(two.micro_batches)))
+        assert [i for r in two.ranks for i in range(*r)] == list(
+            range(len(two.micro_batches))
+        )
 
 
 @given(plans(), st.data())
-def test_a_step_is_found_without_those_before_it(plan: Plan, data: st.DataObject) -> None:
+def test_a_step_is_found_without_those_before_it(
+    plan: Plan, data: st.DataObject
+) -> None:
     index = data.draw(st.integers(0, plan.total_steps - 1))
     assert plan.step(index) == list(plan.steps())[index]
     assert list(plan.steps(index)) == list(plan.steps())[index:]
@@ -90,7 +106,15 @@ def test_split_evenly(count: int, parts: int) -> None:
 def test_equal_ranks_all_run_as_many_micro_batches(plan: Plan) -> None:
     shortest = plan.samples - (plan.steps_per_epoch - 1) * plan.batch_size
     assume(plan.ranks <= shortest)
-    equal = Plan(plan.samples, plan.batch_size, plan.micro_size, plan.ranks, plan.epochs, plan.seed, equal_ranks=True)
+    equal = Plan(
+        plan.samples,
+        plan.batch_size,
+        plan.micro_size,
+        plan.ranks,
+        plan.epochs,
+        plan.seed,
+        equal_ranks=True,
+    )
     for step in equal.steps():
         assert len({stop - start for start, stop in step.ranks}) == 1
         assert not step.has_idle_rank
@@ -118,7 +142,21 @@ def test_max_steps_ends_a_run_sooner_and_never_later() -> None:
 
 
 def test_more_ranks_than_micro_batches_is_an_error_that_says_what_to_change() -> None:
-    with pytest.raises(ConfigError, match=r"batch\.micro_size: 4 processes share 2 micro-batches.*micro_size=16"):
+    with pytest.raises(
+        ConfigError,
+        match=r"batch\.micro_size: 4 processes share 2 micro-batches.*micro_size=16",
+    ):
         Plan(samples=100, batch_size=64, micro_size=32, ranks=4, epochs=1, seed=0)
-    with pytest.raises(ConfigError, match=r"batch_norm\.mode: sync needs a sample for each of the 4 processes"):
-        Plan(samples=66, batch_size=64, micro_size=16, ranks=4, epochs=1, seed=0, equal_ranks=True)
+    with pytest.raises(
+        ConfigError,
+        match=r"batch_norm\.mode: sync needs a sample for each of the 4 processes",
+    ):
+        Plan(
+            samples=66,
+            batch_size=64,
+            micro_size=16,
+            ranks=4,
+            epochs=1,
+            seed=0,
+            equal_ranks=True,
+        )

@@ -39,7 +39,13 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Decision]
     def run() -> list[Decision]:
         settings = load(
             ROOT / "configs/digits.yaml",
-            [f"run.dir={root}", "train.epochs=1", "train.max_steps=9", "run.figures=false", "wandb.mode=disabled"],
+            [
+                f"run.dir={root}",
+                "train.epochs=1",
+                "train.max_steps=9",
+                "run.figures=false",
+                "wandb.mode=disabled",
+            ],
         )
         trainer = Trainer(settings)
         trainer.fit()
@@ -51,18 +57,27 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Decision]
     (root / "images" / "sub").mkdir(parents=True)
     val: Any = digits().val
     for i in range(12):
-        write_png(val.images[i], str(root / "images" / ("sub" if i % 2 else "") / f"{i:02}.png"))
+        write_png(
+            val.images[i],
+            str(root / "images" / ("sub" if i % 2 else "") / f"{i:02}.png"),
+        )
     return root, decisions
 
 
-def predict(*arguments: object, status: int = 0, **environment: str) -> CompletedProcess[str]:
-    done = run_program(["-m", "trainer", "predict", *arguments], env={**os.environ, **environment})
+def predict(
+    *arguments: object, status: int = 0, **environment: str
+) -> CompletedProcess[str]:
+    done = run_program(
+        ["-m", "trainer", "predict", *arguments], env={**os.environ, **environment}
+    )
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done
 
 
-def test_files_get_the_decisions_of_the_evaluation(held: tuple[Path, list[Decision]], tmp_path: Path) -> None:
+def test_files_get_the_decisions_of_the_evaluation(
+    held: tuple[Path, list[Decision]], tmp_path: Path
+) -> None:
     root, decisions = held
     pattern, single = f"{root}/images/*.png", root / "images" / "sub" / "01.png"
     broken = tmp_path / "broken.png"
@@ -70,21 +85,46 @@ def test_files_get_the_decisions_of_the_evaluation(held: tuple[Path, list[Decisi
     write_png(torch.zeros(1, 9, 8, dtype=torch.uint8), str(tmp_path / "large.png"))
     odd = shutil.copytree(root / "digits", tmp_path / "lr=0.1")
     done = predict(
-        "--top=2", "--export", "torch", odd, single, tmp_path, pattern, root / "images", "batch.eval_size=5", status=2
+        "--top=2",
+        "--export",
+        "torch",
+        odd,
+        single,
+        tmp_path,
+        pattern,
+        root / "images",
+        "batch.eval_size=5",
+        status=2,
     )
-    answers = {Path(answer["file"]).stem: answer for answer in map(json.loads, done.stdout.splitlines())}
-    assert list(answers) == ["01", *(f"{i:02}" for i in range(0, 12, 2)), *(f"{i:02}" for i in range(3, 12, 2))]
+    answers = {
+        Path(answer["file"]).stem: answer
+        for answer in map(json.loads, done.stdout.splitlines())
+    }
+    assert list(answers) == [
+        "01",
+        *(f"{i:02}" for i in range(0, 12, 2)),
+        *(f"{i:02}" for i in range(3, 12, 2)),
+    ]
     for i, decision in enumerate(decisions[:12]):
         answer = answers[f"{i:02}"]
-        assert (answer["class"], answer["class_id"]) == (str(decision.predicted), decision.predicted)
+        assert (answer["class"], answer["class_id"]) == (
+            str(decision.predicted),
+            decision.predicted,
+        )
         assert answer["probability"] == pytest.approx(decision.confidence, rel=1e-5)
-        assert [list(other) for other in answer["top"]] == [["class", "class_id", "probability"]] * 2
+        assert [list(other) for other in answer["top"]] == [
+            ["class", "class_id", "probability"]
+        ] * 2
         assert answer["top"][0]["probability"] >= answer["top"][1]["probability"]
     written, *errors = done.stderr.splitlines()
     assert Path(written) == odd / "best.pt2" and (odd / "best.pt2").is_file()
     assert len(errors) == 3
     assert f"{broken} cannot be decoded" in errors[0]
-    assert "large.png is 1 × 9 × 8" in errors[1] and "1 × 8 × 8" in errors[1] and "{name: Resize" in errors[1]
+    assert (
+        "large.png is 1 × 9 × 8" in errors[1]
+        and "1 × 8 × 8" in errors[1]
+        and "{name: Resize" in errors[1]
+    )
     assert errors[2] == "error: 2 of 14 files could not be classified"
 
 
@@ -94,9 +134,19 @@ def test_colour_files_become_grey_and_overridden_transforms_hold(
     root, decisions = held
     val: Any = digits().val
     for i in range(3):
-        large = val.images[i].repeat_interleave(16, 1).repeat_interleave(16, 2).expand(3, -1, -1)
+        large = (
+            val.images[i]
+            .repeat_interleave(16, 1)
+            .repeat_interleave(16, 2)
+            .expand(3, -1, -1)
+        )
         write_jpeg(large.contiguous(), str(tmp_path / f"{i}.jpg"), quality=100)
-    predictor = on_ranks(1, lambda: list(Predictor(root / "digits", [RESIZE]).classify(sorted(tmp_path.iterdir()))))[0]
+    predictor = on_ranks(
+        1,
+        lambda: list(
+            Predictor(root / "digits", [RESIZE]).classify(sorted(tmp_path.iterdir()))
+        ),
+    )[0]
     for (_, shares), decision in zip(predictor, decisions, strict=False):
         assert isinstance(shares, torch.Tensor)
         assert int(shares.argmax()) == decision.predicted
@@ -117,26 +167,41 @@ def test_colour_files_become_grey_and_overridden_transforms_hold(
     ],
 )  # fmt: skip
 def test_mistakes_are_named(
-    held: tuple[Path, list[Decision]], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+    held: tuple[Path, list[Decision]],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
 ) -> None:
     from trainer.commands.predict import main
 
     (held[0] / "empty").mkdir(exist_ok=True)
     monkeypatch.setattr("signal.signal", lambda *_: None)  # of this process
     with pytest.raises(LockstepError) as raised:
-        main([argument.format(run=held[0] / "digits", root=held[0]) for argument in arguments])
+        main(
+            [
+                argument.format(run=held[0] / "digits", root=held[0])
+                for argument in arguments
+            ]
+        )
     assert message in str(raised.value) and raised.value.exit_status == 2
 
 
 def test_one_process_predicts(held: tuple[Path, list[Decision]]) -> None:
     """Refused before the processes join: none waits for another."""
     run = predict(held[0] / "digits", held[0] / "images", status=2, WORLD_SIZE="2")
-    assert run.stderr.startswith("error: WORLD_SIZE: 2 processes were started, and one predicts")
+    assert run.stderr.startswith(
+        "error: WORLD_SIZE: 2 processes were started, and one predicts"
+    )
 
 
 def test_a_model_that_was_given_is_asked_for_again(tmp_path: Path) -> None:
     def run() -> tuple[Signature, list[float], list[float]]:
-        trainer = Trainer(config(tmp_path), model=conv_net(), train_data=Images(56), val_data=Images(5))
+        trainer = Trainer(
+            config(tmp_path),
+            model=conv_net(),
+            train_data=Images(56),
+            val_data=Images(5),
+        )
         trainer.fit()
         trainer.load_best()
         with pytest.raises(LockstepError, match="does not fit the weights"):
@@ -144,7 +209,11 @@ def test_a_model_that_was_given_is_asked_for_again(tmp_path: Path) -> None:
         predictor = Predictor(tmp_path / "run", model=conv_net())
         images = Images(5).points
         shares = trainer.module.eval()(images).softmax(1)
-        return predictor.signature, shares.tolist(), Classifier(predictor)(images).tolist()
+        return (
+            predictor.signature,
+            shares.tolist(),
+            Classifier(predictor)(images).tolist(),
+        )
 
     signature, expected, found = on_ranks(1, run)[0]
     assert signature == Signature(2, [2, 5, 5], "float64", 4, list("abcd"))
@@ -153,7 +222,9 @@ def test_a_model_that_was_given_is_asked_for_again(tmp_path: Path) -> None:
 
 def exported_torch(run: Path, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     files = {"classes.json": ""}
-    program = torch.export.load(export(Predictor(run), "torch", path), extra_files=files).module()
+    program = torch.export.load(
+        export(Predictor(run), "torch", path), extra_files=files
+    ).module()
     assert json.loads(files["classes.json"]) == [str(i) for i in range(10)]
     return program
 
@@ -162,11 +233,17 @@ def exported_onnx(run: Path, path: Path) -> Callable[[torch.Tensor], torch.Tenso
     import onnxruntime as runtime
 
     session = runtime.InferenceSession(export(Predictor(run), "onnx", path))
-    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [str(i) for i in range(10)]
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == [
+        str(i) for i in range(10)
+    ]
+    return lambda images: torch.from_numpy(
+        session.run(None, {"images": images.numpy()})[0]
+    )
 
 
-@pytest.mark.parametrize(("write", "name"), [(exported_torch, "m.pt2"), (exported_onnx, "m.onnx")])
+@pytest.mark.parametrize(
+    ("write", "name"), [(exported_torch, "m.pt2"), (exported_onnx, "m.onnx")]
+)
 def test_exported_programs_give_the_same_numbers(
     held: tuple[Path, list[Decision]], tmp_path: Path, write: Any, name: str
 ) -> None:
@@ -176,22 +253,35 @@ def test_exported_programs_give_the_same_numbers(
     def exported() -> list[tuple[list[int], list[float]]]:
         program = write(root / "digits", tmp_path / name)
         largest = [program(val.images[:count]).max(1) for count in (1, 7)]
-        return [(predicted.tolist(), confidence.tolist()) for confidence, predicted in largest]
+        return [
+            (predicted.tolist(), confidence.tolist())
+            for confidence, predicted in largest
+        ]
 
     if write is exported_onnx:
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
     # In a process of its own: after torch.export, no fork of a process that has run a backward can run one.
-    for count, (predicted, confidence) in zip((1, 7), on_ranks(1, exported)[0], strict=True):
+    for count, (predicted, confidence) in zip(
+        (1, 7), on_ranks(1, exported)[0], strict=True
+    ):
         assert predicted == [decision.predicted for decision in decisions[:count]]
-        assert confidence == pytest.approx([d.confidence for d in decisions[:count]], rel=1e-5)
+        assert confidence == pytest.approx(
+            [d.confidence for d in decisions[:count]], rel=1e-5
+        )
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_onnx_names_what_is_missing(held: tuple[Path, list[Decision]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_names_what_is_missing(
+    held: tuple[Path, list[Decision]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     predictor = Predictor(held[0] / "digits")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else object())
-    with pytest.raises(ConfigError, match="--export: onnx needs onnx: pip install onnx onnxscript"):
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "onnx" else object()
+    )
+    with pytest.raises(
+        ConfigError, match="--export: onnx needs onnx: pip install onnx onnxscript"
+    ):
         export(predictor, "onnx", held[0] / "m.onnx")
 
 
@@ -207,9 +297,21 @@ def test_the_folder_may_be_gone_and_colour_stays_colour(tmp_path: Path) -> None:
 
     def run() -> list[Decision]:
         transforms = "transforms=[{name: Grayscale}, {name: Resize, size: [8, 8]}]"
-        overrides = [f"data.root={tmp_path / 'data'}", f"data.train_{transforms}", f"data.val_{transforms}"]
-        overrides += ["data.name=folder", "batch.size=4", "wandb.mode=disabled", f"run.dir={tmp_path}", "run.name=r"]
-        trainer = Trainer(load(None, [*overrides, "train.epochs=1", "run.figures=false"]))
+        overrides = [
+            f"data.root={tmp_path / 'data'}",
+            f"data.train_{transforms}",
+            f"data.val_{transforms}",
+        ]
+        overrides += [
+            "data.name=folder",
+            "batch.size=4",
+            "wandb.mode=disabled",
+            f"run.dir={tmp_path}",
+            "run.name=r",
+        ]
+        trainer = Trainer(
+            load(None, [*overrides, "train.epochs=1", "run.figures=false"])
+        )
         trainer.fit()
         trainer.load_best()
         assert trainer.run.evaluator is not None
@@ -220,7 +322,9 @@ def test_the_folder_may_be_gone_and_colour_stays_colour(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "data")
     done = predict(tmp_path / "r", tmp_path / "asked", "--json", "data.workers=1")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(answers) == 8 and decode(tmp_path / "asked" / "ants" / "0.png").shape == (3, 12, 10)
+    assert len(answers) == 8 and decode(
+        tmp_path / "asked" / "ants" / "0.png"
+    ).shape == (3, 12, 10)
     for answer, decision in zip(answers, decisions, strict=True):
         assert answer["class"] == ["ants", "bees"][decision.predicted]
         assert answer["probability"] == pytest.approx(decision.confidence, rel=1e-6)

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 from torch.utils._pytree import tree_leaves
 
 from tests.distributed.ranks import on_ranks
@@ -40,9 +43,13 @@ class OneGpu(Ranks):
     def __init__(self, precision: str, timeout: float) -> None:
         self.rank, self.count, self.is_main, self.device = 0, 1, True, CUDA
         self._host = HostGroup(0, 1, timeout)
-        self.accelerator: Any = SimpleNamespace(no_sync=lambda model: nullcontext(), free_memory=lambda: None)
+        self.accelerator: Any = SimpleNamespace(
+            no_sync=lambda model: nullcontext(), free_memory=lambda: None
+        )
 
-    def prepare(self, model: nn.Module, *, find_unused_parameters: bool = False) -> nn.Module:
+    def prepare(
+        self, model: nn.Module, *, find_unused_parameters: bool = False
+    ) -> nn.Module:
         return model
 
 
@@ -75,18 +82,25 @@ def config(directory: Path, **changes: Any) -> Config:
 @pytest.fixture(autouse=True)
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("trainer.core.build.Ranks", OneGpu)
-    monkeypatch.setattr("trainer.core.build.check_ranks", lambda config, ranks: [])  # it asks the driver
+    # It asks the driver.
+    monkeypatch.setattr("trainer.core.build.check_ranks", lambda config, ranks: [])
     # Random states are numbers, which fake tensors do not have.
     monkeypatch.setattr("trainer.exact.fuse.Fused._check_draws", lambda self: None)
-    monkeypatch.setattr("trainer.core.build.signature_of_samples", lambda *args, **kwargs: None)
+    monkeypatch.setattr(
+        "trainer.core.build.signature_of_samples", lambda *args, **kwargs: None
+    )
     yield
 
 
-def train(directory: Path, steps: int = 3, model: nn.Module | None = None, **changes: Any) -> tuple[Trainer, DeviceLog]:
+def train(
+    directory: Path, steps: int = 3, model: nn.Module | None = None, **changes: Any
+) -> tuple[Trainer, DeviceLog]:
     """A trainer after some steps, and what the last of them did on the device."""
     images = torch.randint(256, (32 * 6, 1, 8, 8), dtype=torch.uint8)
     data = ImageArrays(images, torch.randint(10, (len(images),)))
-    trainer = Trainer(config(directory, **changes), model=model or small_cnn(10), train_data=data)
+    trainer = Trainer(
+        config(directory, **changes), model=model or small_cnn(10), train_data=data
+    )
     trainer.fuse = int(trainer.config.batch.fuse)
     # How often each layer is called is counted on the host in the first step, once.
     statistics = trainer.reduction._statistics
@@ -104,17 +118,29 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"train__precision": "bf16", "train__max_grad_norm": 1.0},
     {"train__precision": "fp16"},
-    {"train__precision": "fp16", "train__max_grad_norm": 1.0, "optimizer__name": "adamw"},
+    {
+        "train__precision": "fp16",
+        "train__max_grad_norm": 1.0,
+        "optimizer__name": "adamw",
+    },
     {"batch__fuse": 4},
     {"loss__class_weights": [1.0] * 10},
     {"loss__ignore_index": 3},
     {"loss__class_weights": [1.0] * 10, "loss__ignore_index": 3},
     {"run__reproducibility": "bitwise"},
-    {"run__reproducibility": "bitwise", "train__find_unused_parameters": True, "optimizer__name": "adamw"},
+    {
+        "run__reproducibility": "bitwise",
+        "train__find_unused_parameters": True,
+        "optimizer__name": "adamw",
+    },
     {"batch_norm__momentum_per": "step"},
     {"batch_norm__mode": "frozen"},
     {"train__channels_last": True},
-    {"train__channels_last": True, "run__reproducibility": "bitwise", "train__max_grad_norm": 1.0},
+    {
+        "train__channels_last": True,
+        "run__reproducibility": "bitwise",
+        "train__max_grad_norm": 1.0,
+    },
 ]
 
 
@@ -124,12 +150,20 @@ def test_no_step_waits_for_the_device(tmp_path: Path, changes: dict[str, Any]) -
     with pretended_cuda():
         trainer, log = train(tmp_path, **changes)
     assert not log.blocking_copies
-    assert log.copies == 2 * (4 // trainer.fuse), "inputs and targets of each forward, and nothing else"
-    state = [*trainer.module.parameters(), *trainer.module.buffers(), *tree_leaves(dict(trainer.optimizer.state))]
+    assert log.copies == 2 * (4 // trainer.fuse), (
+        "inputs and targets of each forward, and nothing else"
+    )
+    state = [
+        *trainer.module.parameters(),
+        *trainer.module.buffers(),
+        *tree_leaves(dict(trainer.optimizer.state)),
+    ]
     assert {tensor.device for tensor in state if isinstance(tensor, Tensor)} == {CUDA}
     if "train__channels_last" in changes:
         assert all(
-            p.is_contiguous(memory_format=torch.channels_last) for p in trainer.module.parameters() if p.dim() == 4
+            p.is_contiguous(memory_format=torch.channels_last)
+            for p in trainer.module.parameters()
+            if p.dim() == 4
         )
 
 
@@ -151,7 +185,10 @@ def test_a_wait_is_noticed(tmp_path: Path, wait: Any) -> None:
             wait(out.detach())
             return out
 
-    with pretended_cuda(), pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+    with (
+        pretended_cuda(),
+        pytest.raises((DataDependentOutputException, DynamicOutputShapeException)),
+    ):
         train(tmp_path, 1, nn.Sequential(nn.Flatten(), Waits(64, 10)))
 
 
@@ -181,12 +218,19 @@ def test_the_pretended_backward_is_the_engines() -> None:
         assert torch.equal(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("model", [small_cnn(10), nn.Sequential(nn.Conv2d(1, 2, 3), Bilinear(), nn.Linear(242, 10))])
+@pytest.mark.parametrize(
+    "model",
+    [small_cnn(10), nn.Sequential(nn.Conv2d(1, 2, 3), Bilinear(), nn.Linear(242, 10))],
+)
 @in_a_fork
-def test_bitwise_runs_nothing_that_cuda_refuses(tmp_path: Path, model: nn.Module) -> None:
+def test_bitwise_runs_nothing_that_cuda_refuses(
+    tmp_path: Path, model: nn.Module
+) -> None:
     """As CUDA is dispatched to: torch's functions replace some operations there, such as bilinear interpolation."""
     with pretended_cuda():
         _, log = train(tmp_path, 2, model, run__reproducibility="bitwise")
-    operations = {name.removeprefix("aten.").partition(".")[0] for name in log.operations}
+    operations = {
+        name.removeprefix("aten.").partition(".")[0] for name in log.operations
+    }
     assert "convolution_backward" in operations
     assert not operations & REFUSED.keys()

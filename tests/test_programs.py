@@ -35,7 +35,12 @@ PROGRAMS = [
 @pytest.mark.fresh_process  # the thing that a fork is compared with
 @pytest.mark.parametrize("code", PROGRAMS)
 def test_it_ends_as_a_fresh_process_does(tmp_path: Path, code: str) -> None:
-    environment = {"A": "b", "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "LC_CTYPE": "C.UTF-8"}
+    environment = {
+        "A": "b",
+        "PATH": os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
+        "LC_CTYPE": "C.UTF-8",
+    }
     fork = run_program(["-c", code, "x"], env=environment, cwd=tmp_path)
     fresh = subprocess.run(
         [sys.executable, "-c", code, "x"],
@@ -46,7 +51,11 @@ def test_it_ends_as_a_fresh_process_does(tmp_path: Path, code: str) -> None:
         text=True,
         check=False,
     )
-    assert (fork.returncode, fork.stdout, fork.stderr) == (fresh.returncode, fresh.stdout, fresh.stderr)
+    assert (fork.returncode, fork.stdout, fork.stderr) == (
+        fresh.returncode,
+        fresh.stdout,
+        fresh.stderr,
+    )
 
 
 def test_an_error_is_a_traceback_and_status_1(tmp_path: Path) -> None:

@@ -45,7 +45,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("number", [1, 3, 4, 6, 8])
-def test_a_step_on_three_ranks_is_the_step_on_one(run: Path, tmp_path: Path, number: int) -> None:
+def test_a_step_on_three_ranks_is_the_step_on_one(
+    run: Path, tmp_path: Path, number: int
+) -> None:
     """103 samples by 28: epochs of 4 steps, the last of 19; checkpoints after 3, 4, 6, 8."""
     result = replay(lambda: make(tmp_path), run, number)
     assert result.step == result.asked == number
@@ -56,34 +58,57 @@ def test_a_step_on_three_ranks_is_the_step_on_one(run: Path, tmp_path: Path, num
         assert number in result.digests
         assert set(result.logged) == {"train/loss", "lr", "grad_norm"}
         assert result.grad_norm == result.logged["grad_norm"][0]
-    assert len(result.samples) == len({sample["id"] for sample in result.samples}) == (19 if number % 4 == 0 else 28)
+    assert (
+        len(result.samples)
+        == len({sample["id"] for sample in result.samples})
+        == (19 if number % 4 == 0 else 28)
+    )
 
 
 def test_what_it_says_is_what_happened(run: Path, tmp_path: Path) -> None:
     """Step 4, from the weights of checkpoint 3: losses, statistics, gradient and change computed by hand."""
     result = replay(lambda: make(tmp_path), run, 4)
-    before, after = (load_file(run / "checkpoints" / f"step_0000000{step}" / "model.safetensors") for step in (3, 4))
+    before, after = (
+        load_file(run / "checkpoints" / f"step_0000000{step}" / "model.safetensors")
+        for step in (3, 4)
+    )
     net, data = conv_net().double(), Images()
     net.load_state_dict(before)
     means, total = [], torch.zeros((), dtype=torch.float64)
     for micro_batch in sorted({sample["micro_batch"] for sample in result.samples}):
-        batch_samples = [sample for sample in result.samples if sample["micro_batch"] == micro_batch]
+        batch_samples = [
+            sample for sample in result.samples if sample["micro_batch"] == micro_batch
+        ]
         ids = [sample["id"] for sample in batch_samples]
         hidden = net[0](data.points[ids])
         means.append(hidden.mean((0, 2, 3)))
         losses = F.cross_entropy(net[1:](hidden), data.labels[ids], reduction="none")
-        assert [sample["loss"] for sample in batch_samples] == pytest.approx(losses.tolist(), rel=1e-12)
-        assert [sample["target"] for sample in batch_samples] == ["abcd"[data.labels[i]] for i in ids]
+        assert [sample["loss"] for sample in batch_samples] == pytest.approx(
+            losses.tolist(), rel=1e-12
+        )
+        assert [sample["target"] for sample in batch_samples] == [
+            "abcd"[data.labels[i]] for i in ids
+        ]
         total = total + losses.sum() / len(result.samples)
     assert result.loss == pytest.approx(total.item(), rel=1e-12)
     statistics = result.batch_norm["1"]
-    assert statistics["least_mean"] == pytest.approx(torch.stack(means).min().item(), rel=1e-9)
-    assert statistics["largest_mean"] == pytest.approx(torch.stack(means).max().item(), rel=1e-9)
+    assert statistics["least_mean"] == pytest.approx(
+        torch.stack(means).min().item(), rel=1e-9
+    )
+    assert statistics["largest_mean"] == pytest.approx(
+        torch.stack(means).max().item(), rel=1e-9
+    )
     total.backward()
-    norm = math.sqrt(sum(p.grad.square().sum().item() for p in net.parameters() if p.grad is not None))
+    norm = math.sqrt(
+        sum(
+            p.grad.square().sum().item() for p in net.parameters() if p.grad is not None
+        )
+    )
     assert result.grad_norm == pytest.approx(norm, rel=1e-9)
     for name, numbers in result.weights.items():
-        assert numbers["change"] == pytest.approx((after[name] - before[name]).norm().item(), rel=1e-9)
+        assert numbers["change"] == pytest.approx(
+            (after[name] - before[name]).norm().item(), rel=1e-9
+        )
 
 
 def test_a_step_that_is_none_of_the_run(run: Path, tmp_path: Path) -> None:
@@ -93,10 +118,17 @@ def test_a_step_that_is_none_of_the_run(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_finite_loss_says_how_to_look_at_it(tmp_path: Path) -> None:
-    settings = ["optimizer.lr=1e30", "train.log_every=20", "wandb.mode=disabled", "run.figures=false"]
+    settings = [
+        "optimizer.lr=1e30",
+        "train.log_every=20",
+        "wandb.mode=disabled",
+        "run.figures=false",
+    ]
     failed = run_program(["train.py", f"run.dir={tmp_path}", *settings])
     assert failed.returncode == 1
-    (replay_command,) = (line.split() for line in failed.stderr.splitlines() if "replay" in line)
+    (replay_command,) = (
+        line.split() for line in failed.stderr.splitlines() if "replay" in line
+    )
     assert replay_command[-2:] == ["--step", "20"]
     output = run_program([*replay_command[1:], "--json"])
     assert output.returncode == 0, output.stderr

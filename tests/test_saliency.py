@@ -34,14 +34,20 @@ def test_grad_cam_of_the_last_convolution() -> None:
     output = model[4:](features)
     output.amax(1).sum().backward()
     assert features.grad is not None
-    cam = torch.relu((features.grad.mean((2, 3), keepdim=True) * features).sum(1)).detach()
+    cam = torch.relu(
+        (features.grad.mean((2, 3), keepdim=True) * features).sum(1)
+    ).detach()
     expected = F.interpolate(cam[:, None], (5, 5), mode="bilinear")[:, 0]
     assert maps is not None and (cam.amax((1, 2)) > 0).all()
     torch.testing.assert_close(maps, expected / expected.amax((1, 2), keepdim=True))
 
 
-@pytest.mark.parametrize("model", [conv_net().eval(), nn.Sequential(nn.Flatten(), nn.Linear(50, CLASSES))])
-def test_input_gradient_where_there_is_no_stack_of_feature_maps(model: nn.Module) -> None:
+@pytest.mark.parametrize(
+    "model", [conv_net().eval(), nn.Sequential(nn.Flatten(), nn.Linear(50, CLASSES))]
+)
+def test_input_gradient_where_there_is_no_stack_of_feature_maps(
+    model: nn.Module,
+) -> None:
     maps = compute_saliency(CrossEntropy(), model, IMAGES)
     inputs = IMAGES.clone().requires_grad_()
     model(inputs).amax(1).sum().backward()
@@ -51,7 +57,13 @@ def test_input_gradient_where_there_is_no_stack_of_feature_maps(model: nn.Module
 
 
 def test_it_leaves_no_trace_and_works_on_frozen_models() -> None:
-    model = nn.Sequential(two_convolutions()[:3], nn.BatchNorm2d(6), nn.Dropout(), nn.Flatten(), nn.Linear(54, CLASSES))
+    model = nn.Sequential(
+        two_convolutions()[:3],
+        nn.BatchNorm2d(6),
+        nn.Dropout(),
+        nn.Flatten(),
+        nn.Linear(54, CLASSES),
+    )
     model[1].eval().requires_grad_(False)
     before = tensors_sha256(model.state_dict())
     modes = [module.training for module in model.modules()]
@@ -81,31 +93,50 @@ class Detached(nn.Module):
 def test_there_is_no_map_where_none_can_be_computed() -> None:
     assert compute_saliency(CrossEntropy(), Detached(), IMAGES) is None
     assert compute_saliency(Regression(F.mse_loss), two_convolutions(), IMAGES) is None
-    assert compute_saliency(CrossEntropy(), two_convolutions()[:3], IMAGES) is None  # a map of classes
+    # A map of classes.
+    assert compute_saliency(CrossEntropy(), two_convolutions()[:3], IMAGES) is None
 
 
-def train(directory: Path, name: str, figures: bool, reproducibility: str) -> tuple[list[str], list[str]]:
+def train(
+    directory: Path, name: str, figures: bool, reproducibility: str
+) -> tuple[list[str], list[str]]:
     """The digests of a run's final state, and the names of its figures."""
     settings = config(
-        directory, run__name=name, run__figures=figures, run__reproducibility=reproducibility, batch__micro_size=7
+        directory,
+        run__name=name,
+        run__figures=figures,
+        run__reproducibility=reproducibility,
+        batch__micro_size=7,
     )
-    trainer = Trainer(settings, model=conv_net(), train_data=Images(), val_data=Images(40))
+    trainer = Trainer(
+        settings, model=conv_net(), train_data=Images(), val_data=Images(40)
+    )
     summary = trainer.fit()
     model_sha256 = tensors_sha256(trainer.module.state_dict())
     digests = [model_sha256, summary["weights_sha256"], summary["buffers_sha256"]]
-    return digests, sorted(path.stem for path in (directory / name).glob("figures/*.png"))
+    return digests, sorted(
+        path.stem for path in (directory / name).glob("figures/*.png")
+    )
 
 
-@pytest.mark.parametrize(("ranks", "reproducibility"), [(1, "standard"), (2, "bitwise")])
-def test_figures_change_nothing_of_a_run(tmp_path: Path, ranks: int, reproducibility: str) -> None:
-    digests_without, no_names = on_ranks(ranks, train, tmp_path, "without", False, reproducibility)[0]
+@pytest.mark.parametrize(
+    ("ranks", "reproducibility"), [(1, "standard"), (2, "bitwise")]
+)
+def test_figures_change_nothing_of_a_run(
+    tmp_path: Path, ranks: int, reproducibility: str
+) -> None:
+    digests_without, no_names = on_ranks(
+        ranks, train, tmp_path, "without", False, reproducibility
+    )[0]
     digests, names = on_ranks(ranks, train, tmp_path, "with", True, reproducibility)[0]
     assert digests == digests_without
     assert no_names == []
     assert names == ["batch", "confusion_matrix", "curves", "predictions", "saliency"]
 
 
-def test_points_have_no_pictures_and_ignored_targets_no_place_in_the_matrix(tmp_path: Path) -> None:
+def test_points_have_no_pictures_and_ignored_targets_no_place_in_the_matrix(
+    tmp_path: Path,
+) -> None:
     def run() -> list[str]:
         settings = config(tmp_path, run__figures=True, loss__ignore_index=-1)
         Trainer(settings, model=mlp(), train_data=Points(), val_data=Points()).fit()

@@ -19,8 +19,14 @@ TOTAL = 12 * STEPS_PER_EPOCH
 BASE = 0.4
 
 
-def schedule(name="constant", *, total_steps=TOTAL, history=None, mode="min", **section) -> Schedule:
-    keys = {key: section.pop(key) for key in ("per", "warmup", "warmup_start") if key in section}
+def schedule(
+    name="constant", *, total_steps=TOTAL, history=None, mode="min", **section
+) -> Schedule:
+    keys = {
+        key: section.pop(key)
+        for key in ("per", "warmup", "warmup_start")
+        if key in section
+    }
     return build_schedule(
         ScheduleConfig(name=name, args=section, **keys),
         total_steps=total_steps,
@@ -56,12 +62,16 @@ REFERENCES = {
     ),
     "multi_step": (
         {"milestones": [9, 2, 4, 4], "gamma": 0.3},
-        lambda o, total: lr_scheduler.MultiStepLR(o, milestones=[2, 4, 4, 9], gamma=0.3),
+        lambda o, total: lr_scheduler.MultiStepLR(
+            o, milestones=[2, 4, 4, 9], gamma=0.3
+        ),
     ),
     "cosine": ({}, lambda o, total: lr_scheduler.CosineAnnealingLR(o, T_max=total)),
     "cosine, not to zero": (
         {"min_factor": 0.05},
-        lambda o, total: lr_scheduler.CosineAnnealingLR(o, T_max=total, eta_min=0.05 * BASE),
+        lambda o, total: lr_scheduler.CosineAnnealingLR(
+            o, T_max=total, eta_min=0.05 * BASE
+        ),
     ),
     "polynomial": (
         {"power": 2.5},
@@ -69,10 +79,17 @@ REFERENCES = {
     ),
     "one_cycle": (
         {},
-        lambda o, total: lr_scheduler.OneCycleLR(o, max_lr=BASE, total_steps=total, cycle_momentum=False),
+        lambda o, total: lr_scheduler.OneCycleLR(
+            o, max_lr=BASE, total_steps=total, cycle_momentum=False
+        ),
     ),
     "one_cycle, linear": (
-        {"pct_start": 0.45, "div_factor": 10, "final_div_factor": 50.0, "anneal": "linear"},
+        {
+            "pct_start": 0.45,
+            "div_factor": 10,
+            "final_div_factor": 50.0,
+            "anneal": "linear",
+        },
         lambda o, total: lr_scheduler.OneCycleLR(
             o,
             max_lr=BASE,
@@ -95,20 +112,27 @@ def test_equals_torch_over_a_whole_run(case, per, total_steps):
     arguments, make = REFERENCES[case]
     total = total_steps if per == "step" else math.ceil(total_steps / STEPS_PER_EPOCH)
     expected = torch_factors(lambda o: make(o, total), per=per, total_steps=total_steps)
-    ours = schedule(case.partition(",")[0], per=per, total_steps=total_steps, **arguments)
-    assert [ours.factor(k) for k in range(total_steps)] == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    ours = schedule(
+        case.partition(",")[0], per=per, total_steps=total_steps, **arguments
+    )
+    assert [ours.factor(k) for k in range(total_steps)] == pytest.approx(
+        expected, rel=1e-12, abs=1e-12
+    )
 
 
 def test_polynomial_with_a_floor_by_hand():
     ours = schedule("polynomial", per="step", power=2.0, min_factor=0.1, total_steps=10)
     assert ours.factor(5) == pytest.approx(0.1 + 0.9 * 0.25, abs=1e-15)
-    assert [ours.factor(10), ours.factor(11)] == [0.1, 0.1]  # it stays there past the end
+    # It stays there past the end.
+    assert [ours.factor(10), ours.factor(11)] == [0.1, 0.1]
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 3, 4])
 @pytest.mark.parametrize("pct_start", [0.0, 0.25, 0.5, 1.0])
 def test_one_cycle_of_a_very_short_run_is_defined(total_steps, pct_start):
-    ours = schedule("one_cycle", per="step", total_steps=total_steps, pct_start=pct_start)
+    ours = schedule(
+        "one_cycle", per="step", total_steps=total_steps, pct_start=pct_start
+    )
     factors = [ours.factor(k) for k in range(total_steps)]
     assert all(0 < factor <= 1 for factor in factors)
 
@@ -132,8 +156,14 @@ def test_plateau_equals_torch(arguments, mode):
     ours = schedule("plateau", history=history, mode=mode, **arguments)
     draw = random.Random(3)
     for evaluation in range(80):
-        value = math.nan if evaluation == 17 else draw.choice([1.0, 2.0, 2.1]) + draw.random() * 0.05
-        assert ours.factor(evaluation) == pytest.approx(inner.param_groups[0]["lr"] / BASE, rel=1e-12)
+        value = (
+            math.nan
+            if evaluation == 17
+            else draw.choice([1.0, 2.0, 2.1]) + draw.random() * 0.05
+        )
+        assert ours.factor(evaluation) == pytest.approx(
+            inner.param_groups[0]["lr"] / BASE, rel=1e-12
+        )
         inner.step()
         reference.step(value)
         history.append(value)
@@ -156,24 +186,41 @@ def test_plateau_follows_a_history_that_a_resume_replaces_or_shortens():
 def test_warmup_is_linear_in_steps_and_leaves_the_clock_alone():
     ours = schedule("step", step_size=1, gamma=0.5, warmup=2.0, warmup_start=0.2)
     for k in range(10):
-        assert ours.factor(k) == pytest.approx((0.2 + 0.8 * (k + 1) / 10) * 0.5 ** (k // 5), rel=1e-15)
+        assert ours.factor(k) == pytest.approx(
+            (0.2 + 0.8 * (k + 1) / 10) * 0.5 ** (k // 5), rel=1e-15
+        )
     assert ours.factor(10) == 0.5**2
     in_steps = schedule(per="step", warmup=3)
-    assert [in_steps.factor(k) for k in range(4)] == pytest.approx([1 / 3, 2 / 3, 1, 1], rel=1e-15)
+    assert [in_steps.factor(k) for k in range(4)] == pytest.approx(
+        [1 / 3, 2 / 3, 1, 1], rel=1e-15
+    )
     half_an_epoch = schedule(warmup=0.5)  # 2.5 steps, rounded to 2
     assert [half_an_epoch.factor(k) for k in range(3)] == [0.5, 1, 1]
 
 
-cases = [(name.partition(",")[0], arguments) for name, (arguments, _) in REFERENCES.items()]
+cases = [
+    (name.partition(",")[0], arguments) for name, (arguments, _) in REFERENCES.items()
+]
 
 
-@given(st.sampled_from([*cases, ("plateau", {"patience": 1})]), st.sampled_from(["epoch", "step"]), st.data())
+@given(
+    st.sampled_from([*cases, ("plateau", {"patience": 1})]),
+    st.sampled_from(["epoch", "step"]),
+    st.data(),
+)
 def test_a_factor_does_not_depend_on_earlier_calls(case, per, data):
     name, arguments = case
-    section = {"per": "epoch" if name == "plateau" else per, "warmup": 1.5, "history": [1.0] * 9, **arguments}
+    section = {
+        "per": "epoch" if name == "plateau" else per,
+        "warmup": 1.5,
+        "history": [1.0] * 9,
+        **arguments,
+    }
     order = data.draw(st.lists(st.integers(0, TOTAL - 1), max_size=30))
     ours = schedule(name, **section)
-    assert [ours.factor(k) for k in order] == [schedule(name, **section).factor(k) for k in order]
+    assert [ours.factor(k) for k in order] == [
+        schedule(name, **section).factor(k) for k in order
+    ]
 
 
 def halved_after(position: float, total: float, share: float = 0.5) -> float:
@@ -182,7 +229,10 @@ def halved_after(position: float, total: float, share: float = 0.5) -> float:
 
 def test_a_function_named_by_its_import_path():
     name = f"{__name__}.halved_after"
-    by_epoch, by_step = schedule(name, share=0.25), schedule(name, per="step", share=0.25, total_steps=16)
+    by_epoch, by_step = (
+        schedule(name, share=0.25),
+        schedule(name, per="step", share=0.25, total_steps=16),
+    )
     assert [by_epoch.factor(k) for k in (0, 14, 15)] == [1.0, 1.0, 0.5]
     assert [by_step.factor(k) for k in (0, 3, 4)] == [1.0, 1.0, 0.5]
     with pytest.raises(ConfigError) as error:
@@ -232,11 +282,16 @@ def test_a_wrong_argument_is_named_by_its_key(name, arguments, key):
 def test_what_the_header_shows():
     expected = "step: \N{MULTIPLICATION SIGN}0.1 every 7 epochs, warmup 1 epoch"
     assert schedule("step", warmup=1.0).describe() == expected
-    assert "warmup 3 steps from" in schedule(per="step", warmup=3.0, warmup_start=0.1).describe()
+    assert (
+        "warmup 3 steps from"
+        in schedule(per="step", warmup=3.0, warmup_start=0.1).describe()
+    )
     assert schedule().describe() == "constant"
 
 
-@pytest.mark.parametrize("name", ["step", "cosine", "one_cycle", "polynomial", "constant", "plateau"])
+@pytest.mark.parametrize(
+    "name", ["step", "cosine", "one_cycle", "polynomial", "constant", "plateau"]
+)
 def test_a_factor_costs_next_to_nothing(name):
     ours = schedule(name, warmup=20.0)
     seconds = min(timeit.repeat(lambda: ours.factor(31), number=1000, repeat=5)) / 1000

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.exact.seeding import device_seeder, key, mix_key, numpy_generator, preserved_cpu_generators, seed_cpu
+from trainer.exact.seeding import (
+    device_seeder,
+    key,
+    mix_key,
+    numpy_generator,
+    preserved_cpu_generators,
+    seed_cpu,
+)
 
 
 def test_keys_are_fixed_for_ever() -> None:
@@ -24,7 +31,11 @@ def test_keys_do_not_depend_on_the_process() -> None:
     code = "from trainer.exact.seeding import key; print(key(3, 'train', 4, 5))"
     printed = {
         subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed},
         ).stdout
         for seed in ("1", "2")
     }
@@ -40,8 +51,16 @@ def test_each_position_has_a_key_of_its_own() -> None:
         for j in range(30)
     ]
     assert len(set(keys)) == len(keys)
-    mixed_keys = [mix_key(key(0, "device"), step, index) for step in range(300) for index in range(30)]
-    assert len(set(mixed_keys)) == len({k & 0xFFFFFFFF for k in mixed_keys}) == len(mixed_keys)
+    mixed_keys = [
+        mix_key(key(0, "device"), step, index)
+        for step in range(300)
+        for index in range(30)
+    ]
+    assert (
+        len(set(mixed_keys))
+        == len({k & 0xFFFFFFFF for k in mixed_keys})
+        == len(mixed_keys)
+    )
     bits = np.array([[k >> b & 1 for b in range(64)] for k in mixed_keys]).mean(0)
     assert (abs(bits - 0.5) < 0.03).all()
 
@@ -74,4 +93,7 @@ def test_dropout_is_the_keys() -> None:
 
 
 def test_orders() -> None:
-    assert (numpy_generator(1, "order", 2).permutation(99) == numpy_generator(1, "order", 2).permutation(99)).all()
+    assert (
+        numpy_generator(1, "order", 2).permutation(99)
+        == numpy_generator(1, "order", 2).permutation(99)
+    ).all()

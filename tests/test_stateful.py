@@ -24,7 +24,9 @@ from trainer.storage.stateful import DTYPES, load_state, save_state
 
 def with_stateful(stateful: dict[str, dict[Any, Any]]) -> Checkpoint:
     weights = {"w": torch.ones(3)}
-    return Checkpoint(weights, {"momentum.w": torch.ones(3)}, {}, Progress(step=7), {}, stateful)
+    return Checkpoint(
+        weights, {"momentum.w": torch.ones(3)}, {}, Progress(step=7), {}, stateful
+    )
 
 
 def round_trip(directory: Path, state: dict[Any, Any]) -> dict[Any, Any]:
@@ -54,11 +56,19 @@ def assert_identical(actual: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES, key=str))
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3)])
-def test_tensors_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_tensors_come_back_bit_for_bit(
+    tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     count = math.prod(shape)
     size = torch.empty((), dtype=dtype).element_size()
-    raw = torch.randint(0, 2 if dtype == torch.bool else 256, (max(1, count * size),), dtype=torch.uint8)
-    tensor = raw.view(dtype)[:count].reshape(shape) if count > 1 else torch.ones(shape).to(dtype)
+    raw = torch.randint(
+        0, 2 if dtype == torch.bool else 256, (max(1, count * size),), dtype=torch.uint8
+    )
+    tensor = (
+        raw.view(dtype)[:count].reshape(shape)
+        if count > 1
+        else torch.ones(shape).to(dtype)
+    )
     state = {"tensor": tensor, "strided": torch.stack([tensor, tensor], -1)[..., 0]}
     assert_identical(round_trip(tmp_path, state), state)
 
@@ -90,11 +100,18 @@ def test_equal_paths_of_different_tensors_stay_apart(tmp_path: Path) -> None:
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text("ab.$'", max_size=3) | st.just(torch.arange(2)),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text("ab.$'", max_size=3)
+    | st.just(torch.arange(2)),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.lists(inner, max_size=3).map(tuple)
-        | st.dictionaries(st.text("ab.$'", max_size=3) | st.integers(-1, 1), inner, max_size=3)
+        | st.dictionaries(
+            st.text("ab.$'", max_size=3) | st.integers(-1, 1), inner, max_size=3
+        )
     ),
     max_leaves=12,
 )
@@ -102,7 +119,9 @@ VALUES = st.recursive(
 
 @given(state=st.dictionaries(st.text("ab.$'", max_size=3), VALUES, max_size=4))
 @settings(max_examples=60)
-def test_any_nesting_comes_back(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Any]) -> None:
+def test_any_nesting_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, state: dict[str, Any]
+) -> None:
     directory = tmp_path_factory.mktemp("state")
     save_state(directory, "thing", state)
     assert_identical(load_state(directory, "thing"), state)
@@ -124,7 +143,11 @@ def test_a_module_and_an_optimizer_go_on_where_they_were(tmp_path: Path) -> None
     module, optimizer = build()
     update(module, optimizer)
     path = checkpoint.save(
-        tmp_path, with_stateful({"average": module.state_dict(), "its-optimizer": optimizer.state_dict()}), keep=1
+        tmp_path,
+        with_stateful(
+            {"average": module.state_dict(), "its-optimizer": optimizer.state_dict()}
+        ),
+        keep=1,
     )
     stateful = checkpoint.load(path).stateful
     restored, restored_optimizer = build()
@@ -143,44 +166,76 @@ def test_a_flat_state_dict_keeps_its_names_in_the_file(tmp_path: Path) -> None:
 
 def test_what_is_saved_is_a_copy(tmp_path: Path) -> None:
     weights = torch.ones(4)
-    loaded = round_trip(tmp_path, {"whole": weights, "half": weights[:2], "same": weights})
-    assert_identical(loaded, {"whole": torch.ones(4), "half": torch.ones(2), "same": torch.ones(4)})
+    loaded = round_trip(
+        tmp_path, {"whole": weights, "half": weights[:2], "same": weights}
+    )
+    assert_identical(
+        loaded, {"whole": torch.ones(4), "half": torch.ones(2), "same": torch.ones(4)}
+    )
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (np.ones(2), '"list.0.key" is a numpy.ndarray; a checkpoint holds tensors, numbers'),
+        (
+            np.ones(2),
+            '"list.0.key" is a numpy.ndarray; a checkpoint holds tensors, numbers',
+        ),
         ({1, 2}, '"list.0.key" is a builtins.set'),
         (b"raw", '"list.0.key" is a builtins.bytes'),
-        ({(1, 2): 3}, r'"list.0.key" is a dict with the key \(1, 2\), which is neither text nor a whole number'),
-        (torch.ones(2).to_sparse(), '"list.0.key" is a tensor of torch.float32, torch.sparse_coo'),
-        (torch.ones(2, device="meta"), '"list.0.key" is a tensor of .* on meta; a checkpoint holds dense tensors'),
-        (torch.ones(2, dtype=torch.complex128), '"list.0.key" is a tensor of torch.complex128'),
+        (
+            {(1, 2): 3},
+            r'"list.0.key" is a dict with the key \(1, 2\), which is neither text nor a whole number',
+        ),
+        (
+            torch.ones(2).to_sparse(),
+            '"list.0.key" is a tensor of torch.float32, torch.sparse_coo',
+        ),
+        (
+            torch.ones(2, device="meta"),
+            '"list.0.key" is a tensor of .* on meta; a checkpoint holds dense tensors',
+        ),
+        (
+            torch.ones(2, dtype=torch.complex128),
+            '"list.0.key" is a tensor of torch.complex128',
+        ),
     ],
 )
-def test_a_value_that_cannot_be_stored_is_named(tmp_path: Path, value: Any, message: str) -> None:
+def test_a_value_that_cannot_be_stored_is_named(
+    tmp_path: Path, value: Any, message: str
+) -> None:
     checkpoint.save(tmp_path, with_stateful({"ema": {}}), keep=1)
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(LockstepError, match=f'the state of "ema" cannot be saved: {message}'):
-        checkpoint.save(tmp_path, with_stateful({"ema": {"list": [{"key": value}]}}), keep=1)
+    with pytest.raises(
+        LockstepError, match=f'the state of "ema" cannot be saved: {message}'
+    ):
+        checkpoint.save(
+            tmp_path, with_stateful({"ema": {"list": [{"key": value}]}}), keep=1
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_a_state_that_is_no_dict_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LockstepError, match=r'the state of "ema" cannot be saved: it is a builtins\.list; .* dicts'):
+    with pytest.raises(
+        LockstepError,
+        match=r'the state of "ema" cannot be saved: it is a builtins\.list; .* dicts',
+    ):
         save_state(tmp_path, "ema", [1, 2])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "ä", "-dash"])
 def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(LockstepError, match="cannot name files in a checkpoint; use letters, digits"):
+    with pytest.raises(
+        LockstepError, match="cannot name files in a checkpoint; use letters, digits"
+    ):
         checkpoint.save(tmp_path, with_stateful({name: {}}), keep=1)
 
 
 @pytest.mark.parametrize("name", ["model", "optimizer", "State", "manifest"])
 def test_a_name_of_the_checkpoints_own_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(LockstepError, match=f'"{name}" names a file that every checkpoint has'):
+    with pytest.raises(
+        LockstepError, match=f'"{name}" names a file that every checkpoint has'
+    ):
         checkpoint.save(tmp_path, with_stateful({name: {}}), keep=1)
 
 
@@ -191,21 +246,34 @@ def test_names_that_differ_in_case_only_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ema-1.0_b.safetensors", "ema-1.0_b.json"])
 @pytest.mark.parametrize("damage", ["flip", "remove"])
-def test_the_manifest_covers_these_files(tmp_path: Path, name: str, damage: str) -> None:
-    path = checkpoint.save(tmp_path, with_stateful({"ema-1.0_b": {"w": torch.ones(2), "n": 1}}), keep=1)
+def test_the_manifest_covers_these_files(
+    tmp_path: Path, name: str, damage: str
+) -> None:
+    path = checkpoint.save(
+        tmp_path, with_stateful({"ema-1.0_b": {"w": torch.ones(2), "n": 1}}), keep=1
+    )
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["files"][name] == file_sha256(path / name)
     content = (path / name).read_bytes()
     (path / name).unlink()
     if damage == "flip":
-        (path / name).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        (path / name).write_bytes(
+            content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
+        )
     with pytest.raises(LockstepError, match=str(path)):
         checkpoint.load(path)
 
 
-def test_a_checkpoint_without_such_objects_has_no_more_files_than_before(tmp_path: Path) -> None:
+def test_a_checkpoint_without_such_objects_has_no_more_files_than_before(
+    tmp_path: Path,
+) -> None:
     path = checkpoint.save(tmp_path, with_stateful({}), keep=1)
-    names = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    names = [
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
     assert sorted(file.name for file in path.iterdir()) == names
     assert "stateful" not in json.loads((path / "state.json").read_text())
     assert checkpoint.load(path).stateful == {}

@@ -22,7 +22,9 @@ def _handlers() -> Iterator[None]:
     def act(number: int, _: FrameType | None) -> None:
         raise AtOnceError(number)
 
-    before = {number: signal.signal(number, act) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {
+        number: signal.signal(number, act) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -33,7 +35,9 @@ def send(number: int) -> None:
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_a_launcher_and_an_agent_that_both_ask_for_the_stop_do_not_cut_it_short(first: int) -> None:
+def test_a_launcher_and_an_agent_that_both_ask_for_the_stop_do_not_cut_it_short(
+    first: int,
+) -> None:
     with StopRequest(Ranks("fp32")) as stop:
         assert not stop.agreed()
         for number in (first, signal.SIGTERM, signal.SIGTERM):

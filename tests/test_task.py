@@ -12,9 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import IGNORED, Images, Points, config, conv_net, fitted, mlp, state
+from tests.distributed.small import (
+    IGNORED,
+    Images,
+    Points,
+    config,
+    conv_net,
+    fitted,
+    mlp,
+    state,
+)
 from trainer import Task, Trainer, WeightedSum
-from trainer.components.task import NegativeLogLikelihood, as_task, as_weighted_sum, build_task
+from trainer.components.task import (
+    NegativeLogLikelihood,
+    as_task,
+    as_weighted_sum,
+    build_task,
+)
 from trainer.components.torch_losses import REFUSED
 from trainer.config.schema import LossConfig
 from trainer.errors import ConfigError, DataError
@@ -25,7 +39,9 @@ def task(name: str, num_classes: int | None = None, **args: Any) -> Task:
 
 
 def draw(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64
+    )
 
 
 def labels(*shape: int, ignored: bool = False) -> Tensor:
@@ -43,13 +59,21 @@ WEIGHTS = [0.1, 2.0, 1.0, 0.0, 5.0]
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("shape", [(11,), (3, 4, 6)])
-def test_cross_entropy_is_torchs_mean(smoothing: float, weights: Any, ignored: bool, shape: tuple[int, ...]) -> None:
+def test_cross_entropy_is_torchs_mean(
+    smoothing: float, weights: Any, ignored: bool, shape: tuple[int, ...]
+) -> None:
     output, targets = draw(shape[0], 5, *shape[1:]), labels(*shape, ignored=ignored)
     options: dict[str, Any] = {"ignore_index": -7} if ignored else {}
-    ours = task("cross_entropy", 5, label_smoothing=smoothing, class_weights=weights, **options)
+    ours = task(
+        "cross_entropy", 5, label_smoothing=smoothing, class_weights=weights, **options
+    )
     total, weight = ours.loss_sum(output, targets)
-    torch_weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
-    theirs = nn.CrossEntropyLoss(torch_weights, label_smoothing=smoothing, **options)(output, targets)
+    torch_weights = (
+        None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    )
+    theirs = nn.CrossEntropyLoss(torch_weights, label_smoothing=smoothing, **options)(
+        output, targets
+    )
     assert float(total / weight) == pytest.approx(float(theirs), rel=1e-12)
     counted = targets != -7
     accuracy, count = ours.metric_sums(output, targets)["accuracy"]
@@ -60,7 +84,9 @@ def test_cross_entropy_is_torchs_mean(smoothing: float, weights: Any, ignored: b
 def test_soft_targets() -> None:
     output, targets = draw(9, 5), draw(9, 5).softmax(1)
     total, weight = task("cross_entropy").loss_sum(output, targets)
-    assert float(total / weight) == pytest.approx(float(nn.functional.cross_entropy(output, targets)), rel=1e-12)
+    assert float(total / weight) == pytest.approx(
+        float(nn.functional.cross_entropy(output, targets)), rel=1e-12
+    )
     accuracy, _ = task("cross_entropy").metric_sums(output, targets)["accuracy"]
     assert int(accuracy) == int((output.argmax(1) == targets.argmax(1)).sum())
 
@@ -76,7 +102,8 @@ def test_top_k() -> None:
     sums = task("cross_entropy", top_k=[2, 9]).metric_sums(output, targets)
     assert list(sums) == list(task("cross_entropy", top_k=[2, 9]).metrics)
     by_hand = sum(
-        int(label) in row.argsort(descending=True)[:2].tolist() for row, label in zip(output, targets, strict=True)
+        int(label) in row.argsort(descending=True)[:2].tolist()
+        for row, label in zip(output, targets, strict=True)
     )
     assert int(sums["top2_accuracy"][0]) == by_hand
     assert int(sums["top9_accuracy"][0]) == 50
@@ -91,14 +118,20 @@ def test_top_k() -> None:
     ],
 )
 @pytest.mark.parametrize("shape", [(8, 1), (8, 3), (4, 2, 3, 3)])
-def test_losses_between_equal_shapes(name: str, theirs: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+def test_losses_between_equal_shapes(
+    name: str, theirs: Callable[..., Tensor], shape: tuple[int, ...]
+) -> None:
     output, targets = draw(*shape), draw(*shape).sigmoid()
     ours = task(name)
     total, weight = ours.loss_sum(output, targets)
-    assert float(total / weight) == pytest.approx(float(theirs(output, targets)), rel=1e-12)
+    assert float(total / weight) == pytest.approx(
+        float(theirs(output, targets)), rel=1e-12
+    )
     if "mae" in ours.metrics:
         error, count = ours.metric_sums(output, targets)["mae"]
-        assert float(error / count) == pytest.approx(float((output - targets).abs().mean()), rel=1e-12)
+        assert float(error / count) == pytest.approx(
+            float((output - targets).abs().mean()), rel=1e-12
+        )
 
 
 def test_a_column_against_a_row_is_no_table() -> None:
@@ -106,20 +139,48 @@ def test_a_column_against_a_row_is_no_table() -> None:
     output, targets = draw(8, 1), draw(8)
     total, weight = task("mse").loss_sum(output, targets)
     assert weight == 8
-    assert float(total) == pytest.approx(float(((output[:, 0] - targets) ** 2).sum()), rel=1e-12)
-    with pytest.raises(ConfigError, match=r"loss\.name: the model gives \(8, 3\) for targets of shape \(8,\)"):
+    assert float(total) == pytest.approx(
+        float(((output[:, 0] - targets) ** 2).sum()), rel=1e-12
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"loss\.name: the model gives \(8, 3\) for targets of shape \(8,\)",
+    ):
         task("mse").loss_sum(draw(8, 3), targets)
 
 
 def test_what_cross_entropy_cannot_use_is_said() -> None:
-    with pytest.raises(DataError, match=r"target 3 is out of bounds: the model gives 3 classes, 0 to 2"):
+    with pytest.raises(
+        DataError, match=r"target 3 is out of bounds: the model gives 3 classes, 0 to 2"
+    ):
         task("cross_entropy").loss_sum(draw(2, 3), torch.tensor([0, 3]))
-    with pytest.raises(ConfigError, match=r"loss\.name: cross_entropy needs one tensor of scores, .* gives a dict"):
+    with pytest.raises(
+        ConfigError,
+        match=r"loss\.name: cross_entropy needs one tensor of scores, .* gives a dict",
+    ):
         task("cross_entropy").loss_sum({"out": draw(2, 3)}, torch.tensor([0, 2]))
 
 
-SIGNS = torch.tensor([[1.0, -1.0], [-1.0, -1.0], [1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
-LABEL_SETS = torch.tensor([[3, 0, -1, 1, 1], [2, -1, 0, 0, 0], [4, 3, 2, 1, 0], [-1, 1, 1, 1, 1], [0, 1, -1, 2, 2]])
+SIGNS = torch.tensor(
+    [
+        [1.0, -1.0],
+        [-1.0, -1.0],
+        [1.0, 1.0],
+        [-1.0, 1.0],
+        [1.0, -1.0],
+        [1.0, 1.0],
+        [-1.0, 1.0],
+    ]
+)
+LABEL_SETS = torch.tensor(
+    [
+        [3, 0, -1, 1, 1],
+        [2, -1, 0, 0, 0],
+        [4, 3, 2, 1, 0],
+        [-1, 1, 1, 1, 1],
+        [0, 1, -1, 2, 2],
+    ]
+)
 CLASS_WEIGHTS = torch.tensor(WEIGHTS, dtype=torch.float64)
 SMALL_WEIGHTS = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
 ABOVE_ZERO = (draw(7, 3) > 0).double()
@@ -151,39 +212,147 @@ TORCH_LOSSES: list[Case] = [
     (nn.L1Loss(), draw(7, 3), draw(7, 3).sin(), "mae", absolute_error),
     (nn.MSELoss(), draw(7, 3), draw(7, 3).sin(), "mae", absolute_error),
     (nn.SmoothL1Loss(beta=0.3), draw(7, 3), draw(7, 3).sin(), "mae", absolute_error),
-    (nn.HuberLoss(delta=0.3), draw(7, 2, 3), draw(7, 2, 3).sin(), "mae", absolute_error),
-    (nn.PoissonNLLLoss(), draw(7, 3), draw(7, 3).exp(), "mae", lambda o, t: absolute_error(o.exp(), t)),
-    (nn.PoissonNLLLoss(log_input=False, full=True), draw(7, 3).exp(), draw(7, 3).abs(), "mae", absolute_error),
-    (nn.KLDivLoss(), draw(7, 3).log_softmax(1), draw(7, 3).sin().softmax(1), "mae", None),
-    (nn.KLDivLoss("batchmean"), draw(7, 3).log_softmax(1), draw(7, 3).sin().softmax(1), "mae", None),
-    (nn.KLDivLoss(log_target=True), draw(7, 3).log_softmax(1), draw(7, 3).sin().log_softmax(1), "mae", None),
+    (
+        nn.HuberLoss(delta=0.3),
+        draw(7, 2, 3),
+        draw(7, 2, 3).sin(),
+        "mae",
+        absolute_error,
+    ),
+    (
+        nn.PoissonNLLLoss(),
+        draw(7, 3),
+        draw(7, 3).exp(),
+        "mae",
+        lambda o, t: absolute_error(o.exp(), t),
+    ),
+    (
+        nn.PoissonNLLLoss(log_input=False, full=True),
+        draw(7, 3).exp(),
+        draw(7, 3).abs(),
+        "mae",
+        absolute_error,
+    ),
+    (
+        nn.KLDivLoss(),
+        draw(7, 3).log_softmax(1),
+        draw(7, 3).sin().softmax(1),
+        "mae",
+        None,
+    ),
+    (
+        nn.KLDivLoss("batchmean"),
+        draw(7, 3).log_softmax(1),
+        draw(7, 3).sin().softmax(1),
+        "mae",
+        None,
+    ),
+    (
+        nn.KLDivLoss(log_target=True),
+        draw(7, 3).log_softmax(1),
+        draw(7, 3).sin().log_softmax(1),
+        "mae",
+        None,
+    ),
     (nn.BCELoss(), draw(7, 3).sigmoid(), ABOVE_ZERO.flip(0), "accuracy", right_halves),
-    (nn.BCELoss(SMALL_WEIGHTS), draw(7, 3).sigmoid(), ABOVE_ZERO.flip(0), "accuracy", right_halves),
+    (
+        nn.BCELoss(SMALL_WEIGHTS),
+        draw(7, 3).sigmoid(),
+        ABOVE_ZERO.flip(0),
+        "accuracy",
+        right_halves,
+    ),
     (nn.BCEWithLogitsLoss(), draw(7, 3), ABOVE_ZERO.flip(0), "accuracy", right_signs),
-    (nn.BCEWithLogitsLoss(SMALL_WEIGHTS, pos_weight=SMALL_WEIGHTS * 3), draw(7, 3), ABOVE_ZERO, "accuracy", None),
+    (
+        nn.BCEWithLogitsLoss(SMALL_WEIGHTS, pos_weight=SMALL_WEIGHTS * 3),
+        draw(7, 3),
+        ABOVE_ZERO,
+        "accuracy",
+        None,
+    ),
     (nn.SoftMarginLoss(), draw(7, 2), SIGNS, "accuracy", right_signs),
     (nn.HingeEmbeddingLoss(margin=0.4), draw(7, 2).abs(), SIGNS, "", None),
-    (nn.MultiLabelSoftMarginLoss(), draw(7, 3), ABOVE_ZERO.flip(0), "accuracy", right_signs),
-    (nn.MultiLabelSoftMarginLoss(SMALL_WEIGHTS), draw(7, 3), ABOVE_ZERO, "accuracy", None),
+    (
+        nn.MultiLabelSoftMarginLoss(),
+        draw(7, 3),
+        ABOVE_ZERO.flip(0),
+        "accuracy",
+        right_signs,
+    ),
+    (
+        nn.MultiLabelSoftMarginLoss(SMALL_WEIGHTS),
+        draw(7, 3),
+        ABOVE_ZERO,
+        "accuracy",
+        None,
+    ),
     (nn.MultiLabelMarginLoss(), draw(5, 5), LABEL_SETS, "", None),
     (nn.MultiMarginLoss(), draw(7, 5), labels(7), "accuracy", right_class),
-    (nn.MultiMarginLoss(p=2, margin=0.7, weight=CLASS_WEIGHTS), draw(7, 5), labels(7), "accuracy", right_class),
+    (
+        nn.MultiMarginLoss(p=2, margin=0.7, weight=CLASS_WEIGHTS),
+        draw(7, 5),
+        labels(7),
+        "accuracy",
+        right_class,
+    ),
     (nn.CrossEntropyLoss(), draw(7, 5), labels(7), "accuracy", right_class),
-    (nn.CrossEntropyLoss(label_smoothing=0.2), draw(7, 5, 4), labels(7, 4), "accuracy", right_class),
+    (
+        nn.CrossEntropyLoss(label_smoothing=0.2),
+        draw(7, 5, 4),
+        labels(7, 4),
+        "accuracy",
+        right_class,
+    ),
     (nn.CrossEntropyLoss(), draw(7, 5), draw(7, 5).sin().softmax(1), "accuracy", None),
-    (nn.CrossEntropyLoss(CLASS_WEIGHTS), draw(7, 5), draw(7, 5).sin().softmax(1), "accuracy", None),
-    (nn.CrossEntropyLoss(CLASS_WEIGHTS, ignore_index=-7), draw(9, 5), labels(9, ignored=True), "accuracy", None),
-    (nn.CrossEntropyLoss(ignore_index=-7, label_smoothing=0.2), draw(9, 5), labels(9, ignored=True), "accuracy", None),
+    (
+        nn.CrossEntropyLoss(CLASS_WEIGHTS),
+        draw(7, 5),
+        draw(7, 5).sin().softmax(1),
+        "accuracy",
+        None,
+    ),
+    (
+        nn.CrossEntropyLoss(CLASS_WEIGHTS, ignore_index=-7),
+        draw(9, 5),
+        labels(9, ignored=True),
+        "accuracy",
+        None,
+    ),
+    (
+        nn.CrossEntropyLoss(ignore_index=-7, label_smoothing=0.2),
+        draw(9, 5),
+        labels(9, ignored=True),
+        "accuracy",
+        None,
+    ),
     (nn.NLLLoss(), draw(7, 5).log_softmax(1), labels(7), "accuracy", right_class),
-    (nn.NLLLoss(CLASS_WEIGHTS), draw(7, 5, 4).log_softmax(1), labels(7, 4), "accuracy", right_class),
-    (nn.NLLLoss(CLASS_WEIGHTS, ignore_index=-7), draw(9, 5).log_softmax(1), labels(9, ignored=True), "accuracy", None),
+    (
+        nn.NLLLoss(CLASS_WEIGHTS),
+        draw(7, 5, 4).log_softmax(1),
+        labels(7, 4),
+        "accuracy",
+        right_class,
+    ),
+    (
+        nn.NLLLoss(CLASS_WEIGHTS, ignore_index=-7),
+        draw(9, 5).log_softmax(1),
+        labels(9, ignored=True),
+        "accuracy",
+        None,
+    ),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
-@pytest.mark.parametrize("case", TORCH_LOSSES, ids=[str(case[0]) for case in TORCH_LOSSES])
+@pytest.mark.filterwarnings(
+    "ignore:reduction. 'mean' divides the total loss:UserWarning"
+)
+@pytest.mark.parametrize(
+    "case", TORCH_LOSSES, ids=[str(case[0]) for case in TORCH_LOSSES]
+)
 @pytest.mark.parametrize("reduction", ["as given", "sum"])
-def test_a_loss_of_torch_is_its_mean_over_micro_batches_of_any_size(case: Case, reduction: str) -> None:
+def test_a_loss_of_torch_is_its_mean_over_micro_batches_of_any_size(
+    case: Case, reduction: str
+) -> None:
     loss, output, targets, metric, measure = case
     expected = float(loss(output, targets))
     original: Any = copy.deepcopy(loss)
@@ -194,9 +363,14 @@ def test_a_loss_of_torch_is_its_mean_over_micro_batches_of_any_size(case: Case, 
     assert original.reduction == before  # it was copied
     assert ours.metrics == ((metric,) if metric else ())
 
-    totals: dict[str, list[float]] = {name: [0.0, 0.0] for name in ("loss", *ours.metrics)}
+    totals: dict[str, list[float]] = {
+        name: [0.0, 0.0] for name in ("loss", *ours.metrics)
+    }
     for part in ([0, 1, 2], [3], list(range(4, len(output)))):
-        sums = {"loss": ours.loss_sum(output[part], targets[part]), **ours.metric_sums(output[part], targets[part])}
+        sums = {
+            "loss": ours.loss_sum(output[part], targets[part]),
+            **ours.metric_sums(output[part], targets[part]),
+        }
         assert sums.keys() == totals.keys()
         for name, pair in sums.items():
             assert isinstance(pair, WeightedSum)
@@ -220,13 +394,19 @@ def test_a_loss_of_torch_by_its_import_path() -> None:
     assert shares is not None and torch.equal(shares, output.softmax(1))
     log_shares = task("torch.nn.NLLLoss").probabilities(output.log_softmax(1))
     assert log_shares is not None and torch.allclose(log_shares, shares, rtol=1e-12)
-    total, weight = task("torch.nn.BCEWithLogitsLoss", pos_weight=[1.0, 2.0, 3.0]).loss_sum(draw(7, 3), ABOVE_ZERO)
-    theirs = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0]).double())(draw(7, 3), ABOVE_ZERO)
+    total, weight = task(
+        "torch.nn.BCEWithLogitsLoss", pos_weight=[1.0, 2.0, 3.0]
+    ).loss_sum(draw(7, 3), ABOVE_ZERO)
+    theirs = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0]).double())(
+        draw(7, 3), ABOVE_ZERO
+    )
     assert float(total / weight) == pytest.approx(float(theirs), rel=1e-12)
     batch_mean = task("torch.nn.KLDivLoss", reduction="batchmean")
     assert batch_mean.loss_sum(draw(7, 3), draw(7, 3).softmax(1))[1] == 7
     # torch's old arguments say the same as `reduction`, and would overrule it.
-    assert task("torch.nn.MSELoss", size_average=True).loss_sum(torch.ones(4), torch.zeros(4)) == (4, 4)
+    assert task("torch.nn.MSELoss", size_average=True).loss_sum(
+        torch.ones(4), torch.zeros(4)
+    ) == (4, 4)
 
 
 class Focal(nn.CrossEntropyLoss):
@@ -261,13 +441,22 @@ class Learned(nn.MSELoss):
 
 def test_losses_of_ones_own() -> None:
     for arguments in ({}, {"reduction": "mean"}, {"reduction": "sum"}):
-        total, weight = task(f"{__name__}.Inner", **arguments).loss_sum(torch.ones(4, 2), torch.zeros(4, 2))
+        total, weight = task(f"{__name__}.Inner", **arguments).loss_sum(
+            torch.ones(4, 2), torch.zeros(4, 2)
+        )
         assert (float(total), weight) == (8.0, 8)
-    with pytest.raises(ConfigError, match="targets are class ids"):  # not torch's cross-entropy any more
+    # Not torch's cross-entropy any more.
+    with pytest.raises(ConfigError, match="targets are class ids"):
         task(f"{__name__}.Focal").loss_sum(draw(7, 5), labels(7))
-    with pytest.raises(ConfigError, match=r"loss\.name: MeanOrSum has no `reduction`.*write a trainer\.Task"):
+    with pytest.raises(
+        ConfigError,
+        match=r"loss\.name: MeanOrSum has no `reduction`.*write a trainer\.Task",
+    ):
         as_task(MeanOrSum())
-    with pytest.raises(ConfigError, match=r"loss\.name: Learned has parameters, and only the model's are trained"):
+    with pytest.raises(
+        ConfigError,
+        match=r"loss\.name: Learned has parameters, and only the model's are trained",
+    ):
         task(f"{__name__}.Learned")
 
 
@@ -280,20 +469,30 @@ def test_losses_of_ones_own() -> None:
         (nn.TripletMarginWithDistanceLoss(), "compares three outputs"),
         (nn.GaussianNLLLoss(), "needs a variance"),
         (nn.CTCLoss(), "needs the lengths"),
-        (nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5]), "is a layer with weights of its own"),
+        (
+            nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5]),
+            "is a layer with weights of its own",
+        ),
     ],
 )
-def test_a_loss_of_more_than_an_output_and_its_targets_is_refused_by_name(loss: nn.Module, reason: str) -> None:
+def test_a_loss_of_more_than_an_output_and_its_targets_is_refused_by_name(
+    loss: nn.Module, reason: str
+) -> None:
     name = type(loss).__name__
     for refused in (lambda: as_task(loss), lambda: task(f"torch.nn.{name}")):
-        with pytest.raises(ConfigError, match=rf"^loss\.name: torch\.nn\.{name} {reason}.*write a trainer\.Task"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"^loss\.name: torch\.nn\.{name} {reason}.*write a trainer\.Task",
+        ):
             refused()
 
 
 @pytest.mark.filterwarnings("ignore:`NLLLoss2d` has been deprecated:FutureWarning")
 def test_every_loss_of_torch_is_either_a_task_or_refused() -> None:
     supported = {type(row[0]).__name__ for row in TORCH_LOSSES}
-    assert supported | REFUSED.keys() >= set(torch.nn.modules.loss.__all__) - {"NLLLoss2d"}
+    assert supported | REFUSED.keys() >= set(torch.nn.modules.loss.__all__) - {
+        "NLLLoss2d"
+    }
     assert isinstance(as_task(nn.NLLLoss2d()), NegativeLogLikelihood)  # type: ignore[attr-defined]
 
 
@@ -302,13 +501,21 @@ def test_what_is_given_as_a_task() -> None:
     ours = build_task(LossConfig(name="cross_entropy"), 5)
     assert as_task(ours) is ours
     for loss, message in (
-        (nn.CrossEntropyLoss, r"CrossEntropyLoss is a class; give an object of it, CrossEntropyLoss\(…\)"),
-        (nn.functional.mse_loss, "mse_loss is a function; give a trainer.Task or a loss such as torch.nn.Cross"),
+        (
+            nn.CrossEntropyLoss,
+            r"CrossEntropyLoss is a class; give an object of it, CrossEntropyLoss\(…\)",
+        ),
+        (
+            nn.functional.mse_loss,
+            "mse_loss is a function; give a trainer.Task or a loss such as torch.nn.Cross",
+        ),
         (3, "3 is a int; give a trainer.Task"),
     ):
         with pytest.raises(ConfigError, match=f"^task: {message}"):
             as_task(loss)
-    with pytest.raises(ConfigError, match=r"loss\.reduction: \"none\" is not one of mean, sum"):
+    with pytest.raises(
+        ConfigError, match=r"loss\.reduction: \"none\" is not one of mean, sum"
+    ):
         as_task(nn.MSELoss(reduction="none"))
     with pytest.raises(ConfigError, match=r"loss\.weight: 5 weights for 4 classes"):
         as_task(nn.CrossEntropyLoss(CLASS_WEIGHTS), 4)
@@ -318,10 +525,16 @@ def test_a_pair_is_a_weighted_sum_and_a_mean_is_not() -> None:
     pair = (torch.tensor(3.0), 4)
     assert as_weighted_sum(pair) == WeightedSum(*pair) == pair
     for value, message in (
-        (torch.tensor(3.0), r"loss_sum returned a Tensor; return trainer\.WeightedSum\(total, weight\)"),
+        (
+            torch.tensor(3.0),
+            r"loss_sum returned a Tensor; return trainer\.WeightedSum\(total, weight\)",
+        ),
         ((torch.ones(3), 3), r"returned a tensor \(3,\) as the total; sum it"),
         ((1.5, 3), "returned a float as the total"),
-        ((torch.tensor(3.0), 2.0), "returned a float as the weight; give an int or a 0-dim tensor"),
+        (
+            (torch.tensor(3.0), 2.0),
+            "returned a float as the weight; give an int or a 0-dim tensor",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             as_weighted_sum(value)
@@ -334,14 +547,20 @@ def test_the_weight_of_ignored_targets_selects_nothing() -> None:
     weigh = task("cross_entropy", ignore_index=-7, class_weights=WEIGHTS)
     with torch.profiler.profile() as profile:
         _, weight = weigh.loss_sum(output, targets)
-    assert float(weight) == pytest.approx(float(CLASS_WEIGHTS[targets[targets != -7]].sum()), rel=1e-12)
+    assert float(weight) == pytest.approx(
+        float(CLASS_WEIGHTS[targets[targets != -7]].sum()), rel=1e-12
+    )
     assert "aten::nonzero" not in {event.key for event in profile.key_averages()}
 
 
 def test_positive_weights() -> None:
     output, targets = draw(6, 3), (draw(6, 3) > 0).double()
-    total, weight = task("bce_with_logits", pos_weight=[1.0, 2.0, 3.0]).loss_sum(output, targets)
-    theirs = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0]).double())(output, targets)
+    total, weight = task("bce_with_logits", pos_weight=[1.0, 2.0, 3.0]).loss_sum(
+        output, targets
+    )
+    theirs = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0]).double())(
+        output, targets
+    )
     assert float(total / weight) == pytest.approx(float(theirs), rel=1e-12)
 
 
@@ -349,8 +568,16 @@ def test_positive_weights() -> None:
     ("name", "args", "message"),
     [
         ("cross_entropi", {}, 'did you mean "cross_entropy"'),
-        ("cross_entropy", {"label_smoothing": 1.5}, "loss.label_smoothing: 1.5 is not in"),
-        ("cross_entropy", {"class_weights": [1.0]}, "loss.class_weights: 1 weights for 5 classes"),
+        (
+            "cross_entropy",
+            {"label_smoothing": 1.5},
+            "loss.label_smoothing: 1.5 is not in",
+        ),
+        (
+            "cross_entropy",
+            {"class_weights": [1.0]},
+            "loss.class_weights: 1 weights for 5 classes",
+        ),
         ("cross_entropy", {"ignore": 3}, 'did you mean "ignore_index"'),
         ("math.sqrt", {}, "loss"),
     ],
@@ -361,7 +588,9 @@ def test_mistakes(name: str, args: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
-def trained(directory: Path, task: Any, **changes: Any) -> tuple[dict[str, Tensor], str]:
+def trained(
+    directory: Path, task: Any, **changes: Any
+) -> tuple[dict[str, Tensor], str]:
     """A short run's weights, and the loss's name in its config."""
     settings = config(directory, train__epochs=1, batch__micro_size=5, **changes)
     trainer = fitted(settings, mlp(), train_data=Points(), val_data=Points(), task=task)
@@ -377,8 +606,12 @@ def test_a_loss_of_torch_trains_as_the_short_name_does(tmp_path: Path) -> None:
     assert name == "cross_entropy"
     given = nn.CrossEntropyLoss(ignore_index=IGNORED)
     by_name = {"loss__name": "torch.nn.CrossEntropyLoss", **ignored}
-    for number, (ranks, task, more) in enumerate([(1, given, {}), (2, given, {}), (2, None, by_name)]):
-        weights, name = on_ranks(ranks, trained, tmp_path / str(number), task, **best, **more)[0]
+    for number, (ranks, task, more) in enumerate(
+        [(1, given, {}), (2, given, {}), (2, None, by_name)]
+    ):
+        weights, name = on_ranks(
+            ranks, trained, tmp_path / str(number), task, **best, **more
+        )[0]
         assert name.endswith("CrossEntropyLoss")
         for key, tensor in expected.items():
             assert torch.allclose(weights[key], tensor, rtol=1e-10, atol=1e-12)
@@ -386,10 +619,20 @@ def test_a_loss_of_torch_trains_as_the_short_name_does(tmp_path: Path) -> None:
 
 def refusal(directory: Path, task: Any) -> str:
     with pytest.raises(ConfigError) as caught:
-        Trainer(config(directory), model=conv_net(), train_data=Images(), val_data=Images(), task=task)
+        Trainer(
+            config(directory),
+            model=conv_net(),
+            train_data=Images(),
+            val_data=Images(),
+            task=task,
+        )
     return str(caught.value)
 
 
 def test_a_class_or_a_function_as_a_task_is_one_clear_error(tmp_path: Path) -> None:
-    assert on_ranks(1, refusal, tmp_path, nn.CrossEntropyLoss)[0].startswith("task: CrossEntropyLoss is a class; give")
-    assert on_ranks(1, refusal, tmp_path, nn.functional.mse_loss)[0].startswith("task: mse_loss is a function; give")
+    assert on_ranks(1, refusal, tmp_path, nn.CrossEntropyLoss)[0].startswith(
+        "task: CrossEntropyLoss is a class; give"
+    )
+    assert on_ranks(1, refusal, tmp_path, nn.functional.mse_loss)[0].startswith(
+        "task: mse_loss is a function; give"
+    )

@@ -31,7 +31,9 @@ def root_level(count: int) -> int:
 
 
 @given(st.integers(1, 70), st.data())
-def test_any_sharing_out_makes_the_same_additions(count: int, data: st.DataObject) -> None:
+def test_any_sharing_out_makes_the_same_additions(
+    count: int, data: st.DataObject
+) -> None:
     bounds = sorted(data.draw(st.lists(st.integers(0, count), max_size=9)))
     whole: TreeSum[str] = TreeSum(count, add)
     for first, end in itertools.pairwise([0, *bounds, count]):

@@ -37,8 +37,16 @@ def run(tmp_path):
     """Run a script in `tmp_path`, which is its home too; returns what it reported and what it printed."""
 
     def run_script(script, **environment):
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
-        home = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "WANDB_ERROR_REPORTING": "false"}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("WANDB_", "NETRC"))
+        }
+        home = {
+            "HOME": str(tmp_path),
+            "XDG_CONFIG_HOME": str(tmp_path),
+            "WANDB_ERROR_REPORTING": "false",
+        }
         process = subprocess.run(
             [sys.executable, "-c", PREAMBLE + script],
             cwd=tmp_path,
@@ -49,7 +57,9 @@ def run(tmp_path):
             check=False,
         )
         assert process.returncode == 0, process.stderr
-        return json.loads((tmp_path / "facts.json").read_text()), process.stdout + process.stderr
+        return json.loads(
+            (tmp_path / "facts.json").read_text()
+        ), process.stdout + process.stderr
 
     return run_script
 
@@ -62,7 +72,8 @@ def records(path: Path):
     position = 7
     parts = []
     while position + 7 <= len(data):
-        if (left := 32768 - position % 32768) < 7:  # a block's end too short for a record's header
+        # A block's end too short for a record's header.
+        if (left := 32768 - position % 32768) < 7:
             position += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
@@ -78,8 +89,13 @@ def records(path: Path):
 def rows(path: Path):
     for record in records(path):
         if record.HasField("history"):
-            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-            yield {name: value for name, value in items.items() if not name.startswith("_")}
+            items = {
+                item.key or item.nested_key[0]: json.loads(item.value_json)
+                for item in record.history.item
+            }
+            yield {
+                name: value for name, value in items.items() if not name.startswith("_")
+            }
 
 
 @pytest.mark.fresh_process  # imports W&B's client, and no torch
@@ -104,29 +120,46 @@ report(ids=[first.id, again.id], described=first.describe())
     assert facts["ids"][0] == facts["ids"][1]
     assert facts["described"] == "offline (nobody is logged in), files in run/wandb"
 
-    first, again = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"), key=os.path.getmtime)
+    first, again = sorted(
+        (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"), key=os.path.getmtime
+    )
     logged = list(rows(first))
     assert logged[0] == {"step": 10, "train/loss": 0.1, "lr": 1e-05}
     assert logged[1]["step"] == 20 and math.isnan(logged[1]["train/loss"])
     assert len(logged) == 3 and "figures/curves" in logged[2]
     assert len(list(first.parent.glob("files/media/images/figures/*.png"))) == 1
-    assert list(rows(again)) == [{"step": 15, "val/loss": 2}]  # an older step is a value like any other
+    # An older step is a value like any other.
+    assert list(rows(again)) == [{"step": 15, "val/loss": 2}]
 
     (started,) = [record.run for record in records(first) if record.HasField("run")]
     assert (started.run_id, started.display_name) == (facts["ids"][0], "first")
-    assert (started.project, started.run_group, list(started.tags)) == ("things", "g", ["t"])
+    assert (started.project, started.run_group, list(started.tags)) == (
+        "things",
+        "g",
+        ["t"],
+    )
     config = {item.key: json.loads(item.value_json) for item in started.config.update}
     assert config["optimizer"] == {"lr": 0.1}
     metrics = [record.metric for record in records(first) if record.HasField("metric")]
-    assert [(m.name or m.glob_name, m.step_metric) for m in metrics][:2] == [("step", ""), ("*", "step")]
-    exits = [[r.exit.exit_code for r in records(path) if r.HasField("exit")] for path in (first, again)]
+    assert [(m.name or m.glob_name, m.step_metric) for m in metrics][:2] == [
+        ("step", ""),
+        ("*", "step"),
+    ]
+    exits = [
+        [r.exit.exit_code for r in records(path) if r.HasField("exit")]
+        for path in (first, again)
+    ]
     assert exits == [[0], [1]]
 
 
 @pytest.mark.fresh_process  # what a start imports
 @pytest.mark.parametrize(
     ("mode", "environment"),
-    [("disabled", {}), ("auto", {"WANDB_MODE": "disabled"}), ("disabled", {"WANDB_MODE": "online"})],
+    [
+        ("disabled", {}),
+        ("auto", {"WANDB_MODE": "disabled"}),
+        ("disabled", {"WANDB_MODE": "online"}),
+    ],
 )
 def test_a_disabled_one_does_not_import_wandb(run, tmp_path, mode, environment):
     facts, _ = run(f"assert start({mode!r}) is None\nreport()", **environment)
@@ -157,7 +190,14 @@ one.finish()
 def test_an_unknown_mode_in_the_environment_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "of")
     with pytest.raises(ConfigError) as error:
-        start_wandb(WandbConfig(), run_name="x", directory=tmp_path, config={}, run_id=None, note=print)
+        start_wandb(
+            WandbConfig(),
+            run_name="x",
+            directory=tmp_path,
+            config={},
+            run_id=None,
+            note=print,
+        )
     assert error.value.key == "WANDB_MODE"
 
 

@@ -40,9 +40,23 @@ def backend(server: WandbServer) -> SweepBackend:
     return cast(SweepBackend, server.backend)
 
 
-def sweep_file(directory: Path, launcher: str, parameters: dict[str, Any], *shared: str) -> Path:
-    overrides = [f"run.dir={directory / 'runs'}", "run.figures=false", "wandb.mode=online", *shared]
-    start = ["${env}", "accelerate", "launch", "--config_file", f"launch/{launcher}.yaml", "${program}"]
+def sweep_file(
+    directory: Path, launcher: str, parameters: dict[str, Any], *shared: str
+) -> Path:
+    overrides = [
+        f"run.dir={directory / 'runs'}",
+        "run.figures=false",
+        "wandb.mode=online",
+        *shared,
+    ]
+    start = [
+        "${env}",
+        "accelerate",
+        "launch",
+        "--config_file",
+        f"launch/{launcher}.yaml",
+        "${program}",
+    ]
     tree = {
         "program": "train.py",
         "method": "grid",
@@ -56,17 +70,28 @@ def sweep_file(directory: Path, launcher: str, parameters: dict[str, Any], *shar
 
 
 def environment(server: WandbServer, directory: Path) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "XDG_"))}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("WANDB_", "XDG_"))
+    }
     settings = {
         "HOME": str(directory),
         "WANDB_DIR": str(directory),
         "WANDB_ERROR_REPORTING": "false",
         "SWEEP_PAUSE": "1",
     }
-    return {**inherited, **server.environment, **settings, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    return {
+        **inherited,
+        **server.environment,
+        **settings,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
 
 
-def start_agents(server: WandbServer, directory: Path, what: str) -> subprocess.Popen[str]:
+def start_agents(
+    server: WandbServer, directory: Path, what: str
+) -> subprocess.Popen[str]:
     with (directory / "agent.log").open("w") as log:
         return subprocess.Popen(
             ["launch/sweep.sh", what],
@@ -94,23 +119,38 @@ def processes(directory: Path) -> list[str]:
 def wait_for(condition: Callable[[], Any], seconds: float, directory: Path) -> float:
     start = time.monotonic()
     while not condition():
-        assert time.monotonic() - start < seconds, (directory / "agent.log").read_text()[-3000:]
+        assert time.monotonic() - start < seconds, (
+            directory / "agent.log"
+        ).read_text()[-3000:]
         time.sleep(0.1)
     return time.monotonic() - start
 
 
-def test_a_grid_on_two_processes_is_one_run_a_trial(tmp_path: Path, server: WandbServer, backend: SweepBackend) -> None:
-    parameters = {"optimizer.lr": {"values": [1e-5]}, "train.max_grad_norm": {"values": [None, 1]}}
-    file = sweep_file(tmp_path, "cpu", parameters, "train.max_steps=3", "train.log_every=1")
+def test_a_grid_on_two_processes_is_one_run_a_trial(
+    tmp_path: Path, server: WandbServer, backend: SweepBackend
+) -> None:
+    parameters = {
+        "optimizer.lr": {"values": [1e-5]},
+        "train.max_grad_norm": {"values": [None, 1]},
+    }
+    file = sweep_file(
+        tmp_path, "cpu", parameters, "train.max_steps=3", "train.log_every=1"
+    )
     agent = start_agents(server, tmp_path, str(file))
     assert agent.wait(timeout=240) == 0, (tmp_path / "agent.log").read_text()
     assert len(backend.runs) == 2
     for run in backend.runs.values():
-        assert (run["state"], len(run["writers"]), run["rewritten"]) == ("finished", 1, 0)
+        assert (run["state"], len(run["writers"]), run["rewritten"]) == (
+            "finished",
+            1,
+            0,
+        )
         rows = backend.history(run["name"])
         assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3]
     directories = sorted((tmp_path / "runs").iterdir())
-    assert [path.name for path in directories] == [f"digits-{name}" for name in sorted(backend.runs)]
+    assert [path.name for path in directories] == [
+        f"digits-{name}" for name in sorted(backend.runs)
+    ]
     settings = []
     for path in directories:
         assert json.loads((path / "summary.json").read_text())["world_size"] == 2
@@ -122,8 +162,12 @@ def test_a_grid_on_two_processes_is_one_run_a_trial(tmp_path: Path, server: Wand
 def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(
     tmp_path: Path, server: WandbServer, backend: SweepBackend
 ) -> None:
-    parameters = {"optimizer": {"parameters": {"lr": {"values": [0.05, 1e30, -1.0, 0.01]}}}}
-    long = sweep_file(tmp_path, "one_gpu", parameters, "train.epochs=5000", "train.log_every=5")
+    parameters = {
+        "optimizer": {"parameters": {"lr": {"values": [0.05, 1e30, -1.0, 0.01]}}}
+    }
+    long = sweep_file(
+        tmp_path, "one_gpu", parameters, "train.epochs=5000", "train.log_every=5"
+    )
     refused = subprocess.run(
         ["launch/sweep.sh", str(long)],
         cwd=ROOT,
@@ -135,7 +179,12 @@ def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(
     assert refused.returncode == 2
     assert "optimizer.lr: -1.0 is less than 0" in refused.stderr
     assert not backend.sweeps
-    subprocess.run(["wandb", "sweep", str(long)], env=environment(server, tmp_path), check=True, capture_output=True)
+    subprocess.run(
+        ["wandb", "sweep", str(long)],
+        env=environment(server, tmp_path),
+        check=True,
+        capture_output=True,
+    )
     ((name, sweep),) = backend.sweeps.items()
     agent = start_agents(server, tmp_path, f"tester/uncategorized/{name}")
     runs, logged = tmp_path / "runs", "metrics.jsonl"
@@ -149,10 +198,18 @@ def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(
     wait_for(lambda: not is_locked(runs / f"digits-{first}"), 30, tmp_path)
     assert (runs / f"digits-{first}" / "checkpoints" / "last").exists()
 
-    wait_for((runs / f"digits-{last}" / logged).exists, 180, tmp_path)  # the second and third failed
-    assert backend.runs[blown_up]["state"] == backend.runs[refused_value]["state"] == "failed"
+    # The second and third failed.
+    wait_for((runs / f"digits-{last}" / logged).exists, 180, tmp_path)
+    assert (
+        backend.runs[blown_up]["state"]
+        == backend.runs[refused_value]["state"]
+        == "failed"
+    )
     assert "the loss is" in backend.runs[blown_up]["summary"]["failure"]
-    assert "optimizer.lr: -1.0 is less than 0" in backend.runs[refused_value]["summary"]["failure"]
+    assert (
+        "optimizer.lr: -1.0 is less than 0"
+        in backend.runs[refused_value]["summary"]["failure"]
+    )
 
     agent.send_signal(signal.SIGTERM)
     assert agent.wait(timeout=30) == 143
@@ -160,10 +217,23 @@ def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(
     assert (runs / f"digits-{last}" / "checkpoints" / "last").exists()
 
 
-def test_a_trial_ends_with_an_agent_that_is_killed(tmp_path: Path, server: WandbServer, backend: SweepBackend) -> None:
+def test_a_trial_ends_with_an_agent_that_is_killed(
+    tmp_path: Path, server: WandbServer, backend: SweepBackend
+) -> None:
     """On both ranks, although the launcher between them and the agent does not notice."""
-    file = sweep_file(tmp_path, "cpu", {"optimizer.lr": {"values": [0.05]}}, "train.epochs=5000", "train.log_every=5")
-    subprocess.run(["wandb", "sweep", str(file)], env=environment(server, tmp_path), check=True, capture_output=True)
+    file = sweep_file(
+        tmp_path,
+        "cpu",
+        {"optimizer.lr": {"values": [0.05]}},
+        "train.epochs=5000",
+        "train.log_every=5",
+    )
+    subprocess.run(
+        ["wandb", "sweep", str(file)],
+        env=environment(server, tmp_path),
+        check=True,
+        capture_output=True,
+    )
     ((name, _),) = backend.sweeps.items()
     with (tmp_path / "agent.log").open("w") as log:
         agent = subprocess.Popen(

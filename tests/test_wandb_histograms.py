@@ -12,7 +12,12 @@ import torch
 from torch import nn
 
 from trainer.exact.plan import Plan
-from trainer.reporting.wandb.histograms import BINS, MAX_TENSORS, HistogramObserver, take_histograms
+from trainer.reporting.wandb.histograms import (
+    BINS,
+    MAX_TENSORS,
+    HistogramObserver,
+    take_histograms,
+)
 
 
 class RecordingRun:
@@ -35,12 +40,20 @@ def with_gradients(module: nn.Module, value: float = 1.0) -> nn.Module:
 def test_every_value_is_counted_once() -> None:
     layer = with_gradients(nn.Linear(6, 8))
     histograms = take_histograms(layer)
-    assert set(histograms) == {"weights/weight", "weights/bias", "gradients/weight", "gradients/bias"}
+    assert set(histograms) == {
+        "weights/weight",
+        "weights/bias",
+        "gradients/weight",
+        "gradients/bias",
+    }
     counts, edges = histograms["weights/weight"]
     assert sum(counts) == 48
     assert len(counts) == BINS and len(edges) == BINS + 1
-    assert (edges[0], edges[-1]) == pytest.approx((layer.weight.min().item(), layer.weight.max().item()))
-    assert histograms["gradients/weight"].edges[0] == 0.5  # all values are 1: a bin needs a width
+    assert (edges[0], edges[-1]) == pytest.approx(
+        (layer.weight.min().item(), layer.weight.max().item())
+    )
+    # All values are 1: a bin needs a width.
+    assert histograms["gradients/weight"].edges[0] == 0.5
     assert sum(histograms["gradients/weight"].counts) == 48
 
 
@@ -52,10 +65,15 @@ def test_frozen_parameters_and_tensors_that_are_not_finite_have_none() -> None:
 
 
 def test_a_large_model_has_those_of_some_tensors() -> None:
-    model = with_gradients(nn.Sequential(*(nn.Linear(1, 1) for _ in range(MAX_TENSORS))))
+    model = with_gradients(
+        nn.Sequential(*(nn.Linear(1, 1) for _ in range(MAX_TENSORS)))
+    )
     names = [name for name in take_histograms(model) if name.startswith("weights/")]
     assert len(names) == MAX_TENSORS
-    assert names[0] == "weights/0.weight" and names[-1] == f"weights/{MAX_TENSORS - 1}.weight"
+    assert (
+        names[0] == "weights/0.weight"
+        and names[-1] == f"weights/{MAX_TENSORS - 1}.weight"
+    )
 
 
 def test_the_observer_takes_them_every_so_many_steps() -> None:
@@ -71,7 +89,8 @@ def test_counts_are_those_of_numpy() -> None:
     layer = with_gradients(nn.Linear(50, 40))
     counts, edges = take_histograms(layer)["weights/weight"]
     expected, _ = np.histogram(layer.weight.detach().double().numpy(), edges)
-    assert sum(abs(a - b) for a, b in zip(counts, expected, strict=True)) <= 2  # a value on an edge
+    # A value on an edge.
+    assert sum(abs(a - b) for a, b in zip(counts, expected, strict=True)) <= 2
 
 
 def test_bitwise_mode_refuses_nothing_in_them_on_a_gpu() -> None:

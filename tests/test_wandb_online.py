@@ -28,7 +28,12 @@ from trainer.exact.plan import Step
 from trainer.reporting.jsonl import read_rows
 from trainer.reporting.wandb.sync import send_missing
 
-QUICK = {"wandb__mode": "auto", "wandb__init_timeout": 2, "wandb__finish_timeout": 2, "run__resume": "auto"}
+QUICK = {
+    "wandb__mode": "auto",
+    "wandb__init_timeout": 2,
+    "wandb__finish_timeout": 2,
+    "run__resume": "auto",
+}
 
 
 class Pausing(Trainer):
@@ -36,7 +41,10 @@ class Pausing(Trainer):
 
     def end_epoch(self, step: Step) -> None:
         super().end_epoch(step)
-        if step.epoch == 1 and (waiting := self.journal.directory.parent / "waiting").exists():
+        if (
+            step.epoch == 1
+            and (waiting := self.journal.directory.parent / "waiting").exists()
+        ):
             waiting.unlink()
             until = time.monotonic() + 30
             while not (waiting.parent / "go").exists() and time.monotonic() < until:
@@ -79,7 +87,11 @@ def server() -> Any:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`tmp_path` as the home directory, without a W&B login: whatever the client writes stays there."""
-    for name in [name for name in os.environ if name.startswith("WANDB_") and name != "WANDB_ERROR_REPORTING"]:
+    for name in [
+        name
+        for name in os.environ
+        if name.startswith("WANDB_") and name != "WANDB_ERROR_REPORTING"
+    ]:
         monkeypatch.delenv(name)
     for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
@@ -88,7 +100,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def train(
-    settings: Config, server: WandbServer, kind: type[Trainer] = Trainer, *, images: bool = False, online: bool = True
+    settings: Config,
+    server: WandbServer,
+    kind: type[Trainer] = Trainer,
+    *,
+    images: bool = False,
+    online: bool = True,
 ) -> Any:
     """Train in this process, a rank; returns its output, its error message, and the seconds it took."""
     server.let_go()
@@ -119,7 +136,9 @@ def received_rows(server: WandbServer, run: str | None = None) -> list[dict[str,
     rows = []
     for row in server.backend.history(name):
         if "epoch" in row:
-            rows.append({key: value for key, value in row.items() if not key.startswith("_")})
+            rows.append(
+                {key: value for key, value in row.items() if not key.startswith("_")}
+            )
     return rows
 
 
@@ -150,46 +169,82 @@ def test_one_run_receives_everything(home: Path, server: WandbServer) -> None:
         wandb__log_model="best",
         wandb__log_histograms_every=4,
     )
-    settings = Config.from_dict(settings.to_dict() | {"wandb": settings.to_dict()["wandb"] | {"finish_timeout": 30}})
+    settings = Config.from_dict(
+        settings.to_dict()
+        | {"wandb": settings.to_dict()["wandb"] | {"finish_timeout": 30}}
+    )
     (output, error, _), _ = on_ranks(2, train, settings, server, images=True)
     assert (error, "W&B" in output) == ("", False)
     ((run_id, run),) = server.backend.runs.items()
     assert received_rows(server) == metrics_rows(home)
     rows = metrics_rows(home)
-    assert {"train/loss", "lr", "lr/0", "lr/1", "grad_norm", "samples_per_second", "data_wait"} <= rows[0].keys()
+    assert {
+        "train/loss",
+        "lr",
+        "lr/0",
+        "lr/1",
+        "grad_norm",
+        "samples_per_second",
+        "data_wait",
+    } <= rows[0].keys()
     assert all(0 <= row["data_wait"] <= 1 for row in rows if "data_wait" in row)
     epochs = [row for row in rows if "val/loss" in row]
     losses = [row["val/loss"] for row in epochs]
     assert len(epochs) == 3
-    assert [row["best/val/loss"] for row in epochs] == list(itertools.accumulate(losses, min))
+    assert [row["best/val/loss"] for row in epochs] == list(
+        itertools.accumulate(losses, min)
+    )
 
-    fields = {name: run["fields"].get(name) for name in ("displayName", "groupName", "jobType", "tags", "notes")}
+    fields = {
+        name: run["fields"].get(name)
+        for name in ("displayName", "groupName", "jobType", "tags", "notes")
+    }
     assert list(fields.values()) == ["a name", "g", "j", ["t"], "n"]
-    assert (run["fields"]["entity"], run["project"], run["state"]) == ("somebody", "things", "finished")
+    assert (run["fields"]["entity"], run["project"], run["state"]) == (
+        "somebody",
+        "things",
+        "finished",
+    )
     assert run["config"]["optimizer"]["lr"] == 0.1
     assert {"requirements.txt", "wandb-metadata.json"} <= run["files"].keys()
     assert steps_with(server, run_id, "figures/batch") == [0]
-    assert {"figures/curves", "figures/predictions", "figures/confusion_matrix"} <= run["summary"].keys()
-    (table,) = (json.loads(data) for name, data in run["files"].items() if "per_class" in name)
+    assert {"figures/curves", "figures/predictions", "figures/confusion_matrix"} <= run[
+        "summary"
+    ].keys()
+    (table,) = (
+        json.loads(data) for name, data in run["files"].items() if "per_class" in name
+    )
     assert table["columns"][:5] == ["class", "precision", "recall", "f1", "support"]
     assert sum(row[4] for row in table["data"]) == 30
     assert steps_with(server, run_id, "gradients/0.weight") == [4, 8]
-    histogram = next(row["weights/0.weight"] for row in server.backend.history(run_id) if "weights/0.weight" in row)
+    histogram = next(
+        row["weights/0.weight"]
+        for row in server.backend.history(run_id)
+        if "weights/0.weight" in row
+    )
     assert sum(histogram["values"]) == conv_net()[0].weight.numel()
 
     model = next(a for a in server.backend.artifacts if a["type"] == "model")
     best = json.loads((home / "run" / "best" / "metrics.json").read_text())
     assert set(model["aliases"]) == {"best", "latest", f"epoch-{best['epoch']}"}
     assert model["files"].keys() == {"model.safetensors", "metrics.json", "config.yaml"}
-    assert model["files"]["model.safetensors"] == (home / "run" / "best" / "model.safetensors").read_bytes()
+    assert (
+        model["files"]["model.safetensors"]
+        == (home / "run" / "best" / "model.safetensors").read_bytes()
+    )
     assert model["metadata"]["val/loss"] == best["val/loss"]
     assert model["metadata"]["config"]["optimizer"]["lr"] == 0.1
 
 
-def test_no_secret_leaves_the_machine(home: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_secret_leaves_the_machine(
+    home: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SECRET_ROOT", "from-the-environment")
     tree = config(home, **QUICK, wandb__log_model="best").to_dict()
-    tree["data"] |= {"root": "${oc.env:SECRET_ROOT}", "url": "https://me:inside-a-url@host/${data.root}"}
+    tree["data"] |= {
+        "root": "${oc.env:SECRET_ROOT}",
+        "url": "https://me:inside-a-url@host/${data.root}",
+    }
     tree["wandb"]["notes"] = "see https://me:in-the-notes@host"
     (home / "config.yaml").write_text(json.dumps(tree))
     overrides = ["data.api_key=under-a-key", "data.more={password: in-a-mapping}"]
@@ -200,7 +255,13 @@ def test_no_secret_leaves_the_machine(home: Path, server: WandbServer, monkeypat
     assert error == ""
     received = repr(server.backend.runs) + repr(server.backend.artifacts)
     assert "data.api_key=<redacted>" in received
-    for secret in ("from-the-environment", "inside-a-url", "under-a-key", "in-a-mapping", "in-the-notes"):
+    for secret in (
+        "from-the-environment",
+        "inside-a-url",
+        "under-a-key",
+        "in-a-mapping",
+        "in-the-notes",
+    ):
         assert secret not in received
     written = load(home / "run" / "config.yaml", []).data
     assert (written.root, written.args) == (settings.data.root, settings.data.args)
@@ -214,13 +275,17 @@ def test_an_outage_costs_no_row(home: Path, server: WandbServer, kind: str) -> N
     """The server fails in the middle of a run, and comes back after its end."""
     settings = config(home, **QUICK, train__epochs=4, wandb__log_model="best")
     (home / "waiting").touch()
-    breaking = threading.Thread(target=break_when_waiting, args=(home, server, kind), daemon=True)
+    breaking = threading.Thread(
+        target=break_when_waiting, args=(home, server, kind), daemon=True
+    )
     breaking.start()
     ((output, error, seconds),) = on_ranks(1, train, settings, server, Pausing)
     breaking.join(10)
     assert error == ""
     assert seconds < 30
-    (note,) = [line for line in output.splitlines() if "W&B" in line and "trainer sync" in line]
+    (note,) = [
+        line for line in output.splitlines() if "W&B" in line and "trainer sync" in line
+    ]
     assert f"python -m trainer sync {home / 'run'}" in note
     assert len(metrics_rows(home)) == 4 * 3 + 4
     assert len(received_rows(server)) < len(metrics_rows(home))
@@ -230,7 +295,11 @@ def test_an_outage_costs_no_row(home: Path, server: WandbServer, kind: str) -> N
     assert on_ranks(1, send, home / "run", server)[0].startswith("sent ")
     ((_, run),) = server.backend.runs.items()
     assert received_rows(server) == metrics_rows(home)
-    assert (run["state"], run["rewritten"], run["config"]["optimizer"]["lr"]) == ("finished", 0, 0.1)
+    assert (run["state"], run["rewritten"], run["config"]["optimizer"]["lr"]) == (
+        "finished",
+        0,
+        0.1,
+    )
     assert [set(a["aliases"]) >= {"best"} for a in server.backend.artifacts] == [True]
     assert on_ranks(1, send, home / "run", server) == ["nothing is left to send"]
 
@@ -238,7 +307,8 @@ def test_an_outage_costs_no_row(home: Path, server: WandbServer, kind: str) -> N
 def break_when_waiting(directory: Path, server: WandbServer, kind: str) -> None:
     while (directory / "waiting").exists():
         time.sleep(0.02)
-    if kind == "500":  # partly received; the client sends its first rows after 15 seconds, so once is enough
+    # Partly received; the client sends its first rows after 15 seconds, so once is enough.
+    if kind == "500":
         server.wait_for_step(next(iter(server.backend.runs)), 6)
     if kind == "down":
         server.stop()
@@ -248,7 +318,9 @@ def break_when_waiting(directory: Path, server: WandbServer, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["down", "hang", "500", "401"])
-def test_a_server_that_is_down_at_the_start(home: Path, server: WandbServer, kind: str) -> None:
+def test_a_server_that_is_down_at_the_start(
+    home: Path, server: WandbServer, kind: str
+) -> None:
     server.stop() if kind == "down" else server.fault(kind)
     ((output, error, seconds),) = on_ranks(1, train, config(home, **QUICK), server)
     assert error == ""
@@ -259,7 +331,9 @@ def test_a_server_that_is_down_at_the_start(home: Path, server: WandbServer, kin
     assert received_rows(server) == metrics_rows(home)
 
 
-def test_after_a_short_outage_nothing_is_missing(home: Path, server: WandbServer) -> None:
+def test_after_a_short_outage_nothing_is_missing(
+    home: Path, server: WandbServer
+) -> None:
     settings = config(home, **QUICK | {"wandb__finish_timeout": 30}, train__epochs=3)
     (home / "waiting").touch()
 
@@ -276,8 +350,12 @@ def test_after_a_short_outage_nothing_is_missing(home: Path, server: WandbServer
     assert received_rows(server) == metrics_rows(home)
 
 
-@pytest.mark.parametrize("online", [(True, True), (False, False), (False, True), (True, False)])
-def test_a_killed_run_continues_as_the_same_run(home: Path, server: WandbServer, online: tuple[bool, bool]) -> None:
+@pytest.mark.parametrize(
+    "online", [(True, True), (False, False), (False, True), (True, False)]
+)
+def test_a_killed_run_continues_as_the_same_run(
+    home: Path, server: WandbServer, online: tuple[bool, bool]
+) -> None:
     """A run killed two rows after its checkpoint and resumed has every row once, in order, online or not."""
     settings = config(home, **QUICK, train__epochs=3)
     with pytest.raises((EOFError, AssertionError)):
@@ -288,7 +366,9 @@ def test_a_killed_run_continues_as_the_same_run(home: Path, server: WandbServer,
     (answer,) = on_ranks(1, send, home / "run", server)
     assert (answer == "nothing is left to send") == online[1]
     (run,) = server.backend.runs.values()
-    assert [row["step"] for row in received_rows(server)] == [row["step"] for row in metrics_rows(home)]
+    assert [row["step"] for row in received_rows(server)] == [
+        row["step"] for row in metrics_rows(home)
+    ]
     assert (run["rewritten"], run["state"]) == (0, "finished")
 
 
@@ -299,16 +379,28 @@ def test_a_failure_is_reported_without_secrets(
     tree = config(home, **QUICK, wandb__alerts=True).to_dict()
     tree["data"] |= {"root": "http://${oc.env:SECRET_ROOT}/", "api_key": "under-a-key"}
     (home / "config.yaml").write_text(json.dumps(tree))
-    ((_, error, _),) = on_ranks(1, train, load(home / "config.yaml", []), server, Revealing)
-    assert error.startswith("no from-the-environment, under-a-key, http://me:login@host")
+    ((_, error, _),) = on_ranks(
+        1, train, load(home / "config.yaml", []), server, Revealing
+    )
+    assert error.startswith(
+        "no from-the-environment, under-a-key, http://me:login@host"
+    )
     (run,) = server.backend.runs.values()
     ((_, text),) = run["alerts"]
-    assert text == run["summary"]["failure"] == "RuntimeError: no <redacted>, <redacted>, http://<redacted>@host"
+    assert (
+        text
+        == run["summary"]["failure"]
+        == "RuntimeError: no <redacted>, <redacted>, http://<redacted>@host"
+    )
 
 
-def test_strict_turns_the_warning_into_an_error(home: Path, server: WandbServer) -> None:
+def test_strict_turns_the_warning_into_an_error(
+    home: Path, server: WandbServer
+) -> None:
     server.fault("403")
-    ((_, error, _),) = on_ranks(1, train, config(home, **QUICK, wandb__strict=True), server)
+    ((_, error, _),) = on_ranks(
+        1, train, config(home, **QUICK, wandb__strict=True), server
+    )
     assert error.startswith("W&B is out of reach") and "403" in error
 
 
@@ -328,5 +420,8 @@ def test_sync_refuses_a_run_that_is_in_use(home: Path, server: WandbServer) -> N
     assert error == ""
     from trainer.storage.run_directory import lock
 
-    with lock(home / "run"), pytest.raises(LockstepError, match="another process is training"):
+    with (
+        lock(home / "run"),
+        pytest.raises(LockstepError, match="another process is training"),
+    ):
         send_missing(home / "run")

@@ -14,7 +14,17 @@ from typing import NoReturn
 from trainer.errors import ConfigError, nearest
 from trainer.process.exit import end_on_closed_pipe, exit_process, report_error
 
-COMMANDS = ("train", "check", "evaluate", "predict", "replay", "explain", "compare", "sweep", "sync")
+COMMANDS = (
+    "train",
+    "check",
+    "evaluate",
+    "predict",
+    "replay",
+    "explain",
+    "compare",
+    "sweep",
+    "sync",
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -25,7 +35,10 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         if command not in COMMANDS:
-            raise ConfigError(command, f"no such command{nearest(command, COMMANDS)}; --help lists them")
+            raise ConfigError(
+                command,
+                f"no such command{nearest(command, COMMANDS)}; --help lists them",
+            )
         return int(import_module(f"trainer.commands.{command}").main(rest) or 0)
     except Exception as error:
         return report_error(error)

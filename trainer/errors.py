@@ -18,7 +18,8 @@ class ConfigError(LockstepError, ValueError):
     exit_status = 2
 
     def __init__(self, key: str, message: str) -> None:
-        super().__init__(key, message)  # both arguments, so that the error can be pickled and sent to other ranks
+        # Both arguments, so that the error can be pickled and sent to other ranks.
+        super().__init__(key, message)
         self.key = key
         self.message = message
 

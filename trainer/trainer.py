@@ -77,10 +77,15 @@ class Trainer:
         observers: Sequence[Observer] = (),
         stateful: Mapping[str, Stateful] | None = None,
     ) -> None:
-        attributes_before = frozenset(vars(self))  # those that a subclass assigned before this call
+        # Those that a subclass assigned before this call.
+        attributes_before = frozenset(vars(self))
         with settings_of(config):
-            self.run = build_run(config, model=model, train_data=train_data, val_data=val_data, task=task)
-            self.optimizer = build_optimizer(self.config.optimizer, self.module, head=self.config.model.head)
+            self.run = build_run(
+                config, model=model, train_data=train_data, val_data=val_data, task=task
+            )
+            self.optimizer = build_optimizer(
+                self.config.optimizer, self.module, head=self.config.model.head
+            )
             self.run.freezing.apply(epoch=0)
             kind = BitwiseReduction if self.run.bitwise else StandardReduction
             self.reduction = kind(
@@ -89,7 +94,9 @@ class Trainer:
                 self.ranks,
                 find_unused_parameters=self.config.train.find_unused_parameters,
             )
-        self.observers = Observers([*build_observers(self.config.observers, Observer), *observers])
+        self.observers = Observers(
+            [*build_observers(self.config.observers, Observer), *observers]
+        )
         self.stateful: dict[str, Stateful] = dict(stateful or {})
         self.progress = Progress()
         self.schedule = self._build_schedule()
@@ -99,7 +106,8 @@ class Trainer:
         self.grad_norm: Tensor | None = None
         self.fuse = 1  # micro-batches in one forward, chosen before training
         self.fuse_note = ""  # why batch.fuse=auto chose 1
-        self.state_notes: list[str] = []  # stateful objects that the checkpoint or the run lacks
+        # Stateful objects that the checkpoint or the run lacks.
+        self.state_notes: list[str] = []
         self._restored_states: Mapping[str, Any] | None = None
         self._batches: TrainLoader | None = None
         self._journal: Journal | None = None
@@ -131,12 +139,17 @@ class Trainer:
         Raises `LockstepError` if the loss is not finite or the run cannot go on, `Stopped` after a signal.
         """
         if self.progress.step:
-            raise LockstepError("this Trainer has trained already; make a new one, with run.resume=auto to go on")
+            raise LockstepError(
+                "this Trainer has trained already; make a new one, with run.resume=auto to go on"
+            )
         self._stateful_objects()  # refuses now what could not be saved later
         with self.run.settings():
             refuse_nondeterministic(self.run)
             self.fuse, self.fuse_note = choose_fuse(self.run)
-            with StopRequest(self.ranks) as stop, Journal(self.config, self.ranks) as self._journal:
+            with (
+                StopRequest(self.ranks) as stop,
+                Journal(self.config, self.ranks) as self._journal,
+            ):
                 self._resume(self._journal.resume_from)
                 self._introduce()
                 try:
@@ -157,13 +170,21 @@ class Trainer:
     def _introduce(self) -> None:
         """Show what will run, and its first samples."""
         journal = self.journal
-        header = report.header(self.run, self.schedule, self.fuse, self.fuse_note, journal.directory)
+        header = report.header(
+            self.run, self.schedule, self.fuse, self.fuse_note, journal.directory
+        )
         facts = journal.with_sharing(self.run.facts_of_ranks)
-        journal.begin(header, self.progress, partial(environment, self.ranks, self.run.data, facts))
+        journal.begin(
+            header,
+            self.progress,
+            partial(environment, self.ranks, self.run.data, facts),
+        )
         for note in notes_on(facts):
             journal.console.note(note)
         if self.config.run.figures and not self.progress.step:
-            self.ranks.on_main(lambda: journal.figures(drawing.draw_batch(self.run, journal.directory)))
+            self.ranks.on_main(
+                lambda: journal.figures(drawing.draw_batch(self.run, journal.directory))
+            )
         every = self.config.wandb.log_histograms_every
         if every is not None and journal.wandb is not None:
             self.observers.add(HistogramObserver(self.module, journal.wandb, every))
@@ -181,7 +202,9 @@ class Trainer:
 
     def load_from(self, steps_done: int) -> None:
         """Load the samples of the step after `steps_done` next."""
-        self._batches = TrainLoader(self.run.train_loader, self.plan, self.ranks.rank, steps_done, self.fuse)
+        self._batches = TrainLoader(
+            self.run.train_loader, self.plan, self.ranks.rank, steps_done, self.fuse
+        )
 
     @property
     def batches(self) -> TrainLoader:
@@ -231,10 +254,13 @@ class Trainer:
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
 
         reduction.begin(step)
-        for batch in self.batches.step(step):  # this rank's micro-batches, on the device
+        # This rank's micro-batches, on the device.
+        for batch in self.batches.step(step):
             with reduction.micro_batch(step, batch.indices) as model:
                 output, loss = run.forward(model, batch, step)
-                run.precision.backward(loss.total, reduction.loss_scale(step, batch.indices, *loss))
+                run.precision.backward(
+                    loss.total, reduction.loss_scale(step, batch.indices, *loss)
+                )
             self.meter.add(batch, output, loss)
             self.observers.micro_batch(step, batch, output, loss)
         reduction.finish(step)
@@ -253,7 +279,9 @@ class Trainer:
 
     def _needs_gradient_norm(self, step: Step) -> bool:
         is_clipped = self.config.train.max_grad_norm is not None
-        return is_clipped or self._is_logged(step) or step.number == self.plan.total_steps
+        return (
+            is_clipped or self._is_logged(step) or step.number == self.plan.total_steps
+        )
 
     def _freeze(self, epoch: int) -> None:
         """Freeze and thaw parameters as `epoch` asks for. A collective, at an epoch's first step."""
@@ -275,7 +303,9 @@ class Trainer:
         row |= learning_rates(self.optimizer)
         if self.grad_norm is not None:
             row["grad_norm"] = self.grad_norm.item()
-        row |= self.stopwatch.pace(self.progress.samples_seen, self.batches.take_waited())
+        row |= self.stopwatch.pace(
+            self.progress.samples_seen, self.batches.take_waited()
+        )
         self.epoch_totals.add(self.interval_totals)
         self.interval_totals = Totals()
         return row
@@ -398,15 +428,30 @@ class Trainer:
         self.progress.rows = self.journal.rows
         self.progress.wandb_id = self.journal.wandb_id
         config = self.config.to_dict(digests=True)
-        content = Checkpoint(checkpoint.snapshot(self.module), tensors, numbers, self.progress, config, stateful=states)
-        checkpoint.save(self.journal.directory / "checkpoints", content, keep=self.config.train.keep_checkpoints)
+        content = Checkpoint(
+            checkpoint.snapshot(self.module),
+            tensors,
+            numbers,
+            self.progress,
+            config,
+            stateful=states,
+        )
+        checkpoint.save(
+            self.journal.directory / "checkpoints",
+            content,
+            keep=self.config.train.keep_checkpoints,
+        )
 
     def _resume(self, path: Path | None) -> None:
         if path is None:
             return
         content = load_on_all(path, self.module, self.ranks, self._check_resumable)
         self.restore(content)
-        self.ranks.on_main(lambda: checkpoint.restore_best(self.journal.directory, content.progress.best_step))
+        self.ranks.on_main(
+            lambda: checkpoint.restore_best(
+                self.journal.directory, content.progress.best_step
+            )
+        )
 
     def _check_resumable(self, content: Checkpoint) -> None:
         check_same_run(content.config, self.config, self.config.run)
@@ -420,20 +465,24 @@ class Trainer:
     def restore(self, content: Checkpoint) -> None:
         """Take over the state of a checkpoint. Stateful objects take theirs over in `start`."""
         checkpoint.restore_model(self.module, content.model)
-        load_named_state(self.optimizer, self.module, content.optimizer, content.optimizer_numbers)
+        load_named_state(
+            self.optimizer, self.module, content.optimizer, content.optimizer_numbers
+        )
         self.run.precision.load_state(content.progress.scaler)
         self.progress = content.progress
         self.interval_totals = Totals(content.progress.interval)
         self.epoch_totals = Totals(content.progress.epoch)
         self.schedule = self._build_schedule()
-        self._restored_states = content.stateful  # loaded by `start`, once observers have seen the model
+        # Loaded by `start`, once observers have seen the model.
+        self._restored_states = content.stateful
         last_step_begun = min(self.progress.step, self.plan.total_steps - 1)
         self._freeze(last_step_begun // self.plan.steps_per_epoch)
         self.run.forget_features()
 
     def _stateful_objects(self) -> dict[str, Stateful]:
         """What `stateful` holds, a subclass's own attributes, and observers with a state, by name."""
-        model_parts = {id(part) for part in self.module.modules()}  # saved with the model
+        # Saved with the model.
+        model_parts = {id(part) for part in self.module.modules()}
         attributes = {}
         for name, value in vars(self).items():
             if name not in self._attributes_of_trainer and id(value) not in model_parts:
@@ -460,7 +509,9 @@ class Trainer:
         last = self.plan.step(self.plan.total_steps - 1)
         self.reduction.gather()
         recalibrate = self.config.batch_norm.recalibrate_at == "end"
-        is_changed = recalibrate and recalibrate_statistics(self.run, self.progress.step)
+        is_changed = recalibrate and recalibrate_statistics(
+            self.run, self.progress.step
+        )
         if not self._is_logged(last):
             self.log(last)
         if is_changed or not last.last_in_epoch:
@@ -469,8 +520,14 @@ class Trainer:
         summary = report.summary(self.run, self.progress, self.optimizer)
         figures = {}
         if self.config.run.figures:
-            figures = drawing.draw(self.run, self.journal.directory, has_best=self.progress.best is not None)
-        self.journal.finish(summary, report.closing(summary, self.journal.directory), figures)
+            figures = drawing.draw(
+                self.run,
+                self.journal.directory,
+                has_best=self.progress.best is not None,
+            )
+        self.journal.finish(
+            summary, report.closing(summary, self.journal.directory), figures
+        )
         self.observers.end(summary)
         return summary
 

@@ -13,18 +13,24 @@ class Discs:
     training and for validation. The config's other keys under `data:` are its arguments.
     """
 
-    def __init__(self, train: bool, samples: int = 800, side: int = 32, noise: float = 0.4) -> None:
-        draw = torch.Generator().manual_seed(int(train))  # its own generator: run.seed changes runs, not data
+    def __init__(
+        self, train: bool, samples: int = 800, side: int = 32, noise: float = 0.4
+    ) -> None:
+        # Its own generator: run.seed changes runs, not data.
+        draw = torch.Generator().manual_seed(int(train))
         count = samples if train else samples // 4
         axis = torch.linspace(-1, 1, side)
 
-        centres = torch.rand(2, count, 3, 1, 1, generator=draw) * 2 - 1  # three discs in each image
+        # Three discs in each image.
+        centres = torch.rand(2, count, 3, 1, 1, generator=draw) * 2 - 1
         radii = 0.15 + 0.25 * torch.rand(count, 3, 1, 1, generator=draw)
         distance = torch.hypot(axis - centres[0], axis.unsqueeze(1) - centres[1])
         self.masks = (distance < radii).any(1).float()
 
         slope = torch.randn(count, 1, 1, generator=draw) * axis
-        self.images = self.masks + slope + noise * torch.randn(self.masks.shape, generator=draw)
+        self.images = (
+            self.masks + slope + noise * torch.randn(self.masks.shape, generator=draw)
+        )
 
     def __len__(self) -> int:
         return len(self.images)

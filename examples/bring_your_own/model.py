@@ -14,7 +14,11 @@ def dilated_net(in_channels: int, width: int = 16) -> nn.Sequential:
     layers: list[nn.Module] = []
     channels = in_channels
     for dilation in (1, 2, 4, 8):
-        layers.append(nn.Conv2d(channels, width, 3, padding=dilation, dilation=dilation, bias=False))
+        layers.append(
+            nn.Conv2d(
+                channels, width, 3, padding=dilation, dilation=dilation, bias=False
+            )
+        )
         layers.append(nn.BatchNorm2d(width))
         layers.append(nn.ReLU())
         channels = width

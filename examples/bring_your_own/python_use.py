@@ -6,7 +6,8 @@ from examples.bring_your_own.task import Segmentation
 from trainer import Config, Trainer
 
 if __name__ == "__main__":
-    config = Config.from_dict({"train": {"epochs": 3}, "best": {"metric": "val/iou", "mode": "max"}})
-    model, train, val = dilated_net(in_channels=1), Discs(train=True), Discs(train=False)
-    summary = Trainer(config, model=model, train_data=train, val_data=val, task=Segmentation()).fit()
+    settings = {"train": {"epochs": 3}, "best": {"metric": "val/iou", "mode": "max"}}
+    data = {"train_data": Discs(train=True), "val_data": Discs(train=False)}
+    objects = {"model": dilated_net(in_channels=1), "task": Segmentation(), **data}
+    summary = Trainer(Config.from_dict(settings), **objects).fit()
     print(f"val/iou {summary['best']:.3f}")

@@ -23,11 +23,15 @@ class Segmentation(Task):
 
     def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
         weights = 1 + (self.disc_weight - 1) * targets
-        total = F.binary_cross_entropy_with_logits(output, targets.to(output.dtype), weights, reduction="sum")
+        total = F.binary_cross_entropy_with_logits(
+            output, targets.to(output.dtype), weights, reduction="sum"
+        )
         # A tensor, because it depends on the targets; a plain count of pixels would be an int.
         return WeightedSum(total, weights.sum())
 
     def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, WeightedSum]:
         predicted = output > 0
         actual = targets > 0.5
-        return {"iou": WeightedSum((predicted & actual).sum(), (predicted | actual).sum())}
+        return {
+            "iou": WeightedSum((predicted & actual).sum(), (predicted | actual).sum())
+        }

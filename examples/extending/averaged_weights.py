@@ -19,7 +19,9 @@ class AveragedWeights(Observer):
 
     def begin(self, run: Run) -> None:
         self.run = run
-        self.average = AveragedModel(run.module, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+        self.average = AveragedModel(
+            run.module, multi_avg_fn=get_ema_multi_avg_fn(self.decay)
+        )
 
     def step(self, step: Step) -> None:
         self.average.update_parameters(self.run.module)
@@ -29,16 +31,22 @@ class AveragedWeights(Observer):
         if "val/loss" not in row:
             return
         model = self.run.module
-        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        weights = {
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+        }
         averages = dict(self.average.module.named_parameters())
-        model.load_state_dict(averages, strict=False)  # not strict: the running statistics stay the model's
+        # Not strict: the running statistics stay the model's.
+        model.load_state_dict(averages, strict=False)
         row["val/averaged_loss"] = self.run.evaluate()["loss"]
         model.load_state_dict(weights, strict=False)
 
     @torch.no_grad()
     def state_dict(self) -> Mapping[str, Any]:
         """While a step runs, each rank holds its share of BatchNorm's statistics. Here the model holds the whole."""
-        for copy, original in zip(self.average.module.buffers(), self.run.module.buffers(), strict=True):
+        for copy, original in zip(
+            self.average.module.buffers(), self.run.module.buffers(), strict=True
+        ):
             copy.copy_(original)
         return self.average.state_dict()
 

@@ -26,7 +26,9 @@ class FocalLoss(Task):
         return WeightedSum(losses.sum(), len(targets))
 
     def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, WeightedSum]:
-        return {"accuracy": WeightedSum((output.argmax(1) == targets).sum(), len(targets))}
+        return {
+            "accuracy": WeightedSum((output.argmax(1) == targets).sum(), len(targets))
+        }
 
     def probabilities(self, output: Tensor) -> Tensor:
         """With it, a run draws its confusion matrix and `predict` works."""

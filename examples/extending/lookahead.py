@@ -20,7 +20,9 @@ class LookaheadTrainer(Trainer):
     def __init__(self, config: Config, **objects: Any) -> None:
         super().__init__(config, **objects)
         # It has `state_dict` and `load_state_dict`, so checkpoints keep it, as "slow".
-        self.slow = nn.ParameterList(parameter.detach().clone() for parameter in self.module.parameters())
+        self.slow = nn.ParameterList(
+            parameter.detach().clone() for parameter in self.module.parameters()
+        )
 
     def train_step(self, step: Step) -> None:
         super().train_step(step)

@@ -29,7 +29,10 @@ class UpdateSize(Observer):
     def step(self, step: Step) -> None:
         """After the update. The ratio stays a tensor on the device, so the step waits for nothing."""
         if step.number % self.every == 0:
-            changes = [after - before for after, before in zip(self.parameters, self.before, strict=True)]
+            changes = [
+                after - before
+                for after, before in zip(self.parameters, self.before, strict=True)
+            ]
             self.ratio = get_total_norm(changes) / get_total_norm(self.before)
 
     def row(self, row: dict[str, float]) -> None:

@@ -35,7 +35,12 @@ EVAL_SIZES = (1, 2, 4, 16, 64, 256)
 Floats = npt.NDArray[np.float64]
 
 
-def net(num_classes: int, in_channels: int, affine: bool = True, track_running_stats: bool = True) -> nn.Sequential:
+def net(
+    num_classes: int,
+    in_channels: int,
+    affine: bool = True,
+    track_running_stats: bool = True,
+) -> nn.Sequential:
     """Two convolutions with BatchNorm, `(N, in_channels, 8, 8)` → `(N, num_classes)`.
 
     Args:
@@ -44,7 +49,9 @@ def net(num_classes: int, in_channels: int, affine: bool = True, track_running_s
     """
 
     def norm(channels: int) -> nn.BatchNorm2d:
-        return nn.BatchNorm2d(channels, affine=affine, track_running_stats=track_running_stats)
+        return nn.BatchNorm2d(
+            channels, affine=affine, track_running_stats=track_running_stats
+        )
 
     return nn.Sequential(
         nn.Conv2d(in_channels, 16, 3, padding=1, bias=False),
@@ -66,7 +73,11 @@ class FirstNormLayer(Observer):
         self.history: list[tuple[float, float]] = []
 
     def begin(self, run: Run) -> None:
-        self.layer = next(module for module in run.module.modules() if isinstance(module, nn.BatchNorm2d))
+        self.layer = next(
+            module
+            for module in run.module.modules()
+            if isinstance(module, nn.BatchNorm2d)
+        )
 
     def step(self, step: Step) -> None:
         mean, variance = self.layer.running_mean, self.layer.running_var
@@ -92,7 +103,9 @@ def running_statistics(overrides: list[str]) -> Figure:
             Trainer(config, observers=[observer]).fit()
             for row, values in enumerate(np.array(observer.history).T):
                 style: dict[str, Any] = {"color": COLOURS[cuts], "linewidth": 1.5}
-                panels[row, column].plot(np.arange(1, len(values) + 1), values, label=f"M = {cuts}", **style)
+                panels[row, column].plot(
+                    np.arange(1, len(values) + 1), values, label=f"M = {cuts}", **style
+                )
         _style(panels[0, column], f"momentum_per = {setting}")
         _style(panels[1, column])
         panels[1, column].set_xlabel("step", fontsize=SMALL, color=INK)
@@ -105,7 +118,11 @@ def running_statistics(overrides: list[str]) -> Figure:
 def switches(overrides: list[str]) -> Figure:
     figure = _figure(6.4, 3.4)
     axes = figure.subplots()
-    colours = {"model.affine=true": INK, "model.affine=false": BLUE, "model.track_running_stats=false": VERMILION}
+    colours = {
+        "model.affine=true": INK,
+        "model.affine=false": BLUE,
+        "model.track_running_stats=false": VERMILION,
+    }
     for switch, colour in colours.items():
         settings = [
             *overrides,
@@ -119,12 +136,26 @@ def switches(overrides: list[str]) -> Figure:
             trainer = Trainer(load(CONFIG, [*settings, f"batch.eval_size={size}"]))
             trainer.load_best()
             losses.append(trainer.evaluate()["loss"])
-        label = "both switches on" if switch == "model.affine=true" else switch.removeprefix("model.")
-        axes.plot(EVAL_SIZES, losses, color=colour, marker="o", markersize=4, linewidth=1.5, label=label)
+        label = (
+            "both switches on"
+            if switch == "model.affine=true"
+            else switch.removeprefix("model.")
+        )
+        axes.plot(
+            EVAL_SIZES,
+            losses,
+            color=colour,
+            marker="o",
+            markersize=4,
+            linewidth=1.5,
+            label=label,
+        )
     _style(axes, "validation loss")
     axes.set_xscale("log", base=2)
     axes.set_xticks(EVAL_SIZES, [str(size) for size in EVAL_SIZES])
-    axes.set_xlabel("samples of one validation forward (batch.eval_size)", fontsize=SMALL, color=INK)
+    axes.set_xlabel(
+        "samples of one validation forward (batch.eval_size)", fontsize=SMALL, color=INK
+    )
     axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK)
     return figure
 
@@ -133,7 +164,9 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white"
+    )
     FigureCanvasAgg(figure)
     return figure
 
@@ -151,7 +184,9 @@ def main(overrides: list[str]) -> int:
         folder = runs / "figures"
         folder.mkdir(parents=True, exist_ok=True)
         for draw in (running_statistics, switches):
-            draw([*overrides, f"run.dir={runs}"]).savefig(folder / f"{draw.__name__}.png")
+            draw([*overrides, f"run.dir={runs}"]).savefig(
+                folder / f"{draw.__name__}.png"
+            )
             print(f"drawn    {folder / draw.__name__}.png")
     except LockstepError as error:
         print(f"error: {error}", file=sys.stderr)

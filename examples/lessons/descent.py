@@ -48,7 +48,9 @@ class Walk(Observer):
         self._record()
 
     def _record(self) -> None:
-        self.weights.append(parameters_to_vector(self.parameters).detach().cpu().double())
+        self.weights.append(
+            parameters_to_vector(self.parameters).detach().cpu().double()
+        )
 
 
 def losses(trainer: Trainer, weights: Tensor) -> Floats:
@@ -71,7 +73,9 @@ def over_a_curve(axes: Axes, trainer: Trainer, path: Tensor) -> Floats:
     """Draw the loss of one parameter over its values; returns the path's points, `(steps + 1, 2)`."""
     reach = 1.25 * path.abs().max().clamp(min=1e-3)
     values = torch.linspace(float(-reach), float(reach), 201, dtype=torch.float64)
-    axes.plot(values.numpy(), losses(trainer, values.unsqueeze(1)), color=BLUE, linewidth=1.6)
+    axes.plot(
+        values.numpy(), losses(trainer, values.unsqueeze(1)), color=BLUE, linewidth=1.6
+    )
     axes.grid(color=FAINT, linewidth=0.8)
     axes.set_xlabel("parameter", fontsize=SMALL, color=INK)
     axes.set_ylabel("loss", fontsize=SMALL, color=INK)
@@ -94,10 +98,20 @@ def over_a_surface(axes: Axes, trainer: Trainer, path: Tensor) -> Floats:
     grid = torch.cartesian_prod(up, across).flip(1).double()
     surface = losses(trainer, end + grid @ directions).reshape(CELLS, CELLS)
     highest = max(float(surface.max()), 1e-30)
-    lowest = max(float(surface.min()), 1e-6 * highest)  # a loss may be 0, which no logarithmic scale shows
+    # A loss may be 0, which no logarithmic scale shows.
+    lowest = max(float(surface.min()), 1e-6 * highest)
     levels = np.geomspace(lowest, 1.001 * highest, 25)
-    contours = axes.contourf(across, up, surface, levels=levels, norm=LogNorm(), cmap="Blues", extend="min")
-    bar = axes.figure.colorbar(contours, ax=axes, ticks=levels[::6], format="%.2g", shrink=0.85, extendrect=True)
+    contours = axes.contourf(
+        across, up, surface, levels=levels, norm=LogNorm(), cmap="Blues", extend="min"
+    )
+    bar = axes.figure.colorbar(
+        contours,
+        ax=axes,
+        ticks=levels[::6],
+        format="%.2g",
+        shrink=0.85,
+        extendrect=True,
+    )
     bar.minorticks_off()
     bar.set_label("mean loss of the training samples", fontsize=SMALL, color=INK)
     bar.ax.tick_params(labelsize=SMALL, colors=GREY, labelcolor=INK)
@@ -114,7 +128,9 @@ def animate(trainer: Trainer, walk: Walk, to: Path) -> None:
     from matplotlib.figure import Figure
 
     path = torch.stack(walk.weights)
-    figure = Figure(figsize=(5.6, 4.2), dpi=0.75 * DPI, layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(5.6, 4.2), dpi=0.75 * DPI, layout="constrained", facecolor="white"
+    )
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.tick_params(colors=GREY, labelcolor=INK, labelsize=SMALL)
@@ -134,8 +150,12 @@ def animate(trainer: Trainer, walk: Walk, to: Path) -> None:
 
 def _pen(axes: Axes, points: Floats, heights: Floats) -> Callable[[int], list[Any]]:
     """What draws the path up to a step."""
-    (line,) = axes.plot([], [], color=VERMILION, linewidth=1.4, marker="o", markersize=2.5)
-    (head,) = axes.plot([], [], color=VERMILION, marker="o", markersize=8, markeredgecolor="white")
+    (line,) = axes.plot(
+        [], [], color=VERMILION, linewidth=1.4, marker="o", markersize=2.5
+    )
+    (head,) = axes.plot(
+        [], [], color=VERMILION, marker="o", markersize=8, markeredgecolor="white"
+    )
     title = axes.set_title(" ", loc="left", fontsize=TITLE, color=INK)
 
     def draw(step: int) -> list[Any]:

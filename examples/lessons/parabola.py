@@ -16,7 +16,8 @@ class Place(nn.Module):
         self.x = nn.Parameter(torch.tensor(start))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.x.repeat(len(inputs))  # a copy: metrics are measured after the update
+        # A copy: metrics are measured after the update.
+        return self.x.repeat(len(inputs))
 
 
 class Nothing:

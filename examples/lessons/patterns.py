@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 COLUMNS = torch.tensor([[0, 1, 0, 1]] * 4, dtype=torch.float32)
-FRAME = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1]], dtype=torch.float32)
+FRAME = torch.tensor(
+    [[1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1]], dtype=torch.float32
+)
 INTENSITIES = range(20)
 GLARING = 999_999_999
 

@@ -21,7 +21,9 @@ class Spots:
         across = (axis - self.places[:, :1]) / width
         down = (axis - self.places[:, 1:]) / width
         spots = torch.exp(-(down.unsqueeze(2) ** 2 + across.unsqueeze(1) ** 2) / 2)
-        self.images = (spots + NOISE * torch.randn(spots.shape, generator=draw)).unsqueeze(1)
+        self.images = (
+            spots + NOISE * torch.randn(spots.shape, generator=draw)
+        ).unsqueeze(1)
 
     def __len__(self) -> int:
         return len(self.images)

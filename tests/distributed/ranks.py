@@ -15,13 +15,22 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-import torch._dynamo  # every optimizer imports it: once, here, and not in each rank again
+
+# Every optimizer imports it: once, here, and not in each rank again.
+import torch._dynamo
 from accelerate.state import AcceleratorState
 
-FORK = multiprocessing.get_context("fork")  # torch is imported once, here, and not in each process again
+# Torch is imported once, here, and not in each process again.
+FORK = multiprocessing.get_context("fork")
 
 
-def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: float = 120, **more: Any) -> list[Any]:
+def on_ranks(
+    count: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 120,
+    **more: Any,
+) -> list[Any]:
     """`function(*args, **more)` on `count` ranks; what each returns, in rank order. One rank is a plain process.
 
     Raises the first rank's failure with its traceback; a rank that does not end in time is killed.
@@ -31,7 +40,10 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: floa
         port = probe.getsockname()[1]
     pipes = [FORK.Pipe(duplex=False) for _ in range(count)]
     processes = [
-        FORK.Process(target=_child, args=(rank, count, port, pipe[1], partial(function, *args, **more)))
+        FORK.Process(
+            target=_child,
+            args=(rank, count, port, pipe[1], partial(function, *args, **more)),
+        )
         for rank, pipe in enumerate(pipes)
     ]
     for process in processes:
@@ -41,7 +53,9 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: floa
         for rank, (receiver, sender) in enumerate(pipes):
             sender.close()
             if not receiver.poll(timeout):
-                raise TimeoutError(f"rank {rank} of {count} did not end within {timeout} s")
+                raise TimeoutError(
+                    f"rank {rank} of {count} did not end within {timeout} s"
+                )
             failed, value = receiver.recv()
             if failed:
                 raise AssertionError(f"rank {rank} of {count} failed:\n{value}")
@@ -54,8 +68,11 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: floa
     return results
 
 
-def _child(rank: int, count: int, port: int, pipe: Connection, function: Callable[[], Any]) -> None:
-    gc.freeze()  # else a collection visits, and so copies, every page of the parent's objects
+def _child(
+    rank: int, count: int, port: int, pipe: Connection, function: Callable[[], Any]
+) -> None:
+    # Else a collection visits, and so copies, every page of the parent's objects.
+    gc.freeze()
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if count > 1:
         os.environ |= {
@@ -69,14 +86,19 @@ def _child(rank: int, count: int, port: int, pipe: Connection, function: Callabl
     torch.set_num_threads(1)
     # A fork believes its parent's fork server to be its own child, which it cannot wait for.
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
-    server._forkserver_pid = server._forkserver_address = server._forkserver_alive_fd = None
-    AcceleratorState._reset_state(reset_partial_state=True)  # a fork has its parent's, if a test there made a Trainer
+    server._forkserver_pid = server._forkserver_address = (
+        server._forkserver_alive_fd
+    ) = None
+    # A fork has its parent's, if a test there made a Trainer.
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
         buffer = io.BytesIO()
         torch.save(function(), buffer)
         assert int(os.environ.get("WORLD_SIZE", "1")) == count
         if count > 1:
-            assert torch.distributed.get_world_size() == count, "the ranks were never joined"
+            assert torch.distributed.get_world_size() == count, (
+                "the ranks were never joined"
+            )
         pipe.send((False, buffer.getvalue()))
     except BaseException:
         pipe.send((True, traceback.format_exc()))

@@ -37,7 +37,14 @@ class Images(Points):
 
     def __init__(self, samples: int = SAMPLES) -> None:
         super().__init__(samples, ignored=False)
-        self.points = torch.randn(samples, 2, 5, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        self.points = torch.randn(
+            samples,
+            2,
+            5,
+            5,
+            generator=torch.Generator().manual_seed(2),
+            dtype=torch.float64,
+        )
 
 
 def mlp() -> nn.Module:
@@ -48,7 +55,11 @@ def mlp() -> nn.Module:
 def conv_net(**batch_norm: Any) -> nn.Module:
     torch.manual_seed(3)
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, **batch_norm), nn.Tanh(), nn.Flatten(), nn.Linear(36, CLASSES)
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4, **batch_norm),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(36, CLASSES),
     )
 
 
@@ -78,10 +89,16 @@ def fitted(settings: Config, model: nn.Module, **more: Any) -> Trainer:
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.module.state_dict().items()}
+    return {
+        name: tensor.clone() for name, tensor in trainer.module.state_dict().items()
+    }
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """The largest |a - b| over all tensors, relative to the largest |b| of each."""
     assert a.keys() == b.keys()
-    return max(float((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1e-300)) for k in a if a[k].numel())
+    return max(
+        float((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1e-300))
+        for k in a
+        if a[k].numel()
+    )

@@ -27,13 +27,21 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(6)
         self.conv, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.drop, self.head, self.extra = nn.Dropout(0.2), nn.Linear(128, 5), nn.Linear(128, 5)
+        self.drop, self.head, self.extra = (
+            nn.Dropout(0.2),
+            nn.Linear(128, 5),
+            nn.Linear(128, 5),
+        )
         self.sometimes = sometimes
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.drop(nn.functional.max_pool2d(torch.relu(self.norm(self.conv(x))), 2).flatten(1))
+        x = self.drop(
+            nn.functional.max_pool2d(torch.relu(self.norm(self.conv(x))), 2).flatten(1)
+        )
         out: Tensor = self.head(x)
-        return out if self.sometimes and x[0].sum() > x[-1].sum() else out + self.extra(x)
+        return (
+            out if self.sometimes and x[0].sum() > x[-1].sum() else out + self.extra(x)
+        )
 
 
 class DeepNet(nn.Sequential):
@@ -73,7 +81,10 @@ def run(
         data__val_size=50,
         data__image_size=8,
         data__num_classes=5,
-        data__train_transforms=[{"name": "RandomHorizontalFlip"}, {"name": "RandomCrop", "size": 8, "padding": 1}],
+        data__train_transforms=[
+            {"name": "RandomHorizontalFlip"},
+            {"name": "RandomCrop", "size": 8, "padding": 1},
+        ],
         batch__micro_size=3,
         batch__eval_size=9,
         optimizer__weight_decay=1e-3,
@@ -83,19 +94,31 @@ def run(
     trainer = Trainer(settings, model=Net(sometimes) if model is None else model())
     summary = trainer.fit()
     rows = [
-        {k: repr(v) for k, v in r.items() if k not in TIMINGS} for r in read_rows(directory / "run" / "metrics.jsonl")
+        {k: repr(v) for k, v in r.items() if k not in TIMINGS}
+        for r in read_rows(directory / "run" / "metrics.jsonl")
     ]
     return {"digests": [summary[name] for name in DIGESTS], "rows": rows}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sgd": {},
-    "adamw": {"optimizer__name": "torch.optim.AdamW", "optimizer__momentum": None, "batch_norm__momentum_per": "step"},
-    "weighted": {"loss__class_weights": [1.0, 0.3, 2.0, 0.5, 1.5], "loss__label_smoothing": 0.1},
+    "adamw": {
+        "optimizer__name": "torch.optim.AdamW",
+        "optimizer__momentum": None,
+        "batch_norm__momentum_per": "step",
+    },
+    "weighted": {
+        "loss__class_weights": [1.0, 0.3, 2.0, 0.5, 1.5],
+        "loss__label_smoothing": 0.1,
+    },
     "sometimes": {"sometimes": True},
     "recalibrated": {"batch_norm__recalibrate": 2},
     # A norm adds up in memory order, so a gradient must come back from the exchange in the parameter's own.
-    "channels_last": {"train__channels_last": True, "model": DeepNet, "train__max_grad_norm": 0.05},
+    "channels_last": {
+        "train__channels_last": True,
+        "model": DeepNet,
+        "train__max_grad_norm": 0.05,
+    },
 }
 
 
@@ -110,23 +133,38 @@ def test_the_same_bits_on_any_number_of_ranks(tmp_path: Path, variant: str) -> N
     )
     for ranks, workers, threads in cases:
         directory = tmp_path / f"{ranks}-{workers}"
-        results = on_ranks(ranks, run, directory, data__workers=workers, threads=threads, **VARIANTS[variant])
+        results = on_ranks(
+            ranks,
+            run,
+            directory,
+            data__workers=workers,
+            threads=threads,
+            **VARIANTS[variant],
+        )
         assert results[0] == reference
         assert all(result["digests"] == reference["digests"] for result in results)
 
 
 @pytest.mark.parametrize("stops", [[(2, 5)], [(1, 2), (4, 3), (8, 7)]])
-def test_the_same_bits_through_any_stop(tmp_path: Path, stops: list[tuple[int, int]]) -> None:
+def test_the_same_bits_through_any_stop(
+    tmp_path: Path, stops: list[tuple[int, int]]
+) -> None:
     (reference,) = on_ranks(1, run, tmp_path / "straight")
     for ranks, step in stops:
         on_ranks(ranks, run, tmp_path / "cut", train__max_steps=step)
     assert on_ranks(3, run, tmp_path / "cut")[0] == reference
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
+)
 def test_compiled_models_too(tmp_path: Path) -> None:
     """Micro-batches of two sizes, met in another order on each number of ranks, and recalibrated by many of them."""
-    changes: dict[str, Any] = {"train__compile": True, "train__max_steps": 5, "batch_norm__recalibrate": 3}
+    changes: dict[str, Any] = {
+        "train__compile": True,
+        "train__max_steps": 5,
+        "batch_norm__recalibrate": 3,
+    }
     (reference,) = on_ranks(1, run, tmp_path / "1", **changes)
     assert on_ranks(3, run, tmp_path / "3", **changes)[0] == reference
 
@@ -134,11 +172,22 @@ def test_compiled_models_too(tmp_path: Path) -> None:
 def test_bitwise_and_standard_are_the_same_mathematics(tmp_path: Path) -> None:
     def weights(directory: Path, reproducibility: str) -> dict[str, Tensor]:
         settings = config(
-            directory, run__reproducibility=reproducibility, batch__micro_size=3, loss__class_weights=[1, 2, 3, 4]
+            directory,
+            run__reproducibility=reproducibility,
+            batch__micro_size=3,
+            loss__class_weights=[1, 2, 3, 4],
         )
         torch.manual_seed(1)
-        net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(36, 4))
-        trainer = Trainer(settings, model=net, train_data=Images(86), val_data=Images(20))
+        net = nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(36, 4),
+        )
+        trainer = Trainer(
+            settings, model=net, train_data=Images(86), val_data=Images(20)
+        )
         trainer.fit()
         return state(trainer)
 
@@ -153,7 +202,9 @@ class Puts(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x.flatten(1))
-        out.detach().clone().put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0], dtype=out.dtype))
+        out.detach().clone().put_(
+            torch.tensor([0, 0]), torch.tensor([1.0, 2.0], dtype=out.dtype)
+        )
         return out
 
 
@@ -161,7 +212,9 @@ def test_an_operation_without_a_deterministic_kernel_is_named(tmp_path: Path) ->
     def message(directory: Path) -> str:
         settings = config(directory, run__reproducibility="bitwise")
         with pytest.raises(LockstepError) as caught:
-            Trainer(settings, model=Puts(50, 4), train_data=Images(28), val_data=Images(28)).fit()
+            Trainer(
+                settings, model=Puts(50, 4), train_data=Images(28), val_data=Images(28)
+            ).fit()
         return str(caught.value)
 
     (text,) = on_ranks(1, message, tmp_path)

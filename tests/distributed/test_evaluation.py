@@ -17,9 +17,18 @@ from trainer.core.evaluation import Decision
 SAMPLES = 358
 
 
-def evaluated(directory: Path, eval_size: int, workers: int) -> tuple[dict[str, float], list[Decision]]:
-    settings = config(directory, batch__micro_size=7, batch__eval_size=eval_size, data__workers=workers)
-    trainer = Trainer(settings, model=conv_net(), train_data=Images(28), val_data=Images(SAMPLES))
+def evaluated(
+    directory: Path, eval_size: int, workers: int
+) -> tuple[dict[str, float], list[Decision]]:
+    settings = config(
+        directory,
+        batch__micro_size=7,
+        batch__eval_size=eval_size,
+        data__workers=workers,
+    )
+    trainer = Trainer(
+        settings, model=conv_net(), train_data=Images(28), val_data=Images(SAMPLES)
+    )
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first == second  # the loader is kept from one to the next
     assert trainer.run.evaluator is not None
@@ -27,9 +36,12 @@ def evaluated(directory: Path, eval_size: int, workers: int) -> tuple[dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("ranks", "eval_size", "workers"), [(1, 100, 0), (2, 100, 0), (3, 64, 0), (3, 500, 0), (3, 7, 1)]
+    ("ranks", "eval_size", "workers"),
+    [(1, 100, 0), (2, 100, 0), (3, 64, 0), (3, 500, 0), (3, 7, 1)],
 )
-def test_exact_over_358_samples(tmp_path: Path, ranks: int, eval_size: int, workers: int) -> None:
+def test_exact_over_358_samples(
+    tmp_path: Path, ranks: int, eval_size: int, workers: int
+) -> None:
     data, model = Images(SAMPLES), conv_net().double().eval()
     with torch.no_grad():
         output = model(data.points)

@@ -95,14 +95,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_logged(tmp_path: Path) ->
             {"best__metric": "val/acuracy"},
             'best.metric: "val/acuracy" is not logged by this run; did you mean "val/accuracy"',
         ),
-        ({"model__num_classes": 3, "data__name": "fake"}, "model.num_classes: 3 is less than the 10 classes of fake"),
+        (
+            {"model__num_classes": 3, "data__name": "fake"},
+            "model.num_classes: 3 is less than the 10 classes of fake",
+        ),
         (
             {"loss__name": "mse", "data__name": "digits"},
             "loss.name: the model gives (28, 10) for targets of shape (28,)",
         ),
     ],
 )
-def test_combinations_that_cannot_be(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_combinations_that_cannot_be(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     def run(directory: Path) -> str:
         with pytest.raises(ConfigError) as caught:
             Trainer(config(directory, **changes)).fit()
@@ -113,7 +118,12 @@ def test_combinations_that_cannot_be(tmp_path: Path, changes: dict[str, Any], me
 
 def test_a_trainer_trains_once(tmp_path: Path) -> None:
     def run(directory: Path) -> str:
-        trainer = fitted(config(directory), mlp(), train_data=Points(28, False), val_data=Points(28, False))
+        trainer = fitted(
+            config(directory),
+            mlp(),
+            train_data=Points(28, False),
+            val_data=Points(28, False),
+        )
         with pytest.raises(LockstepError) as caught:
             trainer.fit()
         return str(caught.value)
@@ -124,6 +134,8 @@ def test_a_trainer_trains_once(tmp_path: Path) -> None:
 
 def test_what_a_cuda_kernel_refuses_is_sent_to_the_cpu_for_its_name() -> None:
     """Recognised by PyTorch's message; the error itself needs a GPU."""
-    error = RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later")
+    error = RuntimeError(
+        "CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"
+    )
     assert "CUDA_VISIBLE_DEVICES= before it" in str(refused_operation(error))
     assert refused_operation(RuntimeError("odd")) is None

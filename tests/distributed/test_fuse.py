@@ -9,7 +9,14 @@ import pytest
 from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import Images, config, conv_net, fitted, largest_difference, state
+from tests.distributed.small import (
+    Images,
+    config,
+    conv_net,
+    fitted,
+    largest_difference,
+    state,
+)
 from tests.distributed.test_batch_norm import SAMPLES, SharedNorm, plain_pytorch
 from trainer.core.metrics import TIMINGS
 from trainer.reporting.jsonl import read_rows
@@ -23,7 +30,14 @@ def net() -> nn.Module:
     return model
 
 
-def run(directory: Path, make: Any, fuse: int | str, samples: int = 103, micro: int = 4, **changes: Any) -> Outcome:
+def run(
+    directory: Path,
+    make: Any,
+    fuse: int | str,
+    samples: int = 103,
+    micro: int = 4,
+    **changes: Any,
+) -> Outcome:
     settings = config(directory, batch__micro_size=micro, batch__fuse=fuse, **changes)
     trainer = fitted(settings, make(), train_data=Images(samples), val_data=Images(20))
     rows = [
@@ -37,7 +51,9 @@ def run(directory: Path, make: Any, fuse: int | str, samples: int = 103, micro: 
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """One rank, nothing fused, by `batch_norm.momentum_per`."""
     return {
-        per: on_ranks(1, run, tmp_path_factory.mktemp(per), net, 1, batch_norm__momentum_per=per)[0]
+        per: on_ranks(
+            1, run, tmp_path_factory.mktemp(per), net, 1, batch_norm__momentum_per=per
+        )[0]
         for per in ("micro_batch", "step")
     }
 
@@ -60,7 +76,9 @@ def test_equals_the_run_that_fuses_nothing(
 ) -> None:
     """7 micro-batches a step, 5 in the last one, one of which is smaller; dropout; weights, buffers, every row."""
     weights, rows, _ = alone[per]
-    for got, got_rows, took in on_ranks(ranks, run, tmp_path, net, fuse, batch_norm__momentum_per=per):
+    for got, got_rows, took in on_ranks(
+        ranks, run, tmp_path, net, fuse, batch_norm__momentum_per=per
+    ):
         assert took == ({2: 4, 3: 3}[ranks] if fuse == "auto" else fuse)
         assert largest_difference(got, weights) < 1e-12
         for row, expected in zip(got_rows, rows, strict=True):
@@ -68,7 +86,9 @@ def test_equals_the_run_that_fuses_nothing(
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_layers_called_twice_instance_norm_and_idle_ranks(tmp_path: Path, ranks: int) -> None:
+def test_layers_called_twice_instance_norm_and_idle_ranks(
+    tmp_path: Path, ranks: int
+) -> None:
     reference = plain_pytorch(SharedNorm(), 4)
     for got, _, _ in on_ranks(ranks, run, tmp_path, SharedNorm, 3, samples=SAMPLES):
         assert largest_difference(got, reference) < 1e-12

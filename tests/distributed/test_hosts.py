@@ -29,7 +29,10 @@ def test_values_and_turns() -> None:
     def agree(directory: Path) -> tuple[Any, ...]:
         ranks = Ranks("fp32")
         gathered = ranks.gather([ranks.rank] * (ranks.rank + 1))
-        votes = ranks.any_rank_async(ranks.rank == 2).result(), ranks.any_rank_async(False).result()
+        votes = (
+            ranks.any_rank_async(ranks.rank == 2).result(),
+            ranks.any_rank_async(False).result(),
+        )
         with ranks.main_first():
             start = time.monotonic()
             time.sleep(0.05)
@@ -64,10 +67,22 @@ def test_nothing_the_host_agrees_on_uses_the_devices_group(tmp_path: Path) -> No
     def agree() -> list[str]:
         used: list[str] = []
         ranks = Ranks("fp32")
-        for name in ("all_reduce", "broadcast", "all_gather", "barrier", "all_gather_object", "broadcast_object_list"):
+        for name in (
+            "all_reduce",
+            "broadcast",
+            "all_gather",
+            "barrier",
+            "all_gather_object",
+            "broadcast_object_list",
+        ):
             original = getattr(distributed, name)
 
-            def recorded(*args: Any, name: str = name, original: Callable[..., Any] = original, **more: Any) -> Any:
+            def recorded(
+                *args: Any,
+                name: str = name,
+                original: Callable[..., Any] = original,
+                **more: Any,
+            ) -> Any:
                 if more.get("group") in (None, distributed.group.WORLD):
                     used.append(name)
                 return original(*args, **more)
@@ -122,12 +137,15 @@ def test_a_rank_that_does_not_come_is_named(kind: str) -> None:
         with pytest.raises(LockstepError) as caught:
             for _ in range(3):  # a broadcast's sender may end before its receivers come
                 calls[kind]()
-        time.sleep(2)  # the store ends with rank 0; that of a launcher outlives every rank
+        # The store ends with rank 0; that of a launcher outlives every rank.
+        time.sleep(2)
         return str(caught.value)
 
     first, _, third = on_ranks(3, wait)
     assert first == third
-    assert first.startswith(f"the ranks waited 1 s for rank 1 on {socket.gethostname()}, and no longer")
+    assert first.startswith(
+        f"the ranks waited 1 s for rank 1 on {socket.gethostname()}, and no longer"
+    )
     assert "raise run.timeout" in first
 
 
@@ -142,7 +160,12 @@ def test_a_rank_that_hangs_in_training_is_named(tmp_path: Path) -> None:
         data = Slow(56, ignored=False)
         settings = config(directory, batch__micro_size=14, run__timeout=1)
         with pytest.raises(LockstepError) as caught:
-            Trainer(settings, model=mlp(), train_data=data, val_data=Points(28, ignored=False)).fit()
+            Trainer(
+                settings,
+                model=mlp(),
+                train_data=data,
+                val_data=Points(28, ignored=False),
+            ).fit()
         return str(caught.value)
 
     started = time.monotonic()
@@ -183,7 +206,10 @@ def test_a_failure_on_some_ranks_names_them() -> None:
 
     host = socket.gethostname()
     place = f"(on rank 1 of 2, machine {host}; the other ranks do not fail)"
-    assert on_ranks(2, fail, [1], ConfigError("a.b", "is wrong")) == [("ConfigError", f"a.b: is wrong {place}")] * 2
+    assert (
+        on_ranks(2, fail, [1], ConfigError("a.b", "is wrong"))
+        == [("ConfigError", f"a.b: is wrong {place}")] * 2
+    )
     assert on_ranks(2, fail, [0, 1], DataError("gone")) == [("DataError", "gone")] * 2
 
 
@@ -199,9 +225,16 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A machine with a loopback interface and some others, on which the way to MASTER_ADDR has `own` address."""
 
     def pretend(own: str | None, local: str = "2", **addresses: str) -> None:
-        entries = {"lo": [address(socket.AF_INET, "127.0.0.1"), address(socket.AF_INET6, "::1")]}
+        entries = {
+            "lo": [
+                address(socket.AF_INET, "127.0.0.1"),
+                address(socket.AF_INET6, "::1"),
+            ]
+        }
         for name, text in addresses.items():
-            entries[name] = [address(socket.AF_INET6 if ":" in text else socket.AF_INET, text)]
+            entries[name] = [
+                address(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+            ]
         monkeypatch.setattr(psutil, "net_if_addrs", lambda: entries)
         monkeypatch.setattr(psutil, "net_if_stats", dict)
         monkeypatch.setattr(interface, "_own_address_towards", lambda host: own)
@@ -219,29 +252,42 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ("10.0.0.5", {"eth0": "192.168.0.1", "ib0": "10.0.0.5"}, "2", "ib0"),
         ("fd00::5", {"eth0": "192.168.0.1", "ib0": "fd00::5%ib0"}, "2", "ib0"),
         ("127.0.0.1", {"eth0": "192.168.0.1"}, "4", "lo"),  # one machine
-        ("127.0.1.1", {"eth0": "192.168.0.1"}, "2", "eth0"),  # rank 0's machine, by the name in its own hosts file
-        ("127.0.1.1", {"eth0": "192.168.0.1"}, "4", ""),  # no interface has this address: gloo is left to itself
+        # Rank 0's machine, by the name in its own hosts file.
+        ("127.0.1.1", {"eth0": "192.168.0.1"}, "2", "eth0"),
+        # No interface has this address: gloo is left to itself.
+        ("127.0.1.1", {"eth0": "192.168.0.1"}, "4", ""),
         (None, {"eth0": "192.168.0.1"}, "2", ""),
     ],
 )
 def test_gloo_uses_the_interface_towards_the_master(
-    network: Callable[..., None], own: str | None, addresses: dict[str, str], local: str, expected: str
+    network: Callable[..., None],
+    own: str | None,
+    addresses: dict[str, str],
+    local: str,
+    expected: str,
 ) -> None:
     network(own, local, **addresses)
     choose_gloo_interface()
     assert os.environ["GLOO_SOCKET_IFNAME"] == expected
 
 
-def test_an_interface_of_the_user_is_left(network: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interface_of_the_user_is_left(
+    network: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     network("10.0.0.5", ib0="10.0.0.5")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
     choose_gloo_interface()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
-def test_an_interface_that_cannot_be_told_is_asked_for(network: Callable[..., None]) -> None:
+def test_an_interface_that_cannot_be_told_is_asked_for(
+    network: Callable[..., None],
+) -> None:
     network("127.0.1.1", eth0="192.168.0.1", ib0="10.0.0.5")
-    with pytest.raises(ConfigError, match=r"set GLOO_SOCKET_IFNAME to .* one of eth0 \(192.168.0.1\), ib0 \(10.0.0.5"):
+    with pytest.raises(
+        ConfigError,
+        match=r"set GLOO_SOCKET_IFNAME to .* one of eth0 \(192.168.0.1\), ib0 \(10.0.0.5",
+    ):
         choose_gloo_interface()
 
 
@@ -250,9 +296,13 @@ def test_the_address_towards_a_host_is_read_off_the_routes() -> None:
     assert interface._own_address_towards("no-such-host.invalid") is None
 
 
-def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_answer_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(store, "SECONDS_TO_ANSWER", 0.1)
-    monkeypatch.setattr(distributed.distributed_c10d, "_get_default_store", lambda: time.sleep(60))
+    monkeypatch.setattr(
+        distributed.distributed_c10d, "_get_default_store", lambda: time.sleep(60)
+    )
     started = time.monotonic()
     with pytest.raises(ConnectionError):
         store.ask_store(lambda _: 1)
@@ -268,7 +318,9 @@ def test_a_machine_that_fails_before_the_ranks_join_says_so(tmp_path: Path) -> N
     ranks = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
     for rank, local_rank, count in (("2", "0", 1), ("3", "1", 0)):
         environment = {**os.environ, **ranks, "RANK": rank, "LOCAL_RANK": local_rank}
-        result = run_program(["-c", code, str(tmp_path / "missing.yaml")], env=environment)
+        result = run_program(
+            ["-c", code, str(tmp_path / "missing.yaml")], env=environment
+        )
         assert result.returncode == 2
         assert result.stderr.count("missing.yaml") == count
 

@@ -24,17 +24,36 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "python": [sys.executable],
-    "accelerate": [str(BIN / "accelerate"), "launch", "--config_file", "launch/cpu.yaml"],
+    "accelerate": [
+        str(BIN / "accelerate"),
+        "launch",
+        "--config_file",
+        "launch/cpu.yaml",
+    ],
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "3"],
 }
-SHORT = ["train.epochs=3", "train.max_steps=40", "train.precision=fp64", "run.figures=false", "wandb.mode=disabled"]
-ENDLESS = [*SHORT, "train.max_steps=null", "train.epochs=1000", "train.log_every=5", "data.workers=1"]
+SHORT = [
+    "train.epochs=3",
+    "train.max_steps=40",
+    "train.precision=fp64",
+    "run.figures=false",
+    "wandb.mode=disabled",
+]
+ENDLESS = [
+    *SHORT,
+    "train.max_steps=null",
+    "train.epochs=1000",
+    "train.log_every=5",
+    "data.workers=1",
+]
 
 
 def launch(launcher: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command as a user types it: the launcher and its ranks are fresh processes."""
     command = [*LAUNCHERS[launcher], *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def summary(directory: Path) -> dict[str, Any]:
@@ -44,26 +63,35 @@ def summary(directory: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The default config, fp64 and cut short inside its second epoch, by each launcher."""
-    directories = {launcher: tmp_path_factory.mktemp(launcher) for launcher in LAUNCHERS}
+    directories = {
+        launcher: tmp_path_factory.mktemp(launcher) for launcher in LAUNCHERS
+    }
     for launcher, directory in directories.items():
         result = launch(launcher, "train.py", f"run.dir={directory}", *SHORT)
         assert result.returncode == 0, result.stdout + result.stderr
     return directories
 
 
-@pytest.mark.fresh_process  # how many processes a launcher starts, and whether they join
+# How many processes a launcher starts, and whether they join.
+@pytest.mark.fresh_process
 def test_each_launcher_starts_the_processes_it_should(runs: dict[str, Path]) -> None:
-    assert {launcher: summary(directory)["world_size"] for launcher, directory in runs.items()} == {
+    assert {
+        launcher: summary(directory)["world_size"]
+        for launcher, directory in runs.items()
+    } == {
         "python": 1,
         "accelerate": 2,
         "torchrun": 3,
     }
 
 
-@pytest.mark.fresh_process  # what launchers set in the environment must not change a run
+# What launchers set in the environment must not change a run.
+@pytest.mark.fresh_process
 def test_the_run_is_the_same(runs: dict[str, Path]) -> None:
     def last(directory: Path) -> dict[str, Any]:
-        return load_file(directory / "digits" / "checkpoints" / "step_00000040" / "model.safetensors")
+        return load_file(
+            directory / "digits" / "checkpoints" / "step_00000040" / "model.safetensors"
+        )
 
     reference = runs["python"]
     for launcher in ("accelerate", "torchrun"):
@@ -82,14 +110,19 @@ def test_the_run_is_the_same(runs: dict[str, Path]) -> None:
 def test_the_best_model_gives_its_numbers_again(runs: dict[str, Path]) -> None:
     best = json.loads((runs["python"] / "digits" / "best" / "metrics.json").read_text())
     for ranks in (1, 3):
-        result = run_program(["-m", "trainer", "evaluate", runs["python"] / "digits"], ranks=ranks)
+        result = run_program(
+            ["-m", "trainer", "evaluate", runs["python"] / "digits"], ranks=ranks
+        )
         assert result.returncode == 0, result.stderr
         values = {}
         for line in result.stdout.splitlines():
             if line.startswith("  val/"):
                 name, value, *_ = line.split()
                 values[name] = float(value)
-        assert values == {name: pytest.approx(best[name], abs=1e-6) for name in ("val/loss", "val/accuracy")}
+        assert values == {
+            name: pytest.approx(best[name], abs=1e-6)
+            for name in ("val/loss", "val/accuracy")
+        }
 
 
 MISSPELT = ["optimizer.momentun=0.9"]
@@ -105,7 +138,9 @@ MISTAKES = [
 ]
 
 
-def check_one_message(result: subprocess.CompletedProcess[str], message: str, directory: Path) -> None:
+def check_one_message(
+    result: subprocess.CompletedProcess[str], message: str, directory: Path
+) -> None:
     """The mistake is reported by one rank, before anything is written and without a traceback through the trainer."""
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -115,15 +150,21 @@ def check_one_message(result: subprocess.CompletedProcess[str], message: str, di
 
 
 @pytest.mark.parametrize(("ranks", "mistake", "message"), MISTAKES)
-def test_a_mistake_is_reported_once(tmp_path: Path, ranks: int, mistake: list[str], message: str) -> None:
-    result = run_program(["train.py", f"run.dir={tmp_path}", *SHORT, *mistake], ranks=ranks)
+def test_a_mistake_is_reported_once(
+    tmp_path: Path, ranks: int, mistake: list[str], message: str
+) -> None:
+    result = run_program(
+        ["train.py", f"run.dir={tmp_path}", *SHORT, *mistake], ranks=ranks
+    )
     check_one_message(result, message, tmp_path)
     assert result.returncode == 2
 
 
 @pytest.mark.fresh_process  # launchers print tracebacks and have a status of their own
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
-def test_a_mistake_is_reported_once_under_a_launcher(tmp_path: Path, launcher: str) -> None:
+def test_a_mistake_is_reported_once_under_a_launcher(
+    tmp_path: Path, launcher: str
+) -> None:
     result = launch(launcher, "train.py", f"run.dir={tmp_path}", *SHORT, *MISSPELT)
     check_one_message(result, MOMENTUM, tmp_path)
     assert result.returncode == 1
@@ -154,7 +195,9 @@ def check_checkpoint_of_stop(directory: Path, stderr: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_at_a_step_with_a_checkpoint(tmp_path: Path, number: int) -> None:
+def test_a_signal_ends_a_run_at_a_step_with_a_checkpoint(
+    tmp_path: Path, number: int
+) -> None:
     program = Program(["train.py", f"run.dir={tmp_path}", *ENDLESS])
     try:
         wait_for_rows(tmp_path, program.is_running)
@@ -168,13 +211,16 @@ def test_a_signal_ends_a_run_at_a_step_with_a_checkpoint(tmp_path: Path, number:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, rank: int) -> None:
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    tmp_path: Path, rank: int
+) -> None:
     program = Program(["train.py", f"run.dir={tmp_path}", *ENDLESS], ranks=2)
     try:
         wait_for_rows(tmp_path, program.is_running)
         os.kill(program.pids[rank], signal.SIGTERM)
         deadline = time.monotonic() + 60
-        while program.is_running():  # `wait` would signal the other rank, as launchers do
+        # `wait` would signal the other rank, as launchers do.
+        while program.is_running():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         result = program.wait(timeout=1)
@@ -185,16 +231,28 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, rank: i
 
 
 @pytest.mark.fresh_process  # the launcher is signalled, and has to pass it on
-def test_a_signal_to_a_launcher_ends_the_run_at_a_step_with_a_checkpoint(tmp_path: Path) -> None:
+def test_a_signal_to_a_launcher_ends_the_run_at_a_step_with_a_checkpoint(
+    tmp_path: Path,
+) -> None:
     command = [*LAUNCHERS["torchrun"], "train.py", f"run.dir={tmp_path}", *ENDLESS]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     wait_for_rows(tmp_path, lambda: process.poll() is None)
     process.send_signal(signal.SIGTERM)
     check_checkpoint_of_stop(tmp_path, process.communicate(timeout=60)[1])
 
 
-def test_a_launcher_that_asks_for_more_than_the_config_is_refused(tmp_path: Path) -> None:
-    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
-    result = run_program(["train.py", f"run.dir={tmp_path}"], env=environment, timeout=60)
+def test_a_launcher_that_asks_for_more_than_the_config_is_refused(
+    tmp_path: Path,
+) -> None:
+    environment = {
+        **os.environ,
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    result = run_program(
+        ["train.py", f"run.dir={tmp_path}"], env=environment, timeout=60
+    )
     assert result.returncode == 2
     assert "set train.precision instead" in result.stderr

@@ -38,7 +38,9 @@ class Recorder(Observer):
         self.calls.append("begin")
         self.module = run.module
 
-    def micro_batch(self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
+    def micro_batch(
+        self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum
+    ) -> None:
         self.calls.append(f"micro_batch {step.number}.{batch.first}")
         if step.number == 1:
             self.loss.append((float(loss.total), float(loss.weight)))
@@ -46,7 +48,9 @@ class Recorder(Observer):
     def gradient(self, step: Step) -> None:
         self.calls.append(f"gradient {step.number}")
         if step.number == 1:
-            self.first_gradient = [p.grad.clone() for p in self.module.parameters() if p.grad is not None]
+            self.first_gradient = [
+                p.grad.clone() for p in self.module.parameters() if p.grad is not None
+            ]
 
     def step(self, step: Step) -> None:
         self.calls.append(f"step {step.number}")
@@ -61,11 +65,15 @@ class Recorder(Observer):
         self.calls.append(f"end {summary['steps']}")
 
 
-def record(directory: Path, **changes: Any) -> tuple[list[str], list[tuple[float, float]], list[Tensor], list[str]]:
+def record(
+    directory: Path, **changes: Any
+) -> tuple[list[str], list[tuple[float, float]], list[Tensor], list[str]]:
     recorder = Recorder()
     settings = config(directory, batch__micro_size=14, train__epochs=1, **changes)
     data = Points(SAMPLES, ignored=False)
-    Trainer(settings, model=mlp(), train_data=data, val_data=data, observers=[recorder]).fit()
+    Trainer(
+        settings, model=mlp(), train_data=data, val_data=data, observers=[recorder]
+    ).fit()
     rows = read_rows(directory / "run" / "metrics.jsonl")
     columns = sorted({name for row in rows for name in row if name.startswith("mine/")})
     assert all(row["mine/calls"] == row["step"] for row in rows)
@@ -75,7 +83,9 @@ def record(directory: Path, **changes: Any) -> tuple[list[str], list[tuple[float
 def test_an_observer_sees_every_step_on_one_process_and_several(tmp_path: Path) -> None:
     ((calls, losses, gradient, columns),) = on_ranks(1, record, tmp_path / "1")
     steps = [
-        f"micro_batch {n}.{i}" if i < 2 else f"{('gradient', 'step')[i - 2]} {n}" for n in (1, 2) for i in range(4)
+        f"micro_batch {n}.{i}" if i < 2 else f"{('gradient', 'step')[i - 2]} {n}"
+        for n in (1, 2)
+        for i in range(4)
     ]
     assert calls == ["begin", *steps, "epoch 0 True", "end 2"]
     assert columns == ["mine/calls"]
@@ -88,13 +98,22 @@ def test_an_observer_sees_every_step_on_one_process_and_several(tmp_path: Path) 
     loss = nn.functional.cross_entropy(net(data.points[ids]), data.labels[ids])
     loss.backward()  # type: ignore[no-untyped-call]
     expected = [p.grad for p in net.parameters()]
-    assert sum(total for total, _ in losses) / sum(weight for _, weight in losses) == pytest.approx(loss.item(), 1e-12)
+    assert sum(total for total, _ in losses) / sum(
+        weight for _, weight in losses
+    ) == pytest.approx(loss.item(), 1e-12)
     for actual, by_hand in zip(gradient, expected, strict=True):
         assert torch.allclose(actual, by_hand, rtol=1e-12, atol=1e-15)
 
     results = on_ranks(2, record, tmp_path / "2")
     for rank, (calls, _, on_two, _) in enumerate(results):
-        steps = [f"micro_batch 1.{rank}", "gradient 1", "step 1", f"micro_batch 2.{rank}", "gradient 2", "step 2"]
+        steps = [
+            f"micro_batch 1.{rank}",
+            "gradient 1",
+            "step 1",
+            f"micro_batch 2.{rank}",
+            "gradient 2",
+            "step 2",
+        ]
         assert calls == ["begin", *steps, "epoch 0 True", "end 2"]
         for actual, by_hand in zip(on_two, expected, strict=True):
             assert torch.allclose(actual, by_hand, rtol=1e-12, atol=1e-15)
@@ -125,14 +144,18 @@ class AveragingTrainer(Trainer):
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self.average = AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+        self.average = AveragedModel(
+            self.module, multi_avg_fn=get_ema_multi_avg_fn(0.5)
+        )
 
     def train_step(self, step: Step) -> None:
         super().train_step(step)
         self.average.update_parameters(self.module)
 
 
-def average(directory: Path, how: str, max_steps: int | None = None) -> dict[str, Tensor]:
+def average(
+    directory: Path, how: str, max_steps: int | None = None
+) -> dict[str, Tensor]:
     settings = config(
         directory,
         batch__micro_size=7,
@@ -158,7 +181,9 @@ def average(directory: Path, how: str, max_steps: int | None = None) -> dict[str
 
 
 @pytest.mark.parametrize("how", ["observer", "config", "subclass"])
-def test_state_of_ones_own_survives_a_resume_on_another_number_of_processes(tmp_path: Path, how: str) -> None:
+def test_state_of_ones_own_survives_a_resume_on_another_number_of_processes(
+    tmp_path: Path, how: str
+) -> None:
     (reference,) = on_ranks(1, average, tmp_path / "straight", how)
     on_ranks(2, average, tmp_path / "cut", how, max_steps=1)
     on_ranks(3, average, tmp_path / "cut", how, max_steps=3)
@@ -175,7 +200,9 @@ class Local(Observer):
     def __init__(self) -> None:
         self.total = torch.zeros(())
 
-    def micro_batch(self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
+    def micro_batch(
+        self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum
+    ) -> None:
         self.total = self.total + float(loss.total)
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,7 +217,13 @@ def test_state_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:
         data = Points(SAMPLES, ignored=False)
         settings = config(directory, batch__micro_size=14)
         try:
-            Trainer(settings, model=mlp(), train_data=data, val_data=data, observers=[Local()]).fit()
+            Trainer(
+                settings,
+                model=mlp(),
+                train_data=data,
+                val_data=data,
+                observers=[Local()],
+            ).fit()
         except LockstepError as error:
             return str(error)
         return ""
@@ -200,12 +233,21 @@ def test_state_that_differs_between_ranks_is_refused(tmp_path: Path) -> None:
         assert "the state of Local on rank 1 is not that of rank 0" in message
 
 
-def test_a_resume_says_which_state_it_did_not_find(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resume_says_which_state_it_did_not_find(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = Points(SAMPLES, ignored=False)
 
     def fit(observers: list[Observer], max_steps: int) -> str:
-        settings = config(tmp_path, batch__micro_size=14, run__resume="auto", train__max_steps=max_steps)
-        Trainer(settings, model=mlp(), train_data=data, val_data=data, observers=observers).fit()
+        settings = config(
+            tmp_path,
+            batch__micro_size=14,
+            run__resume="auto",
+            train__max_steps=max_steps,
+        )
+        Trainer(
+            settings, model=mlp(), train_data=data, val_data=data, observers=observers
+        ).fit()
         return " ".join(capsys.readouterr().out.split())
 
     assert "starts afresh" not in fit([Average()], 1)
@@ -217,15 +259,32 @@ def test_a_resume_says_which_state_it_did_not_find(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize("wrong", [Recorder, object(), lambda step: None])
 def test_what_is_no_observer_is_refused(tmp_path: Path, wrong: Any) -> None:
     data = Points(SAMPLES, ignored=False)
-    with pytest.raises(ConfigError, match=r"observers: .*(is a class|is not a subclass of trainer\.Observer)"):
-        Trainer(config(tmp_path), model=mlp(), train_data=data, val_data=data, observers=[wrong])
+    with pytest.raises(
+        ConfigError,
+        match=r"observers: .*(is a class|is not a subclass of trainer\.Observer)",
+    ):
+        Trainer(
+            config(tmp_path),
+            model=mlp(),
+            train_data=data,
+            val_data=data,
+            observers=[wrong],
+        )
 
 
 def test_an_object_without_state_is_refused_by_name(tmp_path: Path) -> None:
     data = Points(SAMPLES, ignored=False)
     wrong: Any = {"counter": object()}
-    with pytest.raises(ConfigError, match=r"stateful\.counter: object has no state_dict"):
-        Trainer(config(tmp_path), model=mlp(), train_data=data, val_data=data, stateful=wrong)
+    with pytest.raises(
+        ConfigError, match=r"stateful\.counter: object has no state_dict"
+    ):
+        Trainer(
+            config(tmp_path),
+            model=mlp(),
+            train_data=data,
+            val_data=data,
+            stateful=wrong,
+        )
 
 
 def trainer_of(directory: Path, cls: type[Trainer] = Trainer, **more: Any) -> Trainer:
@@ -277,16 +336,24 @@ class CountingTrainer(Trainer):
             counter.count += 1
 
 
-def test_every_object_of_a_subclass_is_saved_once_and_the_model_with_itself_alone(tmp_path: Path) -> None:
+def test_every_object_of_a_subclass_is_saved_once_and_the_model_with_itself_alone(
+    tmp_path: Path,
+) -> None:
     trainer_of(tmp_path, CountingTrainer).fit()
     assert saved_states(tmp_path) == {"early", "private", "observer", "late"}
     resumed: Any = trainer_of(tmp_path, CountingTrainer)
     resumed.fit()
-    assert [resumed.early.count, resumed._private.count, resumed.late.count] == [4, 4, 4]
+    assert [resumed.early.count, resumed._private.count, resumed.late.count] == [
+        4,
+        4,
+        4,
+    ]
     assert resumed.observer.count == 4
 
 
-def test_an_object_passed_by_name_and_kept_as_an_attribute_is_one(tmp_path: Path) -> None:
+def test_an_object_passed_by_name_and_kept_as_an_attribute_is_one(
+    tmp_path: Path,
+) -> None:
     class Keeping(Trainer):
         def __init__(self, *args: Any, stateful: Any, **more: Any) -> None:
             super().__init__(*args, stateful=stateful, **more)
@@ -296,8 +363,13 @@ def test_an_object_passed_by_name_and_kept_as_an_attribute_is_one(tmp_path: Path
     assert saved_states(tmp_path) == {"passed"}
 
 
-@pytest.mark.parametrize("how", ["observer", "observer in another case", "second observer", "attribute", "file"])
-def test_two_objects_of_one_name_are_refused_before_training(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize(
+    "how",
+    ["observer", "observer in another case", "second observer", "attribute", "file"],
+)
+def test_two_objects_of_one_name_are_refused_before_training(
+    tmp_path: Path, how: str
+) -> None:
     """On a resume, one would be given the other's state."""
 
     class Model(Trainer):
@@ -311,7 +383,11 @@ def test_two_objects_of_one_name_are_refused_before_training(tmp_path: Path, how
             self.counter = Counter()
 
     cases: dict[str, tuple[type[Trainer], dict[str, Any], str]] = {
-        "observer": (Trainer, {"stateful": {"Average": Counter()}, "observers": [Average()]}, "Average: a checkpoint"),
+        "observer": (
+            Trainer,
+            {"stateful": {"Average": Counter()}, "observers": [Average()]},
+            "Average: a checkpoint",
+        ),
         "observer in another case": (
             Trainer,
             {"stateful": {"average": Counter()}, "observers": [Average()]},
@@ -322,7 +398,11 @@ def test_two_objects_of_one_name_are_refused_before_training(tmp_path: Path, how
             {"stateful": {"Average-2": Counter()}, "observers": [Average(), Average()]},
             r"stateful\.Average-2",
         ),
-        "attribute": (Keeping, {"stateful": {"counter": Counter()}}, r"stateful\.counter: .*needs another"),
+        "attribute": (
+            Keeping,
+            {"stateful": {"counter": Counter()}},
+            r"stateful\.counter: .*needs another",
+        ),
         "file": (Model, {}, '"model" names a file that every checkpoint has'),
     }
     cls, more, message = cases[how]
@@ -349,7 +429,9 @@ class Loading(Average):
         self.loads += 1
 
 
-def test_state_is_loaded_once_and_after_begin_which_sees_the_restored_model(tmp_path: Path) -> None:
+def test_state_is_loaded_once_and_after_begin_which_sees_the_restored_model(
+    tmp_path: Path,
+) -> None:
     trainer = trainer_of(tmp_path, observers=[Loading()])
     trainer.fit()
     resumed = trainer_of(tmp_path, observers=[observer := Loading()])
@@ -361,12 +443,23 @@ def test_state_is_loaded_once_and_after_begin_which_sees_the_restored_model(tmp_
     resumed.end_loading()
 
 
-METHODS = ["begin", "micro_batch", "gradient", "step", "row", "epoch", "end", "state_dict"]
+METHODS = [
+    "begin",
+    "micro_batch",
+    "gradient",
+    "step",
+    "row",
+    "epoch",
+    "end",
+    "state_dict",
+]
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_of_an_observer_on_one_rank_ends_all(tmp_path: Path, method: str, rank: int) -> None:
+def test_an_error_of_an_observer_on_one_rank_ends_all(
+    tmp_path: Path, method: str, rank: int
+) -> None:
     def fit(directory: Path) -> str:
         observer = Average()
         trainer = trainer_of(directory, observers=[observer])
@@ -380,22 +473,33 @@ def test_an_error_of_an_observer_on_one_rank_ends_all(tmp_path: Path, method: st
             trainer.fit()
         except Exception as error:
             if trainer.ranks.rank == rank:
-                assert isinstance(error.__cause__, KeyError), "the observer's own error, with what caused it"
+                assert isinstance(error.__cause__, KeyError), (
+                    "the observer's own error, with what caused it"
+                )
             return str(error)
         return ""
 
     messages = on_ranks(2, fit, tmp_path, timeout=60)
     assert messages[rank] == "broken on this rank"
-    if method != "end":  # rank 0 has written its summary by then, and nothing is left to do together
+    # Rank 0 has written its summary by then, and nothing is left to do together.
+    if method != "end":
         assert messages[1 - rank]
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("train/loss", 0.0, r'Writing\.row changes "train/loss"; add a column under a name of its own'),
+        (
+            "train/loss",
+            0.0,
+            r'Writing\.row changes "train/loss"; add a column under a name of its own',
+        ),
         ("lr", None, r'Writing\.row changes "lr"'),
-        ("mine/tensor", torch.ones(()), r'Writing\.row gives "mine/tensor" a Tensor; give it a number'),
+        (
+            "mine/tensor",
+            torch.ones(()),
+            r'Writing\.row gives "mine/tensor" a Tensor; give it a number',
+        ),
         ("mine/text", "high", r'Writing\.row gives "mine/text" a str'),
     ],
 )
@@ -420,7 +524,11 @@ def test_of_columns_that_differ_between_ranks_rank_0_is_written(tmp_path: Path) 
         def row(self, row: Row) -> None:
             row["mine/rank"] = float(self.rank)
 
-    on_ranks(2, lambda directory: trainer_of(directory, observers=[Writing()]).fit() and None, tmp_path)
+    on_ranks(
+        2,
+        lambda directory: trainer_of(directory, observers=[Writing()]).fit() and None,
+        tmp_path,
+    )
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["mine/rank"] for row in rows] == [0.0] * len(rows)
 
@@ -434,7 +542,10 @@ def test_a_loop_of_ones_own_takes_the_same_steps(tmp_path: Path) -> None:
         row = trainer.measure(step)
         metrics = trainer.evaluate()
         trainer.end_loading()
-        with pytest.raises(LockstepError, match=r"fit\(\) opens the run directory.*use measure\(\) and evaluate\(\)"):
+        with pytest.raises(
+            LockstepError,
+            match=r"fit\(\) opens the run directory.*use measure\(\) and evaluate\(\)",
+        ):
             trainer.log(step)
     reference = trainer_of(tmp_path / "fit")
     reference.fit()
@@ -442,7 +553,9 @@ def test_a_loop_of_ones_own_takes_the_same_steps(tmp_path: Path) -> None:
     assert metrics["loss"] == logged["val/loss"]
     assert row["step"] == logged["step"]
     weights = state(trainer)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in state(reference).items())
+    assert all(
+        torch.equal(weights[name], tensor) for name, tensor in state(reference).items()
+    )
 
 
 def test_a_step_before_start_says_what_to_call(tmp_path: Path) -> None:
@@ -453,7 +566,11 @@ def test_a_step_before_start_says_what_to_call(tmp_path: Path) -> None:
 
 def test_training_data_alone_is_enough(tmp_path: Path) -> None:
     """Without validation data the best model is that of the least training loss."""
-    trainer = Trainer(config(tmp_path, batch__micro_size=14), model=mlp(), train_data=Points(SAMPLES, ignored=False))
+    trainer = Trainer(
+        config(tmp_path, batch__micro_size=14),
+        model=mlp(),
+        train_data=Points(SAMPLES, ignored=False),
+    )
     summary = trainer.fit()
     assert summary["best_metric"] == "train/loss"
     assert summary["best"] is not None

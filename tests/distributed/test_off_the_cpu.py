@@ -19,7 +19,9 @@ def gathered(device: torch.device) -> list[float]:
     ranks = Ranks("fp32")
     ranks.device = device
     whole = torch.zeros(ranks.count, 2)
-    with patch.object(distributed, "batch_isend_irecv", side_effect=AssertionError("point to point")):
+    with patch.object(
+        distributed, "batch_isend_irecv", side_effect=AssertionError("point to point")
+    ):
         ranks.all_gather_by_sends(torch.full((2,), float(ranks.rank)), whole)
     return [float(value) for value in whole.flatten()]
 

@@ -10,27 +10,50 @@ import torch
 from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import Images, Points, config, conv_net, fitted, largest_difference, mlp, state
+from tests.distributed.small import (
+    Images,
+    Points,
+    config,
+    conv_net,
+    fitted,
+    largest_difference,
+    mlp,
+    state,
+)
 from trainer import Trainer
 from trainer.reporting.jsonl import read_rows
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_is_near_fp32_and_equal_over_ranks(tmp_path: Path, precision: str) -> None:
-    def run(directory: Path, precision: str) -> tuple[dict[str, Tensor], list[torch.dtype]]:
+def test_half_precision_is_near_fp32_and_equal_over_ranks(
+    tmp_path: Path, precision: str
+) -> None:
+    def run(
+        directory: Path, precision: str
+    ) -> tuple[dict[str, Tensor], list[torch.dtype]]:
         model, dtypes = conv_net(), []
-        model[0].register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
-        settings = config(directory, batch__micro_size=7, train__precision=precision, train__max_grad_norm=1.0)
+        model[0].register_forward_hook(
+            lambda module, inputs, output: dtypes.append(output.dtype)
+        )
+        settings = config(
+            directory,
+            batch__micro_size=7,
+            train__precision=precision,
+            train__max_grad_norm=1.0,
+        )
         trainer = fitted(settings, model, train_data=Images(103), val_data=Images(20))
         return state(trainer), dtypes
 
     ((exact, _),) = on_ranks(1, run, tmp_path / "fp32", "fp32")
     ((reference, dtypes),) = on_ranks(1, run, tmp_path / "1", precision)
     assert set(dtypes) == {torch.bfloat16 if precision == "bf16" else torch.float16}
-    assert all(t.dtype is not dtypes[0] for t in reference.values())  # weights stay fp32
+    # Weights stay fp32.
+    assert all(t.dtype is not dtypes[0] for t in reference.values())
     assert 0 < largest_difference(reference, exact) < 0.1
     for weights, _ in on_ranks(3, run, tmp_path / "3", precision):
-        assert largest_difference(weights, reference) < (2e-2 if precision == "bf16" else 5e-3)
+        assert largest_difference(weights, reference) < (
+            2e-2 if precision == "bf16" else 5e-3
+        )
 
 
 class Explodes(nn.Module):
@@ -73,9 +96,17 @@ def test_a_skipped_step_does_not_hold_up_the_schedule(tmp_path: Path) -> None:
         trainer.run.precision.step = spied  # type: ignore[method-assign]
         trainer.fit()
         assert trainer.run.precision.scaler is not None
-        unchanged = all(torch.equal(a, b) for a, b in zip(after[0], after[1], strict=True))
-        moved = not torch.equal(after[0][0], weights[0]) and not torch.equal(after[2][0], after[1][0])
-        lrs = [row["lr"] for row in read_rows(directory / "run" / "metrics.jsonl") if "train/loss" in row]
+        unchanged = all(
+            torch.equal(a, b) for a, b in zip(after[0], after[1], strict=True)
+        )
+        moved = not torch.equal(after[0][0], weights[0]) and not torch.equal(
+            after[2][0], after[1][0]
+        )
+        lrs = [
+            row["lr"]
+            for row in read_rows(directory / "run" / "metrics.jsonl")
+            if "train/loss" in row
+        ]
         return lrs, trainer.run.precision.scaler.get_scale(), unchanged and moved
 
     for lrs, scale, skipped in on_ranks(1, run, tmp_path):
@@ -88,8 +119,18 @@ def test_fp64_is_fp64_throughout(tmp_path: Path) -> None:
     def run(directory: Path) -> set[Any]:
         dtypes = set()
         model = conv_net()
-        model[0].register_forward_hook(lambda module, inputs, output: dtypes.update({inputs[0].dtype, output.dtype}))
-        trainer = fitted(config(directory), model, train_data=Images(28), val_data=Images(20))
-        return dtypes | {t.dtype for t in trainer.module.state_dict().values() if t.is_floating_point()}
+        model[0].register_forward_hook(
+            lambda module, inputs, output: dtypes.update(
+                {inputs[0].dtype, output.dtype}
+            )
+        )
+        trainer = fitted(
+            config(directory), model, train_data=Images(28), val_data=Images(20)
+        )
+        return dtypes | {
+            t.dtype
+            for t in trainer.module.state_dict().values()
+            if t.is_floating_point()
+        }
 
     assert on_ranks(1, run, tmp_path) == [{torch.float64}]

@@ -28,12 +28,25 @@ def train_step_and_die(self, step):
 Trainer.train_step = train_step_and_die
 exit_process(main(sys.argv[1:]))
 """
-ARGUMENTS = ["run.resume=auto", "train.max_steps=30", "train.checkpoint_every=10", "run.figures=false"]
-ARGUMENTS += ["wandb.mode=disabled", "run.reproducibility=bitwise", "batch.micro_size=16"]
+ARGUMENTS = [
+    "run.resume=auto",
+    "train.max_steps=30",
+    "train.checkpoint_every=10",
+    "run.figures=false",
+]
+ARGUMENTS += [
+    "wandb.mode=disabled",
+    "run.reproducibility=bitwise",
+    "batch.micro_size=16",
+]
 
 
 def weights(directory: Path) -> str:
-    return str(json.loads((directory / "digits" / "summary.json").read_text())["weights_sha256"])
+    return str(
+        json.loads((directory / "digits" / "summary.json").read_text())[
+            "weights_sha256"
+        ]
+    )
 
 
 @pytest.mark.fresh_process  # torchrun starts the ranks, and starts them again
@@ -41,12 +54,42 @@ def test_a_rank_that_dies_is_restarted_and_changes_nothing(tmp_path: Path) -> No
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    undisturbed = [sys.executable, "train.py", *ARGUMENTS, f"run.dir={tmp_path / 'undisturbed'}"]
-    subprocess.run(undisturbed, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--max-restarts", "1"]
-    disturbed = [*torchrun, "--nproc_per_node", "2", str(program), *ARGUMENTS, f"run.dir={tmp_path / 'disturbed'}"]
+    undisturbed = [
+        sys.executable,
+        "train.py",
+        *ARGUMENTS,
+        f"run.dir={tmp_path / 'undisturbed'}",
+    ]
+    subprocess.run(
+        undisturbed,
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    torchrun = [
+        str(Path(sys.executable).parent / "torchrun"),
+        "--standalone",
+        "--max-restarts",
+        "1",
+    ]
+    disturbed = [
+        *torchrun,
+        "--nproc_per_node",
+        "2",
+        str(program),
+        *ARGUMENTS,
+        f"run.dir={tmp_path / 'disturbed'}",
+    ]
     result = subprocess.run(
-        disturbed, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=180
+        disturbed,
+        cwd=ROOT,
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "resumed after step 10" in result.stdout

@@ -11,11 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import CLASSES, Images, config, fitted, largest_difference, state
+from tests.distributed.small import (
+    CLASSES,
+    Images,
+    config,
+    fitted,
+    largest_difference,
+    state,
+)
 from trainer import Trainer
 from trainer.exact.plan import Plan
 
-SAMPLES, SIZE = 56, 12  # the last of an epoch's 5 steps has 2 micro-batches, the others 3
+# The last of an epoch's 5 steps has 2 micro-batches, the others 3.
+SAMPLES, SIZE = 56, 12
 
 
 def net() -> nn.Sequential:
@@ -23,17 +31,34 @@ def net() -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()),
-        nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Dropout(0.3)),
+        nn.Sequential(
+            nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Dropout(0.3)
+        ),
         nn.Flatten(),
         nn.Linear(36, CLASSES),
     )
 
 
-def run(directory: Path, **changes: Any) -> tuple[dict[str, Tensor], dict[str, float], list[str]]:
+def run(
+    directory: Path, **changes: Any
+) -> tuple[dict[str, Tensor], dict[str, float], list[str]]:
     """Weights; the numbers of another evaluation at the end; the parameters with a momentum."""
-    more = {"batch__size": SIZE, "batch__micro_size": 4, "train__epochs": 4, "model__freeze": "backbone", **changes}
-    trainer = fitted(config(directory, **more), net(), train_data=Images(SAMPLES), val_data=Images(31))
-    momenta = [n for n, p in trainer.module.named_parameters() if p in trainer.optimizer.state]
+    more = {
+        "batch__size": SIZE,
+        "batch__micro_size": 4,
+        "train__epochs": 4,
+        "model__freeze": "backbone",
+        **changes,
+    }
+    trainer = fitted(
+        config(directory, **more),
+        net(),
+        train_data=Images(SAMPLES),
+        val_data=Images(31),
+    )
+    momenta = [
+        n for n, p in trainer.module.named_parameters() if p in trainer.optimizer.state
+    ]
     return state(trainer), trainer.evaluate(), momenta
 
 
@@ -59,26 +84,53 @@ def by_hand(thaws: dict[int, int]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("unfreeze", [{}, {"1": ["1"], "3": "backbone"}])
-def test_a_loop_by_hand_arrives_at_the_same(tmp_path: Path, unfreeze: dict[str, Any]) -> None:
+def test_a_loop_by_hand_arrives_at_the_same(
+    tmp_path: Path, unfreeze: dict[str, Any]
+) -> None:
     def ours() -> dict[str, Tensor]:
         model = net()
         model[1][3].p = 0.0
-        section = {"batch__size": SIZE, "train__epochs": 4, "model__freeze": "backbone", "model__unfreeze": unfreeze}
-        return state(fitted(config(tmp_path, **section), model, train_data=Images(SAMPLES), val_data=Images(31)))
+        section = {
+            "batch__size": SIZE,
+            "train__epochs": 4,
+            "model__freeze": "backbone",
+            "model__unfreeze": unfreeze,
+        }
+        return state(
+            fitted(
+                config(tmp_path, **section),
+                model,
+                train_data=Images(SAMPLES),
+                val_data=Images(31),
+            )
+        )
 
     reached = by_hand({1: 1, 3: 0} if unfreeze else {})
     assert largest_difference(on_ranks(1, ours)[0], reached) < 1e-12
     if not unfreeze:
-        assert all(torch.equal(reached[k], v) for k, v in net().double().state_dict().items() if k[:2] != "3.")
+        assert all(
+            torch.equal(reached[k], v)
+            for k, v in net().double().state_dict().items()
+            if k[:2] != "3."
+        )
 
 
-UNFREEZE = {"model__unfreeze": {"1": ["1"], "3": ["0.0"]}, "batch_norm__momentum_per": "step"}
+UNFREEZE = {
+    "model__unfreeze": {"1": ["1"], "3": ["0.0"]},
+    "batch_norm__momentum_per": "step",
+}
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return {
-        mode: on_ranks(1, run, tmp_path_factory.mktemp("straight"), run__reproducibility=mode, **UNFREEZE)[0]
+        mode: on_ranks(
+            1,
+            run,
+            tmp_path_factory.mktemp("straight"),
+            run__reproducibility=mode,
+            **UNFREEZE,
+        )[0]
         for mode in ("standard", "bitwise")
     }
 
@@ -90,10 +142,22 @@ def test_gradual_unfreezing_on_any_ranks(
 ) -> None:
     """Epochs have 5 steps: stops at a boundary where a part is thawed, and within the epoch after it."""
     weights, numbers, momenta = straight[mode]
-    thawed = ["0.0.weight", "0.0.bias", "1.0.weight", "1.0.bias", "1.1.weight", "1.1.bias"]
+    thawed = [
+        "0.0.weight",
+        "0.0.bias",
+        "1.0.weight",
+        "1.0.bias",
+        "1.1.weight",
+        "1.1.bias",
+    ]
     assert momenta == [*thawed, "3.weight", "3.bias"]
     for ranks, stop in stops:
-        more = {"run__reproducibility": mode, "run__resume": "auto", "train__max_steps": stop, **UNFREEZE}
+        more = {
+            "run__reproducibility": mode,
+            "run__resume": "auto",
+            "train__max_steps": stop,
+            **UNFREEZE,
+        }
         results = on_ranks(ranks, run, tmp_path, **more)
     for got, got_numbers, got_momenta in results:
         assert got_momenta == momenta
@@ -105,7 +169,9 @@ def test_gradual_unfreezing_on_any_ranks(
 
 
 @pytest.mark.parametrize("unfreeze", [{}, {"2": ["1"]}])
-def test_features_of_validation_samples_are_made_once(tmp_path: Path, unfreeze: dict[str, Any]) -> None:
+def test_features_of_validation_samples_are_made_once(
+    tmp_path: Path, unfreeze: dict[str, Any]
+) -> None:
     """Each evaluation gives, bit for bit, what running the whole model gives; a thawed backbone is run again."""
 
     def both() -> tuple[list[dict[str, float]], list[dict[str, float]], int]:
@@ -123,14 +189,22 @@ def test_features_of_validation_samples_are_made_once(tmp_path: Path, unfreeze: 
                 self.run.evaluator.evaluate()
                 handle.remove()
                 self.run.evaluator.forget()
-                whole.append(self.run.evaluator.evaluate())  # this keeps the features for the next one
+                # This keeps the features for the next one.
+                whole.append(self.run.evaluator.evaluate())
                 return cached[-1]
 
         cached: list[dict[str, float]] = []
         whole: list[dict[str, float]] = []
-        section = {"batch__size": SIZE, "train__epochs": 3, "model__freeze": "backbone", "model__unfreeze": unfreeze}
+        section = {
+            "batch__size": SIZE,
+            "train__epochs": 3,
+            "model__freeze": "backbone",
+            "model__unfreeze": unfreeze,
+        }
         settings = config(tmp_path, batch__eval_size=8, batch__micro_size=4, **section)
-        trainer = Twice(settings, model=net(), train_data=Images(SAMPLES), val_data=Images(31))
+        trainer = Twice(
+            settings, model=net(), train_data=Images(SAMPLES), val_data=Images(31)
+        )
         trainer.fit()
         trainer._freeze(0)  # what was thawed is another backbone now
         trainer.evaluate()
@@ -139,4 +213,5 @@ def test_features_of_validation_samples_are_made_once(tmp_path: Path, unfreeze: 
     for cached, whole, calls in on_ranks(2, both):
         assert cached == whole
         assert len(cached) == 4
-        assert calls == (2 if unfreeze else 0)  # this rank's two batches, in the last epoch
+        # This rank's two batches, in the last epoch.
+        assert calls == (2 if unfreeze else 0)

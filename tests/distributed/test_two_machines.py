@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["data.name=digits", "train.max_steps=20", "train.checkpoint_every=5", "run.figures=false"]
+SHORT = [
+    "data.name=digits",
+    "train.max_steps=20",
+    "train.checkpoint_every=5",
+    "run.figures=false",
+]
 SHORT += ["wandb.mode=disabled", "run.resume=auto", "run.timeout=60"]
 
 
@@ -29,14 +34,30 @@ class Machine:
 
     def start(self, rank: int, *arguments: str) -> subprocess.Popen[str]:
         """Train as one rank of two, with a disk that only this machine has, mounted at the other's path, too."""
-        launcher = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+        launcher = {
+            "RANK": str(rank),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "1",
+        }
         rendezvous = {"MASTER_ADDR": "node0", "MASTER_PORT": "29517"}
         script = (
             f"hostname {self.name} && mount --bind {self.hosts} /etc/hosts && mount --bind {self.disk} /mnt && "
             f"exec {sys.executable} train.py {' '.join(arguments)} run.dir=/mnt/runs"
         )
         return subprocess.Popen(
-            ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", "sh", "-c", script],
+            [
+                "ip",
+                "netns",
+                "exec",
+                self.namespace,
+                "unshare",
+                "--uts",
+                "--mount",
+                "sh",
+                "-c",
+                script,
+            ],
             cwd=ROOT,
             env={**os.environ, **launcher, **rendezvous, "ACCELERATE_USE_CPU": "true"},
             stdout=subprocess.PIPE,
@@ -56,8 +77,11 @@ def machines(tmp_path: Path) -> Iterator[list[Machine]]:
         hosts = tmp_path / f"hosts{number}"
         address = f"10.77.0.{number + 1}"
         other = f"10.77.0.{2 - number} node{1 - number}"
-        hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 node{number}\n{other}\n")  # as Debian writes its own name
-        pair.append(Machine(f"{unique}-{number}", f"node{number}", address, hosts, disk))
+        # As Debian writes its own name.
+        hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 node{number}\n{other}\n")
+        pair.append(
+            Machine(f"{unique}-{number}", f"node{number}", address, hosts, disk)
+        )
     try:
         for machine in pair:
             ip("netns", "add", machine.namespace)
@@ -75,7 +99,15 @@ def machines(tmp_path: Path) -> Iterator[list[Machine]]:
             pair[1].namespace,
         )
         for machine in pair:
-            ip("-n", machine.namespace, "address", "add", f"{machine.address}/24", "dev", "eth0")
+            ip(
+                "-n",
+                machine.namespace,
+                "address",
+                "add",
+                f"{machine.address}/24",
+                "dev",
+                "eth0",
+            )
             ip("-n", machine.namespace, "link", "set", "eth0", "up")
             ip("-n", machine.namespace, "link", "set", "lo", "up")
     except (OSError, subprocess.CalledProcessError):
@@ -91,12 +123,16 @@ def ip(*arguments: str) -> None:
 
 def remove(pair: list[Machine]) -> None:
     for machine in pair:
-        subprocess.run(["ip", "netns", "del", machine.namespace], check=False, capture_output=True)
+        subprocess.run(
+            ["ip", "netns", "del", machine.namespace], check=False, capture_output=True
+        )
 
 
 def run(machines: list[Machine], *arguments: str) -> list[tuple[int, str]]:
     """Exit status and output of a rank on each machine."""
-    processes = [machine.start(rank, *SHORT, *arguments) for rank, machine in enumerate(machines)]
+    processes = [
+        machine.start(rank, *SHORT, *arguments) for rank, machine in enumerate(machines)
+    ]
     results = []
     try:
         for process in processes:
@@ -109,7 +145,9 @@ def run(machines: list[Machine], *arguments: str) -> list[tuple[int, str]]:
 
 
 @pytest.mark.fresh_process  # each machine starts its own interpreter
-def test_two_machines_with_nothing_shared_train_and_resume(machines: list[Machine]) -> None:
+def test_two_machines_with_nothing_shared_train_and_resume(
+    machines: list[Machine],
+) -> None:
     """Their own names lead to loopback addresses, which gloo would give each other."""
     for arguments in (["train.max_steps=10"], []):
         for status, output in run(machines, *arguments):

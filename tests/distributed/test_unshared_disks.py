@@ -15,7 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import Images, config, conv_net, fitted, largest_difference, state
+from tests.distributed.small import (
+    Images,
+    config,
+    conv_net,
+    fitted,
+    largest_difference,
+    state,
+)
 from tests.programs import Program
 from trainer import Config, Trainer
 from trainer.process.ranks import Ranks
@@ -47,7 +54,13 @@ def own_directory(directory: Path) -> Path:
 
 
 def settings(directory: Path, **changes: Any) -> Config:
-    return config(directory, batch__micro_size=7, run__resume="auto", train__checkpoint_every=2, **changes)
+    return config(
+        directory,
+        batch__micro_size=7,
+        run__resume="auto",
+        train__checkpoint_every=2,
+        **changes,
+    )
 
 
 def net() -> nn.Module:
@@ -56,12 +69,18 @@ def net() -> nn.Module:
     return model
 
 
-def train(directory: Path, is_shared: bool, **changes: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
+def train(
+    directory: Path, is_shared: bool, **changes: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
     """The weights at the end, the best ones, and the state that travelled."""
     own = directory if is_shared else own_directory(directory)
     counts = Count()
     trainer = Trainer(
-        settings(own, **changes), model=net(), train_data=Images(103), val_data=Images(50), stateful={"counts": counts}
+        settings(own, **changes),
+        model=net(),
+        train_data=Images(103),
+        val_data=Images(50),
+        stateful={"counts": counts},
     )
     step = trainer.train_step
 
@@ -82,9 +101,20 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_run_and_its_resume_need_no_shared_directory(tmp_path: Path, reference: Any, channels_last: bool) -> None:
-    on_ranks(2, train, tmp_path, False, train__max_steps=5, train__channels_last=channels_last)
-    for last, best, counts in on_ranks(2, train, tmp_path, False, train__channels_last=channels_last):
+def test_a_run_and_its_resume_need_no_shared_directory(
+    tmp_path: Path, reference: Any, channels_last: bool
+) -> None:
+    on_ranks(
+        2,
+        train,
+        tmp_path,
+        False,
+        train__max_steps=5,
+        train__channels_last=channels_last,
+    )
+    for last, best, counts in on_ranks(
+        2, train, tmp_path, False, train__channels_last=channels_last
+    ):
         assert largest_difference(last, reference[0]) < 1e-12
         assert largest_difference(best, reference[1]) < 1e-12
         assert torch.equal(counts["total"], reference[2]["total"])
@@ -105,7 +135,9 @@ def test_figures_of_a_run_without_a_shared_directory(tmp_path: Path) -> None:
 def test_a_directory_that_only_rank_0_may_write(tmp_path: Path) -> None:
     def run(directory: Path) -> float:
         own = directory if os.environ["RANK"] == "0" else Path("/proc/nowhere")
-        return fitted(settings(own), net(), train_data=Images(56), val_data=Images(50)).progress.step
+        return fitted(
+            settings(own), net(), train_data=Images(56), val_data=Images(50)
+        ).progress.step
 
     assert on_ranks(2, run, tmp_path) == [4, 4]
 
@@ -149,7 +181,12 @@ def test_a_signal_stops_a_run_without_a_shared_directory(tmp_path: Path) -> None
         "import os, sys; from trainer.commands.train import main; from trainer.process.exit import exit_process; "
         f"exit_process(main(['run.dir={tmp_path}/' + os.environ['RANK'], *sys.argv[1:]]))"
     )
-    arguments = ["train.epochs=1000", "train.log_every=5", "run.figures=false", "wandb.mode=disabled"]
+    arguments = [
+        "train.epochs=1000",
+        "train.log_every=5",
+        "run.figures=false",
+        "wandb.mode=disabled",
+    ]
     program = Program(["-c", code, *arguments], ranks=2)
     rows = tmp_path / "0" / "digits" / "metrics.jsonl"
     try:
@@ -159,7 +196,8 @@ def test_a_signal_stops_a_run_without_a_shared_directory(tmp_path: Path) -> None
             assert program.is_running()
             time.sleep(0.05)
         os.kill(program.pids[1], signal.SIGTERM)
-        while program.is_running():  # `wait` would signal the other rank, as launchers do
+        # `wait` would signal the other rank, as launchers do.
+        while program.is_running():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         result = program.wait(timeout=1)
@@ -170,16 +208,27 @@ def test_a_signal_stops_a_run_without_a_shared_directory(tmp_path: Path) -> None
     assert not (tmp_path / "1").exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.complex64]
+)
 def test_tensors_of_any_dtype_and_strides_are_broadcast(dtype: torch.dtype) -> None:
     def exchange() -> list[Tensor]:
         ranks = Ranks("fp32")
         whole = (torch.arange(48).reshape(2, 3, 2, 4) * (1 - ranks.rank)).to(dtype)
-        shapes = [whole, whole.to(memory_format=torch.channels_last), whole[:, :, :, 1], whole[:0], whole[0, 0, 0, 3]]
+        shapes = [
+            whole,
+            whole.to(memory_format=torch.channels_last),
+            whole[:, :, :, 1],
+            whole[:0],
+            whole[0, 0, 0, 3],
+        ]
         for tensor in shapes:
             ranks.broadcast_tensor(tensor)
         named = {"a": whole[0, 0, 0, 0], "b": whole} if ranks.is_main else {}
-        return [*(tensor.clone() for tensor in shapes), *ranks.broadcast_tensors(named).values()]
+        return [
+            *(tensor.clone() for tensor in shapes),
+            *ranks.broadcast_tensors(named).values(),
+        ]
 
     first, second = on_ranks(2, exchange)
     for ours, theirs in zip(first, second, strict=True):
@@ -192,13 +241,23 @@ def folder_of_images(root: Path, count: int) -> None:
         for name in ("a", "b"):
             (root / part / name).mkdir(parents=True)
             for number in range(count):
-                Image.new("L", (4, 4), number).save(root / part / name / f"{number}.png")
+                Image.new("L", (4, 4), number).save(
+                    root / part / name / f"{number}.png"
+                )
 
 
 def failure_with_own_root(directory: Path) -> tuple[str, str]:
     try:
         root = str(own_directory(directory))
-        Trainer(config(directory, data__name="folder", data__root=root, batch__size=4, batch__micro_size=2))
+        Trainer(
+            config(
+                directory,
+                data__name="folder",
+                data__root=root,
+                batch__size=4,
+                batch__micro_size=2,
+            )
+        )
     except Exception as error:
         return type(error).__name__, str(error)
     return "", "nothing failed"

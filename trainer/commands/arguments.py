@@ -32,20 +32,37 @@ class CommandParser(argparse.ArgumentParser):
 
     def add_run(self) -> None:
         """Take `RUN`, the directory of a run."""
-        self.add_argument("run", metavar="RUN", type=Path, help="the directory of a run: <run.dir>/<run.name>")
+        self.add_argument(
+            "run",
+            metavar="RUN",
+            type=Path,
+            help="the directory of a run: <run.dir>/<run.name>",
+        )
 
     def add_config(self) -> None:
         """Take `[CONFIG.yaml] [key=value …]`, for `load_config`."""
-        self.add_argument("config", nargs="?", metavar="CONFIG.yaml", help=f"default: {DEFAULT_CONFIG}")
+        self.add_argument(
+            "config",
+            nargs="?",
+            metavar="CONFIG.yaml",
+            help=f"default: {DEFAULT_CONFIG}",
+        )
         # A directory may be named like an override, optimizer.lr=0.1 say, but no directory is a config.
-        self.add_overrides("changes a key of the config; `train --help` lists the keys", is_path=os.path.isfile)
+        self.add_overrides(
+            "changes a key of the config; `train --help` lists the keys",
+            is_path=os.path.isfile,
+        )
 
-    def add_overrides(self, description: str, *, is_path: Callable[[str], bool] = os.path.exists) -> None:
+    def add_overrides(
+        self, description: str, *, is_path: Callable[[str], bool] = os.path.exists
+    ) -> None:
         """Take `key=value …`. Call this after the other positional arguments.
 
         An argument with a "=" is a path, not an override, if `is_path(argument)`: a run may be named lr=0.1.
         """
-        self.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=description)
+        self.add_argument(
+            "overrides", nargs="*", default=[], metavar="key=value", help=description
+        )
         self._is_path = is_path
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
@@ -57,15 +74,20 @@ class CommandParser(argparse.ArgumentParser):
                 overrides.append(argument.removeprefix("--"))
                 continue
             if argument.startswith("--"):
-                self._check_option(argument)  # argparse would report what is missing first
+                # Argparse would report what is missing first.
+                self._check_option(argument)
             others.append(argument)
         # Options and paths may alternate, as in `predict RUN --json PATH`, which parse_args() does not accept.
         options, surplus = self.parse_known_intermixed_args(others)
         if self._is_path is not None:
-            surplus += options.overrides  # paths after the last one that the command takes
+            # Paths after the last one that the command takes.
+            surplus += options.overrides
             options.overrides = overrides
         if surplus:
-            raise ConfigError(surplus[0], f"is one argument too many; {self.prog} --help lists what it takes")
+            raise ConfigError(
+                surplus[0],
+                f"is one argument too many; {self.prog} --help lists what it takes",
+            )
         return options
 
     def _is_override(self, argument: str) -> bool:
@@ -80,10 +102,20 @@ class CommandParser(argparse.ArgumentParser):
     def _check_option(self, argument: str) -> None:
         """Raise `ConfigError`, with the nearest option, if there is none of that name."""
         name = argument.partition("=")[0].removeprefix("--")
-        options = [option.removeprefix("--") for action in self._actions for option in action.option_strings]
+        options = [
+            option.removeprefix("--")
+            for action in self._actions
+            for option in action.option_strings
+        ]
         if name not in options:
-            hint = "; a key of the config is set as section.key=value" if self._is_path is not None else ""
-            raise ConfigError(f"--{name}", f"no such option{nearest(name, options)}{hint}")
+            hint = (
+                "; a key of the config is set as section.key=value"
+                if self._is_path is not None
+                else ""
+            )
+            raise ConfigError(
+                f"--{name}", f"no such option{nearest(name, options)}{hint}"
+            )
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse found wrong, with the argument's name as the key."""
@@ -101,7 +133,11 @@ def program_name(command: str) -> str:
     script = Path(sys.argv[0]).name
     if script == "train.py":
         return script
-    return f"python -m trainer {command}" if script == "__main__.py" else f"lockstep {command}"
+    return (
+        f"python -m trainer {command}"
+        if script == "__main__.py"
+        else f"lockstep {command}"
+    )
 
 
 def load_config(options: argparse.Namespace) -> Config:
@@ -115,7 +151,9 @@ def whole_number(*, least: int) -> Callable[[str], int]:
 
     def convert(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f'needs a whole number, {least} or more, and got "{text}"')
+            raise argparse.ArgumentTypeError(
+                f'needs a whole number, {least} or more, and got "{text}"'
+            )
         return int(text)
 
     return convert
@@ -126,7 +164,9 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
 
     def convert(text: str) -> str:
         if text not in choices:
-            raise argparse.ArgumentTypeError(f'"{text}" is not one of {", ".join(choices)}{nearest(text, choices)}')
+            raise argparse.ArgumentTypeError(
+                f'"{text}" is not one of {", ".join(choices)}{nearest(text, choices)}'
+            )
         return text
 
     return convert

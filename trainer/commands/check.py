@@ -40,7 +40,13 @@ def main(arguments: list[str]) -> None:
     with trainer.run.settings():
         refuse_nondeterministic(trainer.run)
         trainer.fuse, trainer.fuse_note = choose_fuse(trainer.run)
-        facts = header(trainer.run, trainer.schedule, trainer.fuse, trainer.fuse_note, run_path(config.run))
+        facts = header(
+            trainer.run,
+            trainer.schedule,
+            trainer.fuse,
+            trainer.fuse_note,
+            run_path(config.run),
+        )
         console.header(facts)
         start = perf_counter()
         row = _train_first_step(trainer)
@@ -48,10 +54,18 @@ def main(arguments: list[str]) -> None:
         refused = refused_operations(trainer.run) if trainer.run.bitwise else []
     size = trainer.plan.step(0).size
     samples = f"{size} sample" if size == 1 else f"{size} samples"
-    metrics = [f"{name} {value:.4g}" for name, value in row.items() if name.startswith("train/")]
-    console.note(f"this runs: a first step of {samples} in {seconds:.2f} s, {', '.join(metrics)}")
+    metrics = [
+        f"{name} {value:.4g}"
+        for name, value in row.items()
+        if name.startswith("train/")
+    ]
+    console.note(
+        f"this runs: a first step of {samples} in {seconds:.2f} s, {', '.join(metrics)}"
+    )
     for line in refused:
-        console.note(f"on a GPU, run.reproducibility=bitwise would be refused for {line}")
+        console.note(
+            f"on a GPU, run.reproducibility=bitwise would be refused for {line}"
+        )
     trainer.ranks.close()
 
 
@@ -66,5 +80,7 @@ def _train_first_step(trainer: Trainer) -> Row:
         trainer.end_loading()
     loss = row.get("train/loss", 0.0)  # absent if every target was ignored
     if not math.isfinite(loss):
-        raise LockstepError(f"the loss of the first step is {loss}; `python -m trainer explain` takes the step apart")
+        raise LockstepError(
+            f"the loss of the first step is {loss}; `python -m trainer explain` takes the step apart"
+        )
     return row

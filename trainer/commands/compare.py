@@ -25,8 +25,12 @@ Line = tuple[str, str]  # title, or "" to continue the one above, and text
 def main(arguments: list[str]) -> int:
     """Print what differs between two run directories; returns the exit status."""
     parser = CommandParser("compare", __doc__)
-    parser.add_argument("first", metavar="RUN_A", type=Path, help="the directory of a run")
-    parser.add_argument("second", metavar="RUN_B", type=Path, help="the directory of another")
+    parser.add_argument(
+        "first", metavar="RUN_A", type=Path, help="the directory of a run"
+    )
+    parser.add_argument(
+        "second", metavar="RUN_B", type=Path, help="the directory of another"
+    )
     options = parser.parse(arguments)
 
     from trainer.inspection.compare import compare
@@ -42,7 +46,9 @@ def main(arguments: list[str]) -> int:
 
 def _settings(comparison: Comparison) -> list[Line]:
     """What differs in config, data and environment."""
-    lines = _differences("config", comparison.config, "the same in every key that changes a run")
+    lines = _differences(
+        "config", comparison.config, "the same in every key that changes a run"
+    )
     if comparison.free:
         lines.append(("", f"free keys that differ: {', '.join(comparison.free)}"))
     lines += _differences("data", comparison.data, "the same samples")
@@ -50,7 +56,9 @@ def _settings(comparison: Comparison) -> list[Line]:
     return lines
 
 
-def _differences(title: str, pairs: Mapping[str, tuple[Any, Any]], same: str) -> list[Line]:
+def _differences(
+    title: str, pairs: Mapping[str, tuple[Any, Any]], same: str
+) -> list[Line]:
     if not pairs:
         return [(title, same)]
     lines = []
@@ -71,11 +79,18 @@ def _rows(comparison: Comparison, first: Path, second: Path) -> list[Line]:
             text += f"; {count} only in {run}"
     lines = [("rows", text)]
     if comparison.same:
-        lines.append(("", "every value and every digest of the weights is the same, bit for bit"))
-    for column, (step, ours, theirs) in sorted(comparison.first_differences.items(), key=_first_step):
+        lines.append(
+            ("", "every value and every digest of the weights is the same, bit for bit")
+        )
+    for column, (step, ours, theirs) in sorted(
+        comparison.first_differences.items(), key=_first_step
+    ):
         name, gap = "weights", ""
         if column != "digest":
-            name, gap = column, f"   at most {comparison.largest_differences[column]:.1e} apart, relative"
+            name, gap = (
+                column,
+                f"   at most {comparison.largest_differences[column]:.1e} apart, relative",
+            )
         lines.append(("", f"from step {step:<6} {name:<20} {ours} | {theirs}{gap}"))
     return lines
 

@@ -31,6 +31,10 @@ def main(arguments: list[str]) -> None:
         metrics = run.evaluate() if run.evaluator is not None else {}
     run.ranks.close()
     if run.ranks.is_main:
-        print(f"{options.run}: best model, of epoch {logged['epoch']} (step {logged['step']})")
+        print(
+            f"{options.run}: best model, of epoch {logged['epoch']} (step {logged['step']})"
+        )
         for name, value in metrics.items():
-            print(f"  val/{name}  {value:.6f}  (logged as {logged.get(f'val/{name}', math.nan):.6f})")
+            print(
+                f"  val/{name}  {value:.6f}  (logged as {logged.get(f'val/{name}', math.nan):.6f})"
+            )

@@ -21,11 +21,19 @@ def main(arguments: list[str]) -> None:
     """Explain the first step of a config, in text or as JSON."""
     parser = CommandParser("explain", __doc__)
     parser.add_config()
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the lesson")
-    parser.add_argument("--all", action="store_true", help="print every row of long tables")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object instead of the lesson",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="print every row of long tables"
+    )
     options = parser.parse(arguments)
     if launcher.world_size() > 1:
-        raise ConfigError("explain", "takes a step apart on one process; start it without a launcher")
+        raise ConfigError(
+            "explain", "takes a step apart on one process; start it without a launcher"
+        )
     config = load_config(options)
 
     from trainer.commands.explain_output import MOST_ROWS, print_lesson

@@ -29,7 +29,15 @@ def print_lesson(report: Report, most_rows: int | None) -> None:
         width = min(width, Console().width)
     console = Console(width=width, highlight=False)
     for title, parts in lesson(report, most_rows):
-        console.print(Panel(Group(*parts), title=f"[bold]{title}", title_align="left", box=box.ROUNDED, padding=(0, 1)))
+        console.print(
+            Panel(
+                Group(*parts),
+                title=f"[bold]{title}",
+                title_align="left",
+                box=box.ROUNDED,
+                padding=(0, 1),
+            )
+        )
 
 
 def lesson(report: Report, most_rows: int | None) -> Iterator[tuple[str, list[Part]]]:
@@ -40,7 +48,10 @@ def lesson(report: Report, most_rows: int | None) -> Iterator[tuple[str, list[Pa
     yield "4 · The gradients", _explain_gradients(report, most_rows)
     yield "5 · The update", _explain_update(report, most_rows)
     yield "6 · BatchNorm", _explain_batch_norm(report["batch_norm"], most_rows)
-    yield "7 · Without zero_grad", _explain_zero_grad(report["without_zero_grad"], most_rows)
+    yield (
+        "7 · Without zero_grad",
+        _explain_zero_grad(report["without_zero_grad"], most_rows),
+    )
 
 
 def _explain_batch(report: Report) -> list[Part]:
@@ -48,14 +59,21 @@ def _explain_batch(report: Report) -> list[Part]:
     samples = batch["samples"]
     model = f"{report['model']}, {_count(report['parameters'], 'parameter')}, {report['precision']}."
     size = _count(batch["size"], "sample")
-    parts: list[Part] = [f"{model} The first step takes {size}, in {_describe_sizes(batch['micro_batches'])}."]
+    parts: list[Part] = [
+        f"{model} The first step takes {size}, in {_describe_sizes(batch['micro_batches'])}."
+    ]
     if batch["shape"]:
         shape = " × ".join(map(str, batch["shape"]))
-        parts.append(f"A micro-batch reaches the model as {batch['dtype']} {shape}. Its first samples:")
+        parts.append(
+            f"A micro-batch reaches the model as {batch['dtype']} {shape}. Its first samples:"
+        )
     if "target" in samples[0]:
         rows = []
         for sample in samples:
-            target, output = _first_values(sample["target"]), _first_values(sample["output"])
+            target, output = (
+                _first_values(sample["target"]),
+                _first_values(sample["output"]),
+            )
             rows.append((sample["id"], target, output, sample["loss_sum"]))
         parts.append(_table(("sample", "target", "model's output", "loss"), rows, None))
     return parts
@@ -64,7 +82,11 @@ def _explain_batch(report: Report) -> list[Part]:
 def _describe_sizes(sizes: Sequence[int]) -> str:
     largest, smallest = max(sizes), min(sizes)
     count = _count(len(sizes), "micro-batch", "es")
-    return f"{count} of {largest}" if largest == smallest else f"{count} of {largest} or {smallest}"
+    return (
+        f"{count} of {largest}"
+        if largest == smallest
+        else f"{count} of {largest} or {smallest}"
+    )
 
 
 def _explain_loss(report: Report, most_rows: int | None) -> list[Part]:
@@ -78,7 +100,11 @@ def _explain_loss(report: Report, most_rows: int | None) -> list[Part]:
     mean = format_cell(loss["mean"])
     return [
         f"{loss['name']} gives a sum for each micro-batch. The step divides once, by the weight of all its targets:",
-        _table(("micro-batch", "Σ loss", "÷ weight of its targets", "= mean"), rows, most_rows),
+        _table(
+            ("micro-batch", "Σ loss", "÷ weight of its targets", "= mean"),
+            rows,
+            most_rows,
+        ),
         f"the step's loss is {total:.4g} ÷ {weight:.4g} = [bold]{mean}[/].",
         _explain_epoch_loss(loss["epoch"]),
     ]
@@ -108,7 +134,12 @@ def _explain_graph(nodes: Sequence[Report], most_rows: int | None) -> list[Part]
         most_rows += FIRST_ROWS  # one layer takes several nodes
     return [
         f"backward() goes from the loss to the first layer, {len(rows)} nodes on the longest path:",
-        _table(("", "autograd node", "gives the gradient of"), rows, most_rows, text_columns=(0, 1, 2)),
+        _table(
+            ("", "autograd node", "gives the gradient of"),
+            rows,
+            most_rows,
+            text_columns=(0, 1, 2),
+        ),
     ]
 
 
@@ -116,20 +147,28 @@ def _explain_gradients(report: Report, most_rows: int | None) -> list[Part]:
     rows = []
     for name, stages in report["gradients"].items():
         first, last = _norm(stages["after_first"]), _norm(stages["after_last"])
-        rows.append((name, _norm(stages["before"]), first, last, _norm(stages["reduced"])))
+        rows.append(
+            (name, _norm(stages["before"]), first, last, _norm(stages["reduced"]))
+        )
     count = _count(len(report["batch"]["micro_batches"]), "micro-batch", "es")
     parts: list[Part] = [
         f"Norms before backward, after the first and the last of {count}, and as the optimizer receives them: "
         f"divided by the step's weight, summed over processes, clipped. None is no gradient yet; a backward adds to "
         f"what is there.",
-        _table(("parameter", "before", "after the first", "after the last", "reduced"), rows, most_rows),
+        _table(
+            ("parameter", "before", "after the first", "after the last", "reduced"),
+            rows,
+            most_rows,
+        ),
     ]
     if report["reproducibility"] == "bitwise":
         parts.append(
             "bitwise: each micro-batch's gradient is taken away and added up in a fixed order, so here none adds up."
         )
     if report["gradient_scale"] != 1:
-        parts.append(f"fp16: before the reduction, gradients are multiplied by {report['gradient_scale']:g}.")
+        parts.append(
+            f"fp16: before the reduction, gradients are multiplied by {report['gradient_scale']:g}."
+        )
     norm, limit = report["grad_norm"], report["max_grad_norm"]
     clipping = ""
     if limit is not None:
@@ -144,7 +183,13 @@ def _explain_update(report: Report, most_rows: int | None) -> list[Part]:
         gradient = _norm(report["gradients"][name]["reduced"])
         values = _first_values(update["first"][:3])
         rows.append((name, gradient, update["norm"], update["relative"], values))
-    headings = ("parameter", "gradient", "change", "change ÷ weight", "first values of the change")
+    headings = (
+        "parameter",
+        "gradient",
+        "change",
+        "change ÷ weight",
+        "first values of the change",
+    )
     rate = f"{report['lr']:g}"
     return [
         f"{report['optimizer']} with learning rate {rate}; norms of the gradients and of what they changed:",
@@ -167,7 +212,11 @@ def _explain_batch_norm(section: Report, most_rows: int | None) -> list[Part]:
         f"Each of the {section['micro_batches']} micro-batches is normalised by its own statistics s, and moves the "
         f"running ones: r ← (1 − m) r + m s, with m = {last['momentum']:.4g} "
         f"(batch_norm.momentum_per={section['momentum_per']}). After the step {last['batches']} are counted.",
-        _table(("layer, channel 0", "", "before", "after the first", "after the step"), rows, most_rows),
+        _table(
+            ("layer, channel 0", "", "before", "after the first", "after the step"),
+            rows,
+            most_rows,
+        ),
     ]
 
 
@@ -182,16 +231,31 @@ def _explain_zero_grad(steps: Report | None, most_rows: int | None) -> list[Part
         return ["This run has one step, so nothing would be left over for a second."]
     rows = []
     for name, gradients in steps.items():
-        rows.append((name, _norm(gradients["first"]), _norm(gradients["second"]), _norm(gradients["both"])))
+        rows.append(
+            (
+                name,
+                _norm(gradients["first"]),
+                _norm(gradients["second"]),
+                _norm(gradients["both"]),
+            )
+        )
     return [
         "zero_grad sets each gradient to None after the update. Were it forgotten, the second step's backward would "
         "add to the first one's gradient, and the optimizer would take both for one:",
-        _table(("parameter", "step 1", "step 2", "step 2 without zero_grad"), rows, most_rows),
+        _table(
+            ("parameter", "step 1", "step 2", "step 2 without zero_grad"),
+            rows,
+            most_rows,
+        ),
     ]
 
 
 def _table(
-    headings: Sequence[str], rows: Sequence[Row], most_rows: int | None, *, text_columns: Sequence[int] = (0,)
+    headings: Sequence[str],
+    rows: Sequence[Row],
+    most_rows: int | None,
+    *,
+    text_columns: Sequence[int] = (0,),
 ) -> Table:
     """A table; of more than `most_rows` rows the first and the last, and between them how many are left out."""
     table = make_table(headings, text_columns=text_columns)

@@ -22,11 +22,23 @@ def main(arguments: list[str]) -> None:
     """Classify the files, export the model, or both."""
     parser = CommandParser("predict", __doc__)
     parser.add_run()
-    parser.add_argument("paths", nargs="*", default=[], metavar="PATH", help="an image, a directory, or a glob pattern")
     parser.add_argument(
-        "--top", metavar="K", type=whole_number(least=1), default=3, help="classes to name for each file (default: 3)"
+        "paths",
+        nargs="*",
+        default=[],
+        metavar="PATH",
+        help="an image, a directory, or a glob pattern",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object for each file")
+    parser.add_argument(
+        "--top",
+        metavar="K",
+        type=whole_number(least=1),
+        default=3,
+        help="classes to name for each file (default: 3)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object for each file"
+    )
     parser.add_argument(
         "--export",
         metavar="|".join(EXPORT_FORMATS),
@@ -36,7 +48,10 @@ def main(arguments: list[str]) -> None:
     parser.add_overrides("changes a key of the run's config")
     options = parser.parse(arguments)
     if not options.paths and options.export is None:
-        raise ConfigError("PATH", "is missing: predict RUN PATH…, where a PATH is an image, a directory or a glob")
+        raise ConfigError(
+            "PATH",
+            "is missing: predict RUN PATH…, where a PATH is an image, a directory or a glob",
+        )
 
     end_on_closed_pipe()
     from trainer.commands.predict_output import find_images, print_predictions
@@ -48,7 +63,11 @@ def main(arguments: list[str]) -> None:
     if options.export is not None:
         # Before the files are classified: one that cannot be read must not keep the model from being exported.
         print(
-            export(predictor, options.export, options.run / f"best{ENDINGS[options.export]}"),
+            export(
+                predictor,
+                options.export,
+                options.run / f"best{ENDINGS[options.export]}",
+            ),
             file=sys.stderr,
         )
     if files:

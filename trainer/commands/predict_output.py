@@ -20,7 +20,8 @@ from trainer.inspection.predictor import Predictor
 
 BAR_WIDTH = 12  # columns
 
-Results = Iterable[tuple[Path, Tensor | DataError]]  # each file's probabilities, (C,), or why there are none
+# Each file's probabilities, (C,), or why there are none.
+Results = Iterable[tuple[Path, Tensor | DataError]]
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,15 @@ class Candidate:
     probability: float
 
     def to_dict(self) -> dict[str, str | int | float]:
-        return {"class": self.name, "class_id": self.class_id, "probability": self.probability}
+        return {
+            "class": self.name,
+            "class_id": self.class_id,
+            "probability": self.probability,
+        }
 
 
-Answer = tuple[Path, list[Candidate]]  # a file and its likeliest classes, the likeliest first
+# A file and its likeliest classes, the likeliest first.
+Answer = tuple[Path, list[Candidate]]
 
 
 def find_images(paths: Iterable[str]) -> list[Path]:
@@ -43,7 +49,8 @@ def find_images(paths: Iterable[str]) -> list[Path]:
 
     Raises `DataError` for a path that means none.
     """
-    files: dict[Path, None] = {}  # a dict, because it keeps the order and drops repetitions
+    # A dict, because it keeps the order and drops repetitions.
+    files: dict[Path, None] = {}
     for path in paths:
         files.update(dict.fromkeys(_find_images_of(path)))
     return list(files)
@@ -67,7 +74,9 @@ def _find_images_of(path: str) -> list[Path]:
     return files
 
 
-def print_predictions(predictor: Predictor, files: list[Path], *, top: int, as_json: bool) -> None:
+def print_predictions(
+    predictor: Predictor, files: list[Path], *, top: int, as_json: bool
+) -> None:
     """Print the `top` likeliest classes of each file.
 
     A file that cannot be classified is named on stderr at once. Raises `DataError` at the end if there was one.
@@ -75,28 +84,40 @@ def print_predictions(predictor: Predictor, files: list[Path], *, top: int, as_j
     errors = Console(stderr=True)
     results: Results = predictor.classify(files)
     if not as_json:
-        results = track(results, "classifying", len(files), console=errors, transient=True)
+        results = track(
+            results, "classifying", len(files), console=errors, transient=True
+        )
     answers = _rank(predictor, _report_unusable(results, errors), top)
     count = _print_json(answers) if as_json else _print_table(answers, top)
     if count < len(files):
-        raise DataError(f"{len(files) - count:,} of {len(files):,} files could not be classified")
+        raise DataError(
+            f"{len(files) - count:,} of {len(files):,} files could not be classified"
+        )
 
 
-def _report_unusable(results: Results, errors: Console) -> Iterator[tuple[Path, Tensor]]:
+def _report_unusable(
+    results: Results, errors: Console
+) -> Iterator[tuple[Path, Tensor]]:
     """Pass on the probabilities; print each error instead."""
     for file, result in results:
         if isinstance(result, DataError):
-            errors.print(f"error: {result}", markup=False, highlight=False, soft_wrap=True)
+            errors.print(
+                f"error: {result}", markup=False, highlight=False, soft_wrap=True
+            )
         else:
             yield file, result
 
 
-def _rank(predictor: Predictor, results: Iterable[tuple[Path, Tensor]], top: int) -> Iterator[Answer]:
+def _rank(
+    predictor: Predictor, results: Iterable[tuple[Path, Tensor]], top: int
+) -> Iterator[Answer]:
     for file, probabilities in results:
         values, class_ids = probabilities.topk(min(top, len(probabilities)))
         candidates = []
         for class_id, value in zip(class_ids.tolist(), values.tolist(), strict=True):
-            candidates.append(Candidate(predictor.signature.name(class_id), class_id, value))
+            candidates.append(
+                Candidate(predictor.signature.name(class_id), class_id, value)
+            )
         yield file, candidates
 
 
@@ -105,7 +126,11 @@ def _print_json(answers: Iterable[Answer]) -> int:
     count = 0
     for file, candidates in answers:
         likeliest = candidates[0].to_dict()
-        line = {"file": str(file), **likeliest, "top": [candidate.to_dict() for candidate in candidates]}
+        line = {
+            "file": str(file),
+            **likeliest,
+            "top": [candidate.to_dict() for candidate in candidates],
+        }
         print(json.dumps(line, ensure_ascii=False), flush=True)
         count += 1
     return count
@@ -120,9 +145,20 @@ def _print_table(answers: Iterable[Answer], top: int) -> int:
     if top > 1:
         table.add_column("then", overflow="fold", style="dim")
     for file, (likeliest, *others) in answers:
-        cells = [Text(str(file)), Text(likeliest.name), _draw_bar(likeliest.probability)]
+        cells = [
+            Text(str(file)),
+            Text(likeliest.name),
+            _draw_bar(likeliest.probability),
+        ]
         if top > 1:
-            cells.append(Text(" · ".join(f"{other.name} {100 * other.probability:.1f} %" for other in others)))
+            cells.append(
+                Text(
+                    " · ".join(
+                        f"{other.name} {100 * other.probability:.1f} %"
+                        for other in others
+                    )
+                )
+            )
         table.add_row(*cells)
     if table.row_count:
         Console().print(table)

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from trainer.inspection.replay import Replay
 
 # A replay sends nothing, and each micro-batch is run by itself, as the hooks that take the step apart need it.
-OVERRIDES = ["wandb.mode=disabled", "run.figures=false", "data.workers=0", "train.compile=false", "batch.fuse=1"]
+OVERRIDES = [
+    "wandb.mode=disabled",
+    "run.figures=false",
+    "data.workers=0",
+    "train.compile=false",
+    "batch.fuse=1",
+]
 
 
 def main(arguments: list[str]) -> None:
@@ -30,9 +36,15 @@ def main(arguments: list[str]) -> None:
     parser = CommandParser("replay", __doc__)
     parser.add_run()
     parser.add_argument(
-        "--step", metavar="K", type=whole_number(least=0), required=True, help="the step to replay; the first is 1"
+        "--step",
+        metavar="K",
+        type=whole_number(least=0),
+        required=True,
+        help="the step to replay; the first is 1",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of tables"
+    )
     parser.add_overrides("changes a key of the run's config")
     options = parser.parse(arguments)
 

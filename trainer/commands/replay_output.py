@@ -20,13 +20,17 @@ def print_replay(result: Replay, run: Path, directory: Path) -> None:
     console = Console(highlight=False)
     for title, text in _facts(result, run):
         console.print(f"[dim]{title:<10}[/] {text}")
-    console.print(_table("samples, largest loss first", sorted(result.samples, key=loss_rank)))
+    console.print(
+        _table("samples, largest loss first", sorted(result.samples, key=loss_rank))
+    )
     console.print(_table("layers' outputs", _named_rows("layer", result.layers)))
     if result.batch_norm:
         title = "BatchNorm's statistics of one channel in one micro-batch"
         console.print(_table(title, _named_rows("layer", result.batch_norm)))
     console.print(_table("weights", _named_rows("parameter", result.weights)))
-    console.print(f"[dim]files     [/] {directory}: replay.json has every row of these tables")
+    console.print(
+        f"[dim]files     [/] {directory}: replay.json has every row of these tables"
+    )
 
 
 def _facts(result: Replay, run: Path) -> list[tuple[str, str]]:
@@ -35,7 +39,12 @@ def _facts(result: Replay, run: Path) -> list[tuple[str, str]]:
         start = f"from the checkpoint of step {result.began_after}"
     facts = [("replay", f"{run}, step {result.step} in epoch {result.epoch}, {start}")]
     if result.step != result.asked:
-        facts.append(("", f"step {result.asked} was asked for; the loss is not finite already in step {result.step}"))
+        facts.append(
+            (
+                "",
+                f"step {result.asked} was asked for; the loss is not finite already in step {result.step}",
+            )
+        )
     numbers = f"loss {result.loss:.6g} · lr {result.learning_rate:g} · gradient norm {result.grad_norm:.6g}"
     facts.append(("step", numbers))
     for name, (before, now) in result.logged.items():
@@ -56,11 +65,19 @@ def _compare_digests(result: Replay) -> str:
                 f"differs from the run's at step {step}: {before}, and now {now}; equal bits on another number of "
                 f"processes need run.reproducibility=bitwise"
             )
-    last = "this step's too" if result.step in digests else f"the last of them step {max(digests)}"
-    return f"the same as the run's at all {len(digests)} logged steps on the way, {last}"
+    last = (
+        "this step's too"
+        if result.step in digests
+        else f"the last of them step {max(digests)}"
+    )
+    return (
+        f"the same as the run's at all {len(digests)} logged steps on the way, {last}"
+    )
 
 
-def _named_rows(heading: str, numbers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _named_rows(
+    heading: str, numbers: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """Rows that begin with their name, in a column `heading`."""
     return [{heading: name, **row} for name, row in numbers.items()]
 
@@ -74,7 +91,11 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for index, name in enumerate(columns):
         if any(isinstance(row.get(name), str) for row in rows):
             text_columns.append(index)
-    table = make_table([name.replace("_", " ") for name in columns], text_columns=text_columns, title=title)
+    table = make_table(
+        [name.replace("_", " ") for name in columns],
+        text_columns=text_columns,
+        title=title,
+    )
     for row in rows[:MOST_ROWS]:
         add_rows(table, [[row.get(name) for name in columns]])
     if len(rows) > MOST_ROWS:

@@ -16,13 +16,27 @@ from trainer.errors import LockstepError
 def main(arguments: list[str]) -> None:
     """Run the sweep's trials, or check them; overrides hold for every trial."""
     parser = CommandParser("sweep", __doc__)
-    parser.add_argument("file", metavar="SWEEP.yaml", type=Path, help="method, metric and parameters")
-    parser.add_argument("--check", action="store_true", help="check every key and value, and train nothing")
     parser.add_argument(
-        "--parallel", metavar="N", type=whole_number(least=1), default=1, help="trials that run at once (default: 1)"
+        "file", metavar="SWEEP.yaml", type=Path, help="method, metric and parameters"
     )
     parser.add_argument(
-        "--seed", metavar="N", type=whole_number(least=0), default=0, help="draws the trials' values (default: 0)"
+        "--check",
+        action="store_true",
+        help="check every key and value, and train nothing",
+    )
+    parser.add_argument(
+        "--parallel",
+        metavar="N",
+        type=whole_number(least=1),
+        default=1,
+        help="trials that run at once (default: 1)",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=whole_number(least=0),
+        default=0,
+        help="draws the trials' values (default: 0)",
     )
     parser.add_overrides("changes a key of every trial's config")
     options = parser.parse(arguments)
@@ -36,14 +50,24 @@ def main(arguments: list[str]) -> None:
     sweep = read_sweep(options.file)
     config = check(sweep, options.overrides)
     if options.check:
-        print(f"{sweep.file}: every parameter exists and takes its values, and {sweep.metric} is logged")
+        print(
+            f"{sweep.file}: every parameter exists and takes its values, and {sweep.metric} is logged"
+        )
         return
     directory = Path(config.run.dir) / sweep.name
-    local = LocalSweep(sweep, directory, shared=options.overrides, seed=options.seed, parallel=options.parallel)
+    local = LocalSweep(
+        sweep,
+        directory,
+        shared=options.overrides,
+        seed=options.seed,
+        parallel=options.parallel,
+    )
     try:
         with LiveTable(sweep) as table:
             local.run(table.show)
     finally:
         write_results(sweep, local.study, directory)
     if local.trials and all(trial.state == "failed" for trial in local.trials):
-        raise LockstepError("every trial of the sweep failed; the first one's reason is in the table above")
+        raise LockstepError(
+            "every trial of the sweep failed; the first one's reason is in the table above"
+        )

@@ -17,7 +17,11 @@ def main(arguments: list[str]) -> None:
     """Send what is missing of each run, and print what that was."""
     parser = CommandParser("sync", __doc__)
     parser.add_argument(
-        "paths", nargs="+", metavar="RUN", type=Path, help="the directory of a run, or of a local sweep: all its runs"
+        "paths",
+        nargs="+",
+        metavar="RUN",
+        type=Path,
+        help="the directory of a run, or of a local sweep: all its runs",
     )
     options = parser.parse(arguments)
 

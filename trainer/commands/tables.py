@@ -11,14 +11,26 @@ from rich.table import Table
 Row = Sequence[Any]  # text, numbers, or None for what there is not
 
 
-def make_table(headings: Sequence[str], *, text_columns: Iterable[int] = (0,), title: str | None = None) -> Table:
+def make_table(
+    headings: Sequence[str],
+    *,
+    text_columns: Iterable[int] = (0,),
+    title: str | None = None,
+) -> Table:
     """An empty table. All columns but `text_columns` are aligned right, for numbers."""
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
     )
     texts = set(text_columns)
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index in texts else "right", overflow="fold")
+        table.add_column(
+            heading, justify="left" if index in texts else "right", overflow="fold"
+        )
     return table
 
 

@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> int:
     end_with_launcher()
     try:
         config = with_trial_name(load_config(parser.parse(arguments)))
-        from trainer.trainer import Trainer  # imports torch: a mistake in the config is reported before
+        # Imports torch: a mistake in the config is reported before.
+        from trainer.trainer import Trainer
 
         trainer = Trainer(config)
         keep_freed_memory(trainer.ranks.device.type)

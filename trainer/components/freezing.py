@@ -30,36 +30,49 @@ class Freezing:
     def __init__(self, model: nn.Module, section: ModelConfig) -> None:
         self._model = model
         self._modules = {name: module for name, module in model.named_modules() if name}
-        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._trainable = {
+            name: p for name, p in model.named_parameters() if p.requires_grad
+        }
         names_backbone = BACKBONE in (section.freeze, *section.unfreeze.values())
         self._head = find_head(model, section.head) if names_backbone else None
         self._frozen_from = self._plan(section)
         _, never_trained = self._frozen_from[-1]
         for name in never_trained & self._trainable.keys():
             self._trainable[name].requires_grad_(False)
-        self._whole_backbone = self._matching("model.freeze", BACKBONE) if section.freeze == BACKBONE else None
+        self._whole_backbone = (
+            self._matching("model.freeze", BACKBONE)
+            if section.freeze == BACKBONE
+            else None
+        )
         self._frozen: set[str] = set()
-        self._put_in_eval: set[str] = set()  # by this object; batch_norm.mode=frozen holds others
+        # By this object; batch_norm.mode=frozen holds others.
+        self._put_in_eval: set[str] = set()
 
     def _plan(self, section: ModelConfig) -> list[tuple[int, set[str]]]:
         """(number of epochs done, the names that are frozen from then on), in order."""
         thaws = _thaws(section)
         if thaws and section.freeze is None:
-            raise ConfigError("model.unfreeze", "nothing is frozen; set model.freeze too")
+            raise ConfigError(
+                "model.unfreeze", "nothing is frozen; set model.freeze too"
+            )
         frozen = self._matching("model.freeze", section.freeze)
         plan = [(0, frozen)]
         for epochs_done, patterns in thaws:
             key = f"model.unfreeze.{epochs_done}"
             thawed = _with_parents(self._matching(key, patterns))
             if not thawed & frozen:
-                raise ConfigError(key, f"{patterns} is not frozen by then; leave it out")
+                raise ConfigError(
+                    key, f"{patterns} is not frozen by then; leave it out"
+                )
             frozen = frozen - thawed  # a new set: the earlier one is part of the plan
             plan.append((epochs_done, frozen))
         return plan
 
     def apply(self, epoch: int) -> bool:
         """Freeze what is frozen in `epoch` (0-based) and thaw the rest; True if that changed anything."""
-        frozen = next(names for start, names in reversed(self._frozen_from) if start <= epoch)
+        frozen = next(
+            names for start, names in reversed(self._frozen_from) if start <= epoch
+        )
         if frozen == self._frozen:
             return False
         for name in (frozen - self._frozen) & self._modules.keys():
@@ -92,10 +105,13 @@ class Freezing:
             roots = self._backbone()
         else:
             raise ConfigError(
-                key, f'"{patterns}" is neither {BACKBONE} nor a list of names, such as [conv1, "layer[12]"]'
+                key,
+                f'"{patterns}" is neither {BACKBONE} nor a list of names, such as [conv1, "layer[12]"]',
             )
         names = [*self._modules, *dict(self._model.named_parameters())]
-        return {name for name in names if not roots.isdisjoint([name, *parent_names(name)])}
+        return {
+            name for name in names if not roots.isdisjoint([name, *parent_names(name)])
+        }
 
     def _matching_names(self, key: str, patterns: list[str]) -> set[str]:
         """The parameters, and modules with parameters or buffers, that match any of `patterns`."""
@@ -105,7 +121,10 @@ class Freezing:
         for pattern in patterns:
             of_pattern = {name for name in names if fnmatchcase(name, pattern)}
             if not of_pattern:
-                raise ConfigError(key, f'no part of the model is named "{pattern}"{nearest(pattern, names)}')
+                raise ConfigError(
+                    key,
+                    f'no part of the model is named "{pattern}"{nearest(pattern, names)}',
+                )
             matches |= of_pattern
         return matches
 
@@ -130,7 +149,10 @@ def _with_parents(names: set[str]) -> set[str]:
 
 
 def _has_state(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+    return (
+        next(module.parameters(), None) is not None
+        or next(module.buffers(), None) is not None
+    )
 
 
 def _thaws(section: ModelConfig) -> list[tuple[int, Any]]:
@@ -138,10 +160,18 @@ def _thaws(section: ModelConfig) -> list[tuple[int, Any]]:
     for epochs_done, patterns in section.unfreeze.items():
         key = f"model.unfreeze.{epochs_done}"
         if not epochs_done.isdigit() or int(epochs_done) < 1:
-            raise ConfigError(key, f'"{epochs_done}" is not a number of epochs, 1 or more')
-        is_list_of_names = isinstance(patterns, list) and all(isinstance(name, str) for name in patterns)
+            raise ConfigError(
+                key, f'"{epochs_done}" is not a number of epochs, 1 or more'
+            )
+        is_list_of_names = isinstance(patterns, list) and all(
+            isinstance(name, str) for name in patterns
+        )
         if patterns != BACKBONE and not is_list_of_names:
             raise ConfigError(
-                key, f'{patterns} is neither {BACKBONE} nor a list of names, such as [conv1, "layer[12]"]'
+                key,
+                f'{patterns} is neither {BACKBONE} nor a list of names, such as [conv1, "layer[12]"]',
             )
-    return [(int(epochs_done), section.unfreeze[epochs_done]) for epochs_done in sorted(section.unfreeze, key=int)]
+    return [
+        (int(epochs_done), section.unfreeze[epochs_done])
+        for epochs_done in sorted(section.unfreeze, key=int)
+    ]

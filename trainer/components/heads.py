@@ -8,8 +8,10 @@ from torch.nn.modules.conv import _ConvNd
 from trainer.errors import ConfigError, nearest
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
 
-HEAD_NAMES = ("fc", "_fc", "classifier", "head", "heads")  # where models keep it; elsewhere, the last layer defined
-WITHOUT_HEAD = {  # packages of models whose output comes from more than one layer, and what those models do
+# Where models keep it; elsewhere, the last layer defined.
+HEAD_NAMES = ("fc", "_fc", "classifier", "head", "heads")
+# Packages of models whose output comes from more than one layer, and what those models do.
+WITHOUT_HEAD = {
     "torchvision.models.detection": "detects objects",
     "torchvision.models.segmentation": "segments images",
     "torchvision.models.optical_flow": "computes optical flow",
@@ -21,10 +23,17 @@ def find_head(model: nn.Module, name: str | None) -> str:
 
     Raises `ConfigError` if the model has no such module, or no single head.
     """
-    modules = {module_name: module for module_name, module in model.named_modules() if module_name}
+    modules = {
+        module_name: module
+        for module_name, module in model.named_modules()
+        if module_name
+    }
     if name is not None:
         if name not in modules:
-            raise ConfigError("model.head", f'the model has no module "{name}"{nearest(name, modules)}')
+            raise ConfigError(
+                "model.head",
+                f'the model has no module "{name}"{nearest(name, modules)}',
+            )
         return name
     for package, verb in WITHOUT_HEAD.items():
         if type(model).__module__.startswith(package):
@@ -32,9 +41,16 @@ def find_head(model: nn.Module, name: str | None) -> str:
                 "model.name",
                 f"{type(model).__name__} {verb} and has no one head for classes; name a classifier, or set model.head",
             )
-    layers: list[str] = [dotted for dotted, module in modules.items() if isinstance(module, nn.Linear | _ConvNd)]
+    layers: list[str] = [
+        dotted
+        for dotted, module in modules.items()
+        if isinstance(module, nn.Linear | _ConvNd)
+    ]
     if not layers:
-        raise ConfigError("model.head", "the model has no linear or convolutional layer; name its head")
+        raise ConfigError(
+            "model.head",
+            "the model has no linear or convolutional layer; name its head",
+        )
     heads = [layer for layer in layers if layer.partition(".")[0] in HEAD_NAMES]
     return (heads or layers)[-1]
 

@@ -13,7 +13,9 @@ from trainer.config.schema import OptimizerConfig
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def base_rates(section: OptimizerConfig, model: nn.Module, head: str | None) -> dict[str, float]:
+def base_rates(
+    section: OptimizerConfig, model: nn.Module, head: str | None
+) -> dict[str, float]:
     """Each parameter's learning rate before the schedule's factor; `head` is `model.head`, if it is set.
 
     The head has `optimizer.lr`. Everything else has `optimizer.backbone_lr` (if that is not set, `optimizer.lr`) times
@@ -26,7 +28,11 @@ def base_rates(section: OptimizerConfig, model: nn.Module, head: str | None) -> 
     backbone_lr = section.lr if section.backbone_lr is None else section.backbone_lr
     rates: dict[str, float] = {}
     for name, layer in layers.items():
-        rates[name] = section.lr if layer == last else backbone_lr * section.layer_decay ** (last - layer)
+        rates[name] = (
+            section.lr
+            if layer == last
+            else backbone_lr * section.layer_decay ** (last - layer)
+        )
     return rates
 
 
@@ -55,7 +61,14 @@ def layers_of(model: nn.Module, head: str) -> dict[str, int]:
             in_head.append(name)
             continue
         # A parameter outside every unit, such as a position embedding, takes the layer of the one before it.
-        current = next((number_of_unit[unit] for unit in parent_names(name) if unit in number_of_unit), current)
+        current = next(
+            (
+                number_of_unit[unit]
+                for unit in parent_names(name)
+                if unit in number_of_unit
+            ),
+            current,
+        )
         layers[name] = current
     last = max(layers.values(), default=-1) + 1
     return layers | dict.fromkeys(in_head, last)
@@ -66,7 +79,9 @@ def _units(module: nn.Module, prefix: str) -> Iterator[str]:
     for name, child in module.named_children():
         if next(child.parameters(), None) is None:
             continue
-        holds_layers = not _is_container(module) and any(_is_container(part) for part in child.children())
+        holds_layers = not _is_container(module) and any(
+            _is_container(part) for part in child.children()
+        )
         if _is_container(child) or holds_layers:
             yield from _units(child, f"{prefix}{name}.")
         else:

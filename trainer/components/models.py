@@ -15,7 +15,8 @@ from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, nearest
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
 
-WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")  # of torchvision; a loss of one output cannot take more
+# Of torchvision; a loss of one output cannot take more.
+WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
 def small_cnn(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Sequential:
@@ -24,7 +25,11 @@ def small_cnn(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Seq
         raise ValueError(f"width must be 1 or more, not {width}")
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        return [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+        ]
 
     return nn.Sequential(
         *block(in_channels, width),
@@ -36,7 +41,9 @@ def small_cnn(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Seq
     )
 
 
-def build_model(section: ModelConfig, *, seed: int, num_classes: int | None, in_channels: int | None) -> nn.Module:
+def build_model(
+    section: ModelConfig, *, seed: int, num_classes: int | None, in_channels: int | None
+) -> nn.Module:
     """The model that `model.name` names, its initial weights a function of `seed` alone.
 
     `num_classes` (from the config, else from the data) and `in_channels` (from the data) are supplied to models that
@@ -50,29 +57,38 @@ def build_model(section: ModelConfig, *, seed: int, num_classes: int | None, in_
     constructor, supplied = _constructor(section, supplied)
     for name in section.args:
         supplied.pop(name, None)
-    with preserved_cpu_generators():  # the caller's own draws go on as if no model had been built
+    # The caller's own draws go on as if no model had been built.
+    with preserved_cpu_generators():
         seed_cpu(key(seed, "weights"))
         model = build("model", constructor, section.args, **supplied)
     if not isinstance(model, nn.Module):
-        raise ConfigError("model.name", f'"{section.name}" made {type(model).__name__}, not a torch.nn.Module')
+        raise ConfigError(
+            "model.name",
+            f'"{section.name}" made {type(model).__name__}, not a torch.nn.Module',
+        )
     return model
 
 
-def _constructor(section: ModelConfig, supplied: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+def _constructor(
+    section: ModelConfig, supplied: dict[str, Any]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
     """What makes the model, and what to supply it with."""
     if section.name == "small_cnn":
         return small_cnn, supplied
     if "." not in section.name:
         return _torchvision_builder(section, supplied)
     constructor: Callable[..., Any] = resolve("model", section.name, {})
-    if getattr(constructor, "__init__", None) is nn.Module.__init__:  # by its signature it takes any argument
+    # By its signature it takes any argument.
+    if getattr(constructor, "__init__", None) is nn.Module.__init__:
         return constructor, {}
     if section.name.startswith("timm.") and "in_channels" in supplied:
         supplied["in_chans"] = supplied.pop("in_channels")  # timm's word for it
     return constructor, supplied
 
 
-def _torchvision_builder(section: ModelConfig, supplied: dict[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+def _torchvision_builder(
+    section: ModelConfig, supplied: dict[str, Any]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
     from torchvision import models
 
     name = section.name
@@ -97,7 +113,8 @@ def _arguments_for_weights(section: ModelConfig) -> dict[str, Any]:
     weights = torchvision_weights(section)
     if section.name in WITH_AUXILIARY_HEADS:
         arguments["aux_logits"] = False
-        arguments["init_weights"] = weights is None  # given, so that torchvision does not warn about its default
+        # Given, so that torchvision does not warn about its default.
+        arguments["init_weights"] = weights is None
         if weights is not None:
             arguments["transform_input"] = True
     if weights is not None and section.name.startswith("vit_"):

@@ -14,15 +14,24 @@ from trainer.config.registry import build, resolve
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError, LockstepError
 
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
 
-Numbers = dict[str, Any]  # int, float, bool, str or None by name; under PARAMETERS a list of names
-IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}  # arguments that choose how torch updates
+# By name an int, float, bool, str or None; under PARAMETERS a list of names.
+Numbers = dict[str, Any]
+# Arguments that choose how torch updates.
+IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
 PARAMETERS = "parameters"  # cannot clash: every other name has a dot
-CONFIG_ENTRIES = {"params", "lr", "initial_lr", "weight_decay"}  # a group's entries that come from the config
+# A group's entries that come from the config.
+CONFIG_ENTRIES = {"params", "lr", "initial_lr", "weight_decay"}
 
 
-def build_optimizer(section: OptimizerConfig, model: nn.Module, *, head: str | None = None) -> Optimizer:
+def build_optimizer(
+    section: OptimizerConfig, model: nn.Module, *, head: str | None = None
+) -> Optimizer:
     """The optimizer that `section` names, over the parameters of `model` that require a gradient.
 
     Parameters of one learning rate (see `base_rates`; `head` is `model.head`) form a group. With
@@ -32,21 +41,33 @@ def build_optimizer(section: OptimizerConfig, model: nn.Module, *, head: str | N
     """
     groups = _groups(section, model, head)
     if not groups:
-        raise ConfigError("model", "no parameter requires a gradient, so there is nothing to train; freeze less")
+        raise ConfigError(
+            "model",
+            "no parameter requires a gradient, so there is nothing to train; freeze less",
+        )
     target = resolve("optimizer", section.name, OPTIMIZERS)
     supplied = {"fused": True} if _can_be_fused(target, section.args, model) else {}
-    optimizer = build("optimizer", target, section.args, groups, lr=section.lr, **supplied)
+    optimizer = build(
+        "optimizer", target, section.args, groups, lr=section.lr, **supplied
+    )
     if not isinstance(optimizer, Optimizer) or "lr" not in optimizer.defaults:
-        raise ConfigError("optimizer.name", f'"{section.name}" is not an optimizer with a learning rate `lr`')
+        raise ConfigError(
+            "optimizer.name",
+            f'"{section.name}" is not an optimizer with a learning rate `lr`',
+        )
     # LBFGS and its like want a closure that runs the model again, which a step of micro-batches cannot offer.
     try:
         inspect.signature(optimizer.step).bind()
     except TypeError:
         raise ConfigError(
-            "optimizer.name", f'"{section.name}" runs the model itself, several times a step; use another'
+            "optimizer.name",
+            f'"{section.name}" runs the model itself, several times a step; use another',
         ) from None
     if not section.decay_norm_and_bias and "weight_decay" not in optimizer.defaults:
-        raise ConfigError("optimizer.decay_norm_and_bias", f'"{section.name}" has no weight_decay; leave it true')
+        raise ConfigError(
+            "optimizer.decay_norm_and_bias",
+            f'"{section.name}" has no weight_decay; leave it true',
+        )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
@@ -63,10 +84,14 @@ def _can_be_fused(target: Any, arguments: dict[str, Any], model: nn.Module) -> b
     if any(getattr(module, "sparse", False) for module in model.modules()):
         return False  # fused updates take no sparse gradients
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return all(parameter.is_cuda and parameter.is_floating_point() for parameter in trained)
+    return all(
+        parameter.is_cuda and parameter.is_floating_point() for parameter in trained
+    )
 
 
-def _groups(section: OptimizerConfig, model: nn.Module, head: str | None) -> list[dict[str, Any]]:
+def _groups(
+    section: OptimizerConfig, model: nn.Module, head: str | None
+) -> list[dict[str, Any]]:
     """Parameter groups: those with weight decay first, then by rate: `optimizer.lr`, then from high to low."""
     rates = base_rates(section, model, head)
     without_decay = set() if section.decay_norm_and_bias else _norms_and_biases(model)
@@ -101,7 +126,9 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     return rates
 
 
-def named_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, torch.Tensor], Numbers]:
+def named_state(
+    optimizer: Optimizer, model: nn.Module
+) -> tuple[dict[str, torch.Tensor], Numbers]:
     """The state as contiguous tensors and plain values, each under `<state key>.<parameter name>`.
 
     `model` is the module that was passed to `build_optimizer`, unwrapped. What the optimizer changed in its own groups
@@ -114,18 +141,25 @@ def named_state(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, torch
     numbers: Numbers = {PARAMETERS: names}
     for index, entries in packed["state"].items():
         if not isinstance(index, int):
-            raise LockstepError(f"the optimizer's state {index!r} belongs to no parameter and cannot be saved")
+            raise LockstepError(
+                f"the optimizer's state {index!r} belongs to no parameter and cannot be saved"
+            )
         for key, value in entries.items():
             _store(key, names[index], value, tensors, numbers)
     for number, group in enumerate(packed["param_groups"]):
         for key, value in group.items():
-            if key not in CONFIG_ENTRIES and not _same(value, optimizer.defaults.get(key)):
+            if key not in CONFIG_ENTRIES and not _same(
+                value, optimizer.defaults.get(key)
+            ):
                 _store(key, f"group {number}", value, tensors, numbers)
     return tensors, numbers
 
 
 def load_named_state(
-    optimizer: Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor], numbers: Numbers
+    optimizer: Optimizer,
+    model: nn.Module,
+    tensors: dict[str, torch.Tensor],
+    numbers: Numbers,
 ) -> None:
     """Load what `named_state` returned into an optimizer from `build_optimizer`, on whatever device it is.
 
@@ -144,14 +178,20 @@ def load_named_state(
             continue
         key, _, owner = name.partition(".")
         if owner not in entries_of:
-            raise LockstepError(f'the saved optimizer state "{name}" belongs to no parameter of this run')
+            raise LockstepError(
+                f'the saved optimizer state "{name}" belongs to no parameter of this run'
+            )
         entries_of[owner][key] = value
-    packed["state"] = {index: entries_of[name] for index, name in enumerate(names) if entries_of[name]}
+    packed["state"] = {
+        index: entries_of[name] for index, name in enumerate(names) if entries_of[name]
+    }
     optimizer.load_state_dict(packed)
     parameters = dict(model.named_parameters())
     for name in names:
         if entries_of[name]:  # looking up an optimizer's state would make an empty one
-            _restore_exactly(parameters[name], optimizer.state[parameters[name]], entries_of[name])
+            _restore_exactly(
+                parameters[name], optimizer.state[parameters[name]], entries_of[name]
+            )
 
 
 def _norms_and_biases(model: nn.Module) -> set[str]:
@@ -171,20 +211,30 @@ def _norms_and_biases(model: nn.Module) -> set[str]:
 def _trained_names(optimizer: Optimizer, model: nn.Module) -> list[str]:
     """The names of the optimizer's parameters, in its own order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    return [
+        names[id(parameter)]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
 
 
-def _store(key: Any, owner: str, value: Any, tensors: dict[str, torch.Tensor], numbers: Numbers) -> None:
+def _store(
+    key: Any, owner: str, value: Any, tensors: dict[str, torch.Tensor], numbers: Numbers
+) -> None:
     name = f"{key}.{owner}"
     if not isinstance(key, str) or "." in key:
-        raise LockstepError(f'the optimizer\'s state "{name}" cannot be saved: its key must be text without a dot')
+        raise LockstepError(
+            f'the optimizer\'s state "{name}" cannot be saved: its key must be text without a dot'
+        )
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach().contiguous()
     elif value is None or isinstance(value, bool | int | float | str):
         numbers[name] = value
     else:
         kind = type(value).__name__
-        raise LockstepError(f'the optimizer\'s state "{name}" is a {kind}; only tensors and plain values can be saved')
+        raise LockstepError(
+            f'the optimizer\'s state "{name}" is a {kind}; only tensors and plain values can be saved'
+        )
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -204,12 +254,16 @@ def _check_parameters(saved: set[str], present: set[str]) -> None:
             )
 
 
-def _restore_exactly(parameter: nn.Parameter, loaded: dict[str, Any], saved: dict[str, Any]) -> None:
+def _restore_exactly(
+    parameter: nn.Parameter, loaded: dict[str, Any], saved: dict[str, Any]
+) -> None:
     """Undo what torch's loading does besides moving tensors: it casts to the parameter's dtype and spoils text."""
     for key, value in saved.items():
         if not isinstance(value, torch.Tensor):
             loaded[key] = value
             continue
         strides_from = parameter if value.shape == parameter.shape else value
-        copy = torch.empty_like(strides_from, dtype=value.dtype, device=loaded[key].device)
+        copy = torch.empty_like(
+            strides_from, dtype=value.dtype, device=loaded[key].device
+        )
         loaded[key] = copy.copy_(value)

@@ -18,10 +18,15 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
             return super().forward(x)
         height, width = self._output_shape(x)
         if x.shape[-2] % height == 0 and x.shape[-1] % width == 0:
-            return nn.functional.avg_pool2d(x, (x.shape[-2] // height, x.shape[-1] // width))
+            return nn.functional.avg_pool2d(
+                x, (x.shape[-2] // height, x.shape[-1] // width)
+            )
         rows = []
         for top, bottom in _windows(x.shape[-2], height):
-            means = [x[..., top:bottom, left:right].mean((-2, -1)) for left, right in _windows(x.shape[-1], width)]
+            means = [
+                x[..., top:bottom, left:right].mean((-2, -1))
+                for left, right in _windows(x.shape[-1], width)
+            ]
             rows.append(torch.stack(means, -1))
         return torch.stack(rows, -2)
 
@@ -33,4 +38,7 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
 
 def _windows(size: int, count: int) -> list[tuple[int, int]]:
     """Torch's windows: of equal size where `size` divides, overlapping where it does not."""
-    return [(index * size // count, -(-(index + 1) * size // count)) for index in range(count)]
+    return [
+        (index * size // count, -(-(index + 1) * size // count))
+        for index in range(count)
+    ]

@@ -18,13 +18,21 @@ from trainer.config.registry import build, resolve
 from trainer.config.schema import ScheduleConfig
 from trainer.errors import ConfigError
 
-Curve = tuple[Callable[[int], float], str]  # (position → factor, what the run's header calls it)
-Rule = tuple[str, Callable[[Any], bool]]  # what an argument must be: in words, and as a test
+# (position → factor, what the run's header calls it).
+Curve = tuple[Callable[[int], float], str]
+# What an argument must be: in words, and as a test.
+Rule = tuple[str, Callable[[Any], bool]]
 
 POSITIVE: Rule = ("a number above 0", lambda value: 0 < value < math.inf)
 FRACTION: Rule = ("a number from 0 to 1", lambda value: 0 <= value <= 1)
-COUNT: Rule = ("a whole number, 0 or more", lambda value: isinstance(value, int) and value >= 0)
-LENGTH: Rule = ("a whole number, 1 or more", lambda value: isinstance(value, int) and value >= 1)
+COUNT: Rule = (
+    "a whole number, 0 or more",
+    lambda value: isinstance(value, int) and value >= 0,
+)
+LENGTH: Rule = (
+    "a whole number, 1 or more",
+    lambda value: isinstance(value, int) and value >= 1,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,9 @@ class Clock:
 class Schedule:
     """The factor by which each step's learning rate differs from `optimizer.lr`."""
 
-    def __init__(self, curve: Curve, section: ScheduleConfig, steps_per_position: int) -> None:
+    def __init__(
+        self, curve: Curve, section: ScheduleConfig, steps_per_position: int
+    ) -> None:
         self._curve, self._phrase = curve
         self._section = section
         self._steps_per_position = steps_per_position
@@ -58,7 +68,11 @@ class Schedule:
         """One short phrase, such as `step: ×0.1 every 7 epochs, warmup 1 epoch`."""
         if not self._warmup_steps:
             return self._phrase
-        start = f" from {_times(self._section.warmup_start)}" if self._section.warmup_start else ""
+        start = (
+            f" from {_times(self._section.warmup_start)}"
+            if self._section.warmup_start
+            else ""
+        )
         return f"{self._phrase}, warmup {_count(self._section.warmup, self._section.per)}{start}"
 
 
@@ -75,7 +89,9 @@ def build_schedule(
     An import path names a function `f(position, total, **arguments) -> factor`, both in the unit `schedule.per`.
     """
     steps_per_position = steps_per_epoch if section.per == "epoch" else 1
-    clock = Clock(math.ceil(total_steps / steps_per_position), section.per, history, mode)
+    clock = Clock(
+        math.ceil(total_steps / steps_per_position), section.per, history, mode
+    )
     target = resolve("schedule", section.name, CURVES)
     if target in CURVES.values():
         curve = build("schedule", target, section.args, clock)
@@ -104,7 +120,9 @@ def step(clock: Clock, *, step_size: int = 7, gamma: float = 0.1) -> Curve:
 def multi_step(clock: Clock, *, milestones: list[int], gamma: float = 0.1) -> Curve:
     """Multiplied by `gamma` at each of the `milestones`, as torch's MultiStepLR."""
     if not isinstance(milestones, list) or not milestones:
-        raise ConfigError("schedule.milestones", f"{milestones} is not a list such as [30, 60]")
+        raise ConfigError(
+            "schedule.milestones", f"{milestones} is not a list such as [30, 60]"
+        )
     for milestone in milestones:
         _check(LENGTH, milestones=milestone)
     _check(POSITIVE, gamma=gamma)
@@ -114,7 +132,10 @@ def multi_step(clock: Clock, *, milestones: list[int], gamma: float = 0.1) -> Cu
         milestones_passed = bisect_right(ordered, position)
         return gamma**milestones_passed
 
-    return factor, f"multi_step: {_times(gamma)} at {clock.unit} {', '.join(map(str, ordered))}"
+    return (
+        factor,
+        f"multi_step: {_times(gamma)} at {clock.unit} {', '.join(map(str, ordered))}",
+    )
 
 
 def cosine(clock: Clock, *, min_factor: float = 0.0) -> Curve:
@@ -138,7 +159,10 @@ def polynomial(clock: Clock, *, power: float = 1.0, min_factor: float = 0.0) -> 
         remaining: float = max(0.0, 1 - position / total) ** power
         return min_factor + (1 - min_factor) * remaining
 
-    return factor, f"polynomial: power {power:g} to {_times(min_factor)} over {_count(total, clock.unit)}"
+    return (
+        factor,
+        f"polynomial: power {power:g} to {_times(min_factor)} over {_count(total, clock.unit)}",
+    )
 
 
 def one_cycle(
@@ -162,7 +186,8 @@ def one_cycle(
     first = 1 / div_factor
     last = 1 / (div_factor * final_div_factor)
     end = clock.total - 1
-    peak = pct_start * clock.total - 1  # a position; it need not be whole, and in a very short run it is below 0
+    # A position; it need not be whole, and in a very short run it is below 0.
+    peak = pct_start * clock.total - 1
 
     def factor(position: int) -> float:
         if peak > 0 and position <= peak:
@@ -172,7 +197,10 @@ def one_cycle(
         return last
 
     duration = _count(clock.total, clock.unit)
-    return factor, f"one_cycle: {_times(first)} to {_times(1)} to {_times(last)} over {duration}"
+    return (
+        factor,
+        f"one_cycle: {_times(first)} to {_times(1)} to {_times(last)} over {duration}",
+    )
 
 
 def plateau(
@@ -190,7 +218,10 @@ def plateau(
     without its smallest change (`eps`).
     """
     if clock.unit == "step":
-        raise ConfigError("schedule.per", "plateau counts evaluations, not steps; use schedule.per=epoch")
+        raise ConfigError(
+            "schedule.per",
+            "plateau counts evaluations, not steps; use schedule.per=epoch",
+        )
     _check(FRACTION, threshold=threshold, min_factor=min_factor)
     _check(("a number between 0 and 1", lambda value: 0 < value < 1), factor=factor)
     _check(COUNT, patience=patience, cooldown=cooldown)
@@ -205,7 +236,10 @@ def plateau(
             last_factor = rule.factor_after(last_history)
         return last_factor
 
-    return factor_now, f"plateau: {_times(factor)} after {patience} evaluations without a better one"
+    return (
+        factor_now,
+        f"plateau: {_times(factor)} after {patience} evaluations without a better one",
+    )
 
 
 @dataclass(frozen=True)
@@ -251,12 +285,21 @@ CURVES: dict[str, Callable[..., Curve]] = {
 }
 
 
-def _imported(section: ScheduleConfig, function: Callable[..., float], total: int) -> Curve:
+def _imported(
+    section: ScheduleConfig, function: Callable[..., float], total: int
+) -> Curve:
     if isinstance(function, type):
-        raise ConfigError("schedule.name", f'"{section.name}" is a class; name a function (position, total) → factor')
-    first = build("schedule", function, section.args, 0, total)  # names a wrong argument before the run starts
+        raise ConfigError(
+            "schedule.name",
+            f'"{section.name}" is a class; name a function (position, total) → factor',
+        )
+    # Names a wrong argument before the run starts.
+    first = build("schedule", function, section.args, 0, total)
     if not isinstance(first, SupportsFloat):
-        raise ConfigError("schedule.name", f'"{section.name}" gave {first!r} as a factor, not a number')
+        raise ConfigError(
+            "schedule.name",
+            f'"{section.name}" gave {first!r} as a factor, not a number',
+        )
 
     @lru_cache(maxsize=1)  # per epoch, the same position is asked for in every step
     def factor(position: int) -> float:

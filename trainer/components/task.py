@@ -29,7 +29,8 @@ from trainer.config.registry import build, resolve
 from trainer.config.schema import LossConfig
 from trainer.errors import ConfigError, DataError
 
-NO_LABEL = -(2**31)  # an ignore_index that no target has; torch's default of -100 would hide wrong labels
+# An ignore_index that no target has; torch's default of -100 would hide wrong labels.
+NO_LABEL = -(2**31)
 
 
 class WeightedSum(NamedTuple):
@@ -56,11 +57,19 @@ def as_weighted_sum(pair: Any) -> WeightedSum:
         )
     total, weight = pair
     if not isinstance(total, Tensor) or total.dim() > 0:
-        kind = f"tensor {tuple(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
-        raise ConfigError("loss.name", f"loss_sum returned a {kind} as the total; sum it to a 0-dim tensor")
+        kind = (
+            f"tensor {tuple(total.shape)}"
+            if isinstance(total, Tensor)
+            else type(total).__name__
+        )
+        raise ConfigError(
+            "loss.name",
+            f"loss_sum returned a {kind} as the total; sum it to a 0-dim tensor",
+        )
     if not isinstance(weight, int | Tensor):
         raise ConfigError(
-            "loss.name", f"loss_sum returned a {type(weight).__name__} as the weight; give an int or a 0-dim tensor"
+            "loss.name",
+            f"loss_sum returned a {type(weight).__name__} as the weight; give an int or a 0-dim tensor",
         )
     return WeightedSum(total, weight)
 
@@ -74,7 +83,8 @@ class Task(nn.Module):
     """
 
     metrics: tuple[str, ...] = ()
-    ignore_index: int | None = None  # targets with this value are not counted; None: every target is
+    # Targets with this value are not counted; None: every target is.
+    ignore_index: int | None = None
 
     def __init__(self) -> None:  # nn.Module's own takes any keyword, and refuses each
         super().__init__()
@@ -87,7 +97,9 @@ class Task(nn.Module):
         """A `WeightedSum`: the loss summed over the targets, with its graph, and the targets' total weight."""
         raise NotImplementedError
 
-    def metric_sums(self, output: Any, targets: Any) -> Mapping[str, tuple[Tensor, Tensor | int]]:
+    def metric_sums(
+        self, output: Any, targets: Any
+    ) -> Mapping[str, tuple[Tensor, Tensor | int]]:
         """A `WeightedSum` for each of `metrics`, by name. `output` is detached."""
         return {}
 
@@ -116,9 +128,13 @@ class CrossEntropy(Task):
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
-            raise ConfigError("loss.label_smoothing", f"{label_smoothing} is not in [0, 1)")
+            raise ConfigError(
+                "loss.label_smoothing", f"{label_smoothing} is not in [0, 1)"
+            )
         _check_class_weights("loss.class_weights", class_weights, num_classes)
-        self.register_buffer("class_weights", _as_weights(class_weights), persistent=False)
+        self.register_buffer(
+            "class_weights", _as_weights(class_weights), persistent=False
+        )
         self.class_weights: Tensor | None
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
@@ -134,8 +150,13 @@ class CrossEntropy(Task):
             )
         scores, labels = _pixels_as_samples(output, targets)
         try:
-            total = self._total(scores, labels, NO_LABEL if self.ignore_index is None else self.ignore_index)
-        except IndexError as error:  # on the CPU only: a GPU reports a wrong label as a failed assertion
+            total = self._total(
+                scores,
+                labels,
+                NO_LABEL if self.ignore_index is None else self.ignore_index,
+            )
+        except IndexError as error:
+            # On the CPU only: a GPU reports a wrong label as a failed assertion.
             raise DataError(
                 f"{str(error).rstrip('.').lower()}: the model gives {output.shape[1]} classes, 0 to "
                 f"{output.shape[1] - 1}; correct the data, or set model.num_classes or loss.ignore_index"
@@ -154,10 +175,15 @@ class CrossEntropy(Task):
 
     def _weight(self, targets: Tensor) -> Tensor | int:
         """What torch's mean divides by: a count of targets, or the sum of their classes' weights."""
-        if targets.is_floating_point():  # probabilities: torch divides by the samples (pixels), weighted or not
+        # Probabilities: torch divides by the samples (pixels), weighted or not.
+        if targets.is_floating_point():
             return targets.numel() // targets.shape[1]
         if self.ignore_index is None:
-            return targets.numel() if self.class_weights is None else self.class_weights[targets].sum()
+            return (
+                targets.numel()
+                if self.class_weights is None
+                else self.class_weights[targets].sum()
+            )
         is_counted = targets != self.ignore_index
         if self.class_weights is None:
             return is_counted.sum()
@@ -167,11 +193,17 @@ class CrossEntropy(Task):
 
     def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, WeightedSum]:
         labels = targets.argmax(1) if targets.is_floating_point() else targets
-        count: Tensor | int = labels.numel() if self.ignore_index is None else (labels != self.ignore_index).sum()
+        count: Tensor | int = (
+            labels.numel()
+            if self.ignore_index is None
+            else (labels != self.ignore_index).sum()
+        )
         sums = {"accuracy": WeightedSum((output.argmax(1) == labels).sum(), count)}
         for k in self.top_k:
             best = output.topk(min(k, output.shape[1]), 1).indices
-            sums[f"top{k}_accuracy"] = WeightedSum((best == labels.unsqueeze(1)).sum(), count)
+            sums[f"top{k}_accuracy"] = WeightedSum(
+                (best == labels.unsqueeze(1)).sum(), count
+            )
         return sums
 
     def probabilities(self, output: Tensor) -> Tensor | None:
@@ -182,7 +214,13 @@ class NegativeLogLikelihood(CrossEntropy):
     """Classification by log-probabilities, as `torch.nn.NLLLoss`: for models that end in a log-softmax."""
 
     def _total(self, output: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        return F.nll_loss(output, targets, self.class_weights, ignore_index=ignore_index, reduction="sum")
+        return F.nll_loss(
+            output,
+            targets,
+            self.class_weights,
+            ignore_index=ignore_index,
+            reduction="sum",
+        )
 
     def probabilities(self, output: Tensor) -> Tensor | None:
         return output.exp() if output.dim() == 2 else None
@@ -191,14 +229,19 @@ class NegativeLogLikelihood(CrossEntropy):
 class ElementLoss(Task):
     """A loss `loss(output, targets)` that gives a 0-dim sum, divided and measured as its `rule` says."""
 
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor], rule: LossRule) -> None:
+    def __init__(
+        self, loss: Callable[[Tensor, Tensor], Tensor], rule: LossRule
+    ) -> None:
         super().__init__()
         self._loss = loss
         self._rule = rule
         self.metrics = () if rule.metric is None else (rule.metric,)
 
     def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
-        return WeightedSum(self._loss(output, self._matched(output, targets)), self._rule.divisor(output))
+        return WeightedSum(
+            self._loss(output, self._matched(output, targets)),
+            self._rule.divisor(output),
+        )
 
     def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, WeightedSum]:
         rule = self._rule
@@ -243,7 +286,11 @@ def _pixels_as_samples(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
     CUDA has no deterministic kernel for a negative log-likelihood of images, and has one for that of samples.
     """
-    if output.dim() < 3 or targets.is_floating_point() or not torch.are_deterministic_algorithms_enabled():
+    if (
+        output.dim() < 3
+        or targets.is_floating_point()
+        or not torch.are_deterministic_algorithms_enabled()
+    ):
         return output, targets
     if output.shape[:1] + output.shape[2:] != targets.shape:
         return output, targets  # torch says what does not fit
@@ -290,11 +337,14 @@ def as_task(loss: object, num_classes: int | None = None) -> Task:
     if isinstance(loss, nn.Module):
         return _task_of_module(loss, num_classes)
     if isinstance(loss, type):
-        problem = f"{loss.__name__} is a class; give an object of it, {loss.__name__}(…)"
+        problem = (
+            f"{loss.__name__} is a class; give an object of it, {loss.__name__}(…)"
+        )
     else:
         name = getattr(loss, "__name__", repr(loss))
         problem = (
-            f"{name} is a {type(loss).__name__}; give a trainer.Task or a loss such as torch.nn.CrossEntropyLoss()"
+            f"{name} is a {type(loss).__name__}; give a trainer.Task or a loss such as "
+            f"torch.nn.CrossEntropyLoss()"
         )
     raise ConfigError("task", problem)
 
@@ -309,11 +359,18 @@ def build_task(section: LossConfig, num_classes: int | None) -> Task:
     arguments = dict(section.args)
     if section.name in TASKS:
         check_reduction(arguments.pop("reduction", "sum"))
-    elif isinstance(target, type) and issubclass(target, nn.Module) and not issubclass(target, Task):
+    elif (
+        isinstance(target, type)
+        and issubclass(target, nn.Module)
+        and not issubclass(target, Task)
+    ):
         return _task_of_module(_build_module(target, arguments), num_classes)
     task = build("loss", target, arguments, num_classes=num_classes)
     if not isinstance(task, nn.Module):
-        raise ConfigError("loss.name", f'"{section.name}" is neither a trainer.Task nor a loss module of torch.nn')
+        raise ConfigError(
+            "loss.name",
+            f'"{section.name}" is neither a trainer.Task nor a loss module of torch.nn',
+        )
     return as_task(task, num_classes)
 
 
@@ -360,9 +417,15 @@ def _task_of_module(loss: Any, num_classes: int | None) -> Task:
 
 def _as_weights(weights: Sequence[float] | Tensor | None) -> Tensor | None:
     """In fp64, to be cast to the run's dtype with the task."""
-    return None if weights is None else torch.as_tensor(weights, dtype=torch.float64).clone()
+    return (
+        None
+        if weights is None
+        else torch.as_tensor(weights, dtype=torch.float64).clone()
+    )
 
 
-def _check_class_weights(key: str, weights: Sequence[float] | Tensor | None, num_classes: int | None) -> None:
+def _check_class_weights(
+    key: str, weights: Sequence[float] | Tensor | None, num_classes: int | None
+) -> None:
     if weights is not None and num_classes is not None and len(weights) != num_classes:
         raise ConfigError(key, f"{len(weights)} weights for {num_classes} classes")

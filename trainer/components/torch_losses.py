@@ -36,10 +36,13 @@ REFUSED = {
 class LossRule:
     """How a loss module is summed, divided and measured."""
 
-    divisor: Callable[[Tensor], int]  # from the output: what `reduction="mean"` divides the sum by
+    # From the output: what `reduction="mean"` divides the sum by.
+    divisor: Callable[[Tensor], int]
     metric: str | None = None
-    terms: Callable[[Any, Tensor, Tensor], Tensor] | None = None  # (loss, output, targets) → what the metric averages
-    takes_class_ids: bool = False  # targets stay as they are; others take the output's shape and dtype
+    # (loss, output, targets) → what the metric averages.
+    terms: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    # Targets stay as they are; others take the output's shape and dtype.
+    takes_class_ids: bool = False
 
 
 def _elements(output: Tensor) -> int:
@@ -64,7 +67,9 @@ def _absolute_error_of_rate(loss: Any, output: Tensor, targets: Tensor) -> Tenso
     return (rate - targets).abs()
 
 
-def _absolute_error_of_probability(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
+def _absolute_error_of_probability(
+    loss: Any, output: Tensor, targets: Tensor
+) -> Tensor:
     probability = targets.exp() if loss.log_target else targets
     return (output.exp() - probability).abs()
 
@@ -98,9 +103,13 @@ RULES: dict[type[nn.Module], LossRule] = {
     nn.BCEWithLogitsLoss: LossRule(_elements, "accuracy", _right_logit),
     nn.SoftMarginLoss: LossRule(_elements, "accuracy", _right_sign),
     nn.HingeEmbeddingLoss: LossRule(_elements),
-    nn.MultiLabelSoftMarginLoss: LossRule(_samples_by_last_dimension, "accuracy", _right_logit),
+    nn.MultiLabelSoftMarginLoss: LossRule(
+        _samples_by_last_dimension, "accuracy", _right_logit
+    ),
     nn.MultiLabelMarginLoss: LossRule(_samples, takes_class_ids=True),
-    nn.MultiMarginLoss: LossRule(_samples, "accuracy", _right_class, takes_class_ids=True),
+    nn.MultiMarginLoss: LossRule(
+        _samples, "accuracy", _right_class, takes_class_ids=True
+    ),
 }
 
 
@@ -133,7 +142,9 @@ def check_class(cls: type) -> None:
     """Raise a `ConfigError` for a loss class of torch.nn that needs more than one output and its targets."""
     for base in cls.__mro__:
         if base.__module__.startswith("torch.nn.") and base.__name__ in REFUSED:
-            raise ConfigError("loss.name", f"torch.nn.{base.__name__} {REFUSED[base.__name__]}")
+            raise ConfigError(
+                "loss.name", f"torch.nn.{base.__name__} {REFUSED[base.__name__]}"
+            )
 
 
 def check_loss(loss: nn.Module) -> None:
@@ -142,14 +153,19 @@ def check_loss(loss: nn.Module) -> None:
     check_class(type(loss))
     if next(loss.parameters(), None) is not None:
         raise ConfigError(
-            "loss.name", f"{name} has parameters, and only the model's are trained; move them into the model"
+            "loss.name",
+            f"{name} has parameters, and only the model's are trained; move them into the model",
         )
     if not hasattr(loss, "reduction"):
         raise ConfigError(
             "loss.name",
             f"{name} has no `reduction`, so whether it gives a sum or a mean is unknown; {_CALL_IT}",
         )
-    choices = ("mean", "sum", "batchmean") if is_unchanged(loss, nn.KLDivLoss) else ("mean", "sum")
+    choices = (
+        ("mean", "sum", "batchmean")
+        if is_unchanged(loss, nn.KLDivLoss)
+        else ("mean", "sum")
+    )
     check_reduction(loss.reduction, choices)
 
 

@@ -25,7 +25,8 @@ from trainer.errors import ConfigError, nearest
 
 FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 SERVER_TIMEOUT = 20.0  # seconds that a server may be silent during a download
-MainFirst = Callable[[], AbstractContextManager[None]]  # within it, one process goes before the others
+# Within it, one process goes before the others.
+MainFirst = Callable[[], AbstractContextManager[None]]
 
 
 def torchvision_weights(section: ModelConfig) -> Any | None:
@@ -71,11 +72,14 @@ def download(url: str, path: Path, main_first: MainFirst) -> None:
     with main_first():
         if path.is_file():
             return
-        _, dash, digest = path.stem.rpartition("-")  # torchvision puts the start of the SHA-256 there
+        # Torchvision puts the start of the SHA-256 there.
+        _, dash, digest = path.stem.rpartition("-")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with _timeout(SERVER_TIMEOUT):
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=digest if dash else None, progress=False)
+                torch.hub.download_url_to_file(
+                    url, str(path), hash_prefix=digest if dash else None, progress=False
+                )
         except (OSError, RuntimeError) as error:
             raise ConfigError(
                 "model.weights",
@@ -85,7 +89,11 @@ def download(url: str, path: Path, main_first: MainFirst) -> None:
 
 
 def start_from_weights(
-    path: Path | None, model: nn.Module, section: ModelConfig, outputs: int | None, seed: int
+    path: Path | None,
+    model: nn.Module,
+    section: ModelConfig,
+    outputs: int | None,
+    seed: int,
 ) -> str:
     """Load the weights of `path` into `model`, give it a head of `outputs` outputs, and say so in one line.
 
@@ -110,12 +118,17 @@ def load_weights(model: nn.Module, path: Path, head: str) -> str:
     """
     source = _read(path)
     own = model.state_dict()
-    fitting = {name: source[name] for name in own if name in source and source[name].shape == own[name].shape}
+    fitting = {
+        name: source[name]
+        for name in own
+        if name in source and source[name].shape == own[name].shape
+    }
     unused = sorted(source.keys() - own.keys())
     new: list[str] = []
     misfits: list[str] = []
     for name in own.keys() - fitting.keys():
-        is_counter = name.endswith("num_batches_tracked")  # files from before PyTorch 0.4.1 have none
+        # Files from before PyTorch 0.4.1 have none.
+        is_counter = name.endswith("num_batches_tracked")
         if name.startswith(f"{head}."):
             new.append(name)
         elif name in source or not is_counter:
@@ -132,13 +145,21 @@ def load_weights(model: nn.Module, path: Path, head: str) -> str:
 
 
 def _refuse(
-    path: Path, misfits: list[str], unused: list[str], source: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    path: Path,
+    misfits: list[str],
+    unused: list[str],
+    source: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
 ) -> NoReturn:
     names = [f"{name} (another shape)" if name in source else name for name in misfits]
     message = f"{path} lacks {len(names)} of the model's {len(own)} tensors: {_first_three(names)}"
     if unused:
-        message += f"; it has {len(unused)} that the model lacks: {_first_three(unused)}"
-    raise ConfigError("model.weights", f"{message}; name the model that it was made for")
+        message += (
+            f"; it has {len(unused)} that the model lacks: {_first_three(unused)}"
+        )
+    raise ConfigError(
+        "model.weights", f"{message}; name the model that it was made for"
+    )
 
 
 def _is_file(name: str) -> bool:
@@ -150,22 +171,39 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         tree = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+    ) as error:
         reason = getattr(error, "strerror", None) or str(error) or "it is empty"
         first_line = reason.splitlines()[0]
         raise ConfigError(
-            "model.weights", f"{path} cannot be read ({first_line}); give a {' or '.join(FILE_TYPES)} file"
+            "model.weights",
+            f"{path} cannot be read ({first_line}); give a {' or '.join(FILE_TYPES)} file",
         ) from None
     except pickle.UnpicklingError:
         raise ConfigError(
-            "model.weights", f"{path} holds more than tensors, which is not read; save the model's state_dict() alone"
+            "model.weights",
+            f"{path} holds more than tensors, which is not read; save the model's state_dict() alone",
         ) from None
     for wrapper in ("state_dict", "model"):
         if isinstance(tree, Mapping) and isinstance(tree.get(wrapper), Mapping):
             tree = tree[wrapper]
-    if not isinstance(tree, Mapping) or not tree or not all(isinstance(tensor, Tensor) for tensor in tree.values()):
-        raise ConfigError("model.weights", f"{path} holds no state dict; save the model's state_dict() alone")
-    if all(name.startswith("module.") for name in tree):  # saved from within DataParallel or DDP
+    if (
+        not isinstance(tree, Mapping)
+        or not tree
+        or not all(isinstance(tensor, Tensor) for tensor in tree.values())
+    ):
+        raise ConfigError(
+            "model.weights",
+            f"{path} holds no state dict; save the model's state_dict() alone",
+        )
+    # Saved from within DataParallel or DDP.
+    if all(name.startswith("module.") for name in tree):
         return {name.removeprefix("module."): tensor for name, tensor in tree.items()}
     return tree
 

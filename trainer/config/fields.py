@@ -7,7 +7,16 @@ import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
@@ -36,9 +45,16 @@ class Key(NamedTuple):
     minimum: float | None
 
 
-def key(default: Any, meaning: str, *, unit: str = "", minimum: float | None = None) -> Any:
+def key(
+    default: Any, meaning: str, *, unit: str = "", minimum: float | None = None
+) -> Any:
     """Declare a key in the body of a section."""
-    metadata = {"default": default, "meaning": meaning, "unit": unit, "minimum": minimum}
+    metadata = {
+        "default": default,
+        "meaning": meaning,
+        "unit": unit,
+        "minimum": minimum,
+    }
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -59,7 +75,8 @@ class Section:
             # Most values are defaults, and checking them would take most of the time.
             if value is not item.default:
                 value = convert(f"{self.SECTION}.{name}", item, value)
-                object.__setattr__(self, name, value)  # because the dataclasses are frozen
+                # Because the dataclasses are frozen.
+                object.__setattr__(self, name, value)
 
     def to_dict(self) -> Tree:
         """Keys and values as they stand in YAML."""
@@ -93,13 +110,18 @@ class ComponentSection(Section):
         super().__post_init__()
         object.__setattr__(self, "name", current_path(getattr(self, "name", "")))
         if not isinstance(self.args, Mapping):
-            raise ConfigError(f"{self.SECTION}.args", f"{show(self.args)} is not a mapping of arguments")
+            raise ConfigError(
+                f"{self.SECTION}.args",
+                f"{show(self.args)} is not a mapping of arguments",
+            )
         arguments = {}
         for name, value in self.args.items():
             key_name = f"{self.SECTION}.{name}"
             if name in declared_keys(type(self)):
                 # In YAML both stand side by side, and one of the values would be lost.
-                raise ConfigError(key_name, "is a key of this section, so it cannot stand in args too")
+                raise ConfigError(
+                    key_name, "is a key of this section, so it cannot stand in args too"
+                )
             arguments[str(name)] = to_plain(key_name, value)
         object.__setattr__(self, "args", arguments)
         remember_secrets(secrets_in(vars(self)))
@@ -135,7 +157,8 @@ def read_section(cls: Any, tree: Any) -> Any:
 
 def declared_keys(cls: Any) -> dict[str, Key]:
     """The keys that a section declares by `key`, by name."""
-    if cls not in _declared_keys:  # resolving type hints takes longer than all checks of a config
+    # Resolving type hints takes longer than all checks of a config.
+    if cls not in _declared_keys:
         keys = {}
         hints = get_type_hints(cls)
         for item in fields(cls):
@@ -156,12 +179,16 @@ def to_plain(name: str, value: Any) -> Any:
         copy = {}
         for inner, item in value.items():
             if type(inner) not in PLAIN_TYPES:
-                raise ConfigError(name, f"{inner!r} is no key of a mapping that can be written to config.yaml")
+                raise ConfigError(
+                    name,
+                    f"{inner!r} is no key of a mapping that can be written to config.yaml",
+                )
             copy[inner] = to_plain(name, item)
         return copy
     if isinstance(value, list | tuple):
         return [to_plain(name, item) for item in value]
-    if hasattr(value, "tolist"):  # a number or an array of numpy or torch, neither of which is imported here
+    # A number or an array of numpy or torch, neither of which is imported here.
+    if hasattr(value, "tolist"):
         return to_plain(name, value.tolist())
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -176,8 +203,15 @@ def convert(name: str, item: Key, value: Any) -> Any:
     """`value` as the key's type, and not below its minimum; a `ConfigError` otherwise."""
     value = _convert(name, item.hint, to_plain(name, value))
     # Not `value < minimum`: NaN is below nothing, and must be refused.
-    if item.minimum is not None and isinstance(value, int | float) and not value >= item.minimum:
-        raise ConfigError(name, f"{show(value)} is less than {show(item.minimum)}, the least it may be")
+    if (
+        item.minimum is not None
+        and isinstance(value, int | float)
+        and not value >= item.minimum
+    ):
+        raise ConfigError(
+            name,
+            f"{show(value)} is less than {show(item.minimum)}, the least it may be",
+        )
     return value
 
 
@@ -222,7 +256,8 @@ def _convert_to_any_of(name: str, hints: Sequence[Any], value: Any) -> Any:
         if value is None:
             return None
     if len(options) == 1:
-        return _convert(name, options[0], value)  # its own message says more than the one below
+        # Its own message says more than the one below.
+        return _convert(name, options[0], value)
     for option in options:
         with suppress(ConfigError):
             return _convert(name, option, value)
@@ -259,6 +294,10 @@ def with_article(hint: Any) -> str:
 def show(value: Any) -> str:
     """A value as YAML writes it, in one line; what YAML cannot write, as Python does."""
     try:
-        return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+        return (
+            yaml.safe_dump(value, default_flow_style=True, width=10_000)
+            .removesuffix("...\n")
+            .strip()
+        )
     except yaml.YAMLError:
         return repr(value)

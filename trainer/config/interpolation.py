@@ -42,7 +42,8 @@ def resolve(tree: Mapping[str, Any]) -> tuple[Tree, References]:
     """
     if not any("${" in text for text in texts_in(tree)):
         return dict(tree), {}
-    from omegaconf import OmegaConf  # slow to import, and most configs made in Python do without
+    # Slow to import, and most configs made in Python do without.
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
@@ -66,7 +67,9 @@ def as_config_error(error: Any) -> ConfigError:
     return ConfigError(error.full_key or "config", reason)
 
 
-def restore_references(tree: Tree, references: References, *, digests: bool = False) -> None:
+def restore_references(
+    tree: Tree, references: References, *, digests: bool = False
+) -> None:
     """In `tree`, which is escaped, put each reference in the place of its value, if that has not changed since.
 
     With `digests` a short SHA-256 of the value follows, by which a change of the environment is noticed.
@@ -76,7 +79,8 @@ def restore_references(tree: Tree, references: References, *, digests: bool = Fa
         if digests:
             digest = hashlib.sha256(str(reference.value).encode()).hexdigest()
             text += f" ({digest[:8]})"
-        with suppress(LookupError, TypeError):  # the config was changed in Python, and the place is gone
+        # The config was changed in Python, and the place is gone.
+        with suppress(LookupError, TypeError):
             parent: Any = tree
             for name in path[:-1]:
                 parent = parent[_key_in(parent, name)]
@@ -120,7 +124,9 @@ def _contains_any(value: Any, secrets: Iterable[str]) -> bool:
     return any(secret in texts for secret in secrets)
 
 
-def _interpolated(raw: Any, resolved: Any, *path: Any) -> Iterator[tuple[Path, Reference]]:
+def _interpolated(
+    raw: Any, resolved: Any, *path: Any
+) -> Iterator[tuple[Path, Reference]]:
     """Every value that an interpolation had a part in, with its path."""
     if isinstance(raw, str):
         if "${" in raw:

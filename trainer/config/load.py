@@ -19,7 +19,8 @@ from trainer.config.trees import Tree, map_leaves
 from trainer.errors import ConfigError, nearest
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
-PACKAGE = Path(__file__).parents[1]  # a pip-installed package brings its own configs/ with it
+# A pip-installed package brings its own configs/ with it.
+PACKAGE = Path(__file__).parents[1]
 
 OBSERVERS_HELP = """
 
@@ -28,10 +29,13 @@ observers
       called in every step, in this order: [{name: my_package.MyObserver, argument: value}]"""
 
 Overrides = Sequence[str] | Mapping[str, Any]
-Origins = dict[str, str]  # where each key was set: the file and line, or the command line
+# Where each key was set: the file and line, or the command line.
+Origins = dict[str, str]
 
 
-def load(path: str | os.PathLike[str] | None = None, overrides: Overrides = ()) -> Config:
+def load(
+    path: str | os.PathLike[str] | None = None, overrides: Overrides = ()
+) -> Config:
     """Read the YAML file at `path` (without one: the defaults), lay overrides over it and check everything.
 
     A path within `configs/` that does not exist is looked for among the configs that come with the package.
@@ -76,23 +80,33 @@ def command_line(arguments: Sequence[str]) -> tuple[Path, list[str]]:
     overrides = [argument for argument in arguments if "=" in argument]
     for path in paths:
         if path.startswith("-"):
-            raise ConfigError(path, "no such option; keys are set as key=value, and --help lists them")
+            raise ConfigError(
+                path, "no such option; keys are set as key=value, and --help lists them"
+            )
     if len(paths) > 1:
-        raise ConfigError(paths[1], f"one config at a time, and {paths[0]} is given already")
+        raise ConfigError(
+            paths[1], f"one config at a time, and {paths[0]} is given already"
+        )
     return Path(paths[0]) if paths else DEFAULT_CONFIG, overrides
 
 
 def help_text() -> str:
     """Every key with its type, default, meaning and unit."""
-    lines = [f"CONFIG.yaml is by default {find_config(DEFAULT_CONFIG)}; what it leaves out has the defaults below."]
+    lines = [
+        f"CONFIG.yaml is by default {find_config(DEFAULT_CONFIG)}; what it leaves out has the defaults below."
+    ]
     for name, cls in SECTIONS.items():
         lines.append(f"\n{name}")
         for key_name, item in declared_keys(cls).items():
             unit = f" [{item.unit}]" if item.unit else ""
-            lines.append(f"  {name}.{key_name}={show(item.default)}  ({type_name(item.hint)})")
+            lines.append(
+                f"  {name}.{key_name}={show(item.default)}  ({type_name(item.hint)})"
+            )
             lines.append(f"      {item.meaning}{unit}")
         if issubclass(cls, ComponentSection):
-            lines.append("  …  any further key is an argument of the component that `name` names")
+            lines.append(
+                "  …  any further key is an argument of the component that `name` names"
+            )
     return "\n".join(lines) + OBSERVERS_HELP
 
 
@@ -104,7 +118,9 @@ def parser_reason(error: Exception) -> str:
 def _check_types(path: Any, overrides: Any) -> None:
     if not isinstance(path, str | os.PathLike | None):
         hint = "; Config.from_dict reads a mapping" if isinstance(path, Mapping) else ""
-        raise TypeError(f"load() takes the path of a YAML file first, not {path!r}{hint}")
+        raise TypeError(
+            f"load() takes the path of a YAML file first, not {path!r}{hint}"
+        )
     if isinstance(overrides, Mapping):
         return
     # A single text is a sequence of texts too, its letters.
@@ -126,12 +142,17 @@ def _read_file(path: Path, origins: Origins) -> Any:
         # OmegaConf keeps no line numbers, so the text is parsed twice.
         document = yaml.compose(text, yaml.SafeLoader)
         if not isinstance(document, yaml.MappingNode | None):
-            raise ConfigError(str(path), "is no mapping of sections; write, for example, batch: {size: 64}")
+            raise ConfigError(
+                str(path),
+                "is no mapping of sections; write, for example, batch: {size: 64}",
+            )
         for name, line in _key_lines(document, ""):
             origins[name] = f"{path}, line {line}"
         return OmegaConf.create(text) or {}
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(str(path), f"is not valid YAML: {parser_reason(error)}") from None
+        raise ConfigError(
+            str(path), f"is not valid YAML: {parser_reason(error)}"
+        ) from None
 
 
 def _read_text(path: Path) -> str:
@@ -139,9 +160,14 @@ def _read_text(path: Path) -> str:
         return path.read_text()
     except OSError as error:
         hint = nearest(path.name, _yaml_files_beside(path))
-        raise ConfigError(str(path), f"cannot read this config ({error.strerror}){hint}") from None
+        raise ConfigError(
+            str(path), f"cannot read this config ({error.strerror}){hint}"
+        ) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(str(path), f"cannot read this config: it is no text in UTF-8 ({error.reason})") from None
+        raise ConfigError(
+            str(path),
+            f"cannot read this config: it is no text in UTF-8 ({error.reason})",
+        ) from None
 
 
 def _yaml_files_beside(path: Path) -> list[str]:
@@ -182,11 +208,15 @@ def _add_override(changes: Any, override: str) -> None:
     """Set what `key=value` says in an OmegaConf tree; the value is read as YAML."""
     name, equals, value = override.partition("=")
     if not equals or not name:
-        raise ConfigError(override, "an override is written key=value, as in optimizer.lr=0.01")
+        raise ConfigError(
+            override, "an override is written key=value, as in optimizer.lr=0.01"
+        )
     try:
         changes.merge_with_dotlist([override])
     except yaml.YAMLError as error:
-        raise ConfigError(name, f"{value} is not valid YAML: {parser_reason(error)}") from None
+        raise ConfigError(
+            name, f"{value} is not valid YAML: {parser_reason(error)}"
+        ) from None
 
 
 def _none_to_null(value: Any) -> Any:

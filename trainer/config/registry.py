@@ -26,7 +26,9 @@ def resolve(section: str, name: str, short_names: Mapping[str, Any]) -> Any:
         )
     owner = _import_owner(section, name, module_name)
     if not hasattr(owner, attribute):
-        message = f'"{module_name}" has no "{attribute}"{nearest(attribute, dir(owner))}'
+        message = (
+            f'"{module_name}" has no "{attribute}"{nearest(attribute, dir(owner))}'
+        )
         raise ConfigError(f"{section}.name", message)
     return getattr(owner, attribute)
 
@@ -42,11 +44,17 @@ def _import_owner(section: str, name: str, path: str) -> Any:
             owner = getattr(sys.modules[module_name], class_name, None)
             if isinstance(owner, type):
                 return owner
-        raise ConfigError(f"{section}.name", f'cannot import "{path}" for "{name}": {error}') from None
+        raise ConfigError(
+            f"{section}.name", f'cannot import "{path}" for "{name}": {error}'
+        ) from None
 
 
 def build(
-    section: str, target: Callable[..., Any], arguments: Mapping[str, Any], *supplied: Any, **optional: Any
+    section: str,
+    target: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    *supplied: Any,
+    **optional: Any,
 ) -> Any:
     """Call `target` with `supplied` by position and, by name, `optional` and the `arguments` that a config gives.
 
@@ -55,7 +63,9 @@ def build(
     take, for one that it needs and did not get, and for what the target itself raises.
     """
     if not callable(target):
-        raise ConfigError(f"{section}.name", f"stands for {target!r}, which cannot be called")
+        raise ConfigError(
+            f"{section}.name", f"stands for {target!r}, which cannot be called"
+        )
     parameters = _named_parameters(target)
     if parameters is not None:
         for name in optional.keys() - parameters.keys():
@@ -68,9 +78,12 @@ def build(
         return target(*supplied, **(optional | dict(arguments)))
     except LockstepError:
         raise
-    except Exception as error:  # a component may raise anything for arguments it cannot use
+    except Exception as error:
+        # A component may raise anything for arguments it cannot use.
         reason = f"{type(error).__name__}: {error}"
-        message = f"{_name_of(target)} refused its arguments {dict(arguments)}: {reason}"
+        message = (
+            f"{_name_of(target)} refused its arguments {dict(arguments)}: {reason}"
+        )
         raise ConfigError(section, message) from error
 
 
@@ -85,7 +98,10 @@ def build_observers(sections: Sequence[ObserverConfig], base: type[T]) -> list[T
         observer = build(place, resolve(place, section.name, {}), section.args)
         if not isinstance(observer, base):
             kind = type(observer).__name__
-            raise ConfigError(f"{place}.name", f"{section.name} gives a {kind}, which is not a {base.__name__}")
+            raise ConfigError(
+                f"{place}.name",
+                f"{section.name} gives a {kind}, which is not a {base.__name__}",
+            )
         observers.append(observer)
     return observers
 
@@ -110,10 +126,14 @@ def _check_arguments(
     for name, parameter in parameters.items():
         required = parameter.default is parameter.empty
         if required and name not in arguments and name not in optional:
-            raise ConfigError(f"{section}.{name}", f"{_name_of(target)} needs this argument")
+            raise ConfigError(
+                f"{section}.{name}", f"{_name_of(target)} needs this argument"
+            )
 
 
-def _named_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
+def _named_parameters(
+    target: Callable[..., Any],
+) -> dict[str, inspect.Parameter] | None:
     """The target's parameters, without `*args`; None if it takes any name, or does not say."""
     try:
         parameters = inspect.signature(target).parameters

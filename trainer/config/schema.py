@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trainer.config.fields import ComponentSection, Section, declared_keys, key, read_section, show
+from trainer.config.fields import (
+    ComponentSection,
+    Section,
+    declared_keys,
+    key,
+    read_section,
+    show,
+)
 from trainer.config.interpolation import References, escape, resolve, restore_references
 from trainer.config.trees import Tree, map_leaves
 from trainer.errors import ConfigError, nearest
@@ -21,19 +28,33 @@ from trainer.errors import ConfigError, nearest
 class RunConfig(Section):
     SECTION = "run"
 
-    name: str = key("run", "the run's directory is <run.dir>/<run.name>; an earlier run there is moved aside")
+    name: str = key(
+        "run",
+        "the run's directory is <run.dir>/<run.name>; an earlier run there is moved aside",
+    )
     dir: str = key("runs", "where runs are kept")
-    seed: int = key(0, "determines initial weights, sample order, augmentation and dropout", minimum=0)
-    resume: Literal["never", "auto"] = key("never", "auto resumes from the run's newest complete checkpoint")
+    seed: int = key(
+        0,
+        "determines initial weights, sample order, augmentation and dropout",
+        minimum=0,
+    )
+    resume: Literal["never", "auto"] = key(
+        "never", "auto resumes from the run's newest complete checkpoint"
+    )
     resume_changes: Literal["refuse", "allow"] = key(
-        "refuse", "what to do when the config of a resumed run differs in a key that changes the run"
+        "refuse",
+        "what to do when the config of a resumed run differs in a key that changes the run",
     )
     reproducibility: Literal["standard", "bitwise"] = key(
-        "standard", "what runs on different process counts share: the mathematics, or every bit"
+        "standard",
+        "what runs on different process counts share: the mathematics, or every bit",
     )
     figures: bool = key(True, "draw the run's PNG figures at its end")
     timeout: float = key(
-        1800.0, "how long a process waits for the others before the run ends with an error", unit="seconds", minimum=1
+        1800.0,
+        "how long a process waits for the others before the run ends with an error",
+        unit="seconds",
+        minimum=1,
     )
 
 
@@ -41,7 +62,10 @@ class RunConfig(Section):
 class DataConfig(ComponentSection):
     SECTION = "data"
 
-    name: str = key("digits", "digits, folder, cifar10, mnist, fake, or an import path to a map-style dataset")
+    name: str = key(
+        "digits",
+        "digits, folder, cifar10, mnist, fake, or an import path to a map-style dataset",
+    )
     root: str | None = key(None, "folder that holds the data set, where it has files")
     cache: float = key(
         0.0,
@@ -49,41 +73,71 @@ class DataConfig(ComponentSection):
         unit="GiB",
         minimum=0,
     )
-    workers: int = key(0, "loader processes of each rank; 0 loads in the rank itself", minimum=0)
+    workers: int = key(
+        0, "loader processes of each rank; 0 loads in the rank itself", minimum=0
+    )
     prefetch: int = key(4, "micro-batches each loader process keeps ready", minimum=1)
     train_transforms: list[dict[str, Any]] = key(
-        [], "torchvision v2 transforms of training images, in order: {name: RandomCrop, size: 32}"
+        [],
+        "torchvision v2 transforms of training images, in order: {name: RandomCrop, size: 32}",
     )
     val_transforms: list[dict[str, Any]] = key([], "the same for validation images")
-    mean: list[float] | None = key(None, "subtracted from each channel of the image scaled to [0, 1]")
-    std: list[float] | None = key(None, "divides each channel after the mean is subtracted")
+    mean: list[float] | None = key(
+        None, "subtracted from each channel of the image scaled to [0, 1]"
+    )
+    std: list[float] | None = key(
+        None, "divides each channel after the mean is subtracted"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(Section):
     SECTION = "batch"
 
-    size: int = key(64, "samples of one optimizer update, over all processes", unit="samples", minimum=1)
+    size: int = key(
+        64,
+        "samples of one optimizer update, over all processes",
+        unit="samples",
+        minimum=1,
+    )
     micro_size: int | None = key(
         None,
         "samples that are never split: one BatchNorm statistic; null = batch.size",
         unit="samples",
         minimum=1,
     )
-    fuse: int | Literal["auto"] = key(1, "micro-batches in one forward, for speed; auto: what memory holds", minimum=1)
-    eval_size: int = key(256, "samples of one validation forward", unit="samples", minimum=1)
+    fuse: int | Literal["auto"] = key(
+        1, "micro-batches in one forward, for speed; auto: what memory holds", minimum=1
+    )
+    eval_size: int = key(
+        256, "samples of one validation forward", unit="samples", minimum=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(ComponentSection):
     SECTION = "model"
 
-    name: str = key("small_cnn", "small_cnn, a torchvision model, or an import path to a class or function")
-    num_classes: int | None = key(None, "outputs of the model; null = as many as the data has classes", minimum=1)
-    weights: str | None = key(None, "weights to start from: torchvision's name for them, such as DEFAULT, or a file")
-    head: str | None = key(None, "dotted name of the last layer; null = found automatically")
-    freeze: str | list[str] | None = key(None, 'not trained: backbone (all but the head), or [conv1, "layer[12]"]')
-    unfreeze: dict[str, Any] = key({}, "from which epoch on frozen parts are trained: {5: [layer4], 10: backbone}")
+    name: str = key(
+        "small_cnn",
+        "small_cnn, a torchvision model, or an import path to a class or function",
+    )
+    num_classes: int | None = key(
+        None, "outputs of the model; null = as many as the data has classes", minimum=1
+    )
+    weights: str | None = key(
+        None,
+        "weights to start from: torchvision's name for them, such as DEFAULT, or a file",
+    )
+    head: str | None = key(
+        None, "dotted name of the last layer; null = found automatically"
+    )
+    freeze: str | list[str] | None = key(
+        None, 'not trained: backbone (all but the head), or [conv1, "layer[12]"]'
+    )
+    unfreeze: dict[str, Any] = key(
+        {}, "from which epoch on frozen parts are trained: {5: [layer4], 10: backbone}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +145,15 @@ class BatchNormConfig(Section):
     SECTION = "batch_norm"
 
     mode: Literal["micro", "sync", "frozen"] = key(
-        "micro", "normalise over a micro-batch, over all processes (GPU only), or by fixed statistics"
+        "micro",
+        "normalise over a micro-batch, over all processes (GPU only), or by fixed statistics",
     )
-    momentum: float | None = key(None, "momentum of the running statistics; null = the model's own", minimum=0)
+    momentum: float | None = key(
+        None, "momentum of the running statistics; null = the model's own", minimum=0
+    )
     momentum_per: Literal["micro_batch", "step"] = key(
-        "micro_batch", "step: the M micro-batches of a step together move the statistics as far as one update"
+        "micro_batch",
+        "step: the M micro-batches of a step together move the statistics as far as one update",
     )
     recalibrate: int = key(
         0,
@@ -103,7 +161,9 @@ class BatchNormConfig(Section):
         unit="steps",
         minimum=0,
     )
-    recalibrate_at: Literal["evaluation", "end"] = key("evaluation", "before each evaluation, or only at the end")
+    recalibrate_at: Literal["evaluation", "end"] = key(
+        "evaluation", "before each evaluation, or only at the end"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,23 +181,45 @@ class LossConfig(ComponentSection):
 class OptimizerConfig(ComponentSection):
     SECTION = "optimizer"
 
-    name: str = key("sgd", "sgd, adam, adamw, or an import path to a torch.optim.Optimizer")
+    name: str = key(
+        "sgd", "sgd, adam, adamw, or an import path to a torch.optim.Optimizer"
+    )
     lr: float = key(0.1, "learning rate, before the schedule's factor", minimum=0)
     backbone_lr: float | None = key(
-        None, "learning rate of everything but the model's head; null = optimizer.lr", minimum=0
+        None,
+        "learning rate of everything but the model's head; null = optimizer.lr",
+        minimum=0,
     )
-    layer_decay: float = key(1.0, "factor from the learning rate of a layer to that of the layer before it", minimum=0)
-    decay_norm_and_bias: bool = key(True, "apply weight_decay to biases and to the weights of norm layers too")
+    layer_decay: float = key(
+        1.0,
+        "factor from the learning rate of a layer to that of the layer before it",
+        minimum=0,
+    )
+    decay_norm_and_bias: bool = key(
+        True, "apply weight_decay to biases and to the weights of norm layers too"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(ComponentSection):
     SECTION = "schedule"
 
-    name: str = key("step", "step, multi_step, cosine, one_cycle, polynomial, constant, plateau, or an import path")
-    per: Literal["epoch", "step"] = key("epoch", "when the learning rate changes, and the unit of durations")
-    warmup: float = key(0.0, "linear warmup, raised every step", unit="epochs or steps, as schedule.per", minimum=0)
-    warmup_start: float = key(0.0, "factor of the learning rate at which warmup begins", minimum=0)
+    name: str = key(
+        "step",
+        "step, multi_step, cosine, one_cycle, polynomial, constant, plateau, or an import path",
+    )
+    per: Literal["epoch", "step"] = key(
+        "epoch", "when the learning rate changes, and the unit of durations"
+    )
+    warmup: float = key(
+        0.0,
+        "linear warmup, raised every step",
+        unit="epochs or steps, as schedule.per",
+        minimum=0,
+    )
+    warmup_start: float = key(
+        0.0, "factor of the learning rate at which warmup begins", minimum=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,25 +228,38 @@ class TrainConfig(Section):
 
     epochs: int = key(10, "passes over the training data", unit="epochs", minimum=1)
     max_steps: int | None = key(
-        None, "stop after this many steps, unless the epochs end first", unit="steps", minimum=1
+        None,
+        "stop after this many steps, unless the epochs end first",
+        unit="steps",
+        minimum=1,
     )
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = key(
         "fp32", "bf16 and fp16: autocast over fp32 weights; fp64: everything"
     )
     channels_last: bool = key(
-        False, "store weights and activations of images as (N, H, W, C), which is faster for convolutions"
+        False,
+        "store weights and activations of images as (N, H, W, C), which is faster for convolutions",
     )
     compile: bool = key(False, "compile the model with torch.compile")
     max_grad_norm: float | None = key(
-        None, "clip the gradient of the whole step to this L2 norm; null = no clipping", minimum=0
+        None,
+        "clip the gradient of the whole step to this L2 norm; null = no clipping",
+        minimum=0,
     )
-    find_unused_parameters: bool = key(False, "allow parameters that receive no gradient in some steps")
+    find_unused_parameters: bool = key(
+        False, "allow parameters that receive no gradient in some steps"
+    )
     log_every: int = key(50, "steps between logged rows", unit="steps", minimum=1)
     evaluate_every: int = key(1, "epochs between evaluations", unit="epochs", minimum=1)
     checkpoint_every: int | None = key(
-        None, "steps between checkpoints, in addition to one at the end of each epoch", unit="steps", minimum=1
+        None,
+        "steps between checkpoints, in addition to one at the end of each epoch",
+        unit="steps",
+        minimum=1,
     )
-    keep_checkpoints: int = key(2, "how many of the newest checkpoints to keep", minimum=1)
+    keep_checkpoints: int = key(
+        2, "how many of the newest checkpoints to keep", minimum=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +267,9 @@ class BestConfig(Section):
     SECTION = "best"
 
     metric: str = key("val/loss", "the logged value that decides which model is best")
-    mode: Literal["min", "max"] = key("min", "whether lower or higher values are better")
+    mode: Literal["min", "max"] = key(
+        "min", "whether lower or higher values are better"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,15 +286,27 @@ class WandbConfig(Section):
     job_type: str | None = key(None, "W&B job type of the run")
     tags: list[str] = key([], "W&B tags of the run")
     notes: str | None = key(None, "W&B notes of the run")
-    log_model: Literal["none", "best"] = key("none", "best: the best model becomes an artifact when the run ends")
+    log_model: Literal["none", "best"] = key(
+        "none", "best: the best model becomes an artifact when the run ends"
+    )
     log_histograms_every: int | None = key(
-        None, "steps between histograms of gradients and weights; null = none", unit="steps", minimum=1
+        None,
+        "steps between histograms of gradients and weights; null = none",
+        unit="steps",
+        minimum=1,
     )
     alerts: bool = key(False, "let W&B send an alert when the run fails")
-    strict: bool = key(False, "stop the run with an error when W&B fails, instead of a warning")
-    init_timeout: float = key(10, "how long to wait for W&B's server at the start", unit="seconds", minimum=1)
+    strict: bool = key(
+        False, "stop the run with an error when W&B fails, instead of a warning"
+    )
+    init_timeout: float = key(
+        10, "how long to wait for W&B's server at the start", unit="seconds", minimum=1
+    )
     finish_timeout: float = key(
-        10, "how long to wait at the end for data that is not sent yet", unit="seconds", minimum=1
+        10,
+        "how long to wait at the end for data that is not sent yet",
+        unit="seconds",
+        minimum=1,
     )
 
 
@@ -231,7 +340,8 @@ _SECTION_CLASSES = (
     BestConfig,
     WandbConfig,
 )
-SECTIONS: dict[str, Any] = {cls.SECTION: cls for cls in _SECTION_CLASSES}  # in the order of --help and config.yaml
+# In the order of --help and config.yaml.
+SECTIONS: dict[str, Any] = {cls.SECTION: cls for cls in _SECTION_CLASSES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,18 +378,28 @@ class Config:
             if not isinstance(value, cls):
                 raise ConfigError(name, f"is a {cls.__name__}, not {_describe(value)}")
         if not isinstance(self.observers, list | tuple):
-            raise ConfigError("observers", f"is a list of ObserverConfig, not {_describe(self.observers)}")
+            raise ConfigError(
+                "observers",
+                f"is a list of ObserverConfig, not {_describe(self.observers)}",
+            )
         for index, observer in enumerate(self.observers):
             if not isinstance(observer, ObserverConfig):
-                raise ConfigError(f"observers[{index}]", f"is an ObserverConfig, not {_describe(observer)}")
-        object.__setattr__(self, "observers", tuple(self.observers))  # a list could be changed unchecked
+                raise ConfigError(
+                    f"observers[{index}]",
+                    f"is an ObserverConfig, not {_describe(observer)}",
+                )
+        # A list could be changed unchecked.
+        object.__setattr__(self, "observers", tuple(self.observers))
 
     def _check_combinations(self) -> None:
         """Check what takes more than one key to judge, or more than a key's type and least value."""
         batch = self.batch
         batch_norm = self.batch_norm
         if batch.micro_size is not None and batch.micro_size > batch.size:
-            raise ConfigError("batch.micro_size", f"{batch.micro_size} is more than batch.size={batch.size}; lower it")
+            raise ConfigError(
+                "batch.micro_size",
+                f"{batch.micro_size} is more than batch.size={batch.size}; lower it",
+            )
         # Of the two settings it is reproducibility that a user means to keep, so the message is on the other.
         if self.run.reproducibility == "bitwise" and batch_norm.mode == "sync":
             raise ConfigError(
@@ -289,13 +409,23 @@ class Config:
             )
         refusal = self.fuse_refusal()
         if refusal is not None and batch.fuse not in (1, "auto"):
-            raise ConfigError("batch.fuse", f"{batch.fuse} {refusal}; use batch.fuse=1, or auto")
+            raise ConfigError(
+                "batch.fuse", f"{batch.fuse} {refusal}; use batch.fuse=1, or auto"
+            )
         if batch_norm.momentum is not None and batch_norm.momentum > 1:
-            raise ConfigError("batch_norm.momentum", f"{batch_norm.momentum} is more than 1")
+            raise ConfigError(
+                "batch_norm.momentum", f"{batch_norm.momentum} is more than 1"
+            )
         if self.train.max_grad_norm == 0:
-            raise ConfigError("train.max_grad_norm", "0 would make every gradient zero; null turns clipping off")
+            raise ConfigError(
+                "train.max_grad_norm",
+                "0 would make every gradient zero; null turns clipping off",
+            )
         if not all(deviation > 0 for deviation in self.data.std or []):
-            raise ConfigError("data.std", f"{self.data.std} is not all above 0: channels are divided by it")
+            raise ConfigError(
+                "data.std",
+                f"{self.data.std} is not all above 0: channels are divided by it",
+            )
 
     def fuse_refusal(self) -> str | None:
         """Why micro-batches of this run cannot share a forward; None if they can."""
@@ -314,7 +444,9 @@ class Config:
         Text may use OmegaConf's interpolations, `${oc.env:NAME}` for example; `\\${` is a literal `${`.
         """
         if not isinstance(tree, Mapping):
-            raise ConfigError("config", f"is a mapping of sections, not {_describe(tree)}")
+            raise ConfigError(
+                "config", f"is a mapping of sections, not {_describe(tree)}"
+            )
         values: Tree = {}
         resolved, references = resolve(tree)
         for name, section in resolved.items():
@@ -346,7 +478,10 @@ def _read_observers(items: Any) -> tuple[ObserverConfig, ...]:
     if items is None:
         return ()
     if not isinstance(items, list | tuple):
-        raise ConfigError("observers", f"{show(items)} is not a list such as [{{name: my_package.MyObserver}}]")
+        raise ConfigError(
+            "observers",
+            f"{show(items)} is not a list such as [{{name: my_package.MyObserver}}]",
+        )
     observers = []
     for index, item in enumerate(items):
         try:

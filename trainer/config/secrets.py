@@ -17,7 +17,8 @@ SECRET_NAME = re.compile(
     r"(?:^|[_.-])(?:token|secrets?|password|passwd|passphrase|credentials?|auth|(?:api|private|access)_?key)(?:$|[_.-])"
 )
 LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
-MIN_SECRET_LETTERS = 4  # a shorter text occurs in many words, so removing it would garble messages
+# A shorter text occurs in many words, so removing it would garble messages.
+MIN_SECRET_LETTERS = 4
 
 _secrets: set[str] = set()  # of the configs that this process made
 

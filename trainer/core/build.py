@@ -83,7 +83,9 @@ class Run:
 
         Only the main process reads them: no other machine needs to see the run's directory.
         """
-        row: Row = self.ranks.on_main(lambda: self._read_best(directory or run_path(self.config.run)))
+        row: Row = self.ranks.on_main(
+            lambda: self._read_best(directory or run_path(self.config.run))
+        )
         self.ranks.broadcast_parameters(self.module)
         if directory is not None:
             self.forget_features()
@@ -102,7 +104,9 @@ class Run:
 
 def settings_of(config: Config) -> AbstractContextManager[None]:
     """A context with the process-wide settings of a run with `config`; it restores those before at the end."""
-    return run_settings(bitwise=config.run.reproducibility == "bitwise", compiled=config.train.compile)
+    return run_settings(
+        bitwise=config.run.reproducibility == "bitwise", compiled=config.train.compile
+    )
 
 
 def build_run(
@@ -126,22 +130,43 @@ def build_run(
     check_data(data, ranks)
     plan = _plan(config, ranks, len(data.train))
     train_loader, val_loader = build_loaders(
-        config.data, data, seed=config.run.seed, device=ranks.device, dtype=precision.dtype
+        config.data,
+        data,
+        seed=config.run.seed,
+        device=ranks.device,
+        dtype=precision.dtype,
     )
 
     num_classes = _num_classes(config, data)
-    signature = signature_of_samples(val_loader or train_loader, num_classes=num_classes, classes=data.classes)
-    build_module = partial(
-        _module, config, ranks, dtype=precision.dtype, model=model, loader=train_loader, num_classes=num_classes
+    signature = signature_of_samples(
+        val_loader or train_loader, num_classes=num_classes, classes=data.classes
     )
-    module, weights_note = ranks.on_each(build_module)  # a machine may lack the file of the weights
-    the_task = as_task(config.loss if task is None else task, num_classes).to(ranks.device, precision.dtype)
+    build_module = partial(
+        _module,
+        config,
+        ranks,
+        dtype=precision.dtype,
+        model=model,
+        loader=train_loader,
+        num_classes=num_classes,
+    )
+    # A machine may lack the file of the weights.
+    module, weights_note = ranks.on_each(build_module)
+    the_task = as_task(config.loss if task is None else task, num_classes).to(
+        ranks.device, precision.dtype
+    )
     config = _with_best_metric(config, the_task, has_validation=val_loader is not None)
 
     forward = Forward(the_task, precision, ranks.device, config.run.seed)
     freezing = Freezing(module, config.model)
     evaluator = _evaluator(
-        config, ranks, data=data, loader=val_loader, module=module, forward=forward, freezing=freezing
+        config,
+        ranks,
+        data=data,
+        loader=val_loader,
+        module=module,
+        forward=forward,
+        freezing=freezing,
     )
     return Run(
         config=config,
@@ -173,13 +198,16 @@ def _with_names(config: Config, **objects: object) -> Config:
         kind = type(value)
         changes: dict[str, Any] = {"name": f"{kind.__module__}.{kind.__qualname__}"}
         if isinstance(value, nn.modules.loss._Loss):
-            changes["args"] = loss_arguments(value)  # so that `evaluate` makes the same loss again
+            # So that `evaluate` makes the same loss again.
+            changes["args"] = loss_arguments(value)
         before = getattr(config, section)
         config = replace(config, **{section: replace(before, **changes)})
     return config
 
 
-def _data(config: Config, ranks: Ranks, train: MapDataset | None, val: MapDataset | None) -> Datasets:
+def _data(
+    config: Config, ranks: Ranks, train: MapDataset | None, val: MapDataset | None
+) -> Datasets:
     if train is None:
         return build_datasets(config.data, ranks.main_first)
     classes = getattr(train, "classes", None)
@@ -203,8 +231,15 @@ def _num_classes(config: Config, data: Datasets) -> int | None:
     """The number of the model's outputs: the config's, else that of the data's classes, else None."""
     outputs = config.model.num_classes
     classes = len(data.classes or [])
-    if outputs is not None and outputs < classes and config.loss.name == "cross_entropy":
-        raise ConfigError("model.num_classes", f"{outputs} is less than the {classes} classes of {data.name}")
+    if (
+        outputs is not None
+        and outputs < classes
+        and config.loss.name == "cross_entropy"
+    ):
+        raise ConfigError(
+            "model.num_classes",
+            f"{outputs} is less than the {classes} classes of {data.name}",
+        )
     return outputs or classes or None
 
 
@@ -221,8 +256,15 @@ def _module(
     weights = weights_file(config.model, ranks.main_first)
     if model is None:
         channels = input_channels(loader.peek([0]).inputs)
-        model = build_model(config.model, seed=config.run.seed, num_classes=num_classes, in_channels=channels)
-    weights_note = start_from_weights(weights, model, config.model, num_classes, config.run.seed)
+        model = build_model(
+            config.model,
+            seed=config.run.seed,
+            num_classes=num_classes,
+            in_channels=channels,
+        )
+    weights_note = start_from_weights(
+        weights, model, config.model, num_classes, config.run.seed
+    )
     model = configure(model, config.batch_norm, ranks=ranks.count, device=ranks.device)
     model.to(ranks.device, dtype)
     if config.train.channels_last:
@@ -240,7 +282,9 @@ def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Co
     if config.best == BestConfig() and not has_validation:
         config = replace(config, best=BestConfig(metric="train/loss"))
     phases = ("val", "train") if has_validation else ("train",)
-    metrics = [f"{phase}/{name}" for phase in phases for name in ("loss", *task.metrics)]
+    metrics = [
+        f"{phase}/{name}" for phase in phases for name in ("loss", *task.metrics)
+    ]
     metric = config.best.metric
     if metric not in metrics:
         raise ConfigError(
@@ -270,11 +314,15 @@ def _evaluator(
         samples=len(data.val),
         batch_size=config.batch.eval_size,
         exact=config.run.reproducibility == "bitwise",
-        features=Features(partial(_head_of_fixed_features, config, forward.task, freezing)),
+        features=Features(
+            partial(_head_of_fixed_features, config, forward.task, freezing)
+        ),
     )
 
 
-def _head_of_fixed_features(config: Config, task: Task, freezing: Freezing) -> nn.Module | None:
+def _head_of_fixed_features(
+    config: Config, task: Task, freezing: Freezing
+) -> nn.Module | None:
     """The head, if running it on cached features gives what running the model gives; else None."""
     has_plain_predict = type(task).predict is Task.predict
     return freezing.head if has_plain_predict and not config.train.compile else None

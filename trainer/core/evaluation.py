@@ -51,7 +51,9 @@ class Evaluator:
         self._features = features
         self._ranks = ranks
         self._exact = exact
-        self._requests = list(whole_requests(samples, batch_size, ranks.rank, ranks.count))
+        self._requests = list(
+            whole_requests(samples, batch_size, ranks.rank, ranks.count)
+        )
         self._loader = loader
         self._batches: Generator[MicroBatch, None, None] | None = None
 
@@ -73,16 +75,25 @@ class Evaluator:
         decisions = self._ranks.gather(decisions)
         return sorted(decisions, key=lambda decision: decision.sample_id)
 
-    def _decide(self, request: Request, model: nn.Module, batch: MicroBatch) -> list[Decision]:
+    def _decide(
+        self, request: Request, model: nn.Module, batch: MicroBatch
+    ) -> list[Decision]:
         task = self._forward.task
         probabilities = task.probabilities(self._forward.output(model, batch))
         is_classified = isinstance(batch.targets, Tensor) and batch.targets.dim() == 1
         if probabilities is None or not is_classified:
             return []
         confidences, classes = probabilities.max(1)
-        columns = request.ids.tolist(), classes.tolist(), batch.targets.tolist(), confidences.tolist()
+        columns = (
+            request.ids.tolist(),
+            classes.tolist(),
+            batch.targets.tolist(),
+            confidences.tolist(),
+        )
         decisions = [Decision(*row) for row in zip(*columns, strict=True)]
-        return [decision for decision in decisions if decision.true != task.ignore_index]
+        return [
+            decision for decision in decisions if decision.true != task.ignore_index
+        ]
 
     def close(self) -> None:
         """End the loader processes; another evaluation starts them again."""
@@ -107,7 +118,9 @@ class Evaluator:
                 yield from self._loaded_batches()
             else:
                 self.close()
-                for request, (head, batch) in zip(self._requests, batches_of_features, strict=True):
+                for request, (head, batch) in zip(
+                    self._requests, batches_of_features, strict=True
+                ):
                     yield request, head, batch
         finally:
             self._model.train(was_training)

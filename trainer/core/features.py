@@ -30,7 +30,8 @@ class Features:
         self._batches: list[MicroBatch] = []
         self._bytes = 0
         self._is_complete = False
-        self._is_usable = True  # the head is the model's last operation, and the features are few enough
+        # The head is the model's last operation, and the features are few enough.
+        self._is_usable = True
 
     def batches(self) -> list[tuple[nn.Module, MicroBatch]] | None:
         """The head, and each batch with its features as inputs; None unless all are cached."""
@@ -47,7 +48,8 @@ class Features:
             yield lambda batch: None
             return
         self.clear()
-        calls: list[tuple[Any, Any]] = []  # the head's (input, output) in the model's last forward
+        # The head's (input, output) in the model's last forward.
+        calls: list[tuple[Any, Any]] = []
 
         def record_call(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             calls.append((inputs[0], output))
@@ -64,7 +66,10 @@ class Features:
                 self._is_usable = self._bytes <= MAX_BYTES
             calls.clear()
 
-        with head.register_forward_hook(record_call), model.register_forward_hook(check_head_is_last):
+        with (
+            head.register_forward_hook(record_call),
+            model.register_forward_hook(check_head_is_last),
+        ):
             yield record
         self._is_complete = self._is_usable
         if not self._is_usable:

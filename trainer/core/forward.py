@@ -15,20 +15,25 @@ from trainer.exact.fuse import Fused
 from trainer.exact.plan import Step
 from trainer.exact.seeding import device_generator, device_seeder, key, mix_key
 
-TOO_FEW_VALUES = "Expected more than 1 value per channel when training"  # as torch's BatchNorm says it
+# As torch's BatchNorm says it.
+TOO_FEW_VALUES = "Expected more than 1 value per channel when training"
 
 
 class Forward:
     """A micro-batch through a model and its loss."""
 
-    def __init__(self, task: Task, precision: Precision, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, task: Task, precision: Precision, device: torch.device, seed: int
+    ) -> None:
         self.task = task
         self._precision = precision
         self._base_key = key(seed, "device")
         self._device = device
         self._seed_device = device_seeder(device)
 
-    def __call__(self, model: nn.Module, batch: MicroBatch, step: Step | None) -> tuple[Any, WeightedSum]:
+    def __call__(
+        self, model: nn.Module, batch: MicroBatch, step: Step | None
+    ) -> tuple[Any, WeightedSum]:
         """The model's output and the loss, summed over targets, of one micro-batch or of several at once.
 
         In training, what the model draws (dropout and the like) is keyed by the step and the micro-batch. `step` is
@@ -46,11 +51,15 @@ class Forward:
     def _key(self, step: Step, index: int) -> int:
         return mix_key(self._base_key, step.number, index)
 
-    def _output_and_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Any, WeightedSum]:
+    def _output_and_loss(
+        self, model: nn.Module, batch: MicroBatch
+    ) -> tuple[Any, WeightedSum]:
         output = self.output(model, batch)
         return output, as_weighted_sum(self.task.loss_sum(output, batch.targets))
 
-    def _fuse(self, model: nn.Module, batch: MicroBatch, step: Step) -> tuple[Any, WeightedSum]:
+    def _fuse(
+        self, model: nn.Module, batch: MicroBatch, step: Step
+    ) -> tuple[Any, WeightedSum]:
         first, end = batch.indices
         start, _ = step.micro_batches[first]
         _, stop = step.micro_batches[end - 1]
@@ -68,7 +77,9 @@ class Forward:
             return self._predict(model, batch)
         with self._precision.autocast():
             output = self._predict(model, batch)
-        return output.to(self._precision.dtype) if isinstance(output, Tensor) else output
+        return (
+            output.to(self._precision.dtype) if isinstance(output, Tensor) else output
+        )
 
     def _predict(self, model: nn.Module, batch: MicroBatch) -> Any:
         try:

@@ -22,7 +22,8 @@ from trainer.exact.seeding import device_generator, preserved_cpu_generators
 from trainer.process import launcher
 
 SAMPLES_TO_COMPARE = 4  # of each micro-batch: more of them would show no more
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-2}  # rounding stays far below, other mathematics far above
+# Rounding stays far below, other mathematics far above.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-2}
 MARGIN = 0.05  # of a GPU's memory
 CGROUP = Path("/sys/fs/cgroup")
 NAMES_IN_A_MESSAGE = 5
@@ -40,7 +41,9 @@ def choose_fuse(run: Run) -> tuple[int, str]:
     if run.ranks.device.type not in ("cpu", "cuda"):
         if fuse == "auto":
             return 1, ""
-        raise ConfigError("batch.fuse", f"{fuse} needs a CPU or a CUDA device; {REMEDY}")
+        raise ConfigError(
+            "batch.fuse", f"{fuse} needs a CPU or a CUDA device; {REMEDY}"
+        )
     step = run.plan.step(0)
     limit = len(step.micro_batches) if fuse == "auto" else fuse
     first, end = _largest_group(run, step, limit)
@@ -88,7 +91,10 @@ def _check_two_micro_batches(run: Run, step: Step, first: int) -> None:
     small_step = step._replace(micro_batches=split_evenly(count * len(ids), count))
 
     dtype = run.precision.dtype
-    precision = Precision("fp64" if dtype == torch.float64 else "fp32", run.ranks.device)  # autocast rounds too much
+    # Autocast rounds too much.
+    precision = Precision(
+        "fp64" if dtype == torch.float64 else "fp32", run.ranks.device
+    )
     forward = Forward(run.task, precision, run.ranks.device, run.config.run.seed)
     expected = _results(run, forward, small_step, one_by_one)
     try:
@@ -96,7 +102,9 @@ def _check_two_micro_batches(run: Run, step: Step, first: int) -> None:
     except RuntimeError as error:
         # As from activation checkpointing, which runs layers again outside the forward.
         cause = str(error).splitlines()[0]
-        raise ConfigError("batch.fuse", f"two micro-batches fail in one forward ({cause}); {REMEDY}") from None
+        raise ConfigError(
+            "batch.fuse", f"two micro-batches fail in one forward ({cause}); {REMEDY}"
+        ) from None
     differences = []
     for name, value in expected.items():
         if not _is_close(actual[name], value, TOLERANCE[dtype]):
@@ -110,16 +118,25 @@ def _check_two_micro_batches(run: Run, step: Step, first: int) -> None:
         )
 
 
-def _results(run: Run, forward: Forward, step: Step, batches: list[MicroBatch]) -> dict[str, Tensor]:
+def _results(
+    run: Run, forward: Forward, step: Step, batches: list[MicroBatch]
+) -> dict[str, Tensor]:
     """Loss, gradient and buffers after some forwards and backwards."""
     with without_trace(run):
         losses = []
         for batch in batches:
             _, (total, weight) = forward(run.module, batch, step)
             total.backward()  # type: ignore[no-untyped-call]
-            losses.append(torch.stack([total.detach(), torch.as_tensor(weight).to(total)]))
-        gradients = [p.grad.flatten() for p in run.module.parameters() if p.grad is not None]
-        results = {"the loss": torch.stack(losses).sum(0), "the gradient": torch.cat(gradients)}
+            losses.append(
+                torch.stack([total.detach(), torch.as_tensor(weight).to(total)])
+            )
+        gradients = [
+            p.grad.flatten() for p in run.module.parameters() if p.grad is not None
+        ]
+        results = {
+            "the loss": torch.stack(losses).sum(0),
+            "the gradient": torch.cat(gradients),
+        }
         for name, buffer in run.module.named_buffers():
             results[f"buffer {name}"] = buffer.clone()
         return results
@@ -175,13 +192,15 @@ def _fits(run: Run, step: Step, first: int, count: int) -> bool:
         with without_trace(run):
             ids = run.plan.sample_ids(step, first, first + count)
             batch = run.train_loader.peek(ids, first, count)
-            batch_ahead = run.train_loader.peek(ids, first, count)  # copied while this one is computed
+            # Copied while this one is computed.
+            batch_ahead = run.train_loader.peek(ids, first, count)
             reserved = [*_memory_of_an_optimizer(run), _margin(run.ranks.device)]
             _, loss = run.forward(run.module, batch, step)
             loss.total.backward()  # type: ignore[no-untyped-call]
             del reserved, batch_ahead
     except torch.OutOfMemoryError:
-        fits = False  # the handler must end before memory is freed: its traceback refers to the activations
+        # The handler must end before memory is freed: its traceback refers to the activations.
+        fits = False
     else:
         fits = True
     gc.collect()

@@ -19,7 +19,8 @@ from trainer.storage.checkpoint import Progress
 
 Row = dict[str, float]  # one logged row
 TIMINGS = ("samples_per_second", "data_wait")  # columns that depend on the hardware
-MAX_WAITING_ELEMENTS = 1 << 22  # of outputs that wait to be measured: bounds their memory
+# Of outputs that wait to be measured: bounds their memory.
+MAX_WAITING_ELEMENTS = 1 << 22
 
 
 class Stopwatch:
@@ -42,14 +43,18 @@ class Stopwatch:
         seconds = max(time.monotonic() - self._interval_start, 1e-9)
         samples = samples_seen - self._samples_at_start
         self.mark(samples_seen)
-        return {"samples_per_second": samples / seconds, "data_wait": min(1.0, waited / seconds)}
+        return {
+            "samples_per_second": samples / seconds,
+            "data_wait": min(1.0, waited / seconds),
+        }
 
     def stop(self, progress: Progress) -> None:
         """Write the seconds of training so far into the run's progress."""
         progress.seconds = time.monotonic() - self._start
 
 
-ExactSum = tuple[list[float], list[float]]  # a sum and its weight, each as floats that add up to it exactly
+# A sum and its weight, each as floats that add up to it exactly.
+ExactSum = tuple[list[float], list[float]]
 
 
 class Totals:
@@ -123,7 +128,8 @@ class Meter:
         self._ranks = ranks
         self._exact = exact
         self._names = ("loss", *task.metrics)
-        self._dtype = torch.float32 if ranks.device.type == "mps" else torch.float64  # MPS has no fp64
+        # MPS has no fp64.
+        self._dtype = torch.float32 if ranks.device.type == "mps" else torch.float64
         self._sums: list[Tensor] = []
         self._clear()
 
@@ -132,7 +138,9 @@ class Meter:
         self._losses.append(WeightedSum(loss.total.detach(), loss.weight))
         self._outputs.append((detach(output), batch.targets))
         # The size of an output that is no tensor is unknown, so it does not wait.
-        self._elements += output.numel() if isinstance(output, Tensor) else MAX_WAITING_ELEMENTS
+        self._elements += (
+            output.numel() if isinstance(output, Tensor) else MAX_WAITING_ELEMENTS
+        )
         if self._elements >= MAX_WAITING_ELEMENTS:
             self._flush()
 
@@ -155,7 +163,9 @@ class Meter:
         return [self._ranks.sum_(total).tolist()]
 
     def _zeros(self) -> Tensor:
-        return torch.zeros(len(self._names), 2, dtype=self._dtype, device=self._ranks.device)
+        return torch.zeros(
+            len(self._names), 2, dtype=self._dtype, device=self._ranks.device
+        )
 
     def _clear(self) -> None:
         self._losses: list[WeightedSum] = []
@@ -173,7 +183,9 @@ class Meter:
             self._sums = [self._measure(sums, self._losses, self._outputs)]
         self._clear()
 
-    def _measure(self, sums: Tensor, losses: list[WeightedSum], outputs: list[OutputAndTargets]) -> Tensor:
+    def _measure(
+        self, sums: Tensor, losses: list[WeightedSum], outputs: list[OutputAndTargets]
+    ) -> Tensor:
         """Add micro-batches to `sums`, `(1 + metrics, 2)`: the loss in the first row, then a row for each metric."""
         for total, weight in _combine_losses(losses):
             sums[0, 0] += total
@@ -190,7 +202,9 @@ class Meter:
         if tuple(metrics) != self._task.metrics:
             names = ", ".join(metrics)
             declared = ", ".join(self._task.metrics)
-            raise ConfigError("loss.name", f"metric_sums gives {names}; metrics declares {declared}")
+            raise ConfigError(
+                "loss.name", f"metric_sums gives {names}; metrics declares {declared}"
+            )
 
 
 def _combine_losses(losses: list[WeightedSum]) -> Iterator[WeightedSum]:
@@ -226,4 +240,6 @@ def detach(output: Any) -> Any:
     """The output without its graph. Models may return tensors in tuples and dicts."""
     if isinstance(output, Tensor):
         return output.detach()
-    return tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, output)
+    return tree_map(
+        lambda value: value.detach() if isinstance(value, Tensor) else value, output
+    )

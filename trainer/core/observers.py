@@ -32,7 +32,9 @@ class Observer:
         After a resume the model is the checkpoint's already; the observer's own state is loaded right after this.
         """
 
-    def micro_batch(self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
+    def micro_batch(
+        self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum
+    ) -> None:
         """After the forward and backward of each of this rank's micro-batches (with `batch.fuse`, of several)."""
 
     def gradient(self, step: Step) -> None:
@@ -91,13 +93,18 @@ class Observers:
     @property
     def look_at_gradients(self) -> bool:
         """True if one of them overrides `gradient`: then fp16's gradients must be unscaled in every step."""
-        return any(type(observer).gradient is not Observer.gradient for observer in self._observers)
+        return any(
+            type(observer).gradient is not Observer.gradient
+            for observer in self._observers
+        )
 
     def begin(self, run: Run) -> None:
         for observer in self._observers:
             observer.begin(run)
 
-    def micro_batch(self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
+    def micro_batch(
+        self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum
+    ) -> None:
         for observer in self._observers:
             observer.micro_batch(step, batch, output, loss)
 
@@ -132,15 +139,27 @@ def _check_row(observer: Observer, before: Row, after: Row) -> None:
     kind = type(observer).__qualname__
     for name, value in before.items():
         if after.get(name) is not value:
-            raise ConfigError("observers", f'{kind}.row changes "{name}"; add a column under a name of its own')
+            raise ConfigError(
+                "observers",
+                f'{kind}.row changes "{name}"; add a column under a name of its own',
+            )
     for name, value in after.items():
         if not isinstance(value, int | float):
-            raise ConfigError("observers", f'{kind}.row gives "{name}" a {type(value).__name__}; give it a number')
+            raise ConfigError(
+                "observers",
+                f'{kind}.row gives "{name}" a {type(value).__name__}; give it a number',
+            )
 
 
 def check_observer(observer: object) -> None:
     """Raise `ConfigError` unless `observer` is an object of a subclass of `Observer`."""
     if isinstance(observer, type) and issubclass(observer, Observer):
-        raise ConfigError("observers", f"{observer.__name__} is a class; give an object, {observer.__name__}(…)")
+        raise ConfigError(
+            "observers",
+            f"{observer.__name__} is a class; give an object, {observer.__name__}(…)",
+        )
     if not isinstance(observer, Observer):
-        raise ConfigError("observers", f"{type(observer).__qualname__} is not a subclass of trainer.Observer")
+        raise ConfigError(
+            "observers",
+            f"{type(observer).__qualname__} is not a subclass of trainer.Observer",
+        )

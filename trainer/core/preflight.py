@@ -28,7 +28,14 @@ SAME_ALWAYS = ("torch", "numpy", "nccl")
 SAME_BITWISE = ("torchvision", "cuda", "cudnn", "device", "instructions", "machine")
 LARGEST_CLOCK_SKEW = 10.0  # seconds; a larger one is worth a note
 # What differs between any two machines, or says nothing of how they compute.
-OF_EACH_MACHINE = ("rank", "host", "clock", "clock_skew", "free_disk", "shares_run_directory")
+OF_EACH_MACHINE = (
+    "rank",
+    "host",
+    "clock",
+    "clock_skew",
+    "free_disk",
+    "shares_run_directory",
+)
 
 # Keys of the config for where a machine has its files. What the files hold is compared where it matters.
 OF_EACH_DISK = ("data.root", "model.weights")
@@ -48,10 +55,20 @@ def check_ranks(config: Config, ranks: Ranks) -> list[RankFacts]:
     clocks = [values.pop("clock") for values in of_ranks]
     facts: list[RankFacts] = []
     for rank, values in enumerate(of_ranks):
-        facts.append({"rank": rank, **values, "clock_skew": round(clocks[rank] - clocks[0], 3)})
-    _check_alike(facts, SAME_ALWAYS, "the ranks of a run compute the same only with the same version")
+        facts.append(
+            {"rank": rank, **values, "clock_skew": round(clocks[rank] - clocks[0], 3)}
+        )
+    _check_alike(
+        facts,
+        SAME_ALWAYS,
+        "the ranks of a run compute the same only with the same version",
+    )
     if config.run.reproducibility == "bitwise":
-        _check_alike(facts, SAME_BITWISE, "run.reproducibility=bitwise needs the same on every rank")
+        _check_alike(
+            facts,
+            SAME_BITWISE,
+            "run.reproducibility=bitwise needs the same on every rank",
+        )
     return facts
 
 
@@ -87,14 +104,20 @@ def notes_on(facts: Sequence[RankFacts]) -> list[str]:
         skew = values_of_rank["clock_skew"]
         if abs(skew) > LARGEST_CLOCK_SKEW:
             rank, host = values_of_rank["rank"], values_of_rank["host"]
-            notes.append(f"the clock of rank {rank} ({host}) is {skew:+.0f} s off rank 0's")
+            notes.append(
+                f"the clock of rank {rank} ({host}) is {skew:+.0f} s off rank 0's"
+            )
     return notes
 
 
 def _binding_keys(config: Config) -> dict[str, Any]:
     """The keys that all ranks must share, with their values: all but those that a resumed run may change."""
     changes = changed_keys({}, config.to_dict(digests=True))
-    return {name: value for name, (_, value) in changes.items() if not (is_free(name) or name in OF_EACH_DISK)}
+    return {
+        name: value
+        for name, (_, value) in changes.items()
+        if not (is_free(name) or name in OF_EACH_DISK)
+    }
 
 
 def _check_configs(config: Config, ranks: Ranks, hashes: list[str]) -> None:
@@ -129,7 +152,9 @@ def _first_different(facts: Sequence[RankFacts], name: str) -> RankFacts | None:
 
 
 def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, default=str).encode()
+    ).hexdigest()
 
 
 def _count(part: tuple[int, str] | None) -> str:

@@ -25,7 +25,8 @@ def recalibrate_statistics(run: Run, steps_done: int) -> bool:
     steps = [plan.step(first + index) for index in range(count)]
     micro_batches = sum(len(step.micro_batches) for step in steps)
     was_training = run.module.training
-    run.module.train()  # a caller outside `fit` may have left it in eval mode, where no layer sees its own statistics
+    # A caller outside `fit` may have left it in eval mode, where no layer sees its own statistics.
+    run.module.train()
     try:
         recalibrate(run.module, _forwards(run, steps), micro_batches, run.ranks)
     finally:
@@ -33,7 +34,9 @@ def recalibrate_statistics(run: Run, steps_done: int) -> bool:
     return True
 
 
-def _forwards(run: Run, steps: list[Step]) -> Iterator[tuple[int, Callable[[], object]]]:
+def _forwards(
+    run: Run, steps: list[Step]
+) -> Iterator[tuple[int, Callable[[], object]]]:
     """This rank's forwards, each with its index among all micro-batches of all ranks."""
     requests: list[Request] = []
     steps_of_requests: list[Step] = []

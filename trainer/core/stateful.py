@@ -33,8 +33,15 @@ class StatefulObjects:
         """Add `objects` under their keys. Each must be stateful."""
         for name, value in objects.items():
             if not is_stateful(value):
-                kind = f"{value.__name__} is a class" if isinstance(value, type) else type(value).__qualname__
-                raise ConfigError(f"stateful.{name}", f"{kind} has no state_dict and load_state_dict; write both")
+                kind = (
+                    f"{value.__name__} is a class"
+                    if isinstance(value, type)
+                    else type(value).__qualname__
+                )
+                raise ConfigError(
+                    f"stateful.{name}",
+                    f"{kind} has no state_dict and load_state_dict; write both",
+                )
             self._add(name, value)
 
     def add_attributes(self, attributes: Mapping[str, object]) -> None:
@@ -65,7 +72,8 @@ class StatefulObjects:
         except LockstepError as error:
             raise ConfigError("stateful", str(error)) from None
         for other in self.by_name:
-            if other.lower() == name.lower():  # some file systems take both for one name
+            # Some file systems take both for one name.
+            if other.lower() == name.lower():
                 raise ConfigError(
                     f"stateful.{name}",
                     f"a checkpoint keeps the state of a {type(self.by_name[other]).__qualname__} under this name "
@@ -80,7 +88,9 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
     return isinstance(value, Stateful) and not isinstance(value, type)
 
 
-def read_states(objects: Mapping[str, Stateful], ranks: Ranks) -> dict[str, dict[str, Any]]:
+def read_states(
+    objects: Mapping[str, Stateful], ranks: Ranks
+) -> dict[str, dict[str, Any]]:
     """The state of each object. A collective.
 
     Raises `LockstepError` where the ranks hold different states: a checkpoint keeps one for all of them.
@@ -93,7 +103,9 @@ def read_states(objects: Mapping[str, Stateful], ranks: Ranks) -> dict[str, dict
     return states
 
 
-def load_states(objects: Mapping[str, Stateful], states: Mapping[str, Any]) -> list[str]:
+def load_states(
+    objects: Mapping[str, Stateful], states: Mapping[str, Any]
+) -> list[str]:
     """Give each object its state back; returns a note for each state that the checkpoint or the run lacks."""
     for name in objects.keys() & states.keys():
         objects[name].load_state_dict(states[name])
@@ -101,11 +113,15 @@ def load_states(objects: Mapping[str, Stateful], states: Mapping[str, Any]) -> l
     for name in sorted(objects.keys() - states.keys()):
         notes.append(f"{name} starts afresh: the checkpoint holds no state of it")
     for name in sorted(states.keys() - objects.keys()):
-        notes.append(f"the checkpoint's state of {name} is left out: nothing of that name is in this run")
+        notes.append(
+            f"the checkpoint's state of {name} is left out: nothing of that name is in this run"
+        )
     return notes
 
 
-def _check_same_on_every_rank(states: Mapping[str, Mapping[str, Any]], ranks: Ranks) -> None:
+def _check_same_on_every_rank(
+    states: Mapping[str, Mapping[str, Any]], ranks: Ranks
+) -> None:
     digests = {}
     for name, state in states.items():
         digests[name] = _digest(state)

@@ -89,7 +89,9 @@ class FakeImages:
         return torch.from_numpy(noise // 2 + enlarged // 2), target
 
 
-def build_datasets(section: DataConfig, device_main_first: Callable[[], AbstractContextManager[None]]) -> Datasets:
+def build_datasets(
+    section: DataConfig, device_main_first: Callable[[], AbstractContextManager[None]]
+) -> Datasets:
     """The data set that `section` names, from its own arguments `section.args`.
 
     A download (`data.download=true`) runs within `device_main_first()`, which lets one process go ahead.
@@ -102,7 +104,9 @@ def build_datasets(section: DataConfig, device_main_first: Callable[[], Abstract
     with device_main_first() if section.args.get("download") else nullcontext():
         if section.name not in MAKERS:
             return _imported(section, target, parameters)
-        data: Datasets = build("data", target, section.args, root=section.root, cache=section.cache)
+        data: Datasets = build(
+            "data", target, section.args, root=section.root, cache=section.cache
+        )
         return data
 
 
@@ -111,9 +115,15 @@ def _check_section(section: DataConfig, parameters: set[str]) -> None:
     if section.root is not None and not {"root", "**"} & parameters:
         raise ConfigError("data.root", f"{section.name} takes no root; leave it out")
     if section.cache and section.name != "folder":
-        raise ConfigError("data.cache", f"keeps the images of data.name=folder, not of {section.name}; leave it out")
+        raise ConfigError(
+            "data.cache",
+            f"keeps the images of data.name=folder, not of {section.name}; leave it out",
+        )
     if section.root is None and section.name in MAKERS and "root" in parameters:
-        raise ConfigError("data.root", f"is not set; {section.name} needs the folder that holds its files")
+        raise ConfigError(
+            "data.root",
+            f"is not set; {section.name} needs the folder that holds its files",
+        )
 
 
 def digits() -> Datasets:
@@ -125,10 +135,15 @@ def digits() -> Datasets:
     pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)  # 17 grey levels
     images = torch.from_numpy(pixels).unsqueeze(1)
     targets = torch.from_numpy(bunch.target).long()
-    train, val = train_test_split(np.arange(len(targets)), test_size=358, stratify=bunch.target, random_state=0)
+    train, val = train_test_split(
+        np.arange(len(targets)), test_size=358, stratify=bunch.target, random_state=0
+    )
     classes = [str(name) for name in bunch.target_names]
     return Datasets(
-        ImageArrays(images[train], targets[train]), ImageArrays(images[val], targets[val]), classes, "digits"
+        ImageArrays(images[train], targets[train]),
+        ImageArrays(images[val], targets[val]),
+        classes,
+        "digits",
     )
 
 
@@ -172,8 +187,13 @@ def fake(
     """Made-up images that a small net can learn, each a function of its id and part: see `FakeImages`."""
     sides = image_size if isinstance(image_size, list) else [image_size, image_size]
     if len(sides) != 2:
-        raise ConfigError("data.image_size", f"{image_size} is neither a whole number nor [height, width]")
-    _check_positive(size=size, val_size=val_size, channels=channels, num_classes=num_classes)
+        raise ConfigError(
+            "data.image_size",
+            f"{image_size} is neither a whole number nor [height, width]",
+        )
+    _check_positive(
+        size=size, val_size=val_size, channels=channels, num_classes=num_classes
+    )
     for side in sides:
         _check_positive(image_size=side)
     shape = (channels, sides[0], sides[1])
@@ -194,18 +214,27 @@ MAKERS: dict[str, Callable[..., Datasets]] = {
 def _check_positive(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"data.{name}", f"{value} is not a whole number of at least 1")
+            raise ConfigError(
+                f"data.{name}", f"{value} is not a whole number of at least 1"
+            )
 
 
-def _torchvision(name: str, cls: Any, root: str, download: bool, files: str) -> tuple[Any, Any]:
+def _torchvision(
+    name: str, cls: Any, root: str, download: bool, files: str
+) -> tuple[Any, Any]:
     """Both parts of a torchvision set, or a `DataError` that says which `files` to put where."""
     if not isinstance(download, bool):
         raise ConfigError("data.download", f"{download} is neither true nor false")
     try:
-        return cls(root, train=True, download=download), cls(root, train=False, download=download)
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:  # what torchvision raises for damaged files
+        return cls(root, train=True, download=download), cls(
+            root, train=False, download=download
+        )
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        # What torchvision raises for damaged files.
         if download:
-            raise DataError(f"{name} cannot be downloaded to {root} ({error}); download {files}") from error
+            raise DataError(
+                f"{name} cannot be downloaded to {root} ({error}); download {files}"
+            ) from error
         raise DataError(
             f"{name} is missing or damaged in data.root={root}: set data.download=true, or download {files}"
         ) from None
@@ -218,19 +247,25 @@ def _in_memory(part: Any) -> ImageArrays:
     return ImageArrays(images, torch.as_tensor(part.targets))
 
 
-def _imported(section: DataConfig, target: Callable[..., Any], parameters: set[str]) -> Datasets:
+def _imported(
+    section: DataConfig, target: Callable[..., Any], parameters: set[str]
+) -> Datasets:
     """The data set of an import path, and its class names if it has a list `classes`."""
     train, val = _imported_parts(section, target, parameters)
     _check_part(section.name, "training", train)
     if val is not None:
         _check_part(section.name, "validation", val)
     classes = getattr(train, "classes", None)
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+    if not isinstance(classes, list) or not all(
+        isinstance(name, str) for name in classes
+    ):
         classes = None
     return Datasets(train, val, classes, section.name)
 
 
-def _imported_parts(section: DataConfig, target: Callable[..., Any], parameters: set[str]) -> tuple[Any, Any]:
+def _imported_parts(
+    section: DataConfig, target: Callable[..., Any], parameters: set[str]
+) -> tuple[Any, Any]:
     """Training and validation part; the second is None if there is none.
 
     A target with a parameter `train` is called with `train=True`, then `train=False`; else one with a parameter
@@ -238,11 +273,17 @@ def _imported_parts(section: DataConfig, target: Callable[..., Any], parameters:
     a training set alone. `data.root`, if set, is passed as `root`.
     """
     root = {} if section.root is None else {"root": section.root}
-    for keyword, train_value, val_value in (("train", True, False), ("split", "train", "val")):
+    for keyword, train_value, val_value in (
+        ("train", True, False),
+        ("split", "train", "val"),
+    ):
         if keyword not in parameters:
             continue
         if keyword in section.args:
-            raise ConfigError(f"data.{keyword}", "leave it out: it is set once for training, once for validation")
+            raise ConfigError(
+                f"data.{keyword}",
+                "leave it out: it is set once for training, once for validation",
+            )
         train = build("data", target, section.args, **root, **{keyword: train_value})
         val = build("data", target, section.args, **root, **{keyword: val_value})
         return train, val
@@ -259,7 +300,9 @@ def _check_part(name: str, part: str, data: Any) -> None:
             f"so it must have __len__ and __getitem__ and be no IterableDataset",
         )
     if len(data) == 0:
-        raise DataError(f"the {part} part of {name} holds no samples; data.name must give at least one")
+        raise DataError(
+            f"the {part} part of {name} holds no samples; data.name must give at least one"
+        )
 
 
 def _parameters(target: Callable[..., Any]) -> set[str]:

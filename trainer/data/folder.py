@@ -13,7 +13,8 @@ import torch
 from trainer.errors import DataError, nearest
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
-DECODED_AT_ONCE = 64  # images decoded before it is known whether they fit into the cache
+# Images decoded before it is known whether they fit into the cache.
+DECODED_AT_ONCE = 64
 
 # Why a file is left out.
 OTHER_TYPE = "not an image type that is read"
@@ -42,7 +43,8 @@ class ImageFolder:
         """
         target = self.targets[index]
         if 0 <= index < len(self._cached):
-            return self._cached[index].clone(), target  # a transform may write into its input
+            # A transform may write into its input.
+            return self._cached[index].clone(), target
         return self._decode(self.paths[index]), target
 
     def cache_first(self, bytes_left: int) -> int:
@@ -71,12 +73,16 @@ class ImageFolder:
 def image_folders(root: Path) -> tuple[ImageFolder, ImageFolder, list[str], str]:
     """Training and validation images, class names (train/'s folders, sorted), and a note on the files left out."""
     if not root.is_dir():
-        raise DataError(f"data.root={root} is not a folder; set it to the one that holds train/ and val/")
+        raise DataError(
+            f"data.root={root} is not a folder; set it to the one that holds train/ and val/"
+        )
     left_out: dict[str, list[str]] = {OTHER_TYPE: [], NO_CLASS: []}
     train = _list_part(root, "train", left_out)
     for name, paths in train.items():
         if not paths:
-            raise DataError(f"{root / 'train' / name} holds no {_types()}; add images or remove the folder")
+            raise DataError(
+                f"{root / 'train' / name} holds no {_types()}; add images or remove the folder"
+            )
     val = _list_part(root, "val", left_out)
     for name in val:
         if name not in train:
@@ -86,10 +92,17 @@ def image_folders(root: Path) -> tuple[ImageFolder, ImageFolder, list[str], str]
             )
     classes = list(train)
     notes = [_note(reason, files) for reason, files in left_out.items() if files]
-    return _image_folder(root, train, classes), _image_folder(root, val, classes), classes, "; ".join(notes)
+    return (
+        _image_folder(root, train, classes),
+        _image_folder(root, val, classes),
+        classes,
+        "; ".join(notes),
+    )
 
 
-def _image_folder(root: Path, paths_by_class: dict[str, list[str]], classes: list[str]) -> ImageFolder:
+def _image_folder(
+    root: Path, paths_by_class: dict[str, list[str]], classes: list[str]
+) -> ImageFolder:
     paths: list[str] = []
     targets: list[int] = []
     for target, name in enumerate(classes):
@@ -99,11 +112,15 @@ def _image_folder(root: Path, paths_by_class: dict[str, list[str]], classes: lis
     return ImageFolder(root, paths, targets)
 
 
-def _list_part(root: Path, part: str, left_out: dict[str, list[str]]) -> dict[str, list[str]]:
+def _list_part(
+    root: Path, part: str, left_out: dict[str, list[str]]
+) -> dict[str, list[str]]:
     """The sorted image paths of each class folder of `root/part`, classes sorted; other files go to `left_out`."""
     folder = root / part
     if not folder.is_dir():
-        raise DataError(f"{folder} is missing; data.root must hold train/ and val/, each with class folders")
+        raise DataError(
+            f"{folder} is missing; data.root must hold train/ and val/, each with class folders"
+        )
     paths_by_class: dict[str, list[str]] = {}
     for entry in sorted(folder.iterdir()):
         name = entry.name
@@ -117,7 +134,9 @@ def _list_part(root: Path, part: str, left_out: dict[str, list[str]]) -> dict[st
             group = paths_by_class[name] if _is_image(path) else left_out[OTHER_TYPE]
             group.append(path)
     if not paths_by_class:
-        raise DataError(f"{folder} has no class folders; put each class's images in a folder named after it")
+        raise DataError(
+            f"{folder} has no class folders; put each class's images in a folder named after it"
+        )
     if not any(paths_by_class.values()):
         raise DataError(f"{folder} holds no {_types()} in its class folders; add some")
     return paths_by_class
@@ -130,8 +149,11 @@ def image_files(folder: Path) -> list[Path]:
 
 def _files(root: Path, folder: Path) -> Iterator[str]:
     """Every file under `folder` that is not hidden, relative to `root`; links are followed."""
-    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk goes into what is left here
+    for parent, folders, names in os.walk(
+        folder, onerror=_raise_unreadable, followlinks=True
+    ):
+        # os.walk goes into what is left here.
+        folders[:] = [name for name in folders if not name.startswith(".")]
         relative = Path(parent).relative_to(root)
         for name in names:
             if not name.startswith("."):
@@ -143,7 +165,9 @@ def _is_image(path: str) -> bool:
 
 
 def _raise_unreadable(error: OSError) -> None:
-    raise DataError(f"{error.filename} cannot be read: {error.strerror}; permit it or remove the folder")
+    raise DataError(
+        f"{error.filename} cannot be read: {error.strerror}; permit it or remove the folder"
+    )
 
 
 def _types() -> str:
@@ -167,12 +191,20 @@ def decode(path: Path, channels: int = 3) -> torch.Tensor:
 
     mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
     try:
-        image = decode_image(read_file(str(path)), mode=mode, apply_exif_orientation=True)
+        image = decode_image(
+            read_file(str(path)), mode=mode, apply_exif_orientation=True
+        )
     except RuntimeError as error:
         first_line = str(error).splitlines()[0]
-        reason = re.sub(r"^.*\.cpp:\d+, ", "", first_line)  # without torchvision's own file and line
-        raise DataError(f"{path} cannot be decoded ({reason}); remove or replace the file") from None
+        # Without torchvision's own file and line.
+        reason = re.sub(r"^.*\.cpp:\d+, ", "", first_line)
+        raise DataError(
+            f"{path} cannot be decoded ({reason}); remove or replace the file"
+        ) from None
     if image.ndim != 3:
-        raise DataError(f"{path} is an animation of {len(image)} images, not one; remove or replace the file")
-    pixels: torch.Tensor = to_dtype(image, torch.uint8, scale=True)  # a 16-bit PNG is decoded as uint16
+        raise DataError(
+            f"{path} is an animation of {len(image)} images, not one; remove or replace the file"
+        )
+    # A 16-bit PNG is decoded as uint16.
+    pixels: torch.Tensor = to_dtype(image, torch.uint8, scale=True)
     return pixels

@@ -29,7 +29,9 @@ from trainer.exact.seeding import preserved_cpu_generators
 class Normalize(nn.Module):
     """Images on the device: uint8 is scaled to [0, 1], cast to the run's dtype, then `(x - mean) / std` per channel."""
 
-    def __init__(self, mean: list[float] | None, std: list[float] | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, mean: list[float] | None, std: list[float] | None, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self._dtype = dtype
         self._shifts = mean is not None or std is not None
@@ -37,8 +39,12 @@ class Normalize(nn.Module):
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("scale", torch.tensor(1 / 255, dtype=dtype))
-        self.register_buffer("mean", torch.tensor(mean or [0.0], dtype=dtype).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std or [1.0], dtype=dtype).view(-1, 1, 1))
+        self.register_buffer(
+            "mean", torch.tensor(mean or [0.0], dtype=dtype).view(-1, 1, 1)
+        )
+        self.register_buffer(
+            "std", torch.tensor(std or [1.0], dtype=dtype).view(-1, 1, 1)
+        )
 
     def forward(self, images: Any) -> Any:
         """`(N, C, H, W)` in, the same out; anything that is not a tensor of images is returned as it is."""
@@ -55,7 +61,10 @@ class Normalize(nn.Module):
 
     def _check_channels(self, images: Tensor) -> None:
         if images.dim() < 3:
-            raise ConfigError("data.mean", f"and data.std are for images, not for inputs of {tuple(images.shape)}")
+            raise ConfigError(
+                "data.mean",
+                f"and data.std are for images, not for inputs of {tuple(images.shape)}",
+            )
         channels = images.shape[-3]
         if len(self.mean) not in (1, channels) or len(self.std) not in (1, channels):
             raise ConfigError(
@@ -78,18 +87,28 @@ class Loader:
     memory, on a side stream, while the current one is computed.
     """
 
-    def __init__(self, dataset: KeyedDataset, section: DataConfig, device: torch.device, normalize: Normalize) -> None:
+    def __init__(
+        self,
+        dataset: KeyedDataset,
+        section: DataConfig,
+        device: torch.device,
+        normalize: Normalize,
+    ) -> None:
         self._dataset = dataset
         self._section = section
         self._device = device
         self.normalize = normalize
 
-    def peek(self, ids: Sequence[int] | Ids, first: int = 0, fused: int = 1) -> MicroBatch:
+    def peek(
+        self, ids: Sequence[int] | Ids, first: int = 0, fused: int = 1
+    ) -> MicroBatch:
         """Some samples as the model sees them in the first epoch, as one micro-batch."""
         batch: MicroBatch = send_to_device(self.fetch(ids, first, fused), self._device)
         return batch._replace(inputs=self.normalize(batch.inputs))
 
-    def fetch(self, ids: Sequence[int] | Ids, first: int = 0, fused: int = 1) -> MicroBatch:
+    def fetch(
+        self, ids: Sequence[int] | Ids, first: int = 0, fused: int = 1
+    ) -> MicroBatch:
         """The same after the transforms alone: on the CPU, not normalised."""
         request = Request(first, 0, np.asarray(ids), fused)
         return next(self._load_here([request]))
@@ -101,15 +120,22 @@ class Loader:
 
     def run(self, requests: Iterable[Request]) -> Generator[MicroBatch, None, None]:
         """The micro-batches of `requests`, in order. Closing the generator ends its loader processes."""
-        batches = self._load_in_workers(requests) if self._section.workers else self._load_here(requests)
+        batches = (
+            self._load_in_workers(requests)
+            if self._section.workers
+            else self._load_here(requests)
+        )
         match self._device.type:
             case "cpu":
                 pass
             case "cuda":
-                batches = self._copy_ahead(batches if self._section.workers else map(_pin, batches))
+                batches = self._copy_ahead(
+                    batches if self._section.workers else map(_pin, batches)
+                )
             case _:
                 batches = self._copy(batches)
-        normalize = self.normalize.forward  # without what Module.__call__ does for hooks: there are none
+        # Without what Module.__call__ does for hooks: there are none.
+        normalize = self.normalize.forward
         for first, inputs, targets, fused in batches:
             yield MicroBatch(first, normalize(inputs), targets, fused)
 
@@ -130,7 +156,8 @@ class Loader:
             prefetch_factor=self._section.prefetch,
             pin_memory=self._device.type == "cuda",
             worker_init_fn=_init_worker,
-            generator=torch.Generator(),  # for the workers' seeds, which would come from the run's generator
+            # For the workers' seeds, which would come from the run's generator.
+            generator=torch.Generator(),
         )
         return map(_raise_if_error, loader)
 
@@ -154,14 +181,26 @@ class Loader:
 
 
 def build_loaders(
-    section: DataConfig, data: Datasets, *, seed: int, device: torch.device, dtype: torch.dtype
+    section: DataConfig,
+    data: Datasets,
+    *,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[Loader, Loader | None]:
     """The loaders of training and validation samples."""
     normalize = Normalize(section.mean, section.std, dtype).to(device)
 
-    def loader(dataset: MapDataset, purpose: str, items: list[dict[str, Any]]) -> Loader:
+    def loader(
+        dataset: MapDataset, purpose: str, items: list[dict[str, Any]]
+    ) -> Loader:
         transform = build_transforms(f"data.{purpose}_transforms", items)
-        return Loader(KeyedDataset(dataset, transform, seed=seed, purpose=purpose), section, device, normalize)
+        return Loader(
+            KeyedDataset(dataset, transform, seed=seed, purpose=purpose),
+            section,
+            device,
+            normalize,
+        )
 
     train = loader(data.train, "train", section.train_transforms)
     if data.val is None:
@@ -172,11 +211,14 @@ def build_loaders(
 class TrainLoader:
     """A rank's micro-batches of every step from `first_step` (0-based) on, at most `fuse` at a time."""
 
-    def __init__(self, loader: Loader, plan: Plan, rank: int, first_step: int, fuse: int = 1) -> None:
+    def __init__(
+        self, loader: Loader, plan: Plan, rank: int, first_step: int, fuse: int = 1
+    ) -> None:
         self._plan = plan
         self._rank = rank
         self._fuse = fuse
-        self._groups_by_size: dict[int, list[IndexRange]] = {}  # all but an epoch's last step are of one size
+        # All but an epoch's last step are of one size.
+        self._groups_by_size: dict[int, list[IndexRange]] = {}
         self._batches = loader.run(self._requests(first_step))
         self._seconds_waited = 0.0
 
@@ -202,12 +244,19 @@ class TrainLoader:
     def _requests(self, first_step: int) -> Iterator[Request]:
         for step in self._plan.steps(first_step):
             for first, end in self._groups(step):
-                yield Request(first, step.epoch, self._plan.sample_ids(step, first, end), fused=end - first)
+                yield Request(
+                    first,
+                    step.epoch,
+                    self._plan.sample_ids(step, first, end),
+                    fused=end - first,
+                )
 
     def _groups(self, step: Step) -> list[IndexRange]:
         """The micro-batches of `step` that this rank runs in one forward each."""
         if step.size not in self._groups_by_size:
-            self._groups_by_size[step.size] = self._plan.groups(step, self._rank, self._fuse)
+            self._groups_by_size[step.size] = self._plan.groups(
+                step, self._rank, self._fuse
+            )
         return self._groups_by_size[step.size]
 
 
@@ -246,7 +295,8 @@ def _wait_for_copy(batch: MicroBatch, end_of_copy: torch.cuda.Event) -> MicroBat
     current = torch.cuda.current_stream()
     current.wait_event(end_of_copy)
     for tensor in _tensors_in((batch.inputs, batch.targets)):
-        tensor.record_stream(current)  # so that its memory is not reused before this stream is done with it
+        # So that its memory is not reused before this stream is done with it.
+        tensor.record_stream(current)
     return batch
 
 
@@ -271,5 +321,6 @@ def _return_as_is(batch: Any) -> Any:
 def _init_worker(_: int) -> None:
     """Leave the rank's process group: a signal to the whole group is for the rank, which must outlive its loaders."""
     os.setpgrp()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the rank's own handler, which a fork inherits
+    # Not the rank's own handler, which a fork inherits.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

@@ -51,13 +51,24 @@ class KeyedDataset(Dataset[Any]):
     order, and new in each epoch.
     """
 
-    def __init__(self, dataset: MapDataset, transform: Callable[..., Any] | None, *, seed: int, purpose: str) -> None:
+    def __init__(
+        self,
+        dataset: MapDataset,
+        transform: Callable[..., Any] | None,
+        *,
+        seed: int,
+        purpose: str,
+    ) -> None:
         self.dataset = dataset
         self._transform = transform
         self._seed = seed
         self._purpose = purpose
         # In-memory data without transforms has nothing random: a micro-batch is one look-up.
-        self._batch = dataset.batch if isinstance(dataset, ImageArrays) and transform is None else None
+        self._batch = (
+            dataset.batch
+            if isinstance(dataset, ImageArrays) and transform is None
+            else None
+        )
         self.draws = self._batch is None
 
     def __getitem__(self, request: Request) -> MicroBatch | DataError:
@@ -65,7 +76,10 @@ class KeyedDataset(Dataset[Any]):
             inputs, targets = self._batch(torch.from_numpy(request.ids))
             return MicroBatch(request.first, inputs, targets, request.fused)
         try:
-            samples = [self._sample(request.epoch, sample_id) for sample_id in request.ids.tolist()]
+            samples = [
+                self._sample(request.epoch, sample_id)
+                for sample_id in request.ids.tolist()
+            ]
             inputs, targets = self._collate(samples)
         except DataError as error:
             return error
@@ -76,18 +90,31 @@ class KeyedDataset(Dataset[Any]):
         seed_cpu(key(self._seed, self._purpose, epoch, sample_id))
         try:
             image, target = self.dataset[sample_id]
-            return (image, target) if self._transform is None else apply(self._transform, image, target)
+            return (
+                (image, target)
+                if self._transform is None
+                else apply(self._transform, image, target)
+            )
         except DataError:
             raise
-        except Exception as error:  # anything: the data set and the transforms are other people's code
-            name, kind, line = self._name(sample_id), type(error).__name__, _last_line(error)
+        except Exception as error:
+            # Anything: the data set and the transforms are other people's code.
+            name, kind, line = (
+                self._name(sample_id),
+                type(error).__name__,
+                _last_line(error),
+            )
             raise DataError(f"{name}: {kind}: {error} ({line})") from error
 
     def _collate(self, samples: list[tuple[Any, Any]]) -> tuple[Any, Any]:
         try:
             inputs, targets = default_collate(samples)
         except (RuntimeError, TypeError) as error:
-            shapes = {str(tuple(image.shape)) for image, _ in samples if isinstance(image, Tensor)}
+            shapes = {
+                str(tuple(image.shape))
+                for image, _ in samples
+                if isinstance(image, Tensor)
+            }
             reason = str(error).splitlines()[0]
             raise DataError(
                 f"{self._purpose} samples do not fit into one batch (shapes {', '.join(sorted(shapes)) or 'unknown'}): "

@@ -13,7 +13,9 @@ from trainer.errors import ConfigError, nearest
 DTYPES = ("uint8", "int64", "float16", "bfloat16", "float32", "float64")
 
 
-def build_transforms(key: str, items: list[dict[str, Any]]) -> Callable[..., Any] | None:
+def build_transforms(
+    key: str, items: list[dict[str, Any]]
+) -> Callable[..., Any] | None:
     """The transforms that the list at `key` describes, as one callable; None for an empty list.
 
     A name is a class of `torchvision.transforms.v2`, or an import path to a class or to a function that returns a
@@ -33,7 +35,8 @@ def build_transforms(key: str, items: list[dict[str, Any]]) -> Callable[..., Any
 
 def apply(transform: Callable[..., Any], image: Any, target: Any) -> tuple[Any, Any]:
     """The image transformed; together with its target if that is a tv_tensor, which has a geometry (mask, boxes, …)."""
-    if isinstance(target, torch.Tensor):  # a class id is none, and then torchvision need not be imported
+    # A class id is none, and then torchvision need not be imported.
+    if isinstance(target, torch.Tensor):
         from torchvision.tv_tensors import TVTensor
 
         if isinstance(target, TVTensor):
@@ -44,7 +47,10 @@ def apply(transform: Callable[..., Any], image: Any, target: Any) -> tuple[Any, 
 
 def _build_all(key: str, items: Any) -> list[Callable[..., Any]]:
     if not isinstance(items, list):
-        raise ConfigError(key, f"{items} is not a list of transforms such as {{name: RandomCrop, size: 32}}")
+        raise ConfigError(
+            key,
+            f"{items} is not a list of transforms such as {{name: RandomCrop, size: 32}}",
+        )
     return [_build(f"{key}[{index}]", item) for index, item in enumerate(items)]
 
 
@@ -52,18 +58,26 @@ def _build(key: str, item: Any) -> Callable[..., Any]:
     from torchvision.transforms import v2
 
     if not isinstance(item, dict) or not isinstance(item.get("name"), str):
-        raise ConfigError(f"{key}.name", f"is missing in {item}; write {{name: RandomCrop, size: 32}}")
+        raise ConfigError(
+            f"{key}.name", f"is missing in {item}; write {{name: RandomCrop, size: 32}}"
+        )
     arguments = dict(item)
     name = arguments.pop("name")
     target = _resolve(key, name)
     if target in (v2.MixUp, v2.CutMix):
-        raise ConfigError(f"{key}.name", f"{name} mixes a batch's samples; a transform sees one sample alone")
+        raise ConfigError(
+            f"{key}.name",
+            f"{name} mixes a batch's samples; a transform sees one sample alone",
+        )
     if isinstance(target, type) and issubclass(target, v2.Transform):
         for argument, value in arguments.items():
             arguments[argument] = _value(f"{key}.{argument}", argument, value)
     transform: Callable[..., Any] = build(key, target, arguments)
     if not callable(transform):
-        raise ConfigError(f"{key}.name", f"{name} gives a {type(transform).__name__}, which cannot be called")
+        raise ConfigError(
+            f"{key}.name",
+            f"{name} gives a {type(transform).__name__}, which cannot be called",
+        )
     return transform
 
 
@@ -75,8 +89,15 @@ def _resolve(key: str, name: str) -> Any:
     target = getattr(v2, name, None)
     if isinstance(target, type) and issubclass(target, v2.Transform):
         return target
-    names = [n for n, member in vars(v2).items() if isinstance(member, type) and issubclass(member, v2.Transform)]
-    raise ConfigError(f"{key}.name", f'"{name}" is no v2 transform, nor an import path{nearest(name, names)}')
+    names = [
+        n
+        for n, member in vars(v2).items()
+        if isinstance(member, type) and issubclass(member, v2.Transform)
+    ]
+    raise ConfigError(
+        f"{key}.name",
+        f'"{name}" is no v2 transform, nor an import path{nearest(name, names)}',
+    )
 
 
 def _value(key: str, argument: str, value: Any) -> Any:
@@ -91,7 +112,9 @@ def _value(key: str, argument: str, value: Any) -> Any:
         case "interpolation":
             return _choose(key, value, {mode.value: mode for mode in InterpolationMode})
         case "policy":
-            return _choose(key, value, {policy.value: policy for policy in AutoAugmentPolicy})
+            return _choose(
+                key, value, {policy.value: policy for policy in AutoAugmentPolicy}
+            )
         case "dtype":
             return _choose(key, value, {name: getattr(torch, name) for name in DTYPES})
     return value
@@ -99,5 +122,8 @@ def _value(key: str, argument: str, value: Any) -> Any:
 
 def _choose(key: str, value: str, choices: dict[str, Any]) -> Any:
     if value not in choices:
-        raise ConfigError(key, f'"{value}" is not one of {", ".join(choices)}{nearest(value, choices)}')
+        raise ConfigError(
+            key,
+            f'"{value}" is not one of {", ".join(choices)}{nearest(value, choices)}',
+        )
     return choices[value]

@@ -15,7 +15,9 @@ from trainer.config.schema import BatchNormConfig
 from trainer.errors import ConfigError
 
 
-def configure(model: nn.Module, section: BatchNormConfig, *, ranks: int, device: torch.device) -> nn.Module:
+def configure(
+    model: nn.Module, section: BatchNormConfig, *, ranks: int, device: torch.device
+) -> nn.Module:
     """The model with its norm layers in the mode that the config asks for. Call it before DDP wraps the model.
 
     Raises `ConfigError` where a layer cannot be in that mode.

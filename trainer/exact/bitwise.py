@@ -22,7 +22,8 @@ from trainer.exact.reduction import Reduction
 from trainer.exact.running_statistics import RunningStatistics, StatisticsDifferences
 from trainer.exact.tree import Node, TreeSum
 
-Contribution = list[Tensor]  # the gradient of each parameter, then the difference of each running statistic
+# The gradient of each parameter, then the difference of each running statistic.
+Contribution = list[Tensor]
 
 
 class BitwiseReduction(Reduction):
@@ -42,7 +43,8 @@ class BitwiseReduction(Reduction):
 
     @contextmanager
     def micro_batch(self, step: Step, indices: IndexRange) -> Iterator[nn.Module]:
-        index = indices[0]  # the only one: the config refuses batch.fuse in bitwise mode
+        # The only one: the config refuses batch.fuse in bitwise mode.
+        index = indices[0]
         node = Node(0, index)
         self._statistics.reset()
         sibling = self._tree_sum.pop(node.left_sibling) if node.is_right else None
@@ -60,7 +62,9 @@ class BitwiseReduction(Reduction):
     def _put_back_gradients(self, sibling: Contribution) -> None:
         """Let the backward itself add to the left sibling's gradients: the same sums, while they are in the cache."""
         gradients = sibling[: len(self._parameters)]
-        for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
+        for (name, parameter), gradient in zip(
+            self._parameters.items(), gradients, strict=True
+        ):
             if self._has_gradient[name]:
                 parameter.grad = gradient
 
@@ -84,7 +88,9 @@ class BitwiseReduction(Reduction):
         is_used = list(self._has_gradient.values())
         if self._find_unused_parameters or step.has_idle_rank:
             is_used = self._ranks.any_rank_each(is_used)
-        for parameter, gradient, used in zip(self._parameters.values(), total[:count], is_used, strict=True):
+        for parameter, gradient, used in zip(
+            self._parameters.values(), total[:count], is_used, strict=True
+        ):
             # To an optimizer, no gradient and a zero one are not the same.
             parameter.grad = gradient if used else None
         self._has_gradient = dict.fromkeys(self._parameters, False)
@@ -95,7 +101,9 @@ class BitwiseReduction(Reduction):
         if self._ranks.count == 1:
             return self._tree_sum.root()
         if self._exchange is None:
-            self._exchange = ShardExchange(self._ranks, [*self._parameters.values(), *self._statistics.buffers])
+            self._exchange = ShardExchange(
+                self._ranks, [*self._parameters.values(), *self._statistics.buffers]
+            )
         return self._exchange.sum(step, [value for _, value in self._tree_sum.nodes])
 
 

@@ -15,7 +15,8 @@ from trainer.exact.seeding import preserved_generators
 SUMMARY = "deterministic algorithms · no TF32 · no autotuning · 1 CPU thread a process"
 ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # read when cuBLAS starts
-    "TORCHINDUCTOR_DETERMINISTIC": "1",  # train.compile: no kernel is chosen by timing it
+    # train.compile: no kernel is chosen by timing it.
+    "TORCHINDUCTOR_DETERMINISTIC": "1",
 }
 DEVICE_ASSERT = "device-side assert triggered"
 NO_DETERMINISTIC_KERNEL = "does not have a deterministic implementation"

@@ -118,5 +118,8 @@ def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1:
         names = ", ".join(sorted(map(str, dtypes)))
-        raise ConfigError("run.reproducibility", f"bitwise needs parameters of one dtype, and the model has {names}")
+        raise ConfigError(
+            "run.reproducibility",
+            f"bitwise needs parameters of one dtype, and the model has {names}",
+        )
     return dtypes.pop()

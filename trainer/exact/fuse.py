@@ -22,7 +22,15 @@ from torch.overrides import TorchFunctionMode
 from trainer.errors import ConfigError
 from trainer.exact.batch_norm import norm_layers
 
-DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu)
+DROPOUTS = (
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    F.rrelu,
+)
 REMEDY = "set batch.fuse=1"
 Part = TypeVar("Part")
 
@@ -40,7 +48,14 @@ class StatisticUpdates:
         calls = len(self.calls)
         decay = (1.0 - self.momentum) ** (count * calls)
         for call, values in enumerate(self.calls):
-            weights = _weights(self.momentum, count, calls, call, dtype=self.running.dtype, device=self.running.device)
+            weights = _weights(
+                self.momentum,
+                count,
+                calls,
+                call,
+                dtype=self.running.dtype,
+                device=self.running.device,
+            )
             self.running.addmv_(values.t(), weights, beta=decay if call == 0 else 1.0)
 
 
@@ -50,22 +65,37 @@ class Fused(TorchFunctionMode):
     Each micro-batch draws from `generator` as if it had been seeded for it alone.
     """
 
-    def __init__(self, model: nn.Module, generator: torch.Generator, seeds: Sequence[int], samples: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        generator: torch.Generator,
+        seeds: Sequence[int],
+        samples: int,
+    ) -> None:
         super().__init__()
         self._model = model
         self._generator = generator
         self._seeds = seeds
         self._count = len(seeds)
         self._samples = samples
-        self._has_foreign_draws = False  # something was drawn for several micro-batches at once
-        self._states: list[Tensor] = []  # the generator's state for each micro-batch, once one has drawn
-        self._updates: dict[int, StatisticUpdates] = {}  # by the id of the running statistic
+        # Something was drawn for several micro-batches at once.
+        self._has_foreign_draws = False
+        # The generator's state for each micro-batch, once one has drawn.
+        self._states: list[Tensor] = []
+        # By the id of the running statistic.
+        self._updates: dict[int, StatisticUpdates] = {}
         generator.manual_seed(seeds[0])
         self._initial_state = generator.get_state()
         # On a GPU a draw on the host belongs to no micro-batch either.
-        self._host_state = torch.default_generator.get_state() if generator is not torch.default_generator else None
+        self._host_state = (
+            torch.default_generator.get_state()
+            if generator is not torch.default_generator
+            else None
+        )
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         handler = HANDLERS.get(function)
         if handler is None:
             return function(*args, **(kwargs or {}))
@@ -93,7 +123,11 @@ class Fused(TorchFunctionMode):
     def _update_counters(self) -> None:
         for layer in norm_layers(self._model):
             updates = self._updates.get(id(layer.running_mean))
-            if updates is None or layer.num_batches_tracked is None or not isinstance(layer, _BatchNorm):
+            if (
+                updates is None
+                or layer.num_batches_tracked is None
+                or not isinstance(layer, _BatchNorm)
+            ):
                 continue
             # Each call has counted one micro-batch itself.
             layer.num_batches_tracked.add_((self._count - 1) * len(updates.calls))
@@ -111,7 +145,9 @@ class Fused(TorchFunctionMode):
         rows = shape[0] // self._count
         return [(rows, *shape[1:])] * self._count
 
-    def draw(self, parts: Sequence[Part], function: Callable[[Part], Tensor]) -> list[Tensor]:
+    def draw(
+        self, parts: Sequence[Part], function: Callable[[Part], Tensor]
+    ) -> list[Tensor]:
         """`function` of each part, drawing from where its micro-batch's random stream has got to."""
         self._check_draws()
         if not self._states:
@@ -130,7 +166,9 @@ class Fused(TorchFunctionMode):
         """Note if anything was drawn outside `draw`: only that can have moved the generator."""
         is_unmoved = torch.equal(self._generator.get_state(), self._initial_state)
         if self._host_state is not None:
-            is_unmoved = is_unmoved and torch.equal(torch.default_generator.get_state(), self._host_state)
+            is_unmoved = is_unmoved and torch.equal(
+                torch.default_generator.get_state(), self._host_state
+            )
         self._has_foreign_draws |= not is_unmoved
 
     def own_statistics(self, running: Tensor | None, momentum: float) -> Tensor | None:
@@ -149,7 +187,15 @@ class Fused(TorchFunctionMode):
 
 
 @lru_cache(maxsize=256)
-def _weights(momentum: float, count: int, calls: int, call: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _weights(
+    momentum: float,
+    count: int,
+    calls: int,
+    call: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
     """The weight of each micro-batch's value in a running statistic after all updates, `(count,)`.
 
     The micro-batches come one after the other, `calls` updates in each, of which this is number `call`.
@@ -193,7 +239,9 @@ def _random_of_size(fused: Fused, function: Any, *size: Any, **kwargs: Any) -> T
     return torch.cat(fused.draw(rows, lambda shape: function(shape, **kwargs)))
 
 
-def _bernoulli_(fused: Fused, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _bernoulli_(
+    fused: Fused, function: Any, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     """A mask drawn by hand, as stochastic depth draws its own."""
     parts = fused.parts(x) if "generator" not in kwargs else None
     if parts is None:
@@ -216,7 +264,9 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if not training:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+        return F.batch_norm(
+            x, running_mean, running_var, weight, bias, False, momentum, eps
+        )
     parts = fused.parts(x)
     if parts is None:
         raise ConfigError(
@@ -226,7 +276,9 @@ def _batch_norm(
         )
     mean = fused.own_statistics(running_mean, momentum)
     var = fused.own_statistics(running_var, momentum)
-    normalize = _normalize_one_by_one if x.device.type == "cpu" else _normalize_as_channels
+    normalize = (
+        _normalize_one_by_one if x.device.type == "cpu" else _normalize_as_channels
+    )
     return normalize(parts, mean=mean, var=var, weight=weight, bias=bias, eps=eps)
 
 
@@ -244,7 +296,9 @@ def _normalize_one_by_one(
     for index, part in enumerate(parts):
         own_mean = None if mean is None else mean[index]
         own_var = None if var is None else var[index]
-        results.append(F.batch_norm(part, own_mean, own_var, weight, bias, True, 1.0, eps))
+        results.append(
+            F.batch_norm(part, own_mean, own_var, weight, bias, True, 1.0, eps)
+        )
     return torch.cat(results)
 
 
@@ -288,7 +342,9 @@ def _instance_norm(
     """Every sample is normalised by itself in any case; only the running statistics depend on micro-batches."""
     parts = fused.parts(x) if use_input_stats else None
     if parts is None or running_mean is None or running_var is None:
-        return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        return F.instance_norm(
+            x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
     means = fused.own_statistics(running_mean, momentum)
     variances = fused.own_statistics(running_var, momentum)
     assert means is not None

@@ -38,7 +38,8 @@ class Layout(NamedTuple):
     """How the samples of a step are divided. It depends on their number alone, so a run has two of them at most."""
 
     micro_batches: list[IndexRange]  # ranges of samples within the step, in order
-    ranks: list[IndexRange]  # each rank's range of micro-batches; empty for a rank with nothing to do
+    # Each rank's range of micro-batches; empty for a rank with nothing to do.
+    ranks: list[IndexRange]
     has_idle_rank: bool  # as in a last step of fewer micro-batches than ranks
 
 
@@ -83,7 +84,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.micro_size > self.batch_size:
             raise ConfigError(
-                "batch.micro_size", f"{self.micro_size} is more than batch.size={self.batch_size}; lower it"
+                "batch.micro_size",
+                f"{self.micro_size} is more than batch.size={self.batch_size}; lower it",
             )
         if self.equal_ranks:
             self._refuse_too_few_samples()
@@ -140,7 +142,9 @@ class Plan:
         """The order of the sample ids in `epoch`, a function of the seed and the epoch alone."""
         return _permutation(self.seed, epoch, self.samples)
 
-    def sample_ids(self, step: Step, first: int, end: int | None = None) -> npt.NDArray[np.int64]:
+    def sample_ids(
+        self, step: Step, first: int, end: int | None = None
+    ) -> npt.NDArray[np.int64]:
         """The sample ids of micro-batch `first` of `step`, in order, or of all micro-batches `[first, end)`."""
         last = first if end is None else end - 1
         start, _ = step.micro_batches[first]
@@ -151,7 +155,9 @@ class Plan:
         """A rank's micro-batches of `step` in even ranges of at most `fuse` neighbours of one size."""
         sizes = [stop - start for start, stop in step.micro_batches]
         groups: list[IndexRange] = []
-        for _, neighbours in itertools.groupby(range(*step.ranks[rank]), key=sizes.__getitem__):
+        for _, neighbours in itertools.groupby(
+            range(*step.ranks[rank]), key=sizes.__getitem__
+        ):
             indices = list(neighbours)
             count = math.ceil(len(indices) / fuse)
             for start, stop in split_evenly(len(indices), count):
@@ -164,7 +170,9 @@ class Plan:
     def _layout(self, samples: int) -> Layout:
         count = self._count_micro_batches(samples)
         if self.equal_ranks:
-            micro_batches_a_rank = min(math.ceil(count / self.ranks), samples // self.ranks)
+            micro_batches_a_rank = min(
+                math.ceil(count / self.ranks), samples // self.ranks
+            )
             count = micro_batches_a_rank * self.ranks
         return Layout(
             micro_batches=split_evenly(samples, count),

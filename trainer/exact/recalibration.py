@@ -53,7 +53,9 @@ def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
 
     torch.compile would make the hooks part of its kernels, anew for every index that they count, until it gives up.
     """
-    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    is_compiled = any(
+        module._compiled_call_impl is not None for module in model.modules()
+    )
     return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 

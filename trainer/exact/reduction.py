@@ -35,21 +35,31 @@ class Reduction(ABC):
     `module` is the model itself. What `micro_batch` gives may be a wrapper around it, such as DDP.
     """
 
-    _ranks_averaged_over = 1  # DDP's mean over ranks divides by their number, and the loss scale undoes that
+    # DDP's mean over ranks divides by their number, and the loss scale undoes that.
+    _ranks_averaged_over = 1
 
     def __init__(
-        self, module: nn.Module, section: BatchNormConfig, ranks: Ranks, *, find_unused_parameters: bool
+        self,
+        module: nn.Module,
+        section: BatchNormConfig,
+        ranks: Ranks,
+        *,
+        find_unused_parameters: bool,
     ) -> None:
         self._module = module
         self._section = section
         self._ranks = ranks
         self._find_unused_parameters = find_unused_parameters
-        self._scales: dict[float, Tensor] = {}  # few values, again and again: each is copied to the device once
+        # Few values, again and again: each is copied to the device once.
+        self._scales: dict[float, Tensor] = {}
         self._build()
 
     def _build(self) -> None:
-        self._parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
-        self._weights: dict[int, Tensor] = {}  # by the index of a forward's first micro-batch
+        self._parameters = {
+            name: p for name, p in self._module.named_parameters() if p.requires_grad
+        }
+        # By the index of a forward's first micro-batch.
+        self._weights: dict[int, Tensor] = {}
         self._is_first_step = True
         self._statistics = self._wrap()
 
@@ -70,10 +80,14 @@ class Reduction(ABC):
         self._statistics.begin(step)
 
     @abstractmethod
-    def micro_batch(self, step: Step, indices: IndexRange) -> AbstractContextManager[nn.Module]:
+    def micro_batch(
+        self, step: Step, indices: IndexRange
+    ) -> AbstractContextManager[nn.Module]:
         """The context of one forward and backward of the micro-batches `indices`; yields the module to run."""
 
-    def loss_scale(self, step: Step, indices: IndexRange, loss: Tensor, weight: Tensor | int) -> Tensor:
+    def loss_scale(
+        self, step: Step, indices: IndexRange, loss: Tensor, weight: Tensor | int
+    ) -> Tensor:
         """The factor of this loss sum in the step's mean, a 0-dim tensor: 1 / (the targets of the whole step).
 
         A weight that depends on the targets' values is a tensor, and its total over the step is not known yet: then
@@ -90,7 +104,9 @@ class Reduction(ABC):
             factor = self._ranks_averaged_over * (stop - start) / (step.size * weight)
         scale = self._scales.get(factor)
         if scale is None:
-            scale = self._scales[factor] = torch.tensor(factor, dtype=loss.dtype, device=loss.device)
+            scale = self._scales[factor] = torch.tensor(
+                factor, dtype=loss.dtype, device=loss.device
+            )
         return scale
 
     def finish(self, step: Step) -> None:
@@ -138,7 +154,9 @@ class Reduction(ABC):
 
     def _divide_by_weight(self, step: Step) -> None:
         """Turn the mean over the step's samples into that over its targets; without targets the gradient is 0."""
-        weights = torch.zeros(len(step.micro_batches), dtype=torch.float64, device=self._ranks.device)
+        weights = torch.zeros(
+            len(step.micro_batches), dtype=torch.float64, device=self._ranks.device
+        )
         for index, weight in self._weights.items():
             weights[index] = weight
         self._weights.clear()

@@ -32,8 +32,14 @@ REFUSED: dict[str, tuple[str, str]] = {
     "max_unpool3d": ("torch.nn.MaxUnpool3d", "use an upsampling or a ConvTranspose3d"),
     "upsample_linear1d_backward": ("linear interpolation", NEAREST),
     "upsample_bicubic2d_backward": ("bicubic interpolation", NEAREST),
-    "_upsample_bilinear2d_aa_backward": ("bilinear interpolation with antialias", NEAREST),
-    "_upsample_bicubic2d_aa_backward": ("bicubic interpolation with antialias", NEAREST),
+    "_upsample_bilinear2d_aa_backward": (
+        "bilinear interpolation with antialias",
+        NEAREST,
+    ),
+    "_upsample_bicubic2d_aa_backward": (
+        "bicubic interpolation with antialias",
+        NEAREST,
+    ),
     "reflection_pad1d_backward": ("torch.nn.ReflectionPad1d", ZEROS),
     "reflection_pad2d_backward": ("torch.nn.ReflectionPad2d", ZEROS),
     "reflection_pad3d_backward": ("torch.nn.ReflectionPad3d", ZEROS),
@@ -53,9 +59,21 @@ REFUSED: dict[str, tuple[str, str]] = {
 }
 # Refused with some arguments only.
 CONDITIONAL: dict[str, tuple[str, str, Callable[[tuple[Any, ...]], bool]]] = {
-    "bincount": ("torch.bincount with weights", "use index_add", lambda args: len(args) > 1 and args[1] is not None),
-    "scatter_reduce": ('scatter_reduce with reduce="prod"', OTHER, lambda args: "prod" in args),
-    "scatter_reduce_": ('scatter_reduce_ with reduce="prod"', OTHER, lambda args: "prod" in args),
+    "bincount": (
+        "torch.bincount with weights",
+        "use index_add",
+        lambda args: len(args) > 1 and args[1] is not None,
+    ),
+    "scatter_reduce": (
+        'scatter_reduce with reduce="prod"',
+        OTHER,
+        lambda args: "prod" in args,
+    ),
+    "scatter_reduce_": (
+        'scatter_reduce_ with reduce="prod"',
+        OTHER,
+        lambda args: "prod" in args,
+    ),
     "_embedding_bag_dense_backward": (
         'torch.nn.EmbeddingBag with mode="max"',
         'use mode="sum" or "mean"',
@@ -70,11 +88,15 @@ class RefusedOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
-        self._layers: list[str] = []  # those whose forward is running, the innermost last
-        self._layers_of: dict[str, list[str]] = {}  # operation of a forward → names of the layers that called it
+        # Those whose forward is running, the innermost last.
+        self._layers: list[str] = []
+        # Operation of a forward → names of the layers that called it.
+        self._layers_of: dict[str, list[str]] = {}
         self._refusals: dict[str, tuple[str, str]] = {}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name = str(function).removeprefix("aten.")  # such as median.dim
         packet = name.partition(".")[0]
         if self._layers:
@@ -94,7 +116,9 @@ class RefusedOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Watch, and know in which layer of the model each operation of a forward is."""
         handles: list[RemovableHandle] = []
         for name, layer in self._model.named_modules():
-            handles.append(layer.register_forward_pre_hook(self._entered(name or "the model")))
+            handles.append(
+                layer.register_forward_pre_hook(self._entered(name or "the model"))
+            )
             handles.append(layer.register_forward_hook(self._left, always_call=True))
         try:
             with self:
@@ -117,6 +141,10 @@ class RefusedOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             layers: list[str] = []
             for name in (forward, f"{forward}_with_indices", packet):
                 layers += self._layers_of.get(name, [])
-            place = f" (in {', '.join(dict.fromkeys(layers))})" if layers else " (in the loss or metrics)"
+            place = (
+                f" (in {', '.join(dict.fromkeys(layers))})"
+                if layers
+                else " (in the loss or metrics)"
+            )
             lines.append(f"{public_name}{place}: {remedy}")
         return lines

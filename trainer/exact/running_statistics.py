@@ -32,7 +32,8 @@ class NormLayer:
         self.buffers = [module.running_mean, module.running_var]
         self.counter = module.num_batches_tracked
         self.calls = 1
-        self.counts_calls = isinstance(module, _BatchNorm)  # instance norms have a counter and do not use it
+        # Instance norms have a counter and do not use it.
+        self.counts_calls = isinstance(module, _BatchNorm)
         self._module = module
         self._configured_momentum = float(module.momentum or 0.0)
 
@@ -42,7 +43,9 @@ class NormLayer:
 
     def spread_momentum(self, updates: int) -> None:
         """Make n updates together age the statistics as one would: each with momentum 1 - (1 - m)^(1/n)."""
-        self._module.momentum = 1.0 - (1.0 - self._configured_momentum) ** (1.0 / updates)
+        self._module.momentum = 1.0 - (1.0 - self._configured_momentum) ** (
+            1.0 / updates
+        )
 
     def decay(self) -> float:
         """What one micro-batch leaves of the statistics before it: (1 - momentum)^calls."""
@@ -56,7 +59,9 @@ class RunningStatistics(ABC):
     micro-batch; how often is counted in the first step.
     """
 
-    def __init__(self, model: nn.Module, section: BatchNormConfig, ranks: Ranks) -> None:
+    def __init__(
+        self, model: nn.Module, section: BatchNormConfig, ranks: Ranks
+    ) -> None:
         self._ranks = ranks
         self._layers: list[NormLayer] = []
         self.buffers: list[Tensor] = []
@@ -69,7 +74,8 @@ class RunningStatistics(ABC):
         self._calls_are_counted = False
         self._momentum_is_per_step = section.momentum_per == "step"
         self._micro_batches_per_update = ranks.count if section.mode == "sync" else 1
-        self._updates_per_step = 0  # over which each momentum is spread at present; 0: as the layers were built
+        # Over which each momentum is spread at present; 0: as the layers were built.
+        self._updates_per_step = 0
 
     @abstractmethod
     def begin(self, step: Step) -> None:
@@ -87,7 +93,10 @@ class RunningStatistics(ABC):
 
     def _must_spread_momentum(self, step: Step) -> bool:
         """True if `momentum_per: step` asks for another momentum than that of the step before."""
-        return self._momentum_is_per_step and self._updates_of(step) != self._updates_per_step
+        return (
+            self._momentum_is_per_step
+            and self._updates_of(step) != self._updates_per_step
+        )
 
     def _spread_momentum(self, step: Step) -> None:
         self._updates_per_step = self._updates_of(step)
@@ -104,7 +113,9 @@ class RunningStatistics(ABC):
     def _count_calls(self, counts_before: list[int], micro_batches: int) -> None:
         """Set the calls of each layer in a micro-batch, from its counter `micro_batches` ago and now."""
         self._calls_are_counted = True
-        for layer, before, now in zip(self._layers, counts_before, self._read_counters(), strict=True):
+        for layer, before, now in zip(
+            self._layers, counts_before, self._read_counters(), strict=True
+        ):
             if layer.counts_calls:
                 layer.calls = (now - before) // micro_batches
 
@@ -117,11 +128,16 @@ class StatisticsShare(RunningStatistics):
     updates every rank alike, and on one rank, there is nothing to share.
     """
 
-    def __init__(self, model: nn.Module, section: BatchNormConfig, ranks: Ranks) -> None:
+    def __init__(
+        self, model: nn.Module, section: BatchNormConfig, ranks: Ranks
+    ) -> None:
         super().__init__(model, section, ranks)
-        self._is_shared = ranks.count > 1 and section.mode == "micro" and bool(self._layers)
+        self._is_shared = (
+            ranks.count > 1 and section.mode == "micro" and bool(self._layers)
+        )
         self._is_gathered = True  # every rank holds the true statistics, not its share
-        self._micro_batches_to_age_for = 0  # of the ranks after this one, in the last step
+        # Of the ranks after this one, in the last step.
+        self._micro_batches_to_age_for = 0
         self._counts_before_first_step: list[int] | None = None
         self._micro_batches_in_first_step = 0  # of this rank
         self._buffers_by_decay: dict[float, list[Tensor]] = {}
@@ -181,7 +197,9 @@ class StatisticsShare(RunningStatistics):
 
     def _count_calls_of_first_step(self) -> None:
         if not self._calls_are_counted and self._counts_before_first_step is not None:
-            self._count_calls(self._counts_before_first_step, self._micro_batches_in_first_step)
+            self._count_calls(
+                self._counts_before_first_step, self._micro_batches_in_first_step
+            )
 
     def _sum_over_ranks(self, tensors: list[Tensor]) -> None:
         """Add up some tensors over all ranks, in place, in one operation."""

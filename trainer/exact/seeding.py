@@ -48,7 +48,8 @@ def numpy_generator(seed: int, purpose: str, *position: int) -> np.random.Genera
 
 def seed_cpu(value: int) -> None:
     """Seed the three generators that data pipelines draw from: torch's on the CPU, `random`, and NumPy's."""
-    torch.default_generator.manual_seed(value)  # torch.manual_seed visits every back end: 100 times the cost
+    # torch.manual_seed visits every back end: 100 times the cost.
+    torch.default_generator.manual_seed(value)
     random.seed(value)
     np.random.seed(value & 0xFFFFFFFF)
 

@@ -23,11 +23,15 @@ class StandardReduction(Reduction):
     """Equal mathematics on any number of ranks; the order of additions is DDP's."""
 
     def _wrap(self) -> RunningStatistics:
-        self._model = self._ranks.prepare(self._module, find_unused_parameters=self._find_unused_parameters)
+        self._model = self._ranks.prepare(
+            self._module, find_unused_parameters=self._find_unused_parameters
+        )
         self._ranks_averaged_over = self._ranks.count
         return StatisticsShare(self._module, self._section, self._ranks)
 
-    def micro_batch(self, step: Step, indices: IndexRange) -> AbstractContextManager[nn.Module]:
+    def micro_batch(
+        self, step: Step, indices: IndexRange
+    ) -> AbstractContextManager[nn.Module]:
         if step.has_idle_rank:
             return nullcontext(self._module)
         _, end = indices

@@ -41,7 +41,9 @@ class TreeSum(Generic[Value]):
     about log2(micro_batches) values are held at once. `add(left, right)` returns the sum and may reuse `left`.
     """
 
-    def __init__(self, micro_batches: int, add: Callable[[Value, Value], Value]) -> None:
+    def __init__(
+        self, micro_batches: int, add: Callable[[Value, Value], Value]
+    ) -> None:
         self._micro_batches = micro_batches
         self._add = add
         self.nodes: list[tuple[Node, Value]] = []

@@ -87,13 +87,16 @@ def _compare_environments(first: Path, second: Path) -> tuple[Changes, Changes]:
     """What differs in the data's fingerprints, and in everything else."""
     environment = _read_environment(first)
     other_environment = _read_environment(second)
-    for values in (environment, other_environment):  # host names, clocks and disks differ without meaning anything
+    # Host names, clocks and disks differ without meaning anything.
+    for values in (environment, other_environment):
         values.pop("ranks", None)
     data = changed_keys(environment.pop("data"), other_environment.pop("data"))
     return data, changed_keys(environment, other_environment)
 
 
-def _compare_columns(columns: Columns, other_columns: Columns) -> tuple[dict[str, Difference], dict[str, float]]:
+def _compare_columns(
+    columns: Columns, other_columns: Columns
+) -> tuple[dict[str, Difference], dict[str, float]]:
     """The first difference and the largest one, of each column that differs.
 
     Column by column, since an epoch's row and the row of its last step have the same step.
@@ -145,7 +148,9 @@ def _read_environment(run: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
-        raise LockstepError(f"{path} cannot be read ({error}); it is written when a run begins") from None
+        raise LockstepError(
+            f"{path} cannot be read ({error}); it is written when a run begins"
+        ) from None
 
 
 def _relative_difference(value: Any, other: Any) -> float:

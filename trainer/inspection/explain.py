@@ -38,7 +38,9 @@ class StepLesson(StepWatch):
         self.chain: list[Values] = []
         self.statistics: dict[str, dict[str, Values]] = {}
 
-    def micro_batch(self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
+    def micro_batch(
+        self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum
+    ) -> None:
         if not self.records:
             self.chain = chain(loss.total, self.trainer.module)
             self.note_statistics("after_first")
@@ -53,7 +55,9 @@ class StepLesson(StepWatch):
         losses = []
         for record in self.records:
             mean = record.loss_sum / record.weight if record.weight else None
-            losses.append({"loss_sum": record.loss_sum, "weight": record.weight, "mean": mean})
+            losses.append(
+                {"loss_sum": record.loss_sum, "weight": record.weight, "mean": mean}
+            )
         return losses
 
     def gradient_values(self) -> dict[str, dict[str, Values | None]]:
@@ -123,7 +127,9 @@ class Dissection:
         return {
             "config": config.run.name,
             "model": config.model.name,
-            "parameters": sum(parameter.numel() for parameter in trainer.module.parameters()),
+            "parameters": sum(
+                parameter.numel() for parameter in trainer.module.parameters()
+            ),
             "precision": config.train.precision,
             "reproducibility": config.run.reproducibility,
             "batch": self._batch(step, first),
@@ -131,7 +137,9 @@ class Dissection:
             "chain": first.chain,
             "lr": trainer.optimizer.param_groups[0]["lr"],
             "optimizer": type(trainer.optimizer).__name__,
-            "gradient_scale": 1.0 if precision.scaler is None else precision.scaler.get_scale(),
+            "gradient_scale": 1.0
+            if precision.scaler is None
+            else precision.scaler.get_scale(),
             "max_grad_norm": config.train.max_grad_norm,
             "grad_norm": first.grad_norm(),
             "gradients": first.gradient_values(),
@@ -162,7 +170,9 @@ class Dissection:
         ids = [plan.sample_ids(step, index) for index in range(len(step.micro_batches))]
         inputs = self.trainer.run.train_loader.peek(ids[0]).inputs
         is_tensor = isinstance(inputs, Tensor)
-        samples: list[Values] = [{"id": int(sample_id)} for sample_id in ids[0][:MAX_VALUES]]
+        samples: list[Values] = [
+            {"id": int(sample_id)} for sample_id in ids[0][:MAX_VALUES]
+        ]
         for sample, numbers in zip(samples, lesson.samples(), strict=False):
             sample.update(numbers)  # ids alone, if samples cannot be told apart
         return {
@@ -181,7 +191,11 @@ class Dissection:
             "name": self.trainer.config.loss.name,
             "micro_batches": lesson.losses(),
             "mean": self.trainer.meter.read().means().get("loss"),
-            "epoch": {"steps": plan.steps_per_epoch, "step_size": step.size, "last_step_size": last.size},
+            "epoch": {
+                "steps": plan.steps_per_epoch,
+                "step_size": step.size,
+                "last_step_size": last.size,
+            },
         }
 
     def _without_zero_grad(self, first: StepLesson) -> dict[str, Any] | None:
@@ -213,7 +227,8 @@ class Dissection:
         gradients = lesson.applied_gradients()
         for name, parameter in self.trainer.module.named_parameters():
             if name in gradients:
-                parameter.grad = gradients[name].clone()  # the backward adds to it in place
+                # The backward adds to it in place.
+                parameter.grad = gradients[name].clone()
             elif name in lesson.gradients:
                 parameter.grad = None
 

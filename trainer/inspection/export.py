@@ -48,10 +48,12 @@ def export(predictor: Predictor, kind: str, path: Path) -> Path:
     if kind == "onnx":
         _check_onnx_packages()
     example = _example_images(predictor)
-    classifier = copy.deepcopy(Classifier(predictor)).cpu().eval()  # a copy: the predictor stays on its device
+    # A copy: the predictor stays on its device.
+    classifier = copy.deepcopy(Classifier(predictor)).cpu().eval()
     if classifier(example) is None:
         raise ConfigError(
-            "loss.name", f"{predictor.config.loss.name} trains no classifier, so there are no probabilities to export"
+            "loss.name",
+            f"{predictor.config.loss.name} trains no classifier, so there are no probabilities to export",
         )
     classes = json.dumps(predictor.signature.classes)
     write = _write_onnx if kind == "onnx" else _write_torch
@@ -61,16 +63,22 @@ def export(predictor: Predictor, kind: str, path: Path) -> Path:
             write(classifier, example, classes, partial)
     except (OSError, LockstepError):
         raise
-    except Exception as error:  # a tracer may raise anything on a model that it cannot follow
+    except Exception as error:
+        # A tracer may raise anything on a model that it cannot follow.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LockstepError(f"{predictor.config.model.name} cannot be exported as {kind}: {reason}") from error
+        raise LockstepError(
+            f"{predictor.config.model.name} cannot be exported as {kind}: {reason}"
+        ) from error
     return path
 
 
 def _check_onnx_packages() -> None:
     absent = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
-        raise ConfigError("--export", f"onnx needs {' and '.join(absent)}: pip install {' '.join(ONNX_PACKAGES)}")
+        raise ConfigError(
+            "--export",
+            f"onnx needs {' and '.join(absent)}: pip install {' '.join(ONNX_PACKAGES)}",
+        )
 
 
 def _example_images(predictor: Predictor) -> Tensor:
@@ -78,16 +86,25 @@ def _example_images(predictor: Predictor) -> Tensor:
     shape = predictor.signature.shape
     dtype = predictor.signature.dtype
     if shape is None or dtype is None:
-        raise ConfigError("--export", "the run's inputs are no tensors, and an exported program takes one")
+        raise ConfigError(
+            "--export",
+            "the run's inputs are no tensors, and an exported program takes one",
+        )
     return torch.zeros(2, *shape, dtype=getattr(torch, dtype))
 
 
-def _write_torch(classifier: Classifier, example: Tensor, classes: str, path: Path) -> None:
-    program = torch.export.export(classifier, (example,), dynamic_shapes=_any_batch_size())
+def _write_torch(
+    classifier: Classifier, example: Tensor, classes: str, path: Path
+) -> None:
+    program = torch.export.export(
+        classifier, (example,), dynamic_shapes=_any_batch_size()
+    )
     torch.export.save(program, path, extra_files={"classes.json": classes})
 
 
-def _write_onnx(classifier: Classifier, example: Tensor, classes: str, path: Path) -> None:
+def _write_onnx(
+    classifier: Classifier, example: Tensor, classes: str, path: Path
+) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     program: Any = torch.onnx.export(
         classifier,

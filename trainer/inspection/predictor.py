@@ -39,7 +39,13 @@ class Predictor:
     run has no best model or its weights do not fit.
     """
 
-    def __init__(self, run: Path, overrides: Sequence[str] = (), *, model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        overrides: Sequence[str] = (),
+        *,
+        model: nn.Module | None = None,
+    ) -> None:
         read_config(run)  # the error for a directory that is no run
         best = checkpoint.best_directory(run)
         self.config = read_config(best, overrides)
@@ -49,14 +55,17 @@ class Predictor:
 
         module = self._build_model() if model is None else model
         self.module = module.to(self.device, precision.dtype).eval()
-        self._load_weights(run)  # after the change of dtype, which would round an fp64 run's weights
+        # After the change of dtype, which would round an fp64 run's weights.
+        self._load_weights(run)
         task = build_task(self.config.loss, self.signature.num_classes)
         self.task = task.to(self.device, precision.dtype)
         data = self.config.data
         self.normalize = Normalize(data.mean, data.std, precision.dtype).to(self.device)
         self._forward = Forward(self.task, precision, self.device, self.config.run.seed)
 
-    def classify(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor | DataError]]:
+    def classify(
+        self, paths: Sequence[Path]
+    ) -> Iterator[tuple[Path, Tensor | DataError]]:
         """Each file in order, with the probability of every class, or with an error that says why there is none.
 
         Probabilities are float32 `(classes,)` on the CPU. Raises `ConfigError` if the run trained no classifier.
@@ -95,14 +104,16 @@ class Predictor:
         probabilities = self.task.probabilities(output)
         if probabilities is None:
             raise ConfigError(
-                "loss.name", f"{self.config.loss.name} trains no classifier, so there are no classes to predict"
+                "loss.name",
+                f"{self.config.loss.name} trains no classifier, so there are no classes to predict",
             )
         return probabilities.float().cpu()
 
     def _build_model(self) -> nn.Module:
         shape = self.signature.shape or []
         return build_model(
-            replace(self.config.model, weights=None),  # the run's own weights are loaded next
+            # The run's own weights are loaded next.
+            replace(self.config.model, weights=None),
             seed=self.config.run.seed,
             num_classes=self.signature.num_classes,
             in_channels=shape[0] if len(shape) == 3 else None,
@@ -119,7 +130,9 @@ class Predictor:
                 f"{name}, built as its config says, does not fit the weights of {run} ({reason})"
             ) from None
 
-    def _load_files(self, paths: Sequence[Path]) -> DataLoader[list[MicroBatch | DataError]]:
+    def _load_files(
+        self, paths: Sequence[Path]
+    ) -> DataLoader[list[MicroBatch | DataError]]:
         """Batches of files. Each file is loaded by itself, so that one that cannot be read does not fail its batch."""
         config = self.config
         transform = build_transforms("data.val_transforms", config.data.val_transforms)
@@ -130,7 +143,8 @@ class Predictor:
             batch_size=config.batch.eval_size,
             collate_fn=list,
             num_workers=max(0, min(config.data.workers, len(paths) - 1)),
-            generator=torch.Generator(),  # without one, the loader draws from the caller's
+            # Without one, the loader draws from the caller's.
+            generator=torch.Generator(),
         )
 
     def _file_channels(self) -> int:
@@ -139,9 +153,14 @@ class Predictor:
         if channels in (1, 3):
             return channels
         content = "no images" if channels is None else f"images of {channels} channels"
-        raise ConfigError("data.name", f"{self.config.data.name} holds {content}; only grey and colour files are read")
+        raise ConfigError(
+            "data.name",
+            f"{self.config.data.name} holds {content}; only grey and colour files are read",
+        )
 
-    def _check_image(self, path: Path, item: MicroBatch | DataError) -> Tensor | DataError:
+    def _check_image(
+        self, path: Path, item: MicroBatch | DataError
+    ) -> Tensor | DataError:
         """The image, `(1, C, H, W)`, if its shape and dtype are those of the validation data; else an error."""
         if isinstance(item, DataError):
             return item
@@ -174,13 +193,18 @@ class _ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return decode(self.paths[index], self._channels), 0  # a target, which every sample must have
+        # A target, which every sample must have.
+        return decode(self.paths[index], self._channels), 0
 
 
 def _device_of_one_process(precision: str) -> torch.device:
     processes = launcher.world_size()
-    if processes > 1:  # before they join, or one could end while another still connects to it
-        raise ConfigError("WORLD_SIZE", f"{processes} processes were started, and one predicts; start it alone")
+    # Before they join, or one could end while another still connects to it.
+    if processes > 1:
+        raise ConfigError(
+            "WORLD_SIZE",
+            f"{processes} processes were started, and one predicts; start it alone",
+        )
     return Ranks(precision).device
 
 

@@ -41,12 +41,17 @@ class Replay:
     loss: float  # the step's: what a log interval of one step would show
     grad_norm: float  # before clipping
     samples: list[dict[str, Any]]  # id, file, target, micro_batch, loss
-    layers: dict[str, dict[str, float]]  # outputs' least and largest finite value, and the share that is finite
-    batch_norm: dict[str, dict[str, float]]  # least and largest mean and variance, of a channel in a micro-batch
+    # outputs' least and largest finite value, and the share that is finite.
+    layers: dict[str, dict[str, float]]
+    # Least and largest mean and variance, of a channel in a micro-batch.
+    batch_norm: dict[str, dict[str, float]]
     weights: dict[str, dict[str, float]]  # norm, gradient's norm, norm of the change
-    digests: dict[int, tuple[str, str]]  # at logged steps on the way: the run's, and this one's
-    logged: dict[str, tuple[float, float]] = field(default_factory=dict)  # the row at this step: the run's, this one's
-    images: Tensor | None = field(default=None, repr=False)  # (N, C, H, W) in [0, 1], as the model saw them
+    # At logged steps on the way: the run's, and this one's.
+    digests: dict[int, tuple[str, str]]
+    # The row at this step: the run's, this one's.
+    logged: dict[str, tuple[float, float]] = field(default_factory=dict)
+    # (N, C, H, W) in [0, 1], as the model saw them.
+    images: Tensor | None = field(default=None, repr=False)
 
 
 def replay(make_trainer: Callable[[], Trainer], directory: Path, number: int) -> Replay:
@@ -57,9 +62,14 @@ def replay(make_trainer: Callable[[], Trainer], directory: Path, number: int) ->
     """
     trainer = make_trainer()
     if trainer.ranks.count > 1:
-        raise ConfigError("RUN", "replay is for one process; start it without a launcher")
+        raise ConfigError(
+            "RUN", "replay is for one process; start it without a launcher"
+        )
     if not 1 <= number <= trainer.plan.total_steps:
-        raise ConfigError("--step", f"{number} is none of the run's steps, 1 to {trainer.plan.total_steps}")
+        raise ConfigError(
+            "--step",
+            f"{number} is none of the run's steps, 1 to {trainer.plan.total_steps}",
+        )
     logged_rows = _logged_rows(directory)
     with trainer.run.settings(), ExitStack() as stack:
         stack.callback(trainer.end_loading)
@@ -97,7 +107,9 @@ def _restore(trainer: Trainer, directory: Path, *, before: int) -> int:
     return trainer.progress.step
 
 
-def _advance(trainer: Trainer, to: int, logged_rows: Rows, digests: Digests) -> int | None:
+def _advance(
+    trainer: Trainer, to: int, logged_rows: Rows, digests: Digests
+) -> int | None:
     """Train up to the step before `to`; returns the first step on the way whose loss is not finite."""
     for step in trainer.plan.steps(trainer.progress.step):
         if step.number == to:
@@ -110,7 +122,9 @@ def _advance(trainer: Trainer, to: int, logged_rows: Rows, digests: Digests) -> 
     return None
 
 
-def _measure_as_logged(trainer: Trainer, step: Step, logged_rows: Rows, digests: Digests) -> Row:
+def _measure_as_logged(
+    trainer: Trainer, step: Step, logged_rows: Rows, digests: Digests
+) -> Row:
     """At a step that the run logged, note its digest and return its row as they are here; {} at other steps.
 
     Measuring starts the sums of the next row anew, as it did in the run.
@@ -121,7 +135,8 @@ def _measure_as_logged(trainer: Trainer, step: Step, logged_rows: Rows, digests:
     digests[step.number] = str(logged.get("digest")), trainer.digest()
     metric = trainer.config.best.metric.replace("train/", "train/epoch_")
     if metric in logged:
-        trainer.progress.history.append(logged[metric])  # what a plateau schedule goes by
+        # What a plateau schedule goes by.
+        trainer.progress.history.append(logged[metric])
     return trainer.measure(step)
 
 

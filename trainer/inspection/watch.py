@@ -64,7 +64,9 @@ class StepWatch(Observer):
     - `norm_inputs`: for the inputs of each norm layer the least and largest mean and variance of a channel.
     """
 
-    def __init__(self, trainer: Trainer, *, detailed: bool, backwards: bool = False) -> None:
+    def __init__(
+        self, trainer: Trainer, *, detailed: bool, backwards: bool = False
+    ) -> None:
         self.trainer = trainer
         self._detailed = detailed
         self._backwards = backwards
@@ -82,7 +84,12 @@ class StepWatch(Observer):
             self._attach_hooks()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self.trainer.observers.remove(self)
         for handle in self._handles:
             handle.remove()
@@ -107,7 +114,9 @@ class StepWatch(Observer):
         gradients = self.applied_gradients()
         if not gradients:
             return math.nan
-        return math.hypot(*(float(gradient.double().norm()) for gradient in gradients.values()))
+        return math.hypot(
+            *(float(gradient.double().norm()) for gradient in gradients.values())
+        )
 
     def applied_gradients(self) -> dict[str, Tensor]:
         """The gradient of each parameter that had one, as the update applied it."""
@@ -128,10 +137,14 @@ class StepWatch(Observer):
 
     # ---------------------------------------------------------------- recording
 
-    def micro_batch(self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
+    def micro_batch(
+        self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum
+    ) -> None:
         if isinstance(output, Tensor):
             output = output.detach()
-        record = MicroBatchRecord(batch, output, loss_sum=loss.total.item(), weight=float(loss.weight))
+        record = MicroBatchRecord(
+            batch, output, loss_sum=loss.total.item(), weight=float(loss.weight)
+        )
         self.records.append(record)
 
     def gradient(self, step: Step) -> None:
@@ -180,11 +193,17 @@ class StepWatch(Observer):
 
     def _output_hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def record(layer: nn.Module, inputs: Any, output: Any) -> None:
-            if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
+            if (
+                not isinstance(output, Tensor)
+                or not output.is_floating_point()
+                or not output.numel()
+            ):
                 return
             values = output.detach().double()
             is_finite = values.isfinite()
-            finite_values = values[is_finite] if is_finite.any() else values.new_zeros(1)
+            finite_values = (
+                values[is_finite] if is_finite.any() else values.new_zeros(1)
+            )
             numbers = {
                 "least": finite_values.min().item(),
                 "largest": finite_values.max().item(),
@@ -194,7 +213,9 @@ class StepWatch(Observer):
 
         return record
 
-    def _norm_input_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def _norm_input_hook(
+        self, name: str
+    ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             by_channel = inputs[0].detach().double().transpose(0, 1).flatten(1)
             mean = by_channel.mean(1)

@@ -17,11 +17,16 @@ from trainer.errors import LockstepError, OtherRankFailed, Stopped
 from trainer.process import launcher
 from trainer.process.store import ask_store
 
-REPORTER_KEY = "lockstep/failure"  # in the process group's store: the rank that reports the failure
-SECONDS_TO_REPORT = 2.0  # a launcher kills every rank once one has exited, so the others wait for the reporter
-SECONDS_TO_NOTICE = 1.0  # a lost connection is noticed before the rank that caused it has reported why
-SECONDS_TO_TRACE = 0.5  # the rank with the defect, which waits the second above, is to show its traceback
-SECONDS_FOR_GLOO = 0.2  # gloo's thread needs this long to release the tensors of the last collective
+# In the process group's store: the rank that reports the failure.
+REPORTER_KEY = "lockstep/failure"
+# A launcher kills every rank once one has exited, so the others wait for the reporter.
+SECONDS_TO_REPORT = 2.0
+# A lost connection is noticed before the rank that caused it has reported why.
+SECONDS_TO_NOTICE = 1.0
+# The rank with the defect, which waits the second above, is to show its traceback.
+SECONDS_TO_TRACE = 0.5
+# gloo's thread needs this long to release the tensors of the last collective.
+SECONDS_FOR_GLOO = 0.2
 CLOSED_PIPE_STATUS = 128 + signal.SIGPIPE
 
 
@@ -101,6 +106,8 @@ def _is_first_to_report(error: BaseException) -> bool:
     elif not isinstance(error, LockstepError):
         time.sleep(SECONDS_TO_NOTICE)
     with suppress(ConnectionError):
-        reporter: bytes = ask_store(lambda store: store.compare_set(REPORTER_KEY, "", str(rank)))
+        reporter: bytes = ask_store(
+            lambda store: store.compare_set(REPORTER_KEY, "", str(rank))
+        )
         return reporter == str(rank).encode()
     return False  # the store ended with rank 0, which reported before it ended

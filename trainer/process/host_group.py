@@ -23,7 +23,8 @@ from torch import Tensor, distributed
 from trainer.errors import LockstepError, OtherRankFailed
 from trainer.process.store import ask_store, value_of
 
-HEARTBEAT_SECONDS = 5.0  # between the heartbeats of a rank that the others wait for, at most
+# Between the heartbeats of a rank that the others wait for, at most.
+HEARTBEAT_SECONDS = 5.0
 SECONDS_TO_SHOW = 1.0  # a wait of this length is made known to the other ranks
 STORE_PREFIX = "lockstep/waiting"
 STORE_REPORT = "lockstep/timeout"  # the message of the first rank whose wait timed out
@@ -33,7 +34,11 @@ DONE, FAILED, BUSY = 0, 1, 2
 STILL_WORKING = -1  # in place of the size of what the main process sends
 
 TIMEOUT_MESSAGES = ("Timed out waiting", "timed out", "Timeout")
-LOST_CONNECTION_MESSAGES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+LOST_CONNECTION_MESSAGES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+)
 
 _group_numbers = count_from()  # Each process makes its groups in the same order.
 
@@ -53,7 +58,9 @@ class HostGroup:
         self._group: Any = None
         self.machines = [socket.gethostname()] * count
         if count > 1:
-            self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            self._group = distributed.new_group(
+                backend="gloo", timeout=timedelta(seconds=timeout)
+            )
             self.machines = self.gather(socket.gethostname())
 
     # ---------------------------------------------------------------- collective operations
@@ -70,14 +77,19 @@ class HostGroup:
         padded[: len(data)] = data
         parts = [torch.empty_like(padded) for _ in range(self.count)]
         self._run(partial(distributed.all_gather, parts, padded))
-        return [_from_bytes(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+        return [
+            _from_bytes(part[: int(size)])
+            for part, size in zip(parts, sizes, strict=True)
+        ]
 
     def from_main(self, action: Callable[[], Any]) -> Any:
         """What `action` returns on rank 0, on every rank. The others wait for as long as it takes."""
         if self.count == 1:
             return action()
         if self.rank == 0:
-            with self._heartbeat(partial(self._broadcast, torch.tensor([STILL_WORKING]))):
+            with self._heartbeat(
+                partial(self._broadcast, torch.tensor([STILL_WORKING]))
+            ):
                 value = action()
             data = _to_bytes(value)
             self._broadcast(torch.tensor([len(data)]))
@@ -95,7 +107,9 @@ class HostGroup:
         if self.count == 1:
             return lambda: flag
         vote = torch.tensor(int(flag))
-        work = distributed.all_reduce(vote, distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        work = distributed.all_reduce(
+            vote, distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
 
         def answer() -> bool:
             self._wait(work)
@@ -139,7 +153,9 @@ class HostGroup:
             outcome = self._largest(DONE if failure is None else FAILED)
         if outcome == DONE:
             return
-        failures = self.gather(None if failure is None else _to_send(failure, self.rank, self.machines))
+        failures = self.gather(
+            None if failure is None else _to_send(failure, self.rank, self.machines)
+        )
         if failure is not None:
             raise failure
         raise next(error for error in failures if error is not None)
@@ -204,7 +220,11 @@ class HostGroup:
         """Let the other ranks know whether this one waits: whoever gives up names those that do not."""
         self._is_shown_as_waiting = is_waiting
         with suppress(ConnectionError):
-            ask_store(lambda store: store.set(f"{self._prefix}/{self.rank}", str(int(is_waiting))))
+            ask_store(
+                lambda store: store.set(
+                    f"{self._prefix}/{self.rank}", str(int(is_waiting))
+                )
+            )
 
     def explain(self, error: RuntimeError) -> LockstepError | None:
         """The error in terms of ranks, if a collective operation timed out, here or on another rank; else None."""
@@ -224,18 +244,30 @@ class HostGroup:
                 ask_store(lambda store: store.set(STORE_REPORT, report))
         except ConnectionError:
             # The store has ended with rank 0, or hangs with it: who waits is not known.
-            report = f"the ranks waited {self.timeout:g} s for one another, and no longer" if is_timeout else None
+            report = (
+                f"the ranks waited {self.timeout:g} s for one another, and no longer"
+                if is_timeout
+                else None
+            )
         # Without a report, a rank has ended: it says why.
         return None if report is None else LockstepError(report)
 
     def _find_report(self) -> str | None:
         """What another rank that gave up has written; it writes before it ends, yet others may notice its end first."""
         time.sleep(SECONDS_TO_SHOW / 2)
-        report: bytes | None = ask_store(lambda store: store.get(STORE_REPORT) if store.check([STORE_REPORT]) else None)
+        report: bytes | None = ask_store(
+            lambda store: (
+                store.get(STORE_REPORT) if store.check([STORE_REPORT]) else None
+            )
+        )
         return None if report is None else report.decode()
 
     def _describe_absent(self) -> str:
-        absent = [rank for rank in range(self.count) if rank != self.rank and not self._is_waiting(rank)]
+        absent = [
+            rank
+            for rank in range(self.count)
+            if rank != self.rank and not self._is_waiting(rank)
+        ]
         names = ", ".join(f"rank {rank} on {self.machines[rank]}" for rank in absent)
         return (
             f"the ranks waited {self.timeout:g} s for {names or 'one another'}, and no longer; where that rank works "

@@ -31,10 +31,17 @@ def choose_gloo_interface() -> None:
     is_on_several_machines = launcher.world_size() > launcher.local_world_size()
     if is_on_several_machines and ip_address(address).is_loopback:
         # This is rank 0's machine, and its own name leads to itself: 127.0.1.1 in /etc/hosts, for example.
-        interfaces = {other: name for other, name in interfaces.items() if not ip_address(other).is_loopback}
+        interfaces = {
+            other: name
+            for other, name in interfaces.items()
+            if not ip_address(other).is_loopback
+        }
         names = sorted(set(interfaces.values()))
         if len(names) != 1:
-            listing = ", ".join(f"{name} ({other})" for other, name in interfaces.items()) or "none"
+            listing = (
+                ", ".join(f"{name} ({other})" for other, name in interfaces.items())
+                or "none"
+            )
             raise ConfigError(
                 "MASTER_ADDR",
                 f"{master} is a loopback address on {socket.gethostname()}, which other machines cannot reach; set "
@@ -48,7 +55,9 @@ def choose_gloo_interface() -> None:
 def _own_address_towards(host: str) -> str | None:
     """This machine's address on the way to `host`; None if there is no way. No packet is sent."""
     with suppress(OSError):
-        family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, target = socket.getaddrinfo(
+            host, 9, type=socket.SOCK_DGRAM
+        )[0]
         with socket.socket(family, kind) as probe:
             probe.connect(target)
             address: str = probe.getsockname()[0]

@@ -19,16 +19,32 @@ class LauncherSetting:
 
 
 SETTINGS = (
-    LauncherSetting("ACCELERATE_MIXED_PRECISION", ("no", "fp32"), "set train.precision instead"),
-    LauncherSetting("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1",), "set batch.size and batch.micro_size instead"),
-    LauncherSetting("ACCELERATE_DYNAMO_BACKEND", ("no",), "set train.compile=true instead"),
     LauncherSetting(
-        "ACCELERATE_USE_DEEPSPEED", ("false",), "DeepSpeed scales and steps by itself; start plain processes"
+        "ACCELERATE_MIXED_PRECISION", ("no", "fp32"), "set train.precision instead"
     ),
     LauncherSetting(
-        "ACCELERATE_USE_MEGATRON_LM", ("false",), "Megatron-LM scales and steps by itself; start plain processes"
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+        ("1",),
+        "set batch.size and batch.micro_size instead",
     ),
-    LauncherSetting("ACCELERATE_USE_FSDP", ("false",), "FSDP is not supported; start plain processes"),
+    LauncherSetting(
+        "ACCELERATE_DYNAMO_BACKEND", ("no",), "set train.compile=true instead"
+    ),
+    LauncherSetting(
+        "ACCELERATE_USE_DEEPSPEED",
+        ("false",),
+        "DeepSpeed scales and steps by itself; start plain processes",
+    ),
+    LauncherSetting(
+        "ACCELERATE_USE_MEGATRON_LM",
+        ("false",),
+        "Megatron-LM scales and steps by itself; start plain processes",
+    ),
+    LauncherSetting(
+        "ACCELERATE_USE_FSDP",
+        ("false",),
+        "FSDP is not supported; start plain processes",
+    ),
 )
 
 
@@ -50,4 +66,7 @@ def check_world_size(joined: int) -> None:
     """Raise `ConfigError` unless every process that was launched has joined the run."""
     launched = launcher.world_size()
     if launched != joined:
-        raise ConfigError("WORLD_SIZE", f"{launched} processes were launched, and {joined} joined; use launch/*.yaml")
+        raise ConfigError(
+            "WORLD_SIZE",
+            f"{launched} processes were launched, and {joined} joined; use launch/*.yaml",
+        )

@@ -53,8 +53,13 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         }
     instructions = None
     if device.type == "cpu":
-        instructions = torch.backends.cpu.get_cpu_capability()  # AVX2 and AVX512 kernels round differently
-    return {"device": device.type, "instructions": instructions, "machine": platform.machine()}
+        # AVX2 and AVX512 kernels round differently.
+        instructions = torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": device.type,
+        "instructions": instructions,
+        "machine": platform.machine(),
+    }
 
 
 def _device_memory(device: torch.device) -> str | None:
@@ -69,7 +74,9 @@ def _nvidia_driver() -> str | None:
         first_line = NVIDIA_DRIVER.read_text().splitlines()[0]
     except (OSError, IndexError):
         return None
-    versions = [word for word in first_line.split() if word[0].isdigit() and "." in word]
+    versions = [
+        word for word in first_line.split() if word[0].isdigit() and "." in word
+    ]
     return versions[0] if versions else None
 
 

@@ -12,7 +12,12 @@ MMAP_THRESHOLD = -3
 MOST_BYTES_KEPT = 2**31 - 1
 LARGEST_BLOCK_KEPT = 2**30  # bytes
 # Whoever sets one of these has chosen another malloc, or other settings of it.
-USER_SETTINGS = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+USER_SETTINGS = (
+    "GLIBC_TUNABLES",
+    "LD_PRELOAD",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+)
 
 
 def keep_freed_memory(device_type: str) -> None:

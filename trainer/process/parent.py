@@ -26,9 +26,15 @@ if TYPE_CHECKING:
 
 SWEEP_ID, RUN_ID = "WANDB_SWEEP_ID", "WANDB_RUN_ID"  # variables that W&B's agent sets
 # Variables of which at least one is set in a process that a launcher, an agent or a local sweep started.
-LAUNCHER_VARIABLES = (SWEEP_ID, "LOCKSTEP_SWEEP", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+LAUNCHER_VARIABLES = (
+    SWEEP_ID,
+    "LOCKSTEP_SWEEP",
+    "TORCHELASTIC_RUN_ID",
+    "ACCELERATE_MIXED_PRECISION",
+)
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-WANDB_TIMEOUT = 10.0  # seconds to connect, and again to send, when a failure is recorded
+# Seconds to connect, and again to send, when a failure is recorded.
+WANDB_TIMEOUT = 10.0
 
 
 def end_with_launcher() -> None:
@@ -123,12 +129,19 @@ def record_failure(error: BaseException) -> None:
     if SWEEP_ID not in os.environ or launcher.rank() != 0 or isinstance(error, Stopped):
         return
     if "wandb" in sys.modules:
-        return  # the client is imported only to begin a run, which then records its own failure
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends every process once another rank has failed
+        # The client is imported only to begin a run, which then records its own failure.
+        return
+    # A launcher ends every process once another rank has failed.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with suppress(Exception):
         import wandb
 
-        settings = wandb.Settings(silent=True, console="off", init_timeout=WANDB_TIMEOUT, finish_timeout=WANDB_TIMEOUT)
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=WANDB_TIMEOUT,
+            finish_timeout=WANDB_TIMEOUT,
+        )
         run = wandb.init(settings=settings)
         run.summary["failure"] = failure_reason(error)
         run.finish(exit_code=1)

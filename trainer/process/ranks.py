@@ -12,7 +12,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, patch_environment
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    patch_environment,
+)
 from torch import Tensor, distributed, nn
 
 from trainer.errors import ConfigError, LockstepError, OtherRankFailed
@@ -24,7 +28,8 @@ from trainer.process.restart import join_after_restart
 
 DEFAULT_TIMEOUT = 1800.0  # seconds; that of run.timeout
 DEVICE_MARGIN = 60.0  # seconds
-LAST_TURN = 2  # of `main_first`, after rank 0's and that of each other machine's first rank
+# Of `main_first`, after rank 0's and that of each other machine's first rank.
+LAST_TURN = 2
 MAX_NAMED_RANKS = 8
 
 T = TypeVar("T")
@@ -48,9 +53,13 @@ class Ranks:
         device_timeout = timeout + (DEVICE_MARGIN if is_on_device else 0)
         join_after_restart(timedelta(seconds=device_timeout))
         self.accelerator = Accelerator(
-            mixed_precision="no",  # `Precision` does it, with one code path for every device
-            cpu=None if is_on_device else True,  # without True, torchrun's processes do not join
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=device_timeout))],
+            # `Precision` does it, with one code path for every device.
+            mixed_precision="no",
+            # Without True, torchrun's processes do not join.
+            cpu=None if is_on_device else True,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=device_timeout))
+            ],
         )
         self.rank: int = self.accelerator.process_index
         self.count: int = self.accelerator.num_processes
@@ -68,7 +77,9 @@ class Ranks:
 
     # ---------------------------------------------------------------- models
 
-    def prepare(self, model: nn.Module, *, find_unused_parameters: bool = False) -> nn.Module:
+    def prepare(
+        self, model: nn.Module, *, find_unused_parameters: bool = False
+    ) -> nn.Module:
         """The model on its device, wrapped in DDP if there are several processes; releases one prepared before."""
         self.accelerator.free_memory()
         self.accelerator.ddp_handler = DistributedDataParallelKwargs(
@@ -76,8 +87,11 @@ class Ranks:
             gradient_as_bucket_view=True,
             find_unused_parameters=find_unused_parameters,
         )
-        with warnings.catch_warnings():  # newer torch renames the option, older torch has the old name only
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        # Newer torch renames the option, older torch has the old name only.
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="`broadcast_buffers` is deprecated"
+            )
             # DDP keeps to the device that the model is on. Accelerate would name LOCAL_RANK's, which does not exist
             # where a launcher shows each process one GPU (`srun --gpus-per-task=1`).
             with patch_environment(accelerate_bypass_device_map="true"):
@@ -97,7 +111,8 @@ class Ranks:
 
         Bytes are sent, since gloo does not know every dtype; elements in row-major order, since strides may differ.
         """
-        elements = tensor.detach().contiguous().reshape(-1)  # the tensor's own memory unless it has other strides
+        # The tensor's own memory unless it has other strides.
+        elements = tensor.detach().contiguous().reshape(-1)
         if not elements.numel():
             return
         distributed.broadcast(elements.view(torch.uint8), src=0)
@@ -108,7 +123,11 @@ class Ranks:
         """Rank 0's `tensors`, by name, on every rank, on the CPU. The device holds one of them at a time."""
         if self.count == 1:
             return dict(tensors)
-        layout = self.on_main(lambda: [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()])
+        layout = self.on_main(
+            lambda: [
+                (name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()
+            ]
+        )
         results: dict[str, Tensor] = {}
         for name, shape, dtype in layout:
             if self.is_main:
@@ -142,7 +161,9 @@ class Ranks:
             destination = (self.rank + distance) % self.count
             source = (self.rank - distance) % self.count
             exchanges.append(distributed.P2POp(distributed.isend, shard, destination))
-            exchanges.append(distributed.P2POp(distributed.irecv, whole[source], source))
+            exchanges.append(
+                distributed.P2POp(distributed.irecv, whole[source], source)
+            )
         for work in distributed.batch_isend_irecv(exchanges):
             work.wait()
 
@@ -200,12 +221,16 @@ class Ranks:
         failed = [rank for rank, other in enumerate(failures) if other is not None]
         if failed:
             first: LockstepError = failures[failed[0]]
-            raise first if len(failed) == self.count else self._with_place(first, failed)
+            raise (
+                first if len(failed) == self.count else self._with_place(first, failed)
+            )
         return cast(T, result)
 
     def _with_place(self, error: LockstepError, failed: list[int]) -> LockstepError:
         """An error that names the ranks it happened on, and the first one's machine."""
-        names = ", ".join(map(str, failed[:MAX_NAMED_RANKS])) + (", …" if len(failed) > MAX_NAMED_RANKS else "")
+        names = ", ".join(map(str, failed[:MAX_NAMED_RANKS])) + (
+            ", …" if len(failed) > MAX_NAMED_RANKS else ""
+        )
         place = f"(on rank {names} of {self.count}, machine {self.machines[failed[0]]}; the other ranks do not fail)"
         if isinstance(error, ConfigError):
             return ConfigError(error.key, f"{error.message} {place}")
@@ -258,7 +283,9 @@ class Agreement:
         return self._answer()
 
 
-def _run_on_main(action: Callable[[], Any], crashes: list[Exception]) -> tuple[Any, LockstepError | None]:
+def _run_on_main(
+    action: Callable[[], Any], crashes: list[Exception]
+) -> tuple[Any, LockstepError | None]:
     """The result of `action`, and what all ranks are to raise. A defect of the program goes to `crashes`."""
     try:
         return action(), None

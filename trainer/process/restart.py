@@ -13,7 +13,8 @@ from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-ATTEMPT = "TORCHELASTIC_RESTART_COUNT"  # set by torchrun: 0, then 1 after the first restart
+# Set by torchrun: 0, then 1 after the first restart.
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 
 
 def join_after_restart(timeout: timedelta) -> None:
@@ -33,8 +34,16 @@ def join_after_restart(timeout: timedelta) -> None:
 
 def _backend() -> str:
     """The one that Accelerate takes."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    device = (
+        torch.accelerator.current_accelerator()
+        if torch.accelerator.is_available()
+        else None
+    )
+    if device is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
+        "1",
+        "true",
+        "yes",
+    ):
         return "gloo"
     backend: str = distributed.get_default_backend_for_device(device)
     return backend

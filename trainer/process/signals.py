@@ -31,14 +31,16 @@ class StopRequest:
         self.signal_number = 0
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
+        # Python allows handlers in no other thread.
+        if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._answer is not None:
-            self._answer.result()  # every rank has asked: none may leave while another waits for an answer
+            # Every rank has asked: none may leave while another waits for an answer.
+            self._answer.result()
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 

@@ -18,7 +18,8 @@ def ask_store(question: Callable[[Any], Any]) -> Any:
     answers: list[Any] = []
 
     def ask() -> None:
-        from torch import distributed  # imported here: an error may be reported before torch is needed
+        # Imported here: an error may be reported before torch is needed.
+        from torch import distributed
 
         with suppress(Exception):
             answers.append(question(distributed.distributed_c10d._get_default_store()))

@@ -46,7 +46,8 @@ class Console:
         self._latest_row: Row = {}
         self._epochs = EpochTable()
         if active and isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a "★" must not end a run where stdout is ASCII
+            # A "★" must not end a run where stdout is ASCII.
+            sys.stdout.reconfigure(errors="replace")
 
     def header(self, facts: Facts) -> None:
         """Print what is about to run, as aligned `key  value` lines."""
@@ -64,7 +65,12 @@ class Console:
         self._progress = RunProgress(total_steps, steps_per_epoch, first_step)
         if self._on_terminal:
             # Without auto_refresh rich starts no thread, which would compete with the loop for the interpreter.
-            self._live = Live(console=self._rich, get_renderable=self._bar, auto_refresh=False, transient=True)
+            self._live = Live(
+                console=self._rich,
+                get_renderable=self._bar,
+                auto_refresh=False,
+                transient=True,
+            )
             self._live.start(refresh=True)
         self._next_drawing = 0.0
 
@@ -77,19 +83,27 @@ class Console:
         """Take the latest logged numbers; the next drawing of the bar shows them."""
         self._latest_row = row
 
-    def epoch(self, epoch: int, epochs: int, row: Row, seconds: float, best: bool) -> None:
+    def epoch(
+        self, epoch: int, epochs: int, row: Row, seconds: float, best: bool
+    ) -> None:
         """Print the line of epoch `epoch` of `epochs`, counted from 1; `best` marks it as the best so far."""
         if not self._active:
             return
         width = self._rich.width if self._on_terminal else sys.maxsize
-        self._print(*self._epochs.lines(epoch, epochs, row, seconds=seconds, best=best, width=width))
-        if self._progress is not None:  # the epoch's line is news enough: no progress line right after it
+        self._print(
+            *self._epochs.lines(
+                epoch, epochs, row, seconds=seconds, best=best, width=width
+            )
+        )
+        # The epoch's line is news enough: no progress line right after it.
+        if self._progress is not None:
             self._next_drawing = monotonic() + self._interval
 
     def note(self, text: str) -> None:
         """Print `text` unchanged, above the bar."""
         if self._on_terminal:
-            self._rich.print(Text(text))  # wraps: a sentence may take two lines of a terminal
+            # Wraps: a sentence may take two lines of a terminal.
+            self._rich.print(Text(text))
         else:
             self._print(Text(text))
 
@@ -98,7 +112,9 @@ class Console:
         self.close()
         if self._on_terminal:
             self._rich.print()
-            self._rich.print(Panel.fit(_grid(facts), box=box.ROUNDED, border_style=MUTED))
+            self._rich.print(
+                Panel.fit(_grid(facts), box=box.ROUNDED, border_style=MUTED)
+            )
         else:
             self._print(Text(), *_align(facts))
 
@@ -121,14 +137,19 @@ class Console:
                 print(line.plain.rstrip(), flush=True)
 
     def _bar(self) -> Text:
-        return self._progress.bar(self._rich.width) if self._progress is not None else Text()
+        return (
+            self._progress.bar(self._rich.width)
+            if self._progress is not None
+            else Text()
+        )
 
     def _show_progress(self, step_number: int) -> None:
         assert self._progress is not None
         is_first = self._progress.update(step_number, self._latest_row)
         if self._live is not None:
             self._live.refresh()
-        elif not is_first:  # a line after the very first step could not say how long the run will take
+        elif not is_first:
+            # A line after the very first step could not say how long the run will take.
             self._print(self._progress.line())
         self._next_drawing = monotonic() + self._interval
 

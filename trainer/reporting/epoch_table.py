@@ -65,15 +65,27 @@ class EpochTable:
     """Remembers the metrics logged so far, so that the columns of all lines are aligned."""
 
     def __init__(self) -> None:
-        self._phases: dict[str, set[str]] = {"loss": set()}  # by metric; the loss always comes first
+        # By metric; the loss always comes first.
+        self._phases: dict[str, set[str]] = {"loss": set()}
         self._headings: list[Text] = []
         self._lines_below = 0  # epoch lines since the last heading
 
-    def lines(self, epoch: int, epochs: int, row: Row, *, seconds: float, best: bool, width: int) -> list[Text]:
+    def lines(
+        self,
+        epoch: int,
+        epochs: int,
+        row: Row,
+        *,
+        seconds: float,
+        best: bool,
+        width: int,
+    ) -> list[Text]:
         """The line of an epoch with the metrics that fit in `width` characters, below a heading where one is due."""
         self._add_metrics(row)
         label_width = max(len("epoch"), len(f"{epochs}/{epochs}"))
-        groups = self._fitting_groups(width - label_width - 2 * COLUMN_WIDTH - len(STAR))
+        groups = self._fitting_groups(
+            width - label_width - 2 * COLUMN_WIDTH - len(STAR)
+        )
         line = Text(f"{epoch}/{epochs}".rjust(label_width))
         for group in groups:
             line.append_text(group.values(row, best))

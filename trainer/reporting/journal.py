@@ -18,7 +18,12 @@ from trainer.reporting.jsonl import MetricsFile, read_rows
 from trainer.reporting.wandb.run import WandbRun, start_wandb
 from trainer.storage.checkpoint import Progress
 from trainer.storage.files import write_json
-from trainer.storage.run_directory import RunDirectory, run_path, sees_token, write_config
+from trainer.storage.run_directory import (
+    RunDirectory,
+    run_path,
+    sees_token,
+    write_config,
+)
 
 Facts = Sequence[tuple[str, str]]
 Row = Mapping[str, float]
@@ -53,7 +58,9 @@ class Journal:
         self._run_directory = RunDirectory(self._config.run)
         return self._run_directory.resume_from
 
-    def with_sharing(self, facts_of_ranks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def with_sharing(
+        self, facts_of_ranks: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
         """The facts of each rank with whether it sees the run's directory. A collective.
 
         Only the main process uses the directory, so a run needs no shared disk for it.
@@ -69,11 +76,21 @@ class Journal:
         assert self._run_directory is not None
         return self._run_directory.token
 
-    def begin(self, header: Facts, progress: Progress, environment: Callable[[], dict[str, Any]]) -> None:
+    def begin(
+        self,
+        header: Facts,
+        progress: Progress,
+        environment: Callable[[], dict[str, Any]],
+    ) -> None:
         """Open the files, start W&B and show the header. Only the main process calls `environment`."""
         self._ranks.on_main(partial(self._begin, header, progress, environment))
 
-    def _begin(self, header: Facts, progress: Progress, environment: Callable[[], dict[str, Any]]) -> None:
+    def _begin(
+        self,
+        header: Facts,
+        progress: Progress,
+        environment: Callable[[], dict[str, Any]],
+    ) -> None:
         assert self._run_directory is not None
         write_config(self.directory, self._config)
         write_json(self.directory / "environment.json", environment())
@@ -81,7 +98,9 @@ class Journal:
         tracking = "W&B disabled" if self.wandb is None else self.wandb.describe()
         self.console.header([*header, ("tracking", tracking)])
         if self._run_directory.moved_to is not None:
-            self.console.note(f"{self.directory} held an earlier run, which is now {self._run_directory.moved_to}")
+            self.console.note(
+                f"{self.directory} held an earlier run, which is now {self._run_directory.moved_to}"
+            )
         if progress.step:
             self.console.note(f"resumed after step {progress.step}")
 
@@ -111,15 +130,21 @@ class Journal:
         self.console.begin(plan.total_steps, plan.steps_per_epoch, first_step)
         self._epoch_start = monotonic()
 
-    def finish(self, summary: Mapping[str, Any], facts: Facts, figures: Mapping[str, Path]) -> None:
+    def finish(
+        self, summary: Mapping[str, Any], facts: Facts, figures: Mapping[str, Path]
+    ) -> None:
         """Write `summary.json`, show the results, and send `figures` to W&B when the journal closes."""
-        self._ranks.on_main(partial(write_json, self.directory / "summary.json", dict(summary)))
+        self._ranks.on_main(
+            partial(write_json, self.directory / "summary.json", dict(summary))
+        )
         # W&B gets the figures last of all, when the journal closes: it may take seconds, and it may fail.
         self._final_step = summary["steps"]
         self._final_figures = dict(figures)
         self.console.summary(facts)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
         self.console.close()
         if self._metrics is not None:
             self._metrics.close()
@@ -138,7 +163,13 @@ class Journal:
             return
         status = error.exit_status if isinstance(error, LockstepError) else 1
         alert = not isinstance(error, Stopped)  # a stop by signal is intended
-        run.finish(status=status, failure=failure_reason(error), alert=alert, step=step, figures=figures)
+        run.finish(
+            status=status,
+            failure=failure_reason(error),
+            alert=alert,
+            step=step,
+            figures=figures,
+        )
 
     # ---------------------------------------------------------------- while the run goes on
 
@@ -169,8 +200,12 @@ class Journal:
         seconds = now - self._epoch_start
         self._epoch_start = now
         # The console shows `train/epoch_loss`, the mean of the epoch, in its column `train/loss`.
-        columns = {name.replace("train/epoch_", "train/"): value for name, value in row.items()}
-        self.console.epoch(int(row["epoch"]), self._config.train.epochs, columns, seconds, is_best)
+        columns = {
+            name.replace("train/epoch_", "train/"): value for name, value in row.items()
+        }
+        self.console.epoch(
+            int(row["epoch"]), self._config.train.epochs, columns, seconds, is_best
+        )
 
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._metrics is not None:

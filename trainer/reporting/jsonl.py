@@ -27,7 +27,8 @@ class MetricsFile:
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a row, its keys in their order. Floats read back exactly, NaN and infinities included."""
         self._file.write(json.dumps(dict(row)) + "\n")
-        self._file.flush()  # to the operating system, so that a killed process loses no row
+        # To the operating system, so that a killed process loses no row.
+        self._file.flush()
         self.rows += 1
 
     def close(self) -> None:
@@ -44,9 +45,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            raise LockstepError(f"{path}, line {number} is not a row of metrics; remove that line") from None
+            raise LockstepError(
+                f"{path}, line {number} is not a row of metrics; remove that line"
+            ) from None
     return rows
 
 
 def _complete_lines(path: Path) -> list[str]:
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        line
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
+    ]

@@ -32,7 +32,8 @@ class RunProgress:
         self._step = first_step
         self._row: Row = {}
         self._session_start = monotonic()
-        self._pace_start: tuple[float, int] | None = None  # a time, and the steps done by then
+        # A time, and the steps done by then.
+        self._pace_start: tuple[float, int] | None = None
 
     def update(self, step_number: int, row: Row) -> bool:
         """`step_number` steps are done and `row` has the latest numbers; True for the first update of all."""
@@ -45,7 +46,9 @@ class RunProgress:
         return is_first
 
     def line(self) -> Text:
-        return Text(f"{self._position()}{GAP}{self._times()}{GAP}").append_text(self._numbers())
+        return Text(f"{self._position()}{GAP}{self._times()}{GAP}").append_text(
+            self._numbers()
+        )
 
     def bar(self, terminal_width: int) -> Text:
         """A blank line, the bar's line and the line of numbers.

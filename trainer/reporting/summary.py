@@ -20,7 +20,9 @@ from trainer.storage.sha256 import tensors_sha256
 MAX_LISTED_RANKS = 8
 
 
-def header(run: Run, schedule: Schedule, fuse: int, fuse_note: str, directory: Path) -> list[tuple[str, str]]:
+def header(
+    run: Run, schedule: Schedule, fuse: int, fuse_note: str, directory: Path
+) -> list[tuple[str, str]]:
     """What a person wants to see before a run begins."""
     config = run.config
     plan = run.plan

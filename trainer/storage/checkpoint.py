@@ -27,7 +27,8 @@ from trainer.storage.sha256 import file_sha256
 from trainer.storage.stateful import load_state, save_state, write_tensors
 
 Tensors = dict[str, Tensor]
-MetricSums = dict[str, tuple[list[float], list[float]]]  # by metric: totals and weights, as `Totals.sums` has them
+# By metric: totals and weights, as `Totals.sums` has them.
+MetricSums = dict[str, tuple[list[float], list[float]]]
 
 # The files of a checkpoint.
 MODEL_FILE = "model.safetensors"
@@ -50,7 +51,8 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     best_epoch: int = 0
-    history: list[float] = field(default_factory=list)  # the watched metric at each evaluation
+    # The watched metric at each evaluation.
+    history: list[float] = field(default_factory=list)
     interval: MetricSums = field(default_factory=dict)  # since the last logged row
     epoch: MetricSums = field(default_factory=dict)  # since the epoch began
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -144,7 +146,11 @@ def restore_model(module: nn.Module, tensors: Tensors) -> None:
 
 
 def save_best(
-    run: Path, model: Tensors, config_yaml: str, metrics: Mapping[str, float], signature: Mapping[str, Any]
+    run: Path,
+    model: Tensors,
+    config_yaml: str,
+    metrics: Mapping[str, float],
+    signature: Mapping[str, Any],
 ) -> None:
     """Replace `best/`. The one before becomes `.best.previous`, which `restore_best` needs after an interruption."""
     best, previous, following = run / "best", run / ".best.previous", run / ".best.next"
@@ -152,7 +158,9 @@ def save_best(
         write_tensors(partial / MODEL_FILE, model)
         (partial / "config.yaml").write_text(config_yaml)
         (partial / METRICS_FILE).write_text(json.dumps(dict(metrics), indent=2) + "\n")
-        (partial / "signature.json").write_text(json.dumps(dict(signature), indent=2) + "\n")
+        (partial / "signature.json").write_text(
+            json.dumps(dict(signature), indent=2) + "\n"
+        )
     if best.exists():
         shutil.rmtree(previous, ignore_errors=True)
         best.rename(previous)
@@ -175,7 +183,9 @@ def best_directory(run: Path) -> Path:
     for path in (run / "best", run / ".best.previous"):
         if path.is_dir():
             return path
-    raise LockstepError(f"{run} has no best model yet: it is kept at a run's first evaluation")
+    raise LockstepError(
+        f"{run} has no best model yet: it is kept at a run's first evaluation"
+    )
 
 
 def load_best(run: Path) -> tuple[Tensors, dict[str, float]]:
@@ -189,12 +199,16 @@ def load_best(run: Path) -> tuple[Tensors, dict[str, float]]:
     return tensors, metrics
 
 
-def _save_stateful(directory: Path, stateful: Mapping[str, Mapping[Any, Any]]) -> list[str]:
+def _save_stateful(
+    directory: Path, stateful: Mapping[str, Mapping[Any, Any]]
+) -> list[str]:
     """Write each object's state to files of its own; returns the names."""
     names = sorted(stateful)
     names_without_case = {name.lower() for name in names}
     if len(names_without_case) < len(names):  # one file on a disk that ignores case
-        raise LockstepError(f"the names of stateful objects differ in case only: {', '.join(names)}; rename one")
+        raise LockstepError(
+            f"the names of stateful objects differ in case only: {', '.join(names)}; rename one"
+        )
     for name in names:
         save_state(directory, name, stateful[name])
     return names

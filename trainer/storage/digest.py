@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 22  # elements mixed at a time: bounds the temporary memory
-INTEGER_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+# By the bytes of an element.
+INTEGER_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # 0x9E3779B97F4A7C15 and 0xBF58476D1CE4E5B9, SplitMix64's constants, as signed numbers: torch has no uint64 arithmetic.
 GOLDEN = -7046029254386353131

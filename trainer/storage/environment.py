@@ -20,7 +20,9 @@ GIT_TIMEOUT = 5  # seconds
 GIT_COMMAND = ("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
-def environment(ranks: Ranks, data: Datasets, facts_of_ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def environment(
+    ranks: Ranks, data: Datasets, facts_of_ranks: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Plain values: whatever may change a run's bits, and the fingerprints of its data.
 
     Rank 0's are at the top; `ranks` has those of every rank, in rank order.
@@ -48,7 +50,12 @@ def _git_commit() -> str | None:
     variables = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
         process = subprocess.run(
-            GIT_COMMAND, capture_output=True, text=True, timeout=GIT_TIMEOUT, check=True, env=variables
+            GIT_COMMAND,
+            capture_output=True,
+            text=True,
+            timeout=GIT_TIMEOUT,
+            check=True,
+            env=variables,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -45,7 +45,8 @@ def new_file(path: Path) -> Iterator[Path]:
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to fill. It replaces `path` when the body ends; if the body fails, nothing of it stays."""
     partial = _partial_path(path)
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed while it wrote
+    # Of a process that was killed while it wrote.
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial

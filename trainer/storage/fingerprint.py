@@ -92,7 +92,9 @@ def _file_size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:  # a dangling link, for example
-        raise DataError(f"{path} cannot be read ({error.strerror}); remove or replace the file") from None
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); remove or replace the file"
+        ) from None
 
 
 def _attribute_bytes(value: Any) -> bytes:

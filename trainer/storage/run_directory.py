@@ -66,7 +66,10 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError("run.dir", f"{self.path} cannot be made ({error.strerror}); name another") from None
+            raise ConfigError(
+                "run.dir",
+                f"{self.path} cannot be made ({error.strerror}); name another",
+            ) from None
         if self._lock is None:
             self._lock = lock(self.path)
         self.token = uuid4().hex
@@ -97,7 +100,10 @@ def lock(path: Path) -> TextIO:
     """Lock a run directory until the returned file is closed. Raises `ConfigError` if another process has the lock."""
     file = lock_directory(path)
     if file is None:
-        raise ConfigError("run.name", f"another process is training in {path}; give this run another name")
+        raise ConfigError(
+            "run.name",
+            f"another process is training in {path}; give this run another name",
+        )
     return file
 
 
@@ -105,7 +111,8 @@ def run_path(section: RunConfig) -> Path:
     """`<run.dir>/<run.name>`."""
     if section.name in ("", ".", "..") or "/" in section.name:
         raise ConfigError(
-            "run.name", f'"{section.name}" is not a directory\'s name; set run.dir for where runs are kept'
+            "run.name",
+            f'"{section.name}" is not a directory\'s name; set run.dir for where runs are kept',
         )
     return Path(section.dir) / section.name
 
@@ -130,10 +137,13 @@ def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     return load(run / "config.yaml", overrides)
 
 
-def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Change]:
+def changed_keys(
+    before: Mapping[str, Any], now: Mapping[str, Any]
+) -> dict[str, Change]:
     """The dotted keys of nested mappings whose values differ, each with both values; "not set" where one lacks it."""
     old = _flatten(before)
-    new = _flatten(json.loads(json.dumps(now)))  # tuples become lists, as in what was read from a file
+    # Tuples become lists, as in what was read from a file.
+    new = _flatten(json.loads(json.dumps(now)))
     changes = {}
     for name in sorted({*old, *new}):
         change = (old.get(name, "not set"), new.get(name, "not set"))
@@ -148,11 +158,16 @@ def check_same_run(before: Mapping[str, Any], now: Config, section: RunConfig) -
     `before` is a checkpoint's config. `run.resume_changes=allow` accepts every change but another optimizer.
     """
     changes = {}
-    for name, change in changed_keys(_with_defaults(before), now.to_dict(digests=True)).items():
+    for name, change in changed_keys(
+        _with_defaults(before), now.to_dict(digests=True)
+    ).items():
         if not is_free(name):
             changes[name] = change
     if changes and section.resume_changes == "refuse":
-        listing = "; ".join(f"{name} was {was} and is {now_is}" for name, (was, now_is) in changes.items())
+        listing = "; ".join(
+            f"{name} was {was} and is {now_is}"
+            for name, (was, now_is) in changes.items()
+        )
         raise ConfigError(
             next(iter(changes)),
             f"the run to resume was made with another config: {listing}. Set the old values, start a new run with "

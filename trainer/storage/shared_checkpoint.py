@@ -15,7 +15,9 @@ from trainer.storage.checkpoint import Checkpoint
 from trainer.storage.stateful import join_state, split_state
 
 
-def load_on_all(path: Path, module: nn.Module, ranks: Ranks, check: Callable[[Checkpoint], None]) -> Checkpoint:
+def load_on_all(
+    path: Path, module: nn.Module, ranks: Ranks, check: Callable[[Checkpoint], None]
+) -> Checkpoint:
     """The checkpoint at `path`, which only rank 0 reads, on every rank. A collective.
 
     The weights go tensor by tensor into `module`, and the result's `model` on the other ranks is the module's own
@@ -33,7 +35,8 @@ def load_on_all(path: Path, module: nn.Module, ranks: Ranks, check: Callable[[Ch
         check(content)
         checkpoint.restore_model(module, content.model)
         contents.append(content)
-        return replace(content, model={}, optimizer={}, stateful={})  # what is sent at once: plain values
+        # What is sent at once: plain values.
+        return replace(content, model={}, optimizer={}, stateful={})
 
     received: Checkpoint = ranks.on_main(read)
     ranks.broadcast_parameters(module)
@@ -46,7 +49,9 @@ def load_on_all(path: Path, module: nn.Module, ranks: Ranks, check: Callable[[Ch
     )
 
 
-def _share_states(states: dict[str, dict[Any, Any]], ranks: Ranks) -> dict[str, dict[Any, Any]]:
+def _share_states(
+    states: dict[str, dict[Any, Any]], ranks: Ranks
+) -> dict[str, dict[Any, Any]]:
     """The states of rank 0's `states`, by name, on every rank."""
     trees: dict[str, Any] = {}
     tensors: dict[str, dict[str, Tensor]] = {}

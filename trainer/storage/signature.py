@@ -41,7 +41,9 @@ class Signature:
         return asdict(self)
 
 
-def signature_of_samples(loader: Loader, *, num_classes: int | None, classes: list[str] | None) -> Signature:
+def signature_of_samples(
+    loader: Loader, *, num_classes: int | None, classes: list[str] | None
+) -> Signature:
     """The signature of a model for the samples of `loader`, read off the first of them."""
     inputs = loader.fetch([0]).inputs
     shape = dtype = None
@@ -58,7 +60,9 @@ def read(best: Path) -> Signature:
     try:
         return Signature(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise LockstepError(f"{path} cannot be read ({error}); make the run again") from error
+        raise LockstepError(
+            f"{path} cannot be read ({error}); make the run again"
+        ) from error
 
 
 def _count_channels(image: Any) -> int | None:

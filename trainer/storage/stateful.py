@@ -23,7 +23,8 @@ from torch import Tensor
 from trainer.errors import LockstepError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-RESERVED_NAMES = {"model", "optimizer", "state", "manifest"}  # files that every checkpoint has
+# Files that every checkpoint has.
+RESERVED_NAMES = {"model", "optimizer", "state", "manifest"}
 RESERVED_TENSOR = "__metadata__"  # safetensors' own entry
 
 # JSON knows neither tensors nor tuples, and only text as keys: these stand for them.
@@ -49,7 +50,9 @@ DTYPES = {
     torch.float8_e5m2,
     torch.float8_e5m2fnuz,
 }
-ALLOWED = "tensors, numbers, text, True, False, None, and lists, tuples and dicts of these"
+ALLOWED = (
+    "tensors, numbers, text, True, False, None, and lists, tuples and dicts of these"
+)
 
 
 def check_name(name: str) -> None:
@@ -60,7 +63,9 @@ def check_name(name: str) -> None:
             f"beginning with a letter or a digit"
         )
     if name.lower() in RESERVED_NAMES:
-        raise LockstepError(f'"{name}" names a file that every checkpoint has; choose another name')
+        raise LockstepError(
+            f'"{name}" names a file that every checkpoint has; choose another name'
+        )
 
 
 def save_state(directory: Path, name: str, state: Mapping[Any, Any]) -> None:
@@ -85,7 +90,9 @@ def split_state(name: str, state: Mapping[Any, Any]) -> tuple[Any, dict[str, Ten
     """A state as values that JSON knows, and copies of its tensors on the CPU. Raises as `save_state` does."""
     encoder = _Encoder(name)
     if not isinstance(state, Mapping):
-        raise encoder.unsupported("", _kind(state), "dicts: what `state_dict()` returns")
+        raise encoder.unsupported(
+            "", _kind(state), "dicts: what `state_dict()` returns"
+        )
     return encoder.encode(state, ""), encoder.tensors
 
 
@@ -122,31 +129,45 @@ class _Encoder:
             return value
         raise self.unsupported(path, _kind(value))
 
-    def _encode_sequence(self, values: list[Any] | tuple[Any, ...], path: str) -> list[Any]:
-        return [self.encode(value, _join(path, index)) for index, value in enumerate(values)]
+    def _encode_sequence(
+        self, values: list[Any] | tuple[Any, ...], path: str
+    ) -> list[Any]:
+        return [
+            self.encode(value, _join(path, index)) for index, value in enumerate(values)
+        ]
 
     def _encode_mapping(self, mapping: Mapping[Any, Any], path: str) -> dict[str, Any]:
         items = []
         for key, value in mapping.items():
             if not isinstance(key, str | int):
-                raise self.unsupported(path, f"a dict with the key {key!r}, which is neither text nor a whole number")
+                raise self.unsupported(
+                    path,
+                    f"a dict with the key {key!r}, which is neither text nor a whole number",
+                )
             items.append([key, self.encode(value, _join(path, key))])
         if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
             return dict(items)
         return {ITEMS: items}
 
     def _add_tensor(self, tensor: Tensor, path: str) -> str:
-        if tensor.layout != torch.strided or tensor.dtype not in DTYPES or tensor.is_meta:
+        if (
+            tensor.layout != torch.strided
+            or tensor.dtype not in DTYPES
+            or tensor.is_meta
+        ):
             kind = f"a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
             raise self.unsupported(path, kind, "dense tensors of the usual dtypes")
         key = path
-        while key in self.tensors or key == RESERVED_TENSOR:  # {"a.b": x, "a": {"b": y}} has one path twice
+        # {"a.b": x, "a": {"b": y}} has one path twice.
+        while key in self.tensors or key == RESERVED_TENSOR:
             key += "'"
         # A copy, since safetensors refuses tensors that share memory.
         self.tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
         return key
 
-    def unsupported(self, path: str, kind: str, allowed: str = ALLOWED) -> LockstepError:
+    def unsupported(
+        self, path: str, kind: str, allowed: str = ALLOWED
+    ) -> LockstepError:
         where = f'"{path}" is' if path else "it is"
         return LockstepError(
             f'the state of "{self.name}" cannot be saved: {where} {kind}; a checkpoint holds {allowed}'

@@ -14,8 +14,10 @@ from trainer.sweep.description import Sweep, format_overrides
 from trainer.sweep.space import Values
 
 ROW_VALUES = ("lr", "grad_norm", *TIMINGS)
-SWEEP_KEYS = ("run.dir", "run.name", "run.resume")  # which the sweep sets for each trial
-STEPS_PER_EPOCH = 1000  # any number: a schedule is built only to see whether it takes its arguments
+# Which the sweep sets for each trial.
+SWEEP_KEYS = ("run.dir", "run.name", "run.resume")
+# Any number: a schedule is built only to see whether it takes its arguments.
+STEPS_PER_EPOCH = 1000
 
 
 def check(sweep: Sweep, overrides: list[str]) -> Config:
@@ -25,11 +27,15 @@ def check(sweep: Sweep, overrides: list[str]) -> Config:
     combinations could be thousands.
     """
     if not Path(sweep.program).is_file():
-        raise ConfigError("program", f"there is no {sweep.program} here; start where it is ({sweep.file})")
+        raise ConfigError(
+            "program",
+            f"there is no {sweep.program} here; start where it is ({sweep.file})",
+        )
     for parameter in sweep.parameters:
         if parameter.name in SWEEP_KEYS:
             raise ConfigError(
-                f"parameters.{parameter.name}", f"every trial has its own, set by the sweep ({sweep.file})"
+                f"parameters.{parameter.name}",
+                f"every trial has its own, set by the sweep ({sweep.file})",
             )
     path, shared = sweep.base()
     # Without any trial's values: the overrides that all share must be right by themselves.
@@ -43,14 +49,19 @@ def check(sweep: Sweep, overrides: list[str]) -> Config:
         except ConfigError as error:
             # The trial's values come from the sweep's file, not from the command line that starts it.
             message = error.message.removesuffix(" (the command line)")
-            raise ConfigError(error.key, f"{message} ({sweep.file}, a trial with {' '.join(arguments)})") from None
+            raise ConfigError(
+                error.key,
+                f"{message} ({sweep.file}, a trial with {' '.join(arguments)})",
+            ) from None
     _check_metric(sweep, config)
     return base
 
 
 def _list_samples(sweep: Sweep) -> list[Values]:
     """The first value of every parameter, then each other value of one parameter beside the first of the others."""
-    first = {parameter.name: parameter.list_extremes()[0] for parameter in sweep.parameters}
+    first = {
+        parameter.name: parameter.list_extremes()[0] for parameter in sweep.parameters
+    }
     samples = [first]
     for parameter in sweep.parameters:
         for value in parameter.list_extremes()[1:]:
@@ -66,7 +77,9 @@ def _try_components(config: Config, sections: set[str]) -> None:
         from trainer.components.optimizer import build_optimizer
 
         # With BatchNorm, because settings such as weight decay may split its parameters off.
-        build_optimizer(config.optimizer, nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)))
+        build_optimizer(
+            config.optimizer, nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+        )
     if "schedule" in sections:
         from trainer.components.schedule import build_schedule
 
@@ -82,7 +95,12 @@ def _try_components(config: Config, sections: set[str]) -> None:
     if "model" in sections:
         from trainer.components.models import build_model
 
-        build_model(config.model, seed=0, num_classes=config.model.num_classes or 10, in_channels=3)
+        build_model(
+            config.model,
+            seed=0,
+            num_classes=config.model.num_classes or 10,
+            in_channels=3,
+        )
     if "data" in sections:
         from trainer.data.datasets import build_datasets
 
@@ -99,7 +117,11 @@ def _list_metrics(config: Config) -> list[str]:
 def _check_metric(sweep: Sweep, config: Config) -> None:
     """Refuse a metric that no run logs, and early stopping at a rung that no run reaches."""
     names = _list_metrics(config)
-    logged = [f"{phase}{name}" for phase in ("val/", "train/", "train/epoch_") for name in names]
+    logged = [
+        f"{phase}{name}"
+        for phase in ("val/", "train/", "train/epoch_")
+        for name in names
+    ]
     logged.append(f"best/{config.best.metric}")
     if sweep.metric not in [*logged, *ROW_VALUES]:
         suggestion = nearest(sweep.metric, logged)

@@ -21,7 +21,8 @@ KEYS = (
     *("name", "description", "project", "entity", "program", "method"),
     *("metric", "parameters", "early_terminate", "run_cap", "command"),
 )
-VALUES = "${args_no_hyphens}"  # W&B's word for the place of a trial's `key=value` in its command
+# W&B's word for the place of a trial's `key=value` in its command.
+VALUES = "${args_no_hyphens}"
 ENVIRONMENT_VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]+)\}")
 
 
@@ -59,7 +60,9 @@ class Sweep:
         """The config and overrides that all trials share."""
         return command_line(self.arguments)
 
-    def trial_command(self, shared: list[str], values: Values, final: list[str]) -> list[str]:
+    def trial_command(
+        self, shared: list[str], values: Values, final: list[str]
+    ) -> list[str]:
         """The command of a trial: `shared` overrides, the trial's values, and `final` overrides above all."""
         overrides = [*self.wandb, *shared, *format_overrides(values), *final]
         place = self.command.index(VALUES)
@@ -82,9 +85,13 @@ def read_sweep(file: Path) -> Sweep:
     try:
         tree = yaml.safe_load(file.read_text())
     except OSError as error:
-        raise ConfigError(str(file), f"cannot read this sweep ({error.strerror})") from None
+        raise ConfigError(
+            str(file), f"cannot read this sweep ({error.strerror})"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(str(file), f"is not valid YAML: {parser_reason(error)}") from None
+        raise ConfigError(
+            str(file), f"is not valid YAML: {parser_reason(error)}"
+        ) from None
     try:
         return _read_tree(file, tree)
     except ConfigError as error:
@@ -112,7 +119,9 @@ def _read_tree(file: Path, tree: Any) -> Sweep:
         program=program,
         method=_read_choice("method", tree["method"], ("grid", "random", "bayes")),
         metric=str(metric["name"]),
-        goal=_read_choice("metric.goal", metric.get("goal", "minimize"), ("minimize", "maximize")),
+        goal=_read_choice(
+            "metric.goal", metric.get("goal", "minimize"), ("minimize", "maximize")
+        ),
         target=None if target is None else read_number("metric.target", target),
         parameters=read_parameters(tree["parameters"]),
         hyperband=None if early_terminate is None else _read_hyperband(early_terminate),
@@ -130,7 +139,9 @@ def _check_keys(file: Path, tree: Any) -> None:
         raise ConfigError(str(file), "must hold method, metric, parameters and command")
     for unknown in tree:
         if unknown not in KEYS:
-            raise ConfigError(str(unknown), f"no such key of a sweep{nearest(str(unknown), KEYS)}")
+            raise ConfigError(
+                str(unknown), f"no such key of a sweep{nearest(str(unknown), KEYS)}"
+            )
     for name in ("program", "method", "metric", "parameters", "command"):
         if name not in tree:
             raise ConfigError(name, "is missing")
@@ -142,9 +153,14 @@ def _check_method(sweep: Sweep) -> None:
         if sweep.method == "grid":
             parameter.list_values()
         if sweep.method == "bayes" and "normal" in parameter.law:
-            raise ConfigError(f"parameters.{parameter.name}", "bayes searches between bounds; give min and max")
+            raise ConfigError(
+                f"parameters.{parameter.name}",
+                "bayes searches between bounds; give min and max",
+            )
     if sweep.method != "grid" and sweep.run_cap is None:
-        raise ConfigError("run_cap", f"is missing: a {sweep.method} sweep has no end without one")
+        raise ConfigError(
+            "run_cap", f"is missing: a {sweep.method} sweep has no end without one"
+        )
 
 
 def _wandb_overrides(name: str, tree: Mapping[str, Any]) -> list[str]:
@@ -159,7 +175,9 @@ def _read_hyperband(tree: Any) -> Hyperband:
     """W&B has two ways to describe the rungs: up from `min_iter`, or `s` times down from `max_iter`."""
     key = "early_terminate"
     # strict changes what W&B's server does. It is accepted because one YAML serves both.
-    section = _read_section(key, tree, ("type", "min_iter", "max_iter", "s", "eta", "strict"))
+    section = _read_section(
+        key, tree, ("type", "min_iter", "max_iter", "s", "eta", "strict")
+    )
     _read_choice(f"{key}.type", section.get("type"), ("hyperband",))
     eta = _read_count(f"{key}.eta", section.get("eta", 3))
     if eta < 2:
@@ -179,17 +197,29 @@ def _read_hyperband(tree: Any) -> Hyperband:
 def _read_command(tree: Any, program: str) -> list[str]:
     """A trial's command with every `${…}` replaced but `VALUES`."""
     if not isinstance(tree, list) or VALUES not in tree or "${program}" not in tree:
-        raise ConfigError("command", f'must be a list with "${{program}}" and "{VALUES}": train.py takes key=value')
+        raise ConfigError(
+            "command",
+            f'must be a list with "${{program}}" and "{VALUES}": train.py takes key=value',
+        )
     if tree.index(VALUES) < tree.index("${program}"):
-        raise ConfigError("command", f"{VALUES} comes after ${{program}}, which takes them")
-    words = {"${env}": "/usr/bin/env", "${interpreter}": sys.executable, "${program}": program, VALUES: VALUES}
+        raise ConfigError(
+            "command", f"{VALUES} comes after ${{program}}, which takes them"
+        )
+    words = {
+        "${env}": "/usr/bin/env",
+        "${interpreter}": sys.executable,
+        "${program}": program,
+        VALUES: VALUES,
+    }
     command = []
     for item in tree:
         word = str(item)
         if word in words:
             command.append(words[word])
         elif word.startswith("${") and not ENVIRONMENT_VARIABLE.fullmatch(word):
-            raise ConfigError("command", f"{word} is not one of {', '.join(words)}, ${{envvar:NAME}}")
+            raise ConfigError(
+                "command", f"{word} is not one of {', '.join(words)}, ${{envvar:NAME}}"
+            )
         else:
             # Replaced here, so that a missing variable is an error before the first trial.
             command.append(ENVIRONMENT_VARIABLE.sub(_look_up_variable, word))
@@ -205,16 +235,23 @@ def _look_up_variable(match: re.Match[str]) -> str:
 
 def _read_section(key: str, tree: Any, keys: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(tree, Mapping):
-        raise ConfigError(key, f"must be a section of {', '.join(keys)}, not {show(tree)}")
+        raise ConfigError(
+            key, f"must be a section of {', '.join(keys)}, not {show(tree)}"
+        )
     for unknown in tree:
         if unknown not in keys:
-            raise ConfigError(f"{key}.{unknown}", f"no such key{nearest(str(unknown), keys)}")
+            raise ConfigError(
+                f"{key}.{unknown}", f"no such key{nearest(str(unknown), keys)}"
+            )
     return dict(tree)
 
 
 def _read_choice(key: str, value: Any, choices: tuple[str, ...]) -> Any:
     if value not in choices:
-        raise ConfigError(key, f"{show(value)} is not one of {', '.join(choices)}{nearest(str(value), choices)}")
+        raise ConfigError(
+            key,
+            f"{show(value)} is not one of {', '.join(choices)}{nearest(str(value), choices)}",
+        )
     return value
 
 

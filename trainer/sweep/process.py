@@ -30,7 +30,14 @@ class TrialProcess:
     `devices` is the trial's CUDA_VISIBLE_DEVICES; None leaves it as it is.
     """
 
-    def __init__(self, sweep: Sweep, trial: Trial, directory: Path, shared: list[str], devices: str | None) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        trial: Trial,
+        directory: Path,
+        shared: list[str],
+        devices: str | None,
+    ) -> None:
         self.trial = trial
         self.directory = directory
         self.is_stopping = False
@@ -40,7 +47,11 @@ class TrialProcess:
         self._earlier_seconds = trial.seconds
         self._file_size = 0
         self._kill_time: float | None = None
-        run = [f"run.dir={show(str(directory.parent))}", f"run.name={show(directory.name)}", "run.resume=auto"]
+        run = [
+            f"run.dir={show(str(directory.parent))}",
+            f"run.name={show(directory.name)}",
+            "run.resume=auto",
+        ]
         # By this variable a run knows that it must end with its parent.
         environment = {**os.environ, "LOCKSTEP_SWEEP": sweep.name}
         if devices is not None:
@@ -53,7 +64,8 @@ class TrialProcess:
                 stdout=log,
                 stderr=log,
                 env=environment,
-                start_new_session=True,  # so that a Ctrl-C reaches the sweep alone, which passes it on
+                # So that a Ctrl-C reaches the sweep alone, which passes it on.
+                start_new_session=True,
                 preexec_fn=end_with_parent,  # noqa: PLW1509 - safe: a sweep has no threads
             )
 
@@ -119,6 +131,9 @@ def _group_runs(group: int) -> bool:
     """True if a process of the group runs. A zombie, which has ended but was not waited for, does not."""
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):  # it has ended meanwhile
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                os.getpgid(process.pid) == group
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 return True
     return False

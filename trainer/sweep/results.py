@@ -18,7 +18,13 @@ from trainer.reporting.figures.style import write
 from trainer.storage.files import write_text
 from trainer.sweep.description import Sweep
 from trainer.sweep.study import SweepStudy, Trial
-from trainer.sweep.table import build_table, list_cells, list_headings, list_varying, sort_trials
+from trainer.sweep.table import (
+    build_table,
+    list_cells,
+    list_headings,
+    list_varying,
+    sort_trials,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -36,7 +42,9 @@ img{{max-width:100%}}</style>
 def write_results(sweep: Sweep, study: SweepStudy, directory: Path) -> None:
     """Print the best trials; write the pictures (`trials.png`, `history.png`, `importance.png`) and `sweep.html`."""
     order = sort_trials(sweep, study.trials)
-    Console(force_jupyter=False, soft_wrap=True).print(build_table(sweep, order[:PRINTED_TRIALS]))
+    Console(force_jupyter=False, soft_wrap=True).print(
+        build_table(sweep, order[:PRINTED_TRIALS])
+    )
     pictures = draw_pictures(sweep, study.optuna_study, directory)
     write_text(directory / "sweep.html", _build_page(sweep, order, pictures))
     print(f"\n{_summarize(sweep, order)}\nfiles  {directory / 'sweep.html'}")
@@ -60,7 +68,9 @@ def draw_pictures(sweep: Sweep, study: optuna.Study, directory: Path) -> list[Pa
         pictures["trials"] = partial(plots.plot_parallel_coordinate, params=names)
     if len(values) >= MIN_IMPORTANCE_VALUES and names:
         fanova = FanovaImportanceEvaluator(seed=0)
-        pictures["importance"] = partial(plots.plot_param_importances, evaluator=fanova, params=names)
+        pictures["importance"] = partial(
+            plots.plot_param_importances, evaluator=fanova, params=names
+        )
     paths = [directory / f"{name}.png" for name in pictures]
     for path, plot in zip(paths, pictures.values(), strict=True):
         _draw(path, width, partial(plot, study, target_name=sweep.metric))
@@ -84,7 +94,11 @@ def _draw(path: Path, width: float, plot: Callable[[], object]) -> None:
 def _summarize(sweep: Sweep, trials: list[Trial]) -> str:
     counts = Counter(trial.state for trial in trials)
     counts["interrupted"] += counts.pop("running", 0)
-    states = [f"{counts[state]} {state}" for state in ("done", "stopped", "failed", "interrupted") if counts[state]]
+    states = [
+        f"{counts[state]} {state}"
+        for state in ("done", "stopped", "failed", "interrupted")
+        if counts[state]
+    ]
     return f"{len(trials)} trials: {', '.join(states) or 'none'}; {sweep.goal} {sweep.metric}"
 
 

@@ -16,7 +16,8 @@ from trainer.sweep.description import Sweep
 from trainer.sweep.process import KILL_AFTER, TrialProcess, read_curve
 from trainer.sweep.study import SweepStudy, Trial, best_value
 
-POLL_INTERVAL = 0.25  # seconds; short beside a trial, and as often as a table need be drawn
+# Seconds; short beside a trial, and as often as a table need be drawn.
+POLL_INTERVAL = 0.25
 STOPPED_EARLY = "early: not among the best at its rung"
 
 
@@ -26,12 +27,25 @@ class LocalSweep:
     `shared` are overrides of every trial's config. `parallel` trials run at once, each on its share of the GPUs.
     """
 
-    def __init__(self, sweep: Sweep, directory: Path, *, seed: int, parallel: int, shared: list[str]) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        directory: Path,
+        *,
+        seed: int,
+        parallel: int,
+        shared: list[str],
+    ) -> None:
         self._sweep = sweep
         self._directory = directory
         self._shared = shared
         self._slots = _share_devices(parallel)
-        self.study = SweepStudy(sweep, directory, seed=seed, identity=_describe_identity(sweep, seed, shared))
+        self.study = SweepStudy(
+            sweep,
+            directory,
+            seed=seed,
+            identity=_describe_identity(sweep, seed, shared),
+        )
         self.trials = self.study.trials
         for trial in self.trials:
             trial.curve = read_curve(self._run_directory(trial), sweep.metric)
@@ -40,7 +54,10 @@ class LocalSweep:
 
     def run(self, show: Callable[[list[Trial]], None]) -> None:
         """Run what is left of the sweep. A signal stops the trials, at a checkpoint each, and raises `Stopped`."""
-        handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             while self._start_trials() or self._processes:
                 if self._signal:
@@ -56,10 +73,14 @@ class LocalSweep:
             self.study.close()
         # After the study is closed, so that the same command may run at once.
         if self._signal:
-            raise Stopped("the sweep stopped, its trials at a checkpoint; the same command goes on", self._signal)
+            raise Stopped(
+                "the sweep stopped, its trials at a checkpoint; the same command goes on",
+                self._signal,
+            )
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        self._signal = number  # the loop acts on it: a handler may interrupt a write to the study
+        # The loop acts on it: a handler may interrupt a write to the study.
+        self._signal = number
 
     def _stop_all(self) -> None:
         for process in self._processes.values():
@@ -80,7 +101,9 @@ class LocalSweep:
             if trial is None:
                 return False
             directory = self._run_directory(trial)
-            self._processes[slot] = TrialProcess(self._sweep, trial, directory, self._shared, devices)
+            self._processes[slot] = TrialProcess(
+                self._sweep, trial, directory, self._shared, devices
+            )
         return True
 
     def _resume_trial(self) -> Trial | None:
@@ -94,7 +117,8 @@ class LocalSweep:
 
     def _follow_all(self) -> None:
         for slot, process in list(self._processes.items()):
-            status = process.poll()  # before its file is read, which is then complete if the trial has ended
+            # Before its file is read, which is then complete if the trial has ended.
+            status = process.poll()
             process.follow()
             if self.study.falls_behind(process.trial) and status is None:
                 process.trial.reason = STOPPED_EARLY
@@ -108,7 +132,9 @@ class LocalSweep:
         trial.value = best_value(self._sweep, trial.curve)
         if status == 0:
             trial.state = "done"
-            trial.reason = "" if trial.value is not None else f"logged no {self._sweep.metric}"
+            trial.reason = (
+                "" if trial.value is not None else f"logged no {self._sweep.metric}"
+            )
         elif process.is_stopping and trial.reason == STOPPED_EARLY:
             trial.state = "stopped"
         elif process.is_stopping:
@@ -149,7 +175,9 @@ def _share_devices(parallel: int) -> list[str | None]:
     # Fewer GPUs than trials: two or more trials use the same one.
     if share == 0:
         return [devices[slot % len(devices)] for slot in range(parallel)]
-    return [",".join(devices[slot * share : (slot + 1) * share]) for slot in range(parallel)]
+    return [
+        ",".join(devices[slot * share : (slot + 1) * share]) for slot in range(parallel)
+    ]
 
 
 def _wait_until_unlocked(run: Path) -> None:
@@ -157,5 +185,7 @@ def _wait_until_unlocked(run: Path) -> None:
     deadline = time.monotonic() + KILL_AFTER
     while is_locked(run):
         if time.monotonic() > deadline:
-            raise LockstepError(f"a trial of an earlier sweep still runs in {run}; end it first")
+            raise LockstepError(
+                f"a trial of an earlier sweep still runs in {run}; end it first"
+            )
         time.sleep(POLL_INTERVAL)

@@ -32,7 +32,17 @@ DISTRIBUTIONS = {
     "q_log_normal": ("mu", "sigma", "q"),
 }
 OPTIONAL = ("probabilities", "q")
-KEYS = ("value", "values", "probabilities", "distribution", "min", "max", "mu", "sigma", "q")
+KEYS = (
+    "value",
+    "values",
+    "probabilities",
+    "distribution",
+    "min",
+    "max",
+    "mu",
+    "sigma",
+    "q",
+)
 
 
 @dataclass(frozen=True)
@@ -56,18 +66,24 @@ class Parameter:
             return self.bounds
         mean, deviation = self.bounds
         low, high = mean - 3 * deviation, mean + 3 * deviation
-        return (math.exp(low), math.exp(high)) if self.law == "log_normal" else (low, high)
+        return (
+            (math.exp(low), math.exp(high)) if self.law == "log_normal" else (low, high)
+        )
 
     def draw(self, seed: int, trial: int) -> Any:
         """The value of a trial: a function of the seed, the parameter's name and the trial's number alone."""
         generator = numpy_generator(seed, f"sweep/{self.name}", trial)
         if self.choices:
-            return self.choices[int(generator.choice(len(self.choices), p=self.probabilities))]
+            return self.choices[
+                int(generator.choice(len(self.choices), p=self.probabilities))
+            ]
         first, second = self.bounds
         if self.law == "int_uniform":
             return int(generator.integers(int(first), int(second), endpoint=True))
         if self.law == "log_uniform":
-            return self.round(math.exp(generator.uniform(math.log(first), math.log(second))))
+            return self.round(
+                math.exp(generator.uniform(math.log(first), math.log(second)))
+            )
         if self.law == "normal":
             return self.round(generator.normal(first, second))
         if self.law == "log_normal":
@@ -93,9 +109,13 @@ class Parameter:
         if self.law == "int_uniform":
             return list(range(int(low), int(high) + 1))
         if self.law == "uniform" and self.q is not None:
-            count = int((high - low) / self.q + 1e-9) + 1  # 1e-9: a quotient may fall just short of a whole number
+            # 1e-9: a quotient may fall just short of a whole number.
+            count = int((high - low) / self.q + 1e-9) + 1
             return [self.round(low + i * self.q) for i in range(count)]
-        raise ConfigError(f"parameters.{self.name}", f"a grid needs values, and {self.law} has no end of them")
+        raise ConfigError(
+            f"parameters.{self.name}",
+            f"a grid needs values, and {self.law} has no end of them",
+        )
 
     def list_extremes(self) -> list[Any]:
         """The values that a config is most likely to refuse."""
@@ -105,21 +125,31 @@ class Parameter:
 def grid(parameters: list[Parameter]) -> Iterator[Values]:
     """Every combination, the last parameter changing fastest."""
     names = [parameter.name for parameter in parameters]
-    for point in itertools.product(*(parameter.list_values() for parameter in parameters)):
+    for point in itertools.product(
+        *(parameter.list_values() for parameter in parameters)
+    ):
         yield dict(zip(names, point, strict=True))
 
 
 def read_parameters(tree: Any, prefix: str = "") -> list[Parameter]:
     """The parameters of a sweep's `parameters:`, nested ones by their dotted names."""
     if not isinstance(tree, Mapping) or not tree:
-        raise ConfigError(f"parameters.{prefix}".rstrip("."), "must name each parameter and its values")
+        raise ConfigError(
+            f"parameters.{prefix}".rstrip("."),
+            "must name each parameter and its values",
+        )
     parameters: list[Parameter] = []
     for name, spec in tree.items():
         dotted = f"{prefix}{name}"
         if not isinstance(spec, Mapping):
-            raise ConfigError(f"parameters.{dotted}", f"needs value, values or a distribution, and is {show(spec)}")
+            raise ConfigError(
+                f"parameters.{dotted}",
+                f"needs value, values or a distribution, and is {show(spec)}",
+            )
         if "parameters" in spec:
-            _refuse_other_keys(f"parameters.{dotted}", spec, ("parameters",), "a section of parameters")
+            _refuse_other_keys(
+                f"parameters.{dotted}", spec, ("parameters",), "a section of parameters"
+            )
             parameters += read_parameters(spec["parameters"], f"{dotted}.")
         else:
             parameters.append(_read_parameter(dotted, f"parameters.{dotted}", spec))
@@ -129,10 +159,15 @@ def read_parameters(tree: Any, prefix: str = "") -> list[Parameter]:
 def _read_parameter(name: str, key: str, spec: Mapping[str, Any]) -> Parameter:
     distribution = _read_distribution(key, spec)
     keys = DISTRIBUTIONS[distribution]
-    _refuse_other_keys(key, spec, (*keys, "distribution"), f"{distribution} takes {', '.join(keys)}")
+    _refuse_other_keys(
+        key, spec, (*keys, "distribution"), f"{distribution} takes {', '.join(keys)}"
+    )
     for required in keys:
         if required not in spec and required not in OPTIONAL:
-            raise ConfigError(f"{key}.{required}", "is missing; give value, values, or a distribution with its bounds")
+            raise ConfigError(
+                f"{key}.{required}",
+                "is missing; give value, values, or a distribution with its bounds",
+            )
     if distribution == "constant":
         return Parameter(name, "constant", (_refuse_text_number(key, spec["value"]),))
     if "values" in keys:
@@ -151,27 +186,40 @@ def _read_distribution(key: str, spec: Mapping[str, Any]) -> str:
     distribution = str(spec.get("distribution", default))
     if distribution not in DISTRIBUTIONS:
         suggestion = nearest(distribution, DISTRIBUTIONS)
-        raise ConfigError(f"{key}.distribution", f"{distribution} is not one of {', '.join(DISTRIBUTIONS)}{suggestion}")
+        raise ConfigError(
+            f"{key}.distribution",
+            f"{distribution} is not one of {', '.join(DISTRIBUTIONS)}{suggestion}",
+        )
     if distribution == "int_uniform" and not whole_bounds:
         raise ConfigError(f"{key}.min", "int_uniform needs whole bounds, min and max")
     return distribution
 
 
-def _refuse_other_keys(key: str, spec: Mapping[str, Any], keys: tuple[str, ...], explanation: str) -> None:
+def _refuse_other_keys(
+    key: str, spec: Mapping[str, Any], keys: tuple[str, ...], explanation: str
+) -> None:
     """Refuse a key that is not W&B's, or that would do nothing."""
     for other in spec:
         if other not in (*KEYS, "parameters"):
-            raise ConfigError(f"{key}.{other}", f"no such key{nearest(str(other), KEYS)}")
+            raise ConfigError(
+                f"{key}.{other}", f"no such key{nearest(str(other), KEYS)}"
+            )
         if other not in keys:
             raise ConfigError(f"{key}.{other}", f"does nothing here: {explanation}")
 
 
-def _read_numbers(name: str, key: str, spec: Mapping[str, Any], distribution: str) -> Parameter:
+def _read_numbers(
+    name: str, key: str, spec: Mapping[str, Any], distribution: str
+) -> Parameter:
     """A distribution over numbers, between bounds or around a mean."""
     low_name, high_name = DISTRIBUTIONS[distribution][:2]
     low = read_number(f"{key}.{low_name}", spec[low_name])
     high = read_number(f"{key}.{high_name}", spec[high_name])
-    q = read_number(f"{key}.q", spec.get("q", 1)) if distribution.startswith("q_") else None
+    q = (
+        read_number(f"{key}.q", spec.get("q", 1))
+        if distribution.startswith("q_")
+        else None
+    )
     if low_name == "min" and low > high:
         raise ConfigError(f"{key}.min", f"{low} is more than max={high}")
     if high_name == "sigma" and high <= 0:
@@ -181,15 +229,20 @@ def _read_numbers(name: str, key: str, spec: Mapping[str, Any], distribution: st
     law = distribution.removeprefix("q_")
     try:
         if law == "log_uniform":
-            low, high = math.exp(low), math.exp(high)  # from here on, both log-uniform laws are one
+            # From here on, both log-uniform laws are one.
+            low, high = math.exp(low), math.exp(high)
         elif law == "log_uniform_values":
             law = "log_uniform"
         parameter = Parameter(name, law, bounds=(low, high), q=q)
         least, _ = parameter.range
     except OverflowError:
-        raise ConfigError(key, "its bounds are exponents of e, and one is too large for a number") from None
+        raise ConfigError(
+            key, "its bounds are exponents of e, and one is too large for a number"
+        ) from None
     if law.startswith("log") and least <= 0:
-        raise ConfigError(f"{key}.{low_name}", f"{least} has no logarithm; it must be more than 0")
+        raise ConfigError(
+            f"{key}.{low_name}", f"{least} has no logarithm; it must be more than 0"
+        )
     return parameter
 
 
@@ -205,15 +258,27 @@ def _read_choices(name: str, key: str, spec: Mapping[str, Any]) -> Parameter:
         probabilities = [probabilities]
     shares = [read_number(f"{key}.probabilities", share) for share in probabilities]
     total = sum(shares)
-    if len(shares) != len(values) or min(shares) < 0 or not math.isclose(total, 1, abs_tol=1e-6):
-        raise ConfigError(f"{key}.probabilities", f"must be {len(values)} numbers that add up to 1")
+    if (
+        len(shares) != len(values)
+        or min(shares) < 0
+        or not math.isclose(total, 1, abs_tol=1e-6)
+    ):
+        raise ConfigError(
+            f"{key}.probabilities", f"must be {len(values)} numbers that add up to 1"
+        )
     # Divided by their sum, because NumPy allows less of an error than a YAML with six digits has.
-    return Parameter(name, "categorical", choices, tuple(share / total for share in shares))
+    return Parameter(
+        name, "categorical", choices, tuple(share / total for share in shares)
+    )
 
 
 def read_number(key: str, value: Any) -> float:
     """A finite number. Raises `ConfigError` for anything else."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    ):
         return value
     if value is None:
         raise ConfigError(key, "is missing")
@@ -232,4 +297,7 @@ def _refuse_text_number(key: str, value: Any) -> Any:
     if "." not in mantissa:
         mantissa += ".0"
     yaml_number = f"{mantissa}e{int(exponent):+d}"
-    raise ConfigError(key, f"YAML reads {value} as text, not as the number {number}; write {yaml_number}")
+    raise ConfigError(
+        key,
+        f"YAML reads {value} as text, not as the number {number}; write {yaml_number}",
+    )

@@ -20,7 +20,8 @@ from trainer.sweep.space import Parameter, Values, grid
 if TYPE_CHECKING:
     import optuna
 
-State = Literal["running", "interrupted", "done", "stopped", "failed"]  # stopped: early; interrupted: will run again
+# Stopped: early; interrupted: will run again.
+State = Literal["running", "interrupted", "done", "stopped", "failed"]
 
 
 @dataclass
@@ -48,15 +49,22 @@ class SweepStudy:
     not change while trials are compared. Raises `ConfigError` without Optuna, for a study in use, and for another's.
     """
 
-    def __init__(self, sweep: Sweep, directory: Path, *, seed: int, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, sweep: Sweep, directory: Path, *, seed: int, identity: dict[str, Any]
+    ) -> None:
         _require_optuna()
         self._sweep = sweep
         self._seed = seed
-        self._space = {parameter.name: to_distribution(parameter) for parameter in sweep.parameters}
+        self._space = {
+            parameter.name: to_distribution(parameter) for parameter in sweep.parameters
+        }
         directory.mkdir(parents=True, exist_ok=True)
         lock = lock_directory(directory)
         if lock is None:
-            raise ConfigError("name", f"another sweep is running in {directory}; give this one another name")
+            raise ConfigError(
+                "name",
+                f"another sweep is running in {directory}; give this one another name",
+            )
         self._lock = lock
         try:
             self.optuna_study = _open_study(sweep, directory / "sweep.sqlite")
@@ -64,7 +72,9 @@ class SweepStudy:
         except ConfigError:
             self.close()
             raise
-        self.trials = [self._read_trial(stored) for stored in self.optuna_study.get_trials()]
+        self.trials = [
+            self._read_trial(stored) for stored in self.optuna_study.get_trials()
+        ]
 
     def close(self) -> None:
         self._lock.close()
@@ -112,7 +122,12 @@ class SweepStudy:
 
     def save(self, trial: Trial) -> None:
         """Store what became of a trial. One that is interrupted stays open."""
-        outcome = {"state": trial.state, "value": trial.value, "reason": trial.reason, "seconds": trial.seconds}
+        outcome = {
+            "state": trial.state,
+            "value": trial.value,
+            "reason": trial.reason,
+            "seconds": trial.seconds,
+        }
         self._find_stored(trial.number).set_user_attr("outcome", outcome)
         if trial.state in ("done", "stopped") and trial.value is not None:
             # Not as pruned: Optuna would leave a trial that was stopped early out of its plots.
@@ -128,16 +143,25 @@ class SweepStudy:
 
         parameters = self._sweep.parameters
         if self._sweep.method == "random":
-            values = {parameter.name: parameter.draw(self._seed, number) for parameter in parameters}
+            values = {
+                parameter.name: parameter.draw(self._seed, number)
+                for parameter in parameters
+            }
         else:
             point = next(itertools.islice(grid(parameters), number, None), None)
             if point is None:
                 return None
             values = point
-        params = {parameter.name: to_optuna(parameter, values[parameter.name]) for parameter in parameters}
+        params = {
+            parameter.name: to_optuna(parameter, values[parameter.name])
+            for parameter in parameters
+        }
         # In one write: a sweep that is killed here leaves a trial with its values, or none.
         trial = create_trial(
-            state=TrialState.RUNNING, params=params, distributions=self._space, user_attrs={"values": values}
+            state=TrialState.RUNNING,
+            params=params,
+            distributions=self._space,
+            user_attrs={"values": values},
         )
         self.optuna_study.add_trial(trial)
         return values
@@ -161,13 +185,18 @@ class SweepStudy:
     def _read_trial(self, stored: optuna.trial.FrozenTrial) -> Trial:
         values = stored.user_attrs.get("values") or self._read_values(stored.params)
         outcome = stored.user_attrs.get("outcome", {"state": "failed"})
-        trial = Trial(stored.number, values, **outcome, rungs=len(stored.intermediate_values))
+        trial = Trial(
+            stored.number, values, **outcome, rungs=len(stored.intermediate_values)
+        )
         if not stored.state.is_finished():
             trial.state, trial.reason = "interrupted", ""
         return trial
 
     def _read_values(self, params: dict[str, Any]) -> Values:
-        return {parameter.name: from_optuna(parameter, params[parameter.name]) for parameter in self._sweep.parameters}
+        return {
+            parameter.name: from_optuna(parameter, params[parameter.name])
+            for parameter in self._sweep.parameters
+        }
 
     def _check_identity(self, identity: dict[str, Any], directory: Path) -> None:
         before = self.optuna_study.user_attrs.get("identity")
@@ -177,7 +206,8 @@ class SweepStudy:
         changes = [name for name in identity if identity[name] != before.get(name)]
         if changes:
             raise ConfigError(
-                "name", f"this sweep differs from the one in {directory} in: {', '.join(changes)}; name it otherwise"
+                "name",
+                f"this sweep differs from the one in {directory} in: {', '.join(changes)}; name it otherwise",
             )
 
 
@@ -194,7 +224,11 @@ def best_value(sweep: Sweep, curve: list[float]) -> float | None:
 
 def to_distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
     """What Optuna draws a parameter from. It knows no normal law and no probabilities; `Parameter.draw` does."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
 
     if parameter.choices:
         return CategoricalDistribution(_label_choices(parameter))
@@ -233,7 +267,10 @@ def _require_optuna() -> None:
     try:
         import optuna
     except ImportError:
-        raise ConfigError("sweep", "a sweep on this machine needs Optuna: pip install 'lockstep[sweep]'") from None
+        raise ConfigError(
+            "sweep",
+            "a sweep on this machine needs Optuna: pip install 'lockstep[sweep]'",
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -245,23 +282,36 @@ def _open_study(sweep: Sweep, path: Path) -> optuna.Study:
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
     if sweep.hyperband is not None:
         min_iter, eta = sweep.hyperband.min_iter, sweep.hyperband.eta
-        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=min_iter, reduction_factor=eta)
+        pruner = optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=min_iter, reduction_factor=eta
+        )
     try:
         _refuse_earlier_version(path)
         # Not by URL, in which a "?" or a "{" of the path would be syntax.
-        storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs={"creator": lambda: sqlite3.connect(path)})
+        storage = optuna.storages.RDBStorage(
+            "sqlite://", engine_kwargs={"creator": lambda: sqlite3.connect(path)}
+        )
         return optuna.create_study(
-            storage=storage, study_name=sweep.name, direction=sweep.goal, pruner=pruner, load_if_exists=True
+            storage=storage,
+            study_name=sweep.name,
+            direction=sweep.goal,
+            pruner=pruner,
+            load_if_exists=True,
         )
     except (sqlite3.DatabaseError, SQLAlchemyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(str(path), f"cannot be used ({reason}); move it away, or name this sweep otherwise") from None
+        raise ConfigError(
+            str(path),
+            f"cannot be used ({reason}); move it away, or name this sweep otherwise",
+        ) from None
 
 
 def _refuse_earlier_version(path: Path) -> None:
     """Raise `ConfigError` for the file that sweeps had before they used Optuna: its table `trials` is another."""
     with closing(sqlite3.connect(path)) as connection:
-        row = connection.execute("SELECT name FROM sqlite_master WHERE name = 'sweep'").fetchone()
+        row = connection.execute(
+            "SELECT name FROM sqlite_master WHERE name = 'sweep'"
+        ).fetchone()
     if row is not None:
         raise ConfigError(
             str(path),

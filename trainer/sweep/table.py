@@ -47,7 +47,9 @@ class LiveTable:
     def show(self, trials: list[Trial]) -> None:
         if self._live is not None:
             rows = [trial for trial in trials if trial.state == "running"]
-            rows += sort_trials(self._sweep, [trial for trial in trials if trial.state != "running"])
+            rows += sort_trials(
+                self._sweep, [trial for trial in trials if trial.state != "running"]
+            )
             height = min(MAX_ROWS, self._console.height - 6)
             self._live.update(build_table(self._sweep, rows[:height]), refresh=True)
             return
@@ -70,13 +72,23 @@ def sort_trials(sweep: Sweep, trials: list[Trial]) -> list[Trial]:
 def build_table(sweep: Sweep, trials: list[Trial]) -> Table:
     """One row for each trial. On a narrow terminal the reasons are cut, not the numbers."""
     rows = [list_cells(sweep, trial) for trial in trials]
-    table = Table(box=None, expand=True, pad_edge=False, header_style="dim", padding=(0, 1))
+    table = Table(
+        box=None, expand=True, pad_edge=False, header_style="dim", padding=(0, 1)
+    )
     for heading, *cells in zip(list_headings(sweep), *rows, strict=True):
-        width = max(map(len, [heading, *cells]))  # or rich would cut numbers where the terminal is narrow
-        table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True, min_width=width)
-    table.add_column("", overflow="ellipsis", no_wrap=True, ratio=1)  # the reason: what is left of the width
+        # Or rich would cut numbers where the terminal is narrow.
+        width = max(map(len, [heading, *cells]))
+        table.add_column(
+            heading,
+            justify="left" if heading == "state" else "right",
+            no_wrap=True,
+            min_width=width,
+        )
+    # The reason: what is left of the width.
+    table.add_column("", overflow="ellipsis", no_wrap=True, ratio=1)
     for trial, row in zip(trials, rows, strict=True):
-        number, state, *numbers, reason = map(Text, [*row, trial.reason])  # as text, not as rich's markup
+        # As text, not as rich's markup.
+        number, state, *numbers, reason = map(Text, [*row, trial.reason])
         state.stylize(STYLES[trial.state])
         table.add_row(number, state, *numbers, reason)
     return table
@@ -89,13 +101,21 @@ def list_headings(sweep: Sweep) -> list[str]:
 def list_cells(sweep: Sweep, trial: Trial) -> list[str]:
     """A trial's cells, in the order of the headings."""
     values = [format_value(trial.values[name]) for name in list_varying(sweep)]
-    return [str(trial.number), trial.state, format_metric(trial), *values, f"{trial.seconds:.0f} s"]
+    return [
+        str(trial.number),
+        trial.state,
+        format_metric(trial),
+        *values,
+        f"{trial.seconds:.0f} s",
+    ]
 
 
 def format_line(sweep: Sweep, trial: Trial) -> str:
     """What is printed as a trial changes its state."""
     if trial.state == "running":
-        values = [f"{name}={format_value(trial.values[name])}" for name in list_varying(sweep)]
+        values = [
+            f"{name}={format_value(trial.values[name])}" for name in list_varying(sweep)
+        ]
         return f"trial {trial.number}  {' '.join(values)}"
     line = f"trial {trial.number}  {trial.state}  {sweep.metric} {format_metric(trial)}  {trial.seconds:.0f} s"
     return f"{line}  {trial.reason}" if trial.reason else line
@@ -103,7 +123,9 @@ def format_line(sweep: Sweep, trial: Trial) -> str:
 
 def list_varying(sweep: Sweep) -> list[str]:
     """The names of the parameters that have more than one value."""
-    return [parameter.name for parameter in sweep.parameters if len(parameter.choices) != 1]
+    return [
+        parameter.name for parameter in sweep.parameters if len(parameter.choices) != 1
+    ]
 
 
 def format_metric(trial: Trial) -> str:

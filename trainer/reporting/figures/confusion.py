@@ -35,7 +35,15 @@ CELL = 0.42  # inches, of a matrix that need not shrink
 DARK_SHARE = 0.3  # cells of a larger share are too dark for dark text
 
 Counts = npt.NDArray[np.int64]
-TABLE_COLUMNS = ("class", "precision", "recall", "f1", "support", "most confused with", "times")
+TABLE_COLUMNS = (
+    "class",
+    "precision",
+    "recall",
+    "f1",
+    "support",
+    "most confused with",
+    "times",
+)
 
 
 def count_decisions(decisions: Sequence[Decision], classes: int = 0) -> Counts:
@@ -48,7 +56,9 @@ def count_decisions(decisions: Sequence[Decision], classes: int = 0) -> Counts:
     return counts
 
 
-def class_table(decisions: Sequence[Decision], counts: Counts, names: Sequence[str]) -> str:
+def class_table(
+    decisions: Sequence[Decision], counts: Counts, names: Sequence[str]
+) -> str:
     """As CSV: precision, recall, F1 and support of every class that has samples, and its most frequent mistake.
 
     `counts` and `names` are those of all classes: the matrix `count_decisions` returns, and one name for each row.
@@ -56,7 +66,9 @@ def class_table(decisions: Sequence[Decision], counts: Counts, names: Sequence[s
     from sklearn.metrics import precision_recall_fscore_support
 
     true, predicted = _columns(decisions)
-    scores = precision_recall_fscore_support(true, predicted, labels=range(len(names)), zero_division=0)
+    scores = precision_recall_fscore_support(
+        true, predicted, labels=range(len(names)), zero_division=0
+    )
     precision, recall, f1, support = scores
     # The largest count off the diagonal; 0 where a class is never mistaken.
     mistakes = counts.copy()
@@ -70,7 +82,9 @@ def class_table(decisions: Sequence[Decision], counts: Counts, names: Sequence[s
         other = confused_with[i]
         times = mistakes[i, other]
         rounded = np.round([precision[i], recall[i], f1[i]], 6)
-        table.writerow([names[i], *rounded, support[i], names[other] if times else "", times])
+        table.writerow(
+            [names[i], *rounded, support[i], names[other] if times else "", times]
+        )
     return text.getvalue()
 
 
@@ -100,7 +114,12 @@ def draw_confusion_matrix(counts: Counts, classes: Sequence[str], path: Path) ->
     axes.spines[:].set_visible(False)
     total = counts.sum()
     accuracy = counts.trace() / max(total, 1)
-    axes.set_title(f"{total:,} samples · accuracy {accuracy:.4f}", loc="left", fontsize=TITLE, color=INK)
+    axes.set_title(
+        f"{total:,} samples · accuracy {accuracy:.4f}",
+        loc="left",
+        fontsize=TITLE,
+        color=INK,
+    )
     axes.set_xlabel("predicted", fontsize=TEXT, color=INK)
     axes.set_ylabel("true", fontsize=TEXT, color=INK)
     _add_colour_bar(figure, axes)
@@ -117,7 +136,15 @@ def _write_counts(axes: Axes, counts: Counts, shares: Floats) -> None:
             colour = INK
         else:
             colour = "#BBBBBB"
-        axes.text(column, row, str(count), ha="center", va="center", fontsize=font, color=colour)
+        axes.text(
+            column,
+            row,
+            str(count),
+            ha="center",
+            va="center",
+            fontsize=font,
+            color=colour,
+        )
 
 
 def _name_classes(axes: Axes, classes: Sequence[str], room: int) -> None:
@@ -131,12 +158,22 @@ def _name_classes(axes: Axes, classes: Sequence[str], room: int) -> None:
     names = [shorten(name, 24) for name in classes]
     longest = max(map(len, names))
     axes.set_yticks(range(len(names)), names, parse_math=False)
-    axes.set_xticks(range(len(names)), names, parse_math=False, rotation=90 if longest > room else 0)
+    axes.set_xticks(
+        range(len(names)), names, parse_math=False, rotation=90 if longest > room else 0
+    )
 
 
 def _add_colour_bar(figure: Figure, axes: Axes) -> None:
     ticks = [0, 0.01, 0.1, 0.25, 0.5, 1]
-    bar = figure.colorbar(axes.images[0], ax=axes, shrink=0.5, aspect=18, pad=0.02, ticks=ticks, format="%g")
+    bar = figure.colorbar(
+        axes.images[0],
+        ax=axes,
+        shrink=0.5,
+        aspect=18,
+        pad=0.02,
+        ticks=ticks,
+        format="%g",
+    )
     bar.set_label("share of the true class", fontsize=SMALL, color=INK)
     bar.ax.tick_params(colors=GREY, labelcolor=INK, labelsize=SMALL)
     bar.outline.set_visible(False)

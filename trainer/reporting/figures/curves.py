@@ -40,16 +40,43 @@ def draw_curves(rows: Rows, path: Path) -> None:
     names = _metric_names(rows)
     heights = [PANEL_HEIGHT] * len(names) + [RATE_PANEL_HEIGHT]
     figure = new_figure(7.5, PANEL_HEIGHT * len(names) + 1.6)
-    *panels, rate_panel = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    *panels, rate_panel = figure.subplots(
+        len(heights), 1, sharex=True, squeeze=False, height_ratios=heights
+    )[:, 0]
     for axes, name in zip(panels, names, strict=True):
-        _plot(axes, rows, f"train/{name}", label="train", color=BLUE, linewidth=0.9, alpha=0.75)
-        _plot(axes, rows, f"train/epoch_{name}", label="train, epoch", color=BLUE, linewidth=1.6, **EPOCH_MARKS)
-        _plot(axes, rows, f"val/{name}", label="val", color=VERMILION, linewidth=1.6, **EPOCH_MARKS)
+        _plot(
+            axes,
+            rows,
+            f"train/{name}",
+            label="train",
+            color=BLUE,
+            linewidth=0.9,
+            alpha=0.75,
+        )
+        _plot(
+            axes,
+            rows,
+            f"train/epoch_{name}",
+            label="train, epoch",
+            color=BLUE,
+            linewidth=1.6,
+            **EPOCH_MARKS,
+        )
+        _plot(
+            axes,
+            rows,
+            f"val/{name}",
+            label="val",
+            color=VERMILION,
+            linewidth=1.6,
+            **EPOCH_MARKS,
+        )
         _style_panel(axes, name)
         _add_legend(axes)
     _plot(rate_panel, rows, "lr", color=GREY, linewidth=1.4)
     _style_panel(rate_panel, "learning rate")
-    rate_panel.set_ylim(bottom=0)  # a constant rate would otherwise fill a tiny range around itself
+    # A constant rate would otherwise fill a tiny range around itself.
+    rate_panel.set_ylim(bottom=0)
     _style_step_axis(rate_panel)
     write(figure, path)
 
@@ -91,14 +118,30 @@ def _style_panel(axes: Axes, title: str) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     if not axes.lines:
         axes.set_yticks([])
-        axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center", fontsize=TEXT, color=GREY)
+        axes.text(
+            0.5,
+            0.5,
+            "no finite values",
+            transform=axes.transAxes,
+            ha="center",
+            fontsize=TEXT,
+            color=GREY,
+        )
 
 
 def _add_legend(axes: Axes) -> None:
     if not axes.lines:
         return
-    legend = axes.legend(loc="lower right", ncols=3, frameon=False, fontsize=SMALL, labelcolor=INK, borderaxespad=0.1)
-    legend.set_bbox_to_anchor((1, 1), transform=axes.transAxes)  # beside the title, above the panel
+    legend = axes.legend(
+        loc="lower right",
+        ncols=3,
+        frameon=False,
+        fontsize=SMALL,
+        labelcolor=INK,
+        borderaxespad=0.1,
+    )
+    # Beside the title, above the panel.
+    legend.set_bbox_to_anchor((1, 1), transform=axes.transAxes)
 
 
 def _style_step_axis(axes: Axes) -> None:

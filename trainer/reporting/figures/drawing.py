@@ -10,9 +10,18 @@ from torch import Tensor
 
 from trainer.core.build import Run
 from trainer.core.evaluation import Decision
-from trainer.reporting.figures.confusion import class_table, count_decisions, draw_confusion_matrix
+from trainer.reporting.figures.confusion import (
+    class_table,
+    count_decisions,
+    draw_confusion_matrix,
+)
 from trainer.reporting.figures.curves import draw_curves
-from trainer.reporting.figures.images import PredictionGroup, draw_batch_grid, draw_predictions, draw_saliency
+from trainer.reporting.figures.images import (
+    PredictionGroup,
+    draw_batch_grid,
+    draw_predictions,
+    draw_saliency,
+)
 from trainer.reporting.figures.saliency_maps import compute_saliency
 from trainer.reporting.jsonl import read_rows
 from trainer.storage import checkpoint
@@ -50,8 +59,12 @@ def _draw_metrics(directory: Path, folder: Path) -> dict[str, Path]:
     return {"curves": path}
 
 
-def _draw_decisions(run: Run, decisions: list[Decision], folder: Path) -> dict[str, Path]:
-    return _draw_confusion(decisions, run.data.classes, folder) | _draw_samples(run, decisions, folder)
+def _draw_decisions(
+    run: Run, decisions: list[Decision], folder: Path
+) -> dict[str, Path]:
+    return _draw_confusion(decisions, run.data.classes, folder) | _draw_samples(
+        run, decisions, folder
+    )
 
 
 def draw_batch(run: Run, directory: Path) -> dict[str, Path]:
@@ -67,17 +80,27 @@ def draw_batch(run: Run, directory: Path) -> dict[str, Path]:
     return {"batch": path}
 
 
-def split_by_correctness(decisions: Sequence[Decision]) -> tuple[list[Decision], list[Decision]]:
+def split_by_correctness(
+    decisions: Sequence[Decision],
+) -> tuple[list[Decision], list[Decision]]:
     """The wrong decisions, the most confident first, and the right ones, the least confident first."""
     # Ties are ordered by sample, so that any number of processes draws the same pictures.
-    by_confidence = sorted(decisions, key=lambda decision: (decision.confidence, -decision.sample_id))
-    right = [decision for decision in by_confidence if decision.predicted == decision.true]
-    wrong = [decision for decision in by_confidence if decision.predicted != decision.true]
+    by_confidence = sorted(
+        decisions, key=lambda decision: (decision.confidence, -decision.sample_id)
+    )
+    right = [
+        decision for decision in by_confidence if decision.predicted == decision.true
+    ]
+    wrong = [
+        decision for decision in by_confidence if decision.predicted != decision.true
+    ]
     wrong.reverse()
     return wrong, right
 
 
-def _draw_confusion(decisions: list[Decision], names: list[str] | None, folder: Path) -> dict[str, Path]:
+def _draw_confusion(
+    decisions: list[Decision], names: list[str] | None, folder: Path
+) -> dict[str, Path]:
     matrix_path = folder / "confusion_matrix.png"
     table_path = folder / "per_class.csv"
     counts = count_decisions(decisions, len(names or []))
@@ -92,26 +115,40 @@ def _draw_samples(run: Run, decisions: list[Decision], folder: Path) -> dict[str
     wrong, right = split_by_correctness(decisions)
     of_all = f"of {len(decisions):,} validation samples"
     sections = [
-        (f"Wrong: {len(wrong):,} {of_all}, the most confident first", wrong[:MAX_WRONG]),
-        (f"Right: {len(right):,} {of_all}, the least confident first", right[:MAX_RIGHT]),
+        (
+            f"Wrong: {len(wrong):,} {of_all}, the most confident first",
+            wrong[:MAX_WRONG],
+        ),
+        (
+            f"Right: {len(right):,} {of_all}, the least confident first",
+            right[:MAX_RIGHT],
+        ),
     ]
     with_maps = [*wrong[:MAX_WRONG], *right[:MAX_RIGHT]][:MAX_MAPS]
     inputs = _validation_inputs(run, with_maps)
     if not _are_images(inputs):
         return {}
     paths = {"predictions": folder / "predictions.png"}
-    groups = [_prediction_group(run, heading, samples) for heading, samples in sections if samples]
+    groups = [
+        _prediction_group(run, heading, samples)
+        for heading, samples in sections
+        if samples
+    ]
     draw_predictions(groups, paths["predictions"])
     # On the inputs as the model sees them; the pictures show them before normalisation.
     maps = compute_saliency(run.task, run.module, inputs)
     if maps is not None:
         paths["saliency"] = folder / "saliency.png"
         heading = "What the predicted class rests on: bright regions count most"
-        draw_saliency(_prediction_group(run, heading, with_maps), maps, paths["saliency"])
+        draw_saliency(
+            _prediction_group(run, heading, with_maps), maps, paths["saliency"]
+        )
     return paths
 
 
-def _prediction_group(run: Run, heading: str, decisions: Sequence[Decision]) -> PredictionGroup:
+def _prediction_group(
+    run: Run, heading: str, decisions: Sequence[Decision]
+) -> PredictionGroup:
     assert run.val_loader is not None
     names = run.data.classes
     return PredictionGroup(

@@ -97,7 +97,9 @@ def _to_block(group: PredictionGroup, pictures: Floats, cell: float) -> _Block:
     room = fitting_characters(cell)
     titles = []
     colours = []
-    for predicted, confidence, true in zip(group.predicted, group.confidence, group.true, strict=True):
+    for predicted, confidence, true in zip(
+        group.predicted, group.confidence, group.true, strict=True
+    ):
         percent = f" · {100 * confidence:.0f} %"
         first_line = shorten(predicted, room - len(percent)) + percent
         second_line = shorten(f"true: {true}", room)
@@ -106,7 +108,9 @@ def _to_block(group: PredictionGroup, pictures: Floats, cell: float) -> _Block:
     return _Block(group.heading, pictures, titles, colours)
 
 
-def _draw_grid(blocks: Sequence[_Block], path: Path, *, columns: int, cell: float) -> None:
+def _draw_grid(
+    blocks: Sequence[_Block], path: Path, *, columns: int, cell: float
+) -> None:
     """Draw each picture in a square of `cell` inches below its centred title, one block below the other."""
     width = columns * (cell + GAP) + GAP
     height = GAP
@@ -122,26 +126,52 @@ def _draw_grid(blocks: Sequence[_Block], path: Path, *, columns: int, cell: floa
     write(figure, path)
 
 
-def _draw_block(axes: Axes, block: _Block, start: float, columns: int, cell: float) -> float:
+def _draw_block(
+    axes: Axes, block: _Block, start: float, columns: int, cell: float
+) -> float:
     """Draw a block from `start` inches below the top; returns where it ends."""
     if block.heading:
         middle = start + HEADING / 2 - 0.04
-        axes.text(GAP, middle, block.heading, va="center", fontsize=TITLE, color=INK, parse_math=False)
+        axes.text(
+            GAP,
+            middle,
+            block.heading,
+            va="center",
+            fontsize=TITLE,
+            color=INK,
+            parse_math=False,
+        )
         start += HEADING
     pixels_high = int(block.pictures.shape[1])
     pixels_wide = int(block.pictures.shape[2])
     width = cell * min(1, pixels_wide / pixels_high)
     height = cell * min(1, pixels_high / pixels_wide)
     title_lines = max(title.count("\n") + 1 for title in block.titles)
-    title_height = title_lines * 1.4 * SMALL / 72  # points to inches, with the space between lines
+    # Points to inches, with the space between lines.
+    title_height = title_lines * 1.4 * SMALL / 72
     row_height = title_height + height + GAP
     for i, picture in enumerate(block.pictures):
         row, column = divmod(i, columns)
         middle = GAP + column * (cell + GAP) + cell / 2
         top = start + row * row_height + title_height
         extent = (middle - width / 2, middle + width / 2, top + height, top)
-        axes.imshow(picture, extent=extent, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="auto")
-        title = axes.text(middle, top - 0.04, block.titles[i], color=block.colours[i], fontsize=SMALL, parse_math=False)
+        axes.imshow(
+            picture,
+            extent=extent,
+            cmap="gray",
+            vmin=0,
+            vmax=1,
+            aspect="auto",
+            interpolation="auto",
+        )
+        title = axes.text(
+            middle,
+            top - 0.04,
+            block.titles[i],
+            color=block.colours[i],
+            fontsize=SMALL,
+            parse_math=False,
+        )
         title.set(horizontalalignment="center", verticalalignment="bottom")
     rows = math.ceil(len(block.pictures) / columns)
     return start + rows * row_height
@@ -156,5 +186,7 @@ def _to_pictures(images: Tensor) -> Floats:
 
 def _to_array(values: Tensor) -> Floats:
     """Values in [0, 1], NaN as 0."""
-    array: Floats = values.detach().to("cpu", torch.float64).nan_to_num().clamp(0, 1).numpy()
+    array: Floats = (
+        values.detach().to("cpu", torch.float64).nan_to_num().clamp(0, 1).numpy()
+    )
     return array

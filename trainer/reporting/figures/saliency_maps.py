@@ -28,21 +28,32 @@ def compute_saliency(task: Task, model: nn.Module, images: Tensor) -> Tensor | N
     model.eval()
     try:
         # A compiled model would skip the hooks, and compile again for inputs that need a gradient.
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"), _record_feature_maps(model) as features:
+        with (
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+            _record_feature_maps(model) as features,
+        ):
             inputs = images.detach().clone().requires_grad_()
             output = task.predict(model, inputs)
             probabilities = task.probabilities(output)
-            if probabilities is None or not isinstance(output, Tensor) or output.shape != probabilities.shape:
+            if (
+                probabilities is None
+                or not isinstance(output, Tensor)
+                or output.shape != probabilities.shape
+            ):
                 return None
             # Samples do not influence each other in evaluation mode, so the gradient of the sum has that of each.
             score = output.gather(1, probabilities.argmax(1, keepdim=True)).sum()
             last_features = features[1:][-1:]
-            input_gradient, *feature_gradients = torch.autograd.grad(score, [inputs, *last_features])
+            input_gradient, *feature_gradients = torch.autograd.grad(
+                score, [inputs, *last_features]
+            )
     except RuntimeError:
         # No gradient reaches the input, or an operation has no (deterministic) backward.
         return None
     finally:
-        for module, training in modes:  # not `model.train()`: a layer may be in evaluation mode for good
+        # Not `model.train()`: a layer may be in evaluation mode for good.
+        for module, training in modes:
             module.training = training
 
     size = images.shape[-2:]
@@ -61,10 +72,18 @@ def _record_feature_maps(model: nn.Module) -> Iterator[list[Tensor]]:
     outputs: list[Tensor] = []
 
     def record(_: nn.Module, __: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2:].numel() > 1:
+        if (
+            isinstance(output, Tensor)
+            and output.dim() == 4
+            and output.shape[2:].numel() > 1
+        ):
             outputs.append(output)
 
-    hooks = [layer.register_forward_hook(record) for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    hooks = [
+        layer.register_forward_hook(record)
+        for layer in model.modules()
+        if isinstance(layer, nn.Conv2d)
+    ]
     try:
         yield outputs
     finally:
@@ -74,6 +93,11 @@ def _record_feature_maps(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def _scale(maps: Tensor, size: torch.Size) -> Tensor:
     """Maps `(N, h, w)` resized to the images' `size`, each divided by its maximum; on the CPU."""
-    resized = F.interpolate(maps.cpu().float().unsqueeze(1), tuple(size), mode="bilinear", align_corners=False)
+    resized = F.interpolate(
+        maps.cpu().float().unsqueeze(1),
+        tuple(size),
+        mode="bilinear",
+        align_corners=False,
+    )
     resized = resized.squeeze(1)
     return resized / resized.amax((1, 2), keepdim=True).clamp(min=1e-30)

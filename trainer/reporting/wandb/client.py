@@ -22,9 +22,11 @@ ENVIRONMENT_MODES = {  # values of WANDB_MODE → values of wandb.mode
     "dryrun": "offline",
     "disabled": "disabled",
 }
-REQUEST_TIMEOUT = 10  # seconds for one request: after a hang, the client notices soon that the server is back
+# Seconds for one request: after a hang, the client notices soon that the server is back.
+REQUEST_TIMEOUT = 10
 KILL_DELAY = 2  # seconds beyond the client's own limit before its process is killed
-UPLOAD_STOPPED = "will not be synced"  # in the client's warning that it uploads nothing more
+# In the client's warning that it uploads nothing more.
+UPLOAD_STOPPED = "will not be synced"
 
 
 class ClientMessages:
@@ -61,12 +63,18 @@ def effective_mode(section: WandbConfig) -> str:
     if section.mode != "auto" or not environment_mode:
         return section.mode
     if environment_mode not in ENVIRONMENT_MODES:
-        raise ConfigError("WANDB_MODE", f'"{environment_mode}" is not one of online, offline, disabled')
+        raise ConfigError(
+            "WANDB_MODE",
+            f'"{environment_mode}" is not one of online, offline, disabled',
+        )
     return ENVIRONMENT_MODES[environment_mode]
 
 
 def start_client(
-    section: WandbConfig, arguments: Mapping[str, Any], messages: ClientMessages, **settings: Any
+    section: WandbConfig,
+    arguments: Mapping[str, Any],
+    messages: ClientMessages,
+    **settings: Any,
 ) -> Client:
     """Start the client, offline if nobody is logged in or the server does not answer in time.
 
@@ -77,25 +85,36 @@ def start_client(
     import wandb  # heavy, and not needed where it is disabled
 
     def start(mode: Literal["online", "offline"]) -> Any:
-        wandb.setup(wandb.Settings(silent=True, mode="online"))  # otherwise the client announces the login
+        # Otherwise the client announces the login.
+        wandb.setup(wandb.Settings(silent=True, mode="online"))
         wandb.termsetup(wandb.Settings(silent=True), messages)
         with _redacted_command_line():
-            return wandb.init(mode=mode, settings=_client_settings(section, settings), **arguments)
+            return wandb.init(
+                mode=mode, settings=_client_settings(section, settings), **arguments
+            )
 
     mode = effective_mode(section)
     if mode == "offline":
-        return Client(start("offline"), "offline (WANDB_MODE)" if section.mode == "auto" else "offline")
+        return Client(
+            start("offline"),
+            "offline (WANDB_MODE)" if section.mode == "auto" else "offline",
+        )
     wandb.setup(wandb.Settings(silent=True, mode="online"))
     if not wandb.login(prompt=False, verify=False):
         if mode == "online":
-            raise ConfigError("wandb.mode", "online needs a W&B login; run `wandb login`, or set wandb.mode=offline")
+            raise ConfigError(
+                "wandb.mode",
+                "online needs a W&B login; run `wandb login`, or set wandb.mode=offline",
+            )
         return Client(start("offline"), "offline (nobody is logged in)")
     try:
         return Client(start("online"), "online")
     except Exception as error:
         wandb.teardown()  # otherwise the failed attempt still holds the run's id
         if section.strict:
-            raise LockstepError(f"W&B is out of reach ({shorten_error(error)})") from None
+            raise LockstepError(
+                f"W&B is out of reach ({shorten_error(error)})"
+            ) from None
         return Client(start("offline"), "offline", error)
 
 
@@ -159,7 +178,8 @@ def _kill_client() -> None:
     """Kill the client's process, so that nothing waits for it any longer, not even the interpreter's exit."""
     from wandb.sdk import wandb_setup
 
-    with suppress(AttributeError):  # private names: there is no public way to the process
+    # Private names: there is no public way to the process.
+    with suppress(AttributeError):
         wandb_setup.singleton().ensure_service()._proc._process.kill()  # type: ignore[union-attr]
 
 

@@ -35,8 +35,12 @@ def best_model_artifact(directory: Path, run_id: str) -> tuple[Any, list[str]] |
     config = redacted(yaml.safe_load((best / "config.yaml").read_text()))
     # The run's own file keeps references to the environment; what leaves the machine is redacted as well.
     redacted_config = directory / "wandb" / "best_config.yaml"
-    redacted_config.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    artifact = wandb.Artifact(f"model-{run_id}", type="model", metadata={**row, "config": config})
+    redacted_config.write_text(
+        yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    )
+    artifact = wandb.Artifact(
+        f"model-{run_id}", type="model", metadata={**row, "config": config}
+    )
     # The cache would copy the model into the user's home.
     files = {
         "model.safetensors": best / "model.safetensors",
@@ -63,7 +67,9 @@ def _wrap_figure(path: Path) -> Any:
         heading, *rows = csv.reader(file)
     # W&B gives each column one type, so a column is either numbers or text.
     columns = [_to_numbers(column) for column in zip(*rows, strict=True)]
-    return wandb.Table(columns=[*heading], data=[list(row) for row in zip(*columns, strict=True)])
+    return wandb.Table(
+        columns=[*heading], data=[list(row) for row in zip(*columns, strict=True)]
+    )
 
 
 def _to_numbers(column: Sequence[str]) -> Sequence[str | float]:
@@ -79,7 +85,9 @@ def wrap_histograms(histograms: Mapping[str, Histogram]) -> dict[str, Any]:
 
     wrapped = {}
     for name, (counts, edges) in histograms.items():
-        wrapped[name] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
+        wrapped[name] = wandb.Histogram(
+            np_histogram=(np.array(counts), np.array(edges))
+        )
     return wrapped
 
 

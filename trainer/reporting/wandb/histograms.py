@@ -10,7 +10,8 @@ from trainer.exact.plan import Step
 from trainer.reporting.wandb.files import Histogram
 from trainer.reporting.wandb.run import WandbRun
 
-MAX_TENSORS = 64  # evenly spread over a model's parameters, so that the cost of a large model is bounded
+# Evenly spread over a model's parameters, so that the cost of a large model is bounded.
+MAX_TENSORS = 64
 BINS = 64
 
 

@@ -15,7 +15,9 @@ class EarlierRows:
     Attributes: `missing`, the rows to send again; `last_step`, the newest step that W&B knows of, 0 for none.
     """
 
-    def __init__(self, rows: Sequence[Row], valid_rows: int, summary: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, rows: Sequence[Row], valid_rows: int, summary: Mapping[str, Any] | None
+    ) -> None:
         """Compare `rows` with the server's `summary` of the run: the newest value of every name.
 
         Only the first `valid_rows` are ever missing: the resumed run computes the others again. Without a server

@@ -51,11 +51,22 @@ def start_wandb(
     if effective_mode(section) == "disabled":
         return None
     try:
-        run = WandbRun(section, run_name=run_name, directory=directory, config=config, run_id=run_id, note=note)
+        run = WandbRun(
+            section,
+            run_name=run_name,
+            directory=directory,
+            config=config,
+            run_id=run_id,
+            note=note,
+        )
     except LockstepError:
         raise
     except Exception as error:
-        _warn(section, note, f"W&B did not start ({shorten_error(error)}); the run continues without it")
+        _warn(
+            section,
+            note,
+            f"W&B did not start ({shorten_error(error)}); the run continues without it",
+        )
         return None
     if run_id is not None:
         run.send_missing_rows(earlier_rows, valid_rows)
@@ -86,7 +97,8 @@ class WandbRun:
         self._earlier_rows = EarlierRows((), 0, None)
         self._accepts_rows = True
         self._failed = False
-        (directory / "wandb").mkdir(parents=True, exist_ok=True)  # if it is missing, wandb silently writes elsewhere
+        # If it is missing, wandb silently writes elsewhere.
+        (directory / "wandb").mkdir(parents=True, exist_ok=True)
         sessions_before = sessions(directory, unsent=True)
         arguments = _init_arguments(section, run_name, directory, config, run_id)
         client = start_client(section, arguments, self._messages, **settings)
@@ -103,7 +115,11 @@ class WandbRun:
                 if file not in sessions_before and not is_offline(file):
                     mark_sent([file])
             reason = shorten_error(client.error)
-            _warn(section, note, f"W&B is out of reach ({reason}), so the run is offline; {_sync_hint(directory)}")
+            _warn(
+                section,
+                note,
+                f"W&B is out of reach ({reason}), so the run is offline; {_sync_hint(directory)}",
+            )
 
     def describe(self) -> str:
         """`online, <the run's page>`, or `offline (why), files in <directory>`."""
@@ -116,7 +132,9 @@ class WandbRun:
 
         From then on, `log` skips every row that the server has already.
         """
-        self._accepts_rows = self._attempt(self._send_missing_rows, earlier_rows, valid_rows)
+        self._accepts_rows = self._attempt(
+            self._send_missing_rows, earlier_rows, valid_rows
+        )
         return len(self._earlier_rows.missing)
 
     def _send_missing_rows(self, earlier_rows: Sequence[Row], valid_rows: int) -> None:
@@ -163,19 +181,36 @@ class WandbRun:
         Takes `wandb.finish_timeout` seconds at most (`KILL_DELAY` more if the client hangs); the rest stays in the
         files. Returns True if the server has everything, which is never the case offline.
         """
-        finish = partial(self._finish, status=status, failure=failure, alert=alert, step=step, figures=figures or {})
+        finish = partial(
+            self._finish,
+            status=status,
+            failure=failure,
+            alert=alert,
+            step=step,
+            figures=figures or {},
+        )
         self._attempt(run_with_timeout, self._section.finish_timeout, finish)
         is_complete = self._online and not self._failed
         if is_complete:
             mark_sent(sessions(self._directory, unsent=True))
         return is_complete
 
-    def _finish(self, *, status: int, failure: str, alert: bool, step: int, figures: Mapping[str, Path]) -> None:
+    def _finish(
+        self,
+        *,
+        status: int,
+        failure: str,
+        alert: bool,
+        step: int,
+        figures: Mapping[str, Path],
+    ) -> None:
         try:
             if failure:
                 self._run.summary["failure"] = failure
             if failure and alert and self._section.alerts:
-                self._run.alert(title=f"{self._run.name} failed", text=failure, level="ERROR")
+                self._run.alert(
+                    title=f"{self._run.name} failed", text=failure, level="ERROR"
+                )
             if figures:
                 self._send_figures(step, figures)
             if self._section.log_model == "best":
@@ -205,7 +240,11 @@ class WandbRun:
 
 
 def _init_arguments(
-    section: WandbConfig, run_name: str, directory: Path, config: Mapping[str, Any], run_id: str | None
+    section: WandbConfig,
+    run_name: str,
+    directory: Path,
+    config: Mapping[str, Any],
+    run_id: str | None,
 ) -> dict[str, Any]:
     """The arguments of `wandb.init`."""
     arguments = {
@@ -217,8 +256,14 @@ def _init_arguments(
         "tags": section.tags or None,
         "notes": section.notes and without_logins(section.notes),
     }
-    if "WANDB_SWEEP_ID" not in os.environ:  # in a sweep, the agent has set project, entity and id
-        arguments |= {"project": section.project, "entity": section.entity, "id": run_id, "resume": "allow"}
+    # In a sweep, the agent has set project, entity and id.
+    if "WANDB_SWEEP_ID" not in os.environ:
+        arguments |= {
+            "project": section.project,
+            "entity": section.entity,
+            "id": run_id,
+            "resume": "allow",
+        }
     return arguments
 
 

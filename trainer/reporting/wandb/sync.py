@@ -34,7 +34,9 @@ def send_missing(run: Path) -> str:
         sent = _send_offline_sessions(files)
         parts = []
         if sent:
-            parts.append(f"{sent} offline session" if sent == 1 else f"{sent} offline sessions")
+            parts.append(
+                f"{sent} offline session" if sent == 1 else f"{sent} offline sessions"
+            )
         if sent < len(files):
             run_id = files[-1].stem.removeprefix("run-")
             parts.append(f"{_complete(run, config, run_id)} rows of metrics.jsonl")
@@ -46,7 +48,11 @@ def _send_offline_sessions(files: list[Path]) -> int:
     for index, file in enumerate(files):
         if not is_offline(file):
             return index
-        subprocess.run([sys.executable, "-m", "wandb", "sync", str(file.parent)], capture_output=True, check=False)
+        subprocess.run(
+            [sys.executable, "-m", "wandb", "sync", str(file.parent)],
+            capture_output=True,
+            check=False,
+        )
         # Its exit status does not tell whether it sent anything. The marker file that it leaves does.
         if file in sessions(file.parents[2], unsent=True):
             return index
@@ -58,13 +64,16 @@ def _complete(run: Path, config: Config, run_id: str) -> int:
     rows = read_rows(run / "metrics.jsonl")
     summary = run / "summary.json"
     wandb_run = WandbRun(
-        replace(config.wandb, mode="online", strict=True, finish_timeout=UPLOAD_TIMEOUT),
+        replace(
+            config.wandb, mode="online", strict=True, finish_timeout=UPLOAD_TIMEOUT
+        ),
         run_name=config.run.name,
         directory=run,
         config={},
         run_id=run_id,
         note=print,
-        x_disable_meta=True,  # this process is not the run, so its machine and use of it are of no interest
+        # This process is not the run, so its machine and use of it are of no interest.
+        x_disable_meta=True,
         x_disable_stats=True,
         x_save_requirements=False,
     )
@@ -74,7 +83,9 @@ def _complete(run: Path, config: Config, run_id: str) -> int:
         return rows_sent
     figures = {}
     for path in sorted((run / "figures").glob("*.*")):
-        if path.suffix in (".png", ".csv") and not wandb_run.has(f"figures/{path.stem}"):
+        if path.suffix in (".png", ".csv") and not wandb_run.has(
+            f"figures/{path.stem}"
+        ):
             figures[path.stem] = path
     wandb_run.finish(step=json.loads(summary.read_text())["steps"], figures=figures)
     return rows_sent
