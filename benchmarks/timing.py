@@ -13,6 +13,7 @@ import torch
 
 from trainer import Trainer
 from trainer.exact.plan import Step
+from trainer.process.memory import keep_freed_memory
 
 LOCKSTEP = "Lockstep"
 Clocks = npt.NDArray[np.float64]  # seconds on the wall, and of the process's CPU time
@@ -45,6 +46,7 @@ class InterleavedTrainer(Trainer):
         assert self.plan.total_steps == rounds.total_steps, (
             "the run is as long as its rounds"
         )
+        keep_freed_memory(self.ranks.device.type)  # as `train.py` does
         self._loops, self._rounds = loops, rounds
         self._began = self._clock()
         self._seconds: Seconds = {name: [] for name in (*loops, LOCKSTEP)}

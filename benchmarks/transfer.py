@@ -36,6 +36,7 @@ from trainer.components.heads import find_head
 from trainer.components.models import build_model
 from trainer.components.weights import start_from_weights, weights_file
 from trainer.process.exit import report_error
+from trainer.process.memory import keep_freed_memory
 
 RECIPES = ("extract", "finetune")
 CONFIGS = Path(__file__).parents[1] / "configs" / "transfer"
@@ -141,6 +142,7 @@ class Turns(Trainer):
 
     def race(self, script: Connection, began: Clocks) -> tuple[Clocks, Clocks, float]:
         """Train; the seconds since `began`, the script's, and its best accuracy."""
+        keep_freed_memory(self.ranks.device.type)  # as `train.py` does
         self._script, self._waited = script, 0.0
         self._results: list[tuple[float, Clocks]] = []
         self.fit()
