@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from trainer.inspection.autograd_chain import post_order
+
 CUDA = torch.device("cuda", 0)
 
 
@@ -142,7 +144,7 @@ def run_backward(root: Tensor, gradient: Tensor | None = None) -> None:
     arrived: dict[Any, list[Tensor | None]] = {
         root.grad_fn: [torch.ones_like(root) if gradient is None else gradient]
     }
-    for node in _from_outputs_to_inputs(root.grad_fn):
+    for node in reversed(post_order(root.grad_fn)):
         incoming = arrived.pop(node, None)
         if incoming is None or all(part is None for part in incoming):
             continue
@@ -156,26 +158,6 @@ def run_backward(root: Tensor, gradient: Tensor | None = None) -> None:
                 continue
             slots = arrived.setdefault(successor, [None] * _number_of_inputs(successor))
             slots[slot] = part if slots[slot] is None else slots[slot] + part
-
-
-def _from_outputs_to_inputs(root: Any) -> list[Any]:
-    """All nodes of the graph, each after all that send it a gradient."""
-    order: list[Any] = []
-    seen: set[Any] = set()
-    stack = [(root, False)]
-    while stack:
-        node, is_done = stack.pop()
-        if is_done:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack += [
-                (successor, False)
-                for successor, _ in node.next_functions
-                if successor is not None
-            ]
-    return order[::-1]
 
 
 def _number_of_inputs(node: Any) -> int:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves
 
+from tests.distributed import small
 from tests.distributed.ranks import on_ranks
 from tests.pretended import CUDA, DeviceLog, pretended_cuda, run_backward
 from trainer import Config, Trainer
@@ -64,19 +65,18 @@ def in_a_fork(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def config(directory: Path, **changes: Any) -> Config:
-    tree: dict[str, Any] = {
-        "run": {"dir": str(directory), "figures": False},
-        "batch": {"size": 32, "micro_size": 8},
-        "optimizer": {"lr": 0.02},
-        "schedule": {"name": "constant"},
-        "train": {"epochs": 1},
-        "best": {"metric": "train/loss"},
-        "wandb": {"mode": "disabled"},
+    """fp32, plain SGD, logged as seldom as by default."""
+    settings: dict[str, Any] = {
+        "batch__size": 32,
+        "batch__micro_size": 8,
+        "optimizer__lr": 0.02,
+        "optimizer__momentum": None,
+        "train__precision": "fp32",
+        "train__epochs": 1,
+        "train__log_every": None,
+        "best__metric": "train/loss",
     }
-    for name, value in changes.items():
-        section, _, key = name.partition("__")
-        tree.setdefault(section, {})[key] = value
-    return Config.from_dict(tree)
+    return small.config(directory, **(settings | changes))
 
 
 @pytest.fixture(autouse=True)

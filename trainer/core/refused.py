@@ -6,12 +6,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from trainer.core.build import Run
 from trainer.core.fuse_check import without_trace
 from trainer.core.metrics import detach
 from trainer.errors import ConfigError
+from trainer.exact.determinism import deterministic_algorithms
 from trainer.exact.refused import RefusedOperations
 
 WATCHED_SAMPLES = 4
@@ -53,12 +52,6 @@ def refuse_nondeterministic(run: Run) -> None:
 @contextmanager
 def _warnings_in_place_of_errors() -> Iterator[None]:
     """Let CUDA run what it would refuse, so that the first refusal does not hide the others."""
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    with deterministic_algorithms(warn_only=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

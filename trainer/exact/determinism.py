@@ -45,8 +45,6 @@ def _deterministic() -> Iterator[None]:
 
     See https://docs.pytorch.org/docs/stable/notes/randomness.html.
     """
-    algorithms = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     threads = torch.get_num_threads()
     flags: list[tuple[Any, str, bool]] = [
         (torch.backends.cudnn, "benchmark", False),
@@ -57,19 +55,29 @@ def _deterministic() -> Iterator[None]:
         (torch.utils.deterministic, "fill_uninitialized_memory", False),
     ]
     before = [getattr(owner, name) for owner, name, _ in flags]
-    with _environment(ENVIRONMENT):
+    with _environment(ENVIRONMENT), deterministic_algorithms():
         try:
-            torch.use_deterministic_algorithms(True)
             for owner, name, value in flags:
                 setattr(owner, name, value)
             # Threads split a CPU kernel's sums, and launchers give one process more of them than each of several.
             torch.set_num_threads(1)
             yield
         finally:
-            torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
             for (owner, name, _), value in zip(flags, before, strict=True):
                 setattr(owner, name, value)
             torch.set_num_threads(threads)
+
+
+@contextmanager
+def deterministic_algorithms(*, warn_only: bool = False) -> Iterator[None]:
+    """A context in which torch refuses an operation without a deterministic kernel, or only warns of it."""
+    enabled_before = torch.are_deterministic_algorithms_enabled()
+    warn_only_before = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled_before, warn_only=warn_only_before)
 
 
 @contextmanager

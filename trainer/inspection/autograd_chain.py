@@ -13,7 +13,7 @@ def chain(loss: Tensor, module: nn.Module) -> list[dict[str, Any]]:
     Each entry has a node's `name` and the names of the `parameters` whose gradients that node computes. The longest
     path, because residual branches are short cuts, and the shortest one would pass the fewest layers.
     """
-    nodes = _post_order(loss.grad_fn)
+    nodes = post_order(loss.grad_fn)
     accumulators = _name_accumulators(nodes, module)
     if not accumulators:
         return []
@@ -71,7 +71,7 @@ def _skip_unary_nodes(node: Any) -> Any:
     return node
 
 
-def _post_order(root: Any) -> list[Any]:
+def post_order(root: Any) -> list[Any]:
     """All nodes that `root` leads to, and `root`, each after those that it leads to.
 
     Without recursion, because graphs are deeper than Python's stack.
