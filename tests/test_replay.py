@@ -138,3 +138,29 @@ def test_a_run_without_a_finite_loss_says_how_to_look_at_it(tmp_path: Path) -> N
     directory = tmp_path / "digits" / "replay" / f"step_{report['step']:08d}"
     assert {path.name for path in directory.iterdir()} == {"replay.json", "images.png"}
     assert "is not finite already in step" in run_program([*replay_command[1:]]).stdout
+
+
+def test_a_plateau_schedule_goes_by_the_evaluations_that_the_run_logged(
+    tmp_path: Path,
+) -> None:
+    """The checkpoints of epochs 1 to 5 are gone, so a replay passes epochs' ends, and evaluates nothing."""
+
+    def make(directory: Path) -> Trainer:
+        settings = config(
+            directory,
+            train__epochs=6,
+            train__keep_checkpoints=1,
+            schedule__name="plateau",
+            schedule__patience=0,
+            schedule__factor=0.5,
+            schedule__threshold=1.0,
+        )
+        data = {"train_data": Images(), "val_data": Images(28)}
+        return Trainer(settings, model=conv_net(), **data)
+
+    make(tmp_path).fit()
+    result = replay(lambda: make(tmp_path / "again"), tmp_path / "run", 18)
+    assert result.began_after == 0
+    assert result.learning_rate == 0.1 * 0.5**4  # halved at each of four ends of epochs
+    assert len(result.digests) == 18
+    assert all(was == now for was, now in result.digests.values())

@@ -28,6 +28,7 @@ from trainer.core.observers import Observer, Observers, Stateful
 from trainer.core.preflight import notes_on
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.refused import refuse_nondeterministic
+from trainer.core.rehearsal import check_disk, check_states, rehearse
 from trainer.core.stateful import StatefulObjects, load_states, read_states
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
@@ -109,6 +110,7 @@ class Trainer:
         # Stateful objects that the checkpoint or the run lacks.
         self.state_notes: list[str] = []
         self._restored_states: Mapping[str, Any] | None = None
+        self._saved_step: int | None = None  # of the checkpoint last read or written
         self._batches: TrainLoader | None = None
         self._journal: Journal | None = None
         self._attributes_of_trainer = frozenset(vars(self)) - attributes_before
@@ -146,6 +148,8 @@ class Trainer:
         with self.run.settings():
             refuse_nondeterministic(self.run)
             self.fuse, self.fuse_note = choose_fuse(self.run)
+            rehearse(self.run)
+            check_disk(self.run)
             with (
                 StopRequest(self.ranks) as stop,
                 Journal(self.config, self.ranks) as self._journal,
@@ -199,6 +203,7 @@ class Trainer:
         if self._restored_states is not None:
             self.state_notes = load_states(stateful, self._restored_states)
             self._restored_states = None
+        check_states(stateful, self.run)
 
     def load_from(self, steps_done: int) -> None:
         """Load the samples of the step after `steps_done` next."""
@@ -231,14 +236,18 @@ class Trainer:
             self.run.evaluator.close()
 
     def _loop(self, stop: StopRequest) -> None:
+        if self.progress.epoch_end_is_due:
+            self.end_epoch(self.plan.step(self.progress.step - 1))
         for step in self.plan.steps(self.progress.step):
             self.train_step(step)
             if self._is_logged(step):
                 self.log(step)
-            if step.last_in_epoch:
-                self.end_epoch(step)
+            self.progress.epoch_end_is_due = step.last_in_epoch
+            # Before the evaluation, which may fail on a sample that training never saw.
             if step.last_in_epoch or self._is_checkpointed(step):
                 self.save()
+            if step.last_in_epoch:
+                self.end_epoch(step)
             self.journal.advance(step.number)
             if stop.agreed():
                 self._stop(stop.signal_number)
@@ -337,6 +346,7 @@ class Trainer:
         is_last = step.number == self.plan.total_steps
         is_due = (step.epoch + 1) % self.config.train.evaluate_every == 0
         self._log_epoch(step, means, evaluate=is_last or is_due)
+        self.progress.epoch_end_is_due = False
 
     def _log_epoch(self, step: Step, means: Row, *, evaluate: bool) -> None:
         row = {"step": step.number, "epoch": step.epoch + 1, **means}
@@ -421,6 +431,7 @@ class Trainer:
         self.progress.scaler = self.run.precision.state()
         states = read_states(self._stateful_objects(), self.ranks)
         self.ranks.on_main(lambda: self._write_checkpoint(states))
+        self._saved_step = self.progress.step
         self.stopwatch.mark(self.progress.samples_seen)
 
     def _write_checkpoint(self, states: dict[str, dict[str, Any]]) -> None:
@@ -470,14 +481,20 @@ class Trainer:
         )
         self.run.precision.load_state(content.progress.scaler)
         self.progress = content.progress
+        self._saved_step = content.progress.step
         self.interval_totals = Totals(content.progress.interval)
         self.epoch_totals = Totals(content.progress.epoch)
         self.schedule = self._build_schedule()
         # Loaded by `start`, once observers have seen the model.
         self._restored_states = content.stateful
-        last_step_begun = min(self.progress.step, self.plan.total_steps - 1)
-        self._freeze(last_step_begun // self.plan.steps_per_epoch)
+        self._freeze(self._epoch_to_go_on_in())
         self.run.forget_features()
+
+    def _epoch_to_go_on_in(self) -> int:
+        """The epoch of the next step; that of the last one where its epoch has not ended yet."""
+        next_step = min(self.progress.step, self.plan.total_steps - 1)
+        step = self.progress.step - 1 if self.progress.epoch_end_is_due else next_step
+        return step // self.plan.steps_per_epoch
 
     def _stateful_objects(self) -> dict[str, Stateful]:
         """What `stateful` holds, a subclass's own attributes, and observers with a state, by name."""
@@ -494,7 +511,8 @@ class Trainer:
         return objects.by_name
 
     def _stop(self, signal_number: int) -> None:
-        self.save()
+        if self._saved_step != self.progress.step:
+            self.save()
         raise Stopped(
             f"stopped by signal {signal_number} after step {self.progress.step}; a checkpoint is kept, "
             f"go on with run.resume=auto",

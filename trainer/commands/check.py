@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> None:
 
     from trainer.core.fuse_check import choose_fuse
     from trainer.core.refused import refuse_nondeterministic, refused_operations
+    from trainer.core.rehearsal import check_disk, rehearse
     from trainer.reporting.console import Console
     from trainer.reporting.summary import header
     from trainer.storage.run_directory import run_path
@@ -40,6 +41,8 @@ def main(arguments: list[str]) -> None:
     with trainer.run.settings():
         refuse_nondeterministic(trainer.run)
         trainer.fuse, trainer.fuse_note = choose_fuse(trainer.run)
+        rehearse(trainer.run)
+        check_disk(trainer.run)
         facts = header(
             trainer.run,
             trainer.schedule,

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,9 @@ from trainer.core.metrics import Meter
 from trainer.data.loading import Loader, whole_requests
 from trainer.data.samples import MicroBatch, Request
 from trainer.process.ranks import Ranks
+
+# Spread over a rank's share: images of another size or a broken file are seldom alone.
+SAMPLES_TO_REHEARSE = 8
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,23 @@ class Evaluator:
             output, loss = self._forward(model, batch, None)
             meter.add(batch, output, loss)
         return meter.read().means()
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """Run a few samples of this rank's share and measure them, as an evaluation would; the result is discarded."""
+        if not self._requests:
+            return
+        first, last = self._requests[0].ids[0], self._requests[-1].ids[-1]
+        count = min(last - first + 1, SAMPLES_TO_REHEARSE, len(self._requests[0].ids))
+        ids = np.linspace(first, last, count).astype(np.int64)
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            batch = self._loader.peek(ids)
+            output, _ = self._forward(self._model, batch, None)
+            self._forward.task.metric_sums(output, batch.targets)
+        finally:
+            self._model.train(was_training)
 
     @torch.no_grad()
     def decisions(self) -> list[Decision]:

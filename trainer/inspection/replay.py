@@ -25,7 +25,7 @@ from trainer.trainer import Trainer
 
 COMPARED_COLUMNS = ("train/loss", "lr", "grad_norm")
 
-Rows = dict[int, dict[str, Any]]  # logged rows of steps, by step
+Rows = dict[int, dict[str, Any]]  # logged rows, by step
 Digests = dict[int, tuple[str, str]]  # at logged steps: the run's, and this one's
 
 
@@ -70,32 +70,38 @@ def replay(make_trainer: Callable[[], Trainer], directory: Path, number: int) ->
             "--step",
             f"{number} is none of the run's steps, 1 to {trainer.plan.total_steps}",
         )
-    logged_rows = _logged_rows(directory)
+    logged = Logged(directory)
     with trainer.run.settings(), ExitStack() as stack:
         stack.callback(trainer.end_loading)
         digests: Digests = {}
-        first_step = _restore(trainer, directory, before=number)
-        first_bad_step = _advance(trainer, number, logged_rows, digests)
+        first_step = _restore(trainer, directory, logged, before=number)
+        first_bad_step = _advance(trainer, number, logged, digests)
         if first_bad_step is not None:
             # Once more, because the details of a step are recorded while it runs.
             trainer = make_trainer()
             stack.callback(trainer.end_loading)
             digests = {}
-            _restore(trainer, directory, before=number)
-            _advance(trainer, first_bad_step, logged_rows, digests)
-        result = _examine(trainer, logged_rows, digests)
+            _restore(trainer, directory, logged, before=number)
+            _advance(trainer, first_bad_step, logged, digests)
+        result = _examine(trainer, logged, digests)
     result.asked = number
     result.began_after = first_step
     return result
 
 
-def _logged_rows(directory: Path) -> Rows:
-    path = directory / "metrics.jsonl"
-    rows = read_rows(path) if path.is_file() else []
-    return {int(row["step"]): row for row in rows if "train/loss" in row}
+class Logged:
+    """What a run logged: `intervals`, its rows of steps, and `epochs`, those of epochs' ends."""
+
+    def __init__(self, directory: Path) -> None:
+        self.intervals: Rows = {}
+        self.epochs: Rows = {}
+        path = directory / "metrics.jsonl"
+        for row in read_rows(path) if path.is_file() else []:
+            rows = self.intervals if "train/loss" in row else self.epochs
+            rows[int(row["step"])] = row
 
 
-def _restore(trainer: Trainer, directory: Path, *, before: int) -> int:
+def _restore(trainer: Trainer, directory: Path, logged: Logged, *, before: int) -> int:
     """Bring `trainer` to the newest checkpoint before a step, if there is one; returns the checkpoint's step or 0."""
     earlier_checkpoints = []
     for path in (directory / "checkpoints").glob("step_*"):
@@ -103,13 +109,13 @@ def _restore(trainer: Trainer, directory: Path, *, before: int) -> int:
             earlier_checkpoints.append(path)
     if earlier_checkpoints:
         trainer.restore(checkpoint.load(max(earlier_checkpoints)))
+        if trainer.progress.epoch_end_is_due:
+            _end_epoch_as_logged(trainer, trainer.progress.step, logged)
     trainer.start()
     return trainer.progress.step
 
 
-def _advance(
-    trainer: Trainer, to: int, logged_rows: Rows, digests: Digests
-) -> int | None:
+def _advance(trainer: Trainer, to: int, logged: Logged, digests: Digests) -> int | None:
     """Train up to the step before `to`; returns the first step on the way whose loss is not finite."""
     for step in trainer.plan.steps(trainer.progress.step):
         if step.number == to:
@@ -118,39 +124,46 @@ def _advance(
             trainer.train_step(step)
         if not watch.is_finite():
             return step.number
-        _measure_as_logged(trainer, step, logged_rows, digests)
+        _measure_as_logged(trainer, step, logged, digests)
+        if step.last_in_epoch:
+            _end_epoch_as_logged(trainer, step.number, logged)
     return None
 
 
+def _end_epoch_as_logged(trainer: Trainer, step_number: int, logged: Logged) -> None:
+    """Note the run's evaluation after a step, which a plateau schedule goes by, without doing it over."""
+    metric = trainer.config.best.metric.replace("train/", "train/epoch_")
+    row = logged.epochs.get(step_number, {})
+    if metric in row:
+        trainer.progress.history.append(row[metric])
+    trainer.progress.epoch_end_is_due = False
+
+
 def _measure_as_logged(
-    trainer: Trainer, step: Step, logged_rows: Rows, digests: Digests
+    trainer: Trainer, step: Step, logged: Logged, digests: Digests
 ) -> Row:
     """At a step that the run logged, note its digest and return its row as they are here; {} at other steps.
 
     Measuring starts the sums of the next row anew, as it did in the run.
     """
-    logged = logged_rows.get(step.number)
-    if logged is None:
+    row = logged.intervals.get(step.number)
+    if row is None:
         return {}
-    digests[step.number] = str(logged.get("digest")), trainer.digest()
-    metric = trainer.config.best.metric.replace("train/", "train/epoch_")
-    if metric in logged:
-        # What a plateau schedule goes by.
-        trainer.progress.history.append(logged[metric])
+    digests[step.number] = str(row.get("digest")), trainer.digest()
     return trainer.measure(step)
 
 
-def _examine(trainer: Trainer, logged_rows: Rows, digests: Digests) -> Replay:
+def _examine(trainer: Trainer, logged: Logged, digests: Digests) -> Replay:
     """Train the next step and report its details."""
     step = trainer.plan.step(trainer.progress.step)
     with StepWatch(trainer, detailed=True) as watch:
         trainer.train_step(step)
-    row = _measure_as_logged(trainer, step, logged_rows, digests)
-    logged = logged_rows.get(step.number, {})
+    row = _measure_as_logged(trainer, step, logged, digests)
+    logged_row = logged.intervals.get(step.number, {})
     both_rows = {}
     for name in COMPARED_COLUMNS:
         if name in row:
-            both_rows[name] = logged[name], row[name]
+            both_rows[name] = logged_row[name], row[name]
     return Replay(
         step=step.number,
         asked=step.number,

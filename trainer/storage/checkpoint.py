@@ -56,6 +56,8 @@ class Progress:
     interval: MetricSums = field(default_factory=dict)  # since the last logged row
     epoch: MetricSums = field(default_factory=dict)  # since the epoch began
     scaler: dict[str, Any] = field(default_factory=dict)
+    # At an epoch's last step: its evaluation and its row are still to come.
+    epoch_end_is_due: bool = False
     rows: int = 0  # lines of metrics.jsonl
     wandb_id: str | None = None
 
