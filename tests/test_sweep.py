@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -714,3 +715,32 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "data:image/png;base64" in page and "the loss is" in page
     # What was done is not done again.
     assert (directory / "small-000.log").read_bytes() == said
+
+
+@pytest.mark.fresh_process
+def test_a_sweep_needs_no_activated_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command's first word is looked for beside the Python that runs the sweep; one that is nowhere is told of."""
+    monkeypatch.setenv("PATH", os.defpath)
+    assert shutil.which("accelerate") is None
+    file = write(tmp_path, {"optimizer.lr": {"values": [0.05, 0.02]}}, "train.epochs=1")
+    tree = yaml.safe_load(file.read_text())
+    values = tree["command"][tree["command"].index("${program}") :]
+
+    def sweep_with(launcher: str) -> tuple[int, str]:
+        command = ["${env}", launcher, "launch", "--config_file", "launch/one_gpu.yaml"]
+        file.write_text(yaml.safe_dump({**tree, "command": [*command, *values]}))
+        sweep = start(file)
+        output, _ = sweep.communicate(timeout=120)
+        return sweep.returncode, output
+
+    status, output = sweep_with("acelerate")
+    assert status == 2
+    message = output.strip().splitlines()[-1]
+    assert message.startswith("error: command: a trial could not start:")
+    assert "acelerate" in message
+    assert [state for state, _ in states(tmp_path / "small")] == ["interrupted"]
+    status, output = sweep_with("accelerate")
+    assert status == 0, output
+    assert [state for state, _ in states(tmp_path / "small")] == ["done", "done"]

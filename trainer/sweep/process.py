@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -52,8 +53,12 @@ class TrialProcess:
             f"run.name={show(directory.name)}",
             "run.resume=auto",
         ]
-        # By this variable a run knows that it must end with its parent.
-        environment = {**os.environ, "LOCKSTEP_SWEEP": sweep.name}
+        # By LOCKSTEP_SWEEP a run knows that it must end with its parent.
+        environment = {
+            **os.environ,
+            "PATH": search_path(),
+            "LOCKSTEP_SWEEP": sweep.name,
+        }
         if devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = devices
         # Appended to, because an interrupted trial resumes with the same log.
@@ -97,6 +102,11 @@ class TrialProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         return None
 
+    def last_line(self) -> str:
+        """The last line of the trial's output."""
+        lines = self._log.read_text(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
     def describe_failure(self, status: int) -> str:
         """Why the trial failed: its last error message, else its exit status."""
         message = last_error(self._log)
@@ -105,6 +115,15 @@ class TrialProcess:
         if status < 0:
             return f"killed by signal {signal.Signals(-status).name}"
         return f"ended with status {status}"
+
+
+def search_path() -> str:
+    """Where a trial's programs are looked for: beside this Python first, whether its environment is activated or not.
+
+    So a sweep that `.venv/bin/python` started finds that environment's `accelerate`.
+    """
+    beside_python = str(Path(sys.executable).parent)
+    return os.pathsep.join([beside_python, os.environ.get("PATH", os.defpath)])
 
 
 def read_curve(directory: Path, metric: str) -> list[float]:

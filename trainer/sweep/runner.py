@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from trainer.errors import LockstepError, Stopped
+from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.storage.files import is_locked
 from trainer.sweep.description import Sweep
 from trainer.sweep.process import KILL_AFTER, TrialProcess, read_curve
@@ -19,6 +19,8 @@ from trainer.sweep.study import SweepStudy, Trial, best_value
 # Seconds; short beside a trial, and as often as a table need be drawn.
 POLL_INTERVAL = 0.25
 STOPPED_EARLY = "early: not among the best at its rung"
+# A shell's and env's: the command is not executable, or there is none of that name.
+NOT_STARTED = (126, 127)
 
 
 class LocalSweep:
@@ -137,12 +139,18 @@ class LocalSweep:
             )
         elif process.is_stopping and trial.reason == STOPPED_EARLY:
             trial.state = "stopped"
-        elif process.is_stopping:
+        elif process.is_stopping or status in NOT_STARTED:
             trial.state = "interrupted"
         else:
             trial.state = "failed"
             trial.reason = process.describe_failure(status)
         self.study.save(trial)
+        if status in NOT_STARTED:
+            # No trial would start, and this one is open for the same command, once it is mended.
+            raise ConfigError(
+                "command",
+                f"a trial could not start: {process.last_line() or f'status {status}'} ({self._sweep.file})",
+            )
 
 
 def _describe_identity(sweep: Sweep, seed: int, shared: list[str]) -> dict[str, Any]:
