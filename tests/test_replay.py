@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional as F
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
 from tests.programs import run_program
-from trainer import ConfigError, Trainer
+from trainer import ConfigError, Task, Trainer, WeightedSum
 from trainer.inspection.replay import replay
 
 
@@ -164,3 +166,45 @@ def test_a_plateau_schedule_goes_by_the_evaluations_that_the_run_logged(
     assert result.learning_rate == 0.1 * 0.5**4  # halved at each of four ends of epochs
     assert len(result.digests) == 18
     assert all(was == now for was, now in result.digests.values())
+
+
+class Masks(Images):
+    """Every image with a mask of its size, 5 × 5."""
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        image, label = super().__getitem__(i)
+        mask = torch.zeros(5, 5, dtype=torch.int64)
+        mask[0, 0] = label
+        return image, mask
+
+
+class Contrast(Task):
+    """Each sample against the others of its micro-batch: one alone has nothing to be compared with."""
+
+    def loss_sum(self, output: torch.Tensor, targets: torch.Tensor) -> WeightedSum:
+        own = torch.arange(len(output))
+        return WeightedSum(
+            F.cross_entropy(output @ output.T, own, reduction="sum"), len(output)
+        )
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "target", "has_losses"),
+    [
+        (nn.Conv2d(2, 4, 1), {"train_data": Masks()}, "int64 5 × 5, 0 to ", True),
+        (conv_net(), {"train_data": Images(), "task": Contrast()}, "", False),
+    ],
+)
+def test_samples_of_other_tasks(
+    tmp_path: Path, model: nn.Module, parts: Any, target: str, has_losses: bool
+) -> None:
+    """A mask is one line. A loss that compares samples has no part for each, where each alone would give 0."""
+
+    def make() -> Trainer:
+        settings = config(tmp_path, train__max_steps=1)
+        return Trainer(settings, model=copy.deepcopy(model), **parts)
+
+    make().fit()
+    samples = replay(make, tmp_path / "run", 1).samples
+    assert all(str(sample["target"]).startswith(target) for sample in samples)
+    assert all((sample["loss"] is not None) == has_losses for sample in samples)

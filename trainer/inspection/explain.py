@@ -90,11 +90,8 @@ class StepLesson(StepWatch):
             return []
         record = self.records[0]
         samples: list[Values] = []
-        for row in range(MAX_VALUES):
-            loss = record.sample_loss(self.trainer, row)
-            if loss is None:
-                break
-            loss_sum, weight = loss
+        losses = record.sample_losses(self.trainer)
+        for row, (loss_sum, weight) in enumerate(losses[:MAX_VALUES]):
             samples.append(
                 {
                     "target": _plain_values(record.batch.targets[row]),

@@ -18,11 +18,12 @@ from torch import Tensor
 from trainer.core.metrics import Row
 from trainer.errors import ConfigError
 from trainer.exact.plan import Step
-from trainer.inspection.watch import StepWatch
+from trainer.inspection.watch import StepWatch, describe
 from trainer.reporting.jsonl import read_rows
 from trainer.storage import checkpoint
 from trainer.trainer import Trainer
 
+MAX_NUMBERS = 10  # shown of one sample's target
 COMPARED_COLUMNS = ("train/loss", "lr", "grad_norm")
 
 Rows = dict[int, dict[str, Any]]  # logged rows, by step
@@ -190,21 +191,26 @@ def _samples(watch: StepWatch, step: Step) -> list[dict[str, Any]]:
     samples: list[dict[str, Any]] = []
     for record in watch.records:
         index = record.batch.first
+        losses = record.sample_losses(trainer)
         for row, sample_id in enumerate(trainer.plan.sample_ids(step, index).tolist()):
             sample: dict[str, Any] = {"id": sample_id}
             if paths is not None:
                 sample["file"] = paths[sample_id]
             sample["target"] = _target(record.batch.targets, row, data.classes)
             sample["micro_batch"] = index
-            loss = record.sample_loss(trainer, row)
-            sample["loss"] = None if loss is None else loss[0]
+            sample["loss"] = losses[row][0] if losses else None
             samples.append(sample)
     return samples
 
 
 def _target(targets: Any, row: int, classes: list[str] | None) -> Any:
-    """The name of the target's class if it has one, else its plain value."""
-    value = targets[row].tolist() if isinstance(targets, Tensor) else None
+    """The name of the target's class if it has one, else its plain value; a description of many values."""
+    if not isinstance(targets, Tensor):
+        return None
+    target = targets[row]
+    if target.numel() > MAX_NUMBERS:
+        return describe(target)
+    value = target.tolist()
     if isinstance(value, int) and classes and 0 <= value < len(classes):
         return classes[value]
     return value

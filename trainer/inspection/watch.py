@@ -22,6 +22,8 @@ from trainer.trainer import Trainer
 Numbers = dict[str, float]
 Stages = dict[str, Tensor | None]
 
+SUM_TOLERANCE = 1e-2
+
 
 @dataclass
 class MicroBatchRecord:
@@ -32,23 +34,28 @@ class MicroBatchRecord:
     loss_sum: float
     weight: float
 
-    @property
-    def samples(self) -> int:
-        """The number of samples, if output and targets have a row for each; else 0."""
+    def sample_losses(self, trainer: Trainer) -> list[tuple[float, float]]:
+        """Loss sum and weight of each sample by itself; [] if output and targets have no row for each.
+
+        Also [] where they do not add up to the micro-batch's: a loss that compares samples has no part for each.
+        """
         output, targets = self.output, self.batch.targets
         if not isinstance(output, Tensor) or not isinstance(targets, Tensor):
-            return 0
-        return len(targets) if len(output) == len(targets) else 0
-
-    def sample_loss(self, trainer: Trainer, row: int) -> tuple[float, float] | None:
-        """Loss sum and weight of one sample by itself; None if samples cannot be told apart."""
-        if row >= self.samples:
-            return None
-        output = self.output[row : row + 1]
-        targets = self.batch.targets[row : row + 1]
-        with torch.no_grad():
-            total, weight = trainer.run.task.loss_sum(output, targets)
-        return float(total), float(weight)
+            return []
+        if len(output) != len(targets):
+            return []
+        losses = []
+        for row in range(len(targets)):
+            one = slice(row, row + 1)
+            try:
+                with torch.no_grad():
+                    total, weight = trainer.run.task.loss_sum(output[one], targets[one])
+            except (RuntimeError, ValueError, IndexError):
+                return []  # as from a loss that needs two samples
+            losses.append((float(total), float(weight)))
+        sums = [sum(values) for values in zip(*losses, strict=True)]
+        expected = [self.loss_sum, self.weight]
+        return losses if _are_close(sums, expected) else []
 
 
 class StepWatch(Observer):
@@ -229,6 +236,25 @@ class StepWatch(Observer):
             _merge(self.norm_inputs, name, numbers)
 
         return record
+
+
+def describe(tensor: Tensor) -> str:
+    """A tensor of many numbers in one line: its shape, its least and its largest value."""
+    shape = " × ".join(map(str, tensor.shape))
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    values = tensor.double()
+    return f"{dtype} {shape}, {values.min():g} to {values.max():g}"
+
+
+def _are_close(numbers: list[float], expected: list[float]) -> bool:
+    """True up to rounding in bf16. A sum that is not finite is close to every other."""
+    for number, other in zip(numbers, expected, strict=True):
+        is_finite = math.isfinite(number) and math.isfinite(other)
+        if is_finite and not math.isclose(
+            number, other, rel_tol=SUM_TOLERANCE, abs_tol=SUM_TOLERANCE
+        ):
+            return False
+    return True
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
