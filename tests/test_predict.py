@@ -12,18 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from torchvision.io import write_jpeg, write_png
+from torch import nn
+from torchvision.io import read_image, write_jpeg, write_png
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
 from tests.programs import run_program
 from trainer import Trainer
+from trainer.commands.predict_output import print_predictions
+from trainer.components.answers import Answer
 from trainer.config.load import load
 from trainer.core.evaluation import Decision
 from trainer.data.datasets import digits
 from trainer.data.folder import decode
 from trainer.errors import ConfigError, LockstepError
-from trainer.inspection.export import Classifier, export
+from trainer.inspection.export import AnsweringModel, export
 from trainer.inspection.predictor import Predictor
 from trainer.storage.signature import Signature
 
@@ -125,7 +128,7 @@ def test_files_get_the_decisions_of_the_evaluation(
         and "1 × 8 × 8" in errors[1]
         and "{name: Resize" in errors[1]
     )
-    assert errors[2] == "error: 2 of 14 files could not be classified"
+    assert errors[2] == "error: 2 of 14 files have no answer"
 
 
 def test_colour_files_become_grey_and_overridden_transforms_hold(
@@ -212,7 +215,7 @@ def test_a_model_that_was_given_is_asked_for_again(tmp_path: Path) -> None:
         return (
             predictor.signature,
             shares.tolist(),
-            Classifier(predictor)(images).tolist(),
+            AnsweringModel(predictor)(images).tolist(),
         )
 
     signature, expected, found = on_ranks(1, run)[0]
@@ -328,3 +331,121 @@ def test_the_folder_may_be_gone_and_colour_stays_colour(tmp_path: Path) -> None:
     for answer, decision in zip(answers, decisions, strict=True):
         assert answer["class"] == ["ants", "bees"][decision.predicted]
         assert answer["probability"] == pytest.approx(decision.confidence, rel=1e-6)
+
+
+class Drawings:
+    """Colour images, `(3, 6, 6)` uint8, whose targets are what `make_target` reads off them."""
+
+    classes = ("dark", "light", "red")
+
+    def __init__(self, make_target: Callable[[torch.Tensor], Any]) -> None:
+        draw = torch.Generator().manual_seed(4)
+        shape = (40, 3, 6, 6)
+        self.images = torch.randint(256, shape, generator=draw).to(torch.uint8)
+        self.make_target = make_target
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, Any]:
+        return self.images[i], self.make_target(self.images[i])
+
+
+def flat(outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(108, outputs))
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "model", "make_target", "values_of"),
+    [
+        (
+            "values",
+            "mse",
+            flat(2),
+            lambda image: image.float().mean((1, 2))[:2] / 255,
+            lambda output: output,
+        ),
+        (
+            "labels",
+            "bce_with_logits",
+            flat(3),
+            lambda image: (image.float().mean((1, 2)) > 127).float(),
+            torch.sigmoid,
+        ),
+        (
+            "class_map",
+            "cross_entropy",
+            nn.Conv2d(3, 3, 1),
+            lambda image: (image[0] > 127).long(),
+            lambda output: output.softmax(1),
+        ),
+    ],
+)
+def test_every_task_has_an_answer(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    *,
+    kind: str,
+    loss: str,
+    model: nn.Module,
+    make_target: Any,
+    values_of: Any,
+) -> None:
+    """Files are answered as the trained model answers tensors: in Python, as JSON, as a table, and as a program."""
+    data = Drawings(make_target)
+    settings = config(
+        tmp_path / "runs",
+        loss__name=loss,
+        train__precision="fp32",
+        train__max_steps=2,
+        batch__size=20,
+    )
+    trainer = Trainer(settings, model=model, train_data=data, val_data=data)
+    trainer.fit()
+    trainer.load_best()
+    images = data.images[:5]
+    expected = values_of(trainer.module.eval()(images / 255)).detach()
+
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for image, file in zip(images, files, strict=True):
+        write_png(image, str(file))
+    predictor = Predictor(tmp_path / "runs/run", model=model)
+    answers = [answer for _, answer in predictor.predict(files)]
+    for answer, value in zip(answers, expected, strict=True):
+        assert isinstance(answer, Answer) and answer.kind == kind
+        torch.testing.assert_close(answer.values, value)
+    torch.testing.assert_close(AnsweringModel(predictor)(images), expected)
+
+    masks = tmp_path / "masks" if kind == "class_map" else None
+    capsys.readouterr()
+    print_predictions(predictor, files, top=2, as_json=True, masks=masks)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    print_predictions(predictor, files, top=2, as_json=False, masks=None)
+    assert "0.png" in capsys.readouterr().out
+    for i, (line, value) in enumerate(zip(lines, expected, strict=True)):
+        names = data.classes
+        if kind == "values":
+            assert line["values"] == pytest.approx(value.tolist(), rel=1e-5)
+        elif kind == "labels":
+            chosen = [n for n, v in zip(names, value.tolist(), strict=True) if v >= 0.5]
+            assert line["labels"] == chosen
+            assert line["top"][0]["probability"] == pytest.approx(float(value.max()))
+        else:
+            classes = value.argmax(0)
+            shares = {entry["class"]: entry["share"] for entry in line["classes"]}
+            for class_id, name in enumerate(names):
+                share = (classes == class_id).double().mean().item()
+                assert shares.get(name, 0.0) == pytest.approx(share)
+            mask = read_image(str(tmp_path / f"masks/{i}.png"))
+            assert torch.equal(mask[0].long(), classes)
+
+
+def test_a_classifier_has_no_masks(
+    held: tuple[Path, list[Decision]], tmp_path: Path
+) -> None:
+    root, _ = held
+    image = root / "images" / "00.png"
+    done = predict(root / "digits", image, "--masks", tmp_path / "masks", status=2)
+    message = "error: --masks: the run's model gives no class for each pixel"
+    assert done.stderr.splitlines()[-1] == message
+    assert not (tmp_path / "masks").exists()

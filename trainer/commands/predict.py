@@ -1,7 +1,8 @@
-"""Classify image files with the best model of a run, or export the model.
+"""Ask the best model of a run about image files, or export the model.
 
 lockstep predict runs/digits images/                    a table; JSON lines if the output is no terminal
 lockstep predict runs/digits 'scans/*.png' --top 5
+lockstep predict runs/discs images/ --masks masks/      a PNG for each file, with the class of each pixel
 lockstep predict runs/digits --export onnx              writes runs/digits/best.onnx
 
 The run's data are not needed.
@@ -10,6 +11,7 @@ The run's data are not needed.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from trainer.commands.arguments import CommandParser, one_of, whole_number
 from trainer.errors import ConfigError
@@ -19,7 +21,7 @@ EXPORT_FORMATS = ("torch", "onnx")
 
 
 def main(arguments: list[str]) -> None:
-    """Classify the files, export the model, or both."""
+    """Answer for the files, export the model, or both."""
     parser = CommandParser("predict", __doc__)
     parser.add_run()
     parser.add_argument(
@@ -38,6 +40,12 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object for each file"
+    )
+    parser.add_argument(
+        "--masks",
+        metavar="DIR",
+        type=Path,
+        help="of a model that classifies pixels: write each file's mask to DIR, as a PNG of class ids",
     )
     parser.add_argument(
         "--export",
@@ -61,7 +69,7 @@ def main(arguments: list[str]) -> None:
     files = find_images(options.paths)
     predictor = Predictor(options.run, options.overrides)
     if options.export is not None:
-        # Before the files are classified: one that cannot be read must not keep the model from being exported.
+        # Before the files are read: one that cannot be read must not keep the model from being exported.
         print(
             export(
                 predictor,
@@ -72,4 +80,6 @@ def main(arguments: list[str]) -> None:
         )
     if files:
         as_json = options.json or not sys.stdout.isatty()
-        print_predictions(predictor, files, top=options.top, as_json=as_json)
+        print_predictions(
+            predictor, files, top=options.top, as_json=as_json, masks=options.masks
+        )

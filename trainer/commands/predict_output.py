@@ -1,47 +1,30 @@
-"""Which files `predict` classifies, and what it prints: a table for people, JSON lines for programs."""
+"""Which files `predict` answers for, and what it prints: a table for people, JSON lines for programs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
 
+import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
+from trainer.commands.answer_text import HEADINGS, ClassName, describe, row
+from trainer.components.answers import Answer
 from trainer.data.folder import image_files
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.inspection.predictor import Predictor
 
-BAR_WIDTH = 12  # columns
+MOST_CLASSES_OF_A_MASK = 256  # of 8 bits
 
-# Each file's probabilities, (C,), or why there are none.
-Results = Iterable[tuple[Path, Tensor | DataError]]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One class that a file may show."""
-
-    name: str
-    class_id: int
-    probability: float
-
-    def to_dict(self) -> dict[str, str | int | float]:
-        return {
-            "class": self.name,
-            "class_id": self.class_id,
-            "probability": self.probability,
-        }
-
-
-# A file and its likeliest classes, the likeliest first.
-Answer = tuple[Path, list[Candidate]]
+# Each file's answer, or why there is none.
+Results = Iterable[tuple[Path, Answer | DataError]]
 
 
 def find_images(paths: Iterable[str]) -> list[Path]:
@@ -75,30 +58,39 @@ def _find_images_of(path: str) -> list[Path]:
 
 
 def print_predictions(
-    predictor: Predictor, files: list[Path], *, top: int, as_json: bool
+    predictor: Predictor,
+    files: list[Path],
+    *,
+    top: int,
+    as_json: bool,
+    masks: Path | None,
 ) -> None:
-    """Print the `top` likeliest classes of each file.
+    """Print the answer for each file: of a classifier the `top` likeliest classes. `masks` is a directory for masks.
 
-    A file that cannot be classified is named on stderr at once. Raises `DataError` at the end if there was one.
+    A file that has no answer is named on stderr at once. Raises `DataError` at the end if there was one.
     """
     errors = Console(stderr=True)
-    results: Results = predictor.classify(files)
+    results: Results = predictor.predict(files)
     if not as_json:
         results = track(
-            results, "classifying", len(files), console=errors, transient=True
+            results, "predicting", len(files), console=errors, transient=True
         )
-    answers = _rank(predictor, _report_unusable(results, errors), top)
-    count = _print_json(answers) if as_json else _print_table(answers, top)
+    answers = _report_unusable(results, errors)
+    if masks is not None:
+        answers = _write_masks(answers, masks, files)
+    name = predictor.signature.name
+    print_answers = _print_json if as_json else _print_table
+    count = print_answers(answers, name, top)
     if count < len(files):
         raise DataError(
-            f"{len(files) - count:,} of {len(files):,} files could not be classified"
+            f"{len(files) - count:,} of {len(files):,} files have no answer"
         )
 
 
 def _report_unusable(
     results: Results, errors: Console
-) -> Iterator[tuple[Path, Tensor]]:
-    """Pass on the probabilities; print each error instead."""
+) -> Iterator[tuple[Path, Answer]]:
+    """Pass on the answers; print each error instead."""
     for file, result in results:
         if isinstance(result, DataError):
             errors.print(
@@ -108,66 +100,60 @@ def _report_unusable(
             yield file, result
 
 
-def _rank(
-    predictor: Predictor, results: Iterable[tuple[Path, Tensor]], top: int
-) -> Iterator[Answer]:
-    for file, probabilities in results:
-        values, class_ids = probabilities.topk(min(top, len(probabilities)))
-        candidates = []
-        for class_id, value in zip(class_ids.tolist(), values.tolist(), strict=True):
-            candidates.append(
-                Candidate(predictor.signature.name(class_id), class_id, value)
+def _write_masks(
+    answers: Iterable[tuple[Path, Answer]], directory: Path, files: Sequence[Path]
+) -> Iterator[tuple[Path, Answer]]:
+    """Write the class of each pixel as a PNG, `<directory>/<name of the file>.png`, and pass the answers on.
+
+    Raises `ConfigError` if the model answers with no class for each pixel or two files have one name.
+    """
+    names = Counter(file.stem for file in files)
+    name, count = max(names.items(), key=lambda item: item[1], default=("", 0))
+    if count > 1:
+        raise ConfigError(
+            "--masks",
+            f'{count} files are named "{name}"; predict one directory at a time',
+        )
+    for file, answer in answers:
+        if answer.kind != "class_map":
+            raise ConfigError(
+                "--masks", "the run's model gives no class for each pixel"
             )
-        yield file, candidates
+        classes = answer.values.argmax(0)
+        if len(answer.values) > MOST_CLASSES_OF_A_MASK:
+            raise ConfigError(
+                "--masks",
+                f"a PNG holds {MOST_CLASSES_OF_A_MASK} classes, and the model has {len(answer.values)}",
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        pixels = classes.to(torch.uint8).numpy()
+        Image.fromarray(pixels).save(directory / f"{file.stem}.png")
+        yield file, answer
 
 
-def _print_json(answers: Iterable[Answer]) -> int:
+def _print_json(
+    answers: Iterable[tuple[Path, Answer]], name: ClassName, top: int
+) -> int:
     """Print one object a line, as soon as it is known; returns how many."""
     count = 0
-    for file, candidates in answers:
-        likeliest = candidates[0].to_dict()
-        line = {
-            "file": str(file),
-            **likeliest,
-            "top": [candidate.to_dict() for candidate in candidates],
-        }
+    for file, answer in answers:
+        line = {"file": str(file), **describe(answer, name, top)}
         print(json.dumps(line, ensure_ascii=False), flush=True)
         count += 1
     return count
 
 
-def _print_table(answers: Iterable[Answer], top: int) -> int:
+def _print_table(
+    answers: Iterable[tuple[Path, Answer]], name: ClassName, top: int
+) -> int:
     """Print a table with a row for each file; returns how many."""
     table = Table(box=None, header_style="dim", pad_edge=False)
-    table.add_column("file", overflow="fold")
-    table.add_column("class", overflow="fold")
-    table.add_column("probability", no_wrap=True)
-    if top > 1:
-        table.add_column("then", overflow="fold", style="dim")
-    for file, (likeliest, *others) in answers:
-        cells = [
-            Text(str(file)),
-            Text(likeliest.name),
-            _draw_bar(likeliest.probability),
-        ]
-        if top > 1:
-            cells.append(
-                Text(
-                    " · ".join(
-                        f"{other.name} {100 * other.probability:.1f} %"
-                        for other in others
-                    )
-                )
-            )
-        table.add_row(*cells)
+    for file, answer in answers:
+        if not table.columns:
+            table.add_column("file", overflow="fold")
+            for heading in HEADINGS[answer.kind]:
+                table.add_column(heading, overflow="fold")
+        table.add_row(Text(str(file)), *row(answer, name, top))
     if table.row_count:
         Console().print(table)
     return table.row_count
-
-
-def _draw_bar(probability: float) -> Text:
-    width = round(BAR_WIDTH * probability)
-    bar = Text("━" * width, "green")
-    bar.append("━" * (BAR_WIDTH - width), "bright_black")
-    bar.append(f" {100 * probability:5.1f} %", "default")
-    return bar

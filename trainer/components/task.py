@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.components.answers import Answer
 from trainer.components.torch_losses import (
     REGRESSION,
     LossRule,
@@ -106,6 +107,11 @@ class Task(nn.Module):
     def probabilities(self, output: Any) -> Tensor | None:
         """For a classifier of whole samples, the probability of each class, `(N, C)`; None for other tasks."""
         return None
+
+    def answer(self, output: Any) -> Answer | None:
+        """What `predict` and an exported program answer; None where that is not known. By default `probabilities`."""
+        probabilities = self.probabilities(output)
+        return None if probabilities is None else Answer("class", probabilities)
 
 
 class CrossEntropy(Task):
@@ -207,7 +213,15 @@ class CrossEntropy(Task):
         return sums
 
     def probabilities(self, output: Tensor) -> Tensor | None:
-        return output.softmax(1) if output.dim() == 2 else None
+        return self._normalized(output) if output.dim() == 2 else None
+
+    def answer(self, output: Tensor) -> Answer | None:
+        if output.dim() < 3:
+            return super().answer(output)
+        return Answer("class_map", self._normalized(output))
+
+    def _normalized(self, output: Tensor) -> Tensor:
+        return output.softmax(1)
 
 
 class NegativeLogLikelihood(CrossEntropy):
@@ -222,8 +236,8 @@ class NegativeLogLikelihood(CrossEntropy):
             reduction="sum",
         )
 
-    def probabilities(self, output: Tensor) -> Tensor | None:
-        return output.exp() if output.dim() == 2 else None
+    def _normalized(self, output: Tensor) -> Tensor:
+        return output.exp()
 
 
 class ElementLoss(Task):
@@ -250,6 +264,12 @@ class ElementLoss(Task):
         # Summed in fp64: a metric adds up over a whole epoch.
         terms = rule.terms(self._loss, output, self._matched(output, targets))
         return {rule.metric: WeightedSum(terms.sum(dtype=torch.float64), terms.numel())}
+
+    def answer(self, output: Tensor) -> Answer | None:
+        rule = self._rule
+        if rule.answer is None or rule.answer_kind is None:
+            return None
+        return Answer(rule.answer_kind, rule.answer(self._loss, output))
 
     def _matched(self, output: Tensor, targets: Tensor) -> Tensor:
         return targets if self._rule.takes_class_ids else match_targets(output, targets)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trainer.components.answers import AnswerKind
 from trainer.errors import ConfigError
 
 _CALL_IT = "write a trainer.Task whose loss_sum calls it"
@@ -41,6 +42,9 @@ class LossRule:
     metric: str | None = None
     # (loss, output, targets) → what the metric averages.
     terms: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    # What a model that was trained with it answers, and how that is read off (loss, output).
+    answer_kind: AnswerKind | None = None
+    answer: Callable[[Any, Tensor], Tensor] | None = None
     # Targets stay as they are; others take the output's shape and dtype.
     takes_class_ids: bool = False
 
@@ -90,21 +94,46 @@ def _right_class(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
     return output.argmax(1) == targets
 
 
-REGRESSION = LossRule(_elements, "mae", _absolute_error)
+def _as_it_is(loss: Any, output: Tensor) -> Tensor:
+    return output
+
+
+def _rate(loss: Any, output: Tensor) -> Tensor:
+    rate: Tensor = output.exp() if loss.log_input else output
+    return rate
+
+
+def _exponential(loss: Any, output: Tensor) -> Tensor:
+    return output.exp()
+
+
+def _sigmoid(loss: Any, output: Tensor) -> Tensor:
+    return output.sigmoid()
+
+
+REGRESSION = LossRule(_elements, "mae", _absolute_error, "values", _as_it_is)
 
 RULES: dict[type[nn.Module], LossRule] = {
     nn.L1Loss: REGRESSION,
     nn.MSELoss: REGRESSION,
     nn.SmoothL1Loss: REGRESSION,
     nn.HuberLoss: REGRESSION,
-    nn.PoissonNLLLoss: LossRule(_elements, "mae", _absolute_error_of_rate),
-    nn.KLDivLoss: LossRule(_elements, "mae", _absolute_error_of_probability),
-    nn.BCELoss: LossRule(_elements, "accuracy", _right_probability),
-    nn.BCEWithLogitsLoss: LossRule(_elements, "accuracy", _right_logit),
-    nn.SoftMarginLoss: LossRule(_elements, "accuracy", _right_sign),
+    nn.PoissonNLLLoss: LossRule(
+        _elements, "mae", _absolute_error_of_rate, "values", _rate
+    ),
+    nn.KLDivLoss: LossRule(
+        _elements, "mae", _absolute_error_of_probability, "values", _exponential
+    ),
+    nn.BCELoss: LossRule(
+        _elements, "accuracy", _right_probability, "labels", _as_it_is
+    ),
+    nn.BCEWithLogitsLoss: LossRule(
+        _elements, "accuracy", _right_logit, "labels", _sigmoid
+    ),
+    nn.SoftMarginLoss: LossRule(_elements, "accuracy", _right_sign, "labels", _sigmoid),
     nn.HingeEmbeddingLoss: LossRule(_elements),
     nn.MultiLabelSoftMarginLoss: LossRule(
-        _samples_by_last_dimension, "accuracy", _right_logit
+        _samples_by_last_dimension, "accuracy", _right_logit, "labels", _sigmoid
     ),
     nn.MultiLabelMarginLoss: LossRule(_samples, takes_class_ids=True),
     nn.MultiMarginLoss: LossRule(

@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.components.answers import Answer
 from trainer.errors import ConfigError, LockstepError
-from trainer.inspection.predictor import Predictor
+from trainer.inspection.predictor import Predictor, unknown_answer
 from trainer.storage.files import new_file
 
 ENDINGS = {"torch": ".pt2", "onnx": ".onnx"}
 ONNX_PACKAGES = ("onnx", "onnxscript")
 
 
-class Classifier(nn.Module):
-    """Images after the validation transforms, `(N, C, H, W)`, → probabilities `(N, classes)`.
+class AnsweringModel(nn.Module):
+    """Images after the validation transforms, `(N, C, H, W)`, → the values of the task's `Answer`.
 
-    Includes normalisation and the task's softmax, and takes any number of images. Computes in the dtype of the
-    weights, so the program of a bf16 or fp16 run computes in fp32.
+    Includes normalisation and the task's softmax or sigmoid, and takes any number of images. Computes in the dtype of
+    the weights, so the program of a bf16 or fp16 run computes in fp32.
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -35,32 +36,38 @@ class Classifier(nn.Module):
         self.task = predictor.task
 
     def forward(self, images: Tensor) -> Tensor | None:
+        answer = self.answer(images)
+        return None if answer is None else answer.values
+
+    def answer(self, images: Tensor) -> Answer | None:
+        """The answer for `(N, C, H, W)`; None where it is not known."""
         output = self.task.predict(self.model, self.normalize(images))
-        return self.task.probabilities(output)
+        return self.task.answer(output)
 
 
 def export(predictor: Predictor, kind: str, path: Path) -> Path:
-    """Write the predictor's `Classifier` to `path` for the CPU, with the names of the classes.
+    """Write the predictor's `AnsweringModel` to `path` for the CPU, with the names of the classes.
 
-    `kind` is `torch` or `onnx`. Raises `ConfigError` if a package is missing or the run is no classifier of images,
-    and `LockstepError` if the model cannot be exported.
+    `kind` is `torch` or `onnx`. Raises `ConfigError` if a package is missing, the run's inputs are no images or its
+    answers are not known, and `LockstepError` if the model cannot be exported.
     """
     if kind == "onnx":
         _check_onnx_packages()
     example = _example_images(predictor)
     # A copy: the predictor stays on its device.
-    classifier = copy.deepcopy(Classifier(predictor)).cpu().eval()
-    if classifier(example) is None:
-        raise ConfigError(
-            "loss.name",
-            f"{predictor.config.loss.name} trains no classifier, so there are no probabilities to export",
-        )
-    classes = json.dumps(predictor.signature.classes)
+    module = copy.deepcopy(AnsweringModel(predictor)).cpu().eval()
+    answer = module.answer(example)
+    if answer is None:
+        raise ConfigError("loss.name", unknown_answer(predictor.config.loss.name))
+    description = {
+        "answer.json": json.dumps(answer.kind),
+        "classes.json": json.dumps(predictor.signature.classes),
+    }
     write = _write_onnx if kind == "onnx" else _write_torch
     try:
         with new_file(path) as partial, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are about torch's own internals
-            write(classifier, example, classes, partial)
+            write(module, example, description, partial)
     except (OSError, LockstepError):
         raise
     except Exception as error:
@@ -94,31 +101,31 @@ def _example_images(predictor: Predictor) -> Tensor:
 
 
 def _write_torch(
-    classifier: Classifier, example: Tensor, classes: str, path: Path
+    module: AnsweringModel, example: Tensor, description: dict[str, str], path: Path
 ) -> None:
-    program = torch.export.export(
-        classifier, (example,), dynamic_shapes=_any_batch_size()
-    )
-    torch.export.save(program, path, extra_files={"classes.json": classes})
+    program = torch.export.export(module, (example,), dynamic_shapes=_any_batch_size())
+    torch.export.save(program, path, extra_files=dict(description))
 
 
 def _write_onnx(
-    classifier: Classifier, example: Tensor, classes: str, path: Path
+    module: AnsweringModel, example: Tensor, description: dict[str, str], path: Path
 ) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    kind = json.loads(description["answer.json"])
     program: Any = torch.onnx.export(
-        classifier,
+        module,
         (example,),
         dynamo=True,
         dynamic_shapes=_any_batch_size(),
         input_names=["images"],
-        output_names=["probabilities"],
+        output_names=["values" if kind == "values" else "probabilities"],
         verbose=False,
     )
-    program.model.metadata_props["classes"] = classes
+    for name, text in description.items():
+        program.model.metadata_props[name.removesuffix(".json")] = text
     program.save(path)
 
 
 def _any_batch_size() -> dict[str, Any]:
-    """The dimensions of `Classifier.forward`'s argument that may vary."""
+    """The dimensions of `AnsweringModel.forward`'s argument that may vary."""
     return {"images": {0: torch.export.Dim("batch")}}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from trainer.components.answers import Answer
 from trainer.components.models import build_model
 from trainer.components.task import build_task
 from trainer.core.build import settings_of
@@ -68,7 +69,26 @@ class Predictor:
     ) -> Iterator[tuple[Path, Tensor | DataError]]:
         """Each file in order, with the probability of every class, or with an error that says why there is none.
 
-        Probabilities are float32 `(classes,)` on the CPU. Raises `ConfigError` if the run trained no classifier.
+        Probabilities are `(classes,)` on the CPU. Raises `ConfigError` if the run trained no classifier.
+        """
+        for path, answer in self.predict(paths):
+            if isinstance(answer, DataError):
+                yield path, answer
+            elif answer.kind == "class":
+                yield path, answer.values
+            else:
+                raise ConfigError(
+                    "loss.name",
+                    f"{self.config.loss.name} trains no classifier of whole images, so there are no classes to "
+                    f"predict; use `predict`, which answers for every task",
+                )
+
+    def predict(
+        self, paths: Sequence[Path]
+    ) -> Iterator[tuple[Path, Answer | DataError]]:
+        """Each file in order, with the model's answer for it, or with an error that says why there is none.
+
+        Raises `ConfigError` if it is not known what the run's task answers.
         """
         size = self.config.batch.eval_size
         batches = iter(self._load_files(paths))
@@ -76,38 +96,31 @@ class Predictor:
             batch_paths = paths[start : start + size]
             # Around one batch, not the loop: a generator must not leave settings changed while its caller runs.
             with settings_of(self.config), torch.inference_mode():
-                answers = self._classify_batch(batch_paths, next(batches))
+                answers = self._answer_batch(batch_paths, next(batches))
             yield from zip(batch_paths, answers, strict=True)
 
-    def _classify_batch(
+    def _answer_batch(
         self, paths: Sequence[Path], items: Sequence[MicroBatch | DataError]
-    ) -> list[Tensor | DataError]:
+    ) -> list[Answer | DataError]:
         """The answer for each file of a batch; only usable images go through the model."""
-        answers: list[Tensor | DataError] = []
-        images = []
+        checked = []
         for path, item in zip(paths, items, strict=True):
-            answer = self._check_image(path, item)
-            answers.append(answer)
-            if isinstance(answer, Tensor):
-                images.append(answer)
-        if images:
-            probabilities = iter(self._probabilities(torch.cat(images)))
-            for index, answer in enumerate(answers):
-                if isinstance(answer, Tensor):
-                    answers[index] = next(probabilities)
+            checked.append(self._check_image(path, item))
+        images = [image for image in checked if isinstance(image, Tensor)]
+        found = iter(self._answers(torch.cat(images)) if images else [])
+        answers: list[Answer | DataError] = []
+        for image in checked:
+            answers.append(image if isinstance(image, DataError) else next(found))
         return answers
 
-    def _probabilities(self, images: Tensor) -> Tensor:
-        """`(N, C, H, W)` → float32 `(N, classes)` on the CPU."""
+    def _answers(self, images: Tensor) -> list[Answer]:
+        """`(N, C, H, W)` → an answer for each."""
         inputs = self.normalize(images.to(self.device))
         output = self._forward.output(self.module, MicroBatch(0, inputs, None))
-        probabilities = self.task.probabilities(output)
-        if probabilities is None:
-            raise ConfigError(
-                "loss.name",
-                f"{self.config.loss.name} trains no classifier, so there are no classes to predict",
-            )
-        return probabilities.float().cpu()
+        answer = self.task.answer(output)
+        if answer is None:
+            raise ConfigError("loss.name", unknown_answer(self.config.loss.name))
+        return answer.samples()
 
     def _build_model(self) -> nn.Module:
         shape = self.signature.shape or []
@@ -195,6 +208,14 @@ class _ImageFiles:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         # A target, which every sample must have.
         return decode(self.paths[index], self._channels), 0
+
+
+def unknown_answer(loss: str) -> str:
+    """Why a model that `loss` trained has no answer for an image, and what to do."""
+    return (
+        f"what a model that {loss} trained answers is not known; write a trainer.Task with `answer`, or with "
+        f"`probabilities` if it is a classifier"
+    )
 
 
 def _device_of_one_process(precision: str) -> torch.device:
