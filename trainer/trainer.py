@@ -24,6 +24,14 @@ from trainer.config.schema import Config
 from trainer.core.build import build_run, settings_of
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
+from trainer.core.not_finite import (
+    all_skipped,
+    describe_step,
+    first_bad_step,
+    refuse_not_finite,
+    skipped_in_a_row,
+    validation_not_finite,
+)
 from trainer.core.observers import Observer, Observers, Stateful
 from trainer.core.preflight import notes_on
 from trainer.core.recalibrate import recalibrate_statistics
@@ -35,6 +43,7 @@ from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.determinism import refused_operation
+from trainer.exact.finite import BadSteps, FiniteFlags
 from trainer.exact.plan import Plan, Step
 from trainer.exact.standard import StandardReduction
 from trainer.process.ranks import Ranks
@@ -49,6 +58,9 @@ from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
 from trainer.storage.run_directory import check_same_run, config_yaml
 from trainer.storage.shared_checkpoint import load_on_all
+
+# By then fp16's loss scale is 2^-34 of what it began with.
+MOST_SKIPPED_IN_A_ROW = 50
 
 
 class Trainer:
@@ -102,6 +114,9 @@ class Trainer:
         self.progress = Progress()
         self.schedule = self._build_schedule()
         self.meter = Meter(self.run.task, self.ranks, exact=self.run.bitwise)
+        self.finite = FiniteFlags(self.ranks.device)
+        self._bad_steps = BadSteps()
+        self.is_held_back = False  # the last step did not update the weights
         self.interval_totals = Totals()
         self.epoch_totals = Totals()
         self.grad_norm: Tensor | None = None
@@ -240,7 +255,7 @@ class Trainer:
             self.end_epoch(self.plan.step(self.progress.step - 1))
         for step in self.plan.steps(self.progress.step):
             self.train_step(step)
-            if self._is_logged(step):
+            if self.is_held_back or self._is_logged(step):
                 self.log(step)
             self.progress.epoch_end_is_due = step.last_in_epoch
             # Before the evaluation, which may fail on a sample that training never saw.
@@ -263,6 +278,7 @@ class Trainer:
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
 
         reduction.begin(step)
+        losses = []
         # This rank's micro-batches, on the device.
         for batch in self.batches.step(step):
             with reduction.micro_batch(step, batch.indices) as model:
@@ -270,9 +286,11 @@ class Trainer:
                 run.precision.backward(
                     loss.total, reduction.loss_scale(step, batch.indices, *loss)
                 )
+            losses.append(loss.total)
             self.meter.add(batch, output, loss)
             self.observers.micro_batch(step, batch, output, loss)
         reduction.finish(step)
+        not_finite = self.finite.mark(step.number, losses, reduction.gradients())
 
         needs_norm = self._needs_gradient_norm(step)
         if needs_norm or self.observers.look_at_gradients:
@@ -280,7 +298,11 @@ class Trainer:
         if needs_norm:
             self.grad_norm = reduction.clip(self.config.train.max_grad_norm)
         self.observers.gradient(step)
-        run.precision.step(self.optimizer)
+        # Only on the CPU, where it costs nothing to ask; on a GPU such a step ends the run before anything is kept.
+        is_known = self.ranks.device.type == "cpu" and not run.precision.skips_overflow
+        self.is_held_back = is_known and bool(not_finite)
+        if not self.is_held_back:
+            run.precision.step(self.optimizer)
         self.optimizer.zero_grad()
         self.progress.step = step.number
         self.progress.samples_seen += step.size
@@ -307,11 +329,14 @@ class Trainer:
     def measure(self, step: Step) -> Row:
         """A row of the steps since the last row. A collective; only here does training wait for the device."""
         self._read_meter()
+        self._read_flags()
         row: Row = {"step": step.number, "epoch": step.epoch + 1}
         row |= _with_prefix("train/", self.interval_totals.means())
         row |= learning_rates(self.optimizer)
         if self.grad_norm is not None:
             row["grad_norm"] = self.grad_norm.item()
+        if self.run.precision.skips_overflow:
+            row["skipped_steps"] = self.progress.skipped_steps
         row |= self.stopwatch.pace(
             self.progress.samples_seen, self.batches.take_waited()
         )
@@ -320,17 +345,48 @@ class Trainer:
         return row
 
     def log(self, step: Step) -> None:
-        """Log a row. Raises `LockstepError` if its loss is not finite."""
+        """Log a row. Raises `LockstepError` if a loss or a gradient since the last row is not finite."""
         row = self.measure(step)
         self.observers.row(row)
         self.journal.log(row, self.digest() if self.ranks.is_main else "")
-        loss = row.get("train/loss")  # absent where every target was ignored
-        if loss is not None and not math.isfinite(loss):
-            raise LockstepError(
-                f"the loss is {loss} in the steps up to {step.number}; lower optimizer.lr, set "
-                f"train.max_grad_norm, or raise train.precision. To see the first such step taken apart, on one "
-                f"process:\n\n    python -m trainer replay {self.journal.directory} --step {step.number}\n"
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Raise `LockstepError`, on every rank, if a step since the last check was not finite. A collective.
+
+        Waits for the device. Called before anything is kept, so nothing is kept of such a step.
+        """
+        self._read_flags()
+        first = first_bad_step(self._bad_steps, self.run)
+        if first is not None:
+            number, what = first
+            raise describe_step(
+                self.run,
+                self.plan.step(number - 1),
+                what,
+                saved_step=self._saved_step,
+                directory=None if self._journal is None else self.journal.directory,
             )
+
+    def _read_flags(self) -> None:
+        """Note which steps since the last read were not finite."""
+        bad = self.finite.read()
+        self._bad_steps.loss += bad.loss
+        if self.run.precision.skips_overflow:
+            self._count_skipped(bad.gradient)
+        else:
+            self._bad_steps.gradient += bad.gradient
+
+    def _count_skipped(self, steps: list[int]) -> None:
+        """Count the steps that fp16 skipped. Raises `LockstepError` where it skips one after the other."""
+        progress = self.progress
+        for step in steps:
+            follows = step == progress.last_skipped_step + 1
+            progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if follows else 1
+            progress.last_skipped_step = step
+            progress.skipped_steps += 1
+            if progress.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
+                raise skipped_in_a_row(MOST_SKIPPED_IN_A_ROW, step)
 
     def digest(self) -> str:
         """The digest of the weights, which are the same on every rank."""
@@ -359,7 +415,14 @@ class Trainer:
             row[f"best/{self.config.best.metric}"] = self.progress.best
         self.journal.epoch(row, is_best)
         self.observers.epoch(step, row)
+        self._check_evaluation(row)
         self.stopwatch.mark(self.progress.samples_seen)
+
+    def _check_evaluation(self, row: Row) -> None:
+        """Raise `LockstepError` if the validation loss is not finite. The epoch's weights are, and are kept."""
+        loss = row.get("val/loss", 0.0)
+        if not math.isfinite(loss):
+            raise validation_not_finite(self.run, loss)
 
     def evaluate(self) -> Row:
         """The loss and metrics over all validation samples, with the present weights. A collective.
@@ -397,8 +460,8 @@ class Trainer:
         return True
 
     def _is_best(self, value: float) -> bool:
-        """True if `value` is better than the best so far; NaN never is."""
-        if math.isnan(value):
+        """True if `value` is better than the best so far; NaN and infinities never are."""
+        if not math.isfinite(value):
             return False
         best = self.progress.best
         if best is None:
@@ -422,7 +485,11 @@ class Trainer:
         return is_due or step.number == self.plan.total_steps
 
     def save(self) -> None:
-        """Write a checkpoint of the present step boundary. A collective."""
+        """Write a checkpoint of the present step boundary. A collective.
+
+        Raises `LockstepError` if the run is not finite: no checkpoint holds NaN or an infinity.
+        """
+        self._check_finite()
         self.reduction.gather()
         self._read_meter()
         self.stopwatch.stop(self.progress)
@@ -438,6 +505,7 @@ class Trainer:
         tensors, numbers = named_state(self.optimizer, self.module)
         self.progress.rows = self.journal.rows
         self.progress.wandb_id = self.journal.wandb_id
+        refuse_not_finite(self.module, tensors, self.progress.step)
         config = self.config.to_dict(digests=True)
         content = Checkpoint(
             checkpoint.snapshot(self.module),
@@ -535,6 +603,8 @@ class Trainer:
         if is_changed or not last.last_in_epoch:
             self._log_epoch(last, {}, evaluate=True)
         self.stopwatch.stop(self.progress)
+        if self.progress.skipped_steps == self.progress.step:
+            raise all_skipped(self.progress.step)
         summary = report.summary(self.run, self.progress, self.optimizer)
         figures = {}
         if self.config.run.figures:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainer.core.features import Features
 from trainer.core.forward import Forward
 from trainer.core.metrics import Meter
+from trainer.core.samples import rows_not_finite
 from trainer.data.loading import Loader, whole_requests
 from trainer.data.samples import MicroBatch, Request
 from trainer.process.ranks import Ranks
@@ -86,6 +87,23 @@ class Evaluator:
             self._forward.task.metric_sums(output, batch.targets)
         finally:
             self._model.train(was_training)
+
+    @torch.no_grad()
+    def samples_not_finite(self) -> list[int]:
+        """The samples of the first batch whose loss is not finite: those with such inputs, else all. A collective."""
+        was_training = self._model.training
+        self._model.eval()
+        found: list[int] = []
+        for request in self._requests:
+            batch = self._loader.peek(request.ids)
+            _, loss = self._forward(self._model, batch, None)
+            if not loss.total.isfinite():
+                count = len(request.ids)
+                rows = rows_not_finite((batch.inputs, batch.targets), count)
+                found = request.ids[rows or slice(None)].tolist()
+                break
+        self._model.train(was_training)
+        return self._ranks.gather(found)
 
     @torch.no_grad()
     def decisions(self) -> list[Decision]:

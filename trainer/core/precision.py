@@ -43,6 +43,11 @@ class Precision:
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 
+    @property
+    def skips_overflow(self) -> bool:
+        """True where a gradient that is not finite is part of the method: fp16 skips the step and scales less."""
+        return self.scaler is not None
+
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Update the weights, unless fp16 overflowed."""
         if self.scaler is None:

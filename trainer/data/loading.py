@@ -107,10 +107,15 @@ class Loader:
         return batch._replace(inputs=self.normalize(batch.inputs))
 
     def fetch(
-        self, ids: Sequence[int] | Ids, first: int = 0, fused: int = 1
+        self,
+        ids: Sequence[int] | Ids,
+        first: int = 0,
+        fused: int = 1,
+        *,
+        epoch: int = 0,
     ) -> MicroBatch:
-        """The same after the transforms alone: on the CPU, not normalised."""
-        request = Request(first, 0, np.asarray(ids), fused)
+        """The same after the transforms alone: on the CPU, not normalised, in any epoch."""
+        request = Request(first, epoch, np.asarray(ids), fused)
         return next(self._load_here([request]))
 
     def raw(self, sample_id: int) -> Any:

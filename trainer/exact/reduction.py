@@ -126,7 +126,7 @@ class Reduction(ABC):
 
     def norm(self) -> Tensor:
         """The L2 norm of the step's gradient, a 0-dim tensor on the device."""
-        return nn.utils.get_total_norm(self._gradients())
+        return nn.utils.get_total_norm(self.gradients())
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Scale the gradient down to `max_norm` if it is longer; returns its norm before that, on the device."""
@@ -134,7 +134,8 @@ class Reduction(ABC):
             return self.norm()
         return nn.utils.clip_grad_norm_(self._parameters.values(), max_norm)
 
-    def _gradients(self) -> list[Tensor]:
+    def gradients(self) -> list[Tensor]:
+        """The gradients that there are: of the step, after `finish`."""
         return [p.grad for p in self._parameters.values() if p.grad is not None]
 
     # ---------------------------------------------------------------- statistics
@@ -163,7 +164,7 @@ class Reduction(ABC):
         # Each weight is added to the zeros of all other ranks, so this sum is exact in any order.
         total = self._ranks.sum_(weights).sum()
         factor = torch.where(total > 0, step.size / total, torch.zeros_like(total))
-        gradients = self._gradients()
+        gradients = self.gradients()
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
     def _refuse_unused_parameters(self) -> None:

@@ -96,7 +96,7 @@ def _describe_fuse(plan: Plan, fuse: int) -> str:
 def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any]:
     """What `summary.json` holds."""
     optimizer_state, _ = named_state(optimizer, run.module)
-    return {
+    values = {
         "best": progress.best,
         "best_epoch": progress.best_epoch,
         "best_metric": run.config.best.metric,
@@ -108,6 +108,9 @@ def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any
         "buffers_sha256": tensors_sha256(dict(run.module.named_buffers())),
         "optimizer_sha256": tensors_sha256(optimizer_state),
     }
+    if run.precision.skips_overflow:
+        values["skipped_steps"] = progress.skipped_steps
+    return values
 
 
 def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:

@@ -56,6 +56,10 @@ class Progress:
     interval: MetricSums = field(default_factory=dict)  # since the last logged row
     epoch: MetricSums = field(default_factory=dict)  # since the epoch began
     scaler: dict[str, Any] = field(default_factory=dict)
+    # By fp16, whose gradient overflowed.
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    last_skipped_step: int = 0
     # At an epoch's last step: its evaluation and its row are still to come.
     epoch_end_is_due: bool = False
     rows: int = 0  # lines of metrics.jsonl
