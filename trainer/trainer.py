@@ -122,8 +122,8 @@ class Trainer:
         self.grad_norm: Tensor | None = None
         self.fuse = 1  # micro-batches in one forward, chosen before training
         self.fuse_note = ""  # why batch.fuse=auto chose 1
-        # Stateful objects that the checkpoint or the run lacks.
-        self.state_notes: list[str] = []
+        # Checkpoints that are damaged, and stateful objects that the checkpoint or the run lacks.
+        self.resume_notes: list[str] = []
         self._restored_states: Mapping[str, Any] | None = None
         self._saved_step: int | None = None  # of the checkpoint last read or written
         self._batches: TrainLoader | None = None
@@ -173,7 +173,7 @@ class Trainer:
                 self._introduce()
                 try:
                     self.start()
-                    for note in self.state_notes:
+                    for note in self.resume_notes:
                         self.journal.console.note(note)
                     self.journal.start_clock(self.plan, self.progress.step)
                     self._loop(stop)
@@ -216,7 +216,7 @@ class Trainer:
         self.module.train()
         self.observers.begin(self.run)
         if self._restored_states is not None:
-            self.state_notes = load_states(stateful, self._restored_states)
+            self.resume_notes += load_states(stateful, self._restored_states)
             self._restored_states = None
         check_states(stateful, self.run)
 
@@ -503,6 +503,7 @@ class Trainer:
 
     def _write_checkpoint(self, states: dict[str, dict[str, Any]]) -> None:
         tensors, numbers = named_state(self.optimizer, self.module)
+        self.journal.sync()
         self.progress.rows = self.journal.rows
         self.progress.wandb_id = self.journal.wandb_id
         refuse_not_finite(self.module, tensors, self.progress.step)
@@ -521,10 +522,14 @@ class Trainer:
             keep=self.config.train.keep_checkpoints,
         )
 
-    def _resume(self, path: Path | None) -> None:
-        if path is None:
+    def _resume(self, paths: Sequence[Path]) -> None:
+        """Take over the newest of the checkpoints `paths` that can be read, if there are any."""
+        if not paths:
             return
-        content = load_on_all(path, self.module, self.ranks, self._check_resumable)
+        content, notes = load_on_all(
+            paths, self.module, self.ranks, self._check_resumable
+        )
+        self.resume_notes += notes
         self.restore(content)
         self.ranks.on_main(
             lambda: checkpoint.restore_best(
@@ -606,18 +611,25 @@ class Trainer:
         if self.progress.skipped_steps == self.progress.step:
             raise all_skipped(self.progress.step)
         summary = report.summary(self.run, self.progress, self.optimizer)
-        figures = {}
-        if self.config.run.figures:
-            figures = drawing.draw(
-                self.run,
-                self.journal.directory,
-                has_best=self.progress.best is not None,
-            )
+        self.journal.keep_summary(summary)
         self.journal.finish(
-            summary, report.closing(summary, self.journal.directory), figures
+            summary,
+            report.closing(summary, self.journal.directory),
+            self._draw_figures(),
         )
         self.observers.end(summary)
         return summary
+
+    def _draw_figures(self) -> dict[str, Path]:
+        """Draw the figures of the finished run. A full disk or a damaged best model costs them, never the summary."""
+        if not self.config.run.figures:
+            return {}
+        has_best = self.progress.best is not None
+        try:
+            return drawing.draw(self.run, self.journal.directory, has_best=has_best)
+        except LockstepError as error:
+            self.journal.console.note(f"the figures are not complete: {error}")
+            return {}
 
     def _build_schedule(self) -> Schedule:
         return build_schedule(

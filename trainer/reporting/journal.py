@@ -32,7 +32,7 @@ Row = Mapping[str, float]
 class Journal:
     """Opened by all ranks together, as a context; only the main process writes and shows anything.
 
-    Attributes: `directory`, the run's; `resume_from`, the checkpoint to resume from, or None; `wandb`, the W&B run,
+    Attributes: `directory`, the run's; `resume_from`, the checkpoints to resume from; `wandb`, the W&B run,
     None on every other process, where W&B is disabled, and before `begin`.
     """
 
@@ -51,10 +51,10 @@ class Journal:
     # ---------------------------------------------------------------- begin and end
 
     def __enter__(self) -> Journal:
-        self.resume_from: Path | None = self._ranks.on_main(self._open)
+        self.resume_from: list[Path] = self._ranks.on_main(self._open)
         return self
 
-    def _open(self) -> Path | None:
+    def _open(self) -> list[Path]:
         self._run_directory = RunDirectory(self._config.run)
         return self._run_directory.resume_from
 
@@ -111,6 +111,11 @@ class Journal:
         path = self.directory / "metrics.jsonl"
         earlier_rows = read_rows(path) if progress.rows and path.exists() else []
         self._metrics = MetricsFile(path, keep_rows=progress.rows)
+        if self._metrics.rows < progress.rows:
+            self.console.note(
+                f"{path} has {self._metrics.rows} rows where the checkpoint counted {progress.rows}; the others are "
+                f"lost, and the run itself is not touched by it"
+            )
         self.wandb = start_wandb(
             self._config.wandb,
             run_name=self._config.run.name,
@@ -130,13 +135,16 @@ class Journal:
         self.console.begin(plan.total_steps, plan.steps_per_epoch, first_step)
         self._epoch_start = monotonic()
 
-    def finish(
-        self, summary: Mapping[str, Any], facts: Facts, figures: Mapping[str, Path]
-    ) -> None:
-        """Write `summary.json`, show the results, and send `figures` to W&B when the journal closes."""
+    def keep_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`. A collective."""
         self._ranks.on_main(
             partial(write_json, self.directory / "summary.json", dict(summary))
         )
+
+    def finish(
+        self, summary: Mapping[str, Any], facts: Facts, figures: Mapping[str, Path]
+    ) -> None:
+        """Show the results, and send `figures` to W&B when the journal closes."""
         # W&B gets the figures last of all, when the journal closes: it may take seconds, and it may fail.
         self._final_step = summary["steps"]
         self._final_figures = dict(figures)
@@ -181,6 +189,11 @@ class Journal:
     @property
     def wandb_id(self) -> str | None:
         return None if self.wandb is None else self.wandb.id
+
+    def sync(self) -> None:
+        """Wait until the disk holds every row so far."""
+        if self._metrics is not None:
+            self._metrics.sync()
 
     def advance(self, step_number: int) -> None:
         self.console.advance(step_number)

@@ -46,20 +46,21 @@ FREE_KEYS = (
 class RunDirectory:
     """`<run.dir>/<run.name>`, locked by this process until `close`.
 
-    Attributes: `resume_from`, the checkpoint to resume from; `moved_to`, where an earlier run of this name went;
-    `token`, text in the lock file by which other machines can tell whether they see this very directory.
+    Attributes: `resume_from`, the checkpoints to resume from, in the order to try them; `moved_to`, where an earlier
+    run of this name went; `token`, text in the lock file by which other machines can tell whether they see this very
+    directory.
     """
 
     def __init__(self, section: RunConfig) -> None:
         self.path = run_path(section)
-        self.resume_from: Path | None = None
+        self.resume_from: list[Path] = []
         self.moved_to: Path | None = None
         self._lock: TextIO | None = None
         if self.path.is_dir():
             self._lock = lock(self.path)
         if section.resume == "auto":
-            self.resume_from = checkpoint.latest(self.path / "checkpoints")
-        if self.resume_from is None and self._holds_a_run():
+            self.resume_from = checkpoint.newest_first(self.path / "checkpoints")
+        if not self.resume_from and self._holds_a_run():
             self.close()
             self.moved_to = _free_path(self.path)
             self.path.rename(self.moved_to)
