@@ -222,7 +222,7 @@ def test_lost_rows_are_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     on_ranks(1, train, tmp_path, True, train__max_steps=4)
     metrics = tmp_path / "run" / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text("".join(lines[:2]))
+    metrics.write_text("".join([lines[0], "{damaged\n", lines[2]]))
     on_ranks(1, train, tmp_path, True)
     # The epoch's row comes after its checkpoint, so that counts one row less.
     expected = f"has 2 rows where the checkpoint counted {len(lines) - 1}"

@@ -14,7 +14,7 @@ from trainer.exact.plan import Plan
 from trainer.process.parent import failure_reason
 from trainer.process.ranks import Ranks
 from trainer.reporting.console import Console
-from trainer.reporting.jsonl import MetricsFile, read_rows
+from trainer.reporting.jsonl import MetricsFile, readable_rows
 from trainer.reporting.wandb.run import WandbRun, start_wandb
 from trainer.storage.checkpoint import Progress
 from trainer.storage.files import write_json
@@ -109,7 +109,7 @@ class Journal:
         # The rows after the checkpoint go from the file, because the resumed run computes them again. They are read
         # before, because W&B may have received them already and must not get them twice.
         path = self.directory / "metrics.jsonl"
-        earlier_rows = read_rows(path) if progress.rows and path.exists() else []
+        earlier_rows = readable_rows(path) if progress.rows and path.exists() else []
         self._metrics = MetricsFile(path, keep_rows=progress.rows)
         if self._metrics.rows < progress.rows:
             self.console.note(
