@@ -424,6 +424,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the present step boundary. A collective."""
         self.reduction.gather()
+        check_same_weights(self.run, self.progress.step)
         self._read_meter()
         self.stopwatch.stop(self.progress)
         self.progress.interval = self.interval_totals.sums
