@@ -45,10 +45,16 @@ def net(width: int) -> nn.Module:
 
 
 def traffic_of_a_step(
-    directory: Path, micro_batches: int, width: int = 10, **changes: Any
+    directory: Path,
+    micro_batches: int,
+    width: int = 10,
+    *,
+    is_short: bool = False,
+    **changes: Any,
 ) -> tuple[Trainer, Traffic]:
-    """The third step of rank 0, with `micro_batches` in all."""
-    images = torch.randint(256, (micro_batches * 6, 1, 8, 8), dtype=torch.uint8)
+    """The third step of rank 0, with `micro_batches` in all; two full steps come before it."""
+    samples = micro_batches * (4 if is_short else 6) + (2 if is_short else 0)
+    images = torch.randint(256, (samples, 1, 8, 8), dtype=torch.uint8)
     data = ImageArrays(images, torch.randint(10, (len(images),)))
     settings: dict[str, Any] = {
         "batch__size": 2 * micro_batches,
@@ -90,6 +96,16 @@ def test_standard_sends_each_bucket_once_a_step(
     assert len(buckets) > 1
     assert traffic.calls == {"ddp": len(buckets)}
     assert traffic.bytes == {"ddp": bytes_of(trainer.module)}
+
+
+@in_a_fork
+def test_a_step_with_idle_ranks_sends_each_parameter_by_itself(tmp_path: Path) -> None:
+    with one_of(8):
+        trainer, traffic = traffic_of_a_step(tmp_path, 16, is_short=True)
+    parameters = list(trainer.module.parameters())
+    flags = 1
+    assert traffic.calls == {"allreduce": len(parameters) + flags}
+    assert traffic.bytes["allreduce"] == bytes_of(trainer.module) + len(parameters)
 
 
 @in_a_fork
