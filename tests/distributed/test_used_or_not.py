@@ -19,6 +19,7 @@ from tests.distributed.small import (
     state,
 )
 from trainer import ConfigError, Task, Trainer
+from trainer.exact.completion import complete_backward
 from trainer.exact.plan import Plan
 
 SAMPLES = 86  # the last of 4 steps has 2 samples: one micro-batch
@@ -104,6 +105,15 @@ def test_names_in_place_of_numbers(
     (reference,) = on_ranks(1, train, tmp_path / "1", 14)
     for weights in on_ranks(2, train, tmp_path / "2", 14):
         assert largest_difference(weights, reference) < 1e-12
+
+
+def test_a_complaint_that_names_no_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "trainer.exact.completion._what_is_missing", lambda model: "something is wrong"
+    )
+    model = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="DDP does not say which; set it to true"):
+        complete_backward(model, dict(model.named_parameters()))
 
 
 class Mixed(Task):

@@ -35,10 +35,10 @@ def complete_backward(model: nn.Module, parameters: Mapping[str, nn.Parameter]) 
     """
     names = _missing_names(_what_is_missing(model) or "", list(parameters))
     missing = [parameters[name] for name in names]
-    with torch.enable_grad():
-        torch.autograd.backward(missing, [torch.full_like(p, -0.0) for p in missing])
-    message = _what_is_missing(model)
-    if message is not None or not missing:
+    if missing:
+        zeros = [torch.full_like(parameter, -0.0) for parameter in missing]
+        torch.autograd.backward(missing, zeros)
+    if not missing or not is_complete(model):
         raise ConfigError(
             "train.find_unused_parameters",
             "a micro-batch uses only a part of the parameters, and DDP does not say which; set it to true",
