@@ -37,6 +37,7 @@ from trainer.core.preflight import notes_on
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.refused import refuse_nondeterministic
 from trainer.core.rehearsal import check_disk, check_states, rehearse
+from trainer.core.same_weights import check_same_weights
 from trainer.core.stateful import StatefulObjects, load_states, read_states
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
@@ -491,6 +492,7 @@ class Trainer:
         """
         self._check_finite()
         self.reduction.gather()
+        check_same_weights(self.run, self.progress.step)
         self._read_meter()
         self.stopwatch.stop(self.progress)
         self.progress.interval = self.interval_totals.sums

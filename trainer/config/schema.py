@@ -247,7 +247,7 @@ class TrainConfig(Section):
         minimum=0,
     )
     find_unused_parameters: bool = key(
-        False, "allow parameters that receive no gradient in some steps"
+        False, "allow parameters that receive no gradient in the first step"
     )
     log_every: int = key(50, "steps between logged rows", unit="steps", minimum=1)
     evaluate_every: int = key(1, "epochs between evaluations", unit="epochs", minimum=1)

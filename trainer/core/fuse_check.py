@@ -50,16 +50,23 @@ def choose_fuse(run: Run) -> tuple[int, str]:
     if end - first == 1:
         return 1, ""  # no rank has two micro-batches to run at once
     run.module.train()
+    if fuse != "auto":
+        run.ranks.on_each(lambda: _check_two_micro_batches(run, step, first))
+        return fuse, ""
+    # Each rank may find another answer, by its memory, or by rounding near the tolerance: none decides alone.
+    answers: list[tuple[int, str]] = run.ranks.gather(
+        [_answer_of_this_rank(run, step, first, end)]
+    )
+    return min(answers)
+
+
+def _answer_of_this_rank(run: Run, step: Step, first: int, end: int) -> tuple[int, str]:
+    """How many micro-batches of `[first, end)` this rank can run at once, and why it is 1 where they do not agree."""
     try:
         _check_two_micro_batches(run, step, first)
     except ConfigError as error:
-        if fuse != "auto":
-            raise
         return 1, _first_clause(error.message)
-    if fuse != "auto":
-        return fuse, ""
-    fits_on_this_rank = _largest_that_fits(run, step, first, end)
-    return min(run.ranks.gather([fits_on_this_rank])), ""
+    return _largest_that_fits(run, step, first, end), ""
 
 
 def _first_clause(message: str) -> str:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from trainer.exact.batch_norm import norm_layers
 from trainer.exact.exchange import ShardExchange
 from trainer.exact.plan import IndexRange, Step
 from trainer.exact.reduction import Reduction
@@ -35,6 +36,7 @@ class BitwiseReduction(Reduction):
         self._ranks.broadcast_parameters(self._module)
         self._has_gradient = dict.fromkeys(self._parameters, False)
         self._exchange: ShardExchange | None = None
+        self._every_rank_has_run = False
         return StatisticsDifferences(self._module, self._section, self._ranks)
 
     def begin(self, step: Step) -> None:
@@ -82,19 +84,34 @@ class BitwiseReduction(Reduction):
         return gradients
 
     def _sum_over_ranks(self, step: Step) -> None:
+        # What a rank's own micro-batches use can depend on their pixels, so no rank decides alone. The hosts exchange
+        # the flags while the devices exchange the gradients.
+        is_used = self._ranks.any_rank_each_async(list(self._has_gradient.values()))
         total = self._total(step)
         self._tree_sum.nodes.clear()  # the optimizer's step needs the memory
         count = len(self._parameters)
-        is_used = list(self._has_gradient.values())
-        if self._find_unused_parameters or step.has_idle_rank:
-            is_used = self._ranks.any_rank_each(is_used)
         for parameter, gradient, used in zip(
-            self._parameters.values(), total[:count], is_used, strict=True
+            self._parameters.values(), total[:count], is_used(), strict=True
         ):
             # To an optimizer, no gradient and a zero one are not the same.
             parameter.grad = gradient if used else None
         self._has_gradient = dict.fromkeys(self._parameters, False)
         self._statistics.finish(step, total[count:])
+        self._share_counters(step)
+
+    def _share_counters(self, step: Step) -> None:
+        """Give ranks that have run nothing yet, as where a run goes on at a short step, rank 0's counters of calls.
+
+        They cannot know how often a micro-batch calls each norm layer.
+        """
+        if self._every_rank_has_run:
+            return
+        if not step.has_idle_rank:
+            self._every_rank_has_run = True
+            return
+        for layer in norm_layers(self._module):
+            assert layer.num_batches_tracked is not None
+            self._ranks.broadcast_tensor(layer.num_batches_tracked)
 
     def _total(self, step: Step) -> Contribution:
         """The sum of all micro-batches of all ranks."""

@@ -13,6 +13,7 @@ from trainer.components.optimizer import named_state
 from trainer.components.schedule import Schedule
 from trainer.core.build import Run
 from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
+from trainer.exact.exchange_cost import describe_exchange
 from trainer.exact.plan import Plan
 from trainer.storage.checkpoint import Progress
 from trainer.storage.sha256 import tensors_sha256
@@ -40,6 +41,7 @@ def header(
         ("device", device),
         ("fuse", f"1: {fuse_note}" if fuse_note else ""),
         ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
+        ("exchange", describe_exchange(plan) if run.bitwise else ""),
         ("note", run.data.note),
     ]
     return [(name, text) for name, text in facts if text]
