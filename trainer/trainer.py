@@ -116,6 +116,7 @@ class Trainer:
         self._saved_step: int | None = None  # of the checkpoint last read or written
         # Of a run that is resumed on the same data; None where it is to be made.
         self._data_record: DataRecord | None = None
+        self._data_note = ""  # what run.resume_changes=allow let pass
         self._batches: TrainLoader | None = None
         self._journal: Journal | None = None
         self._attributes_of_trainer = frozenset(vars(self)) - attributes_before
@@ -189,6 +190,8 @@ class Trainer:
             self._record_data,
             partial(environment, self.ranks, facts_of_ranks=facts),
         )
+        if self._data_note:
+            journal.console.note(self._data_note)
         for note in notes_on(facts):
             journal.console.note(note)
         if self.config.run.figures and not self.progress.step:
@@ -479,11 +482,9 @@ class Trainer:
 
     def _check_resumable(self, content: Checkpoint) -> None:
         check_same_run(content.config, self.config, self.config.run)
-        self._data_record, note = check_same_data(
+        self._data_record, self._data_note = check_same_data(
             self.journal.directory, self.run.data, self.config.run
         )
-        if note:
-            self.journal.console.note(note)
         if content.progress.step > self.plan.total_steps:
             raise ConfigError(
                 "train.max_steps" if self.config.train.max_steps else "train.epochs",

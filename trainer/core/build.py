@@ -5,6 +5,7 @@ The `Trainer` builds what only training needs: an optimizer and a reduction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ from trainer.core.forward import Forward
 from trainer.core.metrics import Row
 from trainer.core.precision import Precision
 from trainer.core.preflight import RankFacts, check_data, check_ranks
+from trainer.data.classes import with_classes
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
 from trainer.data.loading import Loader, build_loaders
 from trainer.errors import ConfigError, nearest
@@ -34,7 +36,9 @@ from trainer.exact.plan import Plan
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint
 from trainer.storage.run_directory import run_path
+from trainer.storage.signature import FILE as SIGNATURE_FILE
 from trainer.storage.signature import Signature, signature_of_samples
+from trainer.storage.signature import read as read_signature
 
 
 @dataclass
@@ -116,9 +120,11 @@ def build_run(
     train_data: MapDataset | None = None,
     val_data: MapDataset | None = None,
     task: Task | nn.Module | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Run:
     """Build what `config` describes; a model, data or a task that is passed replaces the config's.
 
+    With `classes`, those that a model was trained on, the data's class ids become the model's, matched by name.
     A collective: every rank of a run calls it with the same config. Raises `ConfigError` or `DataError`.
     """
     config = _with_names(config, model=model, data=train_data, loss=task)
@@ -127,6 +133,8 @@ def build_run(
     precision = Precision(config.train.precision, ranks.device)
 
     data = ranks.on_each(lambda: _data(config, ranks, train_data, val_data))
+    if classes is not None:
+        data = with_classes(data, classes)
     check_data(data, ranks)
     plan = _plan(config, ranks, len(data.train))
     train_loader, val_loader = build_loaders(
@@ -149,6 +157,7 @@ def build_run(
         model=model,
         loader=train_loader,
         num_classes=num_classes,
+        classes=data.classes,
     )
     # A machine may lack the file of the weights.
     module, weights_note = ranks.on_each(build_module)
@@ -251,6 +260,7 @@ def _module(
     model: nn.Module | None,
     loader: Loader,
     num_classes: int | None,
+    classes: list[str] | None,
 ) -> tuple[nn.Module, str]:
     """The model with its initial weights, on its device and in its dtype; and a note on the weights."""
     weights = weights_file(config.model, ranks.main_first)
@@ -265,6 +275,7 @@ def _module(
     weights_note = start_from_weights(
         weights, model, config.model, num_classes, config.run.seed
     )
+    weights_note += _note_on_classes(weights, classes)
     model = configure(model, config.batch_norm, ranks=ranks.count, device=ranks.device)
     model.to(ranks.device, dtype)
     if config.train.channels_last:
@@ -272,6 +283,22 @@ def _module(
     if config.train.compile:
         compile_model(model, bitwise=config.run.reproducibility == "bitwise")
     return model, weights_note
+
+
+def _note_on_classes(weights: Path | None, classes: list[str] | None) -> str:
+    """What to add to the note on a run's best weights whose head fits, but was trained on other classes."""
+    if weights is None or not (weights.parent / SIGNATURE_FILE).is_file():
+        return ""
+    trained_on = read_signature(weights.parent).classes
+    if not trained_on or not classes or len(trained_on) != len(classes):
+        return ""
+    if trained_on == classes:
+        return ""
+    return f" · its head is for {_first_names(trained_on)}, not for {_first_names(classes)}"
+
+
+def _first_names(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Config:

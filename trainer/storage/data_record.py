@@ -74,7 +74,7 @@ def read_record(run: Path) -> DataRecord | None:
 
 
 def check_same_data(
-    run: Path, data: Datasets, section: RunConfig
+    run: Path, data: Datasets, section: RunConfig, *, resumes: bool = True
 ) -> tuple[DataRecord | None, str]:
     """Raise `DataError` if `data` are not those that the run in `run` was trained and validated on.
 
@@ -89,9 +89,10 @@ def check_same_data(
         return before, ""
     if section.resume_changes == "allow":
         return None, f"the data have changed since the run began: {changes}"
+    new_run = "start a new run with run.resume=never, " if resumes else ""
     raise DataError(
-        f"the data of {data.name} are not those of the run in {run}: {changes}. Restore them, start a new run with "
-        f"run.resume=never, or accept the change with run.resume_changes=allow"
+        f"the data of {data.name} are not those of the run in {run}: {changes}. Restore them, {new_run}"
+        f"or accept the change with run.resume_changes=allow"
     )
 
 
