@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
@@ -20,8 +22,10 @@ from trainer.commands import evaluate
 from trainer.data.datasets import Datasets
 from trainer.errors import ConfigError, DataError
 from trainer.inspection.replay import replay
-from trainer.storage.data_record import describe_changes, record_data
+from trainer.storage.data_record import describe_changes, record_data, write_record
 from trainer.storage.fingerprint import fingerprint
+from trainer.sweep.description import read_sweep
+from trainer.sweep.same_data import describe_other_data
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The image decoding and encoding:DeprecationWarning"
@@ -214,6 +218,33 @@ class Attributes:
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.values[index], 0
+
+
+def test_a_sweep_says_that_its_trials_read_other_data(tmp_path: Path) -> None:
+    description = {
+        "program": "train.py",
+        "name": "small",
+        "method": "grid",
+        "metric": {"name": "val/loss", "goal": "minimize"},
+        "command": ["${program}", "${args_no_hyphens}"],
+    }
+    notes = []
+    for name in ("optimizer.lr", "data.size"):
+        file = tmp_path / f"{name}.yaml"
+        parameters = {name: {"values": [1, 2]}}
+        file.write_text(yaml.safe_dump({**description, "parameters": parameters}))
+        notes.append(partial(describe_other_data, read_sweep(file), tmp_path))
+    for number, data in enumerate([Points(), Points(), Points(ignored=False)]):
+        run = tmp_path / f"small-{number:03d}"
+        run.mkdir()
+        write_record(run, record_data(Datasets(data, None, None, "x")))
+        if number == 1:
+            assert notes[0]() == ""
+    assert notes[0]() == (
+        "the data changed between trials, so their values do not compare: those of small-002 are not those of "
+        "small-000"
+    )
+    assert notes[1]() == ""
 
 
 def changed(values: Any, index: int, value: Any) -> Any:
