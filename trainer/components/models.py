@@ -15,6 +15,7 @@ from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, nearest
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
 
+TORCHVISION_CHANNELS = 3
 # Of torchvision; a loss of one output cannot take more.
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
@@ -78,12 +79,22 @@ def _constructor(
     if "." not in section.name:
         return _torchvision_builder(section, supplied)
     constructor: Callable[..., Any] = resolve("model", section.name, {})
+    if section.name.endswith(".from_pretrained"):
+        # It passes any argument on to a configuration, which has other words or none.
+        supplied = _named_by_signature(constructor, supplied)
     # By its signature it takes any argument.
     if getattr(constructor, "__init__", None) is nn.Module.__init__:
         return constructor, {}
     if section.name.startswith("timm.") and "in_channels" in supplied:
         supplied["in_chans"] = supplied.pop("in_channels")  # timm's word for it
     return constructor, supplied
+
+
+def _named_by_signature(
+    constructor: Callable[..., Any], supplied: dict[str, Any]
+) -> dict[str, Any]:
+    parameters = inspect.signature(constructor).parameters
+    return {name: value for name, value in supplied.items() if name in parameters}
 
 
 def _torchvision_builder(
@@ -100,7 +111,13 @@ def _torchvision_builder(
             "model.name",
             f'"{name}" is neither small_cnn, a torchvision model nor an import path{nearest(name, known)}',
         ) from None
-    supplied.pop("in_channels", None)  # torchvision's models take three
+    channels = supplied.pop("in_channels", None)
+    if channels not in (None, TORCHVISION_CHANNELS):
+        raise ConfigError(
+            "model.name",
+            f"torchvision's {name} takes images of {TORCHVISION_CHANNELS} channels, and the data's have {channels}; "
+            f"add {{name: RGB}} to data.train_transforms and data.val_transforms",
+        )
     supplied |= _arguments_for_weights(section)
     if "weights_backbone" in inspect.signature(builder).parameters:
         supplied["weights_backbone"] = None  # the default would download some

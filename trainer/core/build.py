@@ -16,18 +16,26 @@ import torch
 from torch import nn
 
 from trainer.components.freezing import Freezing
+from trainer.components.lazy import give_lazy_layers_sizes
 from trainer.components.models import build_model, compile_model, input_channels
 from trainer.components.task import Task, as_task, loss_arguments
 from trainer.components.weights import start_from_weights, weights_file
 from trainer.config.schema import BestConfig, Config
 from trainer.core.evaluation import Evaluator
 from trainer.core.features import Features
+from trainer.core.first_samples import check_classes, first_inputs
 from trainer.core.forward import Forward
 from trainer.core.metrics import Row
 from trainer.core.precision import Precision
 from trainer.core.preflight import RankFacts, check_data, check_ranks
 from trainer.data.classes import with_classes
-from trainer.data.datasets import Datasets, MapDataset, build_datasets
+from trainer.data.datasets import (
+    Datasets,
+    MapDataset,
+    build_datasets,
+    check_part,
+    class_names,
+)
 from trainer.data.loading import Loader, build_loaders
 from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import configure
@@ -145,6 +153,7 @@ def build_run(
         dtype=precision.dtype,
     )
 
+    inputs = ranks.on_each(partial(first_inputs, train_loader, val_loader))
     num_classes = _num_classes(config, data)
     signature = signature_of_samples(
         val_loader or train_loader, num_classes=num_classes, classes=data.classes
@@ -155,7 +164,7 @@ def build_run(
         ranks,
         dtype=precision.dtype,
         model=model,
-        loader=train_loader,
+        inputs=inputs,
         num_classes=num_classes,
         classes=data.classes,
     )
@@ -164,6 +173,7 @@ def build_run(
     the_task = as_task(config.loss if task is None else task, num_classes).to(
         ranks.device, precision.dtype
     )
+    check_classes(the_task, num_classes, data)
     config = _with_best_metric(config, the_task, has_validation=val_loader is not None)
 
     forward = Forward(the_task, precision, ranks.device, config.run.seed)
@@ -218,9 +228,16 @@ def _data(
     config: Config, ranks: Ranks, train: MapDataset | None, val: MapDataset | None
 ) -> Datasets:
     if train is None:
+        if val is not None:
+            raise ConfigError(
+                "val_data",
+                "is given without train_data, and would replace half of the data that the config names; give both",
+            )
         return build_datasets(config.data, ranks.main_first)
-    classes = getattr(train, "classes", None)
-    return Datasets(train, val, list(classes) if classes else None, config.data.name)
+    check_part(type(train).__name__, "training", train, key="train_data")
+    if val is not None:
+        check_part(type(val).__name__, "validation", val, key="val_data")
+    return Datasets(train, val, class_names(train), config.data.name)
 
 
 def _plan(config: Config, ranks: Ranks, samples: int) -> Plan:
@@ -258,20 +275,20 @@ def _module(
     *,
     dtype: torch.dtype,
     model: nn.Module | None,
-    loader: Loader,
+    inputs: Any,
     num_classes: int | None,
     classes: list[str] | None,
 ) -> tuple[nn.Module, str]:
     """The model with its initial weights, on its device and in its dtype; and a note on the weights."""
     weights = weights_file(config.model, ranks.main_first)
     if model is None:
-        channels = input_channels(loader.peek([0]).inputs)
         model = build_model(
             config.model,
             seed=config.run.seed,
             num_classes=num_classes,
-            in_channels=channels,
+            in_channels=input_channels(inputs),
         )
+    give_lazy_layers_sizes(model, inputs, config.run.seed)
     weights_note = start_from_weights(
         weights, model, config.model, num_classes, config.run.seed
     )

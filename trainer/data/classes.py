@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trainer.data.conversion import as_pair
 from trainer.data.datasets import Datasets, ImageArrays, MapDataset
 from trainer.data.folder import ImageFolder
 from trainer.errors import ConfigError, DataError, nearest
@@ -64,7 +65,7 @@ class Relabelled:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, target = self.dataset[index]
+        image, target = as_pair(self.dataset[index], f"sample {index}")
         try:
             return image, self.new_ids[int(target)]
         except (TypeError, ValueError, RuntimeError, IndexError):
