@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,12 +12,8 @@ import torch
 from trainer.data.conversion import as_pair
 from trainer.data.datasets import Datasets, ImageArrays, MapDataset
 from trainer.data.folder import ImageFolder
+from trainer.data.names import normal_form
 from trainer.errors import ConfigError, DataError, nearest
-
-
-def normal_form(name: str) -> str:
-    """A name in Unicode's composed form, NFC: file systems may spell one "é" in two ways."""
-    return unicodedata.normalize("NFC", name)
 
 
 def with_classes(data: Datasets, classes: Sequence[str]) -> Datasets:

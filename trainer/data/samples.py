@@ -66,10 +66,13 @@ class KeyedDataset(Dataset[Any]):
         purpose: str,
     ) -> None:
         self.dataset = dataset
+        # Files to predict go through the transforms of validation.
+        part = "val" if purpose == "predict" else purpose
+        self._transforms_key = f"data.{part}_transforms"
         self._transform = (
             None
             if transform is None
-            else SampleTransform(transform, f"data.{purpose}_transforms")
+            else SampleTransform(transform, self._transforms_key)
         )
         self._seed = seed
         self._purpose = purpose
@@ -167,7 +170,7 @@ class KeyedDataset(Dataset[Any]):
                 f"({reason}); {remedy}"
             )
         remedy = (
-            f"set data.{self._purpose}_transforms to give all one shape, as {{name: Resize, size: [224, 224]}} does"
+            f"set {self._transforms_key} to give all one shape, as {{name: Resize, size: [224, 224]}} does"
             if part == "input" and isinstance(values[0], Tensor)
             else "pad each to one length in the data set, and leave the padding out of the loss"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset, Subset
 
 from trainer.data.datasets import FakeImages, ImageArrays
 from trainer.data.folder import ImageFolder
+from trainer.data.names import normal_form
 from trainer.errors import DataError
 from trainer.storage.sha256 import raw_bytes
 
@@ -50,18 +52,20 @@ def _file_lines(dataset: ImageFolder, first: int, end: int) -> bytes:
     for index in range(first, end):
         path = dataset.paths[index]
         size = file_size(dataset.root / path)
-        lines.append(f"{path} {size} {dataset.targets[index]}")
+        lines.append(f"{normal_form(path)} {size} {dataset.targets[index]}")
     return "\n".join(lines).encode()
 
 
 def file_size(path: Path) -> int:
-    """The file's size in bytes. Raises `DataError` for a file that is missing or empty."""
+    """The file's size in bytes. Raises `DataError` for a file that is missing, empty or not permitted."""
     try:
         size = path.stat().st_size
     except OSError as error:  # a dangling link, for example
         raise DataError(
             f"{path} cannot be read ({error.strerror}); remove or replace the file"
         ) from None
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path} may not be read; permit it or remove the file")
     if size == 0:
         raise DataError(f"{path} is empty; remove or replace the file")
     return size
