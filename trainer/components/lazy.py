@@ -19,7 +19,7 @@ def give_lazy_layers_sizes(model: nn.Module, inputs: Any, seed: int) -> None:
     Any other model is left alone. Raises `ConfigError` if the model does not run on `inputs`.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    if not any(is_lazy(tensor) for tensor in tensors):  # type: ignore[no-untyped-call]
+    if not any(is_lazy(tensor) for tensor in tensors):
         return
     was_training = model.training
     try:

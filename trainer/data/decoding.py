@@ -104,14 +104,14 @@ def _is_turned(data: Tensor) -> bool:
 
     try:
         with Image.open(io.BytesIO(data.numpy().tobytes())) as image:
-            return image.getexif().get(ORIENTATION, 1) != 1
+            return bool(image.getexif().get(ORIENTATION, 1) != 1)
     except Exception:
         # A damaged file, of which torchvision says what is wrong.
         return False
 
 
 def _decode_by_pillow(path: Path, data: Tensor, kind: str, channels: int) -> Tensor:
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data.numpy().tobytes()), formats=[kind]) as image:
@@ -121,7 +121,7 @@ def _decode_by_pillow(path: Path, data: Tensor, kind: str, channels: int) -> Ten
             return _pixels(ImageOps.exif_transpose(image), channels)
     except DataError:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         reason = f"it is damaged, or of a kind of {kind} that this Pillow does not read"
         raise _cannot_decode(path, reason) from None
     except Exception as error:

@@ -141,10 +141,11 @@ class SampleTransform:
                 f"{describe(tensor)}, of the image's size; give it as torchvision.tv_tensors.Mask, whose values are "
                 f"kept, or as Image, whose values are interpolated"
             )
-        return Mask(tensor)
+        mask: Tensor = Mask(tensor)
+        return mask
 
 
-def _chain_of(transform: Callable[..., Any]) -> list[Callable[..., Any]]:
+def _chain_of(transform: Any) -> list[Callable[..., Any]]:
     from torchvision.transforms import v2
 
     if type(transform) is v2.Compose:
@@ -209,7 +210,7 @@ def _without_place(leaf: Any) -> Any:
 
 def _size_of(image: Any) -> tuple[int, int] | None:
     """Height and width of an image, or of the first one in a dict, list or tuple; None if there is none."""
-    leaf = next((leaf for leaf in _leaves(image) if _is_image(leaf)), None)
+    leaf: Any = next((leaf for leaf in _leaves(image) if _is_image(leaf)), None)
     if is_pil(leaf):
         return leaf.height, leaf.width
     if is_numeric_array(leaf):
