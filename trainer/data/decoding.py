@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.names import printable
 from trainer.errors import DataError
 
 IMAGE_TYPES = (
@@ -36,10 +38,8 @@ def decode(path: Path, channels: int = 3) -> Tensor:
 
     Raises `DataError` if it cannot be decoded or is an animation.
     """
-    from torchvision.io import read_file
-
+    data = _read(path)
     try:
-        data = read_file(str(path))
         kind = _kind_for_pillow(data)
         if kind is None:
             return _decode_by_torchvision(data, channels)
@@ -53,6 +53,14 @@ def decode(path: Path, channels: int = 3) -> Tensor:
     return _decode_by_pillow(path, data, kind, channels)
 
 
+def _read(path: Path) -> Tensor:
+    # Not torchvision's `read_file`, which takes no name that is not UTF-8.
+    try:
+        return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+    except OSError as error:
+        raise _cannot_decode(path, error.strerror or str(error)) from None
+
+
 class _Animation(Exception):
     def __init__(self, images: int) -> None:
         super().__init__(images)
@@ -60,12 +68,14 @@ class _Animation(Exception):
 
 
 def _cannot_decode(path: Path, reason: str) -> DataError:
-    return DataError(f"{path} cannot be decoded ({reason}); remove or replace the file")
+    return DataError(
+        f"{printable(path)} cannot be decoded ({reason}); remove or replace the file"
+    )
 
 
 def _is_animation(path: Path, images: int) -> DataError:
     return DataError(
-        f"{path} is an animation of {images} images, not one; remove or replace the file"
+        f"{printable(path)} is an animation of {images} images, not one; remove or replace the file"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from pathlib import Path
 
 from trainer.errors import DataError
 
@@ -13,6 +14,11 @@ def normal_form(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
+def printable(path: str | Path) -> str:
+    """A path as text for a message, with an escape for each byte that is not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def check_utf8(path: str) -> None:
     """Raise `DataError` for a path whose bytes are not UTF-8: it could not be written to any of a run's files."""
     if path.isascii():
@@ -20,7 +26,6 @@ def check_utf8(path: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError:
-        shown = os.fsencode(path).decode(errors="backslashreplace")
         raise DataError(
-            f"{shown} has a name that is not UTF-8; rename it, as convmv does for whole folders"
+            f"{printable(path)} has a name that is not UTF-8; rename it, as convmv does for whole folders"
         ) from None

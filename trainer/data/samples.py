@@ -20,6 +20,7 @@ from trainer.data.conversion import (
 )
 from trainer.data.datasets import ImageArrays, MapDataset
 from trainer.data.geometry import SampleTransform
+from trainer.data.names import printable
 from trainer.errors import DataError
 from trainer.exact.plan import IndexRange
 from trainer.exact.seeding import key, seed_cpu
@@ -126,7 +127,7 @@ class KeyedDataset(Dataset[Any]):
         names = [f"sample {sample_id}"]
         paths = getattr(self.dataset, "paths", None)
         if paths is not None:
-            names.append(str(paths[sample_id]))
+            names.append(printable(str(paths[sample_id])))
         if any(name in str(error) for name in names):
             return error
         return DataError(f"{self._name(sample_id)}: {error}")
@@ -182,7 +183,7 @@ class KeyedDataset(Dataset[Any]):
     def _name(self, sample_id: int) -> str:
         name = f"{self._purpose} sample {sample_id}"
         paths = getattr(self.dataset, "paths", None)
-        return name if paths is None else f"{name} ({paths[sample_id]})"
+        return name if paths is None else f"{name} ({printable(str(paths[sample_id]))})"
 
 
 def _last_line(error: BaseException) -> str:
