@@ -499,3 +499,12 @@ def test_uint16_samples_make_a_batch() -> None:
     keyed = KeyedDataset([sample] * 2, None, seed=0, purpose="train")
     loader = Loader(keyed, DataConfig(), CPU, Normalize(None, None, torch.float32))
     assert torch.equal(loader.peek([0, 1]).inputs[1], PIXELS.float() / 65535)
+
+
+def test_keys_without_effect_are_refused_or_noted(tmp_path: Path) -> None:
+    message = start_error(tmp_path, data__cache=1.0, train_data=DATA)
+    assert message.startswith("data.cache: keeps the images of data.name=folder")
+    settings = config(tmp_path, data__val_transforms=[FLIP])
+    parts = {"model": nn.Linear(3, 2), "train_data": DATA}
+    assert "data.val_transforms has no effect" in build_run(settings, **parts).data.note
+    assert build_run(settings, val_data=DATA, **parts).data.note == ""

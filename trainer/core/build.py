@@ -143,6 +143,9 @@ def build_run(
     data = ranks.on_each(lambda: _data(config, ranks, train_data, val_data))
     if classes is not None:
         data = with_classes(data, classes)
+    if data.val is None and config.data.val_transforms:
+        note = "data.val_transforms has no effect: there are no validation data"
+        data = replace(data, note="; ".join(filter(None, [data.note, note])))
     check_data(data, ranks)
     plan = _plan(config, ranks, len(data.train))
     train_loader, val_loader = build_loaders(
@@ -234,6 +237,11 @@ def _data(
                 "is given without train_data, and would replace half of the data that the config names; give both",
             )
         return build_datasets(config.data, ranks.main_first)
+    if config.data.cache:
+        raise ConfigError(
+            "data.cache",
+            "keeps the images of data.name=folder, not of a train_data that is passed; leave it out",
+        )
     check_part(type(train).__name__, "training", train, key="train_data")
     if val is not None:
         check_part(type(val).__name__, "validation", val, key="val_data")
