@@ -265,6 +265,7 @@ def changed(values: Any, index: int, value: Any) -> Any:
         ),
         (lambda new: TensorDataset(torch.zeros(9), changed(torch.zeros(9), 5, new)), 5),
         (lambda new: Subset(Attributes(changed(list(range(9)), 5, new)), [8, 5, 1]), 1),
+        (lambda new: [(torch.zeros(2) + (i == 5) * new, i) for i in range(9)], 5),
         # Not sample by sample, but as a whole.
         (lambda new: ConcatDataset([Subset(Attributes([0, new]), [0, 1])] * 2), 0),
     ],

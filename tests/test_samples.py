@@ -353,6 +353,24 @@ def test_from_pretrained_gets_no_argument_that_it_does_not_name(tmp_path: Path) 
     assert isinstance(run.module, Pretrained)
 
 
+def classifier(**arguments: Any) -> Pretrained:
+    """Takes any argument, and passes it on to a model that does not."""
+    return Pretrained(**arguments)
+
+
+def test_an_argument_that_was_supplied_unasked_and_is_refused_is_left_out(
+    tmp_path: Path,
+) -> None:
+    settings = config(tmp_path, model__name=f"{__name__}.classifier", model__labels=2)
+    data = images(1)
+    data.classes = ["ants", "bees"]  # type: ignore[attr-defined]
+    run = build_run(settings, train_data=data, val_data=data)
+    assert run.module.head.out_features == 2
+    wrong = config(tmp_path, model__name=f"{__name__}.classifier", model__label=2)
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'label'"):
+        build_run(wrong, train_data=data, val_data=data)
+
+
 # ---------------------------------------------------------------- masks, boxes and geometry
 
 FLIP = {"name": "RandomHorizontalFlip", "p": 1.0}
@@ -420,6 +438,11 @@ def test_boxes_in_a_dict_move_with_their_image() -> None:
             ["RandomCrop would move", "BoundingBoxes"],
         ),
         ({"boxes": torch.zeros(3, 4)}, [FLIP], ["BoundingBoxes"]),
+        (
+            torch.zeros(10, 14, dtype=torch.uint8),
+            [FLIP],
+            ["the size of the image, 5 × 7"],
+        ),
         (PIXELS[0].long(), [{"name": "RandAugment"}], ["RandAugment moves the pixels"]),
         (
             PIXELS[0].long(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from trainer.errors import ConfigError, nearest
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
 
 TORCHVISION_CHANNELS = 3
+# Python's own words, of a call within a function that takes any argument.
+UNEXPECTED_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
 # Of torchvision; a loss of one output cannot take more.
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
@@ -60,14 +63,31 @@ def build_model(
         supplied.pop(name, None)
     # The caller's own draws go on as if no model had been built.
     with preserved_cpu_generators():
-        seed_cpu(key(seed, "weights"))
-        model = build("model", constructor, section.args, **supplied)
+        model = _call(constructor, section.args, supplied, seed)
     if not isinstance(model, nn.Module):
         raise ConfigError(
             "model.name",
             f'"{section.name}" made {type(model).__name__}, not a torch.nn.Module',
         )
     return model
+
+
+def _call(
+    constructor: Callable[..., Any],
+    arguments: dict[str, Any],
+    supplied: dict[str, Any],
+    seed: int,
+) -> Any:
+    """What the constructor makes; without what was supplied unasked, if it passes that on to one that refuses it."""
+    seed_cpu(key(seed, "weights"))
+    try:
+        return build("model", constructor, arguments, **supplied)
+    except ConfigError as error:
+        match = UNEXPECTED_ARGUMENT.search(str(error.__cause__ or ""))
+        if match is None or match[1] not in supplied:
+            raise
+        fewer = {name: supplied[name] for name in supplied if name != match[1]}
+    return _call(constructor, arguments, fewer, seed)
 
 
 def _constructor(

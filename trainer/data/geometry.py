@@ -20,6 +20,8 @@ from trainer.errors import DataError
 SIZE_ONLY = ("Resize", "RandomResize", "RandomShortestSize")
 # Of v2: they take NumPy arrays themselves.
 TAKES_ARRAYS = ("ToImage", "ToPILImage", "ToTensor")
+# A side, in pixels; smaller tables of whole numbers are not taken for masks.
+SMALLEST_MASK = 5
 # The columns of points (x, y) and of boxes.
 COORDINATES = (2, 4)
 
@@ -117,6 +119,11 @@ class SampleTransform:
             return leaf
         if size is not None and tuple(tensor.shape[-2:]) == size:
             return self._as_mask(tensor)
+        if self._moving and size is not None and _is_scaled_mask(tensor, size):
+            raise DataError(
+                f"{self._key}: {', '.join(self._moving)} would move the image and not its target, {describe(tensor)}, "
+                f"a mask of another size; give it the size of the image, {size[0]} × {size[1]}"
+            )
         is_list = tensor.dim() == 2 and tensor.shape[1] in COORDINATES
         if is_list and self._moving:
             raise DataError(
@@ -206,6 +213,14 @@ def _is_tv_tensor(value: Any) -> bool:
 
 def _without_place(leaf: Any) -> Any:
     return leaf.as_subclass(Tensor) if _is_tv_tensor(leaf) else leaf
+
+
+def _is_scaled_mask(tensor: Tensor, size: tuple[int, int]) -> bool:
+    """True for whole numbers in the proportions of an image."""
+    height, width = tensor.shape[-2:]
+    is_whole = not (tensor.is_floating_point() or tensor.is_complex())
+    is_large = min(height, width) >= SMALLEST_MASK
+    return is_whole and is_large and height * size[1] == width * size[0]
 
 
 def _size_of(image: Any) -> tuple[int, int] | None:

@@ -42,6 +42,9 @@ def columns(dataset: Any, depth: int = 0) -> list[Column]:
         return [lambda first, end: arguments]
     if isinstance(dataset, ImageFolder):
         return [lambda first, end: _file_lines(dataset, first, end)]
+    if isinstance(dataset, list | tuple):
+        column = _column(dataset, len(dataset), None)
+        return [] if column is None else [column]
     if isinstance(dataset, Subset):
         return _subset_columns(dataset, depth)
     return _attribute_columns(dataset, depth)
@@ -141,27 +144,30 @@ def _column(value: Any, count: int, root: Any) -> Column | None:
     return None
 
 
+def _is_numeric_array(value: Any) -> bool:
+    """False for arrays of objects, whose bytes are addresses."""
+    return isinstance(value, np.ndarray) and value.dtype.kind in "biufcSU"
+
+
 def _is_plain_array(array: np.ndarray[Any, Any]) -> bool:
     """False for arrays of objects, of files, and for those that would take long."""
     return (
         array.ndim > 0
-        and array.dtype.kind in "biufcSU"
+        and _is_numeric_array(array)
         and not isinstance(array, np.memmap)
         and array.nbytes <= LARGEST_ARRAY
     )
 
 
 def _are_plain(values: Sequence[Any]) -> bool:
-    """True if every entry is plain, an array, or a list of plain entries, such as a path and its class."""
+    """True if every entry is plain, an array, or a list of such, as a path and its class or an image and its class."""
     size = 0
     for value in values:
-        if isinstance(value, Tensor | np.ndarray):
-            size += value.nbytes
-        elif isinstance(value, list | tuple):
-            if not all(isinstance(part, PLAIN) for part in value):
+        for part in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(part, Tensor) or _is_numeric_array(part):
+                size += part.nbytes
+            elif not isinstance(part, PLAIN):
                 return False
-        elif not isinstance(value, PLAIN):
-            return False
     return size <= LARGEST_ARRAY
 
 

@@ -19,6 +19,7 @@ from trainer.storage.files import write_json
 from trainer.storage.fingerprint import Fingerprint, fingerprint
 
 FILE = "inputs.json"
+FORMAT = 1  # of what is hashed: fingerprints of two formats do not compare
 
 # Of a file of weights, so many pieces are read, spread evenly: another training changes every one of them.
 PIECES = 64
@@ -48,11 +49,11 @@ def record_data(data: Datasets, weights: Path | None = None) -> DataRecord:
 
 def write_record(run: Path, record: DataRecord) -> None:
     """Write `inputs.json` into the run directory `run`."""
-    write_json(run / FILE, asdict(record))
+    write_json(run / FILE, {"format": FORMAT, **asdict(record)})
 
 
 def read_record(run: Path) -> DataRecord | None:
-    """The record in the run directory `run`; None for a run of a version that kept none.
+    """The record in the run directory `run`; None for a run of a version that kept none, or another kind.
 
     Raises `LockstepError` if it cannot be read.
     """
@@ -61,6 +62,8 @@ def read_record(run: Path) -> DataRecord | None:
         return None
     try:
         values = json.loads(path.read_text())
+        if values["format"] != FORMAT:
+            return None
         return DataRecord(
             values["classes"],
             Fingerprint(**values["train"]),
