@@ -24,7 +24,7 @@ from trainer.components.answers import Answer
 from trainer.config.load import load
 from trainer.core.evaluation import Decision
 from trainer.data.datasets import digits
-from trainer.data.folder import decode
+from trainer.data.decoding import decode
 from trainer.errors import ConfigError, LockstepError
 from trainer.inspection.export import AnsweringModel, export
 from trainer.inspection.predictor import Predictor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from trainer.components.optimizer import (
 )
 from trainer.components.schedule import Schedule, build_schedule
 from trainer.components.task import Task
+from trainer.components.weights import weights_file
 from trainer.config.registry import build_observers
 from trainer.config.schema import Config
 from trainer.core.build import build_run, settings_of
@@ -55,6 +57,7 @@ from trainer.reporting.journal import Journal
 from trainer.reporting.wandb.histograms import HistogramObserver
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint, Progress
+from trainer.storage.data_record import DataRecord, check_same_data, record_data
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
 from trainer.storage.run_directory import check_same_run, config_yaml
@@ -127,6 +130,9 @@ class Trainer:
         self.resume_notes: list[str] = []
         self._restored_states: Mapping[str, Any] | None = None
         self._saved_step: int | None = None  # of the checkpoint last read or written
+        # Of a run that is resumed on the same data; None where it is to be made.
+        self._data_record: DataRecord | None = None
+        self._data_note = ""  # what run.resume_changes=allow let pass
         self._batches: TrainLoader | None = None
         self._journal: Journal | None = None
         self._attributes_of_trainer = frozenset(vars(self)) - attributes_before
@@ -197,8 +203,11 @@ class Trainer:
         journal.begin(
             header,
             self.progress,
-            partial(environment, self.ranks, self.run.data, facts),
+            self._record_data,
+            partial(environment, self.ranks, facts_of_ranks=facts),
         )
+        if self._data_note:
+            journal.console.note(self._data_note)
         for note in notes_on(facts):
             journal.console.note(note)
         if self.config.run.figures and not self.progress.step:
@@ -208,6 +217,13 @@ class Trainer:
         every = self.config.wandb.log_histograms_every
         if every is not None and journal.wandb is not None:
             self.observers.add(HistogramObserver(self.module, journal.wandb, every))
+
+    def _record_data(self) -> DataRecord:
+        """What the run reads. Only the main process needs it."""
+        if self._data_record is None:
+            weights = weights_file(self.config.model, nullcontext)
+            self._data_record = record_data(self.run.data, weights)
+        return self._data_record
 
     def start(self) -> None:
         """Begin at the step after those that are done. A loop of one's own calls it once before `train_step`."""
@@ -541,6 +557,9 @@ class Trainer:
 
     def _check_resumable(self, content: Checkpoint) -> None:
         check_same_run(content.config, self.config, self.config.run)
+        self._data_record, self._data_note = check_same_data(
+            self.journal.directory, self.run.data, self.config.run
+        )
         if content.progress.step > self.plan.total_steps:
             raise ConfigError(
                 "train.max_steps" if self.config.train.max_steps else "train.epochs",

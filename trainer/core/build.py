@@ -5,6 +5,7 @@ The `Trainer` builds what only training needs: an optimizer and a reduction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,17 +16,26 @@ import torch
 from torch import nn
 
 from trainer.components.freezing import Freezing
+from trainer.components.lazy import give_lazy_layers_sizes
 from trainer.components.models import build_model, compile_model, input_channels
 from trainer.components.task import Task, as_task, loss_arguments
 from trainer.components.weights import start_from_weights, weights_file
 from trainer.config.schema import BestConfig, Config
 from trainer.core.evaluation import Evaluator
 from trainer.core.features import Features
+from trainer.core.first_samples import check_classes, first_inputs
 from trainer.core.forward import Forward
 from trainer.core.metrics import Row
 from trainer.core.precision import Precision
 from trainer.core.preflight import RankFacts, check_data, check_ranks
-from trainer.data.datasets import Datasets, MapDataset, build_datasets
+from trainer.data.classes import with_classes
+from trainer.data.datasets import (
+    Datasets,
+    MapDataset,
+    build_datasets,
+    check_part,
+    class_names,
+)
 from trainer.data.loading import Loader, build_loaders
 from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import configure
@@ -34,7 +44,9 @@ from trainer.exact.plan import Plan
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint
 from trainer.storage.run_directory import run_path
+from trainer.storage.signature import FILE as SIGNATURE_FILE
 from trainer.storage.signature import Signature, signature_of_samples
+from trainer.storage.signature import read as read_signature
 
 
 @dataclass
@@ -116,9 +128,11 @@ def build_run(
     train_data: MapDataset | None = None,
     val_data: MapDataset | None = None,
     task: Task | nn.Module | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Run:
     """Build what `config` describes; a model, data or a task that is passed replaces the config's.
 
+    With `classes`, those that a model was trained on, the data's class ids become the model's, matched by name.
     A collective: every rank of a run calls it with the same config. Raises `ConfigError` or `DataError`.
     """
     config = _with_names(config, model=model, data=train_data, loss=task)
@@ -127,6 +141,11 @@ def build_run(
     precision = Precision(config.train.precision, ranks.device)
 
     data = ranks.on_each(lambda: _data(config, ranks, train_data, val_data))
+    if classes is not None:
+        data = with_classes(data, classes)
+    if data.val is None and config.data.val_transforms:
+        note = "data.val_transforms has no effect: there are no validation data"
+        data = replace(data, note="; ".join(filter(None, [data.note, note])))
     check_data(data, ranks)
     plan = _plan(config, ranks, len(data.train))
     train_loader, val_loader = build_loaders(
@@ -137,6 +156,7 @@ def build_run(
         dtype=precision.dtype,
     )
 
+    inputs = ranks.on_each(partial(first_inputs, train_loader, val_loader))
     num_classes = _num_classes(config, data)
     signature = signature_of_samples(
         val_loader or train_loader, num_classes=num_classes, classes=data.classes
@@ -147,14 +167,16 @@ def build_run(
         ranks,
         dtype=precision.dtype,
         model=model,
-        loader=train_loader,
+        inputs=inputs,
         num_classes=num_classes,
+        classes=data.classes,
     )
     # A machine may lack the file of the weights.
     module, weights_note = ranks.on_each(build_module)
     the_task = as_task(config.loss if task is None else task, num_classes).to(
         ranks.device, precision.dtype
     )
+    check_classes(the_task, num_classes, data)
     config = _with_best_metric(config, the_task, has_validation=val_loader is not None)
 
     forward = Forward(the_task, precision, ranks.device, config.run.seed)
@@ -209,9 +231,21 @@ def _data(
     config: Config, ranks: Ranks, train: MapDataset | None, val: MapDataset | None
 ) -> Datasets:
     if train is None:
+        if val is not None:
+            raise ConfigError(
+                "val_data",
+                "is given without train_data, and would replace half of the data that the config names; give both",
+            )
         return build_datasets(config.data, ranks.main_first)
-    classes = getattr(train, "classes", None)
-    return Datasets(train, val, list(classes) if classes else None, config.data.name)
+    if config.data.cache:
+        raise ConfigError(
+            "data.cache",
+            "keeps the images of data.name=folder, not of a train_data that is passed; leave it out",
+        )
+    check_part(type(train).__name__, "training", train, key="train_data")
+    if val is not None:
+        check_part(type(val).__name__, "validation", val, key="val_data")
+    return Datasets(train, val, class_names(train), config.data.name)
 
 
 def _plan(config: Config, ranks: Ranks, samples: int) -> Plan:
@@ -249,22 +283,24 @@ def _module(
     *,
     dtype: torch.dtype,
     model: nn.Module | None,
-    loader: Loader,
+    inputs: Any,
     num_classes: int | None,
+    classes: list[str] | None,
 ) -> tuple[nn.Module, str]:
     """The model with its initial weights, on its device and in its dtype; and a note on the weights."""
     weights = weights_file(config.model, ranks.main_first)
     if model is None:
-        channels = input_channels(loader.peek([0]).inputs)
         model = build_model(
             config.model,
             seed=config.run.seed,
             num_classes=num_classes,
-            in_channels=channels,
+            in_channels=input_channels(inputs),
         )
+    give_lazy_layers_sizes(model, inputs, config.run.seed)
     weights_note = start_from_weights(
         weights, model, config.model, num_classes, config.run.seed
     )
+    weights_note += _note_on_classes(weights, classes)
     model = configure(model, config.batch_norm, ranks=ranks.count, device=ranks.device)
     model.to(ranks.device, dtype)
     if config.train.channels_last:
@@ -272,6 +308,22 @@ def _module(
     if config.train.compile:
         compile_model(model, bitwise=config.run.reproducibility == "bitwise")
     return model, weights_note
+
+
+def _note_on_classes(weights: Path | None, classes: list[str] | None) -> str:
+    """What to add to the note on a run's best weights whose head fits, but was trained on other classes."""
+    if weights is None or not (weights.parent / SIGNATURE_FILE).is_file():
+        return ""
+    trained_on = read_signature(weights.parent).classes
+    if not trained_on or not classes or len(trained_on) != len(classes):
+        return ""
+    if trained_on == classes:
+        return ""
+    return f" · its head is for {_first_names(trained_on)}, not for {_first_names(classes)}"
+
+
+def _first_names(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Config:

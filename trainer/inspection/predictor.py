@@ -17,7 +17,7 @@ from trainer.components.task import build_task
 from trainer.core.build import settings_of
 from trainer.core.forward import Forward
 from trainer.core.precision import Precision
-from trainer.data.folder import decode
+from trainer.data.decoding import decode
 from trainer.data.loading import Normalize
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms

@@ -17,6 +17,7 @@ from trainer.reporting.console import Console
 from trainer.reporting.jsonl import MetricsFile, readable_rows
 from trainer.reporting.wandb.run import WandbRun, start_wandb
 from trainer.storage.checkpoint import Progress
+from trainer.storage.data_record import DataRecord, write_record
 from trainer.storage.files import write_json
 from trainer.storage.run_directory import (
     RunDirectory,
@@ -80,20 +81,26 @@ class Journal:
         self,
         header: Facts,
         progress: Progress,
-        environment: Callable[[], dict[str, Any]],
+        record_data: Callable[[], DataRecord],
+        environment: Callable[[DataRecord], dict[str, Any]],
     ) -> None:
-        """Open the files, start W&B and show the header. Only the main process calls `environment`."""
-        self._ranks.on_main(partial(self._begin, header, progress, environment))
+        """Open the files, start W&B and show the header. Only the main process calls the functions."""
+        self._ranks.on_main(
+            partial(self._begin, header, progress, record_data, environment)
+        )
 
     def _begin(
         self,
         header: Facts,
         progress: Progress,
-        environment: Callable[[], dict[str, Any]],
+        record_data: Callable[[], DataRecord],
+        environment: Callable[[DataRecord], dict[str, Any]],
     ) -> None:
         assert self._run_directory is not None
         write_config(self.directory, self._config)
-        write_json(self.directory / "environment.json", environment())
+        record = record_data()
+        write_record(self.directory, record)
+        write_json(self.directory / "environment.json", environment(record))
         self._open_metrics(progress)
         tracking = "W&B disabled" if self.wandb is None else self.wandb.describe()
         self.console.header([*header, ("tracking", tracking)])

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer.data.conversion import input_as_tensor
 from trainer.data.loading import Loader
 from trainer.errors import LockstepError
 
@@ -66,10 +67,8 @@ def read(best: Path) -> Signature:
 
 
 def _count_channels(image: Any) -> int | None:
-    """Channels of a tensor `(C, H, W)` or `(H, W)`, or of a PIL image; None for anything else."""
-    if hasattr(image, "getbands"):
-        bands: tuple[str, ...] = image.getbands()
-        return len(bands)
+    """Channels of a tensor `(C, H, W)` or `(H, W)`, an array or a PIL image; None for anything else."""
+    image = input_as_tensor(image)
     if isinstance(image, Tensor) and image.dim() == 3:
         return image.shape[0]
     if isinstance(image, Tensor) and image.dim() == 2:
