@@ -22,6 +22,7 @@ from trainer.components.task import Task
 from trainer.config.registry import build_observers
 from trainer.config.schema import Config
 from trainer.core.build import build_run, settings_of
+from trainer.core.first_forward import check_first_forward
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.observers import Observer, Observers, Stateful
@@ -146,6 +147,7 @@ class Trainer:
             )
         self._stateful_objects()  # refuses now what could not be saved later
         with self.run.settings():
+            check_first_forward(self.run)
             refuse_nondeterministic(self.run)
             self.fuse, self.fuse_note = choose_fuse(self.run)
             rehearse(self.run)

@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> None:
     parser.add_config()
     config = load_config(parser.parse(arguments))
 
+    from trainer.core.first_forward import check_first_forward
     from trainer.core.fuse_check import choose_fuse
     from trainer.core.refused import refuse_nondeterministic, refused_operations
     from trainer.core.rehearsal import check_disk, rehearse
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> None:
     keep_freed_memory(trainer.ranks.device.type)
     console = Console(active=trainer.ranks.is_main)
     with trainer.run.settings():
+        check_first_forward(trainer.run)
         refuse_nondeterministic(trainer.run)
         trainer.fuse, trainer.fuse_note = choose_fuse(trainer.run)
         rehearse(trainer.run)

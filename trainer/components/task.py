@@ -8,6 +8,7 @@ class weights, where a mean of means is not.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,15 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.components.answers import Answer
+from trainer.components.divisor import Divisor, count_elements, find_divisor
+from trainer.components.targets import (
+    as_class_targets,
+    check_output,
+    check_range,
+)
 from trainer.components.torch_losses import (
     REGRESSION,
     LossRule,
     check_class,
     check_loss,
     check_reduction,
+    check_weight_shape,
     is_unchanged,
     rule_of,
-    summed,
+    with_reduction,
 )
 from trainer.config.registry import build, resolve
 from trainer.config.schema import LossConfig
@@ -67,12 +75,35 @@ def as_weighted_sum(pair: Any) -> WeightedSum:
             "loss.name",
             f"loss_sum returned a {kind} as the total; sum it to a 0-dim tensor",
         )
-    if not isinstance(weight, int | Tensor):
+    if isinstance(weight, Tensor):
+        _check_weight(weight)
+    elif not isinstance(weight, int):
+        weight = _as_int(weight)
+    return WeightedSum(total, weight)
+
+
+def _check_weight(weight: Tensor) -> None:
+    if weight.dim() > 0:
+        raise ConfigError(
+            "loss.name",
+            f"loss_sum returned a tensor {tuple(weight.shape)} as the weight; sum it to a 0-dim tensor",
+        )
+    if weight.requires_grad:
+        raise ConfigError(
+            "loss.name",
+            "loss_sum returned a weight with a gradient, and the step divides by the weight after the backward; "
+            "detach it, or put what depends on parameters into the total",
+        )
+
+
+def _as_int(weight: Any) -> int:
+    try:
+        return operator.index(weight)  # one of NumPy's, such as the length of an array
+    except TypeError:
         raise ConfigError(
             "loss.name",
             f"loss_sum returned a {type(weight).__name__} as the weight; give an int or a 0-dim tensor",
-        )
-    return WeightedSum(total, weight)
+        ) from None
 
 
 class Task(nn.Module):
@@ -84,6 +115,9 @@ class Task(nn.Module):
     """
 
     metrics: tuple[str, ...] = ()
+    # True: `metric_sums` of several micro-batches at once is the sum of theirs, so they may be measured at once, which
+    # takes less time. Say it in the class that implements `metric_sums`; another's word for its own does not count.
+    metrics_add_up: bool = False
     # Targets with this value are not counted; None: every target is.
     ignore_index: int | None = None
 
@@ -94,8 +128,15 @@ class Task(nn.Module):
         """The model's output for a micro-batch. Override it for models that return more than one tensor."""
         return model(inputs)
 
+    def convert_targets(self, output: Any, targets: Any) -> Any:
+        """The targets of a batch in the form that the loss takes, such as int64 class ids; here as they are."""
+        return targets
+
     def loss_sum(self, output: Any, targets: Any) -> tuple[Tensor, Tensor | int]:
-        """A `WeightedSum`: the loss summed over the targets, with its graph, and the targets' total weight."""
+        """A `WeightedSum`: the loss summed over the targets, with its graph, and the targets' total weight.
+
+        The weight is an `int` only if it is the same for every sample; else a 0-dim tensor.
+        """
         raise NotImplementedError
 
     def metric_sums(
@@ -114,6 +155,16 @@ class Task(nn.Module):
         return None if probabilities is None else Answer("class", probabilities)
 
 
+def metrics_add_up(task: Task) -> bool:
+    """True if the class whose `metric_sums` the task has, or one made from it, says that metrics add up."""
+    for cls in type(task).__mro__:
+        if "metrics_add_up" in vars(cls):
+            return bool(cls.metrics_add_up)  # type: ignore[attr-defined]
+        if "metric_sums" in vars(cls):
+            return False
+    return False
+
+
 class CrossEntropy(Task):
     """Classification of samples `(N, C)` or pixels `(N, C, H, W)`; targets are class ids, or probabilities.
 
@@ -124,6 +175,9 @@ class CrossEntropy(Task):
         top_k: further accuracies to measure, by k.
     """
 
+    metrics_add_up = True
+    _takes_probabilities = True
+
     def __init__(
         self,
         class_weights: Sequence[float] | Tensor | None = None,
@@ -133,6 +187,7 @@ class CrossEntropy(Task):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
+        self._checks_values = True  # those of the first targets only
         if not 0 <= label_smoothing < 1:
             raise ConfigError(
                 "loss.label_smoothing", f"{label_smoothing} is not in [0, 1)"
@@ -147,13 +202,20 @@ class CrossEntropy(Task):
         self.top_k = tuple(top_k)
         self.metrics = ("accuracy", *(f"top{k}_accuracy" for k in self.top_k))
 
+    def convert_targets(self, output: Tensor, targets: Any) -> Tensor:
+        check_output(output, "cross_entropy")
+        converted = as_class_targets(
+            output,
+            targets,
+            probabilities=self._takes_probabilities,
+            check_values=self._checks_values,
+        )
+        if self._checks_values:
+            self._checks_values = False
+        return converted
+
     def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
-        if not isinstance(output, Tensor):
-            raise ConfigError(
-                "loss.name",
-                f"cross_entropy needs one tensor of scores, and the model gives a {type(output).__name__}; "
-                "name a Task of your own, whose `predict` picks the tensor",
-            )
+        targets = self.convert_targets(output, targets)
         scores, labels = _pixels_as_samples(output, targets)
         try:
             total = self._total(
@@ -198,19 +260,25 @@ class CrossEntropy(Task):
         return weights.where(is_counted, 0).sum()
 
     def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, WeightedSum]:
+        targets = self.convert_targets(output, targets)
         labels = targets.argmax(1) if targets.is_floating_point() else targets
-        count: Tensor | int = (
-            labels.numel()
-            if self.ignore_index is None
-            else (labels != self.ignore_index).sum()
-        )
-        sums = {"accuracy": WeightedSum((output.argmax(1) == labels).sum(), count)}
+        hits = {"accuracy": output.argmax(1) == labels}
         for k in self.top_k:
             best = output.topk(min(k, output.shape[1]), 1).indices
-            sums[f"top{k}_accuracy"] = WeightedSum(
-                (best == labels.unsqueeze(1)).sum(), count
-            )
-        return sums
+            hits[f"top{k}_accuracy"] = (best == labels.unsqueeze(1)).any(1)
+        # torch ignores no shares of classes either.
+        if self.ignore_index is None or targets.is_floating_point():
+            return {
+                name: WeightedSum(is_hit.sum(), labels.numel())
+                for name, is_hit in hits.items()
+            }
+        is_counted = labels != self.ignore_index
+        count = is_counted.sum()
+        # The ignored value may be a class that the model predicts.
+        return {
+            name: WeightedSum((is_hit & is_counted).sum(), count)
+            for name, is_hit in hits.items()
+        }
 
     def probabilities(self, output: Tensor) -> Tensor | None:
         return self._normalized(output) if output.dim() == 2 else None
@@ -227,6 +295,8 @@ class CrossEntropy(Task):
 class NegativeLogLikelihood(CrossEntropy):
     """Classification by log-probabilities, as `torch.nn.NLLLoss`: for models that end in a log-softmax."""
 
+    _takes_probabilities = False
+
     def _total(self, output: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         return F.nll_loss(
             output,
@@ -241,28 +311,55 @@ class NegativeLogLikelihood(CrossEntropy):
 
 
 class ElementLoss(Task):
-    """A loss `loss(output, targets)` that gives a 0-dim sum, divided and measured as its `rule` says."""
+    """A loss `loss(output, targets)` that gives a 0-dim sum, divided and measured as its `rule` says.
+
+    If the rule does not know what the sum is divided by, it is found on the first samples, by comparing it with
+    `mean`, the same loss with that reduction.
+    """
+
+    metrics_add_up = True
 
     def __init__(
-        self, loss: Callable[[Tensor, Tensor], Tensor], rule: LossRule
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        rule: LossRule,
+        mean: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self._loss = loss
         self._rule = rule
+        self._mean = mean
+        self._divisor: Divisor | None = rule.divisor
+        self._is_checked = False
         self.metrics = () if rule.metric is None else (rule.metric,)
 
+    def convert_targets(self, output: Tensor, targets: Any) -> Tensor:
+        check_output(output, "this loss")
+        return self._rule.convert(output, targets)
+
     def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
-        return WeightedSum(
-            self._loss(output, self._matched(output, targets)),
-            self._rule.divisor(output),
-        )
+        targets = self.convert_targets(output, targets)
+        if not self._is_checked:
+            self._check(output, targets)
+        # A loss of 0 on all samples so far says nothing of its divisor.
+        divisor = self._divisor or count_elements
+        return WeightedSum(self._loss(output, targets), divisor(output))
+
+    def _check(self, output: Tensor, targets: Tensor) -> None:
+        """Check what the first samples show. Waits for the device."""
+        check_weight_shape(self._loss, output)
+        check_range(targets, self._rule.allowed)
+        if self._divisor is None and self._mean is not None:
+            loss: Any = self._loss
+            self._divisor = find_divisor(self._mean, loss, output, targets)
+        self._is_checked = self._divisor is not None
 
     def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, WeightedSum]:
         rule = self._rule
         if rule.metric is None or rule.terms is None:
             return {}
         # Summed in fp64: a metric adds up over a whole epoch.
-        terms = rule.terms(self._loss, output, self._matched(output, targets))
+        terms = rule.terms(self._loss, output, self.convert_targets(output, targets))
         return {rule.metric: WeightedSum(terms.sum(dtype=torch.float64), terms.numel())}
 
     def answer(self, output: Tensor) -> Answer | None:
@@ -271,8 +368,6 @@ class ElementLoss(Task):
             return None
         return Answer(rule.answer_kind, rule.answer(self._loss, output))
 
-    def _matched(self, output: Tensor, targets: Tensor) -> Tensor:
-        return targets if self._rule.takes_class_ids else match_targets(output, targets)
 
 
 class Regression(ElementLoss):
@@ -315,24 +410,6 @@ def _pixels_as_samples(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     if output.shape[:1] + output.shape[2:] != targets.shape:
         return output, targets  # torch says what does not fit
     return output.movedim(1, -1).flatten(0, -2), targets.flatten()
-
-
-def match_targets(output: Tensor, targets: Tensor) -> Tensor:
-    """Targets in the output's shape and dtype; `(N,)` against `(N, 1)` would broadcast to `(N, N)`, silently."""
-    if not isinstance(output, Tensor):
-        raise ConfigError(
-            "loss.name",
-            f"this loss needs one tensor, and the model gives a {type(output).__name__}; name a Task of your own, "
-            f"whose `predict` picks the tensor",
-        )
-    if output.numel() != targets.numel():
-        raise ConfigError(
-            "loss.name",
-            f"the model gives {tuple(output.shape)} for targets of shape {tuple(targets.shape)}, and this loss needs "
-            f"as many values in both; set model.num_classes to the number of values in a target, or use another loss: "
-            f"cross_entropy if the targets are class ids",
-        )
-    return targets.reshape(output.shape).to(output.dtype)
 
 
 TASKS: Mapping[str, Callable[..., Task]] = {
@@ -384,7 +461,10 @@ def build_task(section: LossConfig, num_classes: int | None) -> Task:
         and issubclass(target, nn.Module)
         and not issubclass(target, Task)
     ):
-        return _task_of_module(_build_module(target, arguments), num_classes)
+        loss = _build_module(target, arguments)
+        # Not its copy: a loss may pass the reduction on to one inside, which a copy would leave as it is.
+        mean = _build_module(target, {**arguments, "reduction": "mean"}, sums=False)
+        return _task_of_module(loss, num_classes, mean)
     task = build("loss", target, arguments, num_classes=num_classes)
     if not isinstance(task, nn.Module):
         raise ConfigError(
@@ -394,15 +474,20 @@ def build_task(section: LossConfig, num_classes: int | None) -> Task:
     return as_task(task, num_classes)
 
 
-def _build_module(cls: type[nn.Module], arguments: dict[str, Any]) -> Any:
+def _build_module(
+    cls: type[nn.Module], arguments: Mapping[str, Any], *, sums: bool = True
+) -> Any:
+    """A loss module with `arguments`. With `sums`, one that is to average sums instead."""
     check_class(cls)
+    arguments = dict(arguments)
     for name in ("weight", "pos_weight"):
         if isinstance(arguments.get(name), list):  # YAML has no tensors
             arguments[name] = _as_weights(arguments[name])
     if "reduction" not in inspect.signature(cls).parameters:
+        arguments.pop("reduction", None)
         return build("loss", cls, arguments)
     # Set when it is built, because a loss may pass it on to one inside, where it cannot be changed later.
-    if arguments.get("reduction", "mean") == "mean":
+    if sums and arguments.get("reduction", "mean") == "mean":
         arguments["reduction"] = "sum"
     loss = build("loss", cls, arguments)
     if not hasattr(loss, "reduction"):  # it passes the reduction on to a loss inside
@@ -424,7 +509,10 @@ def loss_arguments(loss: nn.Module) -> dict[str, Any]:
     return arguments
 
 
-def _task_of_module(loss: Any, num_classes: int | None) -> Task:
+def _task_of_module(
+    loss: Any, num_classes: int | None, mean: nn.Module | None = None
+) -> Task:
+    """The task of a loss module. `mean` is the same loss, built to average; by default a copy of it."""
     check_loss(loss)
     if is_unchanged(loss, nn.CrossEntropyLoss):
         _check_class_weights("loss.weight", loss.weight, num_classes)
@@ -432,7 +520,10 @@ def _task_of_module(loss: Any, num_classes: int | None) -> Task:
     if is_unchanged(loss, nn.NLLLoss):
         _check_class_weights("loss.weight", loss.weight, num_classes)
         return NegativeLogLikelihood(loss.weight, loss.ignore_index)
-    return ElementLoss(summed(loss), rule_of(loss))
+    total, rule = with_reduction(loss, "sum"), rule_of(loss)
+    if rule.divisor is not None:
+        return ElementLoss(total, rule)
+    return ElementLoss(total, rule, mean or with_reduction(loss, "mean"))
 
 
 def _as_weights(weights: Sequence[float] | Tensor | None) -> Tensor | None:

@@ -13,7 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.core.build import Run
 from trainer.core.forward import Forward
-from trainer.core.precision import Precision
+from trainer.core.joint_loss import loss_adds_up
+from trainer.core.precision import Precision, check_gradient
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import REMEDY
@@ -105,7 +106,9 @@ def _check_two_micro_batches(run: Run, step: Step, first: int) -> None:
         raise ConfigError(
             "batch.fuse", f"two micro-batches fail in one forward ({cause}); {REMEDY}"
         ) from None
-    differences = []
+    with without_trace(run):
+        adds_up = loss_adds_up(run.module, forward, small_step, one_by_one)
+    differences = [] if adds_up else ["the loss of the same outputs"]
     for name, value in expected.items():
         if not _is_close(actual[name], value, TOLERANCE[dtype]):
             differences.append(name)
@@ -126,6 +129,7 @@ def _results(
         losses = []
         for batch in batches:
             _, (total, weight) = forward(run.module, batch, step)
+            check_gradient(total)
             total.backward()  # type: ignore[no-untyped-call]
             losses.append(
                 torch.stack([total.detach(), torch.as_tensor(weight).to(total)])
