@@ -38,21 +38,20 @@ def as_class_targets(
     class is taken for shares. With `check_values`, and always on the CPU, ids given as floats are checked to be whole,
     which waits for the device.
     """
-    if not isinstance(targets, Tensor):
-        targets = _stack(output, targets)
+    labels = _as_tensor(output, targets)
     # All that most runs pass.
-    if targets.dtype == torch.long and targets.dim() == output.dim() - 1:
-        return targets
-    if output.dim() < 2 or targets.is_complex():
-        raise mismatch(output, targets)
-    shape_of_ids = output.shape[:1] + output.shape[2:]
-    if targets.shape == (*output.shape[:1], 1, *output.shape[2:]):
-        return _as_ids(targets.squeeze(1), check_values=check_values)
-    if targets.shape == shape_of_ids:
-        return _as_ids(targets, check_values=check_values)
-    if targets.shape == output.shape and probabilities:
-        return targets.to(output.dtype)
-    raise mismatch(output, targets)
+    if labels.dtype == torch.long and labels.dim() == output.dim() - 1:
+        return labels
+    if output.dim() < 2 or labels.is_complex():
+        raise mismatch(output, labels)
+    samples, _, *places = output.shape
+    if labels.shape == (samples, 1, *places):
+        return _as_ids(labels.squeeze(1), check_values=check_values)
+    if labels.shape == (samples, *places):
+        return _as_ids(labels, check_values=check_values)
+    if labels.shape == output.shape and probabilities:
+        return labels.to(output.dtype)
+    raise mismatch(output, labels)
 
 
 def _as_ids(targets: Tensor, *, check_values: bool) -> Tensor:
@@ -70,11 +69,10 @@ def _as_ids(targets: Tensor, *, check_values: bool) -> Tensor:
 
 def as_id_sets(output: Tensor, targets: Any) -> Tensor:
     """Sets of class ids, int64 in the output's shape, padded by -1: what `torch.nn.MultiLabelMarginLoss` takes."""
-    if not isinstance(targets, Tensor):
-        targets = _stack(output, targets)
-    if targets.shape != output.shape or targets.is_floating_point():
-        raise mismatch(output, targets)
-    return targets.long()
+    labels = _as_tensor(output, targets)
+    if labels.shape != output.shape or labels.is_floating_point():
+        raise mismatch(output, labels)
+    return labels.long()
 
 
 def match_targets(output: Tensor, targets: Any) -> Tensor:
@@ -89,20 +87,19 @@ def match_targets(output: Tensor, targets: Any) -> Tensor:
             f"this loss needs one tensor, and the model gives a {type(output).__name__}; name a Task of your own, "
             f"whose `predict` picks the tensor",
         )
-    if not isinstance(targets, Tensor):
-        targets = _stack(output, targets)
-    if targets.shape == output.shape:
-        return targets.to(output.dtype)
-    if output.numel() != targets.numel():
+    values = _as_tensor(output, targets)
+    if values.shape == output.shape:
+        return values.to(output.dtype)
+    if output.numel() != values.numel():
         raise ConfigError(
             "loss.name",
-            f"the model gives {tuple(output.shape)} for targets of shape {tuple(targets.shape)}, and this loss needs "
+            f"the model gives {tuple(output.shape)} for targets of shape {tuple(values.shape)}, and this loss needs "
             f"as many values in both; set model.num_classes to the number of values in a target, or use another loss: "
             f"cross_entropy if the targets are class ids",
         )
-    if not _is_plainly_the_same(output, targets):
-        raise mismatch(output, targets)
-    return targets.reshape(output.shape).to(output.dtype)
+    if not _is_plainly_the_same(output, values):
+        raise mismatch(output, values)
+    return values.reshape(output.shape).to(output.dtype)
 
 
 def _is_plainly_the_same(output: Tensor, targets: Tensor) -> bool:
@@ -142,13 +139,14 @@ def mismatch(output: Any, targets: Any, reason: str = "") -> ConfigError:
     )
 
 
+def _as_tensor(output: Any, targets: Any) -> Tensor:
+    return targets if isinstance(targets, Tensor) else _stack(output, targets)
+
+
 def _stack(output: Any, targets: Any) -> Tensor:
     """One tensor `(N, …)` of targets given as lists, of which a batch makes a tensor `(N,)` for each place."""
     if isinstance(targets, list | tuple) and targets:
-        parts = [
-            part if isinstance(part, Tensor) else _stack(output, part)
-            for part in targets
-        ]
+        parts = [_as_tensor(output, part) for part in targets]
         if all(part.dim() and part.shape == parts[0].shape for part in parts):
             return torch.stack(parts, 1)
     raise mismatch(output, targets, "one tensor is needed")

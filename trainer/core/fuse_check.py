@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.core.build import Run
 from trainer.core.forward import Forward
 from trainer.core.joint_loss import loss_adds_up
+from trainer.core.no_trace import attributes_restored
 from trainer.core.precision import Precision, check_gradient
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
@@ -157,23 +158,27 @@ def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 @contextmanager
 def without_trace(run: Run) -> Iterator[None]:
-    """Put the model's buffers and gradients and all generators back at the end, also after an error."""
+    """Put what the model and the loss hold, gradients and all generators back at the end, also after an error."""
     module = run.module
     generator = device_generator(run.ranks.device)
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    modules = [*module.modules(), *_modules_of_task(run)]
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     module.zero_grad()
     generator_state = generator.get_state()
     try:
-        with preserved_cpu_generators():
+        with preserved_cpu_generators(), attributes_restored(modules):
             yield
     finally:
         generator.set_state(generator_state)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+def _modules_of_task(run: Run) -> list[nn.Module]:
+    """Those of a task that is not ours: ours keep what the trial finds out, such as what a loss divides by."""
+    is_ours = type(run.task).__module__.startswith("trainer.components.")
+    modules = list(run.task.modules())
+    return modules[1:] if is_ours else modules
 
 
 # ---------------------------------------------------------------- what fits in memory
