@@ -140,13 +140,24 @@ def mismatch(output: Any, targets: Any, reason: str = "") -> ConfigError:
 
 
 def _as_tensor(output: Any, targets: Any) -> Tensor:
-    return targets if isinstance(targets, Tensor) else _stack(output, targets)
+    if isinstance(targets, Tensor):
+        return targets
+    stacked = _stack(targets)
+    if stacked is None:
+        raise mismatch(output, targets, "one tensor is needed")
+    return stacked
 
 
-def _stack(output: Any, targets: Any) -> Tensor:
+def _stack(targets: Any) -> Tensor | None:
     """One tensor `(N, …)` of targets given as lists, of which a batch makes a tensor `(N,)` for each place."""
-    if isinstance(targets, list | tuple) and targets:
-        parts = [_as_tensor(output, part) for part in targets]
-        if all(part.dim() and part.shape == parts[0].shape for part in parts):
-            return torch.stack(parts, 1)
-    raise mismatch(output, targets, "one tensor is needed")
+    if isinstance(targets, Tensor):
+        return targets if targets.dim() else None
+    if not isinstance(targets, list | tuple) or not targets:
+        return None
+    parts: list[Tensor] = []
+    for item in targets:
+        part = _stack(item)
+        if part is None or (parts and part.shape != parts[0].shape):
+            return None
+        parts.append(part)
+    return torch.stack(parts, 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 # Objects whose attributes are not looked at: they are no results.
 OPAQUE = (type, nn.Module)
+MOST_SHOWN = 6
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -37,8 +38,12 @@ def describe_tensors(value: Any) -> str:
     """The shape and dtype of a tensor, `(8, 3) float32`, or of those in a structure with the type of that."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    parts = ", ".join(describe_tensors(tensor) for tensor in tensors_in(value))
-    return f"{type(value).__name__} of {parts or 'no tensor'}"
+    name = type(value).__name__
+    parts = [describe_tensors(tensor) for tensor in tensors_in(value)]
+    if not parts and isinstance(value, list | tuple):
+        parts = sorted({type(item).__name__ for item in value})
+    shown = ", ".join(parts[:MOST_SHOWN]) + (", …" if len(parts) > MOST_SHOWN else "")
+    return f"{name} of {shown}" if parts else name
 
 
 def _map(
