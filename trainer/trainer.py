@@ -147,8 +147,8 @@ class Trainer:
             )
         self._stateful_objects()  # refuses now what could not be saved later
         with self.run.settings():
-            check_first_forward(self.run)
             refuse_nondeterministic(self.run)
+            check_first_forward(self.run)
             self.fuse, self.fuse_note = choose_fuse(self.run)
             rehearse(self.run)
             check_disk(self.run)

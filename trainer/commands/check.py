@@ -40,8 +40,8 @@ def main(arguments: list[str]) -> None:
     keep_freed_memory(trainer.ranks.device.type)
     console = Console(active=trainer.ranks.is_main)
     with trainer.run.settings():
-        check_first_forward(trainer.run)
         refuse_nondeterministic(trainer.run)
+        check_first_forward(trainer.run)
         trainer.fuse, trainer.fuse_note = choose_fuse(trainer.run)
         rehearse(trainer.run)
         check_disk(trainer.run)

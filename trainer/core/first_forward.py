@@ -19,31 +19,44 @@ from trainer.core.fuse_check import without_trace
 from trainer.core.metrics import Meter
 from trainer.core.misfit import KINDS
 from trainer.data.samples import MicroBatch
-from trainer.errors import ConfigError, LockstepError
+from trainer.errors import ConfigError
+from trainer.exact.determinism import refused_operation
 from trainer.exact.structures import map_tensors
 
 FEW = 4  # samples: what does not fit does not fit for four
 
 
 def check_first_forward(run: Run) -> None:
-    """Raise `ConfigError` or `DataError` where the first samples, the model and the task do not fit together."""
+    """Raise `ConfigError` or `DataError` where the first samples, the model and the task do not fit together.
+
+    Raises `LockstepError` for an operation that the device refuses.
+    """
+    try:
+        _check(run)
+    except RuntimeError as error:
+        cause = refused_operation(error)
+        if cause is None:
+            raise
+        raise cause from None
+
+
+def _check(run: Run) -> None:
     ids = run.plan.sample_ids(run.plan.step(0), 0)
     try:
         _run(run, ids[:FEW])
-    except LockstepError:
+    except Exception:
         if len(ids) <= FEW:
             raise
         # A model or a loss may be made for micro-batches of their own size.
         _run(run, ids)
 
 
-@torch.no_grad()
 def _run(run: Run, ids: Any) -> None:
     run.module.train()
     with without_trace(run), _eager(run):
         batch = run.train_loader.peek(ids)
         output, loss = run.forward(run.module, batch, run.plan.step(0))
-        if isinstance(loss.weight, int):
+        if isinstance(loss.weight, int) and _is_uneven(run):
             _check_weight_of_half(run, batch, output, loss.weight)
         meter = Meter(run.task, run.ranks)
         meter.add(batch, output, loss)
@@ -54,6 +67,14 @@ def _eager(run: Run) -> AbstractContextManager[object]:
     """Compiling for these few samples would take long, and could change what is compiled for the run."""
     is_compiled = run.config.train.compile
     return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+
+
+def _is_uneven(run: Run) -> bool:
+    """True if an epoch has micro-batches of more than one size."""
+    steps = [run.plan.step(0), run.plan.step(run.plan.steps_per_epoch - 1)]
+    return (
+        len({stop - start for step in steps for start, stop in step.micro_batches}) > 1
+    )
 
 
 def _check_weight_of_half(

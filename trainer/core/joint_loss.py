@@ -23,7 +23,6 @@ from trainer.exact.structures import map_tensors, tensors_in
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4}
 
 
-@torch.no_grad()
 def loss_adds_up(
     model: nn.Module, forward: Forward, step: Step, batches: Sequence[MicroBatch]
 ) -> bool:
@@ -37,17 +36,18 @@ def loss_adds_up(
     for batch in batches:
         output, (total, weight) = forward(model, batch, step)
         outputs.append(output)
-        totals.append(total)
+        totals.append(total.detach())
         weights.append(torch.as_tensor(weight).to(total))
     samples = [count_samples(batch) for batch in batches]
     output = _join(outputs, samples)
     targets = _join([batch.targets for batch in batches], samples)
     device = totals[0].device
     state = draw_state(device)
+    # With its graph: a loss may take gradients itself.
     total, weight = as_weighted_sum(forward.task.loss_sum(output, targets))
     if draw_state(device) != state:
         return True
-    total_differs = _differ(total, torch.stack(totals))
+    total_differs = _differ(total.detach(), torch.stack(totals))
     return not (
         total_differs
         or _differ(torch.as_tensor(weight).to(total), torch.stack(weights))
