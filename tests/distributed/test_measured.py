@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import CLASSES, Points, config, conv_net, fitted, mlp
+from tests.distributed.small import (
+    CLASSES,
+    Points,
+    config,
+    conv_net,
+    fitted,
+    largest_difference,
+    mlp,
+    state,
+)
 from tests.distributed.small import Images as SmallImages
 from trainer import Task, Trainer, WeightedSum
 from trainer.components.task import CrossEntropy, metrics_add_up
@@ -279,6 +288,22 @@ def refusal(directory: Path, task: type[Task], **changes: Any) -> str:
     return str(caught.value)
 
 
+def test_a_mean_with_weight_1_trains_where_all_micro_batches_have_one_size(
+    tmp_path: Path,
+) -> None:
+    """Each counts alike then, so a mean of means is the mean."""
+
+    def run(task: type[Task]) -> dict[str, Tensor]:
+        data = Points(SAMPLES, ignored=False)
+        settings = config(tmp_path / task.__name__, batch__micro_size=7)
+        return state(
+            fitted(settings, mlp(), train_data=data, val_data=data, task=task())
+        )
+
+    ((means,), (sums,)) = (on_ranks(1, run, task) for task in (MeanAsSum, Retrieval))
+    assert largest_difference(means, sums) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("task", "changes", "message"),
     [
@@ -291,7 +316,7 @@ def refusal(directory: Path, task: type[Task], **changes: Any) -> str:
         (
             MeanAsSum,
             {"batch__size": 33},
-            "loss.name: loss_sum returned the int 1 as the weight of 7",
+            "loss.name: loss_sum returned the int 1 as the weight of 6",
         ),
         (WithoutGradient, {}, "loss.name: the loss has no gradient"),
         (BadMetric, {}, "loss.name: BadMetric.metric_sums failed on the model's"),
@@ -323,5 +348,5 @@ def test_an_int_that_changes_later_ends_the_run(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert on_ranks(1, run)[0].startswith(
-        "loss.name: loss_sum returned the int 6 as the weight of 7 samples, and 4 for 4"
+        "loss.name: loss_sum returned the int 6 as the weight of 7 samples, and 7 for 7"
     )

@@ -369,7 +369,6 @@ class ElementLoss(Task):
         return Answer(rule.answer_kind, rule.answer(self._loss, output))
 
 
-
 class Regression(ElementLoss):
     """A loss between outputs and targets of one shape, given by `loss(output, target)`, a 0-dim sum."""
 

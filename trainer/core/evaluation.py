@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainer.core.features import Features
 from trainer.core.forward import Forward
 from trainer.core.metrics import Meter
+from trainer.core.misfit import explained
 from trainer.data.loading import Loader, whole_requests
 from trainer.data.samples import MicroBatch, Request
 from trainer.exact.seeding import preserved_generators
@@ -83,12 +84,14 @@ class Evaluator:
         first, last = self._requests[0].ids[0], self._requests[-1].ids[-1]
         count = min(last - first + 1, SAMPLES_TO_REHEARSE, len(self._requests[0].ids))
         ids = np.linspace(first, last, count).astype(np.int64)
+        task = self._forward.task
         was_training = self._model.training
         self._model.eval()
         try:
             batch = self._loader.peek(ids)
             output, _ = self._forward(self._model, batch, None)
-            self._forward.task.metric_sums(output, batch.targets)
+            with explained(task, "metric_sums", output, batch.targets):
+                task.metric_sums(output, batch.targets)
         finally:
             self._model.train(was_training)
 

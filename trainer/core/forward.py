@@ -112,8 +112,8 @@ class Forward:
             raise ConfigError(
                 "loss.name",
                 f"loss_sum returned the int {weight} as the weight of {samples} samples, and {first_weight} for "
-                f"{first_samples}; an int is a count that is the same for every sample: where it depends on the "
-                f"targets or their shapes, return a 0-dim tensor, such as torch.tensor({weight})",
+                f"{first_samples}; an int is a count that is the same for every sample: return the sum of the loss and "
+                f"the number of its targets, as a 0-dim tensor where it depends on the targets or their shapes",
             )
 
     def _fuse(
