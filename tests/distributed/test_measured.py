@@ -350,3 +350,34 @@ def test_an_int_that_changes_later_ends_the_run(tmp_path: Path) -> None:
     assert on_ranks(1, run)[0].startswith(
         "loss.name: loss_sum returned the int 6 as the weight of 7 samples, and 7 for 7"
     )
+
+
+class Mixed(Retrieval):
+    """Leaves a class out, and gives an int as the weight where that changes nothing, if it is asked to."""
+
+    def __init__(self, left_out: int, ints: bool) -> None:
+        super().__init__()
+        self.left_out = left_out
+        self.ints = ints
+
+    def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
+        counted = targets != self.left_out
+        total = F.cross_entropy(output[counted], targets[counted], reduction="sum")
+        is_int = self.ints and bool(counted.all())
+        return WeightedSum(total, len(targets) if is_int else counted.sum())
+
+
+def mixed(directory: Path, left_out: int, ints: bool) -> dict[str, Tensor]:
+    data, task = Points(SAMPLES, ignored=False), Mixed(left_out, ints)
+    settings = config(directory / str(ints), batch__micro_size=4)
+    return state(fitted(settings, mlp(), train_data=data, val_data=data, task=task))
+
+
+def test_an_int_among_tensors_is_one_of_them(tmp_path: Path) -> None:
+    """The first micro-batch has samples of class 2, so its weight is a tensor; it has none of class 3."""
+    (expected,) = on_ranks(1, mixed, tmp_path, 2, False)
+    for ranks in (1, 2):
+        for actual in on_ranks(ranks, mixed, tmp_path, 2, True):
+            assert largest_difference(actual, expected) < 1e-12
+    with pytest.raises(AssertionError, match="a tensor as the weight .* an int before"):
+        on_ranks(2, mixed, tmp_path, 3, True)

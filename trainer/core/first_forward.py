@@ -52,6 +52,7 @@ def _run(run: Run, ids: Any) -> None:
     with without_trace(run), _eager(run):
         batch = run.train_loader.peek(ids)
         output, loss = forward(run.module, batch, run.plan.step(0))
+        run.forward.expect_weights_like(loss.weight)
         meter = Meter(run.task, run.ranks)
         meter.add(batch, output, loss)
         meter.flush()

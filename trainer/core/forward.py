@@ -43,6 +43,7 @@ class Forward:
         self._seed_device = device_seeder(device)
         # (weight, samples) of the first micro-batch whose weight is an int.
         self._first_weight: tuple[int, int] | None = None
+        self._has_tensor_weights: bool | None = None  # None: none seen
 
     def __call__(
         self, model: nn.Module, batch: MicroBatch, step: Step | None
@@ -63,10 +64,10 @@ class Forward:
         else:
             self._seed_device(self._key(step, batch.first))
             result = self._output_and_loss(model, batch)
-        weight = result[1].weight
-        if isinstance(weight, int) and torch.is_grad_enabled():
-            self._check_count(batch, weight)
-        return result
+        output, loss = result
+        if torch.is_grad_enabled():
+            loss = self._checked(batch, loss)
+        return output, loss
 
     def predict(self, model: nn.Module, batch: MicroBatch) -> Any:
         """The model's output outside of training, as an evaluation of the same batch sees it."""
@@ -96,6 +97,27 @@ class Forward:
                 self.task, "loss_sum", output, batch.targets, error
             ) from error
         return output, as_weighted_sum(loss)
+
+    def expect_weights_like(self, weight: Tensor | int) -> None:
+        """Before the first micro-batch: the kind of weight that the task returns, the same on every rank."""
+        self._has_tensor_weights = isinstance(weight, Tensor)
+
+    def _checked(self, batch: MicroBatch, loss: WeightedSum) -> WeightedSum:
+        """The loss, if its weight is one that a step can add up: all are counts by sample, or all are tensors."""
+        total, weight = loss
+        if self._has_tensor_weights is None:
+            self.expect_weights_like(weight)
+        if isinstance(weight, int):
+            if self._has_tensor_weights:
+                return WeightedSum(total, torch.tensor(weight, device=total.device))
+            self._check_count(batch, weight)
+        elif not self._has_tensor_weights:
+            raise ConfigError(
+                "loss.name",
+                "loss_sum returned a tensor as the weight of a micro-batch, and an int before: one that depends on the "
+                "targets is a 0-dim tensor for every micro-batch",
+            )
+        return loss
 
     def _check_count(self, batch: MicroBatch, weight: int) -> None:
         """A step's weight is taken from one micro-batch and the number of samples, so an int must be a count by sample.
