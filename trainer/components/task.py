@@ -1,415 +1,58 @@
-"""What a run minimises and measures: the extension point for losses and metrics.
-
-A task gives the *sum* of the loss over a micro-batch and the weight of its targets. The step divides once, by the
-weight of the whole step over all ranks. That is right for short last steps, uneven micro-batches, ignored targets and
-class weights, where a mean of means is not.
-"""
+"""What `loss.name` or a loss object stands for, as a task. The kinds of tasks are in the files imported here."""
 
 from __future__ import annotations
 
 import inspect
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.components.answers import Answer
-from trainer.components.divisor import Divisor, count_elements, find_divisor
-from trainer.components.targets import (
-    as_class_targets,
-    check_output,
-    check_range,
+from trainer.components.base_task import (
+    Task,
+    WeightedSum,
+    as_weighted_sum,
+    metrics_add_up,
+)
+from trainer.components.classification import (
+    CrossEntropy,
+    NegativeLogLikelihood,
+    as_weights,
+    check_class_weights,
+)
+from trainer.components.element_losses import (
+    MSE,
+    BCEWithLogits,
+    ElementLoss,
+    Regression,
 )
 from trainer.components.torch_losses import (
-    REGRESSION,
-    LossRule,
     check_class,
     check_loss,
     check_reduction,
-    check_weight_shape,
     is_unchanged,
     rule_of,
     with_reduction,
 )
 from trainer.config.registry import build, resolve
 from trainer.config.schema import LossConfig
-from trainer.errors import ConfigError, DataError
-
-# An ignore_index that no target has; torch's default of -100 would hide wrong labels.
-NO_LABEL = -(2**31)
-
-
-class WeightedSum(NamedTuple):
-    """A sum over targets, and the weight to divide it by once it is added up over a step, an epoch, all ranks.
-
-    `weight` is an int where every sample weighs the same, so that a step's weight is known before it is run. It is a
-    0-dim tensor, on the output's device, where it depends on the targets' values (class weights, ignored targets).
-    """
-
-    total: Tensor
-    weight: Tensor | int
-
-
-def as_weighted_sum(pair: Any) -> WeightedSum:
-    """What a task's `loss_sum` returned, as a `WeightedSum`: a plain pair will do.
-
-    Raises `ConfigError` for anything else, such as a mean without its weight.
-    """
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise ConfigError(
-            "loss.name",
-            f"loss_sum returned a {type(pair).__name__}; return trainer.WeightedSum(total, weight): the loss summed "
-            f"over the targets, and what to divide it by",
-        )
-    total, weight = pair
-    if not isinstance(total, Tensor) or total.dim() > 0:
-        kind = (
-            f"tensor {tuple(total.shape)}"
-            if isinstance(total, Tensor)
-            else type(total).__name__
-        )
-        raise ConfigError(
-            "loss.name",
-            f"loss_sum returned a {kind} as the total; sum it to a 0-dim tensor",
-        )
-    if isinstance(weight, Tensor):
-        _check_weight(weight)
-    elif not isinstance(weight, int):
-        weight = _as_int(weight)
-    return WeightedSum(total, weight)
-
-
-def _check_weight(weight: Tensor) -> None:
-    if weight.dim() > 0:
-        raise ConfigError(
-            "loss.name",
-            f"loss_sum returned a tensor {tuple(weight.shape)} as the weight; sum it to a 0-dim tensor",
-        )
-    if weight.requires_grad:
-        raise ConfigError(
-            "loss.name",
-            "loss_sum returned a weight with a gradient, and the step divides by the weight after the backward; "
-            "detach it, or put what depends on parameters into the total",
-        )
-
-
-def _as_int(weight: Any) -> int:
-    try:
-        return operator.index(weight)  # one of NumPy's, such as the length of an array
-    except TypeError:
-        raise ConfigError(
-            "loss.name",
-            f"loss_sum returned a {type(weight).__name__} as the weight; give an int or a 0-dim tensor",
-        ) from None
-
-
-class Task(nn.Module):
-    """A loss and its metrics. Subclass it, implement `loss_sum`, and name the class in `loss.name`.
-
-    The section's other keys are the constructor's arguments; `num_classes` is supplied if the constructor takes it.
-    Tensors that the loss needs (class weights) are buffers, so that they follow the run's device and dtype.
-    `metrics` names what `metric_sums` returns, in its order: a metric `accuracy` is logged as `val/accuracy`.
-    """
-
-    metrics: tuple[str, ...] = ()
-    # True: `metric_sums` of several micro-batches at once is the sum of theirs, so they may be measured at once, which
-    # takes less time. Say it in the class that implements `metric_sums`; another's word for its own does not count.
-    metrics_add_up: bool = False
-    # Targets with this value are not counted; None: every target is.
-    ignore_index: int | None = None
-
-    def __init__(self) -> None:  # nn.Module's own takes any keyword, and refuses each
-        super().__init__()
-
-    def predict(self, model: nn.Module, inputs: Any) -> Any:
-        """The model's output for a micro-batch. Override it for models that return more than one tensor."""
-        return model(inputs)
-
-    def convert_targets(self, output: Any, targets: Any) -> Any:
-        """The targets of a batch in the form that the loss takes, such as int64 class ids; here as they are."""
-        return targets
-
-    def loss_sum(self, output: Any, targets: Any) -> tuple[Tensor, Tensor | int]:
-        """A `WeightedSum`: the loss summed over the targets, with its graph, and the targets' total weight.
-
-        The weight is an `int` only if it is the same for every sample; else a 0-dim tensor.
-        """
-        raise NotImplementedError
-
-    def metric_sums(
-        self, output: Any, targets: Any
-    ) -> Mapping[str, tuple[Tensor, Tensor | int]]:
-        """A `WeightedSum` for each of `metrics`, by name. `output` is detached."""
-        return {}
-
-    def probabilities(self, output: Any) -> Tensor | None:
-        """For a classifier of whole samples, the probability of each class, `(N, C)`; None for other tasks."""
-        return None
-
-    def answer(self, output: Any) -> Answer | None:
-        """What `predict` and an exported program answer; None where that is not known. By default `probabilities`."""
-        probabilities = self.probabilities(output)
-        return None if probabilities is None else Answer("class", probabilities)
-
-
-def metrics_add_up(task: Task) -> bool:
-    """True if the class whose `metric_sums` the task has, or one made from it, says that metrics add up."""
-    for cls in type(task).__mro__:
-        if "metrics_add_up" in vars(cls):
-            return bool(cls.metrics_add_up)  # type: ignore[attr-defined]
-        if "metric_sums" in vars(cls):
-            return False
-    return False
-
-
-class CrossEntropy(Task):
-    """Classification of samples `(N, C)` or pixels `(N, C, H, W)`; targets are class ids, or probabilities.
-
-    Args:
-        class_weights: one weight per class; the loss is then the weighted mean, as in `torch.nn.CrossEntropyLoss`.
-        ignore_index: targets with this value are not counted. None: every target is.
-        label_smoothing: share of the target spread over all classes (Szegedy et al., 2016), in [0, 1).
-        top_k: further accuracies to measure, by k.
-    """
-
-    metrics_add_up = True
-    _takes_probabilities = True
-
-    def __init__(
-        self,
-        class_weights: Sequence[float] | Tensor | None = None,
-        ignore_index: int | None = None,
-        label_smoothing: float = 0.0,
-        top_k: Sequence[int] = (),
-        num_classes: int | None = None,
-    ) -> None:
-        super().__init__()
-        self._checks_values = True  # those of the first targets only
-        if not 0 <= label_smoothing < 1:
-            raise ConfigError(
-                "loss.label_smoothing", f"{label_smoothing} is not in [0, 1)"
-            )
-        _check_class_weights("loss.class_weights", class_weights, num_classes)
-        self.register_buffer(
-            "class_weights", _as_weights(class_weights), persistent=False
-        )
-        self.class_weights: Tensor | None
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.top_k = tuple(top_k)
-        self.metrics = ("accuracy", *(f"top{k}_accuracy" for k in self.top_k))
-
-    def convert_targets(self, output: Tensor, targets: Any) -> Tensor:
-        check_output(output, "cross_entropy")
-        converted = as_class_targets(
-            output,
-            targets,
-            probabilities=self._takes_probabilities,
-            check_values=self._checks_values,
-        )
-        if self._checks_values:
-            self._checks_values = False
-        return converted
-
-    def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
-        targets = self.convert_targets(output, targets)
-        scores, labels = _pixels_as_samples(output, targets)
-        try:
-            total = self._total(
-                scores,
-                labels,
-                NO_LABEL if self.ignore_index is None else self.ignore_index,
-            )
-        except IndexError as error:
-            # On the CPU only: a GPU reports a wrong label as a failed assertion.
-            raise DataError(
-                f"{str(error).rstrip('.').lower()}: the model gives {output.shape[1]} classes, 0 to "
-                f"{output.shape[1] - 1}; correct the data, or set model.num_classes or loss.ignore_index"
-            ) from None
-        return WeightedSum(total, self._weight(targets))
-
-    def _total(self, output: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        return F.cross_entropy(
-            output,
-            targets,
-            self.class_weights,
-            ignore_index=ignore_index,
-            label_smoothing=self.label_smoothing,
-            reduction="sum",
-        )
-
-    def _weight(self, targets: Tensor) -> Tensor | int:
-        """What torch's mean divides by: a count of targets, or the sum of their classes' weights."""
-        # Probabilities: torch divides by the samples (pixels), weighted or not.
-        if targets.is_floating_point():
-            return targets.numel() // targets.shape[1]
-        if self.ignore_index is None:
-            return (
-                targets.numel()
-                if self.class_weights is None
-                else self.class_weights[targets].sum()
-            )
-        is_counted = targets != self.ignore_index
-        if self.class_weights is None:
-            return is_counted.sum()
-        # Not `targets[is_counted]`: the length of a selection is known to the host only once the device is done.
-        weights = self.class_weights[targets.where(is_counted, 0)]
-        return weights.where(is_counted, 0).sum()
-
-    def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, WeightedSum]:
-        targets = self.convert_targets(output, targets)
-        labels = targets.argmax(1) if targets.is_floating_point() else targets
-        hits = {"accuracy": output.argmax(1) == labels}
-        for k in self.top_k:
-            best = output.topk(min(k, output.shape[1]), 1).indices
-            hits[f"top{k}_accuracy"] = (best == labels.unsqueeze(1)).any(1)
-        # torch ignores no shares of classes either.
-        if self.ignore_index is None or targets.is_floating_point():
-            return {
-                name: WeightedSum(is_hit.sum(), labels.numel())
-                for name, is_hit in hits.items()
-            }
-        is_counted = labels != self.ignore_index
-        count = is_counted.sum()
-        # The ignored value may be a class that the model predicts.
-        return {
-            name: WeightedSum((is_hit & is_counted).sum(), count)
-            for name, is_hit in hits.items()
-        }
-
-    def probabilities(self, output: Tensor) -> Tensor | None:
-        return self._normalized(output) if output.dim() == 2 else None
-
-    def answer(self, output: Tensor) -> Answer | None:
-        if output.dim() < 3:
-            return super().answer(output)
-        return Answer("class_map", self._normalized(output))
-
-    def _normalized(self, output: Tensor) -> Tensor:
-        return output.softmax(1)
-
-
-class NegativeLogLikelihood(CrossEntropy):
-    """Classification by log-probabilities, as `torch.nn.NLLLoss`: for models that end in a log-softmax."""
-
-    _takes_probabilities = False
-
-    def _total(self, output: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        return F.nll_loss(
-            output,
-            targets,
-            self.class_weights,
-            ignore_index=ignore_index,
-            reduction="sum",
-        )
-
-    def _normalized(self, output: Tensor) -> Tensor:
-        return output.exp()
-
-
-class ElementLoss(Task):
-    """A loss `loss(output, targets)` that gives a 0-dim sum, divided and measured as its `rule` says.
-
-    If the rule does not know what the sum is divided by, it is found on the first samples, by comparing it with
-    `mean`, the same loss with that reduction.
-    """
-
-    metrics_add_up = True
-
-    def __init__(
-        self,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        rule: LossRule,
-        mean: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self._loss = loss
-        self._rule = rule
-        self._mean = mean
-        self._divisor: Divisor | None = rule.divisor
-        self._is_checked = False
-        self.metrics = () if rule.metric is None else (rule.metric,)
-
-    def convert_targets(self, output: Tensor, targets: Any) -> Tensor:
-        check_output(output, "this loss")
-        return self._rule.convert(output, targets)
-
-    def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
-        targets = self.convert_targets(output, targets)
-        if not self._is_checked:
-            self._check(output, targets)
-        # A loss of 0 on all samples so far says nothing of its divisor.
-        divisor = self._divisor or count_elements
-        return WeightedSum(self._loss(output, targets), divisor(output))
-
-    def _check(self, output: Tensor, targets: Tensor) -> None:
-        """Check what the first samples show. Waits for the device."""
-        check_weight_shape(self._loss, output)
-        check_range(targets, self._rule.allowed)
-        if self._divisor is None and self._mean is not None:
-            loss: Any = self._loss
-            self._divisor = find_divisor(self._mean, loss, output, targets)
-        self._is_checked = self._divisor is not None
-
-    def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, WeightedSum]:
-        rule = self._rule
-        if rule.metric is None or rule.terms is None:
-            return {}
-        # Summed in fp64: a metric adds up over a whole epoch.
-        terms = rule.terms(self._loss, output, self.convert_targets(output, targets))
-        return {rule.metric: WeightedSum(terms.sum(dtype=torch.float64), terms.numel())}
-
-    def answer(self, output: Tensor) -> Answer | None:
-        rule = self._rule
-        if rule.answer is None or rule.answer_kind is None:
-            return None
-        return Answer(rule.answer_kind, rule.answer(self._loss, output))
-
-
-class Regression(ElementLoss):
-    """A loss between outputs and targets of one shape, given by `loss(output, target)`, a 0-dim sum."""
-
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__(loss, REGRESSION)
-
-
-class MSE(Regression):
-    """Mean squared error over all elements; the metric is the mean absolute error."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.MSELoss(reduction="sum"))
-
-
-class BCEWithLogits(ElementLoss):
-    """Binary cross-entropy of logits over all elements: one, or one per label, for each sample.
-
-    Args:
-        pos_weight: weight of the positive examples, one per label, as in `torch.nn.BCEWithLogitsLoss`.
-    """
-
-    def __init__(self, pos_weight: Sequence[float] | None = None) -> None:
-        loss = nn.BCEWithLogitsLoss(pos_weight=_as_weights(pos_weight), reduction="sum")
-        super().__init__(loss, rule_of(loss))
-
-
-def _pixels_as_samples(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores `(N, C, H, W)` and labels `(N, H, W)` as `(N·H·W, C)` and `(N·H·W,)`, for deterministic algorithms alone.
-
-    CUDA has no deterministic kernel for a negative log-likelihood of images, and has one for that of samples.
-    """
-    if (
-        output.dim() < 3
-        or targets.is_floating_point()
-        or not torch.are_deterministic_algorithms_enabled()
-    ):
-        return output, targets
-    if output.shape[:1] + output.shape[2:] != targets.shape:
-        return output, targets  # torch says what does not fit
-    return output.movedim(1, -1).flatten(0, -2), targets.flatten()
-
+from trainer.errors import ConfigError
+
+__all__ = [
+    "MSE",
+    "BCEWithLogits",
+    "CrossEntropy",
+    "ElementLoss",
+    "NegativeLogLikelihood",
+    "Regression",
+    "Task",
+    "WeightedSum",
+    "as_task",
+    "as_weighted_sum",
+    "build_task",
+    "loss_arguments",
+    "metrics_add_up",
+]
 
 TASKS: Mapping[str, Callable[..., Task]] = {
     "cross_entropy": CrossEntropy,
@@ -481,7 +124,7 @@ def _build_module(
     arguments = dict(arguments)
     for name in ("weight", "pos_weight"):
         if isinstance(arguments.get(name), list):  # YAML has no tensors
-            arguments[name] = _as_weights(arguments[name])
+            arguments[name] = as_weights(arguments[name])
     if "reduction" not in inspect.signature(cls).parameters:
         arguments.pop("reduction", None)
         return build("loss", cls, arguments)
@@ -514,28 +157,12 @@ def _task_of_module(
     """The task of a loss module. `mean` is the same loss, built to average; by default a copy of it."""
     check_loss(loss)
     if is_unchanged(loss, nn.CrossEntropyLoss):
-        _check_class_weights("loss.weight", loss.weight, num_classes)
+        check_class_weights("loss.weight", loss.weight, num_classes)
         return CrossEntropy(loss.weight, loss.ignore_index, loss.label_smoothing)
     if is_unchanged(loss, nn.NLLLoss):
-        _check_class_weights("loss.weight", loss.weight, num_classes)
+        check_class_weights("loss.weight", loss.weight, num_classes)
         return NegativeLogLikelihood(loss.weight, loss.ignore_index)
     total, rule = with_reduction(loss, "sum"), rule_of(loss)
     if rule.divisor is not None:
         return ElementLoss(total, rule)
     return ElementLoss(total, rule, mean or with_reduction(loss, "mean"))
-
-
-def _as_weights(weights: Sequence[float] | Tensor | None) -> Tensor | None:
-    """In fp64, to be cast to the run's dtype with the task."""
-    return (
-        None
-        if weights is None
-        else torch.as_tensor(weights, dtype=torch.float64).clone()
-    )
-
-
-def _check_class_weights(
-    key: str, weights: Sequence[float] | Tensor | None, num_classes: int | None
-) -> None:
-    if weights is not None and num_classes is not None and len(weights) != num_classes:
-        raise ConfigError(key, f"{len(weights)} weights for {num_classes} classes")

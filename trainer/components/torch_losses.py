@@ -2,7 +2,7 @@
 
 A run needs a loss's sum and its divisor apart, so that micro-batches of any size add up to one mean. torch returns only
 their quotient, and the divisor differs from loss to loss. Cross-entropy and NLL are not here: their divisor depends on
-the targets (see `trainer.components.task.CrossEntropy`).
+the targets (see `trainer.components.classification.CrossEntropy`).
 """
 
 from __future__ import annotations
