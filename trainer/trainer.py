@@ -24,6 +24,7 @@ from trainer.components.weights import weights_file
 from trainer.config.registry import build_observers
 from trainer.config.schema import Config
 from trainer.core.build import build_run, settings_of
+from trainer.core.first_forward import check_first_forward
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.not_finite import (
@@ -169,6 +170,7 @@ class Trainer:
         self._stateful_objects()  # refuses now what could not be saved later
         with self.run.settings():
             refuse_nondeterministic(self.run)
+            check_first_forward(self.run)
             self.fuse, self.fuse_note = choose_fuse(self.run)
             rehearse(self.run)
             check_disk(self.run)

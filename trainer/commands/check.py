@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> None:
     parser.add_config()
     config = load_config(parser.parse(arguments))
 
+    from trainer.core.first_forward import check_first_forward
     from trainer.core.fuse_check import choose_fuse
     from trainer.core.refused import refuse_nondeterministic, refused_operations
     from trainer.core.rehearsal import check_disk, rehearse
@@ -40,6 +41,7 @@ def main(arguments: list[str]) -> None:
     console = Console(active=trainer.ranks.is_main)
     with trainer.run.settings():
         refuse_nondeterministic(trainer.run)
+        check_first_forward(trainer.run)
         trainer.fuse, trainer.fuse_note = choose_fuse(trainer.run)
         rehearse(trainer.run)
         check_disk(trainer.run)

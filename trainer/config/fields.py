@@ -89,6 +89,9 @@ MOVED_MODULES = {
     "trainer.models.": "trainer.components.models.",
     "trainer.optimizer.": "trainer.components.optimizer.",
     "trainer.schedule.": "trainer.components.schedule.",
+    # Tasks keep the path under which runs have named them.
+    "trainer.components.classification.": "trainer.components.task.",
+    "trainer.components.element_losses.": "trainer.components.task.",
 }
 
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from trainer.core.features import Features
 from trainer.core.forward import Forward
 from trainer.core.metrics import Meter
+from trainer.core.misfit import explained
 from trainer.core.samples import rows_not_finite
 from trainer.data.loading import Loader, whole_requests
 from trainer.data.samples import MicroBatch, Request
+from trainer.exact.seeding import preserved_generators
 from trainer.process.ranks import Ranks
 
 # Spread over a rank's share: images of another size or a broken file are seldom alone.
@@ -34,6 +36,9 @@ class Decision:
 
 class Evaluator:
     """Runs a model over a data set, in order; each rank takes a contiguous share, not always of equal size.
+
+    Shares are made of whole batches, and the config alone cuts these. So a model whose answer for a sample depends on
+    the others of its batch, or that draws, answers the same on any number of ranks.
 
     The model's running statistics must be the true ones (`Reduction.gather`). Loader processes live on from one
     evaluation to the next, and load the next one's first batches early.
@@ -66,9 +71,10 @@ class Evaluator:
     def evaluate(self) -> dict[str, float]:
         """The mean loss and metrics over all samples. A collective."""
         meter = Meter(self._forward.task, self._ranks, exact=self._exact)
-        for _, model, batch in self._in_eval_mode():
-            output, loss = self._forward(model, batch, None)
-            meter.add(batch, output, loss)
+        with preserved_generators():
+            for _, model, batch in self._in_eval_mode():
+                output, loss = self._forward(model, batch, None)
+                meter.add(batch, output, loss)
         return meter.read().means()
 
     @torch.no_grad()
@@ -79,12 +85,14 @@ class Evaluator:
         first, last = self._requests[0].ids[0], self._requests[-1].ids[-1]
         count = min(last - first + 1, SAMPLES_TO_REHEARSE, len(self._requests[0].ids))
         ids = np.linspace(first, last, count).astype(np.int64)
+        task = self._forward.task
         was_training = self._model.training
         self._model.eval()
         try:
             batch = self._loader.peek(ids)
             output, _ = self._forward(self._model, batch, None)
-            self._forward.task.metric_sums(output, batch.targets)
+            with explained(task, "metric_sums", output, batch.targets):
+                task.metric_sums(output, batch.targets)
         finally:
             self._model.train(was_training)
 
@@ -109,8 +117,9 @@ class Evaluator:
     def decisions(self) -> list[Decision]:
         """A classifier's decision for every sample that counts, in order, on every rank; empty for other tasks."""
         decisions: list[Decision] = []
-        for request, model, batch in self._in_eval_mode():
-            decisions += self._decide(request, model, batch)
+        with preserved_generators():
+            for request, model, batch in self._in_eval_mode():
+                decisions += self._decide(request, model, batch)
         decisions = self._ranks.gather(decisions)
         return sorted(decisions, key=lambda decision: decision.sample_id)
 
@@ -118,15 +127,18 @@ class Evaluator:
         self, request: Request, model: nn.Module, batch: MicroBatch
     ) -> list[Decision]:
         task = self._forward.task
-        probabilities = task.probabilities(self._forward.output(model, batch))
-        is_classified = isinstance(batch.targets, Tensor) and batch.targets.dim() == 1
-        if probabilities is None or not is_classified:
+        output = self._forward.predict(model, batch)
+        probabilities = task.probabilities(output)
+        if probabilities is None:
+            return []
+        targets = task.convert_targets(output, batch.targets)
+        if not isinstance(targets, Tensor) or targets.dim() != 1:
             return []
         confidences, classes = probabilities.max(1)
         columns = (
             request.ids.tolist(),
             classes.tolist(),
-            batch.targets.tolist(),
+            targets.tolist(),
             confidences.tolist(),
         )
         decisions = [Decision(*row) for row in zip(*columns, strict=True)]

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.core.build import Run
 from trainer.core.forward import Forward
-from trainer.core.precision import Precision
+from trainer.core.joint_loss import loss_adds_up
+from trainer.core.no_trace import attributes_restored
+from trainer.core.precision import Precision, check_gradient
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import REMEDY
@@ -112,7 +114,9 @@ def _check_two_micro_batches(run: Run, step: Step, first: int) -> None:
         raise ConfigError(
             "batch.fuse", f"two micro-batches fail in one forward ({cause}); {REMEDY}"
         ) from None
-    differences = []
+    with without_trace(run):
+        adds_up = loss_adds_up(run.module, forward, small_step, one_by_one)
+    differences = [] if adds_up else ["the loss of the same outputs"]
     for name, value in expected.items():
         if not _is_close(actual[name], value, TOLERANCE[dtype]):
             differences.append(name)
@@ -133,6 +137,7 @@ def _results(
         losses = []
         for batch in batches:
             _, (total, weight) = forward(run.module, batch, step)
+            check_gradient(total)
             total.backward()  # type: ignore[no-untyped-call]
             losses.append(
                 torch.stack([total.detach(), torch.as_tensor(weight).to(total)])
@@ -160,23 +165,27 @@ def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 @contextmanager
 def without_trace(run: Run) -> Iterator[None]:
-    """Put the model's buffers and gradients and all generators back at the end, also after an error."""
+    """Put what the model and the loss hold, gradients and all generators back at the end, also after an error."""
     module = run.module
     generator = device_generator(run.ranks.device)
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    modules = [*module.modules(), *_modules_of_task(run)]
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
     module.zero_grad()
     generator_state = generator.get_state()
     try:
-        with preserved_cpu_generators():
+        with preserved_cpu_generators(), attributes_restored(modules):
             yield
     finally:
         generator.set_state(generator_state)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+def _modules_of_task(run: Run) -> list[nn.Module]:
+    """Those of a task that is not ours: ours keep what the trial finds out, such as what a loss divides by."""
+    is_ours = type(run.task).__module__.startswith("trainer.components.")
+    modules = list(run.task.modules())
+    return modules[1:] if is_ours else modules
 
 
 # ---------------------------------------------------------------- what fits in memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
@@ -25,6 +25,7 @@ from trainer.data.transforms import build_transforms
 from trainer.errors import ConfigError, DataError
 from trainer.exact.plan import IndexRange, Plan, Step, split_evenly
 from trainer.exact.seeding import preserved_cpu_generators
+from trainer.exact.structures import tensors_in
 
 LARGEST_UINT16 = 65535
 # Whole numbers of other widths. Ids, which models embed, are int64.
@@ -329,24 +330,10 @@ def _wait_for_copy(batch: MicroBatch, end_of_copy: torch.cuda.Event) -> MicroBat
     """The batch, once the current stream may use it. The host does not wait."""
     current = torch.cuda.current_stream()
     current.wait_event(end_of_copy)
-    for tensor in _tensors_in((batch.inputs, batch.targets)):
+    for tensor in tensors_in((batch.inputs, batch.targets)):
         # So that its memory is not reused before this stream is done with it.
         tensor.record_stream(current)
     return batch
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested dicts, lists, tuples and other objects, by their attributes."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors_in(item)
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        yield from _tensors_in(vars(value))
 
 
 def _return_as_is(batch: Any) -> Any:

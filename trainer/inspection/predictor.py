@@ -116,7 +116,7 @@ class Predictor:
     def _answers(self, images: Tensor) -> list[Answer]:
         """`(N, C, H, W)` → an answer for each."""
         inputs = self.normalize(images.to(self.device))
-        output = self._forward.output(self.module, MicroBatch(0, inputs, None))
+        output = self._forward.predict(self.module, MicroBatch(0, inputs, None))
         answer = self.task.answer(output)
         if answer is None:
             raise ConfigError("loss.name", unknown_answer(self.config.loss.name))
