@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -182,7 +183,7 @@ def count_samples(batch: MicroBatch) -> int | None:
     for part in (batch.inputs, batch.targets):
         if isinstance(part, Tensor):
             return len(part) if part.dim() else None
-        if isinstance(part, dict):
+        if isinstance(part, Mapping):
             tensor = next(tensors_in(part), None)
             return len(tensor) if tensor is not None and tensor.dim() else None
     return None
