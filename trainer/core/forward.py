@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.components.task import Task, WeightedSum, as_weighted_sum
 from trainer.core.misfit import (
     KINDS,
-    is_from_torch,
+    is_from_a_layer,
     is_misfit,
     loss_misfit,
     model_misfit,
@@ -173,7 +173,7 @@ class Forward:
                 ) from None
             # Within DDP a lost rank is a RuntimeError, too.
             is_bare = not isinstance(model, nn.parallel.DistributedDataParallel)
-            if is_bare and is_misfit(error) and is_from_torch(error):
+            if is_bare and is_misfit(error) and is_from_a_layer(error):
                 raise model_misfit(model, batch.inputs, error) from error
             raise
 
