@@ -18,6 +18,7 @@ from trainer.components.optimizer import (
     named_state,
     set_learning_rate,
 )
+from trainer.components.rate_change import describe_rate_change
 from trainer.components.schedule import Schedule, build_schedule
 from trainer.components.task import Task
 from trainer.components.weights import weights_file
@@ -134,6 +135,7 @@ class Trainer:
         # Of a run that is resumed on the same data; None where it is to be made.
         self._data_record: DataRecord | None = None
         self._data_note = ""  # what run.resume_changes=allow let pass
+        self._rate_note = ""  # what a resume does to the learning rate
         self._batches: TrainLoader | None = None
         self._journal: Journal | None = None
         self._attributes_of_trainer = frozenset(vars(self)) - attributes_before
@@ -155,6 +157,13 @@ class Trainer:
     @property
     def plan(self) -> Plan:
         return self.run.plan
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this session ends: the run's last, or `train.stop_after` if that comes first."""
+        stop_after = self.config.train.stop_after
+        total = self.plan.total_steps
+        return total if stop_after is None else min(total, stop_after)
 
     # ---------------------------------------------------------------- the run
 
@@ -180,7 +189,9 @@ class Trainer:
                     self.start()
                     for note in self.resume_notes:
                         self.journal.console.note(note)
-                    self.journal.start_clock(self.plan, self.progress.step)
+                    self.journal.start_clock(
+                        self.plan, self.progress.step, self.last_step
+                    )
                     self._loop(stop)
                     return self._finish()
                 finally:
@@ -214,6 +225,8 @@ class Trainer:
         header = report.header(
             self.run, self.schedule, self.fuse, self.fuse_note, journal.directory
         )
+        if self._rate_note:
+            header.append(("resumed", self._rate_note))
         facts = journal.with_sharing(self.run.facts_of_ranks)
         journal.begin(
             header,
@@ -285,7 +298,7 @@ class Trainer:
     def _loop(self, stop: StopRequest) -> None:
         if self.progress.epoch_end_is_due:
             self.end_epoch(self.plan.step(self.progress.step - 1))
-        for step in self.plan.steps(self.progress.step):
+        for step in self.plan.steps(self.progress.step, self.last_step):
             self.train_step(step)
             if self.is_held_back or self._is_logged(step):
                 self.log(step)
@@ -342,9 +355,7 @@ class Trainer:
 
     def _needs_gradient_norm(self, step: Step) -> bool:
         is_clipped = self.config.train.max_grad_norm is not None
-        return (
-            is_clipped or self._is_logged(step) or step.number == self.plan.total_steps
-        )
+        return is_clipped or self._is_logged(step) or step.number == self.last_step
 
     def _freeze(self, epoch: int) -> None:
         """Freeze and thaw parameters as `epoch` asks for. A collective, at an epoch's first step."""
@@ -431,10 +442,14 @@ class Trainer:
         """Log the epoch's row: means over its samples, and an evaluation every `train.evaluate_every` epochs."""
         means = _with_prefix("train/epoch_", self.epoch_totals.means())
         self.epoch_totals = Totals()
+        self._log_epoch(step, means, evaluate=self._is_evaluated(step))
+        self.progress.epoch_end_is_due = False
+
+    def _is_evaluated(self, step: Step) -> bool:
+        """True if the run evaluates after `step`, wherever this session ends."""
         is_last = step.number == self.plan.total_steps
         is_due = (step.epoch + 1) % self.config.train.evaluate_every == 0
-        self._log_epoch(step, means, evaluate=is_last or is_due)
-        self.progress.epoch_end_is_due = False
+        return step.last_in_epoch and (is_last or is_due)
 
     def _log_epoch(self, step: Step, means: Row, *, evaluate: bool) -> None:
         row = {"step": step.number, "epoch": step.epoch + 1, **means}
@@ -514,7 +529,7 @@ class Trainer:
     def _is_checkpointed(self, step: Step) -> bool:
         every = self.config.train.checkpoint_every
         is_due = every is not None and step.number % every == 0
-        return is_due or step.number == self.plan.total_steps
+        return is_due or step.number == self.last_step
 
     def save(self) -> None:
         """Write a checkpoint of the present step boundary. A collective.
@@ -598,6 +613,14 @@ class Trainer:
         self._restored_states = content.stateful
         self._freeze(self._epoch_to_go_on_in())
         self.run.forget_features()
+        self._rate_note = describe_rate_change(
+            content.config,
+            self.config,
+            self.schedule,
+            self.plan,
+            self.progress.history,
+            self.progress.step,
+        )
 
     def _epoch_to_go_on_in(self) -> int:
         """The epoch of the next step; that of the last one where its epoch has not ended yet."""
@@ -633,7 +656,7 @@ class Trainer:
 
         All this comes after the last checkpoint, so a run that goes on from it shows no trace of having ended here.
         """
-        last = self.plan.step(self.plan.total_steps - 1)
+        last = self.plan.step(self.progress.step - 1)
         self.reduction.gather()
         recalibrate = self.config.batch_norm.recalibrate_at == "end"
         is_changed = recalibrate and recalibrate_statistics(
@@ -641,7 +664,7 @@ class Trainer:
         )
         if not self._is_logged(last):
             self.log(last)
-        if is_changed or not last.last_in_epoch:
+        if is_changed or not self._is_evaluated(last):
             self._log_epoch(last, {}, evaluate=True)
         self.stopwatch.stop(self.progress)
         if self.progress.skipped_steps == self.progress.step:
@@ -673,7 +696,7 @@ class Trainer:
             total_steps=self.plan.total_steps,
             steps_per_epoch=self.plan.steps_per_epoch,
             history=self.progress.history,
-            mode=self.config.best.mode,
+            mode=self.config.best.mode or "min",  # `build_run` has resolved it
         )
 
 

@@ -90,6 +90,8 @@ class Task(nn.Module):
     """
 
     metrics: tuple[str, ...] = ()
+    # "min" or "max" by metric: which of its values is better. Known names, such as accuracy, need none.
+    directions: Mapping[str, str] = {}
     # True: `metric_sums` of several micro-batches at once is the sum of theirs, so they may be measured at once, which
     # takes less time. Say it in the class that implements `metric_sums`; another's word for its own does not count.
     metrics_add_up: bool = False

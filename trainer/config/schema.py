@@ -229,7 +229,13 @@ class TrainConfig(Section):
     epochs: int = key(10, "passes over the training data", unit="epochs", minimum=1)
     max_steps: int | None = key(
         None,
-        "stop after this many steps, unless the epochs end first",
+        "the run's length in steps, unless the epochs end first; schedules end there too",
+        unit="steps",
+        minimum=1,
+    )
+    stop_after: int | None = key(
+        None,
+        "stop after this step, with a checkpoint; the run's length and schedule stay, and run.resume=auto goes on",
         unit="steps",
         minimum=1,
     )
@@ -267,8 +273,9 @@ class BestConfig(Section):
     SECTION = "best"
 
     metric: str = key("val/loss", "the logged value that decides which model is best")
-    mode: Literal["min", "max"] = key(
-        "min", "whether lower or higher values are better"
+    mode: Literal["min", "max"] | None = key(
+        None,
+        "whether lower or higher values are better; null = as the metric is known: min for a loss, max for accuracy",
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.components.directions import direction_of
 from trainer.components.freezing import Freezing
 from trainer.components.lazy import give_lazy_layers_sizes
 from trainer.components.models import build_model, compile_model, input_channels
@@ -309,12 +310,13 @@ def _module(
 
 
 def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Config:
-    """The config with the metric that decides which model is best; by default the loss, of validation if there is any.
+    """The config with the metric that decides which model is best, and its mode.
 
-    Raises `ConfigError` where the run logs no such metric.
+    By default the metric is the loss, of validation if there is any. Raises `ConfigError` where the run logs no such
+    metric, or nobody knows whether less or more of it is better.
     """
-    if config.best == BestConfig() and not has_validation:
-        config = replace(config, best=BestConfig(metric="train/loss"))
+    if config.best.metric == BestConfig().metric and not has_validation:
+        config = replace(config, best=replace(config.best, metric="train/loss"))
     phases = ("val", "train") if has_validation else ("train",)
     metrics = [
         f"{phase}/{name}" for phase in phases for name in ("loss", *task.metrics)
@@ -325,6 +327,15 @@ def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Co
             "best.metric",
             f'"{metric}" is not logged by this run{nearest(metric, metrics)}; it logs {", ".join(metrics)}',
         )
+    if config.best.mode is None:
+        mode = direction_of(metric, task)
+        if mode is None:
+            raise ConfigError(
+                "best.mode",
+                f"is needed for {metric}: set min if less of it is better, max if more is (a task of your own may "
+                f"say so in `directions`)",
+            )
+        config = replace(config, best=replace(config.best, mode=mode))
     return config
 
 

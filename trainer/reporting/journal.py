@@ -134,12 +134,17 @@ class Journal:
             valid_rows=progress.rows,
         )
 
-    def start_clock(self, plan: Plan, first_step: int) -> None:
+    def start_clock(
+        self, plan: Plan, first_step: int, last_step: int | None = None
+    ) -> None:
         """Training starts now, after `first_step` steps of earlier sessions: start the bar and the first epoch's time.
+
+        The bar ends at `last_step`, where this session stops; by default at the run's end.
 
         What was drawn and uploaded before belongs to no epoch, so the epochs' times add up to at most the run's.
         """
-        self.console.begin(plan.total_steps, plan.steps_per_epoch, first_step)
+        total_steps = plan.total_steps if last_step is None else last_step
+        self.console.begin(total_steps, plan.steps_per_epoch, first_step)
         self._epoch_start = monotonic()
 
     def keep_summary(self, summary: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from trainer.components.models import count_parameters
 from trainer.components.optimizer import named_state
 from trainer.components.schedule import Schedule
+from trainer.config.schema import BestConfig
 from trainer.core.build import Run
 from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.exchange_cost import describe_exchange
@@ -28,6 +29,9 @@ def header(
     config = run.config
     plan = run.plan
     length = f"{plan.total_steps:,} steps · {plan.steps_per_epoch:,} an epoch"
+    stop_after = config.train.stop_after
+    if stop_after is not None and stop_after < plan.total_steps:
+        length += f" · stops after step {stop_after:,} (train.stop_after)"
     device = f"{run.ranks.count} × {_device_name(run.ranks.device)} · {config.train.precision}"
     facts = [
         ("run", str(directory)),
@@ -38,6 +42,7 @@ def header(
         ("optimizer", f"{config.optimizer.name} · lr {config.optimizer.lr:g}"),
         ("schedule", schedule.describe()),
         ("length", length),
+        ("best", _describe_best(config.best)),
         ("device", device),
         ("fuse", f"1: {fuse_note}" if fuse_note else ""),
         ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
@@ -45,6 +50,10 @@ def header(
         ("note", run.data.note),
     ]
     return [(name, text) for name, text in facts if text]
+
+
+def _describe_best(best: BestConfig) -> str:
+    return f"{'highest' if best.mode == 'max' else 'lowest'} {best.metric}"
 
 
 def _describe_parameters(run: Run) -> str:
@@ -98,11 +107,15 @@ def _describe_fuse(plan: Plan, fuse: int) -> str:
 def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any]:
     """What `summary.json` holds."""
     optimizer_state, _ = named_state(optimizer, run.module)
+    planned_steps = run.plan.total_steps
+    # Only a run that `train.stop_after` has stopped has steps left here.
+    stopped = {"planned_steps": planned_steps} if progress.step < planned_steps else {}
     values = {
         "best": progress.best,
         "best_epoch": progress.best_epoch,
         "best_metric": run.config.best.metric,
         "steps": progress.step,
+        **stopped,
         "samples_seen": progress.samples_seen,
         "world_size": run.ranks.count,
         "seconds": progress.seconds,
@@ -120,12 +133,18 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     best = "none"
     if values["best"] is not None:
         best = f"{values['best_metric']} {values['best']:.4f} in epoch {values['best_epoch']}"
+    steps = f"{values['steps']:,} steps"
+    if "planned_steps" in values:
+        steps = (
+            f"{values['steps']:,} of {values['planned_steps']:,} steps, stopped by train.stop_after; "
+            f"run.resume=auto goes on"
+        )
     minutes, seconds = divmod(values["seconds"], 60)
     elapsed = f"{minutes:.0f} min {seconds:.1f} s" if minutes else f"{seconds:.1f} s"
     return [
         ("best", best),
         ("elapsed", elapsed),
-        ("trained", f"{values['steps']:,} steps · {values['samples_seen']:,} samples"),
+        ("trained", f"{steps} · {values['samples_seen']:,} samples"),
         ("weights", values["weights_sha256"][:16]),
         ("files", str(directory)),
     ]

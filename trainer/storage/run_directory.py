@@ -35,6 +35,7 @@ FREE_KEYS = (
     "batch.eval_size",
     "train.epochs",
     "train.max_steps",
+    "train.stop_after",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from trainer.components.directions import direction_of
 from trainer.config.fields import show
 from trainer.config.load import command_line, parser_reason
 from trainer.errors import ConfigError, nearest
@@ -47,7 +48,9 @@ class Sweep:
     program: str
     method: Literal["grid", "random", "bayes"]
     metric: str
-    goal: Literal["minimize", "maximize"]
+    # None until `with_goal` has found what the file leaves out.
+    goal: Literal["minimize", "maximize"] | None
+    is_goal_given: bool
     target: float | None
     parameters: list[Parameter]
     hyperband: Hyperband | None
@@ -119,9 +122,8 @@ def _read_tree(file: Path, tree: Any) -> Sweep:
         program=program,
         method=_read_choice("method", tree["method"], ("grid", "random", "bayes")),
         metric=str(metric["name"]),
-        goal=_read_choice(
-            "metric.goal", metric.get("goal", "minimize"), ("minimize", "maximize")
-        ),
+        goal=_read_goal(metric),
+        is_goal_given="goal" in metric,
         target=None if target is None else read_number("metric.target", target),
         parameters=read_parameters(tree["parameters"]),
         hyperband=None if early_terminate is None else _read_hyperband(early_terminate),
@@ -132,6 +134,13 @@ def _read_tree(file: Path, tree: Any) -> Sweep:
     )
     _check_method(sweep)
     return sweep
+
+
+def _read_goal(metric: Mapping[str, Any]) -> Any:
+    if "goal" not in metric:
+        direction = direction_of(str(metric["name"]))
+        return None if direction is None else f"{direction}imize"
+    return _read_choice("metric.goal", metric["goal"], ("minimize", "maximize"))
 
 
 def _check_keys(file: Path, tree: Any) -> None:
