@@ -617,9 +617,9 @@ class Trainer:
             content.config,
             self.config,
             self.schedule,
-            self.plan,
-            self.progress.history,
-            self.progress.step,
+            plan=self.plan,
+            history=self.progress.history,
+            steps_done=self.progress.step,
         )
 
     def _epoch_to_go_on_in(self) -> int:

@@ -20,6 +20,7 @@ def describe_rate_change(
     before: Mapping[str, Any],
     now: Config,
     schedule: Schedule,
+    *,
     plan: Plan,
     history: list[float],
     steps_done: int,

@@ -374,6 +374,8 @@ class Config:
     observers: tuple[ObserverConfig, ...] = ()
     # How values from the environment were written. A field, so that it survives `dataclasses.replace`.
     references: References = field(default_factory=dict, repr=False, compare=False)
+    # What the run's header says of how the config was read.
+    notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check_sections()

@@ -35,6 +35,7 @@ def header(
     device = f"{run.ranks.count} × {_device_name(run.ranks.device)} · {config.train.precision}"
     facts = [
         ("run", str(directory)),
+        *(("config", note) for note in config.notes),
         ("model", f"{config.model.name} · {_describe_parameters(run)}"),
         ("weights", run.weights_note),
         ("data", _describe_data(run)),

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
 
-import yaml
-
 from trainer.config.fields import current_path
 from trainer.config.load import load
 from trainer.config.schema import Config, RunConfig
+from trainer.config.yaml_dump import to_yaml
 from trainer.errors import ConfigError
 from trainer.storage import checkpoint
 from trainer.storage.files import LOCK_FILE, lock_directory, write_text
@@ -126,7 +125,7 @@ def write_config(path: Path, config: Config) -> None:
 
 def config_yaml(config: Config) -> str:
     """The resolved config as YAML, with references to the environment instead of their values; it reads back alike."""
-    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    return to_yaml(config.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:

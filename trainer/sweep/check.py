@@ -10,8 +10,8 @@ from trainer.config.load import load
 from trainer.config.schema import Config
 from trainer.core.metrics import TIMINGS
 from trainer.errors import ConfigError, DataError, nearest
-from trainer.sweep.goal import with_goal
 from trainer.sweep.description import Sweep, format_overrides
+from trainer.sweep.goal import with_goal
 from trainer.sweep.space import Values
 
 ROW_VALUES = ("lr", "grad_norm", *TIMINGS)

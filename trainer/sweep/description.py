@@ -16,6 +16,7 @@ from trainer.components.directions import direction_of
 from trainer.config.fields import show
 from trainer.config.load import command_line, parser_reason
 from trainer.errors import ConfigError, nearest
+from trainer.sweep.source_text import check_source
 from trainer.sweep.space import Parameter, Values, read_number, read_parameters
 
 KEYS = (
@@ -86,7 +87,8 @@ def format_overrides(values: Values) -> list[str]:
 def read_sweep(file: Path) -> Sweep:
     """The sweep that a YAML file describes. Raises `ConfigError` with the key at fault and the nearest valid one."""
     try:
-        tree = yaml.safe_load(file.read_text())
+        text = file.read_text()
+        tree = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(
             str(file), f"cannot read this sweep ({error.strerror})"
@@ -96,6 +98,7 @@ def read_sweep(file: Path) -> Sweep:
             str(file), f"is not valid YAML: {parser_reason(error)}"
         ) from None
     try:
+        check_source(text)
         return _read_tree(file, tree)
     except ConfigError as error:
         raise ConfigError(error.key, f"{error.message} ({file})") from None
