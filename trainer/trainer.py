@@ -18,6 +18,7 @@ from trainer.components.optimizer import (
     named_state,
     set_learning_rate,
 )
+from trainer.components.optimizer_modes import begin_training, evaluation_weights
 from trainer.components.rate_change import describe_rate_change
 from trainer.components.schedule import Schedule, build_schedule
 from trainer.components.task import Task
@@ -259,6 +260,7 @@ class Trainer:
         self.stopwatch = Stopwatch(self.progress)
         self.load_from(self.progress.step)
         self.module.train()
+        begin_training(self.optimizer)
         self.observers.begin(self.run)
         if self._restored_states is not None:
             self.resume_notes += load_states(stateful, self._restored_states)
@@ -477,7 +479,7 @@ class Trainer:
         It may be called before, after and without `fit`; `end_loading` then ends its loader processes. Raises
         `ConfigError` if there are no validation samples.
         """
-        with self.run.settings():
+        with self.run.settings(), evaluation_weights(self.optimizer):
             self.reduction.gather()
             if self.config.batch_norm.recalibrate_at == "evaluation":
                 recalibrate_statistics(self.run, self.progress.step)
@@ -516,9 +518,11 @@ class Trainer:
         return value > best if self.config.best.mode == "max" else value < best
 
     def _save_best(self, row: Row) -> None:
+        with evaluation_weights(self.optimizer):
+            tensors = checkpoint.snapshot(self.module)
         checkpoint.save_best(
             self.journal.directory,
-            checkpoint.snapshot(self.module),
+            tensors,
             config_yaml(self.config),
             row,
             self.run.signature.to_dict(),

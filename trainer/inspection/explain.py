@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from trainer.components.optimizer import load_named_state, named_state
 from trainer.components.task import WeightedSum
 from trainer.config.schema import Config
 from trainer.data.samples import MicroBatch
@@ -204,10 +205,10 @@ class Dissection:
             return None
         step = trainer.plan.step(1)
         model_state = copy.deepcopy(trainer.module.state_dict())
-        optimizer_state = copy.deepcopy(trainer.optimizer.state_dict())
+        optimizer_state = copy.deepcopy(named_state(trainer.optimizer, trainer.module))
         second = self._run(step)
         trainer.module.load_state_dict(model_state)
-        trainer.optimizer.load_state_dict(optimizer_state)
+        load_named_state(trainer.optimizer, trainer.module, *optimizer_state)
         self._put_back_gradients(first)
         both = self._run(step)
         result = {}
