@@ -367,3 +367,18 @@ def test_an_unchanged_attribute_follows_the_config() -> None:
     weight = model.layers[0].weight
     momentum = new.inner.state[weight]["momentum_buffer"]
     assert torch.equal(momentum, old.inner.state[weight]["momentum_buffer"])
+
+
+def test_strides_come_back_because_products_depend_on_them() -> None:
+    model = Tower()
+    weight = model.layers[0].weight
+    old = build_optimizer(OptimizerConfig(name="sgd"), model)
+    turned = torch.randn(6, 8).t()
+    old.state[weight] = {"turned": turned, "nested": [turned.clone()]}
+    tensors, numbers = named_state(old, model)
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    new = build_optimizer(OptimizerConfig(name="sgd"), model)
+    load_named_state(new, model, tensors, numbers)
+    state = new.state[weight]
+    for value in (state["turned"], *state["nested"]):
+        assert torch.equal(value, turned) and value.stride() == turned.stride()

@@ -18,7 +18,12 @@ from trainer.components.optimizer_parts import (
     own_attributes,
     set_attribute,
 )
-from trainer.components.state_tree import Decoder, Encoder, UnsupportedValueError
+from trainer.components.state_tree import (
+    Decoder,
+    Encoder,
+    UnsupportedValueError,
+    describe_tensor,
+)
 from trainer.errors import LockstepError
 
 # By name an int, float, bool, str or None, or a tree (see `state_tree`); under PARAMETERS a list of names.
@@ -48,7 +53,8 @@ def named_state(
 class _Reader:
     def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
         self._optimizer = optimizer
-        self._names = {id(value): name for name, value in model.named_parameters()}
+        self._parameters = dict(model.named_parameters())
+        self._names = {id(value): name for name, value in self._parameters.items()}
         self._encoder = Encoder(self._names)
         self._tensors: dict[str, Tensor] = {}
         self._numbers: Numbers = {PARAMETERS: trained_names(optimizer, model)}
@@ -125,12 +131,19 @@ class _Reader:
     def _store(self, key: str, owner: str, value: Any) -> None:
         name = f"{key}.{owner}"
         is_strided = isinstance(value, Tensor) and value.layout == torch.strided
-        if is_strided and id(value) not in self._names:
-            self._tensors[name] = value.detach().contiguous()
-            if owner.startswith("group ") and value.device.type != "cpu":
-                self._numbers[name] = {"$tensor": name}  # goes back to the device
-        else:
+        if not is_strided or id(value) in self._names:
             self._numbers[name] = self._encode(value, name)
+            return
+        self._tensors[name] = value.detach().contiguous()
+        if owner in self._parameters:
+            # Loading gives a tensor the strides of its parameter, or none of its own.
+            parameter = self._parameters[owner]
+            has_own_strides = value.stride() != _strides_on_loading(value, parameter)
+            needs_node = has_own_strides and value.numel() > 1
+        else:
+            needs_node = value.device.type != "cpu"  # loading leaves it on the CPU
+        if needs_node:
+            self._numbers[name] = describe_tensor(value, name)
 
     def _encode(self, value: Any, name: str) -> Any:
         try:
@@ -194,7 +207,7 @@ class _Writer:
                 name = self._name_by_id[id(parameter)]
                 if entries.get(name):
                     optimizer.state[parameter] = self._placed(
-                        entries[name], parameter, group
+                        entries[name], name, group
                     )
         optimizer.state.update(shared)
         for name, value in attributes.items():
@@ -228,14 +241,17 @@ class _Writer:
         return entries
 
     def _placed(
-        self, entries: dict[str, Any], parameter: nn.Parameter, group: dict[str, Any]
+        self, entries: dict[str, Any], name: str, group: dict[str, Any]
     ) -> dict[str, Any]:
         """A parameter's entries, tensors on its device and in its memory format. Counters stay on the CPU."""
+        parameter = self._parameters[name]
         placed = {}
         on_device = group.get("capturable") or group.get("fused")
         for key, value in entries.items():
             placed[key] = value
-            if isinstance(value, Tensor) and value is not parameter:
+            # A tensor with a node of its own has been placed by it.
+            is_flat = f"{key}.{name}" not in self._decoder.used
+            if is_flat and isinstance(value, Tensor) and value is not parameter:
                 device = parameter.device if key != "step" or on_device else None
                 placed[key] = _copy(value, parameter, device)
         return placed
@@ -285,6 +301,13 @@ def _same(value: Any, other: Any) -> bool:
         return bool(value == other)
     except (RuntimeError, ValueError):  # lists of tensors
         return False
+
+
+def _strides_on_loading(value: Tensor, parameter: nn.Parameter) -> tuple[int, ...]:
+    """The strides that `_copy` gives."""
+    is_like_it = value.shape == parameter.shape
+    model = parameter if is_like_it else value.contiguous()
+    return torch.empty_like(model, device="meta").stride()
 
 
 def _copy(

@@ -1,6 +1,7 @@
 """Any nesting of tensors and plain values as tensors by name and a tree that JSON knows, and back.
 
-{"$tensor": name}           a tensor, under that name; with "cpu": true, one that stays on the CPU
+{"$tensor": name}           a tensor, under that name; with "cpu": true, one that stays on the CPU; with "stride", one
+                            of another memory format, on which the bits of a product depend
 {"$parameter": name}        a parameter of the model itself, of which nothing is stored
 {"$tuple": […]}  {"$deque": […], "length": n}  {"$items": [[key, value], …]}    what JSON has no word for
 """
@@ -65,8 +66,7 @@ class Encoder:
             raise UnsupportedValueError(f'"{name}" is a tensor of {tensor.layout}')
         # A copy: safetensors refuses tensors that share memory.
         self.tensors[name] = tensor.detach().clone().contiguous()
-        on_cpu = tensor.device.type == "cpu"
-        return {TENSOR: name, "cpu": True} if on_cpu else {TENSOR: name}
+        return describe_tensor(tensor, name)
 
     def _encode_mapping(self, values: Mapping[Any, Any], name: str) -> Any:
         are_texts = all(
@@ -123,4 +123,22 @@ class Decoder:
         # A run that stopped on a CPU may go on on a GPU, where all but counters is wanted.
         if device.type == "cpu" and self._tensors[name].dim() > 0:
             device = self._device
-        return self._tensors[name].to(device, copy=True)
+        value = self._tensors[name]
+        if "stride" not in tree:
+            return value.to(device, copy=True)
+        copy = torch.empty_strided(
+            value.shape, tree["stride"], dtype=value.dtype, device=device
+        )
+        return copy.copy_(value)
+
+
+def describe_tensor(tensor: Tensor, name: str) -> dict[str, Any]:
+    """The node of a tensor that is stored, contiguous, under `name`."""
+    node: dict[str, Any] = {TENSOR: name}
+    if tensor.device.type == "cpu":
+        node["cpu"] = True
+    # A copy has the same strides unless the tensor's elements overlap or have gaps.
+    copy_stride = torch.empty_like(tensor, device="meta").stride()
+    if not tensor.is_contiguous() and copy_stride == tensor.stride():
+        node["stride"] = list(tensor.stride())
+    return node
