@@ -127,7 +127,11 @@ class ModelConfig(ComponentSection):
     )
     weights: str | None = key(
         None,
-        "weights to start from: torchvision's name for them, such as DEFAULT, or a file",
+        "weights to start from: torchvision's name for them, such as DEFAULT, or a file (or its folder)",
+    )
+    weights_key: str | None = key(
+        None,
+        "which of several sets of weights in a file: state_dict_ema, or a prefix of names",
     )
     head: str | None = key(
         None, "dotted name of the last layer; null = found automatically"
