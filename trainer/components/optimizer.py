@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainer.components.learning_rates import NORMS, base_rates
+from trainer.components.layers import NORMS
+from trainer.components.learning_rates import base_rates
 from trainer.components.optimizer_check import check_optimizer
 from trainer.components.optimizer_parts import inner_optimizers, remember_as_built
 from trainer.components.optimizer_state import load_named_state, named_state
@@ -136,7 +138,7 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
 
 
 def _norms_and_biases(model: nn.Module) -> set[str]:
-    """Names of the parameters that are commonly spared weight decay."""
+    """Names of the parameters that are commonly spared weight decay, and of those that the model names itself."""
     in_norms: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, NORMS):
@@ -146,4 +148,21 @@ def _norms_and_biases(model: nn.Module) -> set[str]:
         is_bias = name.rpartition(".")[2] == "bias"
         if is_bias or parameter.ndim <= 1 or parameter in in_norms:
             names.add(name)
-    return names
+    return names | _named_by_model(model)
+
+
+def _named_by_model(model: nn.Module) -> set[str]:
+    """What `no_weight_decay()` of timm's models names, wildcards allowed, and Swin's `no_weight_decay_keywords()`."""
+    patterns: set[str] = set()
+    for method, pattern in (
+        ("no_weight_decay", "{}"),
+        ("no_weight_decay_keywords", "*{}*"),
+    ):
+        names = getattr(model, method, None)
+        if callable(names):
+            patterns.update(pattern.format(name) for name in names())
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from trainer.components.learning_rates import describe_layers
 from trainer.components.models import count_parameters
 from trainer.components.optimizer import named_state
 from trainer.components.schedule import Schedule
@@ -40,7 +41,7 @@ def header(
         ("weights", run.weights_note),
         ("data", _describe_data(run)),
         ("batch", batch_arithmetic(plan, fuse)),
-        ("optimizer", f"{config.optimizer.name} · lr {config.optimizer.lr:g}"),
+        ("optimizer", _describe_optimizer(run)),
         ("schedule", schedule.describe()),
         ("length", length),
         ("best", _describe_best(config.best)),
@@ -51,6 +52,13 @@ def header(
         ("note", run.data.note),
     ]
     return [(name, text) for name, text in facts if text]
+
+
+def _describe_optimizer(run: Run) -> str:
+    section = run.config.optimizer
+    layers = describe_layers(section, run.module, run.config.model.head)
+    decay = f" · layer_decay {section.layer_decay:g}: {layers}" if layers else ""
+    return f"{section.name} · lr {section.lr:g}{decay}"
 
 
 def _describe_best(best: BestConfig) -> str:
