@@ -613,6 +613,9 @@ class Trainer:
         self.interval_totals = Totals(content.progress.interval)
         self.epoch_totals = Totals(content.progress.epoch)
         self.schedule = self._build_schedule()
+        if self.progress.step:  # the row of an epoch that ended there shows its rate
+            factor = self.schedule.factor(self.progress.step - 1)
+            set_learning_rate(self.optimizer, factor)
         # Loaded by `start`, once observers have seen the model.
         self._restored_states = content.stateful
         self._freeze(self._epoch_to_go_on_in())
