@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_step_wants_a_length_in_steps() -> None:
 class Retrieval(CrossEntropy):
     """A task with metrics of its own."""
 
-    directions = {"median_rank": "min", "hits": "max"}
+    directions: Mapping[str, str] = {"median_rank": "min", "hits": "max"}
 
     def __init__(self) -> None:
         super().__init__(ignore_index=-1)
@@ -175,6 +176,21 @@ def test_the_most_accurate_model_is_best_without_a_mode(tmp_path: Path) -> None:
     assert summary["best"] == max(values)
     # `config.yaml` says which direction it was.
     assert read_config(tmp_path / "run").best.mode == "max"
+
+
+def test_plateau_follows_the_metrics_direction(tmp_path: Path) -> None:
+    settings = config(
+        tmp_path,
+        **ACCURACY,
+        loss__ignore_index=-1,
+        schedule__name="plateau",
+        schedule__patience=0,
+    )
+    trainer = Trainer(settings, model=mlp(), train_data=Points(), val_data=Points(40))
+    trainer.progress.history[:] = [0.1, 0.2, 0.3]
+    assert trainer.schedule.factor(4) == 1.0
+    trainer.progress.history[:] = [0.3, 0.2]
+    assert trainer.schedule.factor(4) == 0.1
 
 
 def test_a_metric_of_unknown_direction_is_asked_for(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def build_optimizer(
     check_optimizer(section, model, make)
     optimizer: Optimizer = make()
     remember_as_built(optimizer)
-    if not section.decay_norm_and_bias and "weight_decay" not in optimizer.defaults:
+    if not section.decay_norm_and_bias and not _has_weight_decay(optimizer):
         raise ConfigError(
             "optimizer.decay_norm_and_bias",
             f'"{section.name}" has no weight_decay; leave it true',
@@ -74,6 +74,11 @@ def build_optimizer(
         if "lr" in group:
             group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def _has_weight_decay(optimizer: Optimizer) -> bool:
+    parts = (optimizer, *inner_optimizers(optimizer).values())
+    return any("weight_decay" in getattr(part, "defaults", {}) for part in parts)
 
 
 def _can_be_fused(target: Any, arguments: dict[str, Any], model: nn.Module) -> bool:

@@ -28,11 +28,11 @@ def inner_optimizers(optimizer: Optimizer) -> dict[str, Optimizer]:
 
     Found once: it is asked for in every step.
     """
-    if optimizer not in _inner:
-        found: dict[str, Optimizer] = {}
+    found = _inner.get(optimizer)
+    if found is None:
+        found = _inner[optimizer] = {}
         _collect(optimizer, "", found, {id(optimizer)})
-        _inner[optimizer] = found
-    return _inner[optimizer]
+    return found
 
 
 def _collect(
