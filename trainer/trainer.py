@@ -26,6 +26,7 @@ from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.observers import Observer, Observers, Stateful
 from trainer.core.preflight import notes_on
+from trainer.core.proof.prove import Proof, prove
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.refused import refuse_nondeterministic
 from trainer.core.rehearsal import check_disk, check_states, rehearse
@@ -107,6 +108,7 @@ class Trainer:
         self.grad_norm: Tensor | None = None
         self.fuse = 1  # micro-batches in one forward, chosen before training
         self.fuse_note = ""  # why batch.fuse=auto chose 1
+        self.proof = Proof(off="not made")  # until `prove`
         # Stateful objects that the checkpoint or the run lacks.
         self.state_notes: list[str] = []
         self._restored_states: Mapping[str, Any] | None = None
@@ -150,6 +152,7 @@ class Trainer:
             self.fuse, self.fuse_note = choose_fuse(self.run)
             rehearse(self.run)
             check_disk(self.run)
+            self.prove()
             with (
                 StopRequest(self.ranks) as stop,
                 Journal(self.config, self.ranks) as self._journal,
@@ -171,11 +174,38 @@ class Trainer:
                 finally:
                     self.end_loading()
 
+    def prove(self, *, thorough: bool = False) -> None:
+        """Try the promise on this run's model, loss and data, before `start`; see docs/proof.md. A collective.
+
+        Raises `ConfigError` for what breaks it, in bitwise mode or with `run.proof=strict`.
+        """
+        config = self.config
+        if config.run.proof != "off" and config.data.workers:
+            self.load_from(
+                0
+            )  # loader processes are started once, and `start` goes on with them
+        try:
+            self.proof = prove(
+                self.run,
+                self.optimizer,
+                self._stateful_objects(),
+                self._batches,
+                thorough=thorough,
+            )
+        except BaseException:
+            self.end_loading()
+            raise
+
     def _introduce(self) -> None:
         """Show what will run, and its first samples."""
         journal = self.journal
         header = report.header(
-            self.run, self.schedule, self.fuse, self.fuse_note, journal.directory
+            self.run,
+            self.schedule,
+            self.fuse,
+            self.fuse_note,
+            directory=journal.directory,
+            proof=self.proof,
         )
         facts = journal.with_sharing(self.run.facts_of_ranks)
         journal.begin(
@@ -197,13 +227,21 @@ class Trainer:
         """Begin at the step after those that are done. A loop of one's own calls it once before `train_step`."""
         stateful = self._stateful_objects()  # refuses now what could not be saved later
         self.stopwatch = Stopwatch(self.progress)
-        self.load_from(self.progress.step)
+        self._load_next()
         self.module.train()
         self.observers.begin(self.run)
         if self._restored_states is not None:
             self.state_notes = load_states(stateful, self._restored_states)
             self._restored_states = None
         check_states(stateful, self.run)
+
+    def _load_next(self) -> None:
+        """Load from the next step on, with the loader processes that the proof has started, if it is the first."""
+        if self._batches is not None:
+            if self.progress.step == 0:
+                return
+            self._batches.close()
+        self.load_from(self.progress.step)
 
     def load_from(self, steps_done: int) -> None:
         """Load the samples of the step after `steps_done` next."""
@@ -535,7 +573,7 @@ class Trainer:
         if is_changed or not last.last_in_epoch:
             self._log_epoch(last, {}, evaluate=True)
         self.stopwatch.stop(self.progress)
-        summary = report.summary(self.run, self.progress, self.optimizer)
+        summary = report.summary(self.run, self.progress, self.optimizer, self.proof)
         figures = {}
         if self.config.run.figures:
             figures = drawing.draw(

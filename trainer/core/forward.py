@@ -12,6 +12,7 @@ from trainer.core.precision import Precision
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import Fused
+from trainer.exact.host_draws import HostDraws
 from trainer.exact.plan import Step
 from trainer.exact.seeding import device_generator, device_seeder, key, mix_key
 
@@ -30,6 +31,8 @@ class Forward:
         self._base_key = key(seed, "device")
         self._device = device
         self._seed_device = device_seeder(device)
+        # Of the model that is trained, known from the first forward on.
+        self.host_draws: HostDraws | None = None
 
     def __call__(
         self, model: nn.Module, batch: MicroBatch, step: Step | None
@@ -43,10 +46,16 @@ class Forward:
         """
         if step is None:
             return self._output_and_loss(model, batch)
+        if self.host_draws is None:
+            self.host_draws = HostDraws(model, self.task)
         if batch.fused > 1:
-            return self._fuse(model, batch, step)
-        self._seed_device(self._key(step, batch.first))
-        return self._output_and_loss(model, batch)
+            return self._fuse(model, batch, step, self.host_draws)
+        value = self._key(step, batch.first)
+        self._seed_device(value)
+        watched = self.host_draws.begin(value)
+        result = self._output_and_loss(model, batch)
+        self.host_draws.end(watched)
+        return result
 
     def _key(self, step: Step, index: int) -> int:
         return mix_key(self._base_key, step.number, index)
@@ -58,7 +67,11 @@ class Forward:
         return output, as_weighted_sum(self.task.loss_sum(output, batch.targets))
 
     def _fuse(
-        self, model: nn.Module, batch: MicroBatch, step: Step
+        self,
+        model: nn.Module,
+        batch: MicroBatch,
+        step: Step,
+        host_draws: HostDraws,
     ) -> tuple[Any, WeightedSum]:
         first, end = batch.indices
         start, _ = step.micro_batches[first]
@@ -66,7 +79,10 @@ class Forward:
         samples = stop - start
         seeds = [self._key(step, index) for index in range(first, end)]
         self._seed_device(seeds[0])
-        with Fused(model, device_generator(self._device), seeds, samples) as fused:
+        with (
+            host_draws.refused(),
+            Fused(model, device_generator(self._device), seeds, samples) as fused,
+        ):
             result = self._output_and_loss(model, batch)
         fused.finish()
         return result

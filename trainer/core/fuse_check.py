@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,11 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from trainer.core.build import Run
 from trainer.core.forward import Forward
 from trainer.core.precision import Precision
+from trainer.core.proof.state import without_trace
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import REMEDY
+from trainer.exact.host_draws import mentions_host_generators
 from trainer.exact.plan import IndexRange, Step, split_evenly
-from trainer.exact.seeding import device_generator, preserved_cpu_generators
 from trainer.process import launcher
 
 SAMPLES_TO_COMPARE = 4  # of each micro-batch: more of them would show no more
@@ -58,6 +57,9 @@ def choose_fuse(run: Run) -> tuple[int, str]:
         return 1, _first_clause(error.message)
     if fuse != "auto":
         return fuse, ""
+    if any(map(mentions_host_generators, (run.module, run.task))):
+        # If not in the first step, then perhaps in a later one, which would end the run.
+        return 1, "the model's or the loss's code mentions random or numpy.random"
     fits_on_this_rank = _largest_that_fits(run, step, first, end)
     return min(run.ranks.gather([fits_on_this_rank])), ""
 
@@ -149,27 +151,6 @@ def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     difference = (actual - expected).to(expected.dtype).double().norm()
     bound = tolerance * expected.double().norm()
     return not bool(difference > bound)
-
-
-@contextmanager
-def without_trace(run: Run) -> Iterator[None]:
-    """Put the model's buffers and gradients and all generators back at the end, also after an error."""
-    module = run.module
-    generator = device_generator(run.ranks.device)
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
-    module.zero_grad()
-    generator_state = generator.get_state()
-    try:
-        with preserved_cpu_generators():
-            yield
-    finally:
-        generator.set_state(generator_state)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
 
 
 # ---------------------------------------------------------------- what fits in memory

@@ -12,6 +12,7 @@ from trainer.components.models import count_parameters
 from trainer.components.optimizer import named_state
 from trainer.components.schedule import Schedule
 from trainer.core.build import Run
+from trainer.core.proof.prove import Proof
 from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.plan import Plan
 from trainer.storage.checkpoint import Progress
@@ -21,7 +22,13 @@ MAX_LISTED_RANKS = 8
 
 
 def header(
-    run: Run, schedule: Schedule, fuse: int, fuse_note: str, directory: Path
+    run: Run,
+    schedule: Schedule,
+    fuse: int,
+    fuse_note: str,
+    *,
+    directory: Path,
+    proof: Proof,
 ) -> list[tuple[str, str]]:
     """What a person wants to see before a run begins."""
     config = run.config
@@ -41,6 +48,7 @@ def header(
         ("fuse", f"1: {fuse_note}" if fuse_note else ""),
         ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
         ("note", run.data.note),
+        *proof.facts(),
     ]
     return [(name, text) for name, text in facts if text]
 
@@ -93,7 +101,9 @@ def _describe_fuse(plan: Plan, fuse: int) -> str:
     return f", up to {largest} at once" if largest > 1 else ""
 
 
-def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any]:
+def summary(
+    run: Run, progress: Progress, optimizer: Optimizer, proof: Proof
+) -> dict[str, Any]:
     """What `summary.json` holds."""
     optimizer_state, _ = named_state(optimizer, run.module)
     return {
@@ -107,6 +117,7 @@ def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any
         "weights_sha256": tensors_sha256(dict(run.module.named_parameters())),
         "buffers_sha256": tensors_sha256(dict(run.module.named_buffers())),
         "optimizer_sha256": tensors_sha256(optimizer_state),
+        "proof": proof.to_dict(),
     }
 
 

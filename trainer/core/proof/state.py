@@ -45,7 +45,7 @@ class ModuleState:
             dot = f"{prefix}." if prefix else ""
             tables = [part._buffers, part._parameters] if weights else [part._buffers]
             for table in tables:
-                self._keep(dot, table, list(table))  # type: ignore[arg-type]
+                self._keep(dot, table, list(table))
             attributes = vars(part)
             self._keep(dot, attributes, [n for n in attributes if n not in OF_TORCH])
 
@@ -187,9 +187,10 @@ def _is_equal(value: Any, content: Any) -> bool:
         case Tensor():
             return isinstance(content, Tensor) and same_bits(value, content)
         case np.ndarray():
-            return (
-                isinstance(content, np.ndarray) and value.tobytes() == content.tobytes()
-            )
+            if not isinstance(content, np.ndarray):
+                return False
+            is_same: bool = value.tobytes() == content.tobytes()
+            return is_same
         case list() | deque() | set() | tuple():
             if not isinstance(content, list) or len(value) != len(content):
                 return False
@@ -199,7 +200,7 @@ def _is_equal(value: Any, content: Any) -> bool:
                 return False
             return all(_is_same_item(value[key], content[key]) for key in value)
         case bool() | int() | float() | complex() | str():
-            return bool(value == content or value != value)
+            return repr(value) == repr(content)  # a NaN equals itself
     return isinstance(content, dict) and _is_equal(vars(value), content)
 
 

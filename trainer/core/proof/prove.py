@@ -1,0 +1,189 @@
+"""The proof: the promise, tried on a run's own model, loss and data before its first step."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from trainer.core.build import Run
+from trainer.core.observers import Stateful
+from trainer.core.proof.finding import Finding
+from trainer.core.proof.noise import note_noise
+from trainer.core.proof.processes import check_processes
+from trainer.core.proof.repeat import check_repeat
+from trainer.core.proof.samples import check_samples
+from trainer.core.proof.trial import MICRO_BATCHES, Check, Trial
+from trainer.data.loading import TrainLoader
+from trainer.errors import ConfigError, LockstepError
+
+CHECKS: Mapping[str, Check] = {
+    "samples": check_samples,
+    "repeat": check_repeat,
+    "processes": check_processes,
+}
+SAMPLES = 4
+SAMPLES_IN_CHECK = 32
+MICRO_BATCHES_IN_CHECK = 8
+# Seconds for the checks of a step's micro-batches, of which there are fewer where they take longer.
+TIME_LIMIT = 5.0
+TIME_LIMIT_IN_CHECK = 60.0
+ADVICE = "or use run.reproducibility=standard, which only warns"
+ADVICE_OF_STRICT = "or use run.proof=on, which only warns"
+
+
+@dataclass
+class Proof:
+    """What the proof of a run has done and found, the same on every rank."""
+
+    seconds: float = 0.0
+    checks: list[str] = field(default_factory=list)  # made to the end
+    skipped: list[str] = field(default_factory=list)  # each with the reason
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    off: str = ""  # why none was made
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Lines for the header of a run."""
+        if self.off:
+            return [("proof", self.off)]
+        result = "no finding"
+        if self.findings:
+            result = f"{len(self.findings)} of them found a difference"
+        line = f"{self.seconds:.1f} s: {', '.join(self.checks) or 'nothing'} · {result}"
+        lines = [("proof", " · ".join([line, *self.skipped]))]
+        lines += [("warning", f"{f.check}: {f}") for f in self.findings]
+        lines += [("note", note) for note in self.notes]
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `summary.json` holds it: nothing that differs between two equal runs."""
+        return {
+            "checks": self.checks,
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+
+def prove(
+    run: Run,
+    optimizer: Optimizer,
+    stateful: Mapping[str, Stateful],
+    batches: TrainLoader | None = None,
+    *,
+    thorough: bool = False,
+) -> Proof:
+    """Try the promise on the run's first step. A collective that leaves no trace.
+
+    `batches` are the run's own, if loader processes make them. `thorough` tries more samples and micro-batches.
+
+    Raises `ConfigError` that lists all findings in bitwise mode, and with `run.proof=strict` in either mode.
+    """
+    if run.config.run.proof == "off":
+        return Proof(off="off: nothing was tried on this model, loss and data")
+    if run.ranks.device.type not in ("cpu", "cuda"):
+        return Proof(off="none: it needs a CPU or a CUDA device")
+    start = perf_counter()
+    trial = Trial(
+        run,
+        run.plan.step(0),
+        samples=SAMPLES_IN_CHECK if thorough else SAMPLES,
+        optimizer=optimizer,
+        stateful=stateful,
+        batches=batches,
+        micro_batches=MICRO_BATCHES_IN_CHECK if thorough else MICRO_BATCHES,
+    )
+    proof = Proof()
+    run.module.train()
+    for name, check in CHECKS.items():
+        limit = TIME_LIMIT_IN_CHECK if thorough else TIME_LIMIT
+        reason = _limit_micro_batches(trial, limit)
+        if name == "processes" and (reason or proof.findings):
+            if reason:
+                proof.skipped.append(f"processes skipped: {reason}")
+            continue  # what differs by itself differs between processes, too
+        findings, problem = _on_all_ranks(trial, check)
+        if problem:
+            proof.skipped.append(f"{name} skipped: {problem}")
+            continue
+        proof.checks.append(name)
+        proof.findings += findings
+    proof.notes = _notes(trial)
+    proof.seconds = perf_counter() - start
+    _refuse(run, proof)
+    return proof
+
+
+def _limit_micro_batches(trial: Trial, limit: float) -> str:
+    """Let each check run as few micro-batches as fit into the time; the reason, if two do not."""
+    if not trial.seconds:
+        return ""
+    # The first forward of all may compile or load kernels.
+    own = min(trial.seconds)
+    seconds = max(trial.run.ranks.gather([own]))
+    affordable = int(limit / (2 * seconds))
+    trial.micro_batches = min(trial.micro_batches, max(affordable, 1))
+    if affordable < 2:
+        return f"a micro-batch takes {seconds:.1f} s (lockstep check makes it)"
+    return ""
+
+
+def _on_all_ranks(trial: Trial, check: Check) -> tuple[list[Finding], str]:
+    """The findings of the first rank that has any, and why some rank could not make the check. A collective."""
+    ranks = trial.run.ranks
+    own = ranks.on_each(lambda: _attempt(trial, check))
+    of_ranks = ranks.gather([own])
+    problems = [problem for _, problem in of_ranks if problem]
+    if problems:
+        return [], problems[0]
+    for findings, _ in of_ranks:
+        if findings:
+            return findings, ""
+    return [], ""
+
+
+def _attempt(trial: Trial, check: Callable[[Trial], Any]) -> tuple[Any, str]:
+    """The result of a check, and why it could not be made.
+
+    What fails here fails in the first step as well, which explains it better. It may also need what comes later: an
+    observer that begins, or the memory that the proof itself takes.
+    """
+    try:
+        return check(trial), ""
+    except LockstepError:
+        raise
+    except torch.OutOfMemoryError:
+        problem = "no memory is left for it"
+    except Exception as error:
+        problem = f"{type(error).__name__}"
+    # The handler must end before memory is freed: its traceback refers to the activations.
+    gc.collect()
+    if trial.run.ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return [], problem
+
+
+def _notes(trial: Trial) -> list[str]:
+    notes, _ = trial.run.ranks.on_each(lambda: _attempt(trial, note_noise))
+    of_ranks = trial.run.ranks.gather([notes])
+    return next((lines for lines in of_ranks if lines), [])
+
+
+def _refuse(run: Run, proof: Proof) -> None:
+    is_strict = run.config.run.proof == "strict"
+    if not proof.findings or not (run.bitwise or is_strict):
+        return
+    listed = "".join(f"\n  {f.check}: {f}" for f in proof.findings)
+    if run.bitwise:
+        raise ConfigError(
+            "run.reproducibility",
+            f"bitwise cannot hold for this model, loss and data:{listed}\n{ADVICE}",
+        )
+    raise ConfigError(
+        "run.proof",
+        f"strict refuses what would not be the same on other hardware:{listed}\n{ADVICE_OF_STRICT}",
+    )
