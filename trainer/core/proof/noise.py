@@ -35,8 +35,8 @@ def note_noise(trial: Trial) -> list[str]:
     more = f" and {len(names) - NAMES_IN_A_MESSAGE} more" if names[3:] else ""
     optimizer = type(trial.optimizer).__name__
     return [
-        f"the gradient of {shown}{more} is rounding noise, of which {optimizer} makes whole steps: other hardware gives "
-        f"other digits there, and so in the weights (bias=False before a BatchNorm avoids it)"
+        f"the gradient of {shown}{more} is rounding noise, of which {optimizer} makes whole steps: other hardware "
+        f"gives other digits there, and so in the weights (bias=False before a BatchNorm avoids it)"
     ]
 
 

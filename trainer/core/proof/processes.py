@@ -19,6 +19,7 @@ from trainer.core.proof.culprit import first_to_differ
 from trainer.core.proof.finding import Finding
 from trainer.core.proof.state import ModuleState, without_trace
 from trainer.core.proof.trial import Trial
+from trainer.exact.batch_norm import named_norm_layers
 from trainer.exact.bitwise import BitwiseReduction, Contribution
 from trainer.exact.plan import Step
 from trainer.exact.reduction import Reduction
@@ -230,31 +231,36 @@ def _explain(
         for index in range(second):
             forward(index)
 
-    part = "the model"
+    part = None
     if not run.config.train.compile:  # hooks would compile it anew
-        found = first_to_differ(
-            run.module, forward, begin, begin_after_others, exact=trial.exact
+        part = first_to_differ(
+            run.module, forward, begin, begin_after_others, exact=trial.repeats_bits
         )
-        part = found or "the loss"
     begin_after_others()
-    changed = _changes_of(trial, states, part)
-    kept = f": it changes {', '.join(changed[:NAMES_IN_A_MESSAGE])}" if changed else ""
+    of_model, of_loss = states
+    changes = _unknown_changes(run.module, of_model)
+    if part is None and changes:
+        part = "the model"
+    if part is None:
+        part = "the loss"
+        changes = [f"loss.{name}" for name in of_loss.changes()]
+    changes = [n for n in changes if n.startswith(f"{part}.")] or changes
+    names = ", ".join(changes[:NAMES_IN_A_MESSAGE])
+    kept = f": it changes {names}" if changes else ""
     return Finding(
         CHECK,
         f"two processes have another gradient than one, because {part} keeps something from one micro-batch for the "
         f"next{kept} ({difference})",
         "let a forward depend on its micro-batch and on what is the same at the step's start alone, and update the "
-        "rest after the step, in an observer; or use batch.micro_size=batch.size, on one process",
+        "rest after the step, in an observer; or set batch.micro_size=batch.size, which one process can run",
     )
 
 
-def _changes_of(trial: Trial, states: list[ModuleState], part: str) -> list[str]:
-    """What the forwards have changed in a part of the model, or in the loss."""
-    of_model, of_loss = states
-    if part == "the loss":
-        return [f"loss.{name}" for name in of_loss.changes()]
-    changes = of_model.changes()
-    if part == "the model":
-        return changes
-    within = [name for name in changes if name.startswith(f"{part}.")]
-    return within or changes
+def _unknown_changes(module: nn.Module, state: ModuleState) -> list[str]:
+    """What the forwards have changed in a model, without its running statistics, which are summed over ranks."""
+    statistics = [f"{name}." for name, _ in named_norm_layers(module)]
+    changes = []
+    for name in state.changes():
+        if not name.startswith(tuple(statistics)):
+            changes.append(name)
+    return changes

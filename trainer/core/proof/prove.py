@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from trainer.core.build import Run
 from trainer.core.observers import Stateful
 from trainer.core.proof.finding import Finding
+from trainer.core.proof.generators import preserved_in
 from trainer.core.proof.noise import note_noise
 from trainer.core.proof.processes import check_processes
 from trainer.core.proof.repeat import check_repeat
@@ -97,15 +98,24 @@ def prove(
         batches=batches,
         micro_batches=MICRO_BATCHES_IN_CHECK if thorough else MICRO_BATCHES,
     )
-    proof = Proof()
     run.module.train()
+    with preserved_in(run.train_loader.dataset):
+        proof = _try(trial, TIME_LIMIT_IN_CHECK if thorough else TIME_LIMIT)
+    proof.seconds = perf_counter() - start
+    _refuse(run, proof)
+    return proof
+
+
+def _try(trial: Trial, time_limit: float) -> Proof:
+    """Make every check, one after the other."""
+    proof = Proof()
     for name, check in CHECKS.items():
-        limit = TIME_LIMIT_IN_CHECK if thorough else TIME_LIMIT
-        reason = _limit_micro_batches(trial, limit)
-        if name == "processes" and (reason or proof.findings):
+        if name == "processes":
+            reason = _limit_micro_batches(trial, time_limit)
             if reason:
                 proof.skipped.append(f"processes skipped: {reason}")
-            continue  # what differs by itself differs between processes, too
+            if reason or proof.findings:
+                continue  # what differs by itself differs between processes, too
         findings, problem = _on_all_ranks(trial, check)
         if problem:
             proof.skipped.append(f"{name} skipped: {problem}")
@@ -113,8 +123,6 @@ def prove(
         proof.checks.append(name)
         proof.findings += findings
     proof.notes = _notes(trial)
-    proof.seconds = perf_counter() - start
-    _refuse(run, proof)
     return proof
 
 

@@ -101,5 +101,7 @@ def _part_that_differs(trial: Trial, index: int, states: list[ModuleState]) -> s
     def forward() -> None:
         run.forward(run.module, trial.batch(index), trial.step)
 
-    part = first_to_differ(run.module, forward, restore, restore, exact=trial.exact)
+    part = first_to_differ(
+        run.module, forward, restore, restore, exact=trial.repeats_bits
+    )
     return part or "the loss"

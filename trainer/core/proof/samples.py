@@ -36,9 +36,10 @@ def check_samples(trial: Trial) -> list[Finding]:
     with preserved_in(loader.dataset):
         forwards = [loader.sample(sample_id) for sample_id in ids]
         backwards = [loader.sample(sample_id) for sample_id in reversed(ids)]
-        finding = _compare_in_process(trial, ids, forwards, backwards[::-1])
-        if finding is None and trial.batches is not None:
-            finding = _compare_with_loader_process(trial, ids)
+    finding = _compare_in_process(trial, ids, forwards, backwards[::-1])
+    if finding is None and trial.batches is not None:
+        # Started now, with the data set as it was.
+        finding = _compare_with_loader_process(trial, ids)
     return [] if finding is None else [finding]
 
 

@@ -40,7 +40,8 @@ class ModuleState:
 
     def __init__(self, module: nn.Module, *, weights: bool = True) -> None:
         self._slots: list[_Slot] = []
-        self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        # Of each part: the prefix of its names, a table of what it has, and the names that were in it.
+        self._tables: list[tuple[str, dict[str, Any], frozenset[str]]] = []
         for prefix, part in module.named_modules():
             dot = f"{prefix}." if prefix else ""
             tables = [part._buffers, part._parameters] if weights else [part._buffers]
@@ -50,15 +51,15 @@ class ModuleState:
             self._keep(dot, attributes, [n for n in attributes if n not in OF_TORCH])
 
     def _keep(self, dot: str, table: dict[str, Any], names: list[str]) -> None:
-        self._tables.append((table, dict.fromkeys(names)))
+        self._tables.append((dot, table, frozenset(names)))
         for name in names:
             value = table[name]
             self._slots.append(_Slot(dot + name, table, name, value, _content(value)))
 
     def restore(self) -> None:
         """Put everything back."""
-        for table, names in self._tables:
-            for name in [n for n in table if n not in names and n not in OF_TORCH]:
+        for _, table, names in self._tables:
+            for name in _added(table, names):
                 del table[name]
         for slot in self._slots:
             slot.owner[slot.key] = slot.value
@@ -71,7 +72,13 @@ class ModuleState:
             value = slot.owner.get(slot.key)
             if not _is_equal(value, slot.content):
                 names.append(slot.name)
+        for dot, table, known in self._tables:
+            names += [dot + name for name in _added(table, known)]
         return names
+
+
+def _added(table: dict[str, Any], names: frozenset[str]) -> list[str]:
+    return [name for name in table if name not in names and name not in OF_TORCH]
 
 
 @contextmanager
@@ -183,7 +190,7 @@ def _is_equal(value: Any, content: Any) -> bool:
         return True
     match value:
         case None:
-            return content == NOTHING
+            return bool(content == NOTHING)
         case Tensor():
             return isinstance(content, Tensor) and same_bits(value, content)
         case np.ndarray():

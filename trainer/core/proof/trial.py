@@ -46,6 +46,11 @@ class Trial:
         return self.run.bitwise
 
     @property
+    def repeats_bits(self) -> bool:
+        """True if a forward gives the same bits again. A GPU's atomic additions come in any order."""
+        return self.exact or self.run.ranks.device.type == "cpu"
+
+    @property
     def module(self) -> nn.Module:
         return self.run.module
 
