@@ -27,7 +27,7 @@ def note_noise(trial: Trial) -> list[str]:
     if trial.run.precision.autocasts:
         return []  # everything has few digits
     with without_trace(trial.run, weights=True):
-        trial.forward_and_backward(trial.step.ranks[trial.run.ranks.rank][0])
+        trial.forward_and_backward(trial.own_index)
         names = noisy_parameters(trial.module)
     if not names:
         return []
@@ -35,8 +35,8 @@ def note_noise(trial: Trial) -> list[str]:
     more = f" and {len(names) - NAMES_IN_A_MESSAGE} more" if names[3:] else ""
     optimizer = type(trial.optimizer).__name__
     return [
-        f"the gradient of {shown}{more} is rounding noise, of which {optimizer} makes whole steps: other hardware "
-        f"gives other digits there, and so in the weights (bias=False before a BatchNorm avoids it)"
+        f"the gradient of {shown}{more} is rounding noise, of which {optimizer} makes whole steps: on other "
+        f"hardware they end elsewhere, and nothing else does (bias=False before a BatchNorm avoids it)"
     ]
 
 

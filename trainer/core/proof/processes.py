@@ -38,8 +38,8 @@ NAMES_IN_A_MESSAGE = 3
 def check_processes(trial: Trial) -> list[Finding]:
     """Run a step's first micro-batches as one rank and as two would, and compare the gradients."""
     step = trial.short_step(ranks=1)
-    is_shared = trial.run.config.batch_norm.mode == "sync"
-    if len(step.micro_batches) < RANKS or is_shared:
+    spans_ranks = trial.run.config.batch_norm.mode == "sync"
+    if len(step.micro_batches) < RANKS or spans_ranks:
         return []  # nothing to part, or not promised
     with without_trace(trial.run, weights=True):
         states = [ModuleState(trial.run.module), ModuleState(trial.run.task)]
@@ -137,6 +137,15 @@ class SimulatedRanks:
 
     def broadcast_tensor(self, tensor: Tensor) -> None:
         """Every rank has rank 0's already."""
+
+    def broadcast_together(self, tensors: list[Tensor], source: int) -> None:
+        """The same: what a step leaves in buffers is put back after it."""
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        if self.count == 1:
+            return items
+        result: list[Any] = self.combine(items, _concatenate)
+        return result
 
     def sum_(self, tensor: Tensor) -> Tensor:
         if self.count == 1:

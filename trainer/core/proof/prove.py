@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from trainer.core.build import Run
@@ -32,7 +34,7 @@ SAMPLES = 4
 SAMPLES_IN_CHECK = 32
 MICRO_BATCHES_IN_CHECK = 8
 # Seconds for the checks of a step's micro-batches, of which there are fewer where they take longer.
-TIME_LIMIT = 5.0
+TIME_LIMIT = 3.0
 TIME_LIMIT_IN_CHECK = 60.0
 ADVICE = "or use run.reproducibility=standard, which only warns"
 ADVICE_OF_STRICT = "or use run.proof=on, which only warns"
@@ -98,12 +100,22 @@ def prove(
         batches=batches,
         micro_batches=MICRO_BATCHES_IN_CHECK if thorough else MICRO_BATCHES,
     )
-    run.module.train()
-    with preserved_in(run.train_loader.dataset):
+    with _in_training_mode(run.module), preserved_in(run.train_loader.dataset):
         proof = _try(trial, TIME_LIMIT_IN_CHECK if thorough else TIME_LIMIT)
     proof.seconds = perf_counter() - start
     _refuse(run, proof)
     return proof
+
+
+@contextmanager
+def _in_training_mode(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.train()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _try(trial: Trial, time_limit: float) -> Proof:

@@ -27,8 +27,7 @@ REMEDY = (
 def check_repeat(trial: Trial) -> list[Finding]:
     """Run this rank's first micro-batch twice."""
     run = trial.run
-    first, end = trial.step.ranks[run.ranks.rank]
-    index = first if end > first else 0
+    index = trial.own_index
     with without_trace(run, weights=True):
         states = [ModuleState(run.module), ModuleState(run.task)]
         results = _run(trial, index)

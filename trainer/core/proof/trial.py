@@ -38,7 +38,7 @@ class Trial:
     micro_batches: int = MICRO_BATCHES
     # Of each forward and backward so far.
     seconds: list[float] = field(default_factory=list)
-    _loaded: dict[int, MicroBatch] = field(default_factory=dict)
+    _loaded: MicroBatch | None = None
 
     @property
     def exact(self) -> bool:
@@ -54,26 +54,44 @@ class Trial:
     def module(self) -> nn.Module:
         return self.run.module
 
+    @property
+    def own_index(self) -> int:
+        """The first micro-batch of the step that this rank runs."""
+        first, end = self.step.ranks[self.run.ranks.rank]
+        return first if end > first else 0
+
     def short_step(self, ranks: int) -> Step:
-        """The first micro-batches of the step, as a step of its own on `ranks` ranks."""
-        micro_batches = self.step.micro_batches[: self.micro_batches]
-        count = len(micro_batches)
+        """A step of a few micro-batches, as large as this rank's first one, on `ranks` ranks."""
+        start, stop = self.step.micro_batches[self.own_index]
+        count = min(self.micro_batches, len(self.step.micro_batches))
+        size = count * (stop - start)
         return self.step._replace(
-            size=micro_batches[-1][1],
-            micro_batches=micro_batches,
+            size=size,
+            micro_batches=split_evenly(size, count),
             ranks=split_evenly(count, ranks),
             has_idle_rank=count < ranks,
         )
 
     def batch(self, index: int) -> MicroBatch:
-        """A micro-batch of the step, on the device; loaded once, and copied, since a model may write to its input."""
-        if index not in self._loaded:
-            ids = self.run.plan.sample_ids(self.step, index)
-            self._loaded[index] = self.run.train_loader.peek(ids, index)
-        batch = self._loaded[index]
-        return batch._replace(
-            inputs=tree_map(_copy, batch.inputs), targets=tree_map(_copy, batch.targets)
+        """The samples of this rank's first micro-batch, as number `index` of its step, on the device.
+
+        Loading more would take long, and show no more. They are copied, since a model may write to its input.
+        """
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded._replace(
+            first=index,
+            inputs=tree_map(_copy, self._loaded.inputs),
+            targets=tree_map(_copy, self._loaded.targets),
         )
+
+    def _load(self) -> MicroBatch:
+        if self.batches is not None:
+            batch = self.batches.peek()
+            if batch.fused == 1:
+                return batch
+        ids = self.run.plan.sample_ids(self.step, self.own_index)
+        return self.run.train_loader.peek(ids, self.own_index)
 
     def forward_and_backward(
         self,
