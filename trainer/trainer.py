@@ -48,7 +48,7 @@ from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
-from trainer.storage.run_directory import check_same_run, config_yaml
+from trainer.storage.run_directory import check_same_run, config_yaml, run_path
 from trainer.storage.shared_checkpoint import load_on_all
 
 
@@ -152,12 +152,16 @@ class Trainer:
             self.fuse, self.fuse_note = choose_fuse(self.run)
             rehearse(self.run)
             check_disk(self.run)
-            self.prove()
+            is_resumed = self._has_checkpoint()
+            if not is_resumed:
+                self.prove()  # a refused run leaves an earlier run's directory where it is
             with (
                 StopRequest(self.ranks) as stop,
                 Journal(self.config, self.ranks) as self._journal,
             ):
                 self._resume(self._journal.resume_from)
+                if is_resumed:
+                    self.prove()  # on the samples of its next step
                 self._introduce()
                 try:
                     self.start()
@@ -181,15 +185,15 @@ class Trainer:
         """
         config = self.config
         if config.run.proof != "off" and config.data.workers:
-            self.load_from(
-                0
-            )  # loader processes are started once, and `start` goes on with them
+            # Loader processes are started once, and `start` goes on with them.
+            self.load_from(self.progress.step)
         try:
             self.proof = prove(
                 self.run,
-                self.optimizer,
-                self._stateful_objects(),
-                self._batches,
+                self.progress.step,
+                optimizer=self.optimizer,
+                stateful=self._stateful_objects(),
+                batches=self._batches,
                 thorough=thorough,
             )
         except BaseException:
@@ -227,7 +231,8 @@ class Trainer:
         """Begin at the step after those that are done. A loop of one's own calls it once before `train_step`."""
         stateful = self._stateful_objects()  # refuses now what could not be saved later
         self.stopwatch = Stopwatch(self.progress)
-        self._load_next()
+        if self._batches is None:  # the proof may have started loading
+            self.load_from(self.progress.step)
         self.module.train()
         self.observers.begin(self.run)
         if self._restored_states is not None:
@@ -235,13 +240,13 @@ class Trainer:
             self._restored_states = None
         check_states(stateful, self.run)
 
-    def _load_next(self) -> None:
-        """Load from the next step on, with the loader processes that the proof has started, if it is the first."""
-        if self._batches is not None:
-            if self.progress.step == 0:
-                return
-            self._batches.close()
-        self.load_from(self.progress.step)
+    def _has_checkpoint(self) -> bool:
+        """True if there is a checkpoint to resume from. A collective."""
+        if self.config.run.resume == "never":
+            return False
+        checkpoints = run_path(self.config.run) / "checkpoints"
+        path = self.ranks.on_main(lambda: checkpoint.latest(checkpoints))
+        return path is not None
 
     def load_from(self, steps_done: int) -> None:
         """Load the samples of the step after `steps_done` next."""

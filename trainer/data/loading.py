@@ -100,23 +100,35 @@ class Loader:
         self.normalize = normalize
 
     def peek(
-        self, ids: Sequence[int] | Ids, first: int = 0, fused: int = 1
+        self,
+        ids: Sequence[int] | Ids,
+        first: int = 0,
+        fused: int = 1,
+        *,
+        epoch: int = 0,
     ) -> MicroBatch:
-        """Some samples as the model sees them in the first epoch, as one micro-batch."""
-        batch: MicroBatch = send_to_device(self.fetch(ids, first, fused), self._device)
+        """Some samples as the model sees them in `epoch`, as one micro-batch."""
+        batch: MicroBatch = send_to_device(
+            self.fetch(ids, first, fused, epoch=epoch), self._device
+        )
         return batch._replace(inputs=self.normalize(batch.inputs))
 
     def fetch(
-        self, ids: Sequence[int] | Ids, first: int = 0, fused: int = 1
+        self,
+        ids: Sequence[int] | Ids,
+        first: int = 0,
+        fused: int = 1,
+        *,
+        epoch: int = 0,
     ) -> MicroBatch:
         """The same after the transforms alone: on the CPU, not normalised."""
-        request = Request(first, 0, np.asarray(ids), fused)
+        request = Request(first, epoch, np.asarray(ids), fused)
         return next(self._load_here([request]))
 
-    def sample(self, sample_id: int) -> tuple[Any, Any]:
-        """A sample's input and target after the transforms alone, as in the first epoch."""
+    def sample(self, sample_id: int, epoch: int) -> tuple[Any, Any]:
+        """A sample's input and target after the transforms alone, as in `epoch`."""
         with preserved_cpu_generators():
-            return self.dataset.sample(0, sample_id)
+            return self.dataset.sample(epoch, sample_id)
 
     def raw(self, sample_id: int) -> Any:
         """A sample's input as the data set returns it."""

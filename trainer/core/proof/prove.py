@@ -74,13 +74,14 @@ class Proof:
 
 def prove(
     run: Run,
-    optimizer: Optimizer,
-    stateful: Mapping[str, Stateful],
-    batches: TrainLoader | None = None,
+    steps_done: int = 0,
     *,
+    optimizer: Optimizer | None = None,
+    stateful: Mapping[str, Stateful] | None = None,
+    batches: TrainLoader | None = None,
     thorough: bool = False,
 ) -> Proof:
-    """Try the promise on the run's first step. A collective that leaves no trace.
+    """Try the promise on the step after `steps_done`. A collective that leaves no trace.
 
     `batches` are the run's own, if loader processes make them. `thorough` tries more samples and micro-batches.
 
@@ -90,13 +91,15 @@ def prove(
         return Proof(off="off: nothing was tried on this model, loss and data")
     if run.ranks.device.type not in ("cpu", "cuda"):
         return Proof(off="none: it needs a CPU or a CUDA device")
+    if steps_done >= run.plan.total_steps:
+        return Proof(off="none: no step is left")
     start = perf_counter()
     trial = Trial(
         run,
-        run.plan.step(0),
+        run.plan.step(steps_done),
         samples=SAMPLES_IN_CHECK if thorough else SAMPLES,
         optimizer=optimizer,
-        stateful=stateful,
+        stateful=stateful or {},
         batches=batches,
         micro_batches=MICRO_BATCHES_IN_CHECK if thorough else MICRO_BATCHES,
     )

@@ -33,11 +33,12 @@ def check_samples(trial: Trial) -> list[Finding]:
     if not loader.dataset.draws:
         return []  # a look-up in memory
     ids = _sample_ids(trial)
+    epoch = trial.step.epoch
     with preserved_in(loader.dataset):
-        forwards = [loader.sample(sample_id) for sample_id in ids]
-        backwards = [loader.sample(sample_id) for sample_id in reversed(ids)]
+        forwards = [loader.sample(sample_id, epoch) for sample_id in ids]
+        backwards = [loader.sample(sample_id, epoch) for sample_id in reversed(ids)]
     finding = _compare_in_process(trial, ids, forwards, backwards[::-1])
-    if finding is None and trial.batches is not None:
+    if finding is None and trial.batches is not None and not trial.is_idle:
         # Started now, with the data set as it was.
         finding = _compare_with_loader_process(trial, ids)
     return [] if finding is None else [finding]
@@ -45,9 +46,7 @@ def check_samples(trial: Trial) -> list[Finding]:
 
 def _sample_ids(trial: Trial) -> list[int]:
     """The first samples that this rank will train on: each rank tries its own."""
-    share = trial.step.ranks[trial.run.ranks.rank]
-    if share[0] == share[1]:
-        share = (0, 1)
+    share = (0, 1) if trial.is_idle else trial.step.ranks[trial.run.ranks.rank]
     ids: list[int] = trial.run.plan.sample_ids(trial.step, *share).tolist()
     return ids[: trial.samples]
 
@@ -76,7 +75,7 @@ def _compare_with_loader_process(trial: Trial, ids: Sequence[int]) -> Finding | 
     start, _ = trial.step.micro_batches[batch.first]
     _, stop = trial.step.micro_batches[batch.indices[1] - 1]
     ids = ids[: stop - start]
-    here = trial.run.train_loader.peek(ids, batch.first)
+    here = trial.peek(ids)
     parts = _differing_parts(
         _first_samples(here, len(ids)),
         _first_samples(batch, len(ids)),

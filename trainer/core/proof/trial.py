@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -16,7 +16,7 @@ from trainer.core.build import Run
 from trainer.core.observers import Stateful
 from trainer.core.proof.finding import Finding
 from trainer.data.loading import TrainLoader
-from trainer.data.samples import MicroBatch
+from trainer.data.samples import Ids, MicroBatch
 from trainer.exact.plan import Step, split_evenly
 
 MICRO_BATCHES = 4  # of the step, that a check runs at most
@@ -55,10 +55,15 @@ class Trial:
         return self.run.module
 
     @property
-    def own_index(self) -> int:
-        """The first micro-batch of the step that this rank runs."""
+    def is_idle(self) -> bool:
+        """True if this rank has nothing to do in the step."""
         first, end = self.step.ranks[self.run.ranks.rank]
-        return first if end > first else 0
+        return first == end
+
+    @property
+    def own_index(self) -> int:
+        """The first micro-batch of the step that this rank runs; the very first for an idle rank."""
+        return 0 if self.is_idle else self.step.ranks[self.run.ranks.rank][0]
 
     def short_step(self, ranks: int) -> Step:
         """A step of a few micro-batches, as large as this rank's first one, on `ranks` ranks."""
@@ -86,12 +91,17 @@ class Trial:
         )
 
     def _load(self) -> MicroBatch:
-        if self.batches is not None:
+        if self.batches is not None and not self.is_idle:
             batch = self.batches.peek()
             if batch.fused == 1:
                 return batch
         ids = self.run.plan.sample_ids(self.step, self.own_index)
-        return self.run.train_loader.peek(ids, self.own_index)
+        return self.peek(ids)
+
+    def peek(self, ids: Sequence[int] | Ids) -> MicroBatch:
+        """Some samples as the model sees them in the step's epoch, loaded in this process."""
+        epoch = self.step.epoch
+        return self.run.train_loader.peek(ids, self.own_index, epoch=epoch)
 
     def forward_and_backward(
         self,
