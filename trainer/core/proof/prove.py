@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,19 +21,29 @@ from trainer.core.proof.noise import note_noise
 from trainer.core.proof.processes import check_processes
 from trainer.core.proof.repeat import check_repeat
 from trainer.core.proof.samples import check_samples
-from trainer.core.proof.trial import MICRO_BATCHES, Check, Trial
+from trainer.core.proof.state import without_trace
+from trainer.core.proof.trial import MICRO_BATCHES, Trial
 from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError
 
-CHECKS: Mapping[str, Check] = {
-    "samples": check_samples,
-    "repeat": check_repeat,
-    "processes": check_processes,
-}
+
+class Check(NamedTuple):
+    """A check, and how many micro-batches it runs forward and backward at least."""
+
+    name: str
+    run: Callable[[Trial], list[Finding]]
+    micro_batches: int
+
+
+CHECKS = (
+    Check("samples", check_samples, 0),
+    Check("repeat", check_repeat, 2),
+    Check("processes", check_processes, 4),
+)
 SAMPLES = 4
 SAMPLES_IN_CHECK = 32
 MICRO_BATCHES_IN_CHECK = 8
-# Seconds for the checks of a step's micro-batches, of which there are fewer where they take longer.
+# Seconds for the micro-batches of one check: fewer of them where they take long, and no check where they take too long.
 TIME_LIMIT = 3.0
 TIME_LIMIT_IN_CHECK = 60.0
 ADVICE = "or use run.reproducibility=standard, which only warns"
@@ -124,38 +134,63 @@ def _in_training_mode(module: nn.Module) -> Iterator[None]:
 def _try(trial: Trial, time_limit: float) -> Proof:
     """Make every check, one after the other."""
     proof = Proof()
-    for name, check in CHECKS.items():
-        if name == "processes":
-            reason = _limit_micro_batches(trial, time_limit)
-            if reason:
-                proof.skipped.append(f"processes skipped: {reason}")
-            if reason or proof.findings:
-                continue  # what differs by itself differs between processes, too
-        findings, problem = _on_all_ranks(trial, check)
+    for check in CHECKS:
+        problem = _limit_micro_batches(trial, check, time_limit)
+        findings: list[Finding] = []
+        if not problem:
+            findings, problem = _on_all_ranks(trial, check.run)
         if problem:
-            proof.skipped.append(f"{name} skipped: {problem}")
+            proof.skipped.append(f"{check.name} skipped: {problem}")
             continue
-        proof.checks.append(name)
+        proof.checks.append(check.name)
         proof.findings += findings
-    proof.notes = _notes(trial)
+        if findings and check.name == "repeat":
+            break  # what differs by itself differs in every other check, too
+    if trial.seconds is not None and trial.seconds <= time_limit:
+        proof.notes = _notes(trial)
     return proof
 
 
-def _limit_micro_batches(trial: Trial, limit: float) -> str:
-    """Let each check run as few micro-batches as fit into the time; the reason, if two do not."""
-    if not trial.seconds:
+def _limit_micro_batches(trial: Trial, check: Check, time_limit: float) -> str:
+    """Let a check run as few micro-batches as the time allows; returns why it cannot be made. A collective."""
+    if not check.micro_batches:
         return ""
-    # The first forward of all may compile or load kernels.
-    own = min(trial.seconds)
-    seconds = max(trial.run.ranks.gather([own]))
-    affordable = int(limit / (2 * seconds))
-    trial.micro_batches = min(trial.micro_batches, max(affordable, 1))
-    if affordable < 2:
-        return f"a micro-batch takes {seconds:.1f} s (lockstep check makes it)"
+    if trial.seconds is None:
+        problem = _measure(trial, time_limit)
+        if problem:
+            return problem
+    assert trial.seconds is not None
+    if check.micro_batches * trial.seconds > time_limit:
+        return f"a micro-batch takes {trial.seconds:.1f} s"
+    affordable = int(time_limit / (2 * trial.seconds))
+    trial.micro_batches = max(2, min(trial.micro_batches, affordable))
     return ""
 
 
-def _on_all_ranks(trial: Trial, check: Check) -> tuple[list[Finding], str]:
+def _measure(trial: Trial, time_limit: float) -> str:
+    """Note how long a micro-batch takes; returns why none can be run. A collective."""
+    run = trial.run
+    for _ in range(2):
+        start = perf_counter()
+        _, problem = _on_all_ranks(trial, _run_one)
+        if problem:
+            return problem
+        trial.seconds = max(run.ranks.gather([perf_counter() - start]))
+        is_once_slow = run.config.train.compile or run.ranks.device.type == "cuda"
+        if trial.seconds <= time_limit / 4 or not is_once_slow:
+            break  # else compiling and loading kernels may have taken most of it
+    return ""
+
+
+def _run_one(trial: Trial) -> list[Finding]:
+    with without_trace(trial.run, weights=True):
+        trial.forward_and_backward(trial.own_index)
+    return []
+
+
+def _on_all_ranks(
+    trial: Trial, check: Callable[[Trial], list[Finding]]
+) -> tuple[list[Finding], str]:
     """The findings of the first rank that has any, and why some rank could not make the check. A collective."""
     ranks = trial.run.ranks
     own = ranks.on_each(lambda: _attempt(trial, check))

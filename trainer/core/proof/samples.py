@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ CHECK = "samples"
 # Of a loader process, which has one thread where this one may have more.
 TOLERANCE = 1e-4
 MOST_LISTED = 8
+TIME_LIMIT = (
+    1.0  # seconds for fetching samples once; fewer of them where each takes long
+)
 PARTS = ("input", "target")
 REMEDY = (
     "draw from torch's, NumPy's or Python's global generator (torch.rand, np.random.rand, random.random), which "
@@ -35,7 +39,13 @@ def check_samples(trial: Trial) -> list[Finding]:
     ids = _sample_ids(trial)
     epoch = trial.step.epoch
     with preserved_in(loader.dataset):
-        forwards = [loader.sample(sample_id, epoch) for sample_id in ids]
+        forwards = []
+        deadline = monotonic() + TIME_LIMIT
+        for sample_id in ids:
+            forwards.append(loader.sample(sample_id, epoch))
+            if monotonic() > deadline:
+                break
+        ids = ids[: len(forwards)]
         backwards = [loader.sample(sample_id, epoch) for sample_id in reversed(ids)]
     finding = _compare_in_process(trial, ids, forwards, backwards[::-1])
     if finding is None and trial.batches is not None and not trial.is_idle:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
 
 import torch
 from torch import nn
@@ -14,7 +13,6 @@ from torch.utils._pytree import tree_map
 from trainer.components.task import WeightedSum
 from trainer.core.build import Run
 from trainer.core.observers import Stateful
-from trainer.core.proof.finding import Finding
 from trainer.data.loading import TrainLoader
 from trainer.data.samples import Ids, MicroBatch
 from trainer.exact.plan import Step, split_evenly
@@ -36,8 +34,8 @@ class Trial:
     stateful: Mapping[str, Stateful] = field(default_factory=dict)
     batches: TrainLoader | None = None  # the run's own, where processes load for it
     micro_batches: int = MICRO_BATCHES
-    # Of each forward and backward so far.
-    seconds: list[float] = field(default_factory=list)
+    # Of a forward and backward, on the slowest rank; None before it is measured.
+    seconds: float | None = None
     _loaded: MicroBatch | None = None
 
     @property
@@ -112,17 +110,12 @@ class Trial:
     ) -> WeightedSum:
         """Run a micro-batch as the training step does; the gradient is that of its mean, or scaled by `scale`."""
         batch = self.batch(index)
-        start = perf_counter()
         _, loss = self.run.forward(model or self.module, batch, self.step)
         factor = _one_over_weight(loss) if scale is None else scale(loss)
         self.run.precision.backward(loss.total, factor)
         if self.run.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds.append(perf_counter() - start)
+            torch.cuda.synchronize()  # its time is measured
         return loss
-
-
-Check = Callable[[Trial], list[Finding]]
 
 
 def _one_over_weight(loss: WeightedSum) -> torch.Tensor:
