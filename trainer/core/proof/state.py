@@ -162,7 +162,7 @@ def _put_back(value: Any, content: Any) -> None:
     match value:
         case Tensor():
             if value.shape == content.shape:
-                value.detach().copy_(content)
+                value.data.copy_(content)  # as if it had not been written
         case np.ndarray():
             if value.flags.writeable:
                 value[...] = content
