@@ -138,6 +138,7 @@ def ours(
                 "dir": str(directory),
                 "figures": False,
                 "reproducibility": reproducibility,
+                "proof": "off",  # it reads samples and runs forwards, which are counted here
             },
             "batch": {"size": BATCH, "micro_size": MICRO},
             "optimizer": {"lr": LR, "momentum": 0.9},
