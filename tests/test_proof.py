@@ -16,6 +16,7 @@ from tests.distributed.small import Images, Points, config, conv_net, mlp
 from tests.programs import run_program
 from trainer import ConfigError, Trainer
 from trainer.core.proof import prove as proving
+from trainer.core.proof.generators import generators_in
 from trainer.core.proof.noise import noisy_parameters
 from trainer.core.proof.state import ModuleState
 from trainer.exact.host_draws import mentions_host_generators
@@ -312,6 +313,21 @@ def test_a_state_is_put_back_and_its_changes_are_named() -> None:
     assert state.changes() == []
     assert "state" not in vars(model)
     assert [model.list[0].tolist(), model.list[1:]] == [[0, 0], [{"a": 1}]]
+
+
+def test_a_state_may_hold_anything() -> None:
+    """What cannot be copied or written is left as it is."""
+    model = nn.Sequential(nn.LazyLinear(3), nn.Identity())
+    model.register_buffer("wide", torch.zeros(1).expand(5))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    model.parent = [model]
+    model.parent.append(model.parent)
+    model.function = lambda: model
+    model.rng = {"of numpy": np.random.default_rng(0)}
+    state = ModuleState(model)
+    state.restore()
+    assert state.changes() == []
+    assert [*generators_in(model)] == ["rng['of numpy']"]
 
 
 def test_code_says_whether_it_draws_on_the_host() -> None:

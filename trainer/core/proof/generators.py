@@ -32,7 +32,11 @@ def generators_in(root: object) -> dict[str, Any]:
         if isinstance(value, KINDS):
             found[path] = value
             continue
-        for name, part in _parts(value):
+        try:
+            parts = _parts(value)
+        except Exception:
+            continue  # other people's objects may raise anything when they are looked at
+        for name, part in parts:
             queue.append(((path + name).removeprefix("."), part, depth + 1))
     return found
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from trainer.core.build import Run
 from trainer.core.proof.generators import preserved, preserved_in
@@ -18,6 +21,7 @@ from trainer.exact.seeding import device_generator, preserved_cpu_generators
 # Attributes of `nn.Module` itself, whose parts are looked at one by one.
 OF_TORCH = frozenset(vars(nn.Module()))
 LARGEST_CONTAINER = 10_000  # items; larger ones are data rather than state
+LARGEST_TENSOR = 1 << 28  # bytes of one in a plain attribute; a larger one is data, too
 NOTHING = "nothing"  # the content of None
 DEPTH = 4  # of containers and objects within each other
 
@@ -46,15 +50,23 @@ class ModuleState:
             dot = f"{prefix}." if prefix else ""
             tables = [part._buffers, part._parameters] if weights else [part._buffers]
             for table in tables:
-                self._keep(dot, table, list(table))
+                self._keep(dot, table, list(table), _content_of_tensor)
             attributes = vars(part)
-            self._keep(dot, attributes, [n for n in attributes if n not in OF_TORCH])
+            names = [name for name in attributes if name not in OF_TORCH]
+            # An object that several refer to is looked at once.
+            self._keep(dot, attributes, names, _Copier().content)
 
-    def _keep(self, dot: str, table: dict[str, Any], names: list[str]) -> None:
+    def _keep(
+        self,
+        dot: str,
+        table: dict[str, Any],
+        names: list[str],
+        content: Callable[[Any], Any],
+    ) -> None:
         self._tables.append((dot, table, frozenset(names)))
         for name in names:
             value = table[name]
-            self._slots.append(_Slot(dot + name, table, name, value, _content(value)))
+            self._slots.append(_Slot(dot + name, table, name, value, content(value)))
 
     def restore(self) -> None:
         """Put everything back."""
@@ -111,30 +123,57 @@ def without_trace(run: Run, *, weights: bool = False) -> Iterator[None]:
 # ---------------------------------------------------------------- the contents of objects
 
 
-def _content(value: Any, depth: int = DEPTH) -> Any:
-    """A copy of what is in `value`; None where that cannot change or is not looked at."""
-    match value:
-        case None:
-            return NOTHING
-        case Tensor():
-            # A part of a graph is computed anew by every forward.
-            is_state = value.is_leaf or not value.requires_grad
-            return value.detach().clone() if is_state else None
-        case np.ndarray():
-            return value.copy()
-        case list() | deque() | set() | tuple() if (
-            depth and len(value) <= LARGEST_CONTAINER
-        ):
-            return [(item, _content(item, depth - 1)) for item in value]
-        case dict() if depth and len(value) <= LARGEST_CONTAINER:
-            return {
-                key: (item, _content(item, depth - 1)) for key, item in value.items()
-            }
-        case bool() | int() | float() | complex() | str():
-            return value
-        case _ if depth and _is_plain_object(value):
-            return _content(vars(value), depth - 1)
-    return None
+def _content_of_tensor(value: Tensor | None, largest: float = math.inf) -> Any:
+    if value is None:
+        return NOTHING
+    is_plain = value.layout == torch.strided and not is_lazy(value)
+    # A part of a graph is computed anew by every forward.
+    is_state = value.is_leaf or not value.requires_grad
+    if not is_plain or not is_state or value.nbytes > largest:
+        return None
+    return value.detach().clone()
+
+
+class _Copier:
+    """Copies what is in the plain attributes of a module."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def content(self, value: Any, depth: int = DEPTH) -> Any:
+        """A copy of what is in `value`; None where that cannot change or is not looked at."""
+        match value:
+            case None:
+                return NOTHING
+            case bool() | int() | float() | complex() | str():
+                return value
+            case Tensor():
+                return _content_of_tensor(value, LARGEST_TENSOR)
+            case np.ndarray():
+                return value.copy() if value.nbytes <= LARGEST_TENSOR else None
+        if not depth or id(value) in self._seen:
+            return None
+        self._seen.add(id(value))
+        return self._content_of_container(value, depth - 1)
+
+    def _content_of_container(self, value: Any, depth: int) -> Any:
+        match value:
+            case list() | deque() | set() | tuple():
+                if len(value) > LARGEST_CONTAINER:
+                    return None
+                return [(item, self.content(item, depth)) for item in value]
+            case dict():
+                return self._content_of_items(value, depth)
+        return (
+            self._content_of_items(vars(value), depth)
+            if _is_plain_object(value)
+            else None
+        )
+
+    def _content_of_items(self, items: dict[Any, Any], depth: int) -> Any:
+        if len(items) > LARGEST_CONTAINER:
+            return None
+        return {key: (item, self.content(item, depth)) for key, item in items.items()}
 
 
 def _is_plain_object(value: Any) -> bool:
@@ -161,27 +200,42 @@ def _put_back(value: Any, content: Any) -> None:
         return
     match value:
         case Tensor():
-            if value.shape == content.shape:
+            if value.shape == content.shape and not _repeats_memory(value):
                 value.data.copy_(content)  # as if it had not been written
         case np.ndarray():
             if value.flags.writeable:
                 value[...] = content
-        case list() | deque() | set():
+        case list() | deque() | set() | tuple():
             for item, inner in content:
                 _put_back(item, inner)
-            items = [item for item, _ in content]
-            value.clear()
-            value.update(items) if isinstance(value, set) else value.extend(items)
-        case tuple():
-            for item, inner in content:
-                _put_back(item, inner)
+            _put_back_items(value, [item for item, _ in content])
         case dict():
-            value.clear()
-            for key, (item, inner) in content.items():
-                _put_back(item, inner)
-                value[key] = item
+            _put_back_values(value, content)
         case _ if isinstance(content, dict):
-            _put_back(vars(value), content)
+            _put_back_values(vars(value), content)
+
+
+def _put_back_items(value: Any, items: list[Any]) -> None:
+    is_same = len(value) == len(items) and all(map(is_, value, items))
+    if is_same or isinstance(value, tuple):
+        return
+    value.clear()
+    value.update(items) if isinstance(value, set) else value.extend(items)
+
+
+def _put_back_values(table: dict[Any, Any], content: dict[Any, Any]) -> None:
+    if list(table) != list(content):
+        table.clear()  # so that the order comes back, too
+    for key, (item, inner) in content.items():
+        _put_back(item, inner)
+        if key not in table or table[key] is not item:
+            table[key] = item
+
+
+def _repeats_memory(tensor: Tensor) -> bool:
+    """True if several elements are one in memory, as after `expand`: such a tensor cannot be written."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in pairs)
 
 
 def _is_equal(value: Any, content: Any) -> bool:
