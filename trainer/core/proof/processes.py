@@ -42,8 +42,7 @@ def check_processes(trial: Trial) -> list[Finding]:
     spans_ranks = trial.run.config.batch_norm.mode == "sync"
     if len(step.micro_batches) < RANKS or spans_ranks:
         return []  # nothing to part, or not promised
-    with without_trace(trial.run, weights=True):
-        states = [ModuleState(trial.run.module), ModuleState(trial.run.task)]
+    with without_trace(trial.run, weights=True) as states:
         of_one = _gradients(trial, 1, states)
         of_two = _gradients(trial, RANKS, states)
         difference = compare(of_one, of_two, _tolerance(trial))

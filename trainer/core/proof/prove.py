@@ -115,6 +115,9 @@ def prove(
     )
     with _in_training_mode(run.module), preserved_in(run.train_loader.dataset):
         proof = _try(trial, TIME_LIMIT_IN_CHECK if thorough else TIME_LIMIT)
+    if run.ranks.device.type == "cuda":
+        del trial
+        torch.cuda.empty_cache()  # what the checks compared is not what training allocates
     proof.seconds = perf_counter() - start
     _refuse(run, proof)
     return proof

@@ -28,8 +28,7 @@ def check_repeat(trial: Trial) -> list[Finding]:
     """Run this rank's first micro-batch twice."""
     run = trial.run
     index = trial.own_index
-    with without_trace(run, weights=True):
-        states = [ModuleState(run.module), ModuleState(run.task)]
+    with without_trace(run, weights=True) as states:
         results = _run(trial, index)
         for state in states:
             state.restore()

@@ -94,10 +94,11 @@ def _added(table: dict[str, Any], names: frozenset[str]) -> list[str]:
 
 
 @contextmanager
-def without_trace(run: Run, *, weights: bool = False) -> Iterator[None]:
+def without_trace(run: Run, *, weights: bool = False) -> Iterator[list[ModuleState]]:
     """Put the state of the model and its loss, their gradients and all generators back at the end, also after an error.
 
-    `weights` says whether their parameters are copied, too: a forward may change them.
+    `weights` says whether their parameters are copied, too: a forward may change them. Yields the states of both, which
+    may be restored in between.
     """
     modules = (run.module, run.task)
     states = [ModuleState(module, weights=weights) for module in modules]
@@ -112,7 +113,7 @@ def without_trace(run: Run, *, weights: bool = False) -> Iterator[None]:
                 stack.enter_context(preserved([device_generator(run.ranks.device)]))
             for module in modules:
                 stack.enter_context(preserved_in(module))
-            yield
+            yield states
     finally:
         for state in states:
             state.restore()
