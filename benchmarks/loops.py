@@ -47,7 +47,7 @@ class Work:
     def model_and_optimizer(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         model = self.make_model().to(self.ranks.device).train()
         if self.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(memory_format=torch.channels_last)
         if self.compiled:
             model.compile()
         return model, torch.optim.SGD(model.parameters(), **self.sgd)

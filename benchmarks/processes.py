@@ -36,7 +36,8 @@ def _context() -> Any:
     if os.environ.get(MAY_FORK) != str(os.getpid()):
         return CLEAN
     # CUDA cannot be used in a fork of a process that has used it.
-    return CLEAN if torch.cuda.is_initialized() else FORK
+    is_used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return CLEAN if is_used else FORK
 
 
 def on_processes(

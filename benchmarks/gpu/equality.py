@@ -108,35 +108,40 @@ def _trained(config: Config, device_type: str) -> dict[str, Tensor]:
 
 def fused(setting: Setting) -> Answer:
     """8 micro-batches in one forward are those 8 one by one, BatchNorm and dropout included."""
-    changes = {"batch__micro_size": 8, "train__precision": "fp64"}
-    return _compare(
-        *(
-            _end_of(setting, str(fuse), with_dropout, batch__fuse=fuse, **changes)
-            for fuse in (8, 1)
-        )
+    run = partial(
+        _end_of,
+        setting,
+        make_model=with_dropout,
+        batch__micro_size=8,
+        train__precision="fp64",
     )
+    return _compare(run("8", batch__fuse=8), run("1", batch__fuse=1))
 
 
 def sync_batch_norm(setting: Setting) -> Answer:
     """`batch_norm.mode=sync` on one process is `micro`."""
-    changes = {"batch__micro_size": 32, "train__precision": "fp64"}
-    net = partial(small_cnn, 10)
+    run = partial(
+        _end_of,
+        setting,
+        make_model=partial(small_cnn, 10),
+        batch__micro_size=32,
+        train__precision="fp64",
+    )
     return _compare(
-        *(
-            _end_of(setting, mode, net, batch_norm__mode=mode, **changes)
-            for mode in ("sync", "micro")
-        )
+        run("sync", batch_norm__mode="sync"), run("micro", batch_norm__mode="micro")
     )
 
 
 def resume(setting: Setting) -> Answer:
     """A run stopped after 7 of 15 steps, and gone on with, ends as one that was not, dropout and all."""
-    changes = {
-        "batch__micro_size": 16,
-        "train__precision": "fp64",
-        "run__resume": "auto",
-    }
-    run = partial(_end_of, setting, make_model=with_dropout, **changes)
+    run = partial(
+        _end_of,
+        setting,
+        make_model=with_dropout,
+        batch__micro_size=16,
+        train__precision="fp64",
+        run__resume="auto",
+    )
     run("stopped", train__max_steps=7)
     return _compare(
         run("stopped", train__max_steps=15), run("straight", train__max_steps=15)

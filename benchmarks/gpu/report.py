@@ -78,7 +78,7 @@ class Report:
 
     @property
     def on_gpu(self) -> bool:
-        return self.options["device"] != "cpu"
+        return bool(self.options["device"] != "cpu")
 
     @property
     def stem(self) -> str:
