@@ -29,6 +29,7 @@ from trainer.components.torch_losses import (
 from trainer.config.registry import build, resolve
 from trainer.config.schema import LossConfig
 from trainer.errors import ConfigError, DataError
+from trainer.process.device import sum_dtype
 
 # An ignore_index that no target has; torch's default of -100 would hide wrong labels.
 NO_LABEL = -(2**31)
@@ -261,9 +262,10 @@ class ElementLoss(Task):
         rule = self._rule
         if rule.metric is None or rule.terms is None:
             return {}
-        # Summed in fp64: a metric adds up over a whole epoch.
+        # A metric adds up over a whole epoch.
         terms = rule.terms(self._loss, output, self._matched(output, targets))
-        return {rule.metric: WeightedSum(terms.sum(dtype=torch.float64), terms.numel())}
+        total = terms.sum(dtype=sum_dtype(terms.device))
+        return {rule.metric: WeightedSum(total, terms.numel())}
 
     def answer(self, output: Tensor) -> Answer | None:
         rule = self._rule
