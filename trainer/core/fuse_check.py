@@ -20,7 +20,7 @@ from trainer.exact.fuse import REMEDY
 from trainer.exact.plan import IndexRange, Step, split_evenly
 from trainer.exact.seeding import device_generator, preserved_cpu_generators
 from trainer.process import launcher
-from trainer.process.device import KINDS_WITH_STREAMS, total_memory
+from trainer.process.device import KINDS_WITH_STREAMS, device_module
 
 SAMPLES_TO_COMPARE = 4  # of each micro-batch: more of them would show no more
 # Rounding stays far below, other mathematics far above.
@@ -221,7 +221,9 @@ def _memory_of_an_optimizer(run: Run) -> list[Tensor]:
 
 def _margin(device: torch.device) -> Tensor:
     """A part of a GPU's memory for what the trial does not run: evaluation, metrics, NCCL, fragmentation."""
-    total = total_memory(device) or 0
+    total = 0
+    if device.type in KINDS_WITH_STREAMS:
+        _, total = device_module(device).mem_get_info(device)
     return torch.empty(int(total * MARGIN), dtype=torch.uint8, device=device)
 
 
