@@ -21,9 +21,9 @@ def main(arguments: list[str]) -> None:
     options = parser.parse(arguments)
 
     from trainer.core.build import build_run, settings_of
-    from trainer.storage.run_directory import read_config
+    from trainer.storage.shared_config import read_config_on_all
 
-    config = read_config(options.run, options.overrides)
+    config = read_config_on_all(options.run, options.overrides)
     with settings_of(config):
         run = build_run(config)
         keep_freed_memory(run.ranks.device.type)
