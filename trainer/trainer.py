@@ -25,6 +25,7 @@ from trainer.core.build import build_run, settings_of
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.observers import Observer, Observers, Stateful
+from trainer.core.out_of_memory import explain_out_of_memory
 from trainer.core.preflight import notes_on
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.refused import refuse_nondeterministic
@@ -164,7 +165,13 @@ class Trainer:
                     self._loop(stop)
                     return self._finish()
                 except RuntimeError as error:
-                    cause = refused_operation(error) or self.ranks.explain(error)
+                    cause = (
+                        refused_operation(error)
+                        or explain_out_of_memory(
+                            error, self.run, self.fuse, self.progress.step + 1
+                        )
+                        or self.ranks.explain(error)
+                    )
                     if cause is None:
                         raise
                     raise cause from None
