@@ -20,10 +20,11 @@ from torch import Tensor
 from torchvision.models import mobilenet_v3_small
 
 from benchmarks import fuse, loops, resnet, scale, step_time
-from benchmarks.gpu.check import Answer, Check, Unanswered
-from benchmarks.gpu.checks import CHECKS
+from benchmarks.gpu.check import Answer, Check, Setting, T, Unanswered
+from benchmarks.gpu.checks import CHECKS, check_named
 from benchmarks.gpu.isolation import Failure, run_isolated
 from benchmarks.gpu.report import Report, row_of
+from benchmarks.processes import allow_fork
 from benchmarks.subjects import first_digits, fitted, settings
 from benchmarks.timing import LOCKSTEP, InterleavedTrainer, Rounds, quartiles
 from tests.distributed.ranks import on_ranks
@@ -267,6 +268,44 @@ def test_without_a_gpu_one_line_says_so() -> None:
     assert status == 0
     assert printed.startswith("no CUDA GPU here")
     assert printed.count("\n") == 1
+
+
+class AsOnGpu(Setting):
+    """The CPU, in the place of a GPU, with a rehearsal's sizes."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return True
+
+    def pick(self, full: T, quick: T, rehearsal: T) -> T:
+        return rehearsal
+
+
+def answer_as_on_gpu(name: str, directory: Path) -> Answer:
+    allow_fork()
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.max_memory_allocated = lambda *_: 1000  # type: ignore[assignment]
+    Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[assignment, method-assign]
+    return check_named(name).answer(AsOnGpu("cpu", False, directory))
+
+
+@pytest.mark.parametrize(
+    ("name", "passed", "text"),
+    [
+        ("copy-overlap", None, "% of the shorter one is hidden: copies "),
+        ("memory-resnet18", None, "1.0000 × the raw loop's (0 and 0 MiB), within"),
+        ("max-pool-backward", True, "the same in 4 of 4"),
+        ("jpeg", None, " by the GPU"),
+        ("host-waits", False, "torch does not report a wait that is there"),
+    ],
+)
+def test_what_only_a_gpu_answers_is_put_in_words(
+    name: str, passed: bool | None, text: str, tmp_path: Path
+) -> None:
+    (answer,) = on_ranks(1, answer_as_on_gpu, name, tmp_path)
+    assert answer.passed is passed
+    assert text in answer.text
+    json.dumps(answer.values)
 
 
 def hang(pid_file: Path) -> None:

@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "nanmedian.dim": ("torch.nanmedian with a dimension", "use torch.sort"),
 }
 # Deterministic from torch 2.14 on.
-if torch.__version__ < (2, 14):
+if torch.__version__ < "2.14":  # by version, not by letter
     REFUSED["max_pool3d_with_indices_backward"] = (
         "torch.nn.MaxPool3d",
         "use torch 2.14, or a strided convolution",
