@@ -31,6 +31,7 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.small import largest_difference, state
 from tests.programs import run_program
 from tests.test_configs import image_folder
+from trainer.exact.refused import RefusedOperations
 
 ROOT = Path(__file__).parents[1]
 
@@ -184,10 +185,13 @@ def test_quartiles_are_of_each_rounds_own_ratio() -> None:
 
 
 def gpu(
-    *arguments: str, without: tuple[str, ...] = (), tmp_path: Path | None = None
+    *arguments: str,
+    without: tuple[str, ...] = (),
+    tmp_path: Path | None = None,
+    hide: bool = True,
 ) -> tuple[int, str, str]:
-    """Exit status and output of the GPU report where there is no GPU, and where some packages are not installed."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    """Exit status and output of the GPU report where a GPU is hidden, and where some packages are not installed."""
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if hide else {})
     if tmp_path is not None:
         (tmp_path / "sitecustomize.py").write_text(NOT_INSTALLED.format(without))
         paths = (tmp_path, ROOT)
@@ -382,6 +386,10 @@ def test_own_resnets_are_torchvisions(name: str) -> None:
     own.load_state_dict(dict(zip(own.state_dict(), state.values(), strict=True)))
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(own(images), theirs(images))
+    watch = RefusedOperations(own)
+    with watch.watching():
+        own.train()(images).sum().backward()
+    assert not watch.messages()  # CUDA runs it in bitwise mode
 
 
 @pytest.mark.gpu
@@ -390,7 +398,9 @@ def test_own_resnets_are_torchvisions(name: str) -> None:
     "name", [check.name for check in CHECKS if check.is_correctness]
 )
 def test_on_a_gpu(name: str, tmp_path: Path) -> None:
-    printed = run("gpu", "--quick", "--only", name, "--output", str(tmp_path))
+    arguments = ("--quick", "--only", name, "--output", str(tmp_path))
+    status, printed, errors = gpu(*arguments, hide=False)
+    assert status == 0, errors
     assert f"- pass {name}" in printed
 
 
