@@ -237,12 +237,11 @@ def test_the_memory_of_every_tensor_of_a_nested_batch_is_kept(
 
     stream = Stream()
     recorded: list[tuple[float, Any]] = []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(
         Tensor,
         "record_stream",
         lambda tensor, user: recorded.append((float(tensor[0]), user)),
     )
-    _wait_for_copy(nested_batch()[0], "end of copy")  # type: ignore[arg-type]
+    _wait_for_copy(nested_batch()[0], "end of copy", stream)  # type: ignore[arg-type]
     assert sorted(number for number, _ in recorded) == list(range(8))
     assert all(user is stream for _, user in recorded)

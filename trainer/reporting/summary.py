@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from trainer.components.models import count_parameters
@@ -15,6 +14,7 @@ from trainer.core.build import Run
 from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.exchange_cost import describe_exchange
 from trainer.exact.plan import Plan
+from trainer.process.device import device_name
 from trainer.storage.checkpoint import Progress
 from trainer.storage.sha256 import tensors_sha256
 
@@ -28,7 +28,7 @@ def header(
     config = run.config
     plan = run.plan
     length = f"{plan.total_steps:,} steps · {plan.steps_per_epoch:,} an epoch"
-    device = f"{run.ranks.count} × {_device_name(run.ranks.device)} · {config.train.precision}"
+    device = f"{run.ranks.count} × {device_name(run.ranks.device)} · {config.train.precision}"
     facts = [
         ("run", str(directory)),
         ("model", f"{config.model.name} · {_describe_parameters(run)}"),
@@ -129,7 +129,3 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
         ("weights", values["weights_sha256"][:16]),
         ("files", str(directory)),
     ]
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
