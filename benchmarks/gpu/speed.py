@@ -156,7 +156,7 @@ def _one_mode(setting: Setting, precision: str, micro_batches: int, mode: str) -
     """Images a second. Bitwise mode turns TF32 off, so the standard mode does here, too."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    batch = setting.pick(128, 128, 16)
+    batch = setting.pick(128, 128, 32)
     rounds = setting.pick(Rounds(3, 3), Rounds(1, 3), Rounds(1, 1))
     return _pace(
         setting,
@@ -195,7 +195,7 @@ def fuse_pace(setting: Setting) -> Answer:
         fuse: _pace(
             setting,
             partial(resnet18, CLASSES, width(setting)),
-            setting.pick(64, 64, 16),
+            setting.pick(64, 64, 32),
             rounds,
             directory=setting.directory / str(fuse),
             batch__size=64,
