@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -315,3 +316,15 @@ def test_a_damaged_pointer_is_passed_over(tmp_path: Path, damaged: bytes) -> Non
     (tmp_path / "step_00000003").mkdir()
     (tmp_path / "last").write_bytes(damaged)
     assert checkpoint.latest(tmp_path) == tmp_path / "step_00000003"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_modes_that_the_umask_leaves(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        path = checkpoint.save(tmp_path, checkpoint_of(7), keep=2)
+        save_best(tmp_path, 10)
+    finally:
+        os.umask(before)
+    files_written = [*path.iterdir(), *(tmp_path / "best").iterdir()]
+    assert {file.stat().st_mode & 0o777 for file in files_written} == {0o666 & ~umask}

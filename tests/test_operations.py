@@ -19,10 +19,10 @@ from trainer import Trainer
 from trainer.data.datasets import ImageArrays
 
 MICRO_SIZE = 4
-# Of a micro-batch: two look-ups in the data set, the loss's scale and its multiplication, detached copies for the
-# log. The raw loop has its loss's division in their place.
-MORE_OF_A_MICRO_BATCH = 3
-MORE_OF_A_STEP = 2
+# Two look-ups in the data set, the loss's scale and its multiplication, and what is kept of it for the log; less the
+# raw loop's division of the loss.
+MORE_OF_A_MICRO_BATCH = 4
+MORE_OF_A_STEP = 4  # such as whether its loss and gradient are finite
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -111,7 +111,7 @@ def train(
         for number in range(steps):
             with DeviceLog() as log:
                 trainer.train_step(trainer.plan.step(number))
-                trainer.meter._flush()
+                trainer.meter.flush()
     return trainer, log
 
 

@@ -19,7 +19,8 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from tests.distributed.small import Points, config, mlp
 from trainer import Config, Trainer
 from trainer.commands import evaluate
-from trainer.data.datasets import Datasets
+from trainer.data.classes import with_classes
+from trainer.data.datasets import Datasets, ImageArrays
 from trainer.errors import ConfigError, DataError
 from trainer.inspection.replay import replay
 from trainer.storage.data_record import describe_changes, record_data, write_record
@@ -109,6 +110,51 @@ def test_weights_of_a_run_on_other_classes_are_said_to_be(
     assert "its head is for bee, cat, dog, not for ant, cat, dog" in output
     Trainer(of_folder(tmp_path, trained.parent / "images", **changes)).fit()
     assert "its head is for" not in capsys.readouterr().out
+
+
+class Attributes:
+    """A data set whose samples are known by one attribute."""
+
+    def __init__(self, values: Any, root: Any = None) -> None:
+        self.values = values
+        self.root = root
+        self.cache: list[Any] = [None] * len(values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.values[index], 0
+
+
+class Labelled(Attributes):
+    """A data set of one's own, with class names."""
+
+    def __init__(self, labels: list[Any], *classes: str) -> None:
+        super().__init__(labels)
+        self.classes = classes
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return torch.zeros(1), self.values[index]
+
+
+def test_class_ids_of_every_kind_of_data_are_matched_by_name() -> None:
+    known = ["bee", "cat", "cafe\u0301"]
+    names = ["caf\u00e9", "bee"]
+    arrays = ImageArrays(torch.zeros(3, 1, 2, 2), torch.tensor([0, 1, 0]))
+    own = Labelled([0, torch.tensor(1), np.int64(0)], *names)
+    for dataset in (arrays, own):
+        data = with_classes(Datasets(dataset, dataset, names, "x"), known)
+        assert data.val is not None
+        assert [data.val[index][1] for index in range(3)] == [2, 0, 2]
+        assert data.classes == known
+    same = Datasets(own, None, names, "x")
+    assert with_classes(same, names) is same
+    soft = Labelled([torch.tensor([0.5, 0.5])], *names)
+    with pytest.raises(DataError, match="sample 0: its target is no class id"):
+        with_classes(Datasets(soft, None, names, "x"), known).train[0]
+    with pytest.raises(ConfigError, match="class names are not unique"):
+        with_classes(same, [*known, "bee"])
 
 
 def test_evaluate_names_the_first_file_that_is_another(
@@ -203,21 +249,6 @@ def test_replay_refuses_other_data_and_other_weights(tmp_path: Path) -> None:
     torch.save(nn.Sequential(*mlp()).double().state_dict(), weights)
     with pytest.raises(DataError, match=r"weights\.pt is not the file that the run"):
         replay(lambda: make(data), tmp_path / "run", 1)
-
-
-class Attributes:
-    """A data set whose samples are known by one attribute."""
-
-    def __init__(self, values: Any, root: Any = None) -> None:
-        self.values = values
-        self.root = root
-        self.cache: list[Any] = [None] * len(values)
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.values[index], 0
 
 
 def test_a_sweep_says_that_its_trials_read_other_data(tmp_path: Path) -> None:

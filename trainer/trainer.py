@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,12 +169,8 @@ class Trainer:
                 "this Trainer has trained already; make a new one, with run.resume=auto to go on"
             )
         self._stateful_objects()  # refuses now what could not be saved later
-        with self.run.settings():
-            refuse_nondeterministic(self.run)
-            check_first_forward(self.run)
-            self.fuse, self.fuse_note = choose_fuse(self.run)
-            rehearse(self.run)
-            check_disk(self.run)
+        with self.run.settings(), self._explained():
+            self.try_out()
             with (
                 StopRequest(self.ranks) as stop,
                 Journal(self.config, self.ranks) as self._journal,
@@ -188,19 +184,36 @@ class Trainer:
                     self.journal.start_clock(self.plan, self.progress.step)
                     self._loop(stop)
                     return self._finish()
-                except RuntimeError as error:
-                    cause = (
-                        refused_operation(error)
-                        or explain_out_of_memory(
-                            error, self.run, self.fuse, self.progress.step + 1
-                        )
-                        or self.ranks.explain(error)
-                    )
-                    if cause is None:
-                        raise
-                    raise cause from None
                 finally:
                     self.end_loading()
+
+    def try_out(self) -> None:
+        """Find out what would fail later, and choose `fuse`, before anything is trained. A collective.
+
+        It leaves no trace in the model or in random generators. Raises `ConfigError` or `DataError`.
+        """
+        refuse_nondeterministic(self.run)
+        check_first_forward(self.run)
+        self.fuse, self.fuse_note = choose_fuse(self.run)
+        rehearse(self.run)
+        check_disk(self.run)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A context whose errors from torch are told in the run's own terms, where there are such."""
+        try:
+            yield
+        except RuntimeError as error:
+            cause = (
+                refused_operation(error)
+                or explain_out_of_memory(
+                    error, self.run, self.fuse, self.progress.step + 1
+                )
+                or self.ranks.explain(error)
+            )
+            if cause is None:
+                raise
+            raise cause from None
 
     def _introduce(self) -> None:
         """Show what will run, and its first samples."""

@@ -379,5 +379,7 @@ def test_an_int_among_tensors_is_one_of_them(tmp_path: Path) -> None:
     for ranks in (1, 2):
         for actual in on_ranks(ranks, mixed, tmp_path, 2, True):
             assert largest_difference(actual, expected) < 1e-12
-    with pytest.raises(AssertionError, match=r"a tensor as the weight .* an int before"):
+    with pytest.raises(
+        AssertionError, match=r"a tensor as the weight .* an int before"
+    ):
         on_ranks(2, mixed, tmp_path, 3, True)

@@ -29,14 +29,9 @@ from trainer.core.metrics import Row
 from trainer.core.precision import Precision
 from trainer.core.preflight import RankFacts, check_data, check_ranks
 from trainer.data.classes import with_classes
-from trainer.data.datasets import (
-    Datasets,
-    MapDataset,
-    build_datasets,
-    check_part,
-    class_names,
-)
+from trainer.data.datasets import Datasets, MapDataset, build_datasets
 from trainer.data.loading import Loader, build_loaders
+from trainer.data.parts import check_part, class_names
 from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import configure
 from trainer.exact.determinism import run_settings
@@ -45,9 +40,11 @@ from trainer.process.device import check_reproducibility
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint
 from trainer.storage.run_directory import run_path
-from trainer.storage.signature import FILE as SIGNATURE_FILE
-from trainer.storage.signature import Signature, signature_of_samples
-from trainer.storage.signature import read as read_signature
+from trainer.storage.signature import (
+    Signature,
+    describe_other_classes,
+    signature_of_samples,
+)
 
 
 @dataclass
@@ -302,7 +299,8 @@ def _module(
     weights_note = start_from_weights(
         weights, model, config.model, num_classes, config.run.seed
     )
-    weights_note += _note_on_classes(weights, classes)
+    if weights is not None:
+        weights_note += describe_other_classes(weights, classes)
     model = configure(model, config.batch_norm, ranks=ranks.count, device=ranks.device)
     model.to(ranks.device, dtype)
     if config.train.channels_last:
@@ -310,22 +308,6 @@ def _module(
     if config.train.compile:
         compile_model(model, bitwise=config.run.reproducibility == "bitwise")
     return model, weights_note
-
-
-def _note_on_classes(weights: Path | None, classes: list[str] | None) -> str:
-    """What to add to the note on a run's best weights whose head fits, but was trained on other classes."""
-    if weights is None or not (weights.parent / SIGNATURE_FILE).is_file():
-        return ""
-    trained_on = read_signature(weights.parent).classes
-    if not trained_on or not classes or len(trained_on) != len(classes):
-        return ""
-    if trained_on == classes:
-        return ""
-    return f" · its head is for {_first_names(trained_on)}, not for {_first_names(classes)}"
-
-
-def _first_names(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
 def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Config:

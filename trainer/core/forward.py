@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from trainer.components.task import Task, WeightedSum, as_weighted_sum
 from trainer.core.misfit import (
     KINDS,
-    is_from_torch,
+    is_from_a_layer,
     is_misfit,
     loss_misfit,
     model_misfit,
@@ -172,7 +173,7 @@ class Forward:
                 ) from None
             # Within DDP a lost rank is a RuntimeError, too.
             is_bare = not isinstance(model, nn.parallel.DistributedDataParallel)
-            if is_bare and is_misfit(error) and is_from_torch(error):
+            if is_bare and is_misfit(error) and is_from_a_layer(error):
                 raise model_misfit(model, batch.inputs, error) from error
             raise
 
@@ -182,7 +183,7 @@ def count_samples(batch: MicroBatch) -> int | None:
     for part in (batch.inputs, batch.targets):
         if isinstance(part, Tensor):
             return len(part) if part.dim() else None
-        if isinstance(part, dict):
+        if isinstance(part, Mapping):
             tensor = next(tensors_in(part), None)
             return len(tensor) if tensor is not None and tensor.dim() else None
     return None

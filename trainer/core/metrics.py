@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from trainer.components.task import Task, WeightedSum, metrics_add_up
+from trainer.core.forward import count_samples
 from trainer.core.misfit import explained
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
-from trainer.exact.structures import map_tensors, tensors_in
+from trainer.exact.structures import map_tensors
 from trainer.process.device import sum_dtype
 from trainer.process.ranks import Ranks
 from trainer.storage.checkpoint import Progress
@@ -252,11 +253,10 @@ def split_by_micro_batch(output: Any, batch: MicroBatch) -> list[OutputAndTarget
 
     Every tensor with a row for each sample is split; others belong to all micro-batches.
     """
-    first_input = next(tensors_in((batch.inputs, batch.targets)))
-    samples = len(first_input)
+    samples = count_samples(batch)
 
     def part(tensor: Tensor, index: int) -> Tensor:
-        if tensor.dim() == 0 or len(tensor) % samples:
+        if not samples or tensor.dim() == 0 or len(tensor) % samples:
             return tensor
         return tensor.chunk(batch.fused)[index]
 

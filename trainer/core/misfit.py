@@ -67,10 +67,10 @@ def model_misfit(model: Any, inputs: Any, error: Exception) -> ConfigError:
     )
 
 
-def is_from_torch(error: Exception) -> bool:
-    """True if the error was raised within torch's own code, such as by a layer that got a wrong shape."""
+def is_from_a_layer(error: Exception) -> bool:
+    """True if the error was raised within a layer or function of torch.nn, which got a wrong shape, say."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and TORCH in Path(frames[-1].filename).parents
+    return bool(frames) and TORCH / "nn" in Path(frames[-1].filename).parents
 
 
 def _reason(error: Exception) -> str:

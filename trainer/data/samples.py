@@ -103,12 +103,10 @@ class KeyedDataset(Dataset[Any]):
         # All that a data set or transform may draw from; the caller restores the rank's generators (`draws`).
         seed_cpu(key(self._seed, self._purpose, epoch, sample_id))
         try:
-            image, target = self.pair(sample_id)
-            if self._transform is not None:
-                image, target = self._transform(image, target)
+            image, target = self._transformed(*self.pair(sample_id), sample_id)
             return input_as_tensor(image), target_as_tensor(target)
-        except DataError as error:
-            raise self._with_name(error, sample_id) from None
+        except DataError:
+            raise
         except Exception as error:
             # Anything: the data set and the transforms are other people's code.
             name, kind, line = (
@@ -122,15 +120,13 @@ class KeyedDataset(Dataset[Any]):
         """A sample's input and target as the data set gives them. Draws from what generators are there."""
         return as_pair(self.dataset[sample_id], f"{self._purpose} sample {sample_id}")
 
-    def _with_name(self, error: DataError, sample_id: int) -> DataError:
-        """The error with the sample's name in front, unless it names the sample or its file already."""
-        names = [f"sample {sample_id}"]
-        paths = getattr(self.dataset, "paths", None)
-        if paths is not None:
-            names.append(printable(str(paths[sample_id])))
-        if any(name in str(error) for name in names):
-            return error
-        return DataError(f"{self._name(sample_id)}: {error}")
+    def _transformed(self, image: Any, target: Any, sample_id: int) -> tuple[Any, Any]:
+        if self._transform is None:
+            return image, target
+        try:
+            return self._transform(image, target)
+        except DataError as error:
+            raise DataError(f"{self._name(sample_id)}: {error}") from None
 
     def _collate(self, samples: list[tuple[Any, Any]], ids: Ids) -> tuple[Any, Any]:
         try:

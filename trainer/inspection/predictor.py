@@ -18,7 +18,7 @@ from trainer.core.build import settings_of
 from trainer.core.forward import Forward
 from trainer.core.precision import Precision
 from trainer.data.decoding import decode
-from trainer.data.loading import Normalize
+from trainer.data.normalize import Normalize
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
 from trainer.errors import ConfigError, DataError, LockstepError
