@@ -38,6 +38,7 @@ from trainer.core.not_finite import (
     validation_not_finite,
 )
 from trainer.core.observers import Observer, Observers, Stateful
+from trainer.core.out_of_memory import explain_out_of_memory
 from trainer.core.preflight import notes_on
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.refused import refuse_nondeterministic
@@ -215,7 +216,13 @@ class Trainer:
         try:
             yield
         except RuntimeError as error:
-            cause = refused_operation(error) or self.ranks.explain(error)
+            cause = (
+                refused_operation(error)
+                or explain_out_of_memory(
+                    error, self.run, self.fuse, self.progress.step + 1
+                )
+                or self.ranks.explain(error)
+            )
             if cause is None:
                 raise
             raise cause from None

@@ -25,13 +25,14 @@ from trainer.errors import DataError
 from trainer.exact.plan import IndexRange, Plan, Step, split_evenly
 from trainer.exact.seeding import preserved_cpu_generators
 from trainer.exact.structures import tensors_in
+from trainer.process.device import KINDS_WITH_STREAMS, device_module
 
 
 class Loader:
     """Loads the micro-batches of some requests, in order, onto the device.
 
     With `data.workers`, loader processes are started once for the whole run and read ahead across steps and epochs. A
-    request carries its epoch, so no process can have a stale one. On CUDA the next micro-batch is copied from pinned
+    request carries its epoch, so no process can have a stale one. On a GPU the next micro-batch is copied from pinned
     memory, on a side stream, while the current one is computed.
     """
 
@@ -78,15 +79,12 @@ class Loader:
             if self._section.workers
             else self._load_here(requests)
         )
-        match self._device.type:
-            case "cpu":
-                pass
-            case "cuda":
-                batches = self._copy_ahead(
-                    batches if self._section.workers else map(_pin, batches)
-                )
-            case _:
-                batches = self._copy(batches)
+        if self._device.type in KINDS_WITH_STREAMS:
+            batches = self._copy_ahead(
+                batches if self._section.workers else map(_pin, batches)
+            )
+        elif self._device.type != "cpu":
+            batches = self._copy(batches)
         # Without what Module.__call__ does for hooks: there are none.
         normalize = self.normalize.forward
         for first, inputs, targets, fused in batches:
@@ -107,7 +105,7 @@ class Loader:
             collate_fn=_return_as_is,
             num_workers=self._section.workers,
             prefetch_factor=self._section.prefetch,
-            pin_memory=self._device.type == "cuda",
+            pin_memory=self._device.type in KINDS_WITH_STREAMS,
             worker_init_fn=_init_worker,
             # For the workers' seeds, which would come from the run's generator.
             generator=torch.Generator(),
@@ -120,17 +118,18 @@ class Loader:
 
     def _copy_ahead(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Copy each micro-batch, from pinned memory, before the one before it is yielded."""
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        previous: tuple[MicroBatch, torch.cuda.Event] | None = None
+        kind = device_module(self._device)
+        stream = kind.Stream(self._device)
+        previous: tuple[MicroBatch, torch.Event] | None = None
         for batch in batches:
-            with torch.cuda.stream(stream):
+            with kind.stream(stream):
                 copy = send_to_device(batch, self._device, non_blocking=True)
                 end_of_copy = stream.record_event()
             if previous is not None:
-                yield _wait_for_copy(*previous)
+                yield _wait_for_copy(*previous, kind.current_stream())
             previous = copy, end_of_copy
         if previous is not None:
-            yield _wait_for_copy(*previous)
+            yield _wait_for_copy(*previous, kind.current_stream())
 
 
 def build_loaders(
@@ -243,9 +242,10 @@ def _pin(batch: MicroBatch) -> MicroBatch:
     return pinned
 
 
-def _wait_for_copy(batch: MicroBatch, end_of_copy: torch.cuda.Event) -> MicroBatch:
+def _wait_for_copy(
+    batch: MicroBatch, end_of_copy: torch.Event, current: torch.Stream
+) -> MicroBatch:
     """The batch, once the current stream may use it. The host does not wait."""
-    current = torch.cuda.current_stream()
     current.wait_event(end_of_copy)
     for tensor in tensors_in((batch.inputs, batch.targets)):
         # So that its memory is not reused before this stream is done with it.

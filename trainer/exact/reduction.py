@@ -24,6 +24,7 @@ from trainer.config.schema import BatchNormConfig
 from trainer.errors import ConfigError
 from trainer.exact.plan import IndexRange, Step
 from trainer.exact.running_statistics import RunningStatistics
+from trainer.process.device import sum_dtype
 from trainer.process.ranks import Ranks
 
 NAMES_IN_A_MESSAGE = 5
@@ -177,8 +178,9 @@ class Reduction(ABC):
 
     def _divide_by_weight(self, step: Step) -> None:
         """Turn the mean over the step's samples into that over its targets; without targets the gradient is 0."""
+        dtype = sum_dtype(self._ranks.device)
         weights = torch.zeros(
-            len(step.micro_batches), dtype=torch.float64, device=self._ranks.device
+            len(step.micro_batches), dtype=dtype, device=self._ranks.device
         )
         for index, weight in self._weights.items():
             weights[index] = weight
