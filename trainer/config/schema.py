@@ -256,6 +256,11 @@ class TrainConfig(Section):
         "clip the gradient of the whole step to this L2 norm; null = no clipping",
         minimum=0,
     )
+    non_finite: Literal["stop", "skip"] = key(
+        "stop",
+        "where a loss or gradient is not finite: end the run, or leave the step out; skip waits for the device and "
+        "the other processes in every step",
+    )
     find_unused_parameters: bool = key(
         False, "allow parameters that receive no gradient in the first step"
     )

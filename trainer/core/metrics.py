@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -153,6 +153,17 @@ class Meter:
         )
         if self._elements >= MAX_WAITING_ELEMENTS:
             self.flush()
+
+    def mark(self) -> Callable[[], None]:
+        """A function that forgets all that is added after this call. What waits is measured now."""
+        self.flush()
+        sums = list(self._sums) if self._exact else [s.clone() for s in self._sums]
+
+        def forget() -> None:
+            self._clear()
+            self._sums = sums
+
+        return forget
 
     def read(self) -> Totals:
         """All that was added since the last read, summed over all ranks. A collective; waits for the device."""

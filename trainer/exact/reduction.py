@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -147,6 +148,20 @@ class Reduction(ABC):
         return [p.grad for p in self._parameters.values() if p.grad is not None]
 
     # ---------------------------------------------------------------- statistics
+
+    def snapshot(self) -> Callable[[], None]:
+        """A function that puts every buffer back to what it is now, between two steps. A collective."""
+        self.gather()
+        buffers = list(self._module.buffers())
+        copies = [buffer.clone() for buffer in buffers]
+
+        def restore() -> None:
+            with torch.no_grad():
+                for buffer, copy in zip(buffers, copies, strict=True):
+                    buffer.copy_(copy)
+            self._statistics.restart()
+
+        return restore
 
     def gather(self) -> None:
         """Put the true running statistics on every rank, before anybody reads them. A collective."""

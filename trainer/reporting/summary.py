@@ -132,7 +132,7 @@ def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any
         "buffers_sha256": tensors_sha256(dict(run.module.named_buffers())),
         "optimizer_sha256": tensors_sha256(optimizer_state),
     }
-    if run.precision.skips_overflow:
+    if run.precision.skips_overflow or run.config.train.non_finite == "skip":
         values["skipped_steps"] = progress.skipped_steps
     return values
 
