@@ -52,8 +52,17 @@ from trainer.exact.determinism import refused_operation
 from trainer.exact.finite import BadSteps, FiniteFlags
 from trainer.exact.plan import Plan, Step
 from trainer.exact.standard import StandardReduction
+from trainer.process.activity import (
+    ENDING,
+    EXCHANGING,
+    LOGGING,
+    SAVING,
+    UPDATING,
+    activity,
+)
 from trainer.process.ranks import Ranks
 from trainer.process.signals import StopRequest
+from trainer.process.watchdog import watching
 from trainer.reporting import summary as report
 from trainer.reporting.figures import drawing
 from trainer.reporting.journal import Journal
@@ -63,7 +72,7 @@ from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.data_record import DataRecord, check_same_data, record_data
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
-from trainer.storage.run_directory import check_same_run, config_yaml
+from trainer.storage.run_directory import check_same_run, config_yaml, run_path
 from trainer.storage.shared_checkpoint import load_on_all
 
 # By then fp16's loss scale is 2^-34 of what it began with.
@@ -99,7 +108,7 @@ class Trainer:
     ) -> None:
         # Those that a subclass assigned before this call.
         attributes_before = frozenset(vars(self))
-        with settings_of(config):
+        with settings_of(config), watching(config.run.timeout, run_path(config.run)):
             self.run = build_run(
                 config, model=model, train_data=train_data, val_data=val_data, task=task
             )
@@ -178,7 +187,11 @@ class Trainer:
                 "this Trainer has trained already; make a new one, with run.resume=auto to go on"
             )
         self._stateful_objects()  # refuses now what could not be saved later
-        with self.run.settings(), self._explained():
+        with (
+            self.run.settings(),
+            watching(self.config.run.timeout, run_path(self.config.run)),
+            self._explained(),
+        ):
             self.try_out()
             with (
                 StopRequest(self.ranks) as stop,
@@ -196,6 +209,7 @@ class Trainer:
                     self._loop(stop)
                     return self._finish()
                 finally:
+                    activity.mark(ENDING)
                     self.end_loading()
 
     def try_out(self) -> None:
@@ -302,6 +316,7 @@ class Trainer:
             self.end_epoch(self.plan.step(self.progress.step - 1))
         for step in self.plan.steps(self.progress.step, self.last_step):
             self.train_step(step)
+            activity.is_first_step = False
             if self.is_held_back or self._is_logged(step):
                 self.log(step)
             self.progress.epoch_end_is_due = step.last_in_epoch
@@ -320,6 +335,7 @@ class Trainer:
         Steps are taken in order, after `start`.
         """
         run, reduction = self.run, self.reduction
+        activity.step = step.number
         if step.first_in_epoch:
             self._freeze(step.epoch)
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
@@ -336,7 +352,9 @@ class Trainer:
             losses.append(loss.total)
             self.meter.add(batch, output, loss)
             self.observers.micro_batch(step, batch, output, loss)
+        activity.mark(EXCHANGING)
         reduction.finish(step)
+        activity.mark(UPDATING)
         not_finite = self.finite.mark(step.number, losses, reduction.gradients())
 
         needs_norm = self._needs_gradient_norm(step)
@@ -362,6 +380,7 @@ class Trainer:
     def _freeze(self, epoch: int) -> None:
         """Freeze and thaw parameters as `epoch` asks for. A collective, at an epoch's first step."""
         if self.run.freezing.apply(epoch):
+            activity.is_first_step = True  # what was compiled is compiled anew
             self.reduction.rebuild()
             self.module.train()
             self.run.forget_features()
@@ -391,6 +410,7 @@ class Trainer:
 
     def log(self, step: Step) -> None:
         """Log a row. Raises `LockstepError` if a loss or a gradient since the last row is not finite."""
+        activity.mark(LOGGING)
         row = self.measure(step)
         self.observers.row(row)
         self.journal.log(row, self.digest() if self.ranks.is_main else "")
@@ -457,6 +477,7 @@ class Trainer:
         row = {"step": step.number, "epoch": step.epoch + 1, **means}
         if evaluate and self.run.evaluator is not None:
             row |= _with_prefix("val/", self.evaluate())
+            activity.mark(LOGGING)
         row |= learning_rates(self.optimizer)
         self.observers.row(row)
         is_best = self._save_if_best(row)
@@ -540,6 +561,7 @@ class Trainer:
 
         Raises `LockstepError` if the run is not finite: no checkpoint holds NaN or an infinity.
         """
+        activity.mark(SAVING)
         self._check_finite()
         self.reduction.gather()
         check_same_weights(self.run, self.progress.step)
@@ -551,6 +573,7 @@ class Trainer:
         states = read_states(self._stateful_objects(), self.ranks)
         self.ranks.on_main(lambda: self._write_checkpoint(states))
         self._saved_step = self.progress.step
+        activity.mark(UPDATING)
         self.stopwatch.mark(self.progress.samples_seen)
 
     def _write_checkpoint(self, states: dict[str, dict[str, Any]]) -> None:
@@ -663,6 +686,7 @@ class Trainer:
 
         All this comes after the last checkpoint, so a run that goes on from it shows no trace of having ended here.
         """
+        activity.mark(ENDING)
         last = self.plan.step(self.progress.step - 1)
         self.reduction.gather()
         recalibrate = self.config.batch_norm.recalibrate_at == "end"
@@ -673,6 +697,7 @@ class Trainer:
             self.log(last)
         if is_changed or not self._is_evaluated(last):
             self._log_epoch(last, {}, evaluate=True)
+        activity.mark(ENDING)
         self.stopwatch.stop(self.progress)
         if self.progress.skipped_steps == self.progress.step:
             raise all_skipped(self.progress.step)
