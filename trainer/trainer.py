@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -72,7 +73,7 @@ from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.data_record import DataRecord, check_same_data, record_data
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
-from trainer.storage.run_directory import check_same_run, config_yaml, run_path
+from trainer.storage.run_directory import check_same_run, config_yaml
 from trainer.storage.shared_checkpoint import load_on_all
 
 # By then fp16's loss scale is 2^-34 of what it began with.
@@ -108,7 +109,7 @@ class Trainer:
     ) -> None:
         # Those that a subclass assigned before this call.
         attributes_before = frozenset(vars(self))
-        with settings_of(config), watching(config.run.timeout, run_path(config.run)):
+        with settings_of(config), watching(config.run.timeout):
             self.run = build_run(
                 config, model=model, train_data=train_data, val_data=val_data, task=task
             )
@@ -189,7 +190,7 @@ class Trainer:
         self._stateful_objects()  # refuses now what could not be saved later
         with (
             self.run.settings(),
-            watching(self.config.run.timeout, run_path(self.config.run)),
+            watching(self.config.run.timeout),
             self._explained(),
         ):
             self.try_out()
@@ -197,6 +198,7 @@ class Trainer:
                 StopRequest(self.ranks) as stop,
                 Journal(self.config, self.ranks) as self._journal,
             ):
+                activity.directory = self._journal.directory
                 self._resume(self._journal.resume_from)
                 self._introduce()
                 try:
@@ -209,7 +211,7 @@ class Trainer:
                     self._loop(stop)
                     return self._finish()
                 finally:
-                    activity.mark(ENDING)
+                    activity.leave(sys.exception())
                     self.end_loading()
 
     def try_out(self) -> None:

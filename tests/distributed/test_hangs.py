@@ -139,6 +139,7 @@ def test_sigterm_ends_what_waits(tmp_path: Path, ranks: int) -> None:
     changes = ["data__workers=1"]
     with program(tmp_path, "loader", 100, *changes, ranks=ranks) as running:
         wait_until(lambda: waiting_processes(tmp_path))
+        time.sleep(1.5)  # for the rank to wait for its loader process, too
         started = time.monotonic()
         running.send_signal(signal.SIGTERM)
         running.send_signal(signal.SIGTERM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,13 @@ class Activity:
     `marks` counts the marks; `step` is the number of the step begun last, 0 before the first; `is_first_step` while
     that is the first one of this process, or the first since the model changed, which may have to compile;
     `waits_for_ranks` while the host waits for other ranks; `samples` describes, when asked, what the loader was asked
-    for last; `position` is where an error was raised that ends the run.
+    for last; `directory` is the run's, once it is open; `error` is what ends the run, `position` where a wait for other
+    ranks failed.
     """
 
     __slots__ = (
+        "directory",
+        "error",
         "is_first_step",
         "marks",
         "phase",
@@ -59,8 +63,10 @@ class Activity:
         self.step = 0
         self.is_first_step = True
         self.waits_for_ranks = False
+        self.directory: Path | None = None
         self.samples: Callable[[], str] | None = None
         self.position: str | None = None
+        self.error: BaseException | None = None
 
     def mark(self, phase: Phase) -> None:
         """Progress was made, and `phase` begins or goes on."""
@@ -70,6 +76,11 @@ class Activity:
     def go_on(self) -> None:
         """Progress was made in the same phase."""
         self.marks += 1
+
+    def leave(self, error: BaseException | None) -> None:
+        """The run ends, with `error` if there is one; what is left is to clean up."""
+        self.error = error
+        self.mark(ENDING)
 
     @property
     def is_bounded(self) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.process.stacks import write_somewhere
+from trainer.process.stacks import write_in
 
 # The second is the name that PyTorch gave the setting before.
 VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
@@ -19,8 +18,8 @@ def enable_flight_recorder() -> None:
         os.environ[VARIABLES[0]] = ENTRIES
 
 
-def write_flight_record(directories: Sequence[Path], name: str) -> Path | None:
-    """Write the record as a pickle into the first directory that takes it; None where the ranks do not use NCCL.
+def write_flight_record(directory: Path | None, name: str) -> Path | None:
+    """Write the record as a pickle; returns the file, None where the ranks do not use NCCL.
 
     `torchfrtrace` reads the files of all ranks.
     """
@@ -30,8 +29,8 @@ def write_flight_record(directories: Sequence[Path], name: str) -> Path | None:
         return None
     from torch._C import _distributed_c10d as c10d
 
-    return write_somewhere(
-        directories,
+    return write_in(
+        directory,
         name,
         # Within the thread that may be left behind: NCCL may hold the lock of its record.
         lambda path: _write(path, c10d._dump_nccl_trace()),  # type: ignore[attr-defined]

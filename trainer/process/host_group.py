@@ -276,12 +276,12 @@ class HostGroup:
         watchdog = current_watchdog()
         if not states.claim(STATUS):
             if watchdog is not None:
-                states.answer(watchdog.last_state())
+                states.answer(watchdog.report.last_state())
             report = states.wait_for_report(SECONDS_TO_REPORT)
             if report is not None:
                 return report
         if watchdog is not None:
-            return HangError(watchdog.report(self._describe_absent), self.rank)
+            return HangError(watchdog.report.make(self._describe_absent), self.rank)
         time.sleep(SECONDS_TO_SHOW)  # the others give up at about this time
         message = (
             f"{self._describe_absent([])}; where that rank works on, raise run.timeout, else its own output or "
@@ -297,7 +297,7 @@ class HostGroup:
         message = f"the ranks waited {self.timeout:g} s for {absent}, and no longer"
         watchdog = current_watchdog()
         if watchdog is not None:
-            message = watchdog.report(lambda _: message)
+            message = watchdog.report.make(lambda _: message)
         return HangError(message)
 
     def _describe_absent(self, silent: Sequence[int]) -> str:

@@ -27,7 +27,7 @@ MAX_NAMED_RANKS = 16
 
 @dataclass(frozen=True)
 class RankState:
-    """What a rank does. `seconds` is how long it has done so, `clock` the machine's time of this description.
+    """What a rank does. `clock` is the machine's time of this description.
 
     `doing` names the phase, and whether it waits for other ranks; `details` has more about it; `stacks` names the file
     with the stacks.
@@ -37,7 +37,6 @@ class RankState:
     step: int
     doing: str
     position: str
-    seconds: float
     clock: float
     details: str = ""
     stacks: str = ""

@@ -7,12 +7,13 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
 SECONDS_TO_WRITE = 3.0  # the run's disk may be what hangs
+FOLDER = "hang"  # in the run's directory
 PACKAGE = str(Path(__file__).parents[1])
 OWN_ROOM = str(Path(__file__).parent)
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
@@ -69,9 +70,9 @@ def short_path(path: str) -> str:
 
 
 def write_stacks(
-    directories: Sequence[Path], name: str, workers: Mapping[int, str]
+    directory: Path | None, name: str, workers: Mapping[int, str]
 ) -> Path | None:
-    """Write the stacks of all threads, and of loader processes, into the first directory that takes them."""
+    """Write the stacks of all threads, and those of loader processes; returns the file, None if none takes them."""
 
     def write(path: Path) -> None:
         with path.open("w") as file:
@@ -80,22 +81,36 @@ def write_stacks(
             for process, stack in workers.items():
                 file.write(f"\nLoader process {process}:\n{stack}")
 
-    return write_somewhere(directories, name, write)
+    return write_in(directory, name, write)
 
 
-def write_somewhere(
-    directories: Sequence[Path], name: str, write: Callable[[Path], None]
+def write_in(
+    directory: Path | None, name: str, write: Callable[[Path], None]
 ) -> Path | None:
-    """The file that `write` has written, in the first directory that takes it; None if none does.
+    """The file that `write` has written, below the run's directory or else among temporary files; None if neither.
 
-    The directory for temporary files is tried last. Each has a few seconds: a disk may be what hangs.
+    Each has a few seconds: a disk may be what hangs.
     """
-    for directory in (*directories, Path(tempfile.gettempdir())):
-        path = directory / name
+
+    def in_run() -> Path:
+        if directory is None or not directory.is_dir():
+            raise FileNotFoundError  # not open yet, or on a machine that does not see it
+        folder = directory / FOLDER
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def in_temporary_files() -> Path:
+        return Path(tempfile.mkdtemp(prefix="lockstep-hang-"))
+
+    for make_folder in (in_run, in_temporary_files):
         written: list[Path] = []
 
-        def try_to_write(path: Path = path, written: list[Path] = written) -> None:
+        def try_to_write(
+            make_folder: Callable[[], Path] = make_folder,
+            written: list[Path] = written,
+        ) -> None:
             with suppress(OSError, RuntimeError, AttributeError):
+                path = make_folder() / name
                 write(path)
                 written.append(path)
 
@@ -103,5 +118,5 @@ def write_somewhere(
         thread.start()
         thread.join(SECONDS_TO_WRITE)
         if written:
-            return path
+            return written[0]
     return None

@@ -13,32 +13,18 @@ import faulthandler
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from trainer.process import launcher
-from trainer.process.activity import ENDING, LOADING, SAVING, activity
-from trainer.process.exit import claim_report, end_now
-from trainer.process.flight_recorder import write_flight_record
-from trainer.process.loader_worker import (
-    describe_loader_processes,
-    stacks_of_loader_processes,
-)
-from trainer.process.rank_states import (
-    SECONDS_BETWEEN_LOOKS,
-    Claim,
-    RankState,
-    RankStates,
-    listing,
-    name_state,
-)
+from trainer.process.activity import ENDING, SAVING, activity
+from trainer.process.exit import claim_report, end_now, report_error
+from trainer.process.hang_report import HangReport, describe_samples
+from trainer.process.rank_states import SECONDS_BETWEEN_LOOKS, Claim, RankStates
 from trainer.process.signs_of_life import SignsOfLife
-from trainer.process.stacks import main_thread_position, write_stacks
 
 MAX_SECONDS_BETWEEN_LOOKS = 5.0
 SECONDS_BETWEEN_LOOKS_AT_A_STOP = 0.5
@@ -53,24 +39,25 @@ SECONDS_TO_LEAVE = 15.0
 # PyTorch waits 5 s for each loader process that hangs, and W&B's run is to end, too.
 SECONDS_TO_END = 60.0
 STATUS = 1  # with which launchers start a run again
-STACKS_FOLDER = "hang"
 
 
 class Watchdog:
     """Watches the main thread while it is entered as a context. A process has one at a time.
 
-    `timeout` is `run.timeout`, `directory` the run's.
+    `timeout` is `run.timeout`. `report` describes the run where it hangs.
     """
 
-    def __init__(self, timeout: float, directory: Path) -> None:
+    def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        self.directory = directory
+        rank, count = launcher.rank(), launcher.world_size()
         self._interval = min(MAX_SECONDS_BETWEEN_LOOKS, timeout / 10)
-        self._states = RankStates(launcher.rank(), launcher.world_size())
-        self._machine = socket.gethostname()
+        self.report = HangReport(rank, count, 2 * self._interval + MARGIN)
+        self._states = RankStates(rank, count)
         self._ended = False
         self._wake_up, self._wake_up_end = os.pipe()
         os.set_blocking(self._wake_up_end, False)
+        self._poll = select.poll()
+        self._poll.register(self._wake_up, select.POLLIN)
         self._stop_signals: Sequence[int] = ()
         self._stop_signal = 0
         # Without a mark or, where any time may pass between two, a sign of life.
@@ -108,7 +95,7 @@ class Watchdog:
         last_marks = activity.marks
         last_look = time.monotonic()
         with suppress(ConnectionError):
-            self._states.publish(self._state())
+            self._states.publish(self.report.state())
         while True:
             self._sleep()
             if self._ended:
@@ -140,8 +127,7 @@ class Watchdog:
         interval = self._interval
         if self._stop_signal:
             interval = min(interval, SECONDS_BETWEEN_LOOKS_AT_A_STOP)
-        ready, _, _ = select.select([self._wake_up], [], [], interval)
-        if not ready:
+        if not self._poll.poll(interval * 1000):
             return
         for number in os.read(self._wake_up, 4096):
             if number in self._stop_signals and not self._stop_signal:
@@ -154,11 +140,14 @@ class Watchdog:
         if not self._is_leaving():
             with suppress(ConnectionError):
                 # Where a stop is overdue soon, the rank that says so has what was published last.
-                samples = self._describe_samples() if self._stop_signal else ""
-                claim = self._states.publish(self._state(details=samples))
+                samples = describe_samples() if self._stop_signal else ""
+                claim = self._states.publish(self.report.state(details=samples))
         if claim is not None:
             self._follow(claim)
-        elif self._stop_signal and self._is_stop_overdue():
+        elif activity.error is not None:
+            if self._is_stop_overdue() or self._seconds_quiet >= self._limit():
+                self._end_with(activity.error)
+        elif self._is_stop_overdue():
             self._end_stopped()
         elif self._seconds_quiet >= self._limit():
             self._end_hanging()
@@ -171,46 +160,35 @@ class Watchdog:
         return self.timeout + max(MARGIN, 2 * self._interval)
 
     def _is_stop_overdue(self) -> bool:
+        if not self._stop_signal:
+            return False
         is_idle = self._seconds_idle >= STOP_GRACE and activity.phase is not SAVING
         return is_idle or self._seconds_to_stop >= LONG_STOP_GRACE
-
-    def _state(self, stacks: str = "", details: str = "") -> RankState:
-        doing = f"in {activity.phase.name}"
-        if activity.waits_for_ranks:
-            doing += ", waiting for the other ranks"
-        return RankState(
-            machine=self._machine,
-            step=activity.step,
-            doing=doing,
-            position=activity.position or main_thread_position(),
-            seconds=self._seconds_quiet,
-            clock=time.time(),
-            details=details,
-            stacks=stacks,
-        )
 
     # ---------------------------------------------------------------- ending
 
     def _end_hanging(self) -> None:
-        if self._claims(STATUS):
-            headline = f"the run made no progress for {self.timeout:g} s (run.timeout)"
-            self._end(self.report(lambda _: headline), STATUS)
-        self._leave(STATUS)
+        if not self._claims(STATUS):
+            self._answer_and_leave(STATUS)
+            return
+        headline = f"the run made no progress for {self.timeout:g} s (run.timeout)"
+        self._end(f"error: {self.report.make(lambda _: headline)}", STATUS)
 
     def _end_stopped(self) -> None:
         status = 128 + self._stop_signal
-        own = self._state(details=self._details(stacks_of_loader_processes()))
-        if self._claims(status):
-            where = self._alone(own)
-            with suppress(ConnectionError):
-                where = listing(self._states.last_published(own))
-            message = (
-                f"stopped by signal {self._stop_signal}, but the step did not end within "
-                f"{self._seconds_to_stop:.0f} s ({'; '.join(where)}); go on from the newest checkpoint with "
-                f"run.resume=auto"
-            )
-            self._end(message, status, prefix="")
-        self._leave(status)
+        if not self._claims(status):
+            self._leave(status)
+            return
+        self._end(
+            f"stopped by signal {self._stop_signal}, but the step did not end within {self._seconds_to_stop:.0f} s "
+            f"({self.report.in_one_line()}); go on from the newest checkpoint with run.resume=auto",
+            status,
+        )
+
+    def _end_with(self, error: BaseException) -> None:
+        """The run has ended with an error, and the main thread does not come to report it."""
+        if not self._ended:
+            end_now(report_error(error))
 
     def _claims(self, status: int) -> bool:
         try:
@@ -219,14 +197,20 @@ class Watchdog:
             return True  # nobody can be asked: each rank knows only itself
 
     def _follow(self, claim: Claim) -> None:
-        """The run ends by the decision of a rank: tell that one where this one stands, and end too."""
+        """A rank has decided that the run ends: end this one, too."""
         if claim.rank == self._states.rank:
             self._leave(claim.status, SECONDS_TO_END)  # its main thread decided
-        if claim.status == STATUS:
-            with suppress(ConnectionError):
-                self._states.answer(self.last_state())
-                self._states.wait_for_report(SECONDS_TO_LEAVE)
-        self._leave(claim.status)
+        elif claim.status == STATUS:
+            self._answer_and_leave(claim.status)
+        else:
+            self._leave(claim.status)
+
+    def _answer_and_leave(self, status: int) -> None:
+        """Tell the rank that makes the report where this one stands, and end once it is made."""
+        with suppress(ConnectionError):
+            self._states.answer(self.report.last_state())
+            self._states.wait_for_report(SECONDS_TO_LEAVE)
+        self._leave(status)
 
     def _leave(self, status: int, seconds: float = SECONDS_TO_LEAVE) -> None:
         """End, unless the main thread does so in time. One that hangs is not waited for."""
@@ -240,85 +224,16 @@ class Watchdog:
     def _is_leaving(self) -> bool:
         return activity.phase is ENDING or activity.position is not None
 
-    def _end(self, message: str, status: int, prefix: str = "error: ") -> None:
+    def _end(self, message: str, status: int) -> None:
         if self._ended:
             return
         if claim_report():
-            _say(prefix + message)
+            _say(message)
         if self._states.count > 1:
             # The store may end with this process, and those that ask it then print what they lost.
             time.sleep(MARGIN)
         end_now(status)
 
-    # ---------------------------------------------------------------- the report
-
-    def report(self, headline: Callable[[Sequence[int]], str]) -> str:
-        """The message for a run that hangs: a headline, given the ranks that are silent, and what each rank does.
-
-        Writes the stacks of this process. The other ranks write theirs when they hear of it, and end soon after.
-        """
-        own = self.last_state()
-        # The main thread may ask, while the watchdog's has a connection of its own.
-        shared = RankStates(self._states.rank, self._states.count)
-        silent: list[int] = []
-        try:
-            states, silent = shared.collect(own, 2 * self._interval + MARGIN)
-            lines = listing(states)
-        except ConnectionError:
-            lines = self._alone(own)
-        report = "\n".join(
-            [f"{headline(silent)}:", *(f"  {line}" for line in lines), REMEDY]
-        )
-        with suppress(ConnectionError):
-            shared.set_report(report)
-        return report
-
-    def _alone(self, own: RankState) -> list[str]:
-        """The lines for a rank that can ask no other."""
-        rank = self._states.rank
-        lines = [name_state([rank], own)]
-        if self._states.count > 1:
-            lines.append(
-                "the other ranks cannot be asked: the process that holds the ranks' store hangs or has ended (rank "
-                "0's, or its launcher's)"
-            )
-        return lines
-
-    def last_state(self) -> RankState:
-        """The state of this rank, with the stacks in a file."""
-        workers = stacks_of_loader_processes()
-        rank = self._states.rank
-        folders = self._folders()
-        path = write_stacks(folders, f"stacks_rank{rank}.txt", workers)
-        files = [path, write_flight_record(folders, f"nccl_rank{rank}.pickle")]
-        names = " and ".join(str(file) for file in files if file is not None)
-        return self._state(names, self._details(workers))
-
-    def _details(self, workers: Mapping[int, str]) -> str:
-        """The samples that are waited for, and where the loader processes stand that fetch them."""
-        details = [self._describe_samples(), *describe_loader_processes(workers)]
-        return "; ".join(detail for detail in details if detail)
-
-    def _folders(self) -> list[Path]:
-        """Where this process may leave its stacks."""
-        folder = self.directory / STACKS_FOLDER
-        if not self.directory.is_dir():
-            return []  # on a machine that does not see it
-        with suppress(OSError):
-            folder.mkdir(exist_ok=True)
-        return [folder]
-
-    def _describe_samples(self) -> str:
-        """The samples that the loader was asked for last, if the process waits for them."""
-        if activity.phase is not LOADING or activity.samples is None:
-            return ""
-        try:
-            return activity.samples()
-        except Exception:
-            return ""  # a data set's own code may be asked for names
-
-
-REMEDY = "  if it only works slowly, raise run.timeout; run.resume=auto goes on from the newest checkpoint"
 
 _current: list[Watchdog] = []
 
@@ -329,7 +244,7 @@ def current_watchdog() -> Watchdog | None:
 
 
 @contextmanager
-def watching(timeout: float, directory: Path) -> Iterator[None]:
+def watching(timeout: float) -> Iterator[None]:
     """Have the main thread watched while the body runs; it marks its progress in `activity`.
 
     Stacks are also printed where the process dies of a signal such as SIGSEGV. Does nothing in another thread, nor
@@ -340,7 +255,7 @@ def watching(timeout: float, directory: Path) -> Iterator[None]:
         yield
         return
     activity.reset()
-    watchdog = Watchdog(timeout, directory)
+    watchdog = Watchdog(timeout)
     _current.append(watchdog)
     watchdog.start()
     try:
