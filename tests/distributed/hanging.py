@@ -1,4 +1,4 @@
-"""A small program whose data, model or evaluation waits where the command line says: for the tests of hangs.
+"""A small program that waits where the command line says, in its data, model, writer or evaluation.
 
 python hanging.py DIRECTORY WHERE SECONDS section__key=value …
 """
@@ -17,6 +17,7 @@ from tests.distributed.small import Points, config, mlp
 from trainer import Trainer
 from trainer.process import store, watchdog
 from trainer.process.exit import exit_process, report_error
+from trainer.storage import checkpoint
 
 WHERE, SECONDS = sys.argv[2], float(sys.argv[3])
 RANK = os.environ.get("RANK", "0")
@@ -25,6 +26,8 @@ LAST_RANK = int(os.environ.get("WORLD_SIZE", "1")) - 1
 
 class Data(Points):
     def __init__(self, waits: bool) -> None:
+        if WHERE == "start":
+            wait_here()
         super().__init__(56, ignored=False)
         self.waits = waits
 
@@ -79,6 +82,8 @@ def main() -> int:
         name, _, value = argument.partition("=")
         changes[name] = yaml.safe_load(value)
     settings = config(Path(sys.argv[1]), **changes)
+    if WHERE == "writer":
+        checkpoint.save = lambda *_, **__: wait_here()  # type: ignore[assignment]
     try:
         trainer = Trainer(
             settings,

@@ -100,6 +100,20 @@ def test_a_rank_that_hangs_in_its_own_code(tmp_path: Path) -> None:
     )
 
 
+def test_a_writer_that_hangs(tmp_path: Path) -> None:
+    """The other rank waits for as long as rank 0 sends it heartbeats, which it does while it hangs, too."""
+    changes = [f"run__timeout={TIMEOUT}"]
+    with program(tmp_path, "writer", 100, *changes, ranks=2) as running:
+        result = running.wait(60)
+    assert result.returncode == STATUS
+    check_message(
+        result.stderr,
+        f"the run made no progress for {TIMEOUT} s (run.timeout):",
+        "step 2, in the writer of checkpoints, at tests/distributed/hanging.py:",
+        "step 2, in the writer of checkpoints, waiting for the other ranks, at ",
+    )
+
+
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_is_stopped(tmp_path: Path, stopped: int) -> None:
     """Rank 0 holds the store of all ranks, so nobody else can be asked then."""
