@@ -527,8 +527,10 @@ class Trainer:
         progress.best = value
         progress.best_step = int(row["step"])
         progress.best_epoch = int(row["epoch"])
+        activity.mark(SAVING)
         self.reduction.gather()
         self.ranks.on_main(lambda: self._save_best(row))
+        activity.mark(LOGGING)
         return True
 
     def _is_best(self, value: float) -> bool:

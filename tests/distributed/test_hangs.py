@@ -63,7 +63,7 @@ def check_message(errors: str, *expected: str) -> None:
         assert text in errors
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 1)])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 1)])
 def test_a_loader_that_hangs(tmp_path: Path, ranks: int, workers: int) -> None:
     changes = [f"run__timeout={TIMEOUT}", f"data__workers={workers}"]
     with program(tmp_path, "loader", 100, *changes, ranks=ranks) as running:
@@ -135,12 +135,14 @@ def test_a_rank_that_is_stopped(tmp_path: Path, stopped: int) -> None:
         assert "  rank 0 on " in errors or "ranks 0, 2 on " in errors
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("where", ["evaluation", "first step"])
-def test_what_is_slow_but_works_goes_on(tmp_path: Path, where: str, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("where", "seconds", "ranks"), [("evaluation", 0.2, 2), ("first step", 3.5, 1)]
+)
+def test_what_is_slow_but_works_goes_on(
+    tmp_path: Path, where: str, seconds: float, ranks: int
+) -> None:
     """An evaluation of 14 batches, and a first step that uses the CPU, each for longer than the timeout."""
-    seconds = {"evaluation": 0.1, "first step": 2.5}[where]
-    changes = ["run__timeout=1", "batch__eval_size=2", "train__epochs=1"]
+    changes = ["run__timeout=2", "batch__eval_size=2", "train__epochs=1"]
     with program(tmp_path, where, seconds, *changes, ranks=ranks) as running:
         result = running.wait(60)
     assert result.returncode == 0, result.stderr

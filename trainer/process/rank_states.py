@@ -30,7 +30,7 @@ class RankState:
     """What a rank does. `clock` is the machine's time of this description.
 
     `doing` names the phase, and whether it waits for other ranks; `details` has more about it; `stacks` names the file
-    with the stacks.
+    with the stacks; `idle` is for how many seconds the rank has neither made progress nor used the CPU.
     """
 
     machine: str
@@ -40,6 +40,7 @@ class RankState:
     clock: float
     details: str = ""
     stacks: str = ""
+    idle: float = 0.0
 
     def describe(self) -> str:
         """Step, what it does and where its Python stands, in one line."""

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 from trainer.process import launcher
 from trainer.process.activity import ENDING, SAVING, activity
@@ -141,7 +142,8 @@ class Watchdog:
             with suppress(ConnectionError):
                 # Where a stop is overdue soon, the rank that says so has what was published last.
                 samples = describe_samples() if self._stop_signal else ""
-                claim = self._states.publish(self.report.state(details=samples))
+                state = self.report.state(details=samples)
+                claim = self._states.publish(replace(state, idle=self._seconds_idle))
         if claim is not None:
             self._follow(claim)
         elif activity.error is not None:
@@ -162,8 +164,21 @@ class Watchdog:
     def _is_stop_overdue(self) -> bool:
         if not self._stop_signal:
             return False
+        if self._seconds_to_stop >= LONG_STOP_GRACE:
+            return True
         is_idle = self._seconds_idle >= STOP_GRACE and activity.phase is not SAVING
-        return is_idle or self._seconds_to_stop >= LONG_STOP_GRACE
+        return is_idle and not self._others_work()
+
+    def _others_work(self) -> bool:
+        """True if this rank may only wait for one that has more to do."""
+        if self._states.count == 1:
+            return False
+        with suppress(ConnectionError):
+            states = self._states.last_published(self.report.state())
+            del states[self._states.rank]
+            idle = [state.idle for state in states if state is not None]
+            return min(idle, default=STOP_GRACE) < STOP_GRACE / 2
+        return False
 
     # ---------------------------------------------------------------- ending
 
@@ -285,9 +300,11 @@ def _stacks_on_crash() -> Iterator[None]:
 
 def _say(message: str) -> None:
     """Print to stderr, whose reader may have stopped reading."""
+    # On a terminal the progress bar stands in the line.
+    text = f"\n{message}" if sys.stderr.isatty() else message
 
     def say() -> None:
-        print(message, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=say, daemon=True, name="message")
     thread.start()
