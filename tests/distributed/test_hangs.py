@@ -167,6 +167,16 @@ def test_sigterm_ends_what_waits(tmp_path: Path, ranks: int) -> None:
     assert ", in the loader (train sample" in result.stderr
 
 
+def test_a_killed_rank_is_one_sentence(tmp_path: Path) -> None:
+    rows = tmp_path / "run" / "metrics.jsonl"
+    with program(tmp_path, "none", 0, "train__epochs=100000", ranks=3) as running:
+        wait_until(lambda: rows.exists() and len(rows.read_text().splitlines()) > 10)
+        os.kill(running.pids[1], signal.SIGKILL)
+        result = running.wait(60)
+    check_message(result.stderr, "error: rank 1 on ", " ended without an error of")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_a_killed_run_leaves_nothing_behind(tmp_path: Path) -> None:
     """Its loader processes hang; the run directory is free at once all the same."""
     with program(tmp_path, "loader", 100, "data__workers=2", ranks=1) as running:

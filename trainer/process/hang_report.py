@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,7 @@ class HangReport:
             clock=time.time(),
             details=details,
             stacks=stacks,
+            process=os.getpid(),
         )
 
     def detailed_state(self) -> RankState:

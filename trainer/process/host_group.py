@@ -34,6 +34,7 @@ SECONDS_TO_SHOW = 1.0  # a wait of this length is made known to the other ranks
 SECONDS_TO_REPORT = (
     15.0  # another rank's report, which names all ranks, may take as long
 )
+SECONDS_TO_FIND_ENDED = 2.0  # by the ranks of its machine
 STORE_PREFIX = "lockstep/waiting"
 
 # What ranks say while some have work to do that the others wait for; the largest value counts.
@@ -264,12 +265,24 @@ class HostGroup:
         try:
             if is_timeout:
                 return self._report(states)
-            # Written before the rank that wrote it ended. Without a report, a rank has ended: it says why.
-            return states.wait_for_report(SECONDS_TO_SHOW / 2)
+            # Written before the rank that wrote it ended.
+            report = states.wait_for_report(SECONDS_TO_SHOW / 2)
+            return self._describe_ended(states) if report is None else report
         except StoreSilentError:
             return self._report_alone() if is_timeout else None
         except ConnectionError:
             return None  # the store has ended with rank 0, which says why
+
+    def _describe_ended(self, states: RankStates) -> LockstepError | None:
+        """What a rank raises whose connection was lost, unless the rank that ended has said why, and is heard first."""
+        ended = states.find_ended(self.machines[self.rank], SECONDS_TO_FIND_ENDED)
+        if not ended:
+            return None
+        names = ", ".join(f"rank {rank} on {self.machines[rank]}" for rank in ended)
+        return OtherRankFailed(
+            f"{names} ended without an error of its own: it crashed or was killed, perhaps because memory ran out (the "
+            f"system's log says so); run.resume=auto goes on from the newest checkpoint"
+        )
 
     def _report(self, states: RankStates) -> HangError:
         """What all ranks raise where a wait has timed out; the first of them writes it."""

@@ -15,12 +15,14 @@ from functools import partial
 from typing import Any
 
 from trainer.errors import HangError
+from trainer.process.parent import has_ended
 from trainer.process.store import StoreClient, value_of
 
 STATE_KEY = "lockstep/state"
 ANSWER_KEY = "lockstep/answer"
 CLAIM_KEY = "lockstep/hang"  # the claim of the rank that makes the report
 REPORT_KEY = "lockstep/timeout"  # the report
+ENDED_KEY = "lockstep/ended"  # the ranks whose processes have ended
 SECONDS_BETWEEN_LOOKS = 0.2
 MAX_NAMED_RANKS = 16
 
@@ -30,7 +32,8 @@ class RankState:
     """What a rank does. `clock` is the machine's time of this description.
 
     `doing` names the phase, and whether it waits for other ranks; `details` has more about it; `stacks` names the file
-    with the stacks; `idle` is for how many seconds the rank has neither made progress nor used the CPU.
+    with the stacks; `idle` is for how many seconds the rank has neither made progress nor used the CPU;
+    `process` is its process id.
     """
 
     machine: str
@@ -41,6 +44,7 @@ class RankState:
     details: str = ""
     stacks: str = ""
     idle: float = 0.0
+    process: int = 0
 
     def describe(self) -> str:
         """Step, what it does and where its Python stands, in one line."""
@@ -114,6 +118,24 @@ class RankStates:
         states = [self._read(f"{STATE_KEY}/{rank}") for rank in range(self.count)]
         states[self.rank] = own
         return states
+
+    def find_ended(self, machine: str, seconds: float) -> list[int]:
+        """The ranks whose processes have ended, as the ranks of their machine see it. This one looks on `machine`."""
+        end = time.monotonic() + seconds
+        while True:
+            for rank in range(self.count):
+                state = self._read(f"{STATE_KEY}/{rank}")
+                if state and state.machine == machine and has_ended(state.process):
+                    self._add_ended(rank)
+            ended = self._client.ask(partial(value_of, key=ENDED_KEY))
+            if ended is not None:
+                return sorted(set(map(int, ended.decode().split())))
+            if time.monotonic() >= end:
+                return []
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _add_ended(self, rank: int) -> None:
+        self._client.ask(lambda store: store.append(ENDED_KEY, f"{rank} "))
 
     def set_report(self, report: str) -> None:
         """Let the other ranks know that the report is made, and that they may end."""

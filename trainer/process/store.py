@@ -5,11 +5,14 @@ It lives in the launcher or in rank 0, either of which may have ended or hang, s
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
 from threading import Thread
 from typing import Any
 
 SECONDS_TO_ANSWER = 5.0
+SECONDS_TO_CONNECT = 2.0
 
 
 class StoreSilentError(ConnectionError):
@@ -53,6 +56,7 @@ def value_of(store: Any, key: str) -> bytes | None:
 
 def _ask(question: Callable[[], Any]) -> tuple[Callable[[], Any], Thread]:
     """Start a thread that asks. The function returned waits for the answer."""
+    _check_reachable()
     answers: list[Any] = []
     failures: list[Exception] = []
 
@@ -73,6 +77,19 @@ def _ask(question: Callable[[], Any]) -> tuple[Callable[[], Any], Thread]:
     thread = Thread(target=ask, daemon=True, name="store")
     thread.start()
     return answer, thread
+
+
+def _check_reachable() -> None:
+    """Raise `ConnectionError` if nothing listens where the store was: PyTorch prints pages when it finds out itself."""
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not host or not port:
+        return
+    try:
+        socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
+    except TimeoutError:
+        raise StoreSilentError("the store's machine does not answer") from None
+    except OSError as error:
+        raise ConnectionError(f"the store is gone: {error}") from None
 
 
 def _default_store() -> Any:

@@ -284,18 +284,16 @@ def watching(timeout: float) -> Iterator[None]:
 
 @contextmanager
 def _stacks_on_crash() -> Iterator[None]:
-    if faulthandler.is_enabled():
-        yield
-        return
-    try:
-        faulthandler.enable()
-    except (AttributeError, OSError, ValueError, RuntimeError):
-        yield  # stderr is no file
-        return
+    was_enabled = faulthandler.is_enabled()
+    if not was_enabled:
+        # Where stderr is no file, there is nothing to write to.
+        with suppress(AttributeError, OSError, ValueError, RuntimeError):
+            faulthandler.enable()
     try:
         yield
     finally:
-        faulthandler.disable()
+        if not was_enabled:
+            faulthandler.disable()
 
 
 def _say(message: str) -> None:
