@@ -7,8 +7,8 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -120,3 +120,18 @@ def write_in(
         if written:
             return written[0]
     return None
+
+
+@contextmanager
+def stacks_on_crash() -> Iterator[None]:
+    """A context in which a signal such as SIGSEGV prints the stacks of all threads to stderr."""
+    was_enabled = faulthandler.is_enabled()
+    if not was_enabled:
+        # Where stderr is no file, there is nothing to write to.
+        with suppress(AttributeError, OSError, ValueError, RuntimeError):
+            faulthandler.enable()
+    try:
+        yield
+    finally:
+        if not was_enabled:
+            faulthandler.disable()

@@ -1,4 +1,4 @@
-"""The watchdog: a thread that ends this process when its main thread gets on no more, and says where it stands.
+"""The watchdog: a thread that ends this process when its main thread makes no more progress, and says where it stands.
 
 The main thread tells what it does by marks (`activity`). The thread looks at them every few seconds. It ends the run
 
@@ -9,7 +9,6 @@ The main thread tells what it does by marks (`activity`). The thread looks at th
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import select
 import signal
@@ -26,6 +25,7 @@ from trainer.process.exit import claim_report, end_now, report_error
 from trainer.process.hang_report import HangReport, describe_samples
 from trainer.process.rank_states import SECONDS_BETWEEN_LOOKS, Claim, RankStates
 from trainer.process.signs_of_life import SignsOfLife
+from trainer.process.stacks import stacks_on_crash
 
 MAX_SECONDS_BETWEEN_LOOKS = 5.0
 SECONDS_BETWEEN_LOOKS_AT_A_STOP = 0.5
@@ -274,26 +274,12 @@ def watching(timeout: float) -> Iterator[None]:
     _current.append(watchdog)
     watchdog.start()
     try:
-        with _stacks_on_crash():
+        with stacks_on_crash():
             yield
     finally:
         watchdog.end()
         _current.clear()
         activity.reset()
-
-
-@contextmanager
-def _stacks_on_crash() -> Iterator[None]:
-    was_enabled = faulthandler.is_enabled()
-    if not was_enabled:
-        # Where stderr is no file, there is nothing to write to.
-        with suppress(AttributeError, OSError, ValueError, RuntimeError):
-            faulthandler.enable()
-    try:
-        yield
-    finally:
-        if not was_enabled:
-            faulthandler.disable()
 
 
 def _say(message: str) -> None:
