@@ -202,17 +202,20 @@ class Trainer:
                 self._resume(self._journal.resume_from)
                 self._introduce()
                 try:
-                    self.start()
-                    for note in self.resume_notes:
-                        self.journal.console.note(note)
-                    self.journal.start_clock(
-                        self.plan, self.progress.step, self.last_step
-                    )
-                    self._loop(stop)
-                    return self._finish()
+                    # Also here: a hang is reported before anything is cleaned up.
+                    with self._explained():
+                        return self._train(stop)
                 finally:
                     activity.leave(sys.exception())
                     self.end_loading()
+
+    def _train(self, stop: StopRequest) -> dict[str, Any]:
+        self.start()
+        for note in self.resume_notes:
+            self.journal.console.note(note)
+        self.journal.start_clock(self.plan, self.progress.step, self.last_step)
+        self._loop(stop)
+        return self._finish()
 
     def try_out(self) -> None:
         """Find out what would fail later, and choose `fuse`, before anything is trained. A collective.
