@@ -48,6 +48,9 @@ def report_error(error: BaseException) -> int:
     else:
         traceback.print_exception(error)
         sys.stderr.flush()
+    if launcher.world_size() > 1 and launcher.rank() == 0:
+        # It may hold the store, which the others ask whether they are to report.
+        time.sleep(SECONDS_TO_NOTICE)
     return status
 
 
