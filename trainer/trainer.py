@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -46,8 +47,17 @@ from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.determinism import refused_operation
 from trainer.exact.plan import Plan, Step
 from trainer.exact.standard import StandardReduction
+from trainer.process.activity import (
+    ENDING,
+    EXCHANGING,
+    LOGGING,
+    SAVING,
+    UPDATING,
+    activity,
+)
 from trainer.process.ranks import Ranks
 from trainer.process.signals import StopRequest
+from trainer.process.watchdog import watching
 from trainer.reporting import summary as report
 from trainer.reporting.figures import drawing
 from trainer.reporting.journal import Journal
@@ -90,7 +100,7 @@ class Trainer:
     ) -> None:
         # Those that a subclass assigned before this call.
         attributes_before = frozenset(vars(self))
-        with settings_of(config):
+        with settings_of(config), watching(config.run.timeout):
             self.run = build_run(
                 config, model=model, train_data=train_data, val_data=val_data, task=task
             )
@@ -167,25 +177,34 @@ class Trainer:
                 "this Trainer has trained already; make a new one, with run.resume=auto to go on"
             )
         self._stateful_objects()  # refuses now what could not be saved later
-        with self.run.settings(), self._explained():
+        with (
+            self.run.settings(),
+            watching(self.config.run.timeout),
+            self._explained(),
+        ):
             self.try_out()
             with (
                 StopRequest(self.ranks) as stop,
                 Journal(self.config, self.ranks) as self._journal,
             ):
+                activity.directory = self._journal.directory
                 self._resume(self._journal.resume_from)
                 self._introduce()
                 try:
-                    self.start()
-                    for note in self.resume_notes:
-                        self.journal.console.note(note)
-                    self.journal.start_clock(
-                        self.plan, self.progress.step, self.last_step
-                    )
-                    self._loop(stop)
-                    return self._finish()
+                    # Also here: a hang is reported before anything is cleaned up.
+                    with self._explained():
+                        return self._train(stop)
                 finally:
+                    activity.leave(sys.exception())
                     self.end_loading()
+
+    def _train(self, stop: StopRequest) -> dict[str, Any]:
+        self.start()
+        for note in self.resume_notes:
+            self.journal.console.note(note)
+        self.journal.start_clock(self.plan, self.progress.step, self.last_step)
+        self._loop(stop)
+        return self._finish()
 
     def try_out(self) -> None:
         """Find out what would fail later, and choose `fuse`, before anything is trained. A collective.
@@ -297,6 +316,7 @@ class Trainer:
             self.end_epoch(self.plan.step(self.progress.step - 1))
         for step in self.plan.steps(self.progress.step, self.last_step):
             self.train_step(step)
+            activity.is_first_step = False
             is_bad = self.finite.is_held_back and not self.finite.leaves_out
             if is_bad or self._is_logged(step):
                 self.log(step)
@@ -316,6 +336,7 @@ class Trainer:
         Steps are taken in order, after `start`.
         """
         run, reduction = self.run, self.reduction
+        activity.step = step.number
         if step.first_in_epoch:
             self._freeze(step.epoch)
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
@@ -333,7 +354,9 @@ class Trainer:
             losses.append(loss.total)
             self.meter.add(batch, output, loss)
             self.observers.micro_batch(step, batch, output, loss)
+        activity.mark(EXCHANGING)
         reduction.finish(step)
+        activity.mark(UPDATING)
         is_held_back = self.finite.mark(step.number, losses, reduction.gradients())
 
         needs_norm = self._needs_gradient_norm(step)
@@ -370,6 +393,7 @@ class Trainer:
     def _freeze(self, epoch: int) -> None:
         """Freeze and thaw parameters as `epoch` asks for. A collective, at an epoch's first step."""
         if self.run.freezing.apply(epoch):
+            activity.is_first_step = True  # what was compiled is compiled anew
             self.reduction.rebuild()
             self.module.train()
             self.run.forget_features()
@@ -398,6 +422,7 @@ class Trainer:
 
     def log(self, step: Step) -> None:
         """Log a row. Raises `LockstepError` if a loss or a gradient since the last row is not finite."""
+        activity.mark(LOGGING)
         row = self.measure(step)
         self.observers.row(row)
         self.journal.log(row, self.digest() if self.ranks.is_main else "")
@@ -434,6 +459,7 @@ class Trainer:
         row = {"step": step.number, "epoch": step.epoch + 1, **means}
         if evaluate and self.run.evaluator is not None:
             row |= _with_prefix("val/", self.evaluate())
+            activity.mark(LOGGING)
         row |= learning_rates(self.optimizer)
         self.observers.row(row)
         is_best = self._save_if_best(row)
@@ -481,8 +507,10 @@ class Trainer:
         progress.best = value
         progress.best_step = int(row["step"])
         progress.best_epoch = int(row["epoch"])
+        activity.mark(SAVING)
         self.reduction.gather()
         self.ranks.on_main(lambda: self._save_best(row))
+        activity.mark(LOGGING)
         return True
 
     def _is_best(self, value: float) -> bool:
@@ -517,6 +545,7 @@ class Trainer:
 
         Raises `LockstepError` if the run is not finite: no checkpoint holds NaN or an infinity.
         """
+        activity.mark(SAVING)
         self._check_finite()
         self.reduction.gather()
         check_same_weights(self.run, self.progress.step)
@@ -528,6 +557,7 @@ class Trainer:
         states = read_states(self._stateful_objects(), self.ranks)
         self.ranks.on_main(lambda: self._write_checkpoint(states))
         self._saved_step = self.progress.step
+        activity.mark(UPDATING)
         self.stopwatch.mark(self.progress.samples_seen)
 
     def _write_checkpoint(self, states: dict[str, dict[str, Any]]) -> None:
@@ -640,6 +670,7 @@ class Trainer:
 
         All this comes after the last checkpoint, so a run that goes on from it shows no trace of having ended here.
         """
+        activity.mark(ENDING)
         last = self.plan.step(self.progress.step - 1)
         self.reduction.gather()
         recalibrate = self.config.batch_norm.recalibrate_at == "end"
@@ -650,6 +681,7 @@ class Trainer:
             self.log(last)
         if is_changed or not self._is_evaluated(last):
             self._log_epoch(last, {}, evaluate=True)
+        activity.mark(ENDING)
         self.stopwatch.stop(self.progress)
         self.finite.check_end(self.progress)
         summary = report.summary(self.run, self.progress, self.optimizer)

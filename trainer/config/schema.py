@@ -52,7 +52,7 @@ class RunConfig(Section):
     figures: bool = key(True, "draw the run's PNG figures at its end")
     timeout: float = key(
         1800.0,
-        "how long a process waits for the others before the run ends with an error",
+        "how long a process may wait for the others, or make no progress itself, before the run ends with an error",
         unit="seconds",
         minimum=1,
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from time import perf_counter
@@ -25,7 +23,11 @@ from trainer.errors import DataError
 from trainer.exact.plan import IndexRange, Plan, Step, split_evenly
 from trainer.exact.seeding import preserved_cpu_generators
 from trainer.exact.structures import tensors_in
+from trainer.process.activity import COMPUTING, LOADING, activity
 from trainer.process.device import KINDS_WITH_STREAMS, device_module
+from trainer.process.loader_worker import begin_loader_process
+
+NAMED_SAMPLES = 4  # in a message
 
 
 class Loader:
@@ -71,6 +73,10 @@ class Loader:
         """A sample's input as the data set returns it."""
         with preserved_cpu_generators():
             return self._dataset.pair(sample_id)[0]
+
+    def name_sample(self, sample_id: int) -> str:
+        """What a message calls a sample: its number, and its path if it has one."""
+        return self._dataset.name(sample_id)
 
     def run(self, requests: Iterable[Request]) -> Generator[MicroBatch, None, None]:
         """The micro-batches of `requests`, in order. Closing the generator ends its loader processes."""
@@ -173,6 +179,9 @@ class TrainLoader:
         self._groups_by_size: dict[int, list[IndexRange]] = {}
         self._batches = loader.run(self._requests(first_step))
         self._seconds_waited = 0.0
+        self._name_sample = loader.name_sample
+        self._awaited: tuple[Step, IndexRange] | None = None
+        activity.samples = self._describe_awaited
 
     def close(self) -> None:
         """End the loader processes."""
@@ -187,11 +196,24 @@ class TrainLoader:
     def step(self, step: Step) -> Iterator[MicroBatch]:
         """This rank's micro-batches of `step`. To be called for every step, in order."""
         for indices in self._groups(step):
+            self._awaited = step, indices
+            activity.mark(LOADING)
             start = perf_counter()
             batch = next(self._batches)
             self._seconds_waited += perf_counter() - start
             assert batch.indices == indices, "steps are taken in order"
+            activity.mark(COMPUTING)
             yield batch
+
+    def _describe_awaited(self) -> str:
+        """The samples of the micro-batches that were asked for last, for the watchdog's thread."""
+        if self._awaited is None:
+            return ""
+        step, (first, end) = self._awaited
+        ids = self._plan.sample_ids(step, first, end).tolist()
+        names = ", ".join(self._name_sample(sample) for sample in ids[:NAMED_SAMPLES])
+        more = len(ids) - NAMED_SAMPLES
+        return names + (f" and {more} more" if more > 0 else "")
 
     def _requests(self, first_step: int) -> Iterator[Request]:
         for step in self._plan.steps(first_step):
@@ -258,8 +280,5 @@ def _return_as_is(batch: Any) -> Any:
 
 
 def _init_worker(_: int) -> None:
-    """Leave the rank's process group: a signal to the whole group is for the rank, which must outlive its loaders."""
-    os.setpgrp()
-    # Not the rank's own handler, which a fork inherits.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    begin_loader_process()
     torch.set_num_threads(1)

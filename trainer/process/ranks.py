@@ -23,6 +23,7 @@ from trainer.errors import ConfigError, LockstepError, OtherRankFailed
 from trainer.process import launcher
 from trainer.process.device import check_precision, check_process_count, chosen_kind
 from trainer.process.exit import delay_exit_for_gloo
+from trainer.process.flight_recorder import enable_flight_recorder
 from trainer.process.host_group import HostGroup
 from trainer.process.interface import choose_gloo_interface
 from trainer.process.launcher_settings import check_launcher_settings, check_world_size
@@ -51,6 +52,7 @@ class Ranks:
         check_launcher_settings(precision)
         check_process_count(chosen_kind(), launcher.world_size())
         choose_gloo_interface()
+        enable_flight_recorder()
         is_on_device = torch.accelerator.is_available()
         # On GPUs the host gives up first, because its message names the ranks that did not come.
         device_timeout = timeout + (DEVICE_MARGIN if is_on_device else 0)
