@@ -37,6 +37,7 @@ from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import configure
 from trainer.exact.determinism import run_settings
 from trainer.exact.plan import Plan
+from trainer.process.device import check_reproducibility
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint
 from trainer.storage.run_directory import run_path
@@ -135,6 +136,7 @@ def build_run(
     """
     config = _with_names(config, model=model, data=train_data, loss=task)
     ranks = Ranks(config.train.precision, config.run.timeout)
+    check_reproducibility(ranks.device.type, config.run.reproducibility)
     facts_of_ranks = check_ranks(config, ranks)
     precision = Precision(config.train.precision, ranks.device)
 

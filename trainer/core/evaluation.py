@@ -18,6 +18,7 @@ from trainer.core.samples import rows_not_finite
 from trainer.data.loading import Loader, whole_requests
 from trainer.data.samples import MicroBatch, Request
 from trainer.exact.seeding import preserved_generators
+from trainer.process.activity import EVALUATING, FIRST_EVALUATION, activity
 from trainer.process.ranks import Ranks
 
 # Spread over a rank's share: images of another size or a broken file are seldom alone.
@@ -66,6 +67,7 @@ class Evaluator:
         )
         self._loader = loader
         self._batches: Generator[MicroBatch, None, None] | None = None
+        self._phase = FIRST_EVALUATION  # until the first batch
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -172,6 +174,7 @@ class Evaluator:
                 for request, (head, batch) in zip(
                     self._requests, batches_of_features, strict=True
                 ):
+                    activity.mark(EVALUATING)
                     yield request, head, batch
         finally:
             self._model.train(was_training)
@@ -181,6 +184,9 @@ class Evaluator:
             self._batches = self._loader.run(itertools.cycle(self._requests))
         with self._features.recording(self._model) as record:
             batches = itertools.islice(self._batches, len(self._requests))
+            activity.mark(self._phase)
             for request, batch in zip(self._requests, batches, strict=True):
+                activity.mark(self._phase)
                 yield request, self._model, batch
                 record(batch)
+                self._phase = EVALUATING

@@ -10,6 +10,7 @@ from trainer.data.loading import step_requests
 from trainer.data.samples import Request
 from trainer.exact.plan import Step
 from trainer.exact.recalibration import recalibrate
+from trainer.process.activity import RECALIBRATING, activity
 
 
 def recalibrate_statistics(run: Run, steps_done: int) -> bool:
@@ -50,4 +51,5 @@ def _forwards(
         micro_batches += len(step.micro_batches)
     batches = run.train_loader.run(requests)
     for batch, step, first in zip(batches, steps_of_requests, firsts, strict=True):
+        activity.mark(RECALIBRATING)
         yield first + batch.first, partial(run.forward, run.module, batch, step)
