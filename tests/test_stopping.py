@@ -10,7 +10,7 @@ from types import FrameType
 import pytest
 
 from trainer.process.ranks import Ranks
-from trainer.process.signals import StopRequest
+from trainer.process.signals import STOP_SIGNALS, StopRequest
 
 
 class AtOnceError(Exception):
@@ -22,9 +22,7 @@ def _handlers() -> Iterator[None]:
     def act(number: int, _: FrameType | None) -> None:
         raise AtOnceError(number)
 
-    before = {
-        number: signal.signal(number, act) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    before = {number: signal.signal(number, act) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -34,7 +32,7 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("first", STOP_SIGNALS)
 def test_a_launcher_and_an_agent_that_both_ask_for_the_stop_do_not_cut_it_short(
     first: int,
 ) -> None:
@@ -48,3 +46,13 @@ def test_a_launcher_and_an_agent_that_both_ask_for_the_stop_do_not_cut_it_short(
             send(signal.SIGINT)
     with pytest.raises(AtOnceError):
         send(signal.SIGTERM)
+
+
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest(Ranks("fp32")) as stop:
+        send(signal.SIGHUP)
+        assert not stop.agreed()
+        send(signal.SIGUSR1)
+        assert stop.agreed()
+        assert stop.signal_number == signal.SIGUSR1

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT become a stop at a step boundary, the same one on all ranks."""
+"""SIGTERM and its like become a stop at a step boundary, the same one on all ranks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 from trainer.process.ranks import Agreement, Ranks
 from trainer.process.watchdog import current_watchdog
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP comes where a terminal is closed; SIGUSR1 is what Slurm's users ask for before their time is up.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopRequest:
     """A context that turns the first signal into a request to stop. `signal_number` is that signal, 0 before it.
 
-    After it a SIGINT (a second Ctrl-C) acts at once, while further SIGTERMs change nothing: one stop may bring
+    After it a SIGINT (a second Ctrl-C) acts at once, while further signals change nothing: one stop may bring
     several, as a launcher passes its own on and then ends, and so does the agent above it.
 
     Ranks are signalled at different moments, so each asks the others once a step. It asks when the step begins and
@@ -37,7 +38,10 @@ class StopRequest:
         # Python allows handlers in no other thread.
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                self._previous_handlers[number] = signal.signal(number, self._handle)
+                # Under nohup a run is to outlive its terminal.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    handler = signal.signal(number, self._handle)
+                    self._previous_handlers[number] = handler
             watchdog = current_watchdog()
             if watchdog is not None:
                 # It ends the run where this thread waits for something that does not come.
@@ -57,7 +61,9 @@ class StopRequest:
         if self.signal_number:
             return
         self.signal_number = number
-        signal.signal(signal.SIGINT, self._previous_handlers[signal.SIGINT])
+        interrupt = self._previous_handlers.get(signal.SIGINT)
+        if interrupt is not None:
+            signal.signal(signal.SIGINT, interrupt)
 
     def agreed(self) -> bool:
         """True if all ranks stop after this step. Called by every rank once a step."""
