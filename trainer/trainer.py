@@ -35,6 +35,7 @@ from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.determinism import refused_operation
+from trainer.exact.modes import modes_of_others, restore_modes
 from trainer.exact.plan import Plan, Step
 from trainer.exact.standard import StandardReduction
 from trainer.process.ranks import Ranks
@@ -294,9 +295,11 @@ class Trainer:
 
     def _freeze(self, epoch: int) -> None:
         """Freeze and thaw parameters as `epoch` asks for. A collective, at an epoch's first step."""
+        modes = modes_of_others(self.module)
         if self.run.freezing.apply(epoch):
             self.reduction.rebuild()
             self.module.train()
+            restore_modes(modes)
             self.run.forget_features()
 
     # ---------------------------------------------------------------- what is logged

@@ -15,6 +15,7 @@ from trainer.core.forward import Forward
 from trainer.core.metrics import Meter
 from trainer.data.loading import Loader, whole_requests
 from trainer.data.samples import MicroBatch, Request
+from trainer.exact.modes import preserved_modes
 from trainer.process.ranks import Ranks
 
 # Spread over a rank's share: images of another size or a broken file are seldom alone.
@@ -129,11 +130,12 @@ class Evaluator:
     def _in_eval_mode(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
         """Each batch with what it is run through: the model, or its head where the batch holds the features.
 
-        The model is in eval mode meanwhile, and afterwards in the mode that it had.
+        The model and the loss are in eval mode meanwhile, and afterwards each of their modules in the mode that it had.
         """
-        was_training = self._model.training
-        self._model.eval()
-        try:
+        task = self._forward.task
+        with preserved_modes(self._model), preserved_modes(task):
+            self._model.eval()
+            task.eval()
             batches_of_features = self._features.batches()
             if batches_of_features is None:
                 yield from self._loaded_batches()
@@ -143,8 +145,6 @@ class Evaluator:
                     self._requests, batches_of_features, strict=True
                 ):
                     yield request, head, batch
-        finally:
-            self._model.train(was_training)
 
     def _loaded_batches(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
         if self._batches is None:

@@ -22,6 +22,8 @@ from trainer.exact.running_statistics import RunningStatistics, StatisticsShare
 class StandardReduction(Reduction):
     """Equal mathematics on any number of ranks; the order of additions is DDP's."""
 
+    _statistics: StatisticsShare
+
     def _wrap(self) -> RunningStatistics:
         self._model = self._ranks.prepare(
             self._module, find_unused_parameters=self._find_unused_parameters
@@ -32,6 +34,7 @@ class StandardReduction(Reduction):
     def micro_batch(
         self, step: Step, indices: IndexRange
     ) -> AbstractContextManager[nn.Module]:
+        self._statistics.micro_batch(indices)
         if step.has_idle_rank:
             return nullcontext(self._module)
         _, end = indices
@@ -46,6 +49,7 @@ class StandardReduction(Reduction):
             yield self._model
 
     def _sum_over_ranks(self, step: Step) -> None:
+        self._statistics.finish(step)
         if self._ranks.count == 1 or not step.has_idle_rank:
             return
         parameters = list(self._parameters.values())
