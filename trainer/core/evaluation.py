@@ -15,7 +15,9 @@ from trainer.core.forward import Forward
 from trainer.core.metrics import Meter
 from trainer.data.loading import Loader, whole_requests
 from trainer.data.samples import MicroBatch, Request
+from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import preserved_modes
+from trainer.exact.moving_buffers import preserved_buffers
 from trainer.process.ranks import Ranks
 
 # Spread over a rank's share: images of another size or a broken file are seldom alone.
@@ -133,7 +135,13 @@ class Evaluator:
         The model and the loss are in eval mode meanwhile, and afterwards each of their modules in the mode that it had.
         """
         task = self._forward.task
-        with preserved_modes(self._model), preserved_modes(task):
+        # A forward that moves buffers in eval mode, too, would move other ones on every rank.
+        whole = ModelAndLoss(self._model, task)
+        with (
+            preserved_modes(self._model),
+            preserved_modes(task),
+            preserved_buffers(whole),
+        ):
             self._model.eval()
             task.eval()
             batches_of_features = self._features.batches()

@@ -8,6 +8,7 @@ from functools import partial
 from trainer.core.build import Run
 from trainer.data.loading import step_requests
 from trainer.data.samples import Request
+from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import preserved_modes
 from trainer.exact.plan import Step
 from trainer.exact.recalibration import recalibrate
@@ -30,7 +31,8 @@ def recalibrate_statistics(run: Run, steps_done: int) -> bool:
         # a layer that is in eval mode is meant to be.
         if not run.module.training:
             run.module.train()
-        recalibrate(run.module, _forwards(run, steps), micro_batches, run.ranks)
+        whole = ModelAndLoss(run.module, run.task)
+        recalibrate(whole, _forwards(run, steps), micro_batches, run.ranks)
     return True
 
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 from trainer.core.observers import Stateful
 from trainer.errors import ConfigError, LockstepError
 from trainer.process.ranks import Ranks
+from trainer.storage.checkpoint import FURTHER
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.stateful import check_name
 
@@ -71,6 +72,11 @@ class StatefulObjects:
             check_name(name)
         except LockstepError as error:
             raise ConfigError("stateful", str(error)) from None
+        if name.lower() == FURTHER:
+            raise ConfigError(
+                f"stateful.{name}",
+                "names what a checkpoint keeps of the loss and the like; choose another name",
+            )
         for other in self.by_name:
             # Some file systems take both for one name.
             if other.lower() == name.lower():

@@ -35,7 +35,9 @@ class BitwiseReduction(Reduction):
         self._ranks.broadcast_parameters(self._module)
         self._has_gradient = dict.fromkeys(self._parameters, False)
         self._exchange: ShardExchange | None = None
-        return StatisticsDifferences(self._module, self._section, self._ranks)
+        return StatisticsDifferences(
+            self._module, self._section, self._ranks, self._loss
+        )
 
     def begin(self, step: Step) -> None:
         super().begin(step)
@@ -47,6 +49,7 @@ class BitwiseReduction(Reduction):
         index = indices[0]
         node = Node(0, index)
         self._statistics.reset()
+        self._moving.micro_batch()
         sibling = self._tree_sum.pop(node.left_sibling) if node.is_right else None
         if sibling is not None:
             self._put_back_gradients(sibling)
@@ -86,7 +89,7 @@ class BitwiseReduction(Reduction):
         self._tree_sum.nodes.clear()  # the optimizer's step needs the memory
         count = len(self._parameters)
         is_used = list(self._has_gradient.values())
-        if self._find_unused_parameters or step.has_idle_rank:
+        if self._find_unused_parameters or step.has_idle_rank or self._loss_parameters:
             is_used = self._ranks.any_rank_each(is_used)
         for parameter, gradient, used in zip(
             self._parameters.values(), total[:count], is_used, strict=True
@@ -95,6 +98,12 @@ class BitwiseReduction(Reduction):
             parameter.grad = gradient if used else None
         self._has_gradient = dict.fromkeys(self._parameters, False)
         self._statistics.finish(step, total[count:])
+
+    def _leave_out_unused_of_loss(self) -> None:
+        super()._leave_out_unused_of_loss()
+        if len(self._has_gradient) != len(self._parameters):
+            self._has_gradient = dict.fromkeys(self._parameters, False)
+            self._exchange = None  # its layout has all parameters
 
     def _total(self, step: Step) -> Contribution:
         """The sum of all micro-batches of all ranks."""

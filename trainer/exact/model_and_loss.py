@@ -34,10 +34,24 @@ class ModelAndLoss:
             if parameter not in of_model:
                 yield LOSS_PREFIX + name, parameter
 
+    def trained_loss_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of the loss's own parameters that require a gradient."""
+        return {name: p for name, p in self.named_loss_parameters() if p.requires_grad}
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of both, each once."""
         for _, parameter in self.named_parameters():
             yield parameter
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The buffers of both, each once."""
+        yield from self.model.named_buffers()
+        if self.loss is None or next(self.loss.buffers(), None) is None:
+            return
+        of_model = {id(buffer) for buffer in self.model.buffers()}
+        for name, buffer in self.loss.named_buffers():
+            if id(buffer) not in of_model:
+                yield LOSS_PREFIX + name, buffer
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules of both, each once."""
@@ -66,10 +80,10 @@ class ModelAndLoss:
                 layers.append((name, module))
         return layers
 
-    def tensors(self) -> list[Tensor]:
-        """All parameters and buffers of both, each once, persistent or not."""
+    def loss_tensors(self) -> list[Tensor]:
+        """All parameters and buffers that the loss alone has, each once, persistent or not."""
         tensors: dict[int, Tensor] = {}
-        for _, module in self.named_modules():
+        for _, module in self.named_loss_modules():
             for tensor in [*module._parameters.values(), *module._buffers.values()]:
                 if tensor is not None:
                     tensors[id(tensor)] = tensor

@@ -69,7 +69,7 @@ class Observation:
                 for buffer, start in zip(layer.buffers, (mean, var), strict=True)
             ]
             differences.append(is_other[0] | is_other[1])
-        return torch.stack(differences).tolist()  # type: ignore[no-any-return]
+        return torch.stack(differences).tolist()
 
 
 def agree_on_calls(

@@ -279,7 +279,7 @@ class StatisticsDifferences(RunningStatistics):
         self._start = [buffer.clone() for buffer in self.buffers]
         self._watch.forget()
         modes = [layer.is_training for layer in self._layers]
-        if modes != self._modes:
+        if modes != self._modes or self._counters_before is not None:
             self._modes = modes
             self._counters_before = [layer.counter.clone() for layer in self._layers]
 
