@@ -67,11 +67,14 @@ class Evaluator:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The mean loss and metrics over all samples. A collective."""
-        meter = Meter(self._forward.task, self._ranks, exact=self._exact)
-        for _, model, batch in self._in_eval_mode():
-            output, loss = self._forward(model, batch, None)
-            meter.add(batch, output, loss)
-        return meter.read().means()
+        task = self._forward.task
+        meter = Meter(task, self._ranks, exact=self._exact)
+        with preserved_modes(task):
+            task.eval()  # until the last metric is measured
+            for _, model, batch in self._in_eval_mode():
+                output, loss = self._forward(model, batch, None)
+                meter.add(batch, output, loss)
+            return meter.read().means()
 
     @torch.no_grad()
     def rehearse(self) -> None:

@@ -149,6 +149,8 @@ def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     """True if two tensors are equal up to rounding. NaN counts as close: `>` is false for it."""
     if actual.shape != expected.shape:
         return False
+    if expected.dtype == torch.bool:
+        return torch.equal(actual, expected)
     difference = (actual - expected).to(expected.dtype).double().norm()
     bound = tolerance * expected.double().norm()
     return not bool(difference > bound)
