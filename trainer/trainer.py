@@ -35,7 +35,12 @@ from trainer.core.preflight import notes_on
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.refused import refuse_nondeterministic
 from trainer.core.rehearsal import check_disk, check_states, rehearse
-from trainer.core.stateful import StatefulObjects, load_states, read_states
+from trainer.core.stateful import (
+    StatefulObjects,
+    keeps_statistics,
+    load_states,
+    read_states,
+)
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError, Stopped
@@ -123,6 +128,7 @@ class Trainer:
         self.state_notes: list[str] = []
         self._restored_states: Mapping[str, Any] | None = None
         self._further_restored: Mapping[str, Any] = {}
+        self._statistics_are_read = False  # after each step, by an observer or its like
         self._saved_step: int | None = None  # of the checkpoint last read or written
         self._batches: TrainLoader | None = None
         self._journal: Journal | None = None
@@ -214,11 +220,15 @@ class Trainer:
         self.module.train()
         restore_modes_of(self._further_restored, self.module)
         self._further_restored = {}
+        self.run.loss_state.begin()
         self.observers.begin(self.run)
         if self._restored_states is not None:
             self.state_notes = load_states(stateful, self._restored_states)
             self._restored_states = None
         check_states(stateful, self.run)
+        self._statistics_are_read = self.observers.read_statistics or keeps_statistics(
+            stateful
+        )
 
     def load_from(self, steps_done: int) -> None:
         """Load the samples of the step after `steps_done` next."""
@@ -299,6 +309,8 @@ class Trainer:
         self.optimizer.zero_grad()
         self.progress.step = step.number
         self.progress.samples_seen += step.size
+        if self._statistics_are_read:
+            reduction.gather_statistics()
         self.observers.step(step)
 
     def _needs_gradient_norm(self, step: Step) -> bool:
@@ -524,6 +536,11 @@ class Trainer:
     def restore(self, content: Checkpoint) -> None:
         """Take over the state of a checkpoint. Stateful objects take theirs over in `start`."""
         checkpoint.restore_model(self.module, content.model)
+        states = dict(content.stateful)
+        self._further_restored = states.pop(FURTHER, {})
+        restore_further(
+            self._further_restored, self.module, self.run.loss_state, self.optimizer
+        )
         load_named_state(
             self.optimizer,
             self.module,
@@ -538,12 +555,7 @@ class Trainer:
         self.epoch_totals = Totals(content.progress.epoch)
         self.schedule = self._build_schedule()
         # Loaded by `start`, once observers have seen the model.
-        states = dict(content.stateful)
-        self._further_restored = states.pop(FURTHER, {})
         self._restored_states = states
-        restore_further(
-            self._further_restored, self.module, self.run.loss_state, self.optimizer
-        )
         self._freeze(self._epoch_to_go_on_in())
         self.run.forget_features()
 

@@ -2,7 +2,7 @@
 
 A checkpoint keeps it as one more stateful object, under the name `further`, and only if there is any:
 
-    loss         the tensors of the loss's modules that have changed since the run was built, trained ones among them
+    loss         the tensors of the loss's modules that training has changed
     buffers      moving buffers that no `state_dict` has (`persistent=False`), by name
     eval_modules the names of modules in eval mode, apart from frozen ones
     extra_state  what the model's modules return by `get_extra_state`
@@ -28,12 +28,16 @@ OWN_ENTRIES = {"state", "param_groups"}  # of an optimizer's state_dict
 
 
 class LossState:
-    """Which tensors of a loss have changed since the run was built. They are state; the others are made again."""
+    """Which tensors of a loss have changed since training began. They are state; the others are made again."""
 
     def __init__(self, model: nn.Module, loss: nn.Module) -> None:
         self._whole = ModelAndLoss(model, loss)
-        self._marks = {name: _mark(part) for name, part in self._modules()}
         self._restored: set[str] = set()
+        self.begin()
+
+    def begin(self) -> None:
+        """Training begins: what has happened to the tensors by now was no training."""
+        self._marks = {name: _mark(part) for name, part in self._modules()}
 
     def read(self, moving: Sequence[Buffer] = ()) -> dict[str, Tensor]:
         """The tensors of each module of the loss in which one has changed. Copies of none.
@@ -114,6 +118,11 @@ def restore_evaluated(
 ) -> None:
     """Load what belongs to the model and the loss."""
     loss.restore(state.get("loss", {}))
+    restore_beside_weights(state, model)
+
+
+def restore_beside_weights(state: Mapping[str, Any], model: nn.Module) -> None:
+    """Load what belongs to the model and is not in its weights' file."""
     _restore_buffers(model, state.get("buffers", {}))
     modules = dict(model.named_modules())
     for name, value in state.get("extra_state", {}).items():
@@ -123,7 +132,10 @@ def restore_evaluated(
 def restore_further(
     state: Mapping[str, Any], model: nn.Module, loss: LossState, optimizer: Optimizer
 ) -> None:
-    """Load what `read_further` returned, but for the modes: `restore_modes_of` comes after `model.train()`."""
+    """Load what `read_further` returned, but for the modes: `restore_modes_of` comes after `model.train()`.
+
+    Call it before the optimizer's named state is loaded, which takes the other entries along as they are by then.
+    """
     restore_evaluated(state, model, loss)
     entries = state.get("optimizer", {})
     if entries:

@@ -173,7 +173,7 @@ def without_trace(run: Run) -> Iterator[None]:
         generator.set_state(generator_state)
         with torch.no_grad():
             for buffer, before in buffers:
-                buffer.copy_(before)
+                buffer.data.copy_(before)  # as if it had not been written
         for parameter, gradient in gradients:
             parameter.grad = gradient
 

@@ -94,6 +94,22 @@ def is_stateful(value: object) -> TypeGuard[Stateful]:
     return isinstance(value, Stateful) and not isinstance(value, type)
 
 
+def keeps_statistics(objects: Mapping[str, Stateful]) -> bool:
+    """True if the state of one holds running statistics, as that of an averaged model does: it copies the model's."""
+    return any(_has_statistics(value.state_dict()) for value in objects.values())
+
+
+def _has_statistics(state: Any) -> bool:
+    if not isinstance(state, Mapping):
+        return False
+    for name, value in state.items():
+        if str(name).rpartition(".")[2] in ("running_mean", "running_var"):
+            return True
+        if _has_statistics(value):
+            return True
+    return False
+
+
 def read_states(
     objects: Mapping[str, Stateful], ranks: Ranks
 ) -> dict[str, dict[str, Any]]:

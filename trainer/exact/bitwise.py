@@ -99,6 +99,9 @@ class BitwiseReduction(Reduction):
         self._has_gradient = dict.fromkeys(self._parameters, False)
         self._statistics.finish(step, total[count:])
 
+    def gather_statistics(self) -> None:
+        """Nothing to do: every rank holds the true statistics."""
+
     def _leave_out_unused_of_loss(self) -> None:
         super()._leave_out_unused_of_loss()
         if len(self._has_gradient) != len(self._parameters):

@@ -102,7 +102,10 @@ class Copies:
         for buffer in self._buffers:
             buffer.take_back()
         if self._tensors:
-            torch._foreach_copy_(self._tensors, self._copies)
+            # Through `data`, which gives them no new version: they are what they were.
+            torch._foreach_copy_(
+                [tensor.data for tensor in self._tensors], self._copies
+            )
 
     def differences(self) -> Tensor:
         """For each buffer, whether its values are others by now, `(buffers,)`."""
@@ -164,8 +167,6 @@ class MovingBuffers:
             if self._is_first_step:
                 self._note_moves(self._start)
             self._start.restore()
-            if self._is_first_step:
-                self._marks = [buffer.mark for buffer in self._candidates]
         self._is_first_forward = False
 
     @torch.no_grad()

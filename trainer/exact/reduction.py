@@ -161,6 +161,10 @@ class Reduction(ABC):
         self._statistics.gather()
         self._late_buffers += self._moving.settle()
 
+    def gather_statistics(self) -> None:
+        """As `gather`, for running statistics alone. A collective."""
+        self._statistics.gather()
+
     @property
     def moving_buffers(self) -> list[Buffer]:
         """The buffers that forwards move, besides running statistics; known after the first step."""

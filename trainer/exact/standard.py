@@ -49,8 +49,11 @@ class StandardReduction(Reduction):
         with self._ranks.accelerator.no_sync(self._model):
             yield self._model
 
-    def _sum_over_ranks(self, step: Step) -> None:
+    def finish(self, step: Step) -> None:
         self._statistics.finish(step)
+        super().finish(step)
+
+    def _sum_over_ranks(self, step: Step) -> None:
         # DDP knows the model's parameters alone.
         summed_here = self._parameters if step.has_idle_rank else self._loss_parameters
         if self._ranks.count == 1 or not summed_here:

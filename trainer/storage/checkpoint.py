@@ -147,16 +147,21 @@ def restore_model(module: nn.Module, tensors: Tensors) -> None:
 
     What `get_extra_state` returns stays as it is.
     """
+    try:
+        module.load_state_dict(with_extra_state(module, tensors))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError("model", f"is not the checkpoint's: {reason}") from None
+
+
+def with_extra_state(module: nn.Module, tensors: Tensors) -> dict[str, Any]:
+    """A `state_dict` of `tensors` and of what the module returns by `get_extra_state`, which loading asks for."""
     extra = {
         name: value
         for name, value in module.state_dict().items()
         if not isinstance(value, Tensor)
     }
-    try:
-        module.load_state_dict(extra | tensors)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError("model", f"is not the checkpoint's: {reason}") from None
+    return extra | tensors
 
 
 def save_best(
