@@ -233,12 +233,16 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def run_all(directory: Path) -> dict[str, dict[str, Tensor]]:
+    return {name: run(directory / name, make) for name, make in NETS.items()}
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_layers_that_others_keep_in_eval_mode(tmp_path: Path, ranks: int) -> None:
     references = {name: loop(make) for name, make in NETS.items()}
-    for name, make in NETS.items():
-        for result in on_ranks(ranks, run, tmp_path / name, make):
-            assert largest_difference(result, references[name]) < 1e-12, name
+    for results in on_ranks(ranks, run_all, tmp_path):
+        for name, reference in references.items():
+            assert largest_difference(results[name], reference) < 1e-12, name
 
 
 class Skipping(Net):
