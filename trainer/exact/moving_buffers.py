@@ -121,6 +121,15 @@ class Copies:
         return torch.stack([(tensor != copy).any() for tensor, copy in pairs])
 
 
+@torch.no_grad()
+def keep_objects(buffers: Sequence[Buffer]) -> None:
+    """After a forward that may have replaced buffers: the tensors from before, with the new values."""
+    for buffer in buffers:
+        replacement = buffer.take_back()
+        if replacement is not None:
+            buffer.tensor.copy_(replacement)
+
+
 @contextmanager
 def preserved_buffers(model: ModelAndLoss, *, norms: bool = False) -> Iterator[None]:
     """Put the buffers of `other_buffers` back at the end, also after an error."""
@@ -188,10 +197,7 @@ class MovingBuffers:
         else:
             self._find_late()
         self._start = None
-        for buffer in self.moving:
-            replacement = buffer.take_back()
-            if replacement is not None:
-                buffer.tensor.copy_(replacement)
+        keep_objects(self.moving)
         if self.moving:
             last = len(step.micro_batches)
             owner = next(r for r, (_, end) in enumerate(step.ranks) if end == last)
