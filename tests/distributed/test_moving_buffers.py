@@ -216,17 +216,17 @@ def test_a_buffer_of_another_shape(tmp_path: Path) -> None:
 
 
 class Late(nn.Module):
-    """Moves a buffer in its fifth training forward and after."""
+    """Moves a buffer once its weights have changed: from the second step on."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.linear, self.forwards = nn.Linear(6, CLASSES), 0
+        self.linear = nn.Linear(6, CLASSES)
         self.register_buffer("late", torch.zeros(()))
+        self.register_buffer("start", self.linear.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        self.forwards += self.training
-        if self.training and self.forwards > 5:
+        if self.training and not torch.equal(self.linear.bias, self.start):
             self.late += x.detach().sum()
         return self.linear(x)
 
