@@ -75,9 +75,12 @@ class ModelAndLoss:
     def named_norm_layers(self) -> list[tuple[str, _NormBase]]:
         """The layers of both that keep running statistics."""
         layers = named_norm_layers(self.model)
-        for name, module in self.named_loss_modules():
-            if isinstance(module, _NormBase) and module.running_mean is not None:
-                layers.append((name, module))
+        of_loss = [] if self.loss is None else named_norm_layers(self.loss)
+        if of_loss:  # seldom, and this is called in the hot loop of `batch.fuse`
+            own = {layer for _, layer in layers}
+            layers += [
+                (LOSS_PREFIX + n, layer) for n, layer in of_loss if layer not in own
+            ]
         return layers
 
     def loss_tensors(self) -> list[Tensor]:

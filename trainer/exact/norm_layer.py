@@ -138,13 +138,10 @@ class EvalCalls:
 
     def __init__(self, layers: list[NormLayer]) -> None:
         self._names: set[str] = set()
-        self._handles = []
-        for layer in layers:
-            # torch.compile would make the hooks part of its kernels.
-            if layer.module._compiled_call_impl is None:
-                self._handles.append(
-                    layer.module.register_forward_pre_hook(self._hook(layer.name))
-                )
+        self._handles = [
+            layer.module.register_forward_pre_hook(self._hook(layer.name))
+            for layer in layers
+        ]
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any], None]:
         def note(module: nn.Module, inputs: Any) -> None:

@@ -20,15 +20,18 @@ class Report(NamedTuple):
 
 
 class Observation:
-    """One step of `layers`, begun with the true statistics on every rank."""
+    """One step of `layers`, begun with the true statistics on every rank.
 
-    def __init__(self, layers: list[NormLayer]) -> None:
+    With `is_compiled`, calls in eval mode are not seen: torch.compile would make the hooks part of its kernels.
+    """
+
+    def __init__(self, layers: list[NormLayer], *, is_compiled: bool) -> None:
         self.layers = layers
         self._starts = {}
         for layer in layers:
             mean, var = layer.buffers
             self._starts[layer.name] = mean.clone(), var.clone(), layer.counter.clone()
-        self._eval_calls = EvalCalls(layers)
+        self._eval_calls = EvalCalls([] if is_compiled else layers)
         self.uneven: str | None = None
 
     def end(self, moves: Mapping[NormLayer, int], count: int) -> Report | None:

@@ -111,6 +111,9 @@ class StatisticsShare(RunningStatistics):
             if not isinstance(layer.module, nn.SyncBatchNorm)
         ]
         self._is_on = ranks.count > 1 and bool(self._candidates)
+        self._is_compiled = any(
+            module._compiled_call_impl is not None for module in model.modules()
+        )
         self._is_gathered = True  # every rank holds the true statistics, not its share
         self._modes: list[bool] = []
         self._watch = CallWatch(self._candidates)
@@ -173,7 +176,9 @@ class StatisticsShare(RunningStatistics):
         self._share = []
         self._buffers_by_decay = {}
         in_training = [layer for layer in self._candidates if layer.is_training]
-        self._observation = Observation(in_training) if in_training else None
+        self._observation = None
+        if in_training:
+            self._observation = Observation(in_training, is_compiled=self._is_compiled)
 
     def _check_modes(self, modes: list[bool]) -> None:
         for rank, others in enumerate(self._ranks.gather([modes])):

@@ -2,6 +2,7 @@
 
     checkpoints/step_00000023/   model.safetensors  optimizer.safetensors  state.json  manifest.json
                                  and, for each stateful object, <name>.safetensors  <name>.json
+                                 and, if a loss or the like has a state, further.safetensors  further.json
     checkpoints/last             a text file: the name of the newest complete checkpoint
     best/                        model.safetensors  config.yaml  metrics.json  signature.json
 
