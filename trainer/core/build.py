@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from trainer.components.freezing import Freezing
 from trainer.components.models import build_model, compile_model, input_channels
@@ -29,7 +30,7 @@ from trainer.core.preflight import RankFacts, check_data, check_ranks
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
 from trainer.data.loading import Loader, build_loaders
 from trainer.errors import ConfigError, nearest
-from trainer.exact.batch_norm import configure
+from trainer.exact.batch_norm import configure, refuse_cumulative_average
 from trainer.exact.determinism import run_settings
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Plan
@@ -297,7 +298,9 @@ def _task(
             the_task = as_task(config.loss, num_classes)
     else:
         the_task = as_task(task, num_classes)
-    for _, part in ModelAndLoss(module, the_task).named_loss_modules():
+    for name, part in ModelAndLoss(module, the_task).named_loss_modules():
+        if isinstance(part, _NormBase) and part.training:
+            refuse_cumulative_average(name, part)
         if not part.training:
             for parameter in part.parameters(recurse=False):
                 parameter.requires_grad_(False)

@@ -22,6 +22,7 @@ from trainer.errors import LockstepError
 from trainer.exact.batch_norm import is_held
 from trainer.exact.model_and_loss import LOSS_PREFIX, ModelAndLoss
 from trainer.exact.moving_buffers import Buffer, other_buffers
+from trainer.storage.stateful import split_state
 
 OF_BEST = ("loss", "buffers", "extra_state")  # what an evaluation needs
 OWN_ENTRIES = {"state", "param_groups"}  # of an optimizer's state_dict
@@ -99,13 +100,23 @@ def read_further(
         },
         "eval_modules": _modules_in_eval_mode(model),
         "extra_state": _extra_state(model),
-        "optimizer": {
-            key: value
-            for key, value in optimizer.state_dict().items()
-            if key not in OWN_ENTRIES
-        },
+        "optimizer": _further_entries(optimizer),
     }
     return {name: value for name, value in entries.items() if value}
+
+
+def _further_entries(optimizer: Optimizer) -> dict[str, Any]:
+    """What the optimizer's `state_dict` has besides, as far as a file can hold it."""
+    entries = {}
+    for key, value in optimizer.state_dict().items():
+        if key in OWN_ENTRIES:
+            continue
+        try:
+            split_state("optimizer", {key: value})
+        except LockstepError:
+            continue  # settings, such as a dtype or a function, which building it sets again
+        entries[key] = value
+    return entries
 
 
 def of_best(further: Mapping[str, Any]) -> dict[str, Any]:

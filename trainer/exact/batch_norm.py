@@ -27,7 +27,8 @@ def configure(
     if section.momentum is not None:
         for layer in norm_layers(model):
             layer.momentum = section.momentum
-    _refuse_cumulative_averages(model)
+    for name, layer in named_norm_layers(model):
+        refuse_cumulative_average(name, layer)
     if section.mode == "frozen":
         _refuse_layers_without_statistics(model)
         for layer in norm_layers(model):
@@ -84,14 +85,14 @@ def release(module: nn.Module) -> None:
     del module.train
 
 
-def _refuse_cumulative_averages(model: nn.Module) -> None:
-    for name, layer in named_norm_layers(model):
-        if layer.momentum is None:
-            raise ConfigError(
-                "batch_norm.momentum",
-                f'layer "{name}" has momentum=None, a cumulative average over all updates so far, which no step '
-                f"size or resume can leave unchanged; set batch_norm.momentum=0.1, or use batch_norm.recalibrate",
-            )
+def refuse_cumulative_average(name: str, layer: _NormBase) -> None:
+    """Raise `ConfigError` if the layer keeps running statistics and has no momentum."""
+    if layer.running_mean is not None and layer.momentum is None:
+        raise ConfigError(
+            "batch_norm.momentum",
+            f'layer "{name}" has momentum=None, a cumulative average over all updates so far, which no step '
+            f"size or resume can leave unchanged; set batch_norm.momentum=0.1, or use batch_norm.recalibrate",
+        )
 
 
 def _refuse_layers_of_ones_own(model: nn.Module) -> None:

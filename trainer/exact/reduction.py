@@ -53,9 +53,10 @@ class Reduction(ABC):
         self._module = module
         self._loss = loss
         self._whole = ModelAndLoss(module, loss)
-        if loss is not None:
+        if ranks.count > 1:
             # Where the loss was given from Python, ranks may have drawn other weights for it.
-            ranks.broadcast_together(self._whole.loss_tensors(), 0)
+            for tensor in self._whole.loss_tensors():
+                ranks.broadcast_tensor(tensor)
         self._section = section
         self._ranks = ranks
         self._find_unused_parameters = find_unused_parameters
