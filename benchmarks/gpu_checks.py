@@ -114,7 +114,7 @@ def host_syncs(device: torch.device, directory: Path) -> Verdict:
         def train_step(self, step: Step) -> None:
             with _syncs(device) as seen:
                 super().train_step(step)
-                self.meter._flush()  # as by itself, once much is held back
+                self.meter.flush()  # as by itself, once much is held back
             if step.number > 2:  # a few constants are moved to the device once
                 found.extend(seen)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.processes import on_processes
-from trainer import Config, Trainer
+from trainer import Config, Observer, Run, Trainer
 from trainer.components.models import small_cnn
 from trainer.data.datasets import ImageArrays, digits
 
@@ -82,6 +82,18 @@ class Seen:
     rates: list[float]
     last: tuple[dict[str, Tensor], dict[str, Tensor]]
     end: dict[str, Tensor]
+
+
+class FromTheStart(Observer):
+    """Forgets what was run and read before the first step, to try the model and its data."""
+
+    def __init__(self, watch: Watch, data: Read) -> None:
+        self._watch = watch
+        self._data = data
+
+    def begin(self, run: Run) -> None:
+        self._watch.sizes.clear()
+        self._data.ids.clear()
 
 
 def trained(loop: str, processes: int, samples: int, epochs: int) -> list[Seen]:
@@ -155,7 +167,7 @@ def ours(
     data = Read(samples)
     trainer = Trainer(config, model=_start(), train_data=data)
     watch = Watch(trainer.module, trainer.optimizer, trainer.plan.steps_per_epoch)
-    data.ids.clear()
+    trainer.observers.add(FromTheStart(watch, data))
     trainer.fit()
     return _seen(watch, data, trainer.module)
 

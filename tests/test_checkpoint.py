@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -86,7 +87,58 @@ def test_damage_is_noticed_and_named(tmp_path: Path, name: str, damage: str) -> 
     with pytest.raises(LockstepError) as caught:
         checkpoint.load(path)
     assert str(path) in str(caught.value)
-    assert "checkpoint before it" in str(caught.value)
+
+
+def test_a_resume_tries_the_newest_first(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        checkpoint.save(tmp_path, checkpoint_of(step), keep=9)
+    (tmp_path / "last").write_text("step_00000015\n")
+    paths = checkpoint.newest_first(tmp_path)
+    assert [path.name[-2:] for path in paths] == ["15", "10", "05", "20"]
+    (tmp_path / "last").write_text("nonsense")
+    paths = checkpoint.newest_first(tmp_path)
+    assert [path.name[-2:] for path in paths] == ["20", "15", "10", "05"]
+
+
+def test_damaged_checkpoints_are_set_aside(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        checkpoint.save(tmp_path, checkpoint_of(step), keep=9)
+    for step in (10, 15):
+        (tmp_path / f"step_000000{step}" / "state.json").unlink()
+    content, notes = checkpoint.load_newest(checkpoint.newest_first(tmp_path))
+    assert content.progress.step == 5
+    assert ["_00000015:" in notes[0] or "_00000015/" in notes[0], len(notes)] == [
+        True,
+        2,
+    ]
+    assert notes[1].endswith("set aside as damaged_step_00000010")
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000005"
+    # Nothing is renamed where nothing can be read: another version of the program may read them.
+    (tmp_path / "step_00000005" / "state.json").unlink()
+    with pytest.raises(LockstepError, match=r"no checkpoint can be read: .*never"):
+        checkpoint.load_newest(checkpoint.newest_first(tmp_path))
+    assert (tmp_path / "step_00000005").exists()
+
+
+def test_a_replaced_directory_is_deleted_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever rename fails, as where the process is killed, one of the two is complete."""
+    rename = Path.rename
+    for name in (".partial.step_00000005", "step_00000005"):
+        checkpoint.save(tmp_path, checkpoint_of(5), keep=1)
+
+        def fail(self: Path, target: Path, name: str = name) -> Path:
+            if self.name == name:
+                raise KeyboardInterrupt
+            return rename(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", fail)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoint.save(tmp_path, checkpoint_of(5), keep=1)
+        content, _ = checkpoint.load_newest(checkpoint.newest_first(tmp_path))
+        assert content.progress.step == 5
 
 
 def test_a_failed_write_leaves_what_was_there(
@@ -125,7 +177,13 @@ def save_best(run: Path, step: int) -> None:
 def test_best_is_replaced_whole_and_goes_back_with_the_run(tmp_path: Path) -> None:
     save_best(tmp_path, 10)
     save_best(tmp_path, 20)
-    names = ["config.yaml", "metrics.json", "model.safetensors", "signature.json"]
+    names = [
+        "config.yaml",
+        "manifest.json",
+        "metrics.json",
+        "model.safetensors",
+        "signature.json",
+    ]
     assert sorted(p.name for p in (tmp_path / "best").iterdir()) == names
     assert load_file(tmp_path / "best" / "model.safetensors")["w"].item() == 20
     checkpoint.restore_best(tmp_path, 20)
@@ -138,6 +196,18 @@ def test_best_is_replaced_whole_and_goes_back_with_the_run(tmp_path: Path) -> No
     assert checkpoint.load_best(tmp_path)[1]["step"] == 10
     with pytest.raises(LockstepError, match="has no best model yet"):
         checkpoint.load_best(tmp_path / "elsewhere")
+
+
+def test_a_flipped_bit_of_the_best_model_is_noticed(tmp_path: Path) -> None:
+    save_best(tmp_path, 10)
+    file = tmp_path / "best" / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(LockstepError, match="is not what was written"):
+        checkpoint.load_best(tmp_path)
+    # A run of an earlier version has no manifest.
+    (tmp_path / "best" / "manifest.json").unlink()
+    assert checkpoint.load_best(tmp_path)[1]["step"] == 10
 
 
 def test_snapshots_are_copies_tied_weights_included() -> None:
@@ -246,3 +316,15 @@ def test_a_damaged_pointer_is_passed_over(tmp_path: Path, damaged: bytes) -> Non
     (tmp_path / "step_00000003").mkdir()
     (tmp_path / "last").write_bytes(damaged)
     assert checkpoint.latest(tmp_path) == tmp_path / "step_00000003"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_modes_that_the_umask_leaves(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        path = checkpoint.save(tmp_path, checkpoint_of(7), keep=2)
+        save_best(tmp_path, 10)
+    finally:
+        os.umask(before)
+    files_written = [*path.iterdir(), *(tmp_path / "best").iterdir()]
+    assert {file.stat().st_mode & 0o777 for file in files_written} == {0o666 & ~umask}

@@ -20,6 +20,8 @@ from torch import nn
 from tests.distributed.ranks import on_ranks
 from tests.programs import run_program
 from trainer import Trainer, load
+from trainer.components.task import CrossEntropy
+from trainer.config.schema import LossConfig
 from trainer.storage import checkpoint
 from trainer.storage.run_directory import check_same_run
 
@@ -195,6 +197,8 @@ def test_replay(runs: Path, same_kernels: bool) -> None:
 
 def test_classes_named_by_the_path_of_an_earlier_version_are_found() -> None:
     """A task given from Python is written by its import path, and modules have moved since."""
+    defined_in = LossConfig(name=f"{CrossEntropy.__module__}.CrossEntropy")
+    assert defined_in.name == "trainer.components.task.CrossEntropy"
     config = load("configs/digits.yaml", ["loss.name=trainer.task.CrossEntropy"])
     assert config.loss.name == "trainer.components.task.CrossEntropy"
     before = config.to_dict(digests=True)

@@ -22,6 +22,7 @@ from torchvision.datasets import CIFAR10, MNIST
 
 from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets, ImageArrays, build_datasets
+from trainer.data.decoding import decode
 from trainer.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -244,8 +245,8 @@ def test_files_left_out_are_noted_and_hidden_ones_ignored(root: Path) -> None:
         (root / name).touch()
     for name in (
         "train/ants/a.txt",
-        "train/bees/sub/b.bmp",
-        "val/bees/c.tiff",
+        "train/bees/sub/b.svg",
+        "val/bees/c.heic",
         "val/d.png",
         "ignored.png",
     ):
@@ -254,7 +255,7 @@ def test_files_left_out_are_noted_and_hidden_ones_ignored(root: Path) -> None:
     data = make("folder", root)
     assert data.note == (
         "4 files left out: not an image type that is read "
-        "(train/ants/a.txt, train/ants/imageNotFound.gif, train/bees/sub/b.bmp, …); "
+        "(train/ants/a.txt, train/ants/imageNotFound.gif, train/bees/sub/b.svg, …); "
         "1 file left out: not in a class folder (val/d.png)"
     )
     assert (len(data.train), len(data.val), data.classes) == (4, 1, ["ants", "bees"])
@@ -316,8 +317,9 @@ def test_folder_errors_name_what_is_wrong(root: Path) -> None:
     )
 
     (root / "train/wasps").mkdir()
-    assert f"{root / 'train/wasps'} holds no .jpg, .jpeg, .png or .webp" in error_text(
-        DataError, "folder", root
+    assert (
+        f"{root / 'train/wasps'} holds no .jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff or .avif"
+        in error_text(DataError, "folder", root)
     )
     (root / "train/wasps").rmdir()
 
@@ -343,6 +345,132 @@ def test_folder_errors_name_what_is_wrong(root: Path) -> None:
     )
     (root / "val").rmdir()
     assert f"{root / 'val'} is missing" in error_text(DataError, "folder", root)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "tolerance"),
+    [
+        ("0.bmp", "RGB", 0),
+        ("0.bmp", "L", 0),
+        ("0.bmp", "1", 0),
+        ("0.TIF", "RGB", 0),
+        ("0.tiff", "RGBA", 0),
+        ("0.tiff", "CMYK", 0),
+        ("0.tiff", "P", 0),
+        ("0.avif", "RGB", 0),
+        # A name says less than the file.
+        ("0.jpg", "BMP", 0),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_kinds_that_torchvision_does_not_read_are_decoded_as_pil_does(
+    tmp_path: Path, name: str, mode: str, tolerance: int, channels: int
+) -> None:
+    options = {"format": "BMP"} if mode == "BMP" else {}
+    path = picture(tmp_path / name, (7, 5), "RGB" if mode == "BMP" else mode, **options)
+    image = decode(path, channels)
+    assert image.dtype == torch.uint8 and image.shape == (channels, 5, 7)
+    with Image.open(path) as opened:
+        expected = np.asarray(opened.convert("L" if channels == 1 else "RGB"))
+    pixels = image[0] if channels == 1 else image.permute(1, 2, 0)
+    assert np.array_equal(pixels.numpy(), expected)
+
+
+@pytest.mark.parametrize("ending", ["webp", "jpg", "png", "tiff", "avif"])
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6, 8])
+def test_every_kind_is_turned_upright(
+    tmp_path: Path, ending: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    ramp = np.zeros((24, 40, 3), dtype=np.uint8)
+    ramp[..., 0] = np.arange(40) * 6
+    ramp[..., 1] = np.arange(24).reshape(24, 1) * 10
+    image = Image.fromarray(ramp)
+    image.save(tmp_path / f"a.{ending}", exif=exif, quality=95)
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        6: Image.Transpose.ROTATE_270,
+        8: Image.Transpose.ROTATE_90,
+    }
+    upright = image.transpose(turns[orientation]) if orientation > 1 else image
+    expected = np.asarray(upright).astype(int)
+    pixels = decode(tmp_path / f"a.{ending}").permute(1, 2, 0).numpy()
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels - expected).mean() < 4  # some kinds are lossy
+
+
+def test_grey_levels_of_16_bits_are_scaled_and_others_refused(tmp_path: Path) -> None:
+    levels = np.array([[0, 255, 256], [32768, 65280, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a.tiff")
+    assert decode(tmp_path / "a.tiff")[2].tolist() == [[0, 0, 1], [128, 255, 255]]
+    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "b.tiff")
+    with pytest.raises(DataError, match="Pillow's mode F, whose range"):
+        decode(tmp_path / "b.tiff")
+
+
+@pytest.mark.parametrize("ending", ["bmp", "tiff", "avif", "webp"])
+def test_a_damaged_file_or_an_animation_of_any_kind_is_named(
+    tmp_path: Path, ending: str
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = picture(tmp_path / f"a.{ending}", (64, 64), exif=exif)
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(DataError) as caught:
+        decode(path)
+    message = str(caught.value)
+    assert str(path) in message and message.endswith("remove or replace the file")
+    assert "\n" not in message and "BytesIO" not in message
+    if ending != "bmp":
+        frames = [Image.new("L", (8, 8), level) for level in (0, 255)]
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+        with pytest.raises(DataError, match=r"animation of 2 images|Animated webp"):
+            decode(path)
+
+
+def test_a_link_back_to_a_folder_above_is_left_out(root: Path) -> None:
+    paths = make("folder", root).train.paths
+    (root / "train/ants/self").symlink_to(root / "train/ants")
+    (root / "train/ants/sub/up").symlink_to("../..")
+    (root / "train/ants/root").symlink_to(root)
+    (root / "train/wasps").symlink_to("..")
+    # Each leads into the other.
+    (root / "train/bees/one").mkdir()
+    (root / "train/bees/two").mkdir()
+    (root / "train/bees/one/x").symlink_to(root / "train/bees/two")
+    (root / "train/bees/two/y").symlink_to(root / "train/bees/one")
+    data = make("folder", root)
+    assert (data.train.paths, data.classes) == (paths, ["ants", "bees"])
+    assert data.note.startswith("6 files left out: a link to a folder that holds it (")
+
+    # A link to another folder is followed, as ever.
+    (root / "train/ants/more").symlink_to(root / "train/bees")
+    assert "train/ants/more/b.png" in make("folder", root).train.paths
+
+
+def test_class_names_of_one_text_are_one_class_however_they_are_spelt(
+    root: Path,
+) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    picture(root / "train" / decomposed / "a.png")
+    picture(root / "val" / composed / "a.png")
+    data = make("folder", root)
+    assert data.classes == ["ants", "bees", composed]
+    assert data.val.targets == [1, 2]
+    picture(root / "train" / composed / "b.png")
+    assert "two folders named café" in error_text(DataError, "folder", root)
+
+
+@pytest.mark.parametrize("place", [b"train/ants/\xff.png", b"train/b\xe4r/a.png"])
+def test_a_name_that_is_not_utf8_is_refused(root: Path, place: bytes) -> None:
+    path = picture(Path(os.fsdecode(os.fsencode(root) + b"/" + place)))
+    assert decode(path).shape == (3, 4, 6)  # a file to predict may have any name
+    message = error_text(DataError, "folder", root)
+    assert ("\\xff.png" in message) or ("b\\xe4r" in message)
+    assert message.encode() and "is not UTF-8" in message
 
 
 def test_a_folder_that_may_not_be_read_is_not_skipped(

@@ -16,6 +16,7 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 from torch import Tensor
 
 from trainer.reporting.figures.confusion import draw_confusion_matrix
@@ -336,6 +337,22 @@ def test_a_failed_write_leaves_the_old_file(
         draw_curves([], path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_class_names_in_other_scripts_are_drawn_in_a_font_that_has_them(
+    figures: list[Figure], tmp_path: Path
+) -> None:
+    """U+1D81 is in a font that comes with Matplotlib, and no font need be there that has the second."""
+    names = ["Löwe", "\u1d81", "猫"]
+    draw_confusion_matrix(np.eye(3, dtype=np.int64), names, tmp_path / "c.png")
+    labels = [text for text in figures[0].findobj(Text) if text.get_text() == "\u1d81"]
+    assert labels
+    assert all("STIXGeneral" in text.get_fontfamily() for text in labels)
+    draw_confusion_matrix(np.eye(1, dtype=np.int64), ["a"], tmp_path / "d.png")
+    assert all(
+        "STIXGeneral" not in text.get_fontfamily() for text in figures[1].findobj(Text)
+    )
 
 
 def test_no_global_state(tmp_path: Path) -> None:

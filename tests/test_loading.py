@@ -173,7 +173,10 @@ def test_samples_of_different_shapes_are_an_error_that_names_them() -> None:
         Request(0, 0, np.arange(2))
     ]
     assert isinstance(answer, DataError)
-    assert "(1, 2, 2), (1, 3, 2)" in str(answer)
+    assert (
+        "the input of sample 0 is a Tensor (1, 2, 2) of float32, that of sample 1 a Tensor (1, 3, 2)"
+        in str(answer)
+    )
     assert "data.val_transforms" in str(answer)
 
 

@@ -216,7 +216,7 @@ def test_a_state_that_cannot_be_saved_is_named(owner):
     model = net()
     optimizer = optimizer_of(model, "sgd")
     optimizer.state[model.head.bias if owner == "parameter" else "global"] = {
-        "seen": [1, 2]
+        "seen": [object()]
     }
     with pytest.raises(
         LockstepError, match=r"seen\.head\.bias" if owner == "parameter" else "global"

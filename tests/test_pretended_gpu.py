@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def train(
         for number in range(steps):
             with DeviceLog() as log:
                 trainer.train_step(trainer.plan.step(number))
-                trainer.meter._flush()
+                trainer.meter.flush()
     return trainer, log
 
 
@@ -165,6 +166,55 @@ def test_no_step_waits_for_the_device(tmp_path: Path, changes: dict[str, Any]) -
             for p in trainer.module.parameters()
             if p.dim() == 4
         )
+
+
+class FirstOfFour(OneGpu):
+    """The first of four processes, each on a pretended device. What the others would send is not pretended."""
+
+    def __init__(self, precision: str, timeout: float) -> None:
+        super().__init__(precision, timeout)
+        self.count = 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train__find_unused_parameters": True},
+        {"loss__class_weights": [1.0] * 10, "loss__ignore_index": 3},
+        {"train__channels_last": True, "train__max_grad_norm": 1.0},
+    ],
+    ids=str,
+)
+@in_a_fork
+def test_no_bitwise_exchange_waits_for_the_device(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """14 micro-batches on four ranks: this one holds two nodes of the tree."""
+    collectives = (
+        "broadcast",
+        "all_reduce",
+        "all_to_all_single",
+        "all_gather_into_tensor",
+    )
+    with ExitStack() as stack:
+        stack.enter_context(patch("trainer.core.build.Ranks", FirstOfFour))
+        stack.enter_context(patch("trainer.core.build.check_data"))
+        for name in collectives:
+            stack.enter_context(patch.object(torch.distributed, name))
+        stack.enter_context(pretended_cuda())
+        trainer, log = train(
+            tmp_path,
+            run__reproducibility="bitwise",
+            batch__size=28,
+            batch__micro_size=2,
+            **changes,
+        )
+    first, end = trainer.plan.step(0).ranks[0]
+    assert not log.blocking_copies
+    assert log.copies == 2 * (end - first)
+    for parameter in trainer.module.parameters():
+        assert parameter.device == CUDA
 
 
 @pytest.mark.parametrize(

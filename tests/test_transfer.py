@@ -17,7 +17,7 @@ from torchvision import models
 from tests.distributed.ranks import on_ranks
 from trainer.components.freezing import Freezing
 from trainer.components.heads import find_head, fit_head, head_outputs
-from trainer.components.learning_rates import layers_of
+from trainer.components.layers import layers_of
 from trainer.components.models import build_model
 from trainer.components.optimizer import build_optimizer
 from trainer.components.weights import (

@@ -10,7 +10,8 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from trainer.data.transforms import apply, build_transforms
+from trainer.data.geometry import SampleTransform
+from trainer.data.transforms import build_transforms
 from trainer.errors import ConfigError
 
 KEY = "data.train_transforms"
@@ -30,6 +31,12 @@ def make(*items: dict[str, Any]) -> Any:
     transform = build_transforms(KEY, list(items))
     assert transform is not None
     return transform
+
+
+def apply(transform: Any, image: Any, target: Any) -> tuple[Any, Any]:
+    """The pair as a loader transforms it."""
+    result: tuple[Any, Any] = SampleTransform(transform, KEY)(image, target)
+    return result
 
 
 def error(*items: Any) -> ConfigError:

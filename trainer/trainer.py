@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,37 @@ from trainer.components.optimizer import (
     named_state,
     set_learning_rate,
 )
+from trainer.components.optimizer_modes import begin_training, evaluation_weights
+from trainer.components.rate_change import describe_rate_change
 from trainer.components.schedule import Schedule, build_schedule
 from trainer.components.task import Task
+from trainer.components.weights import weights_file
 from trainer.config.registry import build_observers
 from trainer.config.schema import Config
 from trainer.core.build import build_run, settings_of
+from trainer.core.first_forward import check_first_forward
 from trainer.core.further import (
     of_best,
     read_further,
-    restore_further,
+    restore_evaluated,
     restore_modes_of,
 )
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
+from trainer.core.not_finite import (
+    all_skipped,
+    describe_step,
+    first_bad_step,
+    refuse_not_finite,
+    skipped_in_a_row,
+    validation_not_finite,
+)
 from trainer.core.observers import Observer, Observers, Stateful
 from trainer.core.preflight import notes_on
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.refused import refuse_nondeterministic
 from trainer.core.rehearsal import check_disk, check_states, rehearse
+from trainer.core.same_weights import check_same_weights
 from trainer.core.stateful import (
     StatefulObjects,
     keeps_statistics,
@@ -46,6 +60,7 @@ from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.determinism import refused_operation
+from trainer.exact.finite import BadSteps, FiniteFlags
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import modes_of_others, restore_modes
 from trainer.exact.plan import Plan, Step
@@ -58,10 +73,14 @@ from trainer.reporting.journal import Journal
 from trainer.reporting.wandb.histograms import HistogramObserver
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import FURTHER, Checkpoint, Progress
+from trainer.storage.data_record import DataRecord, check_same_data, record_data
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
 from trainer.storage.run_directory import check_same_run, config_yaml
 from trainer.storage.shared_checkpoint import load_on_all
+
+# By then fp16's loss scale is 2^-34 of what it began with.
+MOST_SKIPPED_IN_A_ROW = 50
 
 
 class Trainer:
@@ -119,17 +138,24 @@ class Trainer:
         self.progress = Progress()
         self.schedule = self._build_schedule()
         self.meter = Meter(self.run.task, self.ranks, exact=self.run.bitwise)
+        self.finite = FiniteFlags(self.ranks.device)
+        self._bad_steps = BadSteps()
+        self.is_held_back = False  # the last step did not update the weights
         self.interval_totals = Totals()
         self.epoch_totals = Totals()
         self.grad_norm: Tensor | None = None
         self.fuse = 1  # micro-batches in one forward, chosen before training
         self.fuse_note = ""  # why batch.fuse=auto chose 1
-        # Stateful objects that the checkpoint or the run lacks.
-        self.state_notes: list[str] = []
+        # Checkpoints that are damaged, and stateful objects that the checkpoint or the run lacks.
+        self.resume_notes: list[str] = []
         self._restored_states: Mapping[str, Any] | None = None
         self._further_restored: Mapping[str, Any] = {}
         self._statistics_are_read = False  # after each step, by an observer or its like
         self._saved_step: int | None = None  # of the checkpoint last read or written
+        # Of a run that is resumed on the same data; None where it is to be made.
+        self._data_record: DataRecord | None = None
+        self._data_note = ""  # what run.resume_changes=allow let pass
+        self._rate_note = ""  # what a resume does to the learning rate
         self._batches: TrainLoader | None = None
         self._journal: Journal | None = None
         self._attributes_of_trainer = frozenset(vars(self)) - attributes_before
@@ -152,6 +178,13 @@ class Trainer:
     def plan(self) -> Plan:
         return self.run.plan
 
+    @property
+    def last_step(self) -> int:
+        """The step after which this session ends: the run's last, or `train.stop_after` if that comes first."""
+        stop_after = self.config.train.stop_after
+        total = self.plan.total_steps
+        return total if stop_after is None else min(total, stop_after)
+
     # ---------------------------------------------------------------- the run
 
     def fit(self) -> dict[str, Any]:
@@ -164,11 +197,8 @@ class Trainer:
                 "this Trainer has trained already; make a new one, with run.resume=auto to go on"
             )
         self._stateful_objects()  # refuses now what could not be saved later
-        with self.run.settings():
-            refuse_nondeterministic(self.run)
-            self.fuse, self.fuse_note = choose_fuse(self.run)
-            rehearse(self.run)
-            check_disk(self.run)
+        with self.run.settings(), self._explained():
+            self.try_out()
             with (
                 StopRequest(self.ranks) as stop,
                 Journal(self.config, self.ranks) as self._journal,
@@ -177,18 +207,37 @@ class Trainer:
                 self._introduce()
                 try:
                     self.start()
-                    for note in self.state_notes:
+                    for note in self.resume_notes:
                         self.journal.console.note(note)
-                    self.journal.start_clock(self.plan, self.progress.step)
+                    self.journal.start_clock(
+                        self.plan, self.progress.step, self.last_step
+                    )
                     self._loop(stop)
                     return self._finish()
-                except RuntimeError as error:
-                    cause = refused_operation(error) or self.ranks.explain(error)
-                    if cause is None:
-                        raise
-                    raise cause from None
                 finally:
                     self.end_loading()
+
+    def try_out(self) -> None:
+        """Find out what would fail later, and choose `fuse`, before anything is trained. A collective.
+
+        It leaves no trace in the model or in random generators. Raises `ConfigError` or `DataError`.
+        """
+        refuse_nondeterministic(self.run)
+        check_first_forward(self.run)
+        self.fuse, self.fuse_note = choose_fuse(self.run)
+        rehearse(self.run)
+        check_disk(self.run)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A context whose errors from torch are told in the run's own terms, where there are such."""
+        try:
+            yield
+        except RuntimeError as error:
+            cause = refused_operation(error) or self.ranks.explain(error)
+            if cause is None:
+                raise
+            raise cause from None
 
     def _introduce(self) -> None:
         """Show what will run, and its first samples."""
@@ -196,12 +245,17 @@ class Trainer:
         header = report.header(
             self.run, self.schedule, self.fuse, self.fuse_note, journal.directory
         )
+        if self._rate_note:
+            header.append(("resumed", self._rate_note))
         facts = journal.with_sharing(self.run.facts_of_ranks)
         journal.begin(
             header,
             self.progress,
-            partial(environment, self.ranks, self.run.data, facts),
+            self._record_data,
+            partial(environment, self.ranks, facts_of_ranks=facts),
         )
+        if self._data_note:
+            journal.console.note(self._data_note)
         for note in notes_on(facts):
             journal.console.note(note)
         if self.config.run.figures and not self.progress.step:
@@ -212,6 +266,13 @@ class Trainer:
         if every is not None and journal.wandb is not None:
             self.observers.add(HistogramObserver(self.module, journal.wandb, every))
 
+    def _record_data(self) -> DataRecord:
+        """What the run reads. Only the main process needs it."""
+        if self._data_record is None:
+            weights = weights_file(self.config.model, nullcontext)
+            self._data_record = record_data(self.run.data, weights)
+        return self._data_record
+
     def start(self) -> None:
         """Begin at the step after those that are done. A loop of one's own calls it once before `train_step`."""
         stateful = self._stateful_objects()  # refuses now what could not be saved later
@@ -221,9 +282,10 @@ class Trainer:
         restore_modes_of(self._further_restored, self.module)
         self._further_restored = {}
         self.run.loss_state.begin()
+        begin_training(self.optimizer)
         self.observers.begin(self.run)
         if self._restored_states is not None:
-            self.state_notes = load_states(stateful, self._restored_states)
+            self.resume_notes += load_states(stateful, self._restored_states)
             self._restored_states = None
         check_states(stateful, self.run)
         self._statistics_are_read = self.observers.read_statistics or keeps_statistics(
@@ -263,9 +325,9 @@ class Trainer:
     def _loop(self, stop: StopRequest) -> None:
         if self.progress.epoch_end_is_due:
             self.end_epoch(self.plan.step(self.progress.step - 1))
-        for step in self.plan.steps(self.progress.step):
+        for step in self.plan.steps(self.progress.step, self.last_step):
             self.train_step(step)
-            if self._is_logged(step):
+            if self.is_held_back or self._is_logged(step):
                 self.log(step)
             self.progress.epoch_end_is_due = step.last_in_epoch
             # Before the evaluation, which may fail on a sample that training never saw.
@@ -288,6 +350,7 @@ class Trainer:
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
 
         reduction.begin(step)
+        losses = []
         # This rank's micro-batches, on the device.
         for batch in self.batches.step(step):
             with reduction.micro_batch(step, batch.indices) as model:
@@ -295,9 +358,11 @@ class Trainer:
                 run.precision.backward(
                     loss.total, reduction.loss_scale(step, batch.indices, *loss)
                 )
+            losses.append(loss.total)
             self.meter.add(batch, output, loss)
             self.observers.micro_batch(step, batch, output, loss)
         reduction.finish(step)
+        not_finite = self.finite.mark(step.number, losses, reduction.gradients())
 
         needs_norm = self._needs_gradient_norm(step)
         if needs_norm or self.observers.look_at_gradients:
@@ -305,7 +370,11 @@ class Trainer:
         if needs_norm:
             self.grad_norm = reduction.clip(self.config.train.max_grad_norm)
         self.observers.gradient(step)
-        run.precision.step(self.optimizer)
+        # Only on the CPU, where it costs nothing to ask; on a GPU such a step ends the run before anything is kept.
+        is_known = self.ranks.device.type == "cpu" and not run.precision.skips_overflow
+        self.is_held_back = is_known and bool(not_finite)
+        if not self.is_held_back:
+            run.precision.step(self.optimizer)
         self.optimizer.zero_grad()
         self.progress.step = step.number
         self.progress.samples_seen += step.size
@@ -315,9 +384,7 @@ class Trainer:
 
     def _needs_gradient_norm(self, step: Step) -> bool:
         is_clipped = self.config.train.max_grad_norm is not None
-        return (
-            is_clipped or self._is_logged(step) or step.number == self.plan.total_steps
-        )
+        return is_clipped or self._is_logged(step) or step.number == self.last_step
 
     def _freeze(self, epoch: int) -> None:
         """Freeze and thaw parameters as `epoch` asks for. A collective, at an epoch's first step."""
@@ -336,11 +403,14 @@ class Trainer:
     def measure(self, step: Step) -> Row:
         """A row of the steps since the last row. A collective; only here does training wait for the device."""
         self._read_meter()
+        self._read_flags()
         row: Row = {"step": step.number, "epoch": step.epoch + 1}
         row |= _with_prefix("train/", self.interval_totals.means())
         row |= learning_rates(self.optimizer)
         if self.grad_norm is not None:
             row["grad_norm"] = self.grad_norm.item()
+        if self.run.precision.skips_overflow:
+            row["skipped_steps"] = self.progress.skipped_steps
         row |= self.stopwatch.pace(
             self.progress.samples_seen, self.batches.take_waited()
         )
@@ -349,17 +419,48 @@ class Trainer:
         return row
 
     def log(self, step: Step) -> None:
-        """Log a row. Raises `LockstepError` if its loss is not finite."""
+        """Log a row. Raises `LockstepError` if a loss or a gradient since the last row is not finite."""
         row = self.measure(step)
         self.observers.row(row)
         self.journal.log(row, self.digest() if self.ranks.is_main else "")
-        loss = row.get("train/loss")  # absent where every target was ignored
-        if loss is not None and not math.isfinite(loss):
-            raise LockstepError(
-                f"the loss is {loss} in the steps up to {step.number}; lower optimizer.lr, set "
-                f"train.max_grad_norm, or raise train.precision. To see the first such step taken apart, on one "
-                f"process:\n\n    python -m trainer replay {self.journal.directory} --step {step.number}\n"
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Raise `LockstepError`, on every rank, if a step since the last check was not finite. A collective.
+
+        Waits for the device. Called before anything is kept, so nothing is kept of such a step.
+        """
+        self._read_flags()
+        first = first_bad_step(self._bad_steps, self.run)
+        if first is not None:
+            number, what = first
+            raise describe_step(
+                self.run,
+                self.plan.step(number - 1),
+                what,
+                saved_step=self._saved_step,
+                directory=None if self._journal is None else self.journal.directory,
             )
+
+    def _read_flags(self) -> None:
+        """Note which steps since the last read were not finite."""
+        bad = self.finite.read()
+        self._bad_steps.loss += bad.loss
+        if self.run.precision.skips_overflow:
+            self._count_skipped(bad.gradient)
+        else:
+            self._bad_steps.gradient += bad.gradient
+
+    def _count_skipped(self, steps: list[int]) -> None:
+        """Count the steps that fp16 skipped. Raises `LockstepError` where it skips one after the other."""
+        progress = self.progress
+        for step in steps:
+            follows = step == progress.last_skipped_step + 1
+            progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if follows else 1
+            progress.last_skipped_step = step
+            progress.skipped_steps += 1
+            if progress.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
+                raise skipped_in_a_row(MOST_SKIPPED_IN_A_ROW, step)
 
     def digest(self) -> str:
         """The digest of the weights, a loss's own included, which are the same on every rank."""
@@ -374,10 +475,14 @@ class Trainer:
         """Log the epoch's row: means over its samples, and an evaluation every `train.evaluate_every` epochs."""
         means = _with_prefix("train/epoch_", self.epoch_totals.means())
         self.epoch_totals = Totals()
+        self._log_epoch(step, means, evaluate=self._is_evaluated(step))
+        self.progress.epoch_end_is_due = False
+
+    def _is_evaluated(self, step: Step) -> bool:
+        """True if the run evaluates after `step`, wherever this session ends."""
         is_last = step.number == self.plan.total_steps
         is_due = (step.epoch + 1) % self.config.train.evaluate_every == 0
-        self._log_epoch(step, means, evaluate=is_last or is_due)
-        self.progress.epoch_end_is_due = False
+        return step.last_in_epoch and (is_last or is_due)
 
     def _log_epoch(self, step: Step, means: Row, *, evaluate: bool) -> None:
         row = {"step": step.number, "epoch": step.epoch + 1, **means}
@@ -390,7 +495,14 @@ class Trainer:
             row[f"best/{self.config.best.metric}"] = self.progress.best
         self.journal.epoch(row, is_best)
         self.observers.epoch(step, row)
+        self._check_evaluation(row)
         self.stopwatch.mark(self.progress.samples_seen)
+
+    def _check_evaluation(self, row: Row) -> None:
+        """Raise `LockstepError` if the validation loss is not finite. The epoch's weights are, and are kept."""
+        loss = row.get("val/loss", 0.0)
+        if not math.isfinite(loss):
+            raise validation_not_finite(self.run, loss)
 
     def evaluate(self) -> Row:
         """The loss and metrics over all validation samples, with the present weights. A collective.
@@ -398,7 +510,7 @@ class Trainer:
         It may be called before, after and without `fit`; `end_loading` then ends its loader processes. Raises
         `ConfigError` if there are no validation samples.
         """
-        with self.run.settings():
+        with self.run.settings(), evaluation_weights(self.optimizer):
             self.reduction.gather()
             if self.config.batch_norm.recalibrate_at == "evaluation":
                 recalibrate_statistics(self.run, self.progress.step)
@@ -428,8 +540,8 @@ class Trainer:
         return True
 
     def _is_best(self, value: float) -> bool:
-        """True if `value` is better than the best so far; NaN never is."""
-        if math.isnan(value):
+        """True if `value` is better than the best so far; NaN and infinities never are."""
+        if not math.isfinite(value):
             return False
         best = self.progress.best
         if best is None:
@@ -437,9 +549,11 @@ class Trainer:
         return value > best if self.config.best.mode == "max" else value < best
 
     def _save_best(self, row: Row) -> None:
+        with evaluation_weights(self.optimizer):
+            tensors = checkpoint.snapshot(self.module)
         checkpoint.save_best(
             self.journal.directory,
-            checkpoint.snapshot(self.module),
+            tensors,
             config_yaml(self.config),
             row,
             self.run.signature.to_dict(),
@@ -451,11 +565,16 @@ class Trainer:
     def _is_checkpointed(self, step: Step) -> bool:
         every = self.config.train.checkpoint_every
         is_due = every is not None and step.number % every == 0
-        return is_due or step.number == self.plan.total_steps
+        return is_due or step.number == self.last_step
 
     def save(self) -> None:
-        """Write a checkpoint of the present step boundary. A collective."""
+        """Write a checkpoint of the present step boundary. A collective.
+
+        Raises `LockstepError` if the run is not finite: no checkpoint holds NaN or an infinity.
+        """
+        self._check_finite()
         self.reduction.gather()
+        check_same_weights(self.run, self.progress.step)
         self._read_meter()
         self.stopwatch.stop(self.progress)
         self.progress.interval = self.interval_totals.sums
@@ -484,9 +603,12 @@ class Trainer:
         )
 
     def _write_checkpoint(self, states: dict[str, dict[str, Any]]) -> None:
-        tensors, numbers = named_state(self.optimizer, self.module, self.run.task)
+        whole = ModelAndLoss(self.module, self.run.task)
+        tensors, numbers = named_state(self.optimizer, whole)
+        self.journal.sync()
         self.progress.rows = self.journal.rows
         self.progress.wandb_id = self.journal.wandb_id
+        refuse_not_finite(self.module, tensors, self.progress.step)
         config = self.config.to_dict(digests=True)
         further = self._further()
         if further:
@@ -509,14 +631,17 @@ class Trainer:
         return read_further(
             self.module,
             self.run.loss_state,
-            self.optimizer,
             self.reduction.moving_buffers,
         )
 
-    def _resume(self, path: Path | None) -> None:
-        if path is None:
+    def _resume(self, paths: Sequence[Path]) -> None:
+        """Take over the newest of the checkpoints `paths` that can be read, if there are any."""
+        if not paths:
             return
-        content = load_on_all(path, self.module, self.ranks, self._check_resumable)
+        content, notes = load_on_all(
+            paths, self.module, self.ranks, self._check_resumable
+        )
+        self.resume_notes += notes
         self.restore(content)
         self.ranks.on_main(
             lambda: checkpoint.restore_best(
@@ -526,6 +651,9 @@ class Trainer:
 
     def _check_resumable(self, content: Checkpoint) -> None:
         check_same_run(content.config, self.config, self.config.run)
+        self._data_record, self._data_note = check_same_data(
+            self.journal.directory, self.run.data, self.config.run
+        )
         if content.progress.step > self.plan.total_steps:
             raise ConfigError(
                 "train.max_steps" if self.config.train.max_steps else "train.epochs",
@@ -538,15 +666,12 @@ class Trainer:
         checkpoint.restore_model(self.module, content.model)
         states = dict(content.stateful)
         self._further_restored = states.pop(FURTHER, {})
-        restore_further(
-            self._further_restored, self.module, self.run.loss_state, self.optimizer
-        )
+        restore_evaluated(self._further_restored, self.module, self.run.loss_state)
         load_named_state(
             self.optimizer,
-            self.module,
+            ModelAndLoss(self.module, self.run.task),
             content.optimizer,
             content.optimizer_numbers,
-            self.run.task,
         )
         self.run.precision.load_state(content.progress.scaler)
         self.progress = content.progress
@@ -554,10 +679,21 @@ class Trainer:
         self.interval_totals = Totals(content.progress.interval)
         self.epoch_totals = Totals(content.progress.epoch)
         self.schedule = self._build_schedule()
+        if self.progress.step:  # the row of an epoch that ended there shows its rate
+            factor = self.schedule.factor(self.progress.step - 1)
+            set_learning_rate(self.optimizer, factor)
         # Loaded by `start`, once observers have seen the model.
         self._restored_states = states
         self._freeze(self._epoch_to_go_on_in())
         self.run.forget_features()
+        self._rate_note = describe_rate_change(
+            content.config,
+            self.config,
+            self.schedule,
+            plan=self.plan,
+            history=self.progress.history,
+            steps_done=self.progress.step,
+        )
 
     def _epoch_to_go_on_in(self) -> int:
         """The epoch of the next step; that of the last one where its epoch has not ended yet."""
@@ -593,7 +729,7 @@ class Trainer:
 
         All this comes after the last checkpoint, so a run that goes on from it shows no trace of having ended here.
         """
-        last = self.plan.step(self.plan.total_steps - 1)
+        last = self.plan.step(self.progress.step - 1)
         self.reduction.gather()
         recalibrate = self.config.batch_norm.recalibrate_at == "end"
         is_changed = recalibrate and recalibrate_statistics(
@@ -601,22 +737,31 @@ class Trainer:
         )
         if not self._is_logged(last):
             self.log(last)
-        if is_changed or not last.last_in_epoch:
+        if is_changed or not self._is_evaluated(last):
             self._log_epoch(last, {}, evaluate=True)
         self.stopwatch.stop(self.progress)
+        if self.progress.skipped_steps == self.progress.step:
+            raise all_skipped(self.progress.step)
         summary = report.summary(self.run, self.progress, self.optimizer)
-        figures = {}
-        if self.config.run.figures:
-            figures = drawing.draw(
-                self.run,
-                self.journal.directory,
-                has_best=self.progress.best is not None,
-            )
+        self.journal.keep_summary(summary)
         self.journal.finish(
-            summary, report.closing(summary, self.journal.directory), figures
+            summary,
+            report.closing(summary, self.journal.directory),
+            self._draw_figures(),
         )
         self.observers.end(summary)
         return summary
+
+    def _draw_figures(self) -> dict[str, Path]:
+        """Draw the figures of the finished run. A full disk or a damaged best model costs them, never the summary."""
+        if not self.config.run.figures:
+            return {}
+        has_best = self.progress.best is not None
+        try:
+            return drawing.draw(self.run, self.journal.directory, has_best=has_best)
+        except LockstepError as error:
+            self.journal.console.note(f"the figures are not complete: {error}")
+            return {}
 
     def _build_schedule(self) -> Schedule:
         return build_schedule(
@@ -624,7 +769,7 @@ class Trainer:
             total_steps=self.plan.total_steps,
             steps_per_epoch=self.plan.steps_per_epoch,
             history=self.progress.history,
-            mode=self.config.best.mode,
+            mode=self.config.best.mode or "min",  # `build_run` has resolved it
         )
 
 

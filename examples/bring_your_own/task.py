@@ -16,6 +16,8 @@ class Segmentation(Task):
     """
 
     metrics = ("iou",)
+    # They are sums over pixels, so those of several micro-batches add up.
+    metrics_add_up = True
 
     def __init__(self, disc_weight: float = 1.0) -> None:
         super().__init__()

@@ -14,6 +14,8 @@ class FocalLoss(Task):
     """
 
     metrics = ("accuracy",)
+    # Each sample is right or wrong by itself, so several micro-batches may be measured at once.
+    metrics_add_up = True
 
     def __init__(self, gamma: float = 2.0) -> None:
         super().__init__()

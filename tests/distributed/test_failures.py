@@ -101,7 +101,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_logged(tmp_path: Path) ->
         ),
         (
             {"loss__name": "mse", "data__name": "digits"},
-            "loss.name: the model gives (11, 10) for targets of shape (11,)",
+            "loss.name: the model gives (28, 10) for targets of shape (28,)",
         ),
     ],
 )

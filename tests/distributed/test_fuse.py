@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from tests.distributed.small import (
     state,
 )
 from tests.distributed.test_batch_norm import SAMPLES, SharedNorm, plain_pytorch
+from trainer import ConfigError, Trainer
+from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import TIMINGS
 from trainer.reporting.jsonl import read_rows
 
@@ -100,3 +103,30 @@ def test_resumed_with_another_fuse(tmp_path: Path, alone: dict[str, Outcome]) ->
     for got, got_rows, _ in on_ranks(2, run, tmp_path, net, 4, run__resume="auto"):
         assert largest_difference(got, weights) < 1e-12
         assert len(got_rows) == len(rows)
+
+
+@pytest.mark.parametrize("fuse", ["auto", 2])
+def test_a_rank_on_which_it_fails_does_not_decide_alone(
+    tmp_path: Path, fuse: int | str
+) -> None:
+    def choose(directory: Path) -> object:
+        settings = config(directory, batch__micro_size=7, batch__fuse=fuse)
+        trainer = Trainer(settings, model=conv_net(), train_data=Images())
+
+        def check(*_: object) -> None:
+            if trainer.ranks.rank == 1:
+                raise ConfigError("batch.fuse", "fails here; and that is all")
+
+        with patch("trainer.core.fuse_check._check_two_micro_batches", check):
+            try:
+                return choose_fuse(trainer.run)
+            except ConfigError as error:
+                return str(error)
+
+    first, second = on_ranks(2, choose, tmp_path, timeout=20)
+    assert first == second
+    if fuse == "auto":
+        assert first == (1, "fails here")
+    else:
+        assert "fails here" in first
+        assert "on rank 1 of 2" in first

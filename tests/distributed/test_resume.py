@@ -23,6 +23,7 @@ from tests.distributed.small import (
 )
 from tests.programs import Program, run_program
 from trainer import ConfigError, Trainer, load
+from trainer.core.first_forward import FEW
 from trainer.core.metrics import TIMINGS
 from trainer.data.datasets import FakeImages
 from trainer.exact.plan import Plan
@@ -236,7 +237,10 @@ class Noted(FakeImages):
 def test_a_resumed_run_reads_nothing_before_its_place(
     tmp_path: Path, workers: int
 ) -> None:
-    """At the last of an epoch's 1000 steps, each of two ranks reads its half of that step's samples, and no other."""
+    """At the last of an epoch's 1000 steps, each of two ranks reads its half of that step's samples, and no other.
+
+    Only the first forward, which tries model, loss and data together, is one of the run's first samples.
+    """
 
     def go_on(until: int) -> None:
         settings = config(
@@ -267,4 +271,5 @@ def test_a_resumed_run_reads_nothing_before_its_place(
             int, (tmp_path / f"read{rank}").read_text().split()
         )
         assert shape_sample == 0  # the model is made for a sample's shape
-        assert sample_ids == order[99_900:][50 * rank :][:50].tolist()
+        assert sample_ids[:FEW] == order[:FEW].tolist()  # those of the first forward
+        assert sample_ids[FEW:] == order[99_900:][50 * rank :][:50].tolist()

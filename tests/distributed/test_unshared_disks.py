@@ -24,8 +24,9 @@ from tests.distributed.small import (
     state,
 )
 from tests.programs import Program
-from trainer import Config, Trainer
+from trainer import Config, LockstepError, Trainer
 from trainer.process.ranks import Ranks
+from trainer.reporting.figures import drawing
 from trainer.storage import checkpoint
 
 
@@ -161,19 +162,71 @@ def test_a_resume_costs_one_read(tmp_path: Path) -> None:
     assert on_ranks(2, reads, tmp_path) == [["load", "load_best"], []]
 
 
-def test_a_damaged_checkpoint_is_one_error_on_every_rank(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    tmp_path: Path, reference: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On every rank, and saying so; a run none of whose checkpoints can be read is one error."""
     on_ranks(2, train, tmp_path, False, train__max_steps=4)
-    path = checkpoint.latest(tmp_path / "0" / "run" / "checkpoints")
-    assert path is not None
-    (path / "model.safetensors").write_bytes(b"damaged")
+    checkpoints = tmp_path / "0" / "run" / "checkpoints"
+    newest, before = checkpoint.newest_first(checkpoints)
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    for last, best, _ in on_ranks(2, train, tmp_path, False):
+        assert largest_difference(last, reference[0]) < 1e-12
+        assert largest_difference(best, reference[1]) < 1e-12
+    output = capfd.readouterr().out
+    assert f"resumed after step {int(before.name[-8:])}" in output
+    assert output.count("set aside as damaged_step_00000004") == 1
+
+    for path in checkpoint.newest_first(checkpoints):
+        (path / "model.safetensors").write_bytes(b"damaged")
 
     def resume(directory: Path) -> str:
-        with pytest.raises(Exception, match="is not what was written") as caught:
+        with pytest.raises(LockstepError, match="no checkpoint can be read") as caught:
             train(directory, False)
         return str(caught.value)
 
     first, second = on_ranks(2, resume, tmp_path)
     assert first == second
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+def test_a_damaged_best_model_costs_figures_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """The run ends with its summary all the same; who asks for the best model is told."""
+
+    def fit(directory: Path) -> None:
+        changes = settings(directory, run__figures=True)
+        fitted(changes, net(), train_data=Images(103), val_data=Images(50))
+
+    draw = drawing.draw
+
+    def damage_and_draw(run: Any, directory: Path, **more: Any) -> Any:
+        file = directory / "best" / "model.safetensors"
+        if run.ranks.is_main and damage == "flip":
+            content = file.read_bytes()
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        elif run.ranks.is_main:
+            file.unlink()
+        return draw(run, directory, **more)
+
+    monkeypatch.setattr(drawing, "draw", damage_and_draw)
+    on_ranks(2, fit, tmp_path)
+    run = tmp_path / "run"
+    assert json.loads((run / "summary.json").read_text())["steps"] == 8
+    with pytest.raises(LockstepError, match=r"is not what was written|cannot be read"):
+        checkpoint.load_best(run)
+
+
+def test_lost_rows_are_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    on_ranks(1, train, tmp_path, True, train__max_steps=4)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([lines[0], "{damaged\n", lines[2]]))
+    on_ranks(1, train, tmp_path, True)
+    # The epoch's row comes after its checkpoint, so that counts one row less.
+    expected = f"has 2 rows where the checkpoint counted {len(lines) - 1}"
+    assert expected in capfd.readouterr().out
 
 
 def test_a_signal_stops_a_run_without_a_shared_directory(tmp_path: Path) -> None:

@@ -27,9 +27,7 @@ def main(arguments: list[str]) -> None:
     parser.add_config()
     config = load_config(parser.parse(arguments))
 
-    from trainer.core.fuse_check import choose_fuse
-    from trainer.core.refused import refuse_nondeterministic, refused_operations
-    from trainer.core.rehearsal import check_disk, rehearse
+    from trainer.core.refused import refused_operations
     from trainer.reporting.console import Console
     from trainer.reporting.summary import header
     from trainer.storage.run_directory import run_path
@@ -39,10 +37,7 @@ def main(arguments: list[str]) -> None:
     keep_freed_memory(trainer.ranks.device.type)
     console = Console(active=trainer.ranks.is_main)
     with trainer.run.settings():
-        refuse_nondeterministic(trainer.run)
-        trainer.fuse, trainer.fuse_note = choose_fuse(trainer.run)
-        rehearse(trainer.run)
-        check_disk(trainer.run)
+        trainer.try_out()
         facts = header(
             trainer.run,
             trainer.schedule,

@@ -3,14 +3,21 @@
 lockstep evaluate runs/digits
 lockstep evaluate runs/digits data.root=PATH batch.eval_size=256
 torchrun --nproc_per_node 2 -m trainer evaluate runs/digits
+
+Classes are matched by name: other data may have some of the run's classes, in any order.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.commands.arguments import CommandParser
 from trainer.process.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from trainer.core.build import Run
 
 
 def main(arguments: list[str]) -> None:
@@ -21,11 +28,13 @@ def main(arguments: list[str]) -> None:
     options = parser.parse(arguments)
 
     from trainer.core.build import build_run, settings_of
+    from trainer.storage import checkpoint, signature
     from trainer.storage.run_directory import read_config
 
     config = read_config(options.run, options.overrides)
+    trained_on = signature.read(checkpoint.best_directory(options.run))
     with settings_of(config):
-        run = build_run(config)
+        run = build_run(config, classes=trained_on.classes)
         keep_freed_memory(run.ranks.device.type)
         logged = run.load_best(options.run)
         metrics = run.evaluate() if run.evaluator is not None else {}
@@ -34,7 +43,20 @@ def main(arguments: list[str]) -> None:
         print(
             f"{options.run}: best model, of epoch {logged['epoch']} (step {logged['step']})"
         )
+        changes = _changes_of_data(options.run, run)
+        if changes:
+            print(f"  note  not the data that the run was validated on: {changes}")
         for name, value in metrics.items():
             print(
                 f"  val/{name}  {value:.6f}  (logged as {logged.get(f'val/{name}', math.nan):.6f})"
             )
+
+
+def _changes_of_data(directory: Path, run: Run) -> str:
+    """What differs between the validation samples of the run in `directory` and those of `run`; "" for nothing."""
+    from trainer.storage.data_record import describe_part, read_record
+
+    record = read_record(directory)
+    if record is None:
+        return ""
+    return describe_part("val", record.val, run.data.val, run.data.classes)

@@ -43,12 +43,16 @@ def main(arguments: list[str]) -> None:
 
     from trainer.sweep.check import check
     from trainer.sweep.description import read_sweep
+    from trainer.sweep.goal import goal_note, with_goal
     from trainer.sweep.results import write_results
     from trainer.sweep.runner import LocalSweep
     from trainer.sweep.table import LiveTable
 
     sweep = read_sweep(options.file)
     config = check(sweep, options.overrides)
+    sweep = with_goal(sweep, config)
+    if note := goal_note(sweep):
+        print(note)
     if options.check:
         print(
             f"{sweep.file}: every parameter exists and takes its values, and {sweep.metric} is logged"

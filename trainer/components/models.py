@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, nearest
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
 
+TORCHVISION_CHANNELS = 3
+# Python's own words, of a call within a function that takes any argument.
+UNEXPECTED_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
 # Of torchvision; a loss of one output cannot take more.
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
@@ -59,14 +63,31 @@ def build_model(
         supplied.pop(name, None)
     # The caller's own draws go on as if no model had been built.
     with preserved_cpu_generators():
-        seed_cpu(key(seed, "weights"))
-        model = build("model", constructor, section.args, **supplied)
+        model = _call(constructor, section.args, supplied, seed)
     if not isinstance(model, nn.Module):
         raise ConfigError(
             "model.name",
             f'"{section.name}" made {type(model).__name__}, not a torch.nn.Module',
         )
     return model
+
+
+def _call(
+    constructor: Callable[..., Any],
+    arguments: dict[str, Any],
+    supplied: dict[str, Any],
+    seed: int,
+) -> Any:
+    """What the constructor makes; without what was supplied unasked, if it passes that on to one that refuses it."""
+    seed_cpu(key(seed, "weights"))
+    try:
+        return build("model", constructor, arguments, **supplied)
+    except ConfigError as error:
+        match = UNEXPECTED_ARGUMENT.search(str(error.__cause__ or ""))
+        if match is None or match[1] not in supplied:
+            raise
+        fewer = {name: supplied[name] for name in supplied if name != match[1]}
+    return _call(constructor, arguments, fewer, seed)
 
 
 def _constructor(
@@ -78,12 +99,22 @@ def _constructor(
     if "." not in section.name:
         return _torchvision_builder(section, supplied)
     constructor: Callable[..., Any] = resolve("model", section.name, {})
+    if section.name.endswith(".from_pretrained"):
+        # It passes any argument on to a configuration, which has other words or none.
+        supplied = _named_by_signature(constructor, supplied)
     # By its signature it takes any argument.
     if getattr(constructor, "__init__", None) is nn.Module.__init__:
         return constructor, {}
     if section.name.startswith("timm.") and "in_channels" in supplied:
         supplied["in_chans"] = supplied.pop("in_channels")  # timm's word for it
     return constructor, supplied
+
+
+def _named_by_signature(
+    constructor: Callable[..., Any], supplied: dict[str, Any]
+) -> dict[str, Any]:
+    parameters = inspect.signature(constructor).parameters
+    return {name: value for name, value in supplied.items() if name in parameters}
 
 
 def _torchvision_builder(
@@ -100,7 +131,13 @@ def _torchvision_builder(
             "model.name",
             f'"{name}" is neither small_cnn, a torchvision model nor an import path{nearest(name, known)}',
         ) from None
-    supplied.pop("in_channels", None)  # torchvision's models take three
+    channels = supplied.pop("in_channels", None)
+    if channels not in (None, TORCHVISION_CHANNELS):
+        raise ConfigError(
+            "model.name",
+            f"torchvision's {name} takes images of {TORCHVISION_CHANNELS} channels, and the data's have {channels}; "
+            f"add {{name: RGB}} to data.train_transforms and data.val_transforms",
+        )
     supplied |= _arguments_for_weights(section)
     if "weights_backbone" in inspect.signature(builder).parameters:
         supplied["weights_backbone"] = None  # the default would download some

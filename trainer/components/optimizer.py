@@ -1,19 +1,32 @@
-"""Builds the optimizer, sets its learning rate, and turns its state into named tensors and numbers and back."""
+"""Builds the optimizer and sets its learning rate. Its state is in `trainer.components.optimizer_state`."""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainer.components.learning_rates import NORMS, base_rates
+from trainer.components.layers import NORMS
+from trainer.components.learning_rates import base_rates
+from trainer.components.optimizer_check import check_optimizer
+from trainer.components.optimizer_parts import inner_optimizers, remember_as_built
+from trainer.components.optimizer_state import load_named_state, named_state
 from trainer.config.registry import build, resolve
 from trainer.config.schema import OptimizerConfig
-from trainer.errors import ConfigError, LockstepError
-from trainer.exact.model_and_loss import LOSS_PREFIX, ModelAndLoss
+from trainer.errors import ConfigError
+from trainer.exact.model_and_loss import ModelAndLoss
+
+__all__ = [
+    "build_optimizer",
+    "learning_rates",
+    "load_named_state",
+    "named_state",
+    "set_learning_rate",
+]
 
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,
@@ -21,13 +34,8 @@ OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
 }
 
-# By name an int, float, bool, str or None; under PARAMETERS a list of names.
-Numbers = dict[str, Any]
 # Arguments that choose how torch updates.
 IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
-PARAMETERS = "parameters"  # cannot clash: every other name has a dot
-# A group's entries that come from the config.
-CONFIG_ENTRIES = {"params", "lr", "initial_lr", "weight_decay"}
 
 
 def build_optimizer(
@@ -53,30 +61,30 @@ def build_optimizer(
         )
     target = resolve("optimizer", section.name, OPTIMIZERS)
     supplied = {"fused": True} if _can_be_fused(target, section.args, whole) else {}
-    optimizer = build(
-        "optimizer", target, section.args, groups, lr=section.lr, **supplied
-    )
-    if not isinstance(optimizer, Optimizer) or "lr" not in optimizer.defaults:
-        raise ConfigError(
-            "optimizer.name",
-            f'"{section.name}" is not an optimizer with a learning rate `lr`',
-        )
-    # LBFGS and its like want a closure that runs the model again, which a step of micro-batches cannot offer.
-    try:
-        inspect.signature(optimizer.step).bind()
-    except TypeError:
-        raise ConfigError(
-            "optimizer.name",
-            f'"{section.name}" runs the model itself, several times a step; use another',
-        ) from None
-    if not section.decay_norm_and_bias and "weight_decay" not in optimizer.defaults:
+    arguments = {**supplied, "lr": section.lr}
+
+    def make() -> Any:
+        # Copies: optimizers add entries to the groups that they are given.
+        own = [dict(group) for group in groups]
+        return build("optimizer", target, section.args, own, **arguments)
+
+    check_optimizer(section, whole, make)
+    optimizer: Optimizer = make()
+    remember_as_built(optimizer)
+    if not section.decay_norm_and_bias and not _has_weight_decay(optimizer):
         raise ConfigError(
             "optimizer.decay_norm_and_bias",
             f'"{section.name}" has no weight_decay; leave it true',
         )
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+    for group in _all_groups(optimizer):
+        if "lr" in group:
+            group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def _has_weight_decay(optimizer: Optimizer) -> bool:
+    parts = (optimizer, *inner_optimizers(optimizer).values())
+    return any("weight_decay" in getattr(part, "defaults", {}) for part in parts)
 
 
 def _can_be_fused(target: Any, arguments: dict[str, Any], model: ModelAndLoss) -> bool:
@@ -118,8 +126,16 @@ def _groups(
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
     """Give each group `factor` times its base learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+    for group in _all_groups(optimizer):
+        if "initial_lr" in group:
+            group["lr"] = group["initial_lr"] * factor
+
+
+def _all_groups(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
+    """The groups of an optimizer, and of those that it holds: a wrapper may have copies of its own."""
+    yield from optimizer.param_groups
+    for part in inner_optimizers(optimizer).values():
+        yield from part.param_groups
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
@@ -132,85 +148,8 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     return rates
 
 
-def named_state(
-    optimizer: Optimizer, model: nn.Module, loss: nn.Module | None = None
-) -> tuple[dict[str, torch.Tensor], Numbers]:
-    """The state as contiguous tensors and plain values, each under `<state key>.<parameter name>`.
-
-    `model` and `loss` are the modules that were passed to `build_optimizer`, unwrapped. What the optimizer changed in
-    its own groups goes under `<key>.group <number>`. Tensors are not copied. Raises `LockstepError` for state of any
-    other kind.
-    """
-    # torch numbers parameters by their position in the groups, which changes with the config; names do not.
-    packed = optimizer.state_dict()
-    names = _trained_names(optimizer, ModelAndLoss(model, loss))
-    tensors: dict[str, torch.Tensor] = {}
-    numbers: Numbers = {PARAMETERS: names}
-    for index, entries in packed["state"].items():
-        if not isinstance(index, int):
-            raise LockstepError(
-                f"the optimizer's state {index!r} belongs to no parameter and cannot be saved"
-            )
-        for key, value in entries.items():
-            _store(key, names[index], value, tensors, numbers)
-    for number, group in enumerate(packed["param_groups"]):
-        for key, value in group.items():
-            if key not in CONFIG_ENTRIES and not _same(
-                value, optimizer.defaults.get(key)
-            ):
-                _store(key, f"group {number}", value, tensors, numbers)
-    return tensors, numbers
-
-
-def load_named_state(
-    optimizer: Optimizer,
-    model: nn.Module,
-    tensors: dict[str, torch.Tensor],
-    numbers: Numbers,
-    loss: nn.Module | None = None,
-) -> None:
-    """Load what `named_state` returned into an optimizer from `build_optimizer`, on whatever device it is.
-
-    Raises `LockstepError` if the parameters are not those that the state was saved for.
-    """
-    whole = ModelAndLoss(model, loss)
-    names = _trained_names(optimizer, whole)
-    saved_names = set(numbers.get(PARAMETERS, []))
-    if any(name.startswith(LOSS_PREFIX) for name in saved_names):
-        _check_parameters(saved_names, set(names))
-    else:  # as in a checkpoint from before losses were trained
-        _check_parameters(
-            saved_names, {name for name in names if not name.startswith(LOSS_PREFIX)}
-        )
-    packed = optimizer.state_dict()
-    entries_of: dict[str, dict[str, Any]] = {}  # by parameter or group
-    for name in names:
-        entries_of[name] = {}
-    for number, group in enumerate(packed["param_groups"]):
-        entries_of[f"group {number}"] = group
-    for name, value in (tensors | numbers).items():
-        if name == PARAMETERS:
-            continue
-        key, _, owner = name.partition(".")
-        if owner not in entries_of:
-            raise LockstepError(
-                f'the saved optimizer state "{name}" belongs to no parameter of this run'
-            )
-        entries_of[owner][key] = value
-    packed["state"] = {
-        index: entries_of[name] for index, name in enumerate(names) if entries_of[name]
-    }
-    optimizer.load_state_dict(packed)
-    parameters = dict(whole.named_parameters())
-    for name in names:
-        if entries_of[name]:  # looking up an optimizer's state would make an empty one
-            _restore_exactly(
-                parameters[name], optimizer.state[parameters[name]], entries_of[name]
-            )
-
-
 def _norms_and_biases(model: ModelAndLoss) -> set[str]:
-    """Names of the parameters that are commonly spared weight decay."""
+    """Names of the parameters that are commonly spared weight decay, and of those that the model names itself."""
     in_norms: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, NORMS):
@@ -220,65 +159,21 @@ def _norms_and_biases(model: ModelAndLoss) -> set[str]:
         is_bias = name.rpartition(".")[2] == "bias"
         if is_bias or parameter.ndim <= 1 or parameter in in_norms:
             names.add(name)
-    return names
+    return names | _named_by_model(model.model)
 
 
-def _trained_names(optimizer: Optimizer, model: ModelAndLoss) -> list[str]:
-    """The names of the optimizer's parameters, in its own order."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [
-        names[id(parameter)]
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    ]
-
-
-def _store(
-    key: Any, owner: str, value: Any, tensors: dict[str, torch.Tensor], numbers: Numbers
-) -> None:
-    name = f"{key}.{owner}"
-    if not isinstance(key, str) or "." in key:
-        raise LockstepError(
-            f'the optimizer\'s state "{name}" cannot be saved: its key must be text without a dot'
-        )
-    if isinstance(value, torch.Tensor):
-        tensors[name] = value.detach().contiguous()
-    elif value is None or isinstance(value, bool | int | float | str):
-        numbers[name] = value
-    else:
-        kind = type(value).__name__
-        raise LockstepError(
-            f'the optimizer\'s state "{name}" is a {kind}; only tensors and plain values can be saved'
-        )
-
-
-def _same(value: Any, other: Any) -> bool:
-    # Comparing tensors would wait for the device, and be no bool if they have several elements.
-    if isinstance(value, torch.Tensor) or isinstance(other, torch.Tensor):
-        return value is other
-    return bool(value == other)
-
-
-def _check_parameters(saved: set[str], present: set[str]) -> None:
-    for names, verb in ((present - saved, "lacks"), (saved - present, "has")):
-        if names:
-            examples = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
-            raise LockstepError(
-                f"the saved optimizer state {verb} {examples}, unlike this run; train the parameters that were "
-                f"trained then"
-            )
-
-
-def _restore_exactly(
-    parameter: nn.Parameter, loaded: dict[str, Any], saved: dict[str, Any]
-) -> None:
-    """Undo what torch's loading does besides moving tensors: it casts to the parameter's dtype and spoils text."""
-    for key, value in saved.items():
-        if not isinstance(value, torch.Tensor):
-            loaded[key] = value
-            continue
-        strides_from = parameter if value.shape == parameter.shape else value
-        copy = torch.empty_like(
-            strides_from, dtype=value.dtype, device=loaded[key].device
-        )
-        loaded[key] = copy.copy_(value)
+def _named_by_model(model: nn.Module) -> set[str]:
+    """What `no_weight_decay()` of timm's models names, wildcards allowed, and Swin's `no_weight_decay_keywords()`."""
+    patterns: set[str] = set()
+    for method, pattern in (
+        ("no_weight_decay", "{}"),
+        ("no_weight_decay_keywords", "*{}*"),
+    ):
+        names = getattr(model, method, None)
+        if callable(names):
+            patterns.update(pattern.format(name) for name in names())
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }

@@ -105,8 +105,10 @@ def constant(clock: Clock) -> Curve:
     return lambda position: 1.0, "constant"
 
 
-def step(clock: Clock, *, step_size: int = 7, gamma: float = 0.1) -> Curve:
-    """Multiplied by `gamma` every `step_size`, as torch's StepLR."""
+def step(clock: Clock, *, step_size: int | None = None, gamma: float = 0.1) -> Curve:
+    """Multiplied by `gamma` every `step_size`, by default 7 epochs, as torch's StepLR."""
+    if step_size is None:
+        step_size = _default_step_size(clock)
     _check(LENGTH, step_size=step_size)
     _check(POSITIVE, gamma=gamma)
 
@@ -115,6 +117,16 @@ def step(clock: Clock, *, step_size: int = 7, gamma: float = 0.1) -> Curve:
         return gamma**exponent
 
     return factor, f"step: {_times(gamma)} every {_count(step_size, clock.unit)}"
+
+
+def _default_step_size(clock: Clock) -> int:
+    if clock.unit == "step":
+        # 7 steps would be over before the first epoch.
+        raise ConfigError(
+            "schedule.step_size",
+            "is 7 epochs by default; schedule.per=step needs a number of steps",
+        )
+    return 7
 
 
 def multi_step(clock: Clock, *, milestones: list[int], gamma: float = 0.1) -> Curve:

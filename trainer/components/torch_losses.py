@@ -2,7 +2,7 @@
 
 A run needs a loss's sum and its divisor apart, so that micro-batches of any size add up to one mean. torch returns only
 their quotient, and the divisor differs from loss to loss. Cross-entropy and NLL are not here: their divisor depends on
-the targets (see `trainer.components.task.CrossEntropy`).
+the targets (see `trainer.components.classification.CrossEntropy`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainer.components.answers import AnswerKind
+from trainer.components.divisor import (
+    Divisor,
+    count_elements,
+    count_rows,
+    count_samples,
+)
+from trainer.components.targets import as_class_targets, as_id_sets, match_targets
 from trainer.errors import ConfigError
 
 _CALL_IT = "write a trainer.Task whose loss_sum calls it"
@@ -37,29 +44,26 @@ REFUSED = {
 class LossRule:
     """How a loss module is summed, divided and measured."""
 
-    # From the output: what `reduction="mean"` divides the sum by.
-    divisor: Callable[[Tensor], int]
+    # From the output: what `reduction="mean"` divides the sum by. None: to be found on the first samples.
+    divisor: Divisor | None
     metric: str | None = None
     # (loss, output, targets) → what the metric averages.
     terms: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     # What a model that was trained with it answers, and how that is read off (loss, output).
     answer_kind: AnswerKind | None = None
     answer: Callable[[Any, Tensor], Tensor] | None = None
-    # Targets stay as they are; others take the output's shape and dtype.
-    takes_class_ids: bool = False
+    # (output, targets) → the targets as the loss takes them.
+    convert: Callable[[Tensor, Any], Tensor] = match_targets
+    # Which values the converted targets may have, if not all.
+    allowed: str | None = None
 
 
-def _elements(output: Tensor) -> int:
-    return output.numel()
+def _class_ids(output: Tensor, targets: Any) -> Tensor:
+    return as_class_targets(output, targets, probabilities=False, check_values=False)
 
 
-def _samples(output: Tensor) -> int:
-    return len(output)
-
-
-def _samples_by_last_dimension(output: Tensor) -> int:
-    # The loss has already averaged over the labels of each sample.
-    return output.numel() // output.shape[-1]
+def _class_targets(output: Tensor, targets: Any) -> Tensor:
+    return as_class_targets(output, targets, probabilities=True, check_values=False)
 
 
 def _absolute_error(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
@@ -91,7 +95,8 @@ def _right_sign(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
 
 
 def _right_class(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
-    return output.argmax(1) == targets
+    labels = targets.argmax(1) if targets.is_floating_point() else targets
+    return output.argmax(1) == labels
 
 
 def _as_it_is(loss: Any, output: Tensor) -> Tensor:
@@ -111,7 +116,7 @@ def _sigmoid(loss: Any, output: Tensor) -> Tensor:
     return output.sigmoid()
 
 
-REGRESSION = LossRule(_elements, "mae", _absolute_error, "values", _as_it_is)
+REGRESSION = LossRule(count_elements, "mae", _absolute_error, "values", _as_it_is)
 
 RULES: dict[type[nn.Module], LossRule] = {
     nn.L1Loss: REGRESSION,
@@ -119,27 +124,53 @@ RULES: dict[type[nn.Module], LossRule] = {
     nn.SmoothL1Loss: REGRESSION,
     nn.HuberLoss: REGRESSION,
     nn.PoissonNLLLoss: LossRule(
-        _elements, "mae", _absolute_error_of_rate, "values", _rate
+        count_elements, "mae", _absolute_error_of_rate, "values", _rate
     ),
     nn.KLDivLoss: LossRule(
-        _elements, "mae", _absolute_error_of_probability, "values", _exponential
+        count_elements, "mae", _absolute_error_of_probability, "values", _exponential
     ),
     nn.BCELoss: LossRule(
-        _elements, "accuracy", _right_probability, "labels", _as_it_is
+        count_elements,
+        "accuracy",
+        _right_probability,
+        "labels",
+        _as_it_is,
+        allowed="from 0 to 1",
     ),
     nn.BCEWithLogitsLoss: LossRule(
-        _elements, "accuracy", _right_logit, "labels", _sigmoid
+        count_elements,
+        "accuracy",
+        _right_logit,
+        "labels",
+        _sigmoid,
+        allowed="from 0 to 1",
     ),
-    nn.SoftMarginLoss: LossRule(_elements, "accuracy", _right_sign, "labels", _sigmoid),
-    nn.HingeEmbeddingLoss: LossRule(_elements),
+    nn.SoftMarginLoss: LossRule(
+        count_elements,
+        "accuracy",
+        _right_sign,
+        "labels",
+        _sigmoid,
+        allowed="-1 or 1",
+    ),
+    nn.HingeEmbeddingLoss: LossRule(count_elements, allowed="-1 or 1"),
     nn.MultiLabelSoftMarginLoss: LossRule(
-        _samples_by_last_dimension, "accuracy", _right_logit, "labels", _sigmoid
+        count_rows,
+        "accuracy",
+        _right_logit,
+        "labels",
+        _sigmoid,
+        allowed="from 0 to 1",
     ),
-    nn.MultiLabelMarginLoss: LossRule(_samples, takes_class_ids=True),
+    nn.MultiLabelMarginLoss: LossRule(count_samples, convert=as_id_sets),
     nn.MultiMarginLoss: LossRule(
-        _samples, "accuracy", _right_class, takes_class_ids=True
+        count_samples, "accuracy", _right_class, convert=_class_ids
     ),
 }
+
+# Of losses that are not torch's: what they divide by is found on the first samples.
+OTHER = replace(REGRESSION, divisor=None)
+OTHER_OF_CLASSES = LossRule(None, "accuracy", _right_class, convert=_class_targets)
 
 
 def is_unchanged(loss: nn.Module, base: type[nn.Module]) -> bool:
@@ -149,24 +180,41 @@ def is_unchanged(loss: nn.Module, base: type[nn.Module]) -> bool:
 
 
 def rule_of(loss: nn.Module) -> LossRule:
-    """The rule of `loss`. One that is not torch's is taken for a mean over elements of one shape, as most are."""
+    """The rule of `loss`. One that is not torch's compares values of one shape, unless it extends a classifier's."""
     for base, rule in RULES.items():
         if is_unchanged(loss, base):
             # Its "mean" divides by all elements, which is seldom what is meant; "batchmean" divides by the samples.
             is_batch_mean = base is nn.KLDivLoss and loss.reduction == "batchmean"
-            return replace(rule, divisor=_samples) if is_batch_mean else rule
-    return REGRESSION
+            return replace(rule, divisor=count_samples) if is_batch_mean else rule
+    if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss | nn.MultiMarginLoss):
+        return OTHER_OF_CLASSES
+    return OTHER
 
 
-def summed(loss: nn.Module) -> nn.Module:
-    """A copy of `loss` that sums, whatever its own reduction is."""
+def with_reduction(loss: nn.Module, reduction: str) -> nn.Module:
+    """A copy of `loss` that sums or averages, whatever its own reduction is."""
     # A copy, because the caller may use theirs elsewhere, and it moves to the run's device and dtype with the task.
     # Parameters are not copied: the run trains those that the caller has, as it does with a model.
     has_parameters = next(loss.parameters(), None) is not None
     copied: Any = copy(loss) if has_parameters else deepcopy(loss)
-    copied.reduction = "sum"
+    copied.reduction = reduction
     module: nn.Module = copied
     return module
+
+
+def check_weight_shape(loss: Any, output: Tensor) -> None:
+    """Raise `ConfigError` for a `weight` with a row for each sample of a batch: which sample comes where changes."""
+    for name in ("weight", "pos_weight"):
+        weight = getattr(loss, name, None)
+        if not isinstance(weight, Tensor) or weight.dim() < output.dim():
+            continue
+        if weight.shape[0] != 1:
+            raise ConfigError(
+                f"loss.{name}",
+                f"of shape {tuple(weight.shape)} has a row for each place in a batch, and samples change places; "
+                f"give one weight for each label, or put the samples' own weights into the targets and write a "
+                f"trainer.Task",
+            )
 
 
 def check_class(cls: type) -> None:

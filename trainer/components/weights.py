@@ -1,12 +1,11 @@
 """Pretrained weights, torchvision's by name or those of a file, and a line that says what was loaded.
 
-A file is safetensors, or a state dict as `torch.save` writes it (plain, or under "state_dict" or "model"; a prefix
-`module.` on every name is dropped). Only tensors are read: no code in a file can run.
+A file is safetensors, an index of several, or what `torch.save` writes: a state dict, alone or in a checkpoint. Names
+with a wrapper's prefix are recognised (see `weight_names`).
 """
 
 from __future__ import annotations
 
-import pickle
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -15,15 +14,14 @@ from typing import Any, NoReturn
 from urllib.parse import urlparse
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.components.heads import find_head, fit_head
+from trainer.components.state_files import FILE_TYPES, read_state_dicts
+from trainer.components.weight_names import match_names
 from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, nearest
 
-FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 SERVER_TIMEOUT = 20.0  # seconds that a server may be silent during a download
 # Within it, one process goes before the others.
 MainFirst = Callable[[], AbstractContextManager[None]]
@@ -99,25 +97,32 @@ def start_from_weights(
 
     Without weights, a head is replaced only if `model.head` names it: what a last layer is for, its author knows.
     """
+    if section.weights_key is not None and path is None:
+        raise ConfigError(
+            "model.weights_key", "does nothing without model.weights, a file"
+        )
     if path is None and section.head is None:
         return ""
     head = find_head(model, section.head)
     notes: list[str] = []
     if path is not None:
-        notes.append(load_weights(model, path, head))
+        notes.append(load_weights(model, path, head, section.weights_key))
     if outputs is not None and fit_head(model, head, outputs, seed):
         notes.append(f"new head {head} with {outputs} outputs")
     return " · ".join(notes)
 
 
-def load_weights(model: nn.Module, path: Path, head: str) -> str:
+def load_weights(
+    model: nn.Module, path: Path, head: str, key: str | None = None
+) -> str:
     """Load a file's tensors into `model`, and say in one line what was loaded.
 
-    Tensors of the head that do not fit keep their initial values. Raises `ConfigError`, naming them, if other tensors
-    are missing or have another shape.
+    `key` is `model.weights_key`. Tensors of the head that do not fit keep their initial values. Raises `ConfigError`,
+    naming them, if other tensors are missing or have another shape.
     """
-    source = _read(path)
     own = model.state_dict()
+    match = match_names(read_state_dicts(path), own, str(path), key)
+    source = match.tensors
     fitting = {
         name: source[name]
         for name in own
@@ -137,6 +142,8 @@ def load_weights(model: nn.Module, path: Path, head: str) -> str:
         _refuse(path, [name for name in own if name in misfits], unused, source, own)
     model.load_state_dict(fitting, strict=False)
     notes = [f"{len(fitting)} of {len(own)} tensors of {path.name}"]
+    if match.note:
+        notes.append(match.note)
     if new:
         notes.append(f"new: {_first_three(sorted(new))}")
     if unused:
@@ -157,55 +164,17 @@ def _refuse(
         message += (
             f"; it has {len(unused)} that the model lacks: {_first_three(unused)}"
         )
+    fitting = sum(
+        1 for name in own if name in source and source[name].shape == own[name].shape
+    )
     raise ConfigError(
-        "model.weights", f"{message}; name the model that it was made for"
+        "model.weights",
+        f"{message}; {fitting} fit by name and shape, at best. Name the model that it was made for",
     )
 
 
 def _is_file(name: str) -> bool:
     return name.endswith(FILE_TYPES) or "/" in name
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tree = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ) as error:
-        reason = getattr(error, "strerror", None) or str(error) or "it is empty"
-        first_line = reason.splitlines()[0]
-        raise ConfigError(
-            "model.weights",
-            f"{path} cannot be read ({first_line}); give a {' or '.join(FILE_TYPES)} file",
-        ) from None
-    except pickle.UnpicklingError:
-        raise ConfigError(
-            "model.weights",
-            f"{path} holds more than tensors, which is not read; save the model's state_dict() alone",
-        ) from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(tree, Mapping) and isinstance(tree.get(wrapper), Mapping):
-            tree = tree[wrapper]
-    if (
-        not isinstance(tree, Mapping)
-        or not tree
-        or not all(isinstance(tensor, Tensor) for tensor in tree.values())
-    ):
-        raise ConfigError(
-            "model.weights",
-            f"{path} holds no state dict; save the model's state_dict() alone",
-        )
-    # Saved from within DataParallel or DDP.
-    if all(name.startswith("module.") for name in tree):
-        return {name.removeprefix("module."): tensor for name, tensor in tree.items()}
-    return tree
 
 
 def _first_three(names: list[str]) -> str:

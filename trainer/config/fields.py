@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import types
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ import yaml
 
 from trainer.config.secrets import remember_secrets, secrets_in
 from trainer.config.trees import Tree
+from trainer.config.yaml_dump import to_yaml
 from trainer.errors import ConfigError, nearest
 
 PLAIN_TYPES = (str, int, float, bool, type(None))
@@ -89,6 +91,9 @@ MOVED_MODULES = {
     "trainer.models.": "trainer.components.models.",
     "trainer.optimizer.": "trainer.components.optimizer.",
     "trainer.schedule.": "trainer.components.schedule.",
+    # Tasks keep the path under which runs have named them.
+    "trainer.components.classification.": "trainer.components.task.",
+    "trainer.components.element_losses.": "trainer.components.task.",
 }
 
 
@@ -236,7 +241,8 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
     if hint is float and kind is int:
         with suppress(OverflowError):  # of 10**400, say
             return float(value)
-    if hint is str and kind in (int, float):
+    # An infinity was mostly text, 12e4567, before something read it as a number.
+    if hint is str and (kind is int or (kind is float and math.isfinite(value))):
         return str(value)
     raise ConfigError(name, f"{show(value)} is not {with_article(hint)}")
 
@@ -295,7 +301,7 @@ def show(value: Any) -> str:
     """A value as YAML writes it, in one line; what YAML cannot write, as Python does."""
     try:
         return (
-            yaml.safe_dump(value, default_flow_style=True, width=10_000)
+            to_yaml(value, default_flow_style=True, width=10_000)
             .removesuffix("...\n")
             .strip()
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,15 @@ import yaml
 from trainer.config.fields import ComponentSection, declared_keys, show, type_name
 from trainer.config.interpolation import as_config_error
 from trainer.config.schema import SECTIONS, Config
+from trainer.config.switch import replace_components
 from trainer.config.trees import Tree, map_leaves
+from trainer.config.yaml_text import (
+    is_text_key,
+    keep_text,
+    serialize,
+    takes_list,
+    typed_text,
+)
 from trainer.errors import ConfigError, nearest
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
@@ -39,20 +48,24 @@ def load(
     """Read the YAML file at `path` (without one: the defaults), lay overrides over it and check everything.
 
     A path within `configs/` that does not exist is looked for among the configs that come with the package.
-    Overrides are texts, `["optimizer.lr=0.1"]`, whose values are YAML and in which `None` is null too, as W&B's agent
-    writes it; or a mapping of dotted keys to values, `{"optimizer.lr": 0.1}`. Values may use OmegaConf's
-    interpolations, `${oc.env:NAME}` for example.
+    Overrides are texts, `["optimizer.lr=0.1"]`, or a mapping of dotted keys to values, `{"optimizer.lr": 0.1}`. The
+    value of a text is the text as typed where the key is text, and YAML elsewhere; `None` is null too, as W&B's agent
+    writes it. Values may use OmegaConf's interpolations, `${oc.env:NAME}` for example. An override that names another
+    component than the file drops the file's arguments of the old one (`Config.notes` says which).
 
     Raises `ConfigError` with the key, where it was set and the nearest valid one; `TypeError` for anything else than a
     path and overrides.
     """
     _check_types(path, overrides)
     origins: Origins = {}
-    tree: Any = {}
-    if path is not None:
-        tree = _read_file(find_config(path), origins)
+    tree: Tree = {}
     try:
-        return Config.from_dict(_lay_over(tree, overrides, origins))
+        if path is not None:
+            tree = _read_file(find_config(path), origins)
+        changes = _read_overrides(overrides, origins)
+        notes = replace_components(tree, changes)
+        config = Config.from_dict(_lay_over(tree, changes))
+        return replace(config, notes=tuple(notes))
     except ConfigError as error:
         raise _with_origin(error, origins) from None
 
@@ -132,8 +145,8 @@ def _check_types(path: Any, overrides: Any) -> None:
         )
 
 
-def _read_file(path: Path, origins: Origins) -> Any:
-    """The file as an OmegaConf tree, not resolved; its keys' lines are added to `origins`."""
+def _read_file(path: Path, origins: Origins) -> Tree:
+    """The file as nested mappings, interpolations still in them; its keys' lines are added to `origins`."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -148,7 +161,12 @@ def _read_file(path: Path, origins: Origins) -> Any:
             )
         for name, line in _key_lines(document, ""):
             origins[name] = f"{path}, line {line}"
-        return OmegaConf.create(text) or {}
+        config = OmegaConf.create(text)
+        if keep_text(document):
+            assert document is not None
+            config = OmegaConf.create(serialize(document))
+        tree: Tree = cast(Any, OmegaConf.to_container(config))
+        return tree
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(
             str(path), f"is not valid YAML: {parser_reason(error)}"
@@ -177,27 +195,38 @@ def _yaml_files_beside(path: Path) -> list[str]:
     return names
 
 
-def _lay_over(tree: Any, overrides: Overrides, origins: Origins) -> Tree:
-    """The tree under its overrides as nested mappings, interpolations still in them."""
+def _read_overrides(overrides: Overrides, origins: Origins) -> Tree:
+    """The overrides as nested mappings, interpolations still in them."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    objects = {"allow_objects": True}  # they are refused later, by key
-    config: Any = OmegaConf.create(tree, flags=objects)
-    changes: Any = OmegaConf.create({}, flags=objects)
+    # Objects are refused later, by key.
+    changes: Any = OmegaConf.create({}, flags={"allow_objects": True})
     try:
         if isinstance(overrides, Mapping):
             for name, value in overrides.items():
                 origins[str(name)] = "the overrides"
                 OmegaConf.update(changes, str(name), value)
-        else:
-            for override in overrides:
-                name, _, _ = override.partition("=")
-                origins[name] = "the command line"
-                _add_override(changes, override)
-            changes = map_leaves(OmegaConf.to_container(changes), _none_to_null)
+            return cast(Tree, OmegaConf.to_container(changes))
+        for override in overrides:
+            name, _, _ = override.partition("=")
+            origins[name] = "the command line"
+            _add_override(changes, override)
+    except OmegaConfBaseException as error:
+        raise as_config_error(error) from None
+    tree: Tree = map_leaves(OmegaConf.to_container(changes), _none_to_null)
+    return tree
+
+
+def _lay_over(tree: Tree, changes: Tree) -> Tree:
+    """`tree` under `changes`, interpolations still in it."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config: Any = OmegaConf.create(tree, flags={"allow_objects": True})
         # Mappings are merged key by key; a list replaces the file's list, as in `observers=[]`.
-        config.merge_with(changes)
+        config.merge_with(OmegaConf.create(changes, flags={"allow_objects": True}))
     except OmegaConfBaseException as error:
         raise as_config_error(error) from None
     merged: Tree = cast(Any, OmegaConf.to_container(config))
@@ -205,13 +234,26 @@ def _lay_over(tree: Any, overrides: Overrides, origins: Origins) -> Tree:
 
 
 def _add_override(changes: Any, override: str) -> None:
-    """Set what `key=value` says in an OmegaConf tree; the value is read as YAML."""
+    """Set what `key=value` says in an OmegaConf tree."""
+    from omegaconf import OmegaConf
+
     name, equals, value = override.partition("=")
     if not equals or not name:
         raise ConfigError(
             override, "an override is written key=value, as in optimizer.lr=0.01"
         )
+    if is_text_key(name) and not (takes_list(name) and value.startswith("[")):
+        OmegaConf.update(changes, name, typed_text(value))
+        return
+    if " #" in value and value[0] not in "[{'\"":
+        # Not a comment: whoever types a command comments nothing.
+        OmegaConf.update(changes, name, value)
+        return
     try:
+        document = yaml.compose(value, yaml.SafeLoader)
+        if keep_text(document, name):
+            assert document is not None
+            override = f"{name}={serialize(document)}"
         changes.merge_with_dotlist([override])
     except yaml.YAMLError as error:
         raise ConfigError(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from trainer.config.annotations import check_texts
 from trainer.config.schema import ObserverConfig, keys_of
 from trainer.errors import ConfigError, LockstepError, nearest
 
@@ -73,6 +74,7 @@ def build(
         for name in list(parameters)[: len(supplied)]:
             del parameters[name]  # given by position already
         _check_arguments(section, target, parameters, arguments, optional)
+        check_texts(section, target, arguments)
     try:
         # What the config says wins over what the trainer would supply.
         return target(*supplied, **(optional | dict(arguments)))

@@ -127,7 +127,11 @@ class ModelConfig(ComponentSection):
     )
     weights: str | None = key(
         None,
-        "weights to start from: torchvision's name for them, such as DEFAULT, or a file",
+        "weights to start from: torchvision's name for them, such as DEFAULT, or a file (or its folder)",
+    )
+    weights_key: str | None = key(
+        None,
+        "which of several sets of weights in a file: state_dict_ema, or a prefix of names",
     )
     head: str | None = key(
         None, "dotted name of the last layer; null = found automatically"
@@ -229,7 +233,13 @@ class TrainConfig(Section):
     epochs: int = key(10, "passes over the training data", unit="epochs", minimum=1)
     max_steps: int | None = key(
         None,
-        "stop after this many steps, unless the epochs end first",
+        "the run's length in steps, unless the epochs end first; schedules end there too",
+        unit="steps",
+        minimum=1,
+    )
+    stop_after: int | None = key(
+        None,
+        "stop after this step, with a checkpoint; the run's length and schedule stay, and run.resume=auto goes on",
         unit="steps",
         minimum=1,
     )
@@ -247,7 +257,7 @@ class TrainConfig(Section):
         minimum=0,
     )
     find_unused_parameters: bool = key(
-        False, "allow parameters that receive no gradient in some steps"
+        False, "allow parameters that receive no gradient in the first step"
     )
     log_every: int = key(50, "steps between logged rows", unit="steps", minimum=1)
     evaluate_every: int = key(1, "epochs between evaluations", unit="epochs", minimum=1)
@@ -267,8 +277,9 @@ class BestConfig(Section):
     SECTION = "best"
 
     metric: str = key("val/loss", "the logged value that decides which model is best")
-    mode: Literal["min", "max"] = key(
-        "min", "whether lower or higher values are better"
+    mode: Literal["min", "max"] | None = key(
+        None,
+        "whether lower or higher values are better; null = as the metric is known: min for a loss, max for accuracy",
     )
 
 
@@ -367,6 +378,8 @@ class Config:
     observers: tuple[ObserverConfig, ...] = ()
     # How values from the environment were written. A field, so that it survives `dataclasses.replace`.
     references: References = field(default_factory=dict, repr=False, compare=False)
+    # What the run's header says of how the config was read.
+    notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check_sections()

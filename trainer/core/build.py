@@ -5,6 +5,7 @@ The `Trainer` builds what only training needs: an optimizer and a reduction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,20 +16,25 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from trainer.components.directions import direction_of
 from trainer.components.freezing import Freezing
+from trainer.components.lazy import give_lazy_layers_sizes
 from trainer.components.models import build_model, compile_model, input_channels
 from trainer.components.task import Task, as_task, loss_arguments
 from trainer.components.weights import start_from_weights, weights_file
 from trainer.config.schema import BestConfig, Config
 from trainer.core.evaluation import Evaluator
 from trainer.core.features import Features
+from trainer.core.first_samples import check_classes, first_inputs
 from trainer.core.forward import Forward
 from trainer.core.further import LossState, restore_evaluated
 from trainer.core.metrics import Row
 from trainer.core.precision import Precision
 from trainer.core.preflight import RankFacts, check_data, check_ranks
+from trainer.data.classes import with_classes
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
 from trainer.data.loading import Loader, build_loaders
+from trainer.data.parts import check_part, class_names
 from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import configure, refuse_cumulative_average
 from trainer.exact.determinism import run_settings
@@ -38,7 +44,11 @@ from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint
 from trainer.storage.run_directory import run_path
-from trainer.storage.signature import Signature, signature_of_samples
+from trainer.storage.signature import (
+    Signature,
+    describe_other_classes,
+    signature_of_samples,
+)
 
 
 @dataclass
@@ -123,9 +133,11 @@ def build_run(
     train_data: MapDataset | None = None,
     val_data: MapDataset | None = None,
     task: Task | nn.Module | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Run:
     """Build what `config` describes; a model, data or a task that is passed replaces the config's.
 
+    With `classes`, those that a model was trained on, the data's class ids become the model's, matched by name.
     A collective: every rank of a run calls it with the same config. Raises `ConfigError` or `DataError`.
     """
     config = _with_names(config, model=model, data=train_data, loss=task)
@@ -134,6 +146,11 @@ def build_run(
     precision = Precision(config.train.precision, ranks.device)
 
     data = ranks.on_each(lambda: _data(config, ranks, train_data, val_data))
+    if classes is not None:
+        data = with_classes(data, classes)
+    if data.val is None and config.data.val_transforms:
+        note = "data.val_transforms has no effect: there are no validation data"
+        data = replace(data, note="; ".join(filter(None, [data.note, note])))
     check_data(data, ranks)
     plan = _plan(config, ranks, len(data.train))
     train_loader, val_loader = build_loaders(
@@ -144,6 +161,7 @@ def build_run(
         dtype=precision.dtype,
     )
 
+    inputs = ranks.on_each(partial(first_inputs, train_loader, val_loader))
     num_classes = _num_classes(config, data)
     signature = signature_of_samples(
         val_loader or train_loader, num_classes=num_classes, classes=data.classes
@@ -154,13 +172,15 @@ def build_run(
         ranks,
         dtype=precision.dtype,
         model=model,
-        loader=train_loader,
+        inputs=inputs,
         num_classes=num_classes,
+        classes=data.classes,
     )
     # A machine may lack the file of the weights.
     module, weights_note = ranks.on_each(build_module)
     the_task = _task(config, task, num_classes, module)
     the_task.to(ranks.device, precision.dtype)
+    check_classes(the_task, num_classes, data)
     config = _with_best_metric(config, the_task, has_validation=val_loader is not None)
 
     forward = Forward(the_task, precision, ranks.device, config.run.seed)
@@ -216,9 +236,21 @@ def _data(
     config: Config, ranks: Ranks, train: MapDataset | None, val: MapDataset | None
 ) -> Datasets:
     if train is None:
+        if val is not None:
+            raise ConfigError(
+                "val_data",
+                "is given without train_data, and would replace half of the data that the config names; give both",
+            )
         return build_datasets(config.data, ranks.main_first)
-    classes = getattr(train, "classes", None)
-    return Datasets(train, val, list(classes) if classes else None, config.data.name)
+    if config.data.cache:
+        raise ConfigError(
+            "data.cache",
+            "keeps the images of data.name=folder, not of a train_data that is passed; leave it out",
+        )
+    check_part(type(train).__name__, "training", train, key="train_data")
+    if val is not None:
+        check_part(type(val).__name__, "validation", val, key="val_data")
+    return Datasets(train, val, class_names(train), config.data.name)
 
 
 def _plan(config: Config, ranks: Ranks, samples: int) -> Plan:
@@ -256,22 +288,25 @@ def _module(
     *,
     dtype: torch.dtype,
     model: nn.Module | None,
-    loader: Loader,
+    inputs: Any,
     num_classes: int | None,
+    classes: list[str] | None,
 ) -> tuple[nn.Module, str]:
     """The model with its initial weights, on its device and in its dtype; and a note on the weights."""
     weights = weights_file(config.model, ranks.main_first)
     if model is None:
-        channels = input_channels(loader.peek([0]).inputs)
         model = build_model(
             config.model,
             seed=config.run.seed,
             num_classes=num_classes,
-            in_channels=channels,
+            in_channels=input_channels(inputs),
         )
+    give_lazy_layers_sizes(model, inputs, config.run.seed)
     weights_note = start_from_weights(
         weights, model, config.model, num_classes, config.run.seed
     )
+    if weights is not None:
+        weights_note += describe_other_classes(weights, classes)
     model = configure(model, config.batch_norm, ranks=ranks.count, device=ranks.device)
     model.to(ranks.device, dtype)
     if config.train.channels_last:
@@ -308,12 +343,13 @@ def _task(
 
 
 def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Config:
-    """The config with the metric that decides which model is best; by default the loss, of validation if there is any.
+    """The config with the metric that decides which model is best, and its mode.
 
-    Raises `ConfigError` where the run logs no such metric.
+    By default the metric is the loss, of validation if there is any. Raises `ConfigError` where the run logs no such
+    metric, or nobody knows whether less or more of it is better.
     """
-    if config.best == BestConfig() and not has_validation:
-        config = replace(config, best=BestConfig(metric="train/loss"))
+    if config.best.metric == BestConfig().metric and not has_validation:
+        config = replace(config, best=replace(config.best, metric="train/loss"))
     phases = ("val", "train") if has_validation else ("train",)
     metrics = [
         f"{phase}/{name}" for phase in phases for name in ("loss", *task.metrics)
@@ -324,6 +360,15 @@ def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Co
             "best.metric",
             f'"{metric}" is not logged by this run{nearest(metric, metrics)}; it logs {", ".join(metrics)}',
         )
+    if config.best.mode is None:
+        mode = direction_of(metric, task)
+        if mode is None:
+            raise ConfigError(
+                "best.mode",
+                f"is needed for {metric}: set min if less of it is better, max if more is (a task of your own may "
+                f"say so in `directions`)",
+            )
+        config = replace(config, best=replace(config.best, mode=mode))
     return config
 
 

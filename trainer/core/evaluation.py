@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from trainer.core.features import Features
 from trainer.core.forward import Forward
 from trainer.core.metrics import Meter
+from trainer.core.misfit import explained
+from trainer.core.samples import rows_not_finite
 from trainer.data.loading import Loader, whole_requests
 from trainer.data.samples import MicroBatch, Request
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import preserved_modes
 from trainer.exact.moving_buffers import preserved_buffers
+from trainer.exact.seeding import preserved_generators
 from trainer.process.ranks import Ranks
 
 # Spread over a rank's share: images of another size or a broken file are seldom alone.
@@ -36,6 +39,9 @@ class Decision:
 
 class Evaluator:
     """Runs a model over a data set, in order; each rank takes a contiguous share, not always of equal size.
+
+    Shares are made of whole batches, and the config alone cuts these. So a model whose answer for a sample depends on
+    the others of its batch, or that draws, answers the same on any number of ranks.
 
     The model's running statistics must be the true ones (`Reduction.gather`). Loader processes live on from one
     evaluation to the next, and load the next one's first batches early.
@@ -69,7 +75,7 @@ class Evaluator:
         """The mean loss and metrics over all samples. A collective."""
         task = self._forward.task
         meter = Meter(task, self._ranks, exact=self._exact)
-        with preserved_modes(task):
+        with preserved_modes(task), preserved_generators():
             task.eval()  # until the last metric is measured
             for _, model, batch in self._in_eval_mode():
                 output, loss = self._forward(model, batch, None)
@@ -84,21 +90,41 @@ class Evaluator:
         first, last = self._requests[0].ids[0], self._requests[-1].ids[-1]
         count = min(last - first + 1, SAMPLES_TO_REHEARSE, len(self._requests[0].ids))
         ids = np.linspace(first, last, count).astype(np.int64)
+        task = self._forward.task
         was_training = self._model.training
         self._model.eval()
         try:
             batch = self._loader.peek(ids)
             output, _ = self._forward(self._model, batch, None)
-            self._forward.task.metric_sums(output, batch.targets)
+            with explained(task, "metric_sums", output, batch.targets):
+                task.metric_sums(output, batch.targets)
         finally:
             self._model.train(was_training)
+
+    @torch.no_grad()
+    def samples_not_finite(self) -> list[int]:
+        """The samples of the first batch whose loss is not finite: those with such inputs, else all. A collective."""
+        was_training = self._model.training
+        self._model.eval()
+        found: list[int] = []
+        for request in self._requests:
+            batch = self._loader.peek(request.ids)
+            _, loss = self._forward(self._model, batch, None)
+            if not loss.total.isfinite():
+                count = len(request.ids)
+                rows = rows_not_finite((batch.inputs, batch.targets), count)
+                found = request.ids[rows or slice(None)].tolist()
+                break
+        self._model.train(was_training)
+        return self._ranks.gather(found)
 
     @torch.no_grad()
     def decisions(self) -> list[Decision]:
         """A classifier's decision for every sample that counts, in order, on every rank; empty for other tasks."""
         decisions: list[Decision] = []
-        for request, model, batch in self._in_eval_mode():
-            decisions += self._decide(request, model, batch)
+        with preserved_generators():
+            for request, model, batch in self._in_eval_mode():
+                decisions += self._decide(request, model, batch)
         decisions = self._ranks.gather(decisions)
         return sorted(decisions, key=lambda decision: decision.sample_id)
 
@@ -106,15 +132,18 @@ class Evaluator:
         self, request: Request, model: nn.Module, batch: MicroBatch
     ) -> list[Decision]:
         task = self._forward.task
-        probabilities = task.probabilities(self._forward.output(model, batch))
-        is_classified = isinstance(batch.targets, Tensor) and batch.targets.dim() == 1
-        if probabilities is None or not is_classified:
+        output = self._forward.predict(model, batch)
+        probabilities = task.probabilities(output)
+        if probabilities is None:
+            return []
+        targets = task.convert_targets(output, batch.targets)
+        if not isinstance(targets, Tensor) or targets.dim() != 1:
             return []
         confidences, classes = probabilities.max(1)
         columns = (
             request.ids.tolist(),
             classes.tolist(),
-            batch.targets.tolist(),
+            targets.tolist(),
             confidences.tolist(),
         )
         decisions = [Decision(*row) for row in zip(*columns, strict=True)]

@@ -2,7 +2,8 @@
 
 A backbone that is entirely frozen, in eval mode, computes the same features from the same pixels in every epoch, and
 validation images are not augmented at random. So from the second evaluation on only the head runs, on the same
-tensors in the same batches, with the same bits as a result.
+tensors in the same batches, with the same bits as a result. A backbone that draws, as Monte Carlo dropout does, is run
+each time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainer.data.samples import MicroBatch
+from trainer.exact.seeding import draw_state
 
 MAX_BYTES = 1 << 30  # of features per process; if there are more, none are cached
 
@@ -48,25 +50,40 @@ class Features:
             yield lambda batch: None
             return
         self.clear()
-        # The head's (input, output) in the model's last forward.
-        calls: list[tuple[Any, Any]] = []
+        # The head's (inputs, output) in the model's last forward.
+        calls: list[tuple[tuple[Any, ...], Any]] = []
+        states: list[Any] = []  # of the generators, where the model begins
+
+        def note_draws(_: nn.Module, inputs: Any) -> None:
+            states.append(draw_state(next(model.parameters()).device))
+
+        def check_draws(_: nn.Module, inputs: Any) -> None:
+            if states[-1] != draw_state(next(model.parameters()).device):
+                self._is_usable = False
 
         def record_call(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            calls.append((inputs[0], output))
+            calls.append((inputs, output))
 
         def check_head_is_last(_: nn.Module, inputs: Any, output: Any) -> None:
             if len(calls) != 1 or output is not calls[0][1]:
                 self._is_usable = False
+                return
+            head_inputs = calls[0][0]
+            if len(head_inputs) != 1 or not isinstance(head_inputs[0], Tensor):
+                self._is_usable = False
 
         def record(batch: MicroBatch) -> None:
             if self._is_usable:
-                features: Tensor = calls[0][0]
+                features: Tensor = calls[0][0][0]
                 self._batches.append(batch._replace(inputs=features))
                 self._bytes += features.nbytes
                 self._is_usable = self._bytes <= MAX_BYTES
             calls.clear()
+            states.clear()
 
         with (
+            model.register_forward_pre_hook(note_draws),
+            head.register_forward_pre_hook(check_draws),
             head.register_forward_hook(record_call),
             model.register_forward_hook(check_head_is_last),
         ):

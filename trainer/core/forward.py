@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from trainer.components.task import Task, WeightedSum, as_weighted_sum
+from trainer.core.misfit import (
+    KINDS,
+    is_from_a_layer,
+    is_misfit,
+    loss_misfit,
+    model_misfit,
+)
 from trainer.core.precision import Precision
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import Fused
 from trainer.exact.plan import Step
 from trainer.exact.seeding import device_generator, device_seeder, key, mix_key
+from trainer.exact.structures import tensors_in
 
 # As torch's BatchNorm says it.
 TOO_FEW_VALUES = "Expected more than 1 value per channel when training"
@@ -28,34 +39,105 @@ class Forward:
         self.task = task
         self._precision = precision
         self._base_key = key(seed, "device")
+        self._evaluation_key = key(seed, "evaluation")
         self._device = device
         self._seed_device = device_seeder(device)
+        # (weight, samples) of the first micro-batch whose weight is an int.
+        self._first_weight: tuple[int, int] | None = None
+        self._has_tensor_weights: bool | None = None  # None: none seen
 
     def __call__(
         self, model: nn.Module, batch: MicroBatch, step: Step | None
     ) -> tuple[Any, WeightedSum]:
         """The model's output and the loss, summed over targets, of one micro-batch or of several at once.
 
-        In training, what the model draws (dropout and the like) is keyed by the step and the micro-batch. `step` is
-        None in evaluation, where nothing is drawn.
+        What the model draws (dropout and the like) is keyed by the step and the micro-batch. `step` is None in
+        evaluation, where what a model still draws (a variational one, say) is keyed by the batch alone.
 
-        Raises `ConfigError` where a micro-batch is too small for BatchNorm or the loss is no weighted sum.
+        Raises `ConfigError` where a micro-batch is too small for BatchNorm, the loss is no weighted sum, or model,
+        loss and data do not fit together.
         """
         if step is None:
+            self._seed_evaluation(batch)
             return self._output_and_loss(model, batch)
         if batch.fused > 1:
-            return self._fuse(model, batch, step)
-        self._seed_device(self._key(step, batch.first))
-        return self._output_and_loss(model, batch)
+            result = self._fuse(model, batch, step)
+        else:
+            self._seed_device(self._key(step, batch.first))
+            result = self._output_and_loss(model, batch)
+        output, loss = result
+        if torch.is_grad_enabled():
+            loss = self._checked(batch, loss)
+        return output, loss
+
+    def predict(self, model: nn.Module, batch: MicroBatch) -> Any:
+        """The model's output outside of training, as an evaluation of the same batch sees it."""
+        self._seed_evaluation(batch)
+        return self.output(model, batch)
 
     def _key(self, step: Step, index: int) -> int:
         return mix_key(self._base_key, step.number, index)
+
+    def _seed_evaluation(self, batch: MicroBatch) -> None:
+        # Batches of an evaluation are cut by the config alone, so this key is the same on any number of ranks.
+        value = mix_key(self._evaluation_key, 0, batch.first)
+        self._seed_device(value)
+        random.seed(value)
+        np.random.seed(value & 0xFFFFFFFF)
 
     def _output_and_loss(
         self, model: nn.Module, batch: MicroBatch
     ) -> tuple[Any, WeightedSum]:
         output = self.output(model, batch)
-        return output, as_weighted_sum(self.task.loss_sum(output, batch.targets))
+        try:
+            loss = self.task.loss_sum(output, batch.targets)
+        except KINDS as error:
+            if not is_misfit(error):
+                raise
+            raise loss_misfit(
+                self.task, "loss_sum", output, batch.targets, error
+            ) from error
+        return output, as_weighted_sum(loss)
+
+    def expect_weights_like(self, weight: Tensor | int) -> None:
+        """Before the first micro-batch: the kind of weight that the task returns, the same on every rank."""
+        self._has_tensor_weights = isinstance(weight, Tensor)
+
+    def _checked(self, batch: MicroBatch, loss: WeightedSum) -> WeightedSum:
+        """The loss, if its weight is one that a step can add up: all are counts by sample, or all are tensors."""
+        total, weight = loss
+        if self._has_tensor_weights is None:
+            self.expect_weights_like(weight)
+        if isinstance(weight, int):
+            if self._has_tensor_weights:
+                return WeightedSum(total, torch.tensor(weight, device=total.device))
+            self._check_count(batch, weight)
+        elif not self._has_tensor_weights:
+            raise ConfigError(
+                "loss.name",
+                "loss_sum returned a tensor as the weight of a micro-batch, and an int before: one that depends on the "
+                "targets is a 0-dim tensor for every micro-batch",
+            )
+        return loss
+
+    def _check_count(self, batch: MicroBatch, weight: int) -> None:
+        """A step's weight is taken from one micro-batch and the number of samples, so an int must be a count by sample.
+
+        Else the gradient would be a mean of means, and another one for each cut into micro-batches.
+        """
+        samples = count_samples(batch)
+        if samples is None:
+            return
+        if self._first_weight is None and weight > 0:
+            self._first_weight = weight, samples
+        first_weight, first_samples = self._first_weight or (1, 0)
+        if weight * first_samples != first_weight * samples or weight <= 0:
+            raise ConfigError(
+                "loss.name",
+                f"loss_sum returned the int {weight} as the weight of {samples} samples, and {first_weight} for "
+                f"{first_samples}; an int is a count that is the same for every sample: return the sum of the loss and "
+                f"the number of its targets, as a 0-dim tensor where it depends on the targets or their shapes",
+            )
 
     def _fuse(
         self, model: nn.Module, batch: MicroBatch, step: Step
@@ -78,18 +160,31 @@ class Forward:
             return self._predict(model, batch)
         with self._precision.autocast():
             output = self._predict(model, batch)
-        return (
-            output.to(self._precision.dtype) if isinstance(output, Tensor) else output
-        )
+        return self._precision.without_autocast(output)
 
     def _predict(self, model: nn.Module, batch: MicroBatch) -> Any:
         try:
             return self.task.predict(model, batch.inputs)
-        except ValueError as error:
-            if TOO_FEW_VALUES not in str(error):
-                raise
-            raise ConfigError(
-                "batch.micro_size",
-                "a micro-batch of one sample leaves BatchNorm one value a channel, which has no variance; raise it, "
-                "or batch.size if this is an epoch's short last step, or set batch_norm.mode=frozen",
-            ) from None
+        except KINDS as error:
+            if isinstance(error, ValueError) and TOO_FEW_VALUES in str(error):
+                raise ConfigError(
+                    "batch.micro_size",
+                    "a micro-batch of one sample leaves BatchNorm one value a channel, which has no variance; raise "
+                    "it, or batch.size if this is an epoch's short last step, or set batch_norm.mode=frozen",
+                ) from None
+            # Within DDP a lost rank is a RuntimeError, too.
+            is_bare = not isinstance(model, nn.parallel.DistributedDataParallel)
+            if is_bare and is_misfit(error) and is_from_a_layer(error):
+                raise model_misfit(model, batch.inputs, error) from error
+            raise
+
+
+def count_samples(batch: MicroBatch) -> int | None:
+    """The number of samples in a batch; None where it has no tensor with a row for each."""
+    for part in (batch.inputs, batch.targets):
+        if isinstance(part, Tensor):
+            return len(part) if part.dim() else None
+        if isinstance(part, Mapping):
+            tensor = next(tensors_in(part), None)
+            return len(tensor) if tensor is not None and tensor.dim() else None
+    return None

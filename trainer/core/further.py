@@ -6,7 +6,6 @@ A checkpoint keeps it as one more stateful object, under the name `further`, and
     buffers      moving buffers that no `state_dict` has (`persistent=False`), by name
     eval_modules the names of modules in eval mode, apart from frozen ones
     extra_state  what the model's modules return by `get_extra_state`
-    optimizer    entries of the optimizer's `state_dict` besides its state and its groups
 """
 
 from __future__ import annotations
@@ -16,16 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from trainer.errors import LockstepError
 from trainer.exact.batch_norm import is_held
 from trainer.exact.model_and_loss import LOSS_PREFIX, ModelAndLoss
 from trainer.exact.moving_buffers import Buffer, other_buffers
-from trainer.storage.stateful import split_state
 
 OF_BEST = ("loss", "buffers", "extra_state")  # what an evaluation needs
-OWN_ENTRIES = {"state", "param_groups"}  # of an optimizer's state_dict
 
 
 class LossState:
@@ -88,7 +84,7 @@ def _mark(module: nn.Module) -> list[tuple[int, int]]:
 
 
 def read_further(
-    model: nn.Module, loss: LossState, optimizer: Optimizer, moving: Sequence[Buffer]
+    model: nn.Module, loss: LossState, moving: Sequence[Buffer]
 ) -> dict[str, Any]:
     """What a checkpoint keeps besides weights and optimizer state; {} if there is nothing."""
     entries: dict[str, Any] = {
@@ -100,23 +96,8 @@ def read_further(
         },
         "eval_modules": _modules_in_eval_mode(model),
         "extra_state": _extra_state(model),
-        "optimizer": _further_entries(optimizer),
     }
     return {name: value for name, value in entries.items() if value}
-
-
-def _further_entries(optimizer: Optimizer) -> dict[str, Any]:
-    """What the optimizer's `state_dict` has besides, as far as a file can hold it."""
-    entries = {}
-    for key, value in optimizer.state_dict().items():
-        if key in OWN_ENTRIES:
-            continue
-        try:
-            split_state("optimizer", {key: value})
-        except LockstepError:
-            continue  # settings, such as a dtype or a function, which building it sets again
-        entries[key] = value
-    return entries
 
 
 def of_best(further: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +108,7 @@ def of_best(further: Mapping[str, Any]) -> dict[str, Any]:
 def restore_evaluated(
     state: Mapping[str, Any], model: nn.Module, loss: LossState
 ) -> None:
-    """Load what belongs to the model and the loss."""
+    """Load what `read_further` returned, but for the modes: `restore_modes_of` comes after `model.train()`."""
     loss.restore(state.get("loss", {}))
     restore_beside_weights(state, model)
 
@@ -138,19 +119,6 @@ def restore_beside_weights(state: Mapping[str, Any], model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for name, value in state.get("extra_state", {}).items():
         modules[name].set_extra_state(value)
-
-
-def restore_further(
-    state: Mapping[str, Any], model: nn.Module, loss: LossState, optimizer: Optimizer
-) -> None:
-    """Load what `read_further` returned, but for the modes: `restore_modes_of` comes after `model.train()`.
-
-    Call it before the optimizer's named state is loaded, which takes the other entries along as they are by then.
-    """
-    restore_evaluated(state, model, loss)
-    entries = state.get("optimizer", {})
-    if entries:
-        optimizer.load_state_dict(optimizer.state_dict() | entries)
 
 
 def restore_modes_of(state: Mapping[str, Any], model: nn.Module) -> None:

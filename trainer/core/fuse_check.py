@@ -8,17 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.core.build import Run
 from trainer.core.forward import Forward
-from trainer.core.precision import Precision
+from trainer.core.joint_loss import loss_adds_up
+from trainer.core.no_trace import attributes_restored
+from trainer.core.precision import Precision, check_gradient
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import REMEDY
 from trainer.exact.model_and_loss import ModelAndLoss
-from trainer.exact.moving_buffers import Copies, other_buffers, preserved_buffers
+from trainer.exact.moving_buffers import Copies, other_buffers
 from trainer.exact.plan import IndexRange, Step, split_evenly
 from trainer.exact.seeding import device_generator, preserved_cpu_generators
 from trainer.process import launcher
@@ -52,16 +54,23 @@ def choose_fuse(run: Run) -> tuple[int, str]:
     if end - first == 1:
         return 1, ""  # no rank has two micro-batches to run at once
     run.module.train()
+    if fuse != "auto":
+        run.ranks.on_each(lambda: _check_two_micro_batches(run, step, first))
+        return fuse, ""
+    # Each rank may find another answer, by its memory, or by rounding near the tolerance: none decides alone.
+    answers: list[tuple[int, str]] = run.ranks.gather(
+        [_answer_of_this_rank(run, step, first, end)]
+    )
+    return min(answers)
+
+
+def _answer_of_this_rank(run: Run, step: Step, first: int, end: int) -> tuple[int, str]:
+    """How many micro-batches of `[first, end)` this rank can run at once, and why it is 1 where they do not agree."""
     try:
         _check_two_micro_batches(run, step, first)
     except ConfigError as error:
-        if fuse != "auto":
-            raise
         return 1, _first_clause(error.message)
-    if fuse != "auto":
-        return fuse, ""
-    fits_on_this_rank = _largest_that_fits(run, step, first, end)
-    return min(run.ranks.gather([fits_on_this_rank])), ""
+    return _largest_that_fits(run, step, first, end), ""
 
 
 def _first_clause(message: str) -> str:
@@ -107,7 +116,9 @@ def _check_two_micro_batches(run: Run, step: Step, first: int) -> None:
         raise ConfigError(
             "batch.fuse", f"two micro-batches fail in one forward ({cause}); {REMEDY}"
         ) from None
-    differences = []
+    with without_trace(run):
+        adds_up = loss_adds_up(run.module, forward, small_step, one_by_one)
+    differences = [] if adds_up else ["the loss of the same outputs"]
     for name, value in expected.items():
         if not _is_close(actual[name], value, TOLERANCE[dtype]):
             differences.append(name)
@@ -131,6 +142,7 @@ def _results(
         for batch in batches:
             start.restore()  # as in training: see `trainer.exact.moving_buffers`
             _, (total, weight) = forward(run.module, batch, step)
+            check_gradient(total)
             total.backward()  # type: ignore[no-untyped-call]
             losses.append(
                 torch.stack([total.detach(), torch.as_tensor(weight).to(total)])
@@ -158,24 +170,29 @@ def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 @contextmanager
 def without_trace(run: Run) -> Iterator[None]:
-    """Put buffers and gradients of model and loss and all generators back at the end, also after an error."""
-    whole = ModelAndLoss(run.module, run.task)
+    """Put what the model and the loss hold, gradients and all generators back at the end, also after an error."""
+    module = run.module
     generator = device_generator(run.ranks.device)
-    buffers = [(buffer, buffer.clone()) for _, buffer in whole.named_buffers()]
-    gradients = [(parameter, parameter.grad) for parameter in whole.parameters()]
+    modules = [*module.modules(), *_modules_of_task(run)]
+    parameters = ModelAndLoss(module, run.task).parameters()
+    gradients = [(parameter, parameter.grad) for parameter in parameters]
     for parameter, _ in gradients:
         parameter.grad = None
     generator_state = generator.get_state()
     try:
-        with preserved_cpu_generators(), preserved_buffers(whole):
+        with preserved_cpu_generators(), attributes_restored(modules):
             yield
     finally:
         generator.set_state(generator_state)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.data.copy_(before)  # as if it had not been written
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+def _modules_of_task(run: Run) -> list[nn.Module]:
+    """Those of a task that is not ours: ours keep what the trial finds out, such as what a loss divides by."""
+    is_ours = type(run.task).__module__.startswith("trainer.components.")
+    modules = list(run.task.modules())
+    return modules[1:] if is_ours else modules
 
 
 # ---------------------------------------------------------------- what fits in memory

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from trainer.components.task import Task, WeightedSum
+from trainer.components.task import Task, WeightedSum, metrics_add_up
+from trainer.core.forward import count_samples
+from trainer.core.misfit import explained
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
+from trainer.exact.structures import map_tensors
 from trainer.process.ranks import Ranks
 from trainer.storage.checkpoint import Progress
 
@@ -119,14 +122,17 @@ class Meter:
     """The loss and metrics of many micro-batches, summed in fp64 on the device.
 
     `add` only stores references. Outputs are measured together, many micro-batches at a time, because a few small
-    operations for each would cost more than a layer of a small net. If the sums must be `exact`, the same on any
-    number of ranks to the last bit, each micro-batch is measured by itself and the host adds them up.
+    operations for each would cost more than a layer of a small net. That is for metrics that say so
+    (`Task.metrics_add_up`): others may compare samples, and see one micro-batch at a time, as the loss does, or one
+    batch of an evaluation. If the sums must be `exact`, the same on any number of ranks to the last bit, each
+    micro-batch is measured by itself and the host adds them up.
     """
 
     def __init__(self, task: Task, ranks: Ranks, *, exact: bool = False) -> None:
         self._task = task
         self._ranks = ranks
         self._exact = exact
+        self._joins = metrics_add_up(task)
         self._names = ("loss", *task.metrics)
         # MPS has no fp64.
         self._dtype = torch.float32 if ranks.device.type == "mps" else torch.float64
@@ -136,17 +142,21 @@ class Meter:
     def add(self, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
         """Count one micro-batch: its loss now, its metrics later."""
         self._losses.append(WeightedSum(loss.total.detach(), loss.weight))
-        self._outputs.append((detach(output), batch.targets))
+        output = detach(output)
+        if self._joins or batch.fused == 1:
+            self._outputs.append((output, batch.targets))
+        else:
+            self._outputs += split_by_micro_batch(output, batch)
         # The size of an output that is no tensor is unknown, so it does not wait.
         self._elements += (
             output.numel() if isinstance(output, Tensor) else MAX_WAITING_ELEMENTS
         )
         if self._elements >= MAX_WAITING_ELEMENTS:
-            self._flush()
+            self.flush()
 
     def read(self) -> Totals:
         """All that was added since the last read, summed over all ranks. A collective; waits for the device."""
-        self._flush()
+        self.flush()
         totals = Totals()
         for sums in self._sums_of_all_ranks():
             for name, (total, weight) in zip(self._names, sums, strict=True):
@@ -173,7 +183,7 @@ class Meter:
         self._elements = 0
 
     @torch.no_grad()
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Measure the outputs that wait."""
         if self._exact:
             for loss, output in zip(self._losses, self._outputs, strict=True):
@@ -190,12 +200,13 @@ class Meter:
         for total, weight in _combine_losses(losses):
             sums[0, 0] += total
             sums[0, 1] += weight
-        for output, targets in _join_outputs(outputs):
-            metrics = self._task.metric_sums(output, targets)
-            self._check_names(metrics)
-            for row, (total, weight) in enumerate(metrics.values(), start=1):
-                sums[row, 0] += total
-                sums[row, 1] += weight
+        for output, targets in _join_outputs(outputs) if self._joins else outputs:
+            with explained(self._task, "metric_sums", output, targets):
+                metrics = self._task.metric_sums(output, targets)
+                self._check_names(metrics)
+                for row, (total, weight) in enumerate(metrics.values(), start=1):
+                    sums[row, 0] += total
+                    sums[row, 1] += weight
         return sums
 
     def _check_names(self, metrics: Mapping[str, object]) -> None:
@@ -236,10 +247,27 @@ def _join_outputs(outputs: list[OutputAndTargets]) -> list[OutputAndTargets]:
     return [(torch.cat(all_outputs), torch.cat(all_targets))]
 
 
+def split_by_micro_batch(output: Any, batch: MicroBatch) -> list[OutputAndTargets]:
+    """Outputs and targets of the micro-batches that ran in one forward, all of one size.
+
+    Every tensor with a row for each sample is split; others belong to all micro-batches.
+    """
+    samples = count_samples(batch)
+
+    def part(tensor: Tensor, index: int) -> Tensor:
+        if not samples or tensor.dim() == 0 or len(tensor) % samples:
+            return tensor
+        return tensor.chunk(batch.fused)[index]
+
+    parts = []
+    for index in range(batch.fused):
+        own = partial(part, index=index)
+        parts.append((map_tensors(own, output), map_tensors(own, batch.targets)))
+    return parts
+
+
 def detach(output: Any) -> Any:
-    """The output without its graph. Models may return tensors in tuples and dicts."""
+    """The output without its graph. Models may return tensors in any structure."""
     if isinstance(output, Tensor):
         return output.detach()
-    return tree_map(
-        lambda value: value.detach() if isinstance(value, Tensor) else value, output
-    )
+    return map_tensors(Tensor.detach, output)

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.errors import ConfigError
+from trainer.exact.structures import map_tensors
+
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,8 +34,21 @@ class Precision:
         """The context of a forward in bf16 or fp16."""
         return torch.autocast(self._device_type, self._autocast)
 
+    def without_autocast(self, output: Any) -> Any:
+        """A model's output, of whatever structure, with every floating tensor in the run's dtype.
+
+        A loss summed in bf16 loses digits, one in fp16 soon overflows.
+        """
+        if isinstance(output, Tensor):
+            return self._raise(output)
+        return map_tensors(self._raise, output)
+
+    def _raise(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
     def backward(self, loss: Tensor, loss_scale: Tensor) -> None:
-        """Add the gradient of `loss * loss_scale`."""
+        """Add the gradient of `loss * loss_scale`. Raises `ConfigError` for a loss without one."""
+        check_gradient(loss)
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
         # As the gradient of the loss itself, the factor costs less than a product and its backward.
@@ -42,6 +58,11 @@ class Precision:
         """Bring the gradients to their true size. Call it at most once a step, before anything reads them."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
+
+    @property
+    def skips_overflow(self) -> bool:
+        """True where a gradient that is not finite is part of the method: fp16 skips the step and scales less."""
+        return self.scaler is not None
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Update the weights, unless fp16 overflowed."""
@@ -58,3 +79,13 @@ class Precision:
     def load_state(self, state: dict[str, Any]) -> None:
         if self.scaler is not None and state:
             self.scaler.load_state_dict(state)
+
+
+def check_gradient(loss: Tensor) -> None:
+    """Raise `ConfigError` for a loss that no parameter can be trained by."""
+    if not loss.requires_grad:
+        raise ConfigError(
+            "loss.name",
+            "the loss has no gradient: it must be computed from the model's output by differentiable operations (no "
+            "argmax, .item(), .detach() or NumPy), and some parameter must be trained",
+        )

@@ -110,6 +110,11 @@ def notes_on(facts: Sequence[RankFacts]) -> list[str]:
     return notes
 
 
+def compute_alike(facts: Sequence[RankFacts]) -> bool:
+    """True if all ranks run on the same hardware and software: what they compute is then equal to the last bit."""
+    return all(_first_different(facts, name) is None for name in SAME_BITWISE)
+
+
 def _binding_keys(config: Config) -> dict[str, Any]:
     """The keys that all ranks must share, with their values: all but those that a resumed run may change."""
     changes = changed_keys({}, config.to_dict(digests=True))

@@ -19,6 +19,7 @@ import torch
 from trainer.config.registry import build, resolve
 from trainer.config.schema import DataConfig
 from trainer.data.folder import image_folders
+from trainer.data.parts import check_part, class_names
 from trainer.errors import ConfigError, DataError
 from trainer.exact.seeding import numpy_generator
 
@@ -252,15 +253,10 @@ def _imported(
 ) -> Datasets:
     """The data set of an import path, and its class names if it has a list `classes`."""
     train, val = _imported_parts(section, target, parameters)
-    _check_part(section.name, "training", train)
+    check_part(section.name, "training", train)
     if val is not None:
-        _check_part(section.name, "validation", val)
-    classes = getattr(train, "classes", None)
-    if not isinstance(classes, list) or not all(
-        isinstance(name, str) for name in classes
-    ):
-        classes = None
-    return Datasets(train, val, classes, section.name)
+        check_part(section.name, "validation", val)
+    return Datasets(train, val, class_names(train), section.name)
 
 
 def _imported_parts(
@@ -289,20 +285,6 @@ def _imported_parts(
         return train, val
     data = build("data", target, section.args, **root)
     return data if isinstance(data, tuple) and len(data) == 2 else (data, None)
-
-
-def _check_part(name: str, part: str, data: Any) -> None:
-    is_by_id = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    if not is_by_id or isinstance(data, torch.utils.data.IterableDataset):
-        raise ConfigError(
-            "data.name",
-            f"the {part} part of {name} is of type {type(data).__name__}; samples are read by their id, "
-            f"so it must have __len__ and __getitem__ and be no IterableDataset",
-        )
-    if len(data) == 0:
-        raise DataError(
-            f"the {part} part of {name} holds no samples; data.name must give at least one"
-        )
 
 
 def _parameters(target: Callable[..., Any]) -> set[str]:

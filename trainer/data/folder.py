@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from trainer.data.decoding import IMAGE_TYPES, decode
+from trainer.data.names import check_utf8, normal_form
 from trainer.errors import DataError, nearest
 
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
 # Images decoded before it is known whether they fit into the cache.
 DECODED_AT_ONCE = 64
 
 # Why a file is left out.
 OTHER_TYPE = "not an image type that is read"
 NO_CLASS = "not in a class folder"
+LINK_UPWARDS = "a link to a folder that holds it"
 
 
 class ImageFolder:
@@ -76,7 +77,7 @@ def image_folders(root: Path) -> tuple[ImageFolder, ImageFolder, list[str], str]
         raise DataError(
             f"data.root={root} is not a folder; set it to the one that holds train/ and val/"
         )
-    left_out: dict[str, list[str]] = {OTHER_TYPE: [], NO_CLASS: []}
+    left_out: dict[str, list[str]] = {OTHER_TYPE: [], NO_CLASS: [], LINK_UPWARDS: []}
     train = _list_part(root, "train", left_out)
     for name, paths in train.items():
         if not paths:
@@ -122,15 +123,25 @@ def _list_part(
             f"{folder} is missing; data.root must hold train/ and val/, each with class folders"
         )
     paths_by_class: dict[str, list[str]] = {}
-    for entry in sorted(folder.iterdir()):
-        name = entry.name
-        if name.startswith("."):
+    for entry in sorted(folder.iterdir(), key=_sort_key):
+        if entry.name.startswith("."):
             continue
+        check_utf8(str(entry))
         if not entry.is_dir():
-            left_out[NO_CLASS].append(f"{part}/{name}")
+            left_out[NO_CLASS].append(f"{part}/{entry.name}")
             continue
+        if leads_upwards(entry, root):
+            left_out[LINK_UPWARDS].append(f"{part}/{entry.name}")
+            continue
+        name = normal_form(entry.name)
+        if name in paths_by_class:
+            raise DataError(
+                f"{folder} has two folders named {name}, spelt in two ways in Unicode; put their images into one"
+            )
         paths_by_class[name] = []
-        for path in sorted(_files(root, entry)):
+        files = _files(root, entry, left_out[LINK_UPWARDS])
+        for path in sorted(files, key=normal_form):
+            check_utf8(path)
             group = paths_by_class[name] if _is_image(path) else left_out[OTHER_TYPE]
             group.append(path)
     if not paths_by_class:
@@ -142,22 +153,50 @@ def _list_part(
     return paths_by_class
 
 
+def _sort_key(path: Path) -> str:
+    return normal_form(path.name)
+
+
 def image_files(folder: Path) -> list[Path]:
     """The image files under `folder`, sorted by path."""
-    return [folder / path for path in sorted(_files(folder, folder)) if _is_image(path)]
+    paths = sorted(_files(folder, folder, []), key=normal_form)
+    return [folder / path for path in paths if _is_image(path)]
 
 
-def _files(root: Path, folder: Path) -> Iterator[str]:
-    """Every file under `folder` that is not hidden, relative to `root`; links are followed."""
+def _files(root: Path, folder: Path, links_upwards: list[str]) -> Iterator[str]:
+    """Every file under `folder` that is not hidden, relative to `root`.
+
+    Links are followed, but for those that lead back to a folder above: they go to `links_upwards`.
+    """
     for parent, folders, names in os.walk(
         folder, onerror=_raise_unreadable, followlinks=True
     ):
-        # os.walk goes into what is left here.
-        folders[:] = [name for name in folders if not name.startswith(".")]
         relative = Path(parent).relative_to(root)
+        # os.walk goes into what is left in `folders`.
+        for name in list(folders):
+            is_loop = leads_upwards(Path(parent, name), root)
+            if is_loop:
+                links_upwards.append((relative / name).as_posix())
+            if is_loop or name.startswith("."):
+                folders.remove(name)
         for name in names:
             if not name.startswith("."):
                 yield (relative / name).as_posix()
+
+
+def leads_upwards(path: Path, root: Path) -> bool:
+    """True for a link to a folder that holds it, by its own place or by the links on the way from `root`."""
+    if not path.is_symlink():
+        return False
+    target = path.resolve()
+    if path.parent.resolve().is_relative_to(target):
+        return True
+    for folder in path.parents:
+        if folder.resolve() == target:
+            return True
+        if folder == root:
+            break
+    return False
 
 
 def _is_image(path: str) -> bool:
@@ -179,32 +218,3 @@ def _note(reason: str, files: list[str]) -> str:
     more = ", …" if len(files) > 3 else ""
     noun = "files" if len(files) > 1 else "file"
     return f"{len(files)} {noun} left out: {reason} ({', '.join(files[:3])}{more})"
-
-
-def decode(path: Path, channels: int = 3) -> torch.Tensor:
-    """The image file, uint8 `(channels, H, W)`, in colour (3) or grey (1), turned upright by its EXIF data.
-
-    Raises `DataError` if it cannot be decoded or is an animation.
-    """
-    from torchvision.io import ImageReadMode, decode_image, read_file
-    from torchvision.transforms.v2.functional import to_dtype
-
-    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-    try:
-        image = decode_image(
-            read_file(str(path)), mode=mode, apply_exif_orientation=True
-        )
-    except RuntimeError as error:
-        first_line = str(error).splitlines()[0]
-        # Without torchvision's own file and line.
-        reason = re.sub(r"^.*\.cpp:\d+, ", "", first_line)
-        raise DataError(
-            f"{path} cannot be decoded ({reason}); remove or replace the file"
-        ) from None
-    if image.ndim != 3:
-        raise DataError(
-            f"{path} is an animation of {len(image)} images, not one; remove or replace the file"
-        )
-    # A 16-bit PNG is decoded as uint16.
-    pixels: torch.Tensor = to_dtype(image, torch.uint8, scale=True)
-    return pixels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from time import perf_counter
 from typing import Any
@@ -13,70 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory  # what a DataLoader pins with
 
 from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets, MapDataset
+from trainer.data.normalize import Normalize
 from trainer.data.samples import Ids, KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
-from trainer.errors import ConfigError, DataError
+from trainer.errors import DataError
 from trainer.exact.plan import IndexRange, Plan, Step, split_evenly
 from trainer.exact.seeding import preserved_cpu_generators
-
-
-class Normalize(nn.Module):
-    """Images on the device: uint8 is scaled to [0, 1], cast to the run's dtype, then `(x - mean) / std` per channel."""
-
-    def __init__(
-        self, mean: list[float] | None, std: list[float] | None, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self._dtype = dtype
-        self._shifts = mean is not None or std is not None
-        self.scale: Tensor
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("scale", torch.tensor(1 / 255, dtype=dtype))
-        self.register_buffer(
-            "mean", torch.tensor(mean or [0.0], dtype=dtype).view(-1, 1, 1)
-        )
-        self.register_buffer(
-            "std", torch.tensor(std or [1.0], dtype=dtype).view(-1, 1, 1)
-        )
-
-    def forward(self, images: Any) -> Any:
-        """`(N, C, H, W)` in, the same out; anything that is not a tensor of images is returned as it is."""
-        if not isinstance(images, Tensor):
-            return images
-        if images.dtype == torch.uint8:
-            images = images * self.scale  # one operation both casts and scales
-        elif images.is_floating_point():
-            images = images.to(self._dtype)
-        if not self._shifts:
-            return images
-        self._check_channels(images)
-        return (images - self.mean) / self.std
-
-    def _check_channels(self, images: Tensor) -> None:
-        if images.dim() < 3:
-            raise ConfigError(
-                "data.mean",
-                f"and data.std are for images, not for inputs of {tuple(images.shape)}",
-            )
-        channels = images.shape[-3]
-        if len(self.mean) not in (1, channels) or len(self.std) not in (1, channels):
-            raise ConfigError(
-                "data.mean",
-                f"has {len(self.mean)} values and data.std has {len(self.std)}, for images of {channels} channels",
-            )
-
-    def undo(self, images: Tensor) -> Tensor:
-        """The images before normalisation, in [0, 1], on the CPU: for figures."""
-        if self._shifts:
-            images = images * self.std + self.mean
-        return images.float().clamp(0, 1).cpu()
+from trainer.exact.structures import tensors_in
 
 
 class Loader:
@@ -107,16 +55,21 @@ class Loader:
         return batch._replace(inputs=self.normalize(batch.inputs))
 
     def fetch(
-        self, ids: Sequence[int] | Ids, first: int = 0, fused: int = 1
+        self,
+        ids: Sequence[int] | Ids,
+        first: int = 0,
+        fused: int = 1,
+        *,
+        epoch: int = 0,
     ) -> MicroBatch:
-        """The same after the transforms alone: on the CPU, not normalised."""
-        request = Request(first, 0, np.asarray(ids), fused)
+        """The same after the transforms alone: on the CPU, not normalised, in any epoch."""
+        request = Request(first, epoch, np.asarray(ids), fused)
         return next(self._load_here([request]))
 
     def raw(self, sample_id: int) -> Any:
         """A sample's input as the data set returns it."""
         with preserved_cpu_generators():
-            return self._dataset.dataset[sample_id][0]
+            return self._dataset.pair(sample_id)[0]
 
     def run(self, requests: Iterable[Request]) -> Generator[MicroBatch, None, None]:
         """The micro-batches of `requests`, in order. Closing the generator ends its loader processes."""
@@ -294,24 +247,10 @@ def _wait_for_copy(batch: MicroBatch, end_of_copy: torch.cuda.Event) -> MicroBat
     """The batch, once the current stream may use it. The host does not wait."""
     current = torch.cuda.current_stream()
     current.wait_event(end_of_copy)
-    for tensor in _tensors_in((batch.inputs, batch.targets)):
+    for tensor in tensors_in((batch.inputs, batch.targets)):
         # So that its memory is not reused before this stream is done with it.
         tensor.record_stream(current)
     return batch
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested dicts, lists, tuples and other objects, by their attributes."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors_in(item)
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        yield from _tensors_in(vars(value))
 
 
 def _return_as_is(batch: Any) -> Any:

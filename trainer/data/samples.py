@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from trainer.data.conversion import (
+    as_pair,
+    describe_parts,
+    input_as_tensor,
+    target_as_tensor,
+)
 from trainer.data.datasets import ImageArrays, MapDataset
-from trainer.data.transforms import apply
+from trainer.data.geometry import SampleTransform
+from trainer.data.names import printable
 from trainer.errors import DataError
 from trainer.exact.plan import IndexRange
 from trainer.exact.seeding import key, seed_cpu
@@ -60,7 +67,14 @@ class KeyedDataset(Dataset[Any]):
         purpose: str,
     ) -> None:
         self.dataset = dataset
-        self._transform = transform
+        # Files to predict go through the transforms of validation.
+        part = "val" if purpose == "predict" else purpose
+        self._transforms_key = f"data.{part}_transforms"
+        self._transform = (
+            None
+            if transform is None
+            else SampleTransform(transform, self._transforms_key)
+        )
         self._seed = seed
         self._purpose = purpose
         # In-memory data without transforms has nothing random: a micro-batch is one look-up.
@@ -80,7 +94,7 @@ class KeyedDataset(Dataset[Any]):
                 self._sample(request.epoch, sample_id)
                 for sample_id in request.ids.tolist()
             ]
-            inputs, targets = self._collate(samples)
+            inputs, targets = self._collate(samples, request.ids)
         except DataError as error:
             return error
         return MicroBatch(request.first, inputs, targets, request.fused)
@@ -89,12 +103,8 @@ class KeyedDataset(Dataset[Any]):
         # All that a data set or transform may draw from; the caller restores the rank's generators (`draws`).
         seed_cpu(key(self._seed, self._purpose, epoch, sample_id))
         try:
-            image, target = self.dataset[sample_id]
-            return (
-                (image, target)
-                if self._transform is None
-                else apply(self._transform, image, target)
-            )
+            image, target = self._transformed(*self.pair(sample_id), sample_id)
+            return input_as_tensor(image), target_as_tensor(target)
         except DataError:
             raise
         except Exception as error:
@@ -106,26 +116,70 @@ class KeyedDataset(Dataset[Any]):
             )
             raise DataError(f"{name}: {kind}: {error} ({line})") from error
 
-    def _collate(self, samples: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    def pair(self, sample_id: int) -> tuple[Any, Any]:
+        """A sample's input and target as the data set gives them. Draws from what generators are there."""
+        return as_pair(self.dataset[sample_id], f"{self._purpose} sample {sample_id}")
+
+    def _transformed(self, image: Any, target: Any, sample_id: int) -> tuple[Any, Any]:
+        if self._transform is None:
+            return image, target
+        try:
+            return self._transform(image, target)
+        except DataError as error:
+            raise DataError(f"{self._name(sample_id)}: {error}") from None
+
+    def _collate(self, samples: list[tuple[Any, Any]], ids: Ids) -> tuple[Any, Any]:
         try:
             inputs, targets = default_collate(samples)
-        except (RuntimeError, TypeError) as error:
-            shapes = {
-                str(tuple(image.shape))
-                for image, _ in samples
-                if isinstance(image, Tensor)
-            }
-            reason = str(error).splitlines()[0]
-            raise DataError(
-                f"{self._purpose} samples do not fit into one batch (shapes {', '.join(sorted(shapes)) or 'unknown'}): "
-                f"{reason}; set data.{self._purpose}_transforms to give all one shape"
-            ) from error
+        except Exception as error:
+            # Anything: samples are other people's values.
+            raise self._misfit(samples, ids, error) from error
         return inputs, targets
+
+    def _misfit(
+        self, samples: list[tuple[Any, Any]], ids: Ids, error: Exception
+    ) -> DataError:
+        """Why samples make no batch: the first that is not like the one before it, or of no kind that has batches."""
+        for index, part in ((0, "input"), (1, "target")):
+            values = [sample[index] for sample in samples]
+            try:
+                default_collate(values)
+            except Exception as reason:
+                return self._misfit_of_part(part, values, ids, reason)
+        return DataError(f"{self._purpose} samples make no batch: {error}")
+
+    def _misfit_of_part(
+        self, part: str, values: list[Any], ids: Ids, error: Exception
+    ) -> DataError:
+        descriptions = [describe_parts(value) for value in values]
+        other = next(
+            (i for i, text in enumerate(descriptions) if text != descriptions[0]), None
+        )
+        if other is None:
+            remedy = (
+                "return a number or a tensor; where there is no target, return 0"
+                if part == "target"
+                else "return a tensor, or a dict of tensors"
+            )
+            reason = str(error).splitlines()[0]
+            return DataError(
+                f"{self._name(int(ids[0]))}: its {part} is {descriptions[0]}, of which no batch can be made "
+                f"({reason}); {remedy}"
+            )
+        remedy = (
+            f"set {self._transforms_key} to give all one shape, as {{name: Resize, size: [224, 224]}} does"
+            if part == "input" and isinstance(values[0], Tensor)
+            else "pad each to one length in the data set, and leave the padding out of the loss"
+        )
+        return DataError(
+            f"{self._purpose} samples do not fit into one batch: the {part} of sample {ids[0]} is {descriptions[0]}, "
+            f"that of sample {ids[other]} {descriptions[other]}; {remedy}"
+        )
 
     def _name(self, sample_id: int) -> str:
         name = f"{self._purpose} sample {sample_id}"
         paths = getattr(self.dataset, "paths", None)
-        return name if paths is None else f"{name} ({paths[sample_id]})"
+        return name if paths is None else f"{name} ({printable(str(paths[sample_id]))})"
 
 
 def _last_line(error: BaseException) -> str:

@@ -33,18 +33,6 @@ def build_transforms(
     return composed
 
 
-def apply(transform: Callable[..., Any], image: Any, target: Any) -> tuple[Any, Any]:
-    """The image transformed; together with its target if that is a tv_tensor, which has a geometry (mask, boxes, …)."""
-    # A class id is none, and then torchvision need not be imported.
-    if isinstance(target, torch.Tensor):
-        from torchvision.tv_tensors import TVTensor
-
-        if isinstance(target, TVTensor):
-            image, target = transform(image, target)
-            return image, target
-    return transform(image), target
-
-
 def _build_all(key: str, items: Any) -> list[Callable[..., Any]]:
     if not isinstance(items, list):
         raise ConfigError(

@@ -85,14 +85,14 @@ class BitwiseReduction(Reduction):
         return gradients
 
     def _sum_over_ranks(self, step: Step) -> None:
+        # What a rank's own micro-batches use can depend on their pixels, so no rank decides alone. The hosts exchange
+        # the flags while the devices exchange the gradients.
+        is_used = self._ranks.any_rank_each_async(list(self._has_gradient.values()))
         total = self._total(step)
         self._tree_sum.nodes.clear()  # the optimizer's step needs the memory
         count = len(self._parameters)
-        is_used = list(self._has_gradient.values())
-        if self._find_unused_parameters or step.has_idle_rank or self._loss_parameters:
-            is_used = self._ranks.any_rank_each(is_used)
         for parameter, gradient, used in zip(
-            self._parameters.values(), total[:count], is_used, strict=True
+            self._parameters.values(), total[:count], is_used(), strict=True
         ):
             # To an optimizer, no gradient and a zero one are not the same.
             parameter.grad = gradient if used else None

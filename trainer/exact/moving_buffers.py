@@ -21,11 +21,11 @@ from trainer.exact.plan import Step
 from trainer.process.ranks import Ranks
 
 # Python modules whose classes only read their buffers, such as class weights.
-MODULES_THAT_MOVE_NONE = {
+MODULES_THAT_MOVE_NONE = (
     "torch.nn.modules.loss",
     "torchvision.ops.misc",
-    "trainer.components.task",
-}
+    "trainer.components.",
+)
 NORM_BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
 
 
@@ -85,7 +85,7 @@ def other_buffers(model: ModelAndLoss, *, norms: bool = False) -> list[Buffer]:
     """The buffers that are no norm layer's statistics, each once; with `norms`, all buffers."""
     buffers: dict[int, Buffer] = {}
     for path, module in model.named_modules():
-        if type(module).__module__ in MODULES_THAT_MOVE_NONE and not norms:
+        if type(module).__module__.startswith(MODULES_THAT_MOVE_NONE) and not norms:
             continue
         for key, tensor in module._buffers.items():
             is_of_norm = isinstance(module, _NormBase) and key in NORM_BUFFERS

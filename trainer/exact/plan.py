@@ -134,9 +134,9 @@ class Plan:
         is_last = index_in_epoch + 1 == self.steps_per_epoch
         return Step(index + 1, epoch, start, size, is_last, *layout)
 
-    def steps(self, first: int = 0) -> Iterator[Step]:
-        """The run's steps without the first ones, as many as `first` says."""
-        return map(self.step, range(first, self.total_steps))
+    def steps(self, first: int = 0, end: int | None = None) -> Iterator[Step]:
+        """The run's steps without the first ones, as many as `first` says, up to step number `end` if it is given."""
+        return map(self.step, range(first, self.total_steps if end is None else end))
 
     def permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         """The order of the sample ids in `epoch`, a function of the seed and the epoch alone."""

@@ -74,6 +74,8 @@ class Reduction(ABC):
         self._moving = MovingBuffers(self._whole, self._ranks)
         # By the index of a forward's first micro-batch.
         self._weights: dict[int, Tensor] = {}
+        # Whether they are tensors, of the losses so far; all of a run are of one kind.
+        self._kinds_of_weights: set[bool] = set()
         self._is_first_step = True
         self._statistics = self._wrap()
 
@@ -109,6 +111,11 @@ class Reduction(ABC):
         the factor is 1 / (the samples of the step), and `finish` corrects the gradient.
         """
         first, end = indices
+        is_tensor = isinstance(weight, Tensor)
+        if is_tensor not in self._kinds_of_weights:
+            self._kinds_of_weights.add(is_tensor)
+            if not self._is_first_step:
+                self._refuse_mixed_weights()
         if isinstance(weight, Tensor):
             self._weights[first] = weight
             factor = self._ranks_averaged_over / step.size
@@ -128,12 +135,11 @@ class Reduction(ABC):
         """Leave the same gradient on every rank: that of the step's loss sum divided by its weight. A collective."""
         self._sum_over_ranks(step)
         self._moving.finish(step)
-        if self._is_first_step and not self._find_unused_parameters:
-            self._refuse_unused_parameters()
-            self._leave_out_unused_of_loss()
-        self._is_first_step = False
+        if self._is_first_step:
+            self._check_first_step()
+            self._is_first_step = False
         self._refuse_left_out()
-        if self._is_weighted_by_values(step):
+        if True in self._kinds_of_weights:
             self._divide_by_weight(step)
 
     @abstractmethod
@@ -144,7 +150,7 @@ class Reduction(ABC):
 
     def norm(self) -> Tensor:
         """The L2 norm of the step's gradient, a 0-dim tensor on the device."""
-        return nn.utils.get_total_norm(self._gradients())
+        return nn.utils.get_total_norm(self.gradients())
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Scale the gradient down to `max_norm` if it is longer; returns its norm before that, on the device."""
@@ -152,7 +158,8 @@ class Reduction(ABC):
             return self.norm()
         return nn.utils.clip_grad_norm_(self._parameters.values(), max_norm)
 
-    def _gradients(self) -> list[Tensor]:
+    def gradients(self) -> list[Tensor]:
+        """The gradients that there are: of the step, after `finish`."""
         return [p.grad for p in self._parameters.values() if p.grad is not None]
 
     # ---------------------------------------------------------------- statistics
@@ -178,12 +185,28 @@ class Reduction(ABC):
 
     # ---------------------------------------------------------------- shared by both implementations
 
-    def _is_weighted_by_values(self, step: Step) -> bool:
-        is_weighted = bool(self._weights)
-        if step.has_idle_rank:
-            # A rank with nothing to do has no weights and cannot know by itself.
-            [is_weighted] = self._ranks.any_rank_each([is_weighted])
-        return is_weighted
+    def _check_first_step(self) -> None:
+        """Agree on what later steps take for granted on every rank. A collective."""
+        kinds = self._kinds_of_weights
+        has_tensors, has_numbers = self._ranks.any_rank_each(
+            [True in kinds, False in kinds]
+        )
+        # A rank with nothing to do has not seen any.
+        kinds |= {True} if has_tensors else set()
+        kinds |= {False} if has_numbers else set()
+        self._refuse_mixed_weights()
+        if not self._find_unused_parameters:
+            self._refuse_unused_parameters()
+            self._leave_out_unused_of_loss()
+
+    def _refuse_mixed_weights(self) -> None:
+        """The sum of weights over ranks is a collective, which every rank must take part in or none."""
+        if len(self._kinds_of_weights) > 1:
+            raise ConfigError(
+                "loss.name",
+                "its weight is a tensor in one micro-batch and a plain number in another; let loss_sum give the same "
+                "kind always: a tensor where it depends on the targets' values",
+            )
 
     def _divide_by_weight(self, step: Step) -> None:
         """Turn the mean over the step's samples into that over its targets; without targets the gradient is 0."""
@@ -196,7 +219,7 @@ class Reduction(ABC):
         # Each weight is added to the zeros of all other ranks, so this sum is exact in any order.
         total = self._ranks.sum_(weights).sum()
         factor = torch.where(total > 0, step.size / total, torch.zeros_like(total))
-        gradients = self._gradients()
+        gradients = self.gradients()
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
     def _refuse_unused_parameters(self) -> None:

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,6 +80,33 @@ def device_generator(device: torch.device) -> torch.Generator:
     index = torch.cuda.current_device() if device.index is None else device.index
     generator: torch.Generator = torch.cuda.default_generators[index]
     return generator
+
+
+def host_state() -> tuple[Any, ...]:
+    """The states of the three CPU generators, to be compared: equal states say that nothing was drawn between."""
+    name, keys, position, *gauss = np.random.get_state()
+    return (
+        torch.default_generator.get_state().numpy().tobytes(),
+        random.getstate(),
+        (name, np.asarray(keys).tobytes(), position, *gauss),
+    )
+
+
+def draw_state(device: torch.device) -> tuple[Any, ...]:
+    """The same with the state of the generator from which a model on `device` draws."""
+    if device.type != "cuda":
+        return host_state()
+    of_device = device_generator(device).get_state().numpy().tobytes()
+    return (*host_state(), of_device)
+
+
+@contextmanager
+def keyed_draws(value: int, device: torch.device) -> Iterator[None]:
+    """A context in which all draws on the host and on `device` follow from `value`; the generators come back."""
+    with preserved_generators():
+        seed_cpu(value)
+        device_seeder(device)(value)
+        yield
 
 
 @contextmanager

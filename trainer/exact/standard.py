@@ -4,6 +4,10 @@ DDP averages over ranks bucket by bucket, during a rank's last backward; in the 
 gradients only accumulate. A step in which some rank has nothing to do, which every rank knows from the plan, runs
 without DDP and is summed after the backward. DDP would wait for that rank for ever: in the backward and, early in a
 run, even in the forward, where the ranks agree on the buckets.
+
+DDP also waits for ever where a rank's last micro-batch leaves a parameter out: on the other ranks in the backward, and
+on that rank until its next forward fails. Which parameters a micro-batch uses can depend on its pixels, so the rank
+completes its backward: `trainer.exact.completion`.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
+from trainer.exact.completion import complete_backward, is_complete
 from trainer.exact.plan import IndexRange, Step
 from trainer.exact.reduction import Reduction
 from trainer.exact.running_statistics import RunningStatistics, StatisticsShare
@@ -40,9 +45,18 @@ class StandardReduction(Reduction):
             return nullcontext(self._module)
         _, end = indices
         _, end_of_rank = step.ranks[self._ranks.rank]
-        if self._ranks.count == 1 or end == end_of_rank:
+        if self._ranks.count == 1:
             return nullcontext(self._model)
+        if end == end_of_rank:
+            return self._with_synchronization()
         return self._without_synchronization()
+
+    @contextmanager
+    def _with_synchronization(self) -> Iterator[nn.Module]:
+        yield self._model
+        # With find_unused_parameters, DDP itself looks for them.
+        if not self._find_unused_parameters and not is_complete(self._model):
+            complete_backward(self._model, self._parameters)
 
     @contextmanager
     def _without_synchronization(self) -> Iterator[nn.Module]:

@@ -12,10 +12,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from trainer.components.optimizer import load_named_state, named_state
 from trainer.components.task import WeightedSum
 from trainer.config.schema import Config
 from trainer.data.samples import MicroBatch
 from trainer.exact.batch_norm import named_norm_layers
+from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Step
 from trainer.inspection.autograd_chain import chain
 from trainer.inspection.watch import StepWatch
@@ -204,10 +206,11 @@ class Dissection:
             return None
         step = trainer.plan.step(1)
         model_state = copy.deepcopy(trainer.module.state_dict())
-        optimizer_state = copy.deepcopy(trainer.optimizer.state_dict())
+        whole = ModelAndLoss(trainer.module, trainer.run.task)
+        optimizer_state = copy.deepcopy(named_state(trainer.optimizer, whole))
         second = self._run(step)
         trainer.module.load_state_dict(model_state)
-        trainer.optimizer.load_state_dict(optimizer_state)
+        load_named_state(trainer.optimizer, whole, *optimizer_state)
         self._put_back_gradients(first)
         both = self._run(step)
         result = {}

@@ -18,8 +18,8 @@ from trainer.core.build import settings_of
 from trainer.core.forward import Forward
 from trainer.core.further import LossState, restore_evaluated
 from trainer.core.precision import Precision
-from trainer.data.folder import decode
-from trainer.data.loading import Normalize
+from trainer.data.decoding import decode
+from trainer.data.normalize import Normalize
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
 from trainer.errors import ConfigError, DataError, LockstepError
@@ -122,7 +122,7 @@ class Predictor:
     def _answers(self, images: Tensor) -> list[Answer]:
         """`(N, C, H, W)` → an answer for each."""
         inputs = self.normalize(images.to(self.device))
-        output = self._forward.output(self.module, MicroBatch(0, inputs, None))
+        output = self._forward.predict(self.module, MicroBatch(0, inputs, None))
         answer = self.task.answer(output)
         if answer is None:
             raise ConfigError("loss.name", unknown_answer(self.config.loss.name))

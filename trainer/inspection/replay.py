@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.components.weights import weights_file
 from trainer.core.metrics import Row
 from trainer.errors import ConfigError
 from trainer.exact.plan import Step
 from trainer.inspection.watch import StepWatch, describe
 from trainer.reporting.jsonl import read_rows
 from trainer.storage import checkpoint
+from trainer.storage.data_record import check_same_data, check_same_weights
 from trainer.trainer import Trainer
 
 MAX_NUMBERS = 10  # shown of one sample's target
@@ -72,6 +74,7 @@ def replay(make_trainer: Callable[[], Trainer], directory: Path, number: int) ->
             f"{number} is none of the run's steps, 1 to {trainer.plan.total_steps}",
         )
     logged = Logged(directory)
+    check_same_data(directory, trainer.run.data, trainer.config.run, resumes=False)
     with trainer.run.settings(), ExitStack() as stack:
         stack.callback(trainer.end_loading)
         digests: Digests = {}
@@ -112,6 +115,8 @@ def _restore(trainer: Trainer, directory: Path, logged: Logged, *, before: int) 
         trainer.restore(checkpoint.load(max(earlier_checkpoints)))
         if trainer.progress.epoch_end_is_due:
             _end_epoch_as_logged(trainer, trainer.progress.step, logged)
+    else:
+        check_same_weights(directory, weights_file(trainer.config.model, nullcontext))
     trainer.start()
     return trainer.progress.step
 

@@ -119,11 +119,22 @@ class HostGroup:
 
     def any_each(self, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is true on any rank."""
+        return self.any_each_async(flags)()
+
+    def any_each_async(self, flags: list[bool]) -> Callable[[], list[bool]]:
+        """Start asking, for each flag, whether it is true on any rank. The function returned waits for the answer."""
         if self.count == 1:
-            return flags
-        votes = torch.tensor(flags, dtype=torch.int32)
-        self._run(partial(distributed.all_reduce, votes, distributed.ReduceOp.MAX))
-        return [bool(vote) for vote in votes.tolist()]
+            return lambda: flags
+        votes = torch.tensor(flags, dtype=torch.uint8)
+        work = distributed.all_reduce(
+            votes, distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
+
+        def answer() -> list[bool]:
+            self._wait(work)
+            return [bool(vote) for vote in votes.tolist()]
+
+        return answer
 
     @contextmanager
     def first(self, is_first: bool) -> Iterator[None]:

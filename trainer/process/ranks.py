@@ -203,6 +203,10 @@ class Ranks:
         """For each flag, whether it is true on any rank: waits for the other hosts, never for a GPU."""
         return self._host.any_each(flags)
 
+    def any_rank_each_async(self, flags: list[bool]) -> Callable[[], list[bool]]:
+        """Start asking the same. The function returned waits for the other hosts, and gives the answer."""
+        return self._host.any_each_async(flags)
+
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Run `action` on the main process. Every rank returns its result, or raises the same error if it fails.
 

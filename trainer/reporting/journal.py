@@ -14,9 +14,10 @@ from trainer.exact.plan import Plan
 from trainer.process.parent import failure_reason
 from trainer.process.ranks import Ranks
 from trainer.reporting.console import Console
-from trainer.reporting.jsonl import MetricsFile, read_rows
+from trainer.reporting.jsonl import MetricsFile, readable_rows
 from trainer.reporting.wandb.run import WandbRun, start_wandb
 from trainer.storage.checkpoint import Progress
+from trainer.storage.data_record import DataRecord, write_record
 from trainer.storage.files import write_json
 from trainer.storage.run_directory import (
     RunDirectory,
@@ -32,7 +33,7 @@ Row = Mapping[str, float]
 class Journal:
     """Opened by all ranks together, as a context; only the main process writes and shows anything.
 
-    Attributes: `directory`, the run's; `resume_from`, the checkpoint to resume from, or None; `wandb`, the W&B run,
+    Attributes: `directory`, the run's; `resume_from`, the checkpoints to resume from; `wandb`, the W&B run,
     None on every other process, where W&B is disabled, and before `begin`.
     """
 
@@ -51,10 +52,10 @@ class Journal:
     # ---------------------------------------------------------------- begin and end
 
     def __enter__(self) -> Journal:
-        self.resume_from: Path | None = self._ranks.on_main(self._open)
+        self.resume_from: list[Path] = self._ranks.on_main(self._open)
         return self
 
-    def _open(self) -> Path | None:
+    def _open(self) -> list[Path]:
         self._run_directory = RunDirectory(self._config.run)
         return self._run_directory.resume_from
 
@@ -80,20 +81,26 @@ class Journal:
         self,
         header: Facts,
         progress: Progress,
-        environment: Callable[[], dict[str, Any]],
+        record_data: Callable[[], DataRecord],
+        environment: Callable[[DataRecord], dict[str, Any]],
     ) -> None:
-        """Open the files, start W&B and show the header. Only the main process calls `environment`."""
-        self._ranks.on_main(partial(self._begin, header, progress, environment))
+        """Open the files, start W&B and show the header. Only the main process calls the functions."""
+        self._ranks.on_main(
+            partial(self._begin, header, progress, record_data, environment)
+        )
 
     def _begin(
         self,
         header: Facts,
         progress: Progress,
-        environment: Callable[[], dict[str, Any]],
+        record_data: Callable[[], DataRecord],
+        environment: Callable[[DataRecord], dict[str, Any]],
     ) -> None:
         assert self._run_directory is not None
         write_config(self.directory, self._config)
-        write_json(self.directory / "environment.json", environment())
+        record = record_data()
+        write_record(self.directory, record)
+        write_json(self.directory / "environment.json", environment(record))
         self._open_metrics(progress)
         tracking = "W&B disabled" if self.wandb is None else self.wandb.describe()
         self.console.header([*header, ("tracking", tracking)])
@@ -109,8 +116,13 @@ class Journal:
         # The rows after the checkpoint go from the file, because the resumed run computes them again. They are read
         # before, because W&B may have received them already and must not get them twice.
         path = self.directory / "metrics.jsonl"
-        earlier_rows = read_rows(path) if progress.rows and path.exists() else []
+        earlier_rows = readable_rows(path) if progress.rows and path.exists() else []
         self._metrics = MetricsFile(path, keep_rows=progress.rows)
+        if self._metrics.rows < progress.rows:
+            self.console.note(
+                f"{path} has {self._metrics.rows} rows where the checkpoint counted {progress.rows}; the others are "
+                f"lost, and the run itself is not touched by it"
+            )
         self.wandb = start_wandb(
             self._config.wandb,
             run_name=self._config.run.name,
@@ -122,21 +134,29 @@ class Journal:
             valid_rows=progress.rows,
         )
 
-    def start_clock(self, plan: Plan, first_step: int) -> None:
+    def start_clock(
+        self, plan: Plan, first_step: int, last_step: int | None = None
+    ) -> None:
         """Training starts now, after `first_step` steps of earlier sessions: start the bar and the first epoch's time.
+
+        The bar ends at `last_step`, where this session stops; by default at the run's end.
 
         What was drawn and uploaded before belongs to no epoch, so the epochs' times add up to at most the run's.
         """
-        self.console.begin(plan.total_steps, plan.steps_per_epoch, first_step)
+        total_steps = plan.total_steps if last_step is None else last_step
+        self.console.begin(total_steps, plan.steps_per_epoch, first_step)
         self._epoch_start = monotonic()
+
+    def keep_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`. A collective."""
+        self._ranks.on_main(
+            partial(write_json, self.directory / "summary.json", dict(summary))
+        )
 
     def finish(
         self, summary: Mapping[str, Any], facts: Facts, figures: Mapping[str, Path]
     ) -> None:
-        """Write `summary.json`, show the results, and send `figures` to W&B when the journal closes."""
-        self._ranks.on_main(
-            partial(write_json, self.directory / "summary.json", dict(summary))
-        )
+        """Show the results, and send `figures` to W&B when the journal closes."""
         # W&B gets the figures last of all, when the journal closes: it may take seconds, and it may fail.
         self._final_step = summary["steps"]
         self._final_figures = dict(figures)
@@ -181,6 +201,11 @@ class Journal:
     @property
     def wandb_id(self) -> str | None:
         return None if self.wandb is None else self.wandb.id
+
+    def sync(self) -> None:
+        """Wait until the disk holds every row so far."""
+        if self._metrics is not None:
+            self._metrics.sync()
 
     def advance(self, step_number: int) -> None:
         self.console.advance(step_number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, keep_rows: int = 0) -> None:
-        # A crash may have left half a line, and rows after the checkpoint; both go.
+        # A crash may have left half a line, and rows after the checkpoint; both go. So does a damaged line, which
+        # must not keep a run from going on.
         lines = _complete_lines(path)[:keep_rows] if path.exists() else []
+        lines = [line for line in lines if _is_row(line)]
         write_text(path, "".join(lines))
         self.rows = len(lines)
         self._file = path.open("a")
@@ -30,6 +33,10 @@ class MetricsFile:
         # To the operating system, so that a killed process loses no row.
         self._file.flush()
         self.rows += 1
+
+    def sync(self) -> None:
+        """Wait until the disk holds every row: a checkpoint counts them."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -51,9 +58,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def readable_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, without those that are damaged."""
+    return [json.loads(line) for line in _complete_lines(path) if _is_row(line)]
+
+
+def _is_row(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
 def _complete_lines(path: Path) -> list[str]:
     return [
         line
-        for line in path.read_text().splitlines(keepends=True)
+        for line in path.read_text(errors="replace").splitlines(keepends=True)
         if line.endswith("\n")
     ]

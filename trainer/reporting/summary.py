@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from trainer.components.learning_rates import describe_layers
 from trainer.components.models import count_parameters
 from trainer.components.optimizer import named_state
 from trainer.components.schedule import Schedule
+from trainer.config.schema import BestConfig
 from trainer.core.build import Run
 from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
+from trainer.exact.exchange_cost import describe_exchange
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Plan
 from trainer.storage.checkpoint import Progress
@@ -28,23 +31,40 @@ def header(
     config = run.config
     plan = run.plan
     length = f"{plan.total_steps:,} steps · {plan.steps_per_epoch:,} an epoch"
+    stop_after = config.train.stop_after
+    if stop_after is not None and stop_after < plan.total_steps:
+        length += f" · stops after step {stop_after:,} (train.stop_after)"
     device = f"{run.ranks.count} × {_device_name(run.ranks.device)} · {config.train.precision}"
     facts = [
         ("run", str(directory)),
+        *(("config", note) for note in config.notes),
         ("model", f"{config.model.name} · {_describe_parameters(run)}"),
         ("weights", run.weights_note),
         ("loss", _describe_loss(run)),
         ("data", _describe_data(run)),
         ("batch", batch_arithmetic(plan, fuse)),
-        ("optimizer", f"{config.optimizer.name} · lr {config.optimizer.lr:g}"),
+        ("optimizer", _describe_optimizer(run)),
         ("schedule", schedule.describe()),
         ("length", length),
+        ("best", _describe_best(config.best)),
         ("device", device),
         ("fuse", f"1: {fuse_note}" if fuse_note else ""),
         ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
+        ("exchange", describe_exchange(plan) if run.bitwise else ""),
         ("note", run.data.note),
     ]
     return [(name, text) for name, text in facts if text]
+
+
+def _describe_optimizer(run: Run) -> str:
+    section = run.config.optimizer
+    layers = describe_layers(section, run.module, run.config.model.head)
+    decay = f" · layer_decay {section.layer_decay:g}: {layers}" if layers else ""
+    return f"{section.name} · lr {section.lr:g}{decay}"
+
+
+def _describe_best(best: BestConfig) -> str:
+    return f"{'highest' if best.mode == 'max' else 'lowest'} {best.metric}"
 
 
 def _describe_parameters(run: Run) -> str:
@@ -108,14 +128,18 @@ def _describe_fuse(plan: Plan, fuse: int) -> str:
 
 def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any]:
     """What `summary.json` holds."""
-    optimizer_state, _ = named_state(optimizer, run.module, run.task)
+    optimizer_state, _ = named_state(optimizer, ModelAndLoss(run.module, run.task))
     of_loss = ModelAndLoss(run.module, run.task).trained_loss_parameters()
     hashes = {"loss_sha256": tensors_sha256(of_loss)} if of_loss else {}
-    return {
+    planned_steps = run.plan.total_steps
+    # Only a run that `train.stop_after` has stopped has steps left here.
+    stopped = {"planned_steps": planned_steps} if progress.step < planned_steps else {}
+    values = {
         "best": progress.best,
         "best_epoch": progress.best_epoch,
         "best_metric": run.config.best.metric,
         "steps": progress.step,
+        **stopped,
         "samples_seen": progress.samples_seen,
         "world_size": run.ranks.count,
         "seconds": progress.seconds,
@@ -124,6 +148,9 @@ def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any
         "optimizer_sha256": tensors_sha256(optimizer_state),
         **hashes,
     }
+    if run.precision.skips_overflow:
+        values["skipped_steps"] = progress.skipped_steps
+    return values
 
 
 def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
@@ -131,12 +158,18 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     best = "none"
     if values["best"] is not None:
         best = f"{values['best_metric']} {values['best']:.4f} in epoch {values['best_epoch']}"
+    steps = f"{values['steps']:,} steps"
+    if "planned_steps" in values:
+        steps = (
+            f"{values['steps']:,} of {values['planned_steps']:,} steps, stopped by train.stop_after; "
+            f"run.resume=auto goes on"
+        )
     minutes, seconds = divmod(values["seconds"], 60)
     elapsed = f"{minutes:.0f} min {seconds:.1f} s" if minutes else f"{seconds:.1f} s"
     return [
         ("best", best),
         ("elapsed", elapsed),
-        ("trained", f"{values['steps']:,} steps · {values['samples_seen']:,} samples"),
+        ("trained", f"{steps} · {values['samples_seen']:,} samples"),
         ("weights", values["weights_sha256"][:16]),
         ("files", str(directory)),
     ]

@@ -4,7 +4,7 @@
                                  and, for each stateful object, <name>.safetensors  <name>.json
                                  and, if a loss or the like has a state, further.safetensors  further.json
     checkpoints/last             a text file: the name of the newest complete checkpoint
-    best/                        model.safetensors  config.yaml  metrics.json  signature.json
+    best/                        model.safetensors  config.yaml  metrics.json  signature.json  manifest.json
 
 No random state is saved. A run's position is its step number, and every random draw is keyed by its place in the run.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError, LockstepError
-from trainer.storage.files import new_directory, write_text
+from trainer.storage.files import REPLACED, new_directory, write_text
 from trainer.storage.sha256 import file_sha256
 from trainer.storage.stateful import load_state, save_state, write_tensors
 
@@ -59,6 +59,10 @@ class Progress:
     interval: MetricSums = field(default_factory=dict)  # since the last logged row
     epoch: MetricSums = field(default_factory=dict)  # since the epoch began
     scaler: dict[str, Any] = field(default_factory=dict)
+    # By fp16, whose gradient overflowed.
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    last_skipped_step: int = 0
     # At an epoch's last step: its evaluation and its row are still to come.
     epoch_end_is_due: bool = False
     rows: int = 0  # lines of metrics.jsonl
@@ -113,15 +117,58 @@ def save(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     return path
 
 
-def latest(directory: Path) -> Path | None:
-    """The newest complete checkpoint: the one that `last` names, or by number if `last` is lost or damaged."""
-    checkpoints = {path.name: path for path in directory.glob("step_*")}
+def newest_first(directory: Path) -> list[Path]:
+    """The complete checkpoints in the order in which a resume tries them.
+
+    First the one that `last` names, or by number if `last` is lost or damaged; then those before it, then any other.
+    """
+    checkpoints = {}
+    for path in directory.glob(f"{REPLACED}step_*"):
+        checkpoints[path.name.removeprefix(REPLACED)] = path
+    for path in directory.glob("step_*"):
+        checkpoints[path.name] = path
     pointer = directory / "last"
-    if pointer.is_file():
-        name = pointer.read_text(errors="replace").strip()
-        if name in checkpoints:
-            return checkpoints[name]
-    return max(checkpoints.values(), default=None)
+    names = sorted(checkpoints, reverse=True)
+    last = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    if last in checkpoints:
+        earlier = [name for name in names if name < last]
+        later = [name for name in names if name > last]
+        names = [last, *earlier, *later]
+    return [checkpoints[name] for name in names]
+
+
+def latest(directory: Path) -> Path | None:
+    """The checkpoint that a resume tries first; None if there is none."""
+    return next(iter(newest_first(directory)), None)
+
+
+def load_newest(paths: Sequence[Path]) -> tuple[Checkpoint, list[str]]:
+    """The first of `paths` that can be read, and a note for each before it, which is renamed to `damaged_…`.
+
+    Raises `LockstepError` if none can be read.
+    """
+    notes: list[str] = []
+    problems: list[str] = []
+    for path in paths:
+        try:
+            content = load(path)
+        except LockstepError as error:
+            problems.append(str(error))
+            continue
+        for damaged, problem in zip(paths, problems, strict=False):
+            notes.append(f"{problem}: set aside as {_set_aside(damaged)}")
+        return content, notes
+    raise LockstepError(
+        f"no checkpoint can be read: {'; '.join(problems)}. Start the run anew with run.resume=never"
+    )
+
+
+def _set_aside(path: Path) -> str:
+    """Rename a damaged checkpoint, so that it is neither resumed from nor counted; returns its new name."""
+    aside = path.with_name(f"damaged_{path.name.removeprefix(REPLACED)}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return aside.name
 
 
 def load(path: Path) -> Checkpoint:
@@ -138,9 +185,7 @@ def load(path: Path) -> Checkpoint:
             stateful=_load_stateful(path, state),
         )
     except READ_ERRORS as error:
-        raise LockstepError(
-            f"{path} cannot be read ({error}); remove it to go on from the checkpoint before it"
-        ) from error
+        raise LockstepError(f"{path} cannot be read ({error})") from error
 
 
 def restore_model(module: nn.Module, tensors: Tensors) -> None:
@@ -187,6 +232,7 @@ def save_best(
         )
         if further:
             save_state(partial, FURTHER, further)
+        _write_manifest(partial, int(metrics["step"]))
     if best.exists():
         shutil.rmtree(previous, ignore_errors=True)
         best.rename(previous)
@@ -215,9 +261,11 @@ def best_directory(run: Path) -> Path:
 
 
 def load_best(run: Path) -> tuple[Tensors, dict[str, float]]:
-    """The best model's tensors and metrics. Raises `LockstepError` if there is none or it cannot be read."""
+    """The best model's tensors and metrics. Raises `LockstepError` if there is none, or it is not what was written."""
     best = best_directory(run)
     try:
+        if (best / MANIFEST_FILE).exists():  # absent in a run of an earlier version
+            _verify(best)
         tensors = load_file(best / MODEL_FILE)
         metrics = json.loads((best / METRICS_FILE).read_text())
     except READ_ERRORS as error:
@@ -269,8 +317,7 @@ def _verify(path: Path) -> None:
     for name, sha256 in manifest["files"].items():
         if file_sha256(path / name) != sha256:
             raise LockstepError(
-                f"{path / name} is not what was written (its SHA-256 differs from manifest.json's); "
-                f"remove {path} to go on from the checkpoint before it"
+                f"{path / name} is not what was written (its SHA-256 differs from manifest.json's)"
             )
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from trainer.data.datasets import Datasets
 from trainer.process.machine import describe_device, package_versions
 from trainer.process.ranks import Ranks
-from trainer.storage.fingerprint import fingerprint
+from trainer.storage.data_record import DataRecord, plain_values
 
 GIT_TIMEOUT = 5  # seconds
 
@@ -21,7 +20,7 @@ GIT_COMMAND = ("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclu
 
 
 def environment(
-    ranks: Ranks, data: Datasets, facts_of_ranks: Sequence[Mapping[str, Any]]
+    ranks: Ranks, data: DataRecord, *, facts_of_ranks: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Plain values: whatever may change a run's bits, and the fingerprints of its data.
 
@@ -33,10 +32,7 @@ def environment(
     values["processes"] = ranks.count
     values["threads"] = torch.get_num_threads()
     values["code"] = _git_commit()
-    values["data"] = {
-        "train": fingerprint(data.train),
-        "val": None if data.val is None else fingerprint(data.val),
-    }
+    values["data"] = plain_values(data)
     values["ranks"] = [dict(facts) for facts in facts_of_ranks]
     return values
 

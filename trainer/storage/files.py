@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 LOCK_FILE = ".lock"
+REPLACED = (
+    ".replaced."  # begins the name of a directory while a new one takes its place
+)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,10 +46,15 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill. It replaces `path` when the body ends; if the body fails, nothing of it stays."""
+    """A directory to fill. It replaces `path` when the body ends; if the body fails, nothing of it stays.
+
+    What it replaces is deleted only once it stands.
+    """
     partial = _partial_path(path)
+    replaced = _replaced_path(path)
     # Of a process that was killed while it wrote.
     shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -54,9 +62,10 @@ def new_directory(path: Path) -> Iterator[Path]:
             sync(file)
         sync(partial)
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(replaced)
         partial.rename(path)
         sync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -96,6 +105,11 @@ def is_locked(directory: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def _replaced_path(path: Path) -> Path:
+    """Where a directory is while a new one takes its place; a process killed just then leaves it there."""
+    return path.with_name(f"{REPLACED}{path.name}")
 
 
 def _partial_path(path: Path) -> Path:

@@ -3,31 +3,78 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
-from trainer.data.datasets import FakeImages, ImageArrays, MapDataset
-from trainer.data.folder import ImageFolder
-from trainer.errors import DataError
+from trainer.data.datasets import ImageArrays, MapDataset
+from trainer.storage.contents import columns
 from trainer.storage.sha256 import raw_bytes
 
 QUICK_SAMPLES = 64
+# By which a first difference is found; an integer power of two of samples share one.
+MOST_BLOCKS = 1024
+# Of ids beyond, no counts by class are kept.
+MOST_CLASSES = 2000
 
 
-def fingerprint(dataset: MapDataset) -> str:
-    """SHA-256 of the list of samples.
+@dataclass(frozen=True)
+class Fingerprint:
+    """Of one part of a data set: all of it as one SHA-256, and enough to say what changed.
 
-    In-memory images: their pixels and targets. An image folder: each file's path, size and class, but no pixels.
-    Any other data set: its type and length and, where it has them, its `paths`, `samples` and `targets`.
+    Attributes:
+
+    - `samples`: how many there are.
+    - `sha256`: of the number and what `trainer.storage.contents` tells of the samples.
+    - `block_size` and `blocks`: a short SHA-256 of every so many samples, in order.
+    - `by_class`: samples of each class id, where the data set has a list of `targets`.
     """
-    sha256 = hashlib.sha256()
-    for part in _parts(dataset):
-        sha256.update(part)
-        sha256.update(b"\0")
-    return sha256.hexdigest()
+
+    samples: int
+    sha256: str
+    block_size: int
+    blocks: list[str]
+    by_class: dict[str, int] | None
+
+
+def fingerprint(dataset: MapDataset, block_size: int | None = None) -> Fingerprint:
+    """The fingerprint of a data set's samples. With another's `block_size`, their blocks can be compared."""
+    count = len(dataset)
+    if block_size is None:
+        block_size = 1
+        while block_size * MOST_BLOCKS < count:
+            block_size *= 2
+    of_dataset = columns(dataset)
+    whole = hashlib.sha256(str(count).encode())
+    if not of_dataset:
+        whole.update(type(dataset).__qualname__.encode())
+    blocks = []
+    for first in range(0, count, block_size):
+        sha256 = hashlib.sha256()
+        for column in of_dataset:
+            sha256.update(column(first, min(first + block_size, count)) + b"\0")
+        whole.update(sha256.digest())
+        blocks.append(sha256.hexdigest()[:16])
+    return Fingerprint(
+        count, whole.hexdigest(), block_size, blocks, _count_classes(dataset)
+    )
+
+
+def _count_classes(dataset: MapDataset) -> dict[str, int] | None:
+    targets = getattr(dataset, "targets", None)
+    if isinstance(targets, Tensor | np.ndarray):
+        targets = targets.tolist() if targets.ndim == 1 else None
+    if not isinstance(targets, list) or len(targets) != len(dataset):
+        return None
+    if not all(isinstance(target, int) for target in targets):
+        return None
+    counts = Counter(targets)
+    if len(counts) > MOST_CLASSES:
+        return None
+    return {str(target): counts[target] for target in sorted(counts)}
 
 
 def quick_fingerprint(dataset: MapDataset) -> str:
@@ -55,52 +102,3 @@ def _quick_parts(dataset: MapDataset, index: int) -> Iterator[bytes]:
             yield raw_bytes(values[index])
         elif isinstance(values, list | tuple):
             yield repr(values[index]).encode()
-
-
-def _parts(dataset: MapDataset) -> Iterator[bytes]:
-    if isinstance(dataset, ImageArrays):
-        yield from _array_parts(dataset)
-    elif isinstance(dataset, ImageFolder):
-        yield from _folder_parts(dataset)
-    elif isinstance(dataset, FakeImages):
-        yield repr(dataset).encode()
-    else:
-        yield from _other_parts(dataset)
-
-
-def _array_parts(dataset: ImageArrays) -> Iterator[bytes]:
-    images = dataset.images
-    yield f"{images.dtype} {tuple(images.shape)}".encode()
-    yield raw_bytes(images)
-    yield raw_bytes(dataset.targets)
-
-
-def _folder_parts(dataset: ImageFolder) -> Iterator[bytes]:
-    for path, target in zip(dataset.paths, dataset.targets, strict=True):
-        size = _file_size(dataset.root / path)
-        yield f"{path} {size} {target}".encode()
-
-
-def _other_parts(dataset: MapDataset) -> Iterator[bytes]:
-    kind = type(dataset)
-    yield f"{kind.__module__}.{kind.__qualname__} {len(dataset)}".encode()
-    for name in ("paths", "samples", "targets"):
-        yield _attribute_bytes(getattr(dataset, name, None))
-
-
-def _file_size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:  # a dangling link, for example
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); remove or replace the file"
-        ) from None
-
-
-def _attribute_bytes(value: Any) -> bytes:
-    """The bytes of a tensor or a list; none of any other value, whose text may name a memory address."""
-    if isinstance(value, Tensor):
-        return raw_bytes(value)
-    if isinstance(value, list | tuple):
-        return repr(value).encode()
-    return b""

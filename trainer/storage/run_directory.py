@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
 
-import yaml
-
 from trainer.config.fields import current_path
 from trainer.config.load import load
 from trainer.config.schema import Config, RunConfig
+from trainer.config.yaml_dump import to_yaml
 from trainer.errors import ConfigError
 from trainer.storage import checkpoint
 from trainer.storage.files import LOCK_FILE, lock_directory, write_text
@@ -35,6 +34,7 @@ FREE_KEYS = (
     "batch.eval_size",
     "train.epochs",
     "train.max_steps",
+    "train.stop_after",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -46,20 +46,21 @@ FREE_KEYS = (
 class RunDirectory:
     """`<run.dir>/<run.name>`, locked by this process until `close`.
 
-    Attributes: `resume_from`, the checkpoint to resume from; `moved_to`, where an earlier run of this name went;
-    `token`, text in the lock file by which other machines can tell whether they see this very directory.
+    Attributes: `resume_from`, the checkpoints to resume from, in the order to try them; `moved_to`, where an earlier
+    run of this name went; `token`, text in the lock file by which other machines can tell whether they see this very
+    directory.
     """
 
     def __init__(self, section: RunConfig) -> None:
         self.path = run_path(section)
-        self.resume_from: Path | None = None
+        self.resume_from: list[Path] = []
         self.moved_to: Path | None = None
         self._lock: TextIO | None = None
         if self.path.is_dir():
             self._lock = lock(self.path)
         if section.resume == "auto":
-            self.resume_from = checkpoint.latest(self.path / "checkpoints")
-        if self.resume_from is None and self._holds_a_run():
+            self.resume_from = checkpoint.newest_first(self.path / "checkpoints")
+        if not self.resume_from and self._holds_a_run():
             self.close()
             self.moved_to = _free_path(self.path)
             self.path.rename(self.moved_to)
@@ -124,7 +125,7 @@ def write_config(path: Path, config: Config) -> None:
 
 def config_yaml(config: Config) -> str:
     """The resolved config as YAML, with references to the environment instead of their values; it reads back alike."""
-    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    return to_yaml(config.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,37 +16,38 @@ from trainer.storage.stateful import join_state, split_state
 
 
 def load_on_all(
-    path: Path, module: nn.Module, ranks: Ranks, check: Callable[[Checkpoint], None]
-) -> Checkpoint:
-    """The checkpoint at `path`, which only rank 0 reads, on every rank. A collective.
+    paths: Sequence[Path],
+    module: nn.Module,
+    ranks: Ranks,
+    check: Callable[[Checkpoint], None],
+) -> tuple[Checkpoint, list[str]]:
+    """The first of `paths` that can be read, on every rank, and notes on the others. Only rank 0 reads. A collective.
 
     The weights go tensor by tensor into `module`, and the result's `model` on the other ranks is the module's own
     tensors. Raises what reading and `check` raise on rank 0, on every rank, before the module is changed.
     """
-    if ranks.count == 1:
-        content = checkpoint.load(path)
-        check(content)
-        return content
-
     contents: list[Checkpoint] = []  # empty on all ranks but 0
 
-    def read() -> Checkpoint:
-        content = checkpoint.load(path)
+    def read() -> tuple[Checkpoint, list[str]]:
+        content, notes = checkpoint.load_newest(paths)
         check(content)
         checkpoint.restore_model(module, content.model)
         contents.append(content)
         # What is sent at once: plain values.
-        return replace(content, model={}, optimizer={}, stateful={})
+        return replace(content, model={}, optimizer={}, stateful={}), notes
 
-    received: Checkpoint = ranks.on_main(read)
+    received, notes = ranks.on_main(read)
+    if ranks.count == 1:
+        return contents[0], notes
     ranks.broadcast_parameters(module)
     own = contents[0] if contents else received
-    return replace(
+    content = replace(
         received,
         model=own.model or module.state_dict(),
         optimizer=ranks.broadcast_tensors(own.optimizer),
         stateful=_share_states(own.stateful, ranks),
     )
+    return content, notes
 
 
 def _share_states(

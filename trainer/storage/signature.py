@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer.data.conversion import input_as_tensor
 from trainer.data.loading import Loader
 from trainer.errors import LockstepError
 
@@ -65,11 +66,24 @@ def read(best: Path) -> Signature:
         ) from error
 
 
+def describe_other_classes(weights: Path, classes: list[str] | None) -> str:
+    """What to add to a note on weights of a run's `best/` whose head fits, but is for other classes than `classes`."""
+    best = weights.parent
+    if not classes or not (best / FILE).is_file():
+        return ""
+    trained_on = read(best).classes
+    if not trained_on or len(trained_on) != len(classes) or trained_on == classes:
+        return ""
+    return f" · its head is for {_first_few(trained_on)}, not for {_first_few(classes)}"
+
+
+def _first_few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
 def _count_channels(image: Any) -> int | None:
-    """Channels of a tensor `(C, H, W)` or `(H, W)`, or of a PIL image; None for anything else."""
-    if hasattr(image, "getbands"):
-        bands: tuple[str, ...] = image.getbands()
-        return len(bands)
+    """Channels of a tensor `(C, H, W)` or `(H, W)`, an array or a PIL image; None for anything else."""
+    image = input_as_tensor(image)
     if isinstance(image, Tensor) and image.dim() == 3:
         return image.shape[0]
     if isinstance(image, Tensor) and image.dim() == 2:

@@ -103,8 +103,12 @@ def join_state(tree: Any, tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file. A failure of the system is an `OSError` that names the file."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(dict(tensors), path)
+        # safetensors makes files that nobody else may read; this one has the mode of any new file.
+        path.chmod(mode)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(None, str(error), str(path)) from error
 

@@ -11,6 +11,7 @@ from trainer.config.schema import Config
 from trainer.core.metrics import TIMINGS
 from trainer.errors import ConfigError, DataError, nearest
 from trainer.sweep.description import Sweep, format_overrides
+from trainer.sweep.goal import with_goal
 from trainer.sweep.space import Values
 
 ROW_VALUES = ("lr", "grad_norm", *TIMINGS)
@@ -54,6 +55,7 @@ def check(sweep: Sweep, overrides: list[str]) -> Config:
                 f"{message} ({sweep.file}, a trial with {' '.join(arguments)})",
             ) from None
     _check_metric(sweep, config)
+    with_goal(sweep, config)  # refuses a metric of unknown direction
     return base
 
 
@@ -88,7 +90,7 @@ def _try_components(config: Config, sections: set[str]) -> None:
             total_steps=config.train.epochs * STEPS_PER_EPOCH,
             steps_per_epoch=STEPS_PER_EPOCH,
             history=[],
-            mode=config.best.mode,
+            mode=config.best.mode or "min",
         )
     if "loss" in sections:
         _list_metrics(config)

@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import yaml
 
+from trainer.components.directions import direction_of
 from trainer.config.fields import show
 from trainer.config.load import command_line, parser_reason
 from trainer.errors import ConfigError, nearest
+from trainer.sweep.source_text import check_source
 from trainer.sweep.space import Parameter, Values, read_number, read_parameters
 
 KEYS = (
@@ -47,7 +49,9 @@ class Sweep:
     program: str
     method: Literal["grid", "random", "bayes"]
     metric: str
-    goal: Literal["minimize", "maximize"]
+    # None until `with_goal` has found what the file leaves out.
+    goal: Literal["minimize", "maximize"] | None
+    is_goal_given: bool
     target: float | None
     parameters: list[Parameter]
     hyperband: Hyperband | None
@@ -83,7 +87,8 @@ def format_overrides(values: Values) -> list[str]:
 def read_sweep(file: Path) -> Sweep:
     """The sweep that a YAML file describes. Raises `ConfigError` with the key at fault and the nearest valid one."""
     try:
-        tree = yaml.safe_load(file.read_text())
+        text = file.read_text()
+        tree = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(
             str(file), f"cannot read this sweep ({error.strerror})"
@@ -93,6 +98,7 @@ def read_sweep(file: Path) -> Sweep:
             str(file), f"is not valid YAML: {parser_reason(error)}"
         ) from None
     try:
+        check_source(text)
         return _read_tree(file, tree)
     except ConfigError as error:
         raise ConfigError(error.key, f"{error.message} ({file})") from None
@@ -119,9 +125,8 @@ def _read_tree(file: Path, tree: Any) -> Sweep:
         program=program,
         method=_read_choice("method", tree["method"], ("grid", "random", "bayes")),
         metric=str(metric["name"]),
-        goal=_read_choice(
-            "metric.goal", metric.get("goal", "minimize"), ("minimize", "maximize")
-        ),
+        goal=_read_goal(metric),
+        is_goal_given="goal" in metric,
         target=None if target is None else read_number("metric.target", target),
         parameters=read_parameters(tree["parameters"]),
         hyperband=None if early_terminate is None else _read_hyperband(early_terminate),
@@ -132,6 +137,13 @@ def _read_tree(file: Path, tree: Any) -> Sweep:
     )
     _check_method(sweep)
     return sweep
+
+
+def _read_goal(metric: Mapping[str, Any]) -> Any:
+    if "goal" not in metric:
+        direction = direction_of(str(metric["name"]))
+        return None if direction is None else f"{direction}imize"
+    return _read_choice("metric.goal", metric["goal"], ("minimize", "maximize"))
 
 
 def _check_keys(file: Path, tree: Any) -> None:

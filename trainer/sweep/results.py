@@ -17,6 +17,7 @@ from rich.console import Console
 from trainer.reporting.figures.style import write
 from trainer.storage.files import write_text
 from trainer.sweep.description import Sweep
+from trainer.sweep.same_data import describe_other_data
 from trainer.sweep.study import SweepStudy, Trial
 from trainer.sweep.table import (
     build_table,
@@ -45,6 +46,9 @@ def write_results(sweep: Sweep, study: SweepStudy, directory: Path) -> None:
     Console(force_jupyter=False, soft_wrap=True).print(
         build_table(sweep, order[:PRINTED_TRIALS])
     )
+    other_data = describe_other_data(sweep, directory)
+    if other_data:
+        print(f"note  {other_data}")
     pictures = draw_pictures(sweep, study.optuna_study, directory)
     write_text(directory / "sweep.html", _build_page(sweep, order, pictures))
     print(f"\n{_summarize(sweep, order)}\nfiles  {directory / 'sweep.html'}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.fields import show
+from trainer.config.yaml_text import is_text_key
 from trainer.errors import ConfigError, nearest
 from trainer.exact.seeding import numpy_generator
 
@@ -287,7 +288,8 @@ def read_number(key: str, value: Any) -> float:
 
 def _refuse_text_number(key: str, value: Any) -> Any:
     """The value. Raises `ConfigError` for a number that YAML reads as text, such as 1e-4."""
-    if not isinstance(value, str) or "e" not in value.lower():
+    name = key.removeprefix("parameters.").removesuffix(".values")
+    if not isinstance(value, str) or "e" not in value.lower() or is_text_key(name):
         return value
     try:
         number = float(value)

@@ -277,6 +277,8 @@ def _require_optuna() -> None:
 def _open_study(sweep: Sweep, path: Path) -> optuna.Study:
     """The study in a file, made if there is none. Raises `ConfigError` if the file holds something else."""
     import optuna
+
+    assert sweep.goal is not None, "with_goal comes first"
     from sqlalchemy.exc import SQLAlchemyError
 
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()

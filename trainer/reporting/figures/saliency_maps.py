@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.components.task import Task
+from trainer.exact.seeding import key, keyed_draws
 
 
 def compute_saliency(task: Task, model: nn.Module, images: Tensor) -> Tensor | None:
@@ -31,6 +32,8 @@ def compute_saliency(task: Task, model: nn.Module, images: Tensor) -> Tensor | N
         with (
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
+            # Of a model that draws in evaluation mode: the same maps each time.
+            keyed_draws(key(0, "saliency"), images.device),
             _record_feature_maps(model) as features,
         ):
             inputs = images.detach().clone().requires_grad_()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from trainer.reporting.figures.fonts import use_fonts_that_can_write
 from trainer.storage.files import new_file
 
 if TYPE_CHECKING:
@@ -50,6 +52,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 def write(figure: Figure, path: Path, *, cropped: bool = False) -> None:
     """Write a figure as PNG, completely or not at all; `cropped` removes its empty margins."""
+    use_fonts_that_can_write(figure)
     # savefig writes in pieces: a full disk must not destroy the figure of an earlier session.
-    with new_file(path) as partial:
+    with new_file(path) as partial, warnings.catch_warnings():
+        # A class name in a script that no font here has: each warning would be one character.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(partial, bbox_inches="tight" if cropped else None)

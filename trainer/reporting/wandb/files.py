@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from trainer.config.secrets import redacted
+from trainer.config.yaml_dump import to_yaml
 
 
 class Histogram(NamedTuple):
@@ -35,9 +36,7 @@ def best_model_artifact(directory: Path, run_id: str) -> tuple[Any, list[str]] |
     config = redacted(yaml.safe_load((best / "config.yaml").read_text()))
     # The run's own file keeps references to the environment; what leaves the machine is redacted as well.
     redacted_config = directory / "wandb" / "best_config.yaml"
-    redacted_config.write_text(
-        yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    )
+    redacted_config.write_text(to_yaml(config, sort_keys=False, allow_unicode=True))
     artifact = wandb.Artifact(
         f"model-{run_id}", type="model", metadata={**row, "config": config}
     )

@@ -1,0 +1,126 @@
+"""launch/slurm.sh with stand-ins for Slurm's `srun` and `scontrol`: two tasks, a signal, and the same line again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAST_PORT = 20000  # the script's ports are this and above
+
+SCONTROL = f"""#!{sys.executable}
+import sys
+assert sys.argv[1:] == ["show", "hostnames", "localhost,other"], sys.argv
+print("localhost\\nother")
+"""
+# Starts the tasks, passes SIGTERM on to them as Slurm does, and ends with the largest status.
+SRUN = f"""#!{sys.executable}
+import json, os, signal, subprocess, sys
+from pathlib import Path
+command = sys.argv[1:]
+options = []
+while command[0].startswith("--"):
+    options.append(command.pop(0))
+tasks = []
+signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
+for number in range(int(os.environ["SLURM_NTASKS"])):
+    variables = {{"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}}
+    tasks.append(subprocess.Popen(command, env=os.environ | variables))
+Path(os.environ["RECORD"]).write_text(json.dumps([os.getpid(), options]))
+sys.exit(max(task.wait() % 256 for task in tasks))
+"""
+
+
+class Job:
+    """The script as Slurm's first machine runs it, with two tasks there."""
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        self.record = directory / "record.json"
+        programs = directory / "programs"
+        programs.mkdir(exist_ok=True)
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        path = [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
+        environment = {
+            "PATH": os.pathsep.join(path),
+            "RECORD": str(self.record),
+            "ACCELERATE_USE_CPU": "true",
+            "SLURM_JOB_ID": str(free_port() - LAST_PORT),
+            "SLURM_JOB_NODELIST": "localhost,other",
+            "SLURM_NTASKS": "2",
+            "SLURM_NTASKS_PER_NODE": "2",
+            "SLURM_CPUS_PER_TASK": "1",
+        }
+        self.process = subprocess.Popen(
+            ["bash", "launch/slurm.sh", "configs/digits.yaml", *arguments],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def stop(self) -> None:
+        """SIGTERM, as before the end of the job's time: to the tasks, and to this shell where the job is cancelled."""
+        srun, _ = json.loads(self.record.read_text())
+        os.kill(srun, signal.SIGTERM)
+        self.process.terminate()
+
+    def wait(self) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=120)
+        return self.process.returncode, output
+
+
+def free_port() -> int:
+    """One of those that the script chooses from."""
+    for port in range(LAST_PORT + os.getpid() % 10000, LAST_PORT + 20000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise AssertionError("no free port")
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.fresh_process  # the script starts its tasks
+def test_a_job_stops_with_a_checkpoint_and_the_same_line_goes_on(
+    tmp_path: Path,
+) -> None:
+    line = [
+        f"run.dir={tmp_path}",
+        "train.epochs=1000",
+        "run.figures=false",
+        "wandb.mode=disabled",
+        "data.workers=0",
+    ]
+    last = tmp_path / "digits/checkpoints/last"
+    job = Job(tmp_path, *line)
+    wait_for(lambda: last.exists() or job.process.poll() is not None)
+    job.stop()
+    status, output = job.wait()
+    assert status == 143, output
+    assert output.count("stopped by signal 15") == 1
+    assert json.loads(job.record.read_text())[1] == ["--cpus-per-task=1", "--wait=120"]
+    stopped_at = int(last.read_text().strip().removeprefix("step_"))
+
+    status, output = Job(tmp_path, *line, f"train.max_steps={stopped_at + 3}").wait()
+    assert status == 0, output
+    assert f"resumed after step {stopped_at}" in output
+    summary = json.loads((tmp_path / "digits/summary.json").read_text())
+    assert summary["steps"] == stopped_at + 3
+    assert summary["world_size"] == 2

@@ -1,0 +1,64 @@
+"""Before training: do the model, its loss, its metrics and the data fit together?
+
+One forward of a few samples, which leaves no trace. Every rank runs the same samples, so all of them find the same:
+what a loss divides by, and the first mistake, which one of them reports.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from trainer.core.build import Run
+from trainer.core.forward import Forward
+from trainer.core.fuse_check import without_trace
+from trainer.core.metrics import Meter
+from trainer.exact.determinism import refused_operation
+
+FEW = 4  # samples: what does not fit does not fit for four
+
+
+def check_first_forward(run: Run) -> None:
+    """Raise `ConfigError` or `DataError` where the first samples, the model and the task do not fit together.
+
+    Raises `LockstepError` for an operation that the device refuses.
+    """
+    try:
+        _check(run)
+    except RuntimeError as error:
+        cause = refused_operation(error)
+        if cause is None:
+            raise
+        raise cause from None
+
+
+def _check(run: Run) -> None:
+    ids = run.plan.sample_ids(run.plan.step(0), 0)
+    try:
+        _run(run, ids[:FEW])
+    except Exception:
+        if len(ids) <= FEW:
+            raise
+        # A model or a loss may be made for micro-batches of their own size.
+        _run(run, ids)
+
+
+def _run(run: Run, ids: Any) -> None:
+    # One of its own: these samples are fewer than a micro-batch's, and the run's remembers what its own weigh.
+    forward = Forward(run.task, run.precision, run.ranks.device, run.config.run.seed)
+    run.module.train()
+    with without_trace(run), _eager(run):
+        batch = run.train_loader.peek(ids)
+        output, loss = forward(run.module, batch, run.plan.step(0))
+        run.forward.expect_weights_like(loss.weight)
+        meter = Meter(run.task, run.ranks)
+        meter.add(batch, output, loss)
+        meter.flush()
+
+
+def _eager(run: Run) -> AbstractContextManager[object]:
+    """Compiling for these few samples would take long, and could change what is compiled for the run."""
+    is_compiled = run.config.train.compile
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()

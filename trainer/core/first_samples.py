@@ -1,0 +1,44 @@
+"""The first sample of each part, read before the model is built: what could not be trained on is said at the start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.components.models import input_channels
+from trainer.components.task import CrossEntropy, Task
+from trainer.data.datasets import Datasets
+from trainer.data.loading import Loader
+from trainer.errors import ConfigError, DataError
+
+
+def first_inputs(train: Loader, val: Loader | None) -> Any:
+    """The first training input as the model sees it, as a batch of one.
+
+    Raises `ConfigError` or `DataError` where a sample cannot be used, or the parts' images differ in their channels.
+    """
+    inputs = train.peek([0]).inputs
+    if val is None:
+        return inputs
+    channels = input_channels(inputs)
+    channels_of_val = input_channels(val.peek([0]).inputs)
+    if channels != channels_of_val and channels and channels_of_val:
+        raise DataError(
+            f"training images have {channels} channels and validation images {channels_of_val}; give both as many, as "
+            f"{{name: RGB}} or {{name: Grayscale}} in data.train_transforms and data.val_transforms do"
+        )
+    return inputs
+
+
+def check_classes(task: Task, num_classes: int | None, data: Datasets) -> None:
+    """Raise `ConfigError` for a classifier with one class: its loss is 0 whatever it answers."""
+    if num_classes == 1 and isinstance(task, CrossEntropy):
+        names = (
+            f"{data.name} has the class {data.classes[0]} alone"
+            if data.classes
+            else "it is 1"
+        )
+        raise ConfigError(
+            "model.num_classes",
+            f"{names}, so there is nothing to tell apart; give data of two classes or more, each in a folder of its "
+            f"own, or set loss.name=bce_with_logits for a question of yes or no",
+        )

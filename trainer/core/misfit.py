@@ -1,0 +1,85 @@
+"""One message for what a model, its data and its loss cannot do together, in place of an error from within torch.
+
+Only errors of the kinds that a wrong shape, dtype or type of value raises are taken for that. A defect of the program
+that raises another kind keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.components.task import Task
+from trainer.errors import ConfigError, LockstepError
+from trainer.exact.determinism import DEVICE_ASSERT, refused_operation
+from trainer.exact.structures import describe_tensors
+
+KINDS = (RuntimeError, TypeError, ValueError, IndexError)
+TORCH = Path(torch.__file__).parent
+PACKAGE = Path(__file__).parents[1]
+LONGEST_REASON = 200  # characters
+
+
+def is_misfit(error: Exception) -> bool:
+    """True if `error` may be due to shapes and dtypes; not if it has a message of ours, or is the device's own."""
+    is_of_device = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+    if isinstance(error, LockstepError) or is_of_device:
+        return False
+    if not isinstance(error, RuntimeError):
+        return True
+    return DEVICE_ASSERT not in str(error) and refused_operation(error) is None
+
+
+@contextmanager
+def explained(task: Task, method: str, output: Any, targets: Any) -> Iterator[None]:
+    """A context for a call of the task's `method`: its errors become a `ConfigError` with shapes and dtypes."""
+    try:
+        yield
+    except KINDS as error:
+        if not is_misfit(error):
+            raise
+        raise loss_misfit(task, method, output, targets, error) from error
+
+
+def loss_misfit(
+    task: Task, method: str, output: Any, targets: Any, error: Exception
+) -> ConfigError:
+    """The message for an error of `task.loss_sum` or `task.metric_sums`."""
+    return ConfigError(
+        "loss.name",
+        f"{type(task).__name__}.{method} failed on the model's output {describe_tensors(output)} with the data set's "
+        f"targets {describe_tensors(targets)}: {_reason(error)}; change the data set's targets, model.num_classes or "
+        f"loss.name so that they fit",
+    )
+
+
+def model_misfit(model: Any, inputs: Any, error: Exception) -> ConfigError:
+    """The message for an error of the model's forward."""
+    return ConfigError(
+        "model.name",
+        f"{type(model).__name__} failed on inputs {describe_tensors(inputs)}: {_reason(error)}; change the model, or "
+        f"the data set's inputs by data.train_transforms and data.val_transforms, so that they fit",
+    )
+
+
+def is_from_a_layer(error: Exception) -> bool:
+    """True if the error was raised within a layer or function of torch.nn, which got a wrong shape, say."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and TORCH / "nn" in Path(frames[-1].filename).parents
+
+
+def _reason(error: Exception) -> str:
+    """The error's kind and first line, and the last line of the user's code that it went through."""
+    message = str(error).strip()
+    first_line = message.splitlines()[0] if message else ""
+    text = f"{type(error).__name__}: {first_line[:LONGEST_REASON].rstrip('.')}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        folders = Path(frame.filename).parents
+        if TORCH not in folders and PACKAGE not in folders:
+            return f"{text} ({frame.filename}, line {frame.lineno})"
+    return text

@@ -1,0 +1,117 @@
+"""What to say of a loss or a gradient that is not finite: the step, the samples, and how to look at it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from trainer.core.build import Run
+from trainer.core.samples import name_samples, rows_not_finite
+from trainer.errors import LockstepError
+from trainer.exact.batch_norm import named_norm_layers
+from trainer.exact.finite import BadSteps, first_not_finite
+from trainer.exact.plan import Step
+
+# Of a step: reading them again is not to take longer than the step itself took.
+SAMPLES_TO_READ = 1024
+
+
+def first_bad_step(bad: BadSteps, run: Run) -> tuple[int, str] | None:
+    """The first step on any rank that was not finite, and what of it: `loss` or `gradient`. A collective."""
+    found = []
+    for first, steps in (("loss", bad.loss), ("gradient", bad.gradient)):
+        if steps:
+            found.append((steps[0], first))
+    # Of one step the loss comes first: a gradient follows from it.
+    everywhere = sorted(
+        run.ranks.gather(found), key=lambda item: (item[0], item[1] != "loss")
+    )
+    return everywhere[0] if everywhere else None
+
+
+def describe_step(
+    run: Run, step: Step, what: str, *, saved_step: int | None, directory: Path | None
+) -> LockstepError:
+    """The error for a run whose `what`, loss or gradient, is not finite since `step`. A collective."""
+    start = (
+        f"the {what} is not finite from step {step.number} (epoch {step.epoch + 1}) on"
+    )
+    if what == "gradient":
+        start += ", while the loss is"
+    samples = run.ranks.on_main(lambda: _describe_samples(run, step))
+    kept = "no checkpoint was written before it"
+    if saved_step:
+        kept = f"the newest checkpoint, of step {saved_step}, is from before it"
+    advice = "lower optimizer.lr, set train.max_grad_norm, or raise train.precision"
+    message = f"{start}; {samples}; {kept}; {advice}"
+    if directory is not None:
+        message += (
+            f". To see that step taken apart, on one process:\n\n"
+            f"    python -m trainer replay {directory} --step {step.number}\n"
+        )
+    return LockstepError(message)
+
+
+def _describe_samples(run: Run, step: Step) -> str:
+    """The samples of `step` whose inputs or targets are not finite; else its first ones."""
+    bad = []
+    for index, (first, end) in enumerate(step.micro_batches):
+        if end > SAMPLES_TO_READ:
+            break
+        ids = run.plan.sample_ids(step, index)
+        batch = run.train_loader.fetch(ids, index, epoch=step.epoch)
+        for row in rows_not_finite((batch.inputs, batch.targets), end - first):
+            bad.append(int(ids[row]))
+    if bad:
+        return f"of its samples, not finite already in the data: {name_samples(run.data.train, bad)}"
+    ids = run.plan.sample_ids(step, 0, len(step.micro_batches))
+    return f"its samples: {name_samples(run.data.train, ids.tolist())}"
+
+
+def validation_not_finite(run: Run, loss: float) -> LockstepError:
+    """The error for a validation loss that is not finite. A collective."""
+    assert run.evaluator is not None
+    bad = run.evaluator.samples_not_finite()
+    samples = "no batch by itself has such a loss, so their sum is too large"
+    if bad:
+        samples = f"it is of validation samples {name_samples(run.data.val, bad)}"
+    return LockstepError(
+        f"the validation loss is {loss}: {samples}; the weights are finite, and the epoch's checkpoint is kept. "
+        f"Correct the data, or the loss where it is not defined"
+    )
+
+
+def refuse_not_finite(
+    module: nn.Module, optimizer_state: dict[str, Tensor], step: int
+) -> None:
+    """Raise `LockstepError` if weights, norm layers' statistics or the optimizer's state are not finite. Waits.
+
+    Other buffers may hold infinities, as an attention mask does.
+    """
+    tensors = dict(module.named_parameters()) | optimizer_state
+    for name, layer in named_norm_layers(module):
+        for key, buffer in layer.named_buffers(recurse=False):
+            tensors[f"{name}.{key}"] = buffer
+    found = first_not_finite(tensors)
+    if found is not None:
+        raise LockstepError(
+            f"{found} is not finite after step {step}, although the step's loss and gradient were; nothing of it is "
+            f"kept. Lower optimizer.lr, or raise train.precision"
+        )
+
+
+def skipped_in_a_row(count: int, step: int) -> LockstepError:
+    """The error for fp16 that overflows in one step after the other."""
+    return LockstepError(
+        f"fp16 skipped {count} steps in a row, up to step {step}: the gradient is not finite however little the loss "
+        f"is scaled; use train.precision=bf16 or fp32, or lower optimizer.lr"
+    )
+
+
+def all_skipped(steps: int) -> LockstepError:
+    """The error for a run of `steps` steps none of which changed the weights."""
+    return LockstepError(
+        f"fp16 skipped every one of the {steps} steps, as each gradient overflowed, so nothing was trained; use "
+        f"train.precision=bf16 or fp32, or train longer"
+    )

@@ -1,0 +1,73 @@
+"""Do all ranks hold the same weights? Compared before each save, also that of an epoch's end."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from trainer.core.build import Run
+from trainer.core.preflight import compute_alike
+from trainer.errors import LockstepError
+from trainer.exact.batch_norm import named_norm_layers
+from trainer.storage.digest import digest, hexadecimal
+
+MAX_NAMED_RANKS = 8
+
+
+def check_same_weights(run: Run, steps_done: int) -> None:
+    """Raise `LockstepError` on every rank if one holds other weights than rank 0. A collective.
+
+    The running statistics must be the true ones (`Reduction.gather`). Waits for the device. Not compared is what may
+    differ by rounding: in standard mode, ranks on unlike hardware.
+    """
+    ranks = run.ranks
+    if ranks.count == 1 or not (run.bitwise or compute_alike(run.facts_of_ranks)):
+        return
+    tensors = _tensors_to_compare(run)
+    digests = ranks.gather([hexadecimal(digest(tensors))])
+    if len(set(digests)) == 1:
+        return
+    own = {name: hexadecimal(digest({name: tensors[name]})) for name in tensors}
+    of_ranks = ranks.gather([own])
+    name, different = _first_difference(of_ranks)
+    places = ", ".join(
+        f"rank {rank} on {ranks.machines[rank]}" for rank in different[:MAX_NAMED_RANKS]
+    )
+    more = ", …" if len(different) > MAX_NAMED_RANKS else ""
+    raise LockstepError(
+        f"the ranks have parted: after step {steps_done}, {name} on {places}{more} is not that of rank 0; the model, "
+        f"the loss or an observer changes it by what one rank alone sees. Nothing of this is saved. To see at which "
+        f"step it begins, compare with a run on one process: `python -m trainer compare`"
+    )
+
+
+def _tensors_to_compare(run: Run) -> dict[str, Tensor]:
+    """Parameters and running statistics; in bitwise mode all that a checkpoint holds.
+
+    In standard mode, a forward may move other buffers by the rank's own micro-batches; they are not compared.
+    """
+    if run.bitwise:
+        state = run.module.state_dict()
+        return {name: t for name, t in state.items() if isinstance(t, Tensor)}
+    tensors: dict[str, Tensor] = dict(run.module.named_parameters())
+    return tensors | _running_statistics(run.module)
+
+
+def _running_statistics(module: nn.Module) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, layer in named_norm_layers(module):
+        tensors |= layer.named_buffers(name, recurse=False)
+    return tensors
+
+
+def _first_difference(of_ranks: list[dict[str, str]]) -> tuple[str, list[int]]:
+    """The first tensor that some rank has otherwise than rank 0, and all ranks that do."""
+    first = of_ranks[0]
+    for name in first:
+        different = [
+            rank
+            for rank, other in enumerate(of_ranks)
+            if other.get(name) != first[name]
+        ]
+        if different:
+            return name, different
+    return "the set of tensors", [1]

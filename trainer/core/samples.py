@@ -1,0 +1,33 @@
+"""Samples by their ids: which of them hold no finite numbers, and how a message names them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+NAMED_SAMPLES = 8
+
+
+def rows_not_finite(values: Any, count: int) -> list[int]:
+    """The rows, of `count`, in which any tensor of nested `values` is not finite."""
+    is_bad = torch.zeros(count, dtype=torch.bool)
+    for leaf in tree_leaves(values):
+        is_batch = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == count
+        if is_batch and leaf.is_floating_point():
+            is_bad |= ~leaf.cpu().isfinite().reshape(count, -1).all(1)
+    return is_bad.nonzero().flatten().tolist()
+
+
+def name_samples(dataset: Any, ids: list[int]) -> str:
+    """Some sample ids, with their files where the data set has `paths`."""
+    paths = getattr(dataset, "paths", None)
+    names = []
+    for sample_id in ids[:NAMED_SAMPLES]:
+        names.append(
+            str(sample_id) if paths is None else f"{sample_id} ({paths[sample_id]})"
+        )
+    more = len(ids) - NAMED_SAMPLES
+    return ", ".join(names) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,31 @@
+"""Names of files and classes as text that is the same on every file system."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import Path
+
+from trainer.errors import DataError
+
+
+def normal_form(name: str) -> str:
+    """A name in Unicode's composed form, NFC: file systems and archives may spell one "é" in two ways."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def printable(path: str | Path) -> str:
+    """A path as text for a message, with an escape for each byte that is not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def check_utf8(path: str) -> None:
+    """Raise `DataError` for a path whose bytes are not UTF-8: it could not be written to any of a run's files."""
+    if path.isascii():
+        return
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{printable(path)} has a name that is not UTF-8; rename it, as convmv does for whole folders"
+        ) from None

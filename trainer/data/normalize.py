@@ -1,0 +1,93 @@
+"""Images in the form that the model sees: scaled, in the run's dtype, normalised by channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.data.conversion import describe
+from trainer.errors import ConfigError, DataError
+
+LARGEST_UINT16 = 65535
+# Whole numbers of other widths. Ids, which models embed, are int64.
+UNSCALED = (torch.int8, torch.int16, torch.int32, torch.uint32, torch.uint64)
+
+
+class Normalize(nn.Module):
+    """Images on the device: bytes are scaled to [0, 1], cast to the run's dtype, then `(x - mean) / std` per channel.
+
+    uint16 is scaled by its range too. Images of other whole numbers are refused: their range says nothing of theirs.
+    """
+
+    def __init__(
+        self, mean: list[float] | None, std: list[float] | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self._shifts = mean is not None or std is not None
+        self.scale: Tensor
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("scale", torch.tensor(1 / 255, dtype=dtype))
+        self.register_buffer(
+            "mean", torch.tensor(mean or [0.0], dtype=dtype).view(-1, 1, 1)
+        )
+        self.register_buffer(
+            "std", torch.tensor(std or [1.0], dtype=dtype).view(-1, 1, 1)
+        )
+
+    def forward(self, images: Any) -> Any:
+        """`(N, C, H, W)` in, the same out; anything that is not a tensor of images is returned as it is.
+
+        Raises `ConfigError` where a mean or std would have no effect or does not fit, `DataError` for whole numbers.
+        """
+        if not isinstance(images, Tensor):
+            self._check_effect(images)
+            return images
+        if images.dtype == torch.uint8:
+            images = images * self.scale  # one operation both casts and scales
+        elif images.is_floating_point():
+            images = images.to(self._dtype)
+        elif images.dtype == torch.uint16:
+            images = images.to(self._dtype) / LARGEST_UINT16
+        elif images.dim() >= 4 and images.dtype in UNSCALED:
+            dtype = str(images.dtype).removeprefix("torch.")
+            raise DataError(
+                f"images are {dtype}, whose range is not that of brightness; return uint8, uint16 or float images, or "
+                f"ids as int64"
+            )
+        if not self._shifts:
+            return images
+        self._check_channels(images)
+        return (images - self.mean) / self.std
+
+    def _check_effect(self, inputs: Any) -> None:
+        if self._shifts:
+            raise ConfigError(
+                "data.mean",
+                f"and data.std have no effect on inputs that are {describe(inputs)}: they are for one tensor of "
+                f"images; leave them out, and normalise by {{name: Normalize, mean: …, std: …}} in "
+                f"data.train_transforms and data.val_transforms, or in the model",
+            )
+
+    def _check_channels(self, images: Tensor) -> None:
+        if images.dim() < 3 or not images.is_floating_point():
+            raise ConfigError(
+                "data.mean",
+                f"and data.std are for images, not for inputs of {tuple(images.shape)}"
+                + ("" if images.is_floating_point() else f" and {images.dtype}"),
+            )
+        channels = images.shape[-3]
+        if len(self.mean) not in (1, channels) or len(self.std) not in (1, channels):
+            raise ConfigError(
+                "data.mean",
+                f"has {len(self.mean)} values and data.std has {len(self.std)}, for images of {channels} channels",
+            )
+
+    def undo(self, images: Tensor) -> Tensor:
+        """The images before normalisation, in [0, 1], on the CPU: for figures."""
+        if self._shifts:
+            images = images * self.std + self.mean
+        return images.float().clamp(0, 1).cpu()

@@ -1,0 +1,62 @@
+"""One part of a data set, as somebody gives it: is it a data set at all, and what are its classes called?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from trainer.data.conversion import target_key
+from trainer.errors import ConfigError, DataError
+
+
+def class_names(dataset: Any) -> list[str] | None:
+    """The names of a data set's classes, by id: its `classes`, or those of its `features` (Hugging Face's)."""
+    names = getattr(dataset, "classes", None)
+    features = getattr(dataset, "features", None)
+    if names is None and isinstance(features, Mapping):
+        key = target_key(features)
+        names = None if key is None else getattr(features[key], "names", None)
+    if not isinstance(names, list | tuple) or not names:
+        return None
+    return list(names) if all(isinstance(name, str) for name in names) else None
+
+
+def check_part(source: str, part: str, data: Any, key: str = "data.name") -> None:
+    """Raise `ConfigError` unless `data` gives samples by id, `DataError` if there are none.
+
+    `source` says where it comes from; `key` is what to change.
+    """
+    remedy = _remedy_for(data)
+    is_by_id = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if remedy or not is_by_id:
+        raise ConfigError(
+            key,
+            f"the {part} part of {source} is of type {type(data).__name__}; samples are read by their id, so it must "
+            f"have __len__ and __getitem__ and be no IterableDataset{remedy}",
+        )
+    if len(data) == 0:
+        raise DataError(
+            f"the {part} part of {source} holds no samples; {key} must give at least one"
+        )
+
+
+def _remedy_for(data: Any) -> str:
+    """What to give instead of something that is no data set, though it may look like one; "" for a data set."""
+    if isinstance(data, DataLoader):
+        return (
+            ". Give the loader's data set, `loader.dataset`: batch.size, data.workers and run.seed do what the loader "
+            "would"
+        )
+    if isinstance(data, IterableDataset):
+        return ". Give a data set that reads any sample by its number"
+    if isinstance(data, Mapping):
+        names = ", ".join(repr(name) for name in list(data)[:4])
+        return f". Give one of its entries ({names}) as each part"
+    if isinstance(data, tuple) and any(hasattr(part, "shape") for part in data):
+        return ". Give torch.utils.data.TensorDataset(inputs, targets)"
+    if isinstance(data, str | bytes | Path):
+        return ". Give a data set, or name one in data.name with its data.root"
+    return ""

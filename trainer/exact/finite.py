@@ -1,0 +1,115 @@
+"""Whether losses, gradients and weights are finite numbers: found on the device, read by the host at log intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+CAPACITY = 256  # steps between two reads; more of them cost a copy of the flags
+INFINITY = float("inf")
+
+
+@dataclass
+class BadSteps:
+    """Numbers of the steps, in order, whose loss or whose gradient was not finite. A loss is a rank's own."""
+
+    loss: list[int] = field(default_factory=list)
+    gradient: list[int] = field(default_factory=list)
+
+    def first(self) -> int | None:
+        """The first of them; None if all was finite."""
+        return min([*self.loss, *self.gradient], default=None)
+
+
+class FiniteFlags:
+    """A flag for the loss and one for the gradient of each step since the last `read`. Marking never waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._flags = torch.zeros(CAPACITY, 2, device=device)
+        # Views, made once: taking one apart in every step would cost as much as the check.
+        self._cells = torch.split(self._flags.view(-1), 1)
+        self._full: list[Tensor] = []
+        self._steps: list[int] = []
+        self._one = torch.ones(1, device=device)
+        # torch.amp's check is one operation for any number of tensors, on the devices that have it.
+        self._has_fast_check = device.type in ("cpu", "cuda", "xpu")
+
+    def mark(
+        self, step: int, losses: Iterable[Tensor], gradients: Iterable[Tensor]
+    ) -> Tensor:
+        """Note whether they are finite; returns the gradient's flag, `(1,)`: 1 if it is not."""
+        slot = len(self._steps) % CAPACITY
+        if slot == 0 and self._steps:
+            self._full.append(self._flags.clone())
+            self._flags.zero_()
+        self._steps.append(step)
+        of_loss: Tensor = self._cells[2 * slot]
+        of_gradient: Tensor = self._cells[2 * slot + 1]
+        self._check([loss.detach() for loss in losses], of_loss)
+        self._check(list(gradients), of_gradient)
+        return of_gradient
+
+    def read(self) -> BadSteps:
+        """The steps since the last read that were not finite. Waits for the device."""
+        bad = BadSteps()
+        if not self._steps:
+            return bad
+        flags = torch.cat([*self._full, self._flags])[: len(self._steps)].tolist()
+        for step, (of_loss, of_gradient) in zip(self._steps, flags, strict=True):
+            if of_loss:
+                bad.loss.append(step)
+            if of_gradient:
+                bad.gradient.append(step)
+        self._flags.zero_()
+        self._full = []
+        self._steps = []
+        return bad
+
+    def _check(self, tensors: list[Tensor], flag: Tensor) -> None:
+        """Set `flag` to 1 if a value is not finite. The tensors are multiplied by 1 at most, which changes no bit."""
+        if not tensors:
+            return
+        if not self._has_fast_check:
+            flag.copy_(~_are_finite(tensors).all())
+            return
+        try:
+            torch._amp_foreach_non_finite_check_and_unscale_(tensors, flag, self._one)
+        except (RuntimeError, TypeError):
+            # It takes tensors of one dtype at a time, and neither sparse nor complex ones.
+            for tensor in tensors:
+                values = [_plain(tensor)]
+                torch._amp_foreach_non_finite_check_and_unscale_(
+                    values, flag, self._one
+                )
+
+
+def first_not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or an infinity; None if none does. Waits for the device."""
+    names = []
+    values = []
+    for name, tensor in tensors.items():
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
+            names.append(name)
+            values.append(tensor.detach())
+    if not values:
+        return None
+    are_finite = _are_finite(values).tolist()
+    return next(
+        (name for name, good in zip(names, are_finite, strict=True) if not good), None
+    )
+
+
+def _are_finite(tensors: list[Tensor]) -> Tensor:
+    """Whether each tensor is finite, by its largest absolute value: another norm could overflow."""
+    largest = torch._foreach_norm([_plain(tensor) for tensor in tensors], INFINITY)
+    return torch.stack([value.isfinite() for value in largest])
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The values of a tensor as real numbers: of a sparse one those that are stored."""
+    if tensor.is_sparse:
+        tensor = tensor._values()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -1,0 +1,94 @@
+"""Tensors within what models and data sets return: dicts, lists, tuples, dataclasses and other objects."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+# Objects whose attributes are not looked at: they are no results.
+OPAQUE = (type, nn.Module)
+MOST_SHOWN = 6
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A copy of `value` in which `function` replaces every tensor; `value` itself where no tensor is replaced.
+
+    Mappings, lists, tuples and objects are copied, never changed, and keep their type.
+    """
+    return _map(function, value, frozenset())
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in `value`, in order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, value)
+    yield from found
+
+
+def describe_tensors(value: Any) -> str:
+    """The shape and dtype of a tensor, `(8, 3) float32`, or of those in a structure with the type of that."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    name = type(value).__name__
+    parts = [describe_tensors(tensor) for tensor in tensors_in(value)]
+    if not parts and isinstance(value, list | tuple):
+        parts = sorted({type(item).__name__ for item in value})
+    shown = ", ".join(parts[:MOST_SHOWN]) + (", …" if len(parts) > MOST_SHOWN else "")
+    return f"{name} of {shown}" if parts else name
+
+
+def _map(
+    function: Callable[[Tensor], Tensor], value: Any, parents: frozenset[int]
+) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if id(value) in parents:  # an object that refers to one that holds it
+        return value
+    parents |= {id(value)}
+    parts = _parts(value)
+    changes = {}
+    for name, part in parts:
+        mapped = _map(function, part, parents)
+        if mapped is not part:
+            changes[name] = mapped
+    return _with_changes(value, changes) if changes else value
+
+
+def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
+    """What `value` is made of, each part with its key, index or attribute."""
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, list | tuple):
+        return list(enumerate(value))
+    if isinstance(value, OPAQUE):
+        return []
+    if is_dataclass(value):
+        names = [field.name for field in fields(value) if hasattr(value, field.name)]
+        return [(name, getattr(value, name)) for name in names]
+    return list(vars(value).items()) if hasattr(value, "__dict__") else []
+
+
+def _with_changes(value: Any, changes: dict[Any, Any]) -> Any:
+    if isinstance(value, Mapping):
+        copied: Any = copy.copy(value)
+        for name, part in changes.items():
+            copied[name] = part
+        return copied
+    if isinstance(value, list | tuple):
+        items = [changes.get(index, item) for index, item in enumerate(value)]
+        is_named = isinstance(value, tuple) and hasattr(value, "_fields")
+        return type(value)(*items) if is_named else type(value)(items)
+    copied = copy.copy(value)
+    for name, part in changes.items():
+        # A frozen dataclass refuses plain assignment, also to its own copy.
+        object.__setattr__(copied, name, part)
+    return copied

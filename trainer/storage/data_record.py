@@ -1,0 +1,219 @@
+"""What a run read, kept as `inputs.json` in its directory: the fingerprints of its data, and its weights' file.
+
+Whatever reads the run's data again (a resume, `evaluate`, `replay`) compares them with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config.schema import RunConfig
+from trainer.data.datasets import Datasets, MapDataset
+from trainer.errors import DataError, LockstepError
+from trainer.storage.files import write_json
+from trainer.storage.fingerprint import Fingerprint, fingerprint
+
+FILE = "inputs.json"
+FORMAT = 1  # of what is hashed: fingerprints of two formats do not compare
+
+# Of a file of weights, so many pieces are read, spread evenly: another training changes every one of them.
+PIECES = 64
+PIECE_SIZE = 2**16  # bytes
+MOST_CHANGES = 3  # named one by one
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """Attributes: class names by class id, the fingerprint of each part, and of the file of `model.weights`."""
+
+    classes: list[str] | None
+    train: Fingerprint
+    val: Fingerprint | None
+    weights: str | None = None
+
+
+def record_data(data: Datasets, weights: Path | None = None) -> DataRecord:
+    """The record of a run on `data` that starts from the file `weights`."""
+    return DataRecord(
+        data.classes,
+        fingerprint(data.train),
+        None if data.val is None else fingerprint(data.val),
+        None if weights is None else file_fingerprint(weights),
+    )
+
+
+def write_record(run: Path, record: DataRecord) -> None:
+    """Write `inputs.json` into the run directory `run`."""
+    write_json(run / FILE, {"format": FORMAT, **asdict(record)})
+
+
+def read_record(run: Path) -> DataRecord | None:
+    """The record in the run directory `run`; None for a run of a version that kept none, or another kind.
+
+    Raises `LockstepError` if it cannot be read.
+    """
+    path = run / FILE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] != FORMAT:
+            return None
+        return DataRecord(
+            values["classes"],
+            Fingerprint(**values["train"]),
+            None if values["val"] is None else Fingerprint(**values["val"]),
+            values["weights"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LockstepError(
+            f"{path} cannot be read ({error}); remove it if the data are those of the run"
+        ) from error
+
+
+def check_same_data(
+    run: Path, data: Datasets, section: RunConfig, *, resumes: bool = True
+) -> tuple[DataRecord | None, str]:
+    """Raise `DataError` if `data` are not those that the run in `run` was trained and validated on.
+
+    Returns the run's record if they are, and None if that is not known. With `run.resume_changes=allow` it returns
+    None, and what changed, in one line, instead of raising.
+    """
+    before = read_record(run)
+    if before is None:
+        return None, ""
+    changes = describe_changes(before, data)
+    if not changes:
+        return before, ""
+    if section.resume_changes == "allow":
+        return None, f"the data have changed since the run began: {changes}"
+    new_run = "start a new run with run.resume=never, " if resumes else ""
+    raise DataError(
+        f"the data of {data.name} are not those of the run in {run}: {changes}. Restore them, {new_run}"
+        f"or accept the change with run.resume_changes=allow"
+    )
+
+
+def check_same_weights(run: Path, weights: Path | None) -> None:
+    """Raise `DataError` if the file of `model.weights` is not the one that the run in `run` began from."""
+    before = read_record(run)
+    if before is None or before.weights is None or weights is None:
+        return
+    if file_fingerprint(weights) != before.weights:
+        raise DataError(
+            f"{weights} is not the file that the run in {run} began from; restore it, or set model.weights to it"
+        )
+
+
+def describe_changes(before: DataRecord, data: Datasets) -> str:
+    """What differs between the data of a record and `data`, in one line; "" for nothing."""
+    changes = [_class_changes(before.classes, data.classes)]
+    changes.append(describe_part("train", before.train, data.train, data.classes))
+    changes.append(describe_part("val", before.val, data.val, data.classes))
+    return "; ".join(change for change in changes if change)
+
+
+def describe_part(
+    name: str,
+    before: Fingerprint | None,
+    dataset: MapDataset | None,
+    classes: Sequence[str] | None,
+) -> str:
+    """What differs between a fingerprint and the samples of a data set, in one line; "" for nothing."""
+    if before is None or dataset is None:
+        if before is None and dataset is None:
+            return ""
+        count = before.samples if before is not None else "no"
+        count_now = len(dataset) if dataset is not None else "no"
+        return f"{count} {name} samples were, {count_now} are"
+    now = fingerprint(dataset, before.block_size)
+    if now.sha256 == before.sha256:
+        return ""
+    noun = f"{name} sample" if before.samples == 1 else f"{name} samples"
+    if now.samples == before.samples:
+        counts = f"{before.samples:,} {noun} as before, of other content or classes"
+    else:
+        counts = f"{before.samples:,} {noun} were, {now.samples:,} are"
+    by_class = _count_changes(before, now, classes)
+    return f"{counts}{by_class}{_first_change(before, now, dataset)}"
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a file's size and of pieces of it: milliseconds for any size. Raises `DataError` without the file."""
+    try:
+        size = path.stat().st_size
+        sha256 = hashlib.sha256(str(size).encode())
+        last = max(0, size - PIECE_SIZE)
+        with path.open("rb") as file:
+            for index in range(PIECES):
+                file.seek(last * index // (PIECES - 1))
+                sha256.update(file.read(PIECE_SIZE))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from None
+    return sha256.hexdigest()
+
+
+def _class_changes(before: list[str] | None, now: list[str] | None) -> str:
+    if before is None or now is None or before == now:
+        return ""
+    if len(before) != len(now):
+        return f"{len(before)} classes were, {len(now)} are"
+    changes = [
+        f'class {index} was "{was}" and is "{name}"'
+        for index, (was, name) in enumerate(zip(before, now, strict=True))
+        if was != name
+    ]
+    return _first_few(changes)
+
+
+def _count_changes(
+    before: Fingerprint, now: Fingerprint, classes: Sequence[str] | None
+) -> str:
+    """The classes whose samples became more or fewer, in parentheses."""
+    if before.by_class is None or now.by_class is None:
+        return ""
+    changes = []
+    for target in sorted({*before.by_class, *now.by_class}, key=int):
+        was, count = before.by_class.get(target, 0), now.by_class.get(target, 0)
+        if was != count:
+            is_named = classes is not None and 0 <= int(target) < len(classes)
+            name = classes[int(target)] if classes and is_named else f"class {target}"
+            changes.append(f"{name} {was:,} → {count:,}")
+    return f" ({_first_few(changes)})" if changes else ""
+
+
+def _first_change(before: Fingerprint, now: Fingerprint, dataset: MapDataset) -> str:
+    """Where the first difference is: a sample, or the block of samples that holds it."""
+    pairs = zip(before.blocks, now.blocks, strict=False)
+    shared = min(len(before.blocks), len(now.blocks))
+    block = next(
+        (index for index, (was, is_now) in enumerate(pairs) if was != is_now), shared
+    )
+    first = block * before.block_size
+    if first >= now.samples:
+        return ", the last are missing"
+    last = min(first + before.block_size, now.samples) - 1
+    paths = getattr(dataset, "paths", None)
+    name = f" ({paths[first]})" if paths is not None else ""
+    if last == first:
+        return f", from sample {first}{name} on"
+    return f", from between samples {first} and {last}{name} on"
+
+
+def _first_few(changes: list[str]) -> str:
+    return ", ".join(changes[:MOST_CHANGES]) + (
+        ", …" if len(changes) > MOST_CHANGES else ""
+    )
+
+
+def plain_values(record: DataRecord) -> dict[str, Any]:
+    """The fingerprints alone, for `environment.json`."""
+    return {
+        "train": record.train.sha256,
+        "val": None if record.val is None else record.val.sha256,
+    }
