@@ -25,7 +25,10 @@ from trainer.process.ranks import Ranks
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained, and where. `sgd` holds the optimizer's arguments, `autocast` a dtype or None."""
+    """What is trained, and where. `sgd` holds the optimizer's arguments, `autocast` a dtype or None.
+
+    `channels_last` and `compiled` are of the model.
+    """
 
     make_model: Callable[[], nn.Module]
     data: ImageArrays
@@ -34,6 +37,8 @@ class Work:
     sgd: dict[str, Any]
     ranks: Ranks
     autocast: torch.dtype | None = None
+    channels_last: bool = False
+    compiled: bool = False
 
     @property
     def cuts(self) -> int:
@@ -41,6 +46,10 @@ class Work:
 
     def model_and_optimizer(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         model = self.make_model().to(self.ranks.device).train()
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if self.compiled:
+            model.compile()
         return model, torch.optim.SGD(model.parameters(), **self.sgd)
 
     def fetch(self, ids: Tensor) -> tuple[Tensor, Tensor]:

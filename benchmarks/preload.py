@@ -1,8 +1,16 @@
-"""What the processes of a benchmark need, imported once for all of them."""
+"""What the processes of a benchmark need, imported once for all of them; what is not installed is left out."""
 
-import accelerate  # noqa: F401
-import sklearn.datasets
-import sklearn.model_selection  # noqa: F401
-import torchvision.transforms.v2  # noqa: F401
+from contextlib import suppress
+from importlib import import_module
 
-import trainer.trainer  # noqa: F401
+NAMES = (
+    "accelerate",
+    "sklearn.datasets",
+    "sklearn.model_selection",
+    "torchvision.transforms.v2",
+    "torch._dynamo",  # every optimizer imports it
+    "trainer.trainer",
+)
+for name in NAMES:
+    with suppress(ImportError):
+        import_module(name)

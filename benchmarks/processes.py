@@ -20,7 +20,24 @@ CLEAN = multiprocessing.get_context("forkserver")
 # scikit-learn's, or it leaves semaphores behind.
 os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")
 CLEAN.set_forkserver_preload(["benchmarks.preload"])
+FORK = multiprocessing.get_context("fork")
 PATIENCE = 300.0  # seconds for the processes of a run to end
+MAY_FORK = "BENCHMARKS_MAY_FORK"  # the process id of one that has run nothing of torch
+
+
+def allow_fork() -> None:
+    """Fork from this process from now on, which saves importing torch again. It must run nothing of torch before."""
+    os.environ[MAY_FORK] = str(os.getpid())
+
+
+def _context() -> Any:
+    import torch
+
+    if os.environ.get(MAY_FORK) != str(os.getpid()):
+        return CLEAN
+    # CUDA cannot be used in a fork of a process that has used it.
+    is_used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return CLEAN if is_used else FORK
 
 
 def on_processes(
@@ -35,9 +52,10 @@ def on_processes(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    pipes = [CLEAN.Pipe(duplex=False) for _ in range(count)]
+    context = _context()
+    pipes = [context.Pipe(duplex=False) for _ in range(count)]
     processes = [
-        CLEAN.Process(
+        context.Process(
             target=_as_rank,
             args=((rank, count, port), device, pipe[1], partial(function, *args)),
         )

@@ -13,10 +13,11 @@ from trainer import Config, Trainer
 from trainer.data.datasets import ImageArrays, digits
 
 SGD = {"lr": 0.02, "momentum": 0.9}
+DISTINCT = 512
 
 
 def settings(directory: Path, **changes: Any) -> Config:
-    """A short run, quiet. Changes are dotted keys with `__` for the dot."""
+    """A short run, quiet. Changes are dotted keys with `__` for the dot; None removes a key."""
     tree: dict[str, Any] = {
         "run": {"dir": str(directory), "figures": False},
         "batch": {"size": 64},
@@ -29,6 +30,8 @@ def settings(directory: Path, **changes: Any) -> Config:
     for name, value in changes.items():
         section, _, key = name.partition("__")
         tree.setdefault(section, {})[key] = value
+        if value is None:
+            del tree[section][key]
     return Config.from_dict(tree)
 
 
@@ -41,19 +44,25 @@ def fitted(
     return trainer
 
 
-def resnet18() -> nn.Module:
-    from torchvision.models import resnet18
-
-    model: nn.Module = resnet18(num_classes=10)
-    return model
-
-
 def first_digits(samples: int) -> ImageArrays:
     train = digits().train
     return ImageArrays(*train.batch(torch.arange(samples)))  # type: ignore[attr-defined]
 
 
-def noise(samples: int, side: int) -> ImageArrays:
-    """Images of `side` × `side` pixels, of no meaning."""
-    images = torch.randint(256, (samples, 3, side, side), dtype=torch.uint8)
-    return ImageArrays(images, torch.randint(10, (samples,)))
+def patterns(samples: int) -> ImageArrays:
+    """Images of 8 × 8 pixels that a small net learns within seconds: a pattern for each of 10 classes, under noise."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (1, 8, 8)
+    of_class = torch.randint(256, (10, *shape), generator=draw)
+    of_sample = torch.randint(256, (samples, *shape), generator=draw)
+    targets = torch.arange(samples) % 10
+    images = (of_class[targets] + of_sample) // 2
+    return ImageArrays(images.byte(), targets)
+
+
+def noise(samples: int, side: int, classes: int = 10) -> ImageArrays:
+    """Images of `side` × `side` pixels, of no meaning; at most `DISTINCT` of them differ, for drawing takes seconds."""
+    distinct = min(samples, DISTINCT)
+    images = torch.randint(256, (distinct, 3, side, side), dtype=torch.uint8)
+    ids = torch.arange(samples) % distinct
+    return ImageArrays(images[ids], torch.randint(classes, (samples,)))

@@ -93,6 +93,10 @@ class Program:
         """Of each rank: negative where a signal ended it, None where it runs."""
         return [process.exitcode for process in self._processes]
 
+    def errors(self) -> str:
+        """What it has written to stderr so far."""
+        return self._errors.read_text()
+
     def is_running(self) -> bool:
         return any(process.is_alive() for process in self._processes)
 

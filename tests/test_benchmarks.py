@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 from torchvision.models import mobilenet_v3_small
 
-from benchmarks import fuse, loops, scale, step_time
-from benchmarks.gpu import CHECKS, main
+from benchmarks import fuse, loops, resnet, scale, step_time
+from benchmarks.gpu.check import Answer, Check, Setting, T, Unanswered
+from benchmarks.gpu.checks import CHECKS, check_named
+from benchmarks.gpu.isolation import Failure, run_isolated
+from benchmarks.gpu.report import Report, row_of
+from benchmarks.processes import allow_fork
 from benchmarks.subjects import first_digits, fitted, settings
 from benchmarks.timing import LOCKSTEP, InterleavedTrainer, Rounds, quartiles
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import largest_difference, state
 from tests.programs import run_program
 from tests.test_configs import image_folder
+from trainer.exact.refused import RefusedOperations
+
+ROOT = Path(__file__).parents[1]
 
 LOOPS = [
     "raw",
@@ -173,55 +184,234 @@ def test_quartiles_are_of_each_rounds_own_ratio() -> None:
     assert quartiles(seconds, LOCKSTEP, "raw")[1].tolist() == pytest.approx([1.5, 1.5])
 
 
-def gpu(*arguments: str) -> tuple[int, str]:
-    """Exit status and output of the GPU report where there is none."""
+def gpu(
+    *arguments: str,
+    without: tuple[str, ...] = (),
+    tmp_path: Path | None = None,
+    hide: bool = True,
+) -> tuple[int, str, str]:
+    """Exit status and output of the GPU report where a GPU is hidden, and where some packages are not installed."""
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if hide else {})
+    if tmp_path is not None:
+        (tmp_path / "sitecustomize.py").write_text(NOT_INSTALLED.format(without))
+        paths = (tmp_path, ROOT)
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=600,
+        check=False,
+    )
+    return result.returncode, result.stdout, result.stderr
 
-    def call() -> tuple[int, str]:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        with redirect_stdout(io.StringIO()) as printed:
-            return main(arguments), printed.getvalue()
 
-    ((status, printed),) = on_ranks(1, call)
-    return status, printed
+# Python imports a module of this name when it starts, in every process.
+NOT_INSTALLED = """
+from importlib.machinery import PathFinder
+find_spec = PathFinder.find_spec
+def find_installed(name, path=None, target=None):
+    return None if name.split(".")[0] in {!r} else find_spec(name, path, target)
+PathFinder.find_spec = find_installed
+"""
 
 
+@pytest.mark.fresh_process
+def test_gpu_report_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
+    """Every check that can run does, without what a machine with a GPU may lack, and both files say the same."""
+    absent = ("wandb", "omegaconf", "matplotlib", "sklearn")
+    status, printed, errors = gpu(
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "new"),
+        without=absent,
+        tmp_path=tmp_path,
+    )
+    assert status == 0, printed + errors
+    (saved,) = (tmp_path / "new").glob("*.json")
+    report = json.loads(saved.read_text())
+    rows = {row["name"]: row for row in report["checks"]}
+    assert list(rows) == [check.name for check in CHECKS]
+    for check in CHECKS:
+        row = rows[check.name]
+        expected = ("pass", "open") if check.is_correctness else ("rehearsed", "open")
+        assert row["result"] in expected, row
+        assert f"{check.name}: {row['text']}" in printed
+        assert (
+            f"**{row['result']}**: {row['text']}"
+            in saved.with_suffix(".md").read_text()
+        )
+    assert "only a GPU can answer" in rows["host-waits"]["text"]
+    assert rows["hashes-resnet18"]["result"] == "pass"
+    assert rows["resnet50"]["values"]["raw_images_per_second"] > 0
+    assert report["machine"]["torch"] == torch.__version__.partition("+")[0]
+
+
+@pytest.mark.fresh_process
+def test_gpu_report_says_what_is_not_installed(tmp_path: Path) -> None:
+    lacking = gpu("--list", without=("accelerate", "rich"), tmp_path=tmp_path)
+    assert lacking[0] == 2
+    assert "nothing runs without: accelerate, rich;" in lacking[2]
+    assert lacking[2].count("\n") == 1
+    status, printed, _ = gpu(
+        *("--device", "cpu", "--only", "jpeg", "--only", "tiny-net"),
+        without=("torchvision",),
+        tmp_path=tmp_path,
+    )
+    assert status == 0
+    assert "- rehearsed tiny-net:" in printed
+    assert "- open jpeg: torchvision, which decodes images, is not inst" in printed
+
+
+@pytest.mark.fresh_process
 def test_without_a_gpu_one_line_says_so() -> None:
-    status, printed = gpu()
+    status, printed, _ = gpu()
     assert status == 0
     assert printed.startswith("no CUDA GPU here")
     assert printed.count("\n") == 1
 
 
-def test_gpu_checks_run_on_the_cpu(tmp_path: Path) -> None:
-    # The others take longer.
-    names = [
-        "peak memory",
-        "host syncs",
-        "pixels",
-        "bf16",
-        "bitwise",
-        "fused",
-        "sync BatchNorm",
-        "resume",
-    ]
-    status, printed = gpu(*names, "--device", "cpu", "--save", str(tmp_path / "gpu.md"))
-    assert status == 0
-    assert [
-        line.split(" ", 2)[2].split(":")[0]
-        for line in printed.splitlines()
-        if line.startswith("- ")
-    ] == names
-    assert "FAIL" not in printed
-    assert all(f"**{name}**" in (tmp_path / "gpu.md").read_text() for name in names)
+class AsOnGpu(Setting):
+    """The CPU, in the place of a GPU, with a rehearsal's sizes."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return True
+
+    def pick(self, full: T, quick: T, rehearsal: T) -> T:
+        return rehearsal
+
+
+def answer_as_on_gpu(name: str, directory: Path) -> Answer:
+    allow_fork()
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.max_memory_allocated = lambda *_: 1000  # type: ignore[assignment]
+    Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[assignment, method-assign]
+    return check_named(name).answer(AsOnGpu("cpu", False, directory))
+
+
+@pytest.mark.parametrize(
+    ("name", "passed", "text"),
+    [
+        ("copy-overlap", None, "% of the shorter one is hidden: copies "),
+        ("memory-resnet18", None, "1.0000 × the raw loop's (0 and 0 MiB), within"),
+        ("max-pool-backward", True, "the same in 4 of 4"),
+        ("jpeg", None, " by the GPU"),
+        ("host-waits", False, "torch does not report a wait that is there"),
+    ],
+)
+def test_what_only_a_gpu_answers_is_put_in_words(
+    name: str, passed: bool | None, text: str, tmp_path: Path
+) -> None:
+    (answer,) = on_ranks(1, answer_as_on_gpu, name, tmp_path)
+    assert answer.passed is passed
+    assert text in answer.text
+    json.dumps(answer.values)
+
+
+def hang(pid_file: Path) -> None:
+    if os.fork() == 0:
+        pid_file.write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def fail() -> None:
+    raise ValueError("of its own\nand more")
+
+
+def end_by_signal() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_check_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
+    """An error, a crash and a hang are a row each; a hang's processes are ended."""
+    log, pid_file = tmp_path / "log", tmp_path / "pid"
+    results = {
+        "fail": run_isolated(fail, limit=60, log=log),
+        "end_by_signal": run_isolated(end_by_signal, limit=60, log=log),
+        "hang": run_isolated(hang, pid_file, limit=10, log=log),
+    }
+    pid = int(pid_file.read_text())
+    deadline = time.monotonic() + 10
+    while is_running(pid):  # a kill takes a moment on a busy machine
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    texts = {}
+    for name, result in results.items():
+        check = Check(name, "?", lambda _: Answer(""), True, 1)
+        row = row_of(check, result, 0.0, on_gpu=True)
+        assert row.breaks_promise
+        texts[name] = row.text
+    assert texts == {
+        "fail": "ValueError: of its own",
+        "end_by_signal": "its process ended with SIGSEGV",
+        "hang": "not done within 10 s",
+    }
+
+
+@pytest.mark.parametrize(
+    ("is_correctness", "result", "broken"),
+    [
+        (True, Answer("", passed=False), True),
+        (True, Answer("", passed=True), False),
+        (True, Unanswered("no package"), False),
+        (False, Failure("slow"), False),
+    ],
+)
+def test_only_a_check_of_correctness_breaks_the_promise(
+    is_correctness: bool, result: object, broken: bool, tmp_path: Path
+) -> None:
+    check = Check("name", "?", lambda _: Answer(""), is_correctness, 1)
+    report = Report({"device": "H", "torch": "2"}, {"device": "cuda"}, tmp_path)
+    report.add(row_of(check, result, 1.0, on_gpu=True))
+    assert report.rows[0].breaks_promise == broken
+    assert ("not correct or not known to be: name" in report.summary()) == broken
+    (page,) = tmp_path.glob("*-gpu-h-torch-2.md")
+    assert report.summary() in page.read_text()
+
+
+def test_the_readme_says_whether_a_gpu_was_tried() -> None:
+    results = [*(ROOT / "docs" / "results").glob("*-gpu-*.md")]
+    says_none = "No GPU has been tried yet" in (ROOT / "README.md").read_text()
+    assert says_none == (not results)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_own_resnets_are_torchvisions(name: str) -> None:
+    torch.manual_seed(0)
+    own = getattr(resnet, name)(num_classes=7).eval()
+    theirs = getattr(torchvision.models, name)(num_classes=7).eval()
+    state = theirs.state_dict()
+    assert len(state) == len(own.state_dict())
+    own.load_state_dict(dict(zip(own.state_dict(), state.values(), strict=True)))
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(own(images), theirs(images))
+    watch = RefusedOperations(own)
+    with watch.watching():
+        own.train()(images).sum().backward()
+    assert not watch.messages()  # CUDA runs it in bitwise mode
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    "name", [name for name in CHECKS if not name.startswith("step time")]
+    "name", [check.name for check in CHECKS if check.is_correctness]
 )
-def test_on_a_gpu(name: str) -> None:
-    assert "PASS" in run("gpu", name)
+def test_on_a_gpu(name: str, tmp_path: Path) -> None:
+    arguments = ("--quick", "--only", name, "--output", str(tmp_path))
+    status, printed, errors = gpu(*arguments, hide=False)
+    assert status == 0, errors
+    assert f"- pass {name}" in printed
 
 
 def test_transfer_compares_both_recipes_with_the_script(tmp_path: Path) -> None:

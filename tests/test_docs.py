@@ -97,9 +97,10 @@ def test_files_modules_and_commands_exist(page: Path) -> None:
     for path in PATH.findall(text):
         assert (ROOT / path).exists(), f"{page_name(page)} names {path}"
     for module in MODULE.findall(text):
-        assert Path(ROOT, *module.split(".")).with_suffix(".py").is_file(), (
-            f"{page_name(page)} runs {module}"
-        )
+        place = Path(ROOT, *module.split("."))
+        is_program = place.with_suffix(".py").is_file()
+        is_program_folder = (place / "__main__.py").is_file()
+        assert is_program or is_program_folder, f"{page_name(page)} runs {module}"
     for block in code_blocks(page, "sh"):
         for command in COMMAND.findall(block):
             assert command in COMMANDS, f"{page_name(page)} runs {command}"

@@ -16,12 +16,12 @@ from trainer.data.loading import (
     Loader,
     Normalize,
     _pin,
-    _tensors_in,
     _wait_for_copy,
     build_loaders,
 )
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.errors import ConfigError, DataError
+from trainer.exact.structures import tensors_in
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.5, 0.25], [0.2, 0.4]
@@ -224,7 +224,7 @@ def test_every_tensor_of_a_nested_batch_is_pinned(
         result.inputs["views"][1][1], Pair
     )
     assert not {
-        id(tensor) for tensor in _tensors_in((result.inputs, result.targets))
+        id(tensor) for tensor in tensors_in((result.inputs, result.targets))
     } & {id(t) for t in tensors}
 
 
@@ -237,12 +237,11 @@ def test_the_memory_of_every_tensor_of_a_nested_batch_is_kept(
 
     stream = Stream()
     recorded: list[tuple[float, Any]] = []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(
         Tensor,
         "record_stream",
         lambda tensor, user: recorded.append((float(tensor[0]), user)),
     )
-    _wait_for_copy(nested_batch()[0], "end of copy")  # type: ignore[arg-type]
+    _wait_for_copy(nested_batch()[0], "end of copy", stream)  # type: ignore[arg-type]
     assert sorted(number for number, _ in recorded) == list(range(8))
     assert all(user is stream for _, user in recorded)

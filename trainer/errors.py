@@ -37,6 +37,17 @@ class OtherRankFailed(LockstepError):
     """A defect of the program has ended another rank, which shows its traceback. Exit status 1."""
 
 
+class HangError(LockstepError):
+    """The ranks waited for one another in vain. `reporter` is the rank that reports it. Exit status 1."""
+
+    def __init__(self, message: str, reporter: int | None = None) -> None:
+        super().__init__(message, reporter)
+        self.reporter = reporter
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class Stopped(LockstepError):
     """A signal stopped the run at a step boundary, after a complete checkpoint. Exit status 128 + the signal."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from trainer.components.weights import weights_file
 from trainer.config.registry import build_observers
 from trainer.config.schema import Config
 from trainer.core.build import build_run, settings_of
+from trainer.core.finite_watch import FiniteWatch
 from trainer.core.first_forward import check_first_forward
 from trainer.core.further import (
     of_best,
@@ -35,15 +37,9 @@ from trainer.core.further import (
 )
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
-from trainer.core.not_finite import (
-    all_skipped,
-    describe_step,
-    first_bad_step,
-    refuse_not_finite,
-    skipped_in_a_row,
-    validation_not_finite,
-)
+from trainer.core.not_finite import refuse_not_finite, validation_not_finite
 from trainer.core.observers import Observer, Observers, Stateful
+from trainer.core.out_of_memory import explain_out_of_memory
 from trainer.core.preflight import notes_on
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.refused import refuse_nondeterministic
@@ -60,13 +56,21 @@ from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.determinism import refused_operation
-from trainer.exact.finite import BadSteps, FiniteFlags
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import modes_of_others, restore_modes
 from trainer.exact.plan import Plan, Step
 from trainer.exact.standard import StandardReduction
+from trainer.process.activity import (
+    ENDING,
+    EXCHANGING,
+    LOGGING,
+    SAVING,
+    UPDATING,
+    activity,
+)
 from trainer.process.ranks import Ranks
 from trainer.process.signals import StopRequest
+from trainer.process.watchdog import watching
 from trainer.reporting import summary as report
 from trainer.reporting.figures import drawing
 from trainer.reporting.journal import Journal
@@ -78,9 +82,6 @@ from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
 from trainer.storage.run_directory import check_same_run, config_yaml
 from trainer.storage.shared_checkpoint import load_on_all
-
-# By then fp16's loss scale is 2^-34 of what it began with.
-MOST_SKIPPED_IN_A_ROW = 50
 
 
 class Trainer:
@@ -112,7 +113,7 @@ class Trainer:
     ) -> None:
         # Those that a subclass assigned before this call.
         attributes_before = frozenset(vars(self))
-        with settings_of(config):
+        with settings_of(config), watching(config.run.timeout):
             self.run = build_run(
                 config, model=model, train_data=train_data, val_data=val_data, task=task
             )
@@ -138,9 +139,7 @@ class Trainer:
         self.progress = Progress()
         self.schedule = self._build_schedule()
         self.meter = Meter(self.run.task, self.ranks, exact=self.run.bitwise)
-        self.finite = FiniteFlags(self.ranks.device)
-        self._bad_steps = BadSteps()
-        self.is_held_back = False  # the last step did not update the weights
+        self.finite = FiniteWatch(self.run)
         self.interval_totals = Totals()
         self.epoch_totals = Totals()
         self.grad_norm: Tensor | None = None
@@ -197,25 +196,34 @@ class Trainer:
                 "this Trainer has trained already; make a new one, with run.resume=auto to go on"
             )
         self._stateful_objects()  # refuses now what could not be saved later
-        with self.run.settings(), self._explained():
+        with (
+            self.run.settings(),
+            watching(self.config.run.timeout),
+            self._explained(),
+        ):
             self.try_out()
             with (
                 StopRequest(self.ranks) as stop,
                 Journal(self.config, self.ranks) as self._journal,
             ):
+                activity.directory = self._journal.directory
                 self._resume(self._journal.resume_from)
                 self._introduce()
                 try:
-                    self.start()
-                    for note in self.resume_notes:
-                        self.journal.console.note(note)
-                    self.journal.start_clock(
-                        self.plan, self.progress.step, self.last_step
-                    )
-                    self._loop(stop)
-                    return self._finish()
+                    # Also here: a hang is reported before anything is cleaned up.
+                    with self._explained():
+                        return self._train(stop)
                 finally:
+                    activity.leave(sys.exception())
                     self.end_loading()
+
+    def _train(self, stop: StopRequest) -> dict[str, Any]:
+        self.start()
+        for note in self.resume_notes:
+            self.journal.console.note(note)
+        self.journal.start_clock(self.plan, self.progress.step, self.last_step)
+        self._loop(stop)
+        return self._finish()
 
     def try_out(self) -> None:
         """Find out what would fail later, and choose `fuse`, before anything is trained. A collective.
@@ -234,7 +242,13 @@ class Trainer:
         try:
             yield
         except RuntimeError as error:
-            cause = refused_operation(error) or self.ranks.explain(error)
+            cause = (
+                refused_operation(error)
+                or explain_out_of_memory(
+                    error, self.run, self.fuse, self.progress.step + 1
+                )
+                or self.ranks.explain(error)
+            )
             if cause is None:
                 raise
             raise cause from None
@@ -327,7 +341,9 @@ class Trainer:
             self.end_epoch(self.plan.step(self.progress.step - 1))
         for step in self.plan.steps(self.progress.step, self.last_step):
             self.train_step(step)
-            if self.is_held_back or self._is_logged(step):
+            activity.is_first_step = False
+            is_bad = self.finite.is_held_back and not self.finite.leaves_out
+            if is_bad or self._is_logged(step):
                 self.log(step)
             self.progress.epoch_end_is_due = step.last_in_epoch
             # Before the evaluation, which may fail on a sample that training never saw.
@@ -345,10 +361,12 @@ class Trainer:
         Steps are taken in order, after `start`.
         """
         run, reduction = self.run, self.reduction
+        activity.step = step.number
         if step.first_in_epoch:
             self._freeze(step.epoch)
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
 
+        undo = self._undo_of_step() if self.finite.leaves_out else None
         reduction.begin(step)
         losses = []
         # This rank's micro-batches, on the device.
@@ -361,8 +379,10 @@ class Trainer:
             losses.append(loss.total)
             self.meter.add(batch, output, loss)
             self.observers.micro_batch(step, batch, output, loss)
+        activity.mark(EXCHANGING)
         reduction.finish(step)
-        not_finite = self.finite.mark(step.number, losses, reduction.gradients())
+        activity.mark(UPDATING)
+        is_held_back = self.finite.mark(step.number, losses, reduction.gradients())
 
         needs_norm = self._needs_gradient_norm(step)
         if needs_norm or self.observers.look_at_gradients:
@@ -370,17 +390,28 @@ class Trainer:
         if needs_norm:
             self.grad_norm = reduction.clip(self.config.train.max_grad_norm)
         self.observers.gradient(step)
-        # Only on the CPU, where it costs nothing to ask; on a GPU such a step ends the run before anything is kept.
-        is_known = self.ranks.device.type == "cpu" and not run.precision.skips_overflow
-        self.is_held_back = is_known and bool(not_finite)
-        if not self.is_held_back:
+        if not is_held_back:
             run.precision.step(self.optimizer)
+        elif undo is not None:
+            undo()
+            self.grad_norm = None
         self.optimizer.zero_grad()
         self.progress.step = step.number
         self.progress.samples_seen += step.size
         if self._statistics_are_read:
             reduction.gather_statistics()
         self.observers.step(step)
+
+    def _undo_of_step(self) -> Callable[[], None]:
+        """A function that undoes what a step without its update does: to buffers, and to the sums of the next row."""
+        restore_buffers = self.reduction.snapshot()
+        forget_sums = self.meter.mark()
+
+        def undo() -> None:
+            restore_buffers()
+            forget_sums()
+
+        return undo
 
     def _needs_gradient_norm(self, step: Step) -> bool:
         is_clipped = self.config.train.max_grad_norm is not None
@@ -390,6 +421,7 @@ class Trainer:
         """Freeze and thaw parameters as `epoch` asks for. A collective, at an epoch's first step."""
         modes = modes_of_others(self.module)
         if self.run.freezing.apply(epoch):
+            activity.is_first_step = True  # what was compiled is compiled anew
             self.reduction.rebuild()
             self.module.train()
             restore_modes(modes)
@@ -403,14 +435,13 @@ class Trainer:
     def measure(self, step: Step) -> Row:
         """A row of the steps since the last row. A collective; only here does training wait for the device."""
         self._read_meter()
-        self._read_flags()
+        skipped = self.finite.count(self.progress)
         row: Row = {"step": step.number, "epoch": step.epoch + 1}
         row |= _with_prefix("train/", self.interval_totals.means())
         row |= learning_rates(self.optimizer)
         if self.grad_norm is not None:
             row["grad_norm"] = self.grad_norm.item()
-        if self.run.precision.skips_overflow:
-            row["skipped_steps"] = self.progress.skipped_steps
+        row |= skipped
         row |= self.stopwatch.pace(
             self.progress.samples_seen, self.batches.take_waited()
         )
@@ -420,47 +451,18 @@ class Trainer:
 
     def log(self, step: Step) -> None:
         """Log a row. Raises `LockstepError` if a loss or a gradient since the last row is not finite."""
+        activity.mark(LOGGING)
         row = self.measure(step)
         self.observers.row(row)
         self.journal.log(row, self.digest() if self.ranks.is_main else "")
         self._check_finite()
 
     def _check_finite(self) -> None:
-        """Raise `LockstepError`, on every rank, if a step since the last check was not finite. A collective.
-
-        Waits for the device. Called before anything is kept, so nothing is kept of such a step.
-        """
-        self._read_flags()
-        first = first_bad_step(self._bad_steps, self.run)
-        if first is not None:
-            number, what = first
-            raise describe_step(
-                self.run,
-                self.plan.step(number - 1),
-                what,
-                saved_step=self._saved_step,
-                directory=None if self._journal is None else self.journal.directory,
-            )
-
-    def _read_flags(self) -> None:
-        """Note which steps since the last read were not finite."""
-        bad = self.finite.read()
-        self._bad_steps.loss += bad.loss
-        if self.run.precision.skips_overflow:
-            self._count_skipped(bad.gradient)
-        else:
-            self._bad_steps.gradient += bad.gradient
-
-    def _count_skipped(self, steps: list[int]) -> None:
-        """Count the steps that fp16 skipped. Raises `LockstepError` where it skips one after the other."""
-        progress = self.progress
-        for step in steps:
-            follows = step == progress.last_skipped_step + 1
-            progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if follows else 1
-            progress.last_skipped_step = step
-            progress.skipped_steps += 1
-            if progress.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
-                raise skipped_in_a_row(MOST_SKIPPED_IN_A_ROW, step)
+        """Raise `LockstepError`, on every rank, if a step was not finite. Called before anything is kept."""
+        directory = None if self._journal is None else self.journal.directory
+        self.finite.check(
+            self.progress, saved_step=self._saved_step, directory=directory
+        )
 
     def digest(self) -> str:
         """The digest of the weights, a loss's own included, which are the same on every rank."""
@@ -488,6 +490,7 @@ class Trainer:
         row = {"step": step.number, "epoch": step.epoch + 1, **means}
         if evaluate and self.run.evaluator is not None:
             row |= _with_prefix("val/", self.evaluate())
+            activity.mark(LOGGING)
         row |= learning_rates(self.optimizer)
         self.observers.row(row)
         is_best = self._save_if_best(row)
@@ -535,8 +538,10 @@ class Trainer:
         progress.best = value
         progress.best_step = int(row["step"])
         progress.best_epoch = int(row["epoch"])
+        activity.mark(SAVING)
         self.reduction.gather()
         self.ranks.on_main(lambda: self._save_best(row))
+        activity.mark(LOGGING)
         return True
 
     def _is_best(self, value: float) -> bool:
@@ -572,6 +577,7 @@ class Trainer:
 
         Raises `LockstepError` if the run is not finite: no checkpoint holds NaN or an infinity.
         """
+        activity.mark(SAVING)
         self._check_finite()
         self.reduction.gather()
         check_same_weights(self.run, self.progress.step)
@@ -584,6 +590,7 @@ class Trainer:
         self._tell_late_buffers()
         self.ranks.on_main(lambda: self._write_checkpoint(states))
         self._saved_step = self.progress.step
+        activity.mark(UPDATING)
         self.stopwatch.mark(self.progress.samples_seen)
 
     def _tell_late_buffers(self) -> None:
@@ -729,6 +736,7 @@ class Trainer:
 
         All this comes after the last checkpoint, so a run that goes on from it shows no trace of having ended here.
         """
+        activity.mark(ENDING)
         last = self.plan.step(self.progress.step - 1)
         self.reduction.gather()
         recalibrate = self.config.batch_norm.recalibrate_at == "end"
@@ -739,9 +747,9 @@ class Trainer:
             self.log(last)
         if is_changed or not self._is_evaluated(last):
             self._log_epoch(last, {}, evaluate=True)
+        activity.mark(ENDING)
         self.stopwatch.stop(self.progress)
-        if self.progress.skipped_steps == self.progress.step:
-            raise all_skipped(self.progress.step)
+        self.finite.check_end(self.progress)
         summary = report.summary(self.run, self.progress, self.optimizer)
         self.journal.keep_summary(summary)
         self.journal.finish(

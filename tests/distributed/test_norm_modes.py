@@ -19,7 +19,7 @@ from tests.distributed.small import (
     largest_difference,
     state,
 )
-from trainer import ConfigError, Observer, Trainer
+from trainer import ConfigError, LockstepError, Observer, Trainer
 from trainer.core.build import Run
 from trainer.exact.plan import Plan, Step
 
@@ -276,7 +276,7 @@ class OneRankInEval(Observer):
 def refused(directory: Path, make: Callable[[], nn.Module], mode: str) -> str:
     try:
         run(directory, make, run__reproducibility=mode)
-    except ConfigError as error:
+    except LockstepError as error:
         return str(error)
     except RuntimeError:  # the other rank has ended
         return ""

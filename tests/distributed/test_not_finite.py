@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -277,7 +278,7 @@ def test_fp16_that_skips_every_step(tmp_path: Path, steps: int) -> None:
             "train__max_steps": steps,
         },
     )
-    expected = "every one of the 3 steps" if steps == 3 else "50 steps in a row"
+    expected = "all 3 steps were left out" if steps == 3 else "50 steps in a row"
     assert expected in message
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1].get("skipped_steps", rows[0]["skipped_steps"]) > 0
@@ -315,7 +316,7 @@ def test_flags(dtype: torch.dtype, value: float) -> None:
     last = 2 * CAPACITY + 3
     for step in range(1, last + 1):
         gradients = [*good, bad] if step in (2, CAPACITY, last) else good
-        flag = flags.mark(step, losses, gradients)
+        _, flag = flags.mark(step, losses, gradients)
         assert bool(flag) == (gradients is not good)
     result = flags.read()
     assert result.loss == []
@@ -344,3 +345,102 @@ def test_flags_of_mixed_sparse_and_complex_gradients() -> None:
         "c": torch.tensor([1]),
     }
     assert first_not_finite(names) == "b"
+
+
+# ---------------------------------------------------------------- train.non_finite=skip
+
+
+class WithNorm(nn.Module):
+    """A norm layer, whose statistics a step with NaN inputs would spoil."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.body = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def plain_loop() -> dict[str, Tensor]:
+    """The same in plain PyTorch: a step whose loss is NaN is not taken, and its statistics are put back."""
+    model = WithNorm().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    data = Marked(40, value=float("nan"))
+    for step in plan().steps():
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        optimizer.zero_grad()
+        total = 0.0
+        for index in range(len(step.micro_batches)):
+            samples = [data[int(i)] for i in plan().sample_ids(step, index)]
+            points = torch.stack([point for point, _ in samples])
+            labels = torch.tensor([label for _, label in samples])
+            loss = F.cross_entropy(model(points), labels, reduction="sum") / step.size
+            loss.backward()
+            total += loss.item()
+        if math.isfinite(total):
+            optimizer.step()
+        else:
+            model.load_state_dict(before)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("reproducibility", ["standard", "bitwise"])
+def test_a_step_that_is_left_out(
+    tmp_path: Path, ranks: int, reproducibility: str
+) -> None:
+    """As in a plain loop that skips it, on any number of ranks; counted, and no row is NaN."""
+
+    def fit() -> tuple[dict[str, Tensor], Any]:
+        settings = config(
+            tmp_path,
+            run__reproducibility=reproducibility,
+            batch__micro_size=7,
+            train__epochs=EPOCHS,
+            train__log_every=3,
+            train__non_finite="skip",
+        )
+        trainer = Trainer(
+            settings,
+            model=WithNorm(),
+            train_data=Marked(40, value=float("nan")),
+            val_data=Points(40, ignored=False),
+        )
+        summary = trainer.fit()
+        return state(trainer), summary
+
+    expected = plain_loop()
+    for weights, summary in on_ranks(ranks, fit):
+        assert summary["skipped_steps"] == EPOCHS
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-12, atol=1e-12)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert all(row[key] == row[key] for row in rows for key in row)
+    assert rows[-2]["skipped_steps"] == EPOCHS
+
+
+def test_a_run_of_steps_left_out_ends(tmp_path: Path) -> None:
+    class AllNaN(Points):
+        def __getitem__(self, i: int) -> tuple[Tensor, int]:
+            point, label = super().__getitem__(i)
+            return point * float("nan"), label
+
+    for steps, expected in ((3, "all 3 steps"), (60, "left out 50 steps in a row")):
+        changes = {
+            "train__non_finite": "skip",
+            "train__epochs": 20,
+            "train__max_steps": steps,
+            "run__resume": "never",
+        }
+        data = AllNaN(ignored=False)
+        message = failure(
+            tmp_path,
+            data,
+            task=None,
+            val_data=None,
+            changes=changes | {"best__metric": "train/loss", "best__mode": "min"},
+        )
+        assert expected in message

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from tests.distributed.small import (
     largest_difference,
     state,
 )
-from tests.programs import Program
+from tests.programs import Program, run_program
 from trainer import Config, LockstepError, Trainer
 from trainer.process.ranks import Ranks
 from trainer.reporting.figures import drawing
@@ -335,3 +336,31 @@ def test_other_data_on_one_machine_is_one_message(tmp_path: Path) -> None:
     assert first[0] == "DataError"
     assert "the val samples of folder on rank 1 (" in first[1]
     assert "5 samples and 4 samples" in first[1]
+
+
+EVALUATE_ON_OWN_MACHINE = """
+import os, sys
+os.environ["LOCAL_WORLD_SIZE"] = "1"
+from trainer.__main__ import run
+sys.argv = ["lockstep", "evaluate", "{}/" + os.environ.get("RANK", "0") + "/digits"]
+run()
+"""
+
+
+def evaluate(directory: Path, ranks: int) -> CompletedProcess[str]:
+    """The command where each process is on a machine of its own."""
+    code = EVALUATE_ON_OWN_MACHINE.format(directory)
+    return run_program(["-c", code], ranks=ranks)
+
+
+def test_evaluate_reads_the_config_on_the_first_machine_alone(tmp_path: Path) -> None:
+    settings = ["train.max_steps=2", "wandb.mode=disabled", f"run.dir={tmp_path / '0'}"]
+    assert run_program(["train.py", "run.figures=false", *settings]).returncode == 0
+    alone, of_two = evaluate(tmp_path, 1), evaluate(tmp_path, 2)
+    assert of_two.returncode == 0, of_two.stderr
+    assert not (tmp_path / "1").exists()
+    assert "val/accuracy" in of_two.stdout
+    assert of_two.stdout == alone.stdout
+    failed = evaluate(tmp_path / "nowhere", 2)
+    assert failed.returncode == 2
+    assert failed.stderr.count("is not a run directory") == 1

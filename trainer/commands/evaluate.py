@@ -29,10 +29,12 @@ def main(arguments: list[str]) -> None:
 
     from trainer.core.build import build_run, settings_of
     from trainer.storage import checkpoint, signature
-    from trainer.storage.run_directory import read_config
+    from trainer.storage.shared_config import read_config_on_all, read_on_main
 
-    config = read_config(options.run, options.overrides)
-    trained_on = signature.read(checkpoint.best_directory(options.run))
+    config = read_config_on_all(options.run, options.overrides)
+    trained_on = read_on_main(
+        lambda: signature.read(checkpoint.best_directory(options.run))
+    )
     with settings_of(config):
         run = build_run(config, classes=trained_on.classes)
         keep_freed_memory(run.ranks.device.type)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from trainer.components.answers import Answer
@@ -19,6 +18,7 @@ from trainer.components.torch_losses import (
     check_weight_shape,
     rule_of,
 )
+from trainer.process.device import sum_dtype
 
 
 class ElementLoss(Task):
@@ -69,9 +69,10 @@ class ElementLoss(Task):
         rule = self._rule
         if rule.metric is None or rule.terms is None:
             return {}
-        # Summed in fp64: a metric adds up over a whole epoch.
+        # A metric adds up over a whole epoch.
         terms = rule.terms(self._loss, output, self.convert_targets(output, targets))
-        return {rule.metric: WeightedSum(terms.sum(dtype=torch.float64), terms.numel())}
+        total = terms.sum(dtype=sum_dtype(terms.device))
+        return {rule.metric: WeightedSum(total, terms.numel())}
 
     def answer(self, output: Tensor) -> Answer | None:
         rule = self._rule

@@ -52,7 +52,7 @@ class RunConfig(Section):
     figures: bool = key(True, "draw the run's PNG figures at its end")
     timeout: float = key(
         1800.0,
-        "how long a process waits for the others before the run ends with an error",
+        "how long a process may wait for the others, or make no progress itself, before the run ends with an error",
         unit="seconds",
         minimum=1,
     )
@@ -255,6 +255,11 @@ class TrainConfig(Section):
         None,
         "clip the gradient of the whole step to this L2 norm; null = no clipping",
         minimum=0,
+    )
+    non_finite: Literal["stop", "skip"] = key(
+        "stop",
+        "where a loss or gradient is not finite: end the run, or leave the step out; skip waits for the device and "
+        "the other processes in every step",
     )
     find_unused_parameters: bool = key(
         False, "allow parameters that receive no gradient in the first step"

@@ -41,6 +41,7 @@ from trainer.exact.determinism import run_settings
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Plan
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
+from trainer.process.device import check_reproducibility
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint
 from trainer.storage.run_directory import run_path
@@ -142,6 +143,7 @@ def build_run(
     """
     config = _with_names(config, model=model, data=train_data, loss=task)
     ranks = Ranks(config.train.precision, config.run.timeout)
+    check_reproducibility(ranks.device.type, config.run.reproducibility)
     facts_of_ranks = check_ranks(config, ranks)
     precision = Precision(config.train.precision, ranks.device)
 

@@ -21,6 +21,7 @@ from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import preserved_modes
 from trainer.exact.moving_buffers import preserved_buffers
 from trainer.exact.seeding import preserved_generators
+from trainer.process.activity import EVALUATING, FIRST_EVALUATION, activity
 from trainer.process.ranks import Ranks
 
 # Spread over a rank's share: images of another size or a broken file are seldom alone.
@@ -69,6 +70,7 @@ class Evaluator:
         )
         self._loader = loader
         self._batches: Generator[MicroBatch, None, None] | None = None
+        self._phase = FIRST_EVALUATION  # until the first batch
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -184,6 +186,7 @@ class Evaluator:
                 for request, (head, batch) in zip(
                     self._requests, batches_of_features, strict=True
                 ):
+                    activity.mark(EVALUATING)
                     yield request, head, batch
 
     def _loaded_batches(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
@@ -191,6 +194,9 @@ class Evaluator:
             self._batches = self._loader.run(itertools.cycle(self._requests))
         with self._features.recording(self._model) as record:
             batches = itertools.islice(self._batches, len(self._requests))
+            activity.mark(self._phase)
             for request, batch in zip(self._requests, batches, strict=True):
+                activity.mark(self._phase)
                 yield request, self._model, batch
                 record(batch)
+                self._phase = EVALUATING

@@ -24,6 +24,7 @@ from trainer.exact.moving_buffers import Copies, other_buffers
 from trainer.exact.plan import IndexRange, Step, split_evenly
 from trainer.exact.seeding import device_generator, preserved_cpu_generators
 from trainer.process import launcher
+from trainer.process.device import KINDS_WITH_STREAMS, device_module
 
 SAMPLES_TO_COMPARE = 4  # of each micro-batch: more of them would show no more
 # Rounding stays far below, other mathematics far above.
@@ -42,11 +43,12 @@ def choose_fuse(run: Run) -> tuple[int, str]:
     fuse = run.config.batch.fuse
     if fuse == 1 or run.config.fuse_refusal():
         return 1, ""
-    if run.ranks.device.type not in ("cpu", "cuda"):
+    if run.ranks.device.type not in ("cpu", *KINDS_WITH_STREAMS):
         if fuse == "auto":
             return 1, ""
         raise ConfigError(
-            "batch.fuse", f"{fuse} needs a CPU or a CUDA device; {REMEDY}"
+            "batch.fuse",
+            f"{fuse} cannot be checked on {run.ranks.device.type}; {REMEDY}",
         )
     step = run.plan.step(0)
     limit = len(step.micro_batches) if fuse == "auto" else fuse
@@ -227,7 +229,7 @@ def _fits(run: Run, step: Step, first: int, count: int) -> bool:
     else:
         fits = True
     gc.collect()
-    torch.cuda.empty_cache()
+    torch.accelerator.empty_cache()
     return fits
 
 
@@ -242,7 +244,9 @@ def _memory_of_an_optimizer(run: Run) -> list[Tensor]:
 
 def _margin(device: torch.device) -> Tensor:
     """A part of a GPU's memory for what the trial does not run: evaluation, metrics, NCCL, fragmentation."""
-    total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+    total = 0
+    if device.type in KINDS_WITH_STREAMS:
+        _, total = device_module(device).mem_get_info(device)
     return torch.empty(int(total * MARGIN), dtype=torch.uint8, device=device)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from trainer.core.misfit import explained
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.structures import map_tensors
+from trainer.process.device import sum_dtype
 from trainer.process.ranks import Ranks
 from trainer.storage.checkpoint import Progress
 
@@ -134,8 +135,7 @@ class Meter:
         self._exact = exact
         self._joins = metrics_add_up(task)
         self._names = ("loss", *task.metrics)
-        # MPS has no fp64.
-        self._dtype = torch.float32 if ranks.device.type == "mps" else torch.float64
+        self._dtype = sum_dtype(ranks.device)
         self._sums: list[Tensor] = []
         self._clear()
 
@@ -153,6 +153,17 @@ class Meter:
         )
         if self._elements >= MAX_WAITING_ELEMENTS:
             self.flush()
+
+    def mark(self) -> Callable[[], None]:
+        """A function that forgets all that is added after this call. What waits is measured now."""
+        self.flush()
+        sums = list(self._sums) if self._exact else [s.clone() for s in self._sums]
+
+        def forget() -> None:
+            self._clear()
+            self._sums = sums
+
+        return forget
 
     def read(self) -> Totals:
         """All that was added since the last read, summed over all ranks. A collective; waits for the device."""
@@ -229,7 +240,8 @@ def _combine_losses(losses: list[WeightedSum]) -> Iterator[WeightedSum]:
             tensor_weights.append(weight)
         else:
             count += weight
-    yield WeightedSum(torch.stack(totals).sum(dtype=torch.float64), count)
+    dtype = sum_dtype(totals[0].device)
+    yield WeightedSum(torch.stack(totals).sum(dtype=dtype), count)
     for weight in tensor_weights:
         yield WeightedSum(weight.new_zeros(()), weight)
 

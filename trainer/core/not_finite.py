@@ -101,17 +101,22 @@ def refuse_not_finite(
         )
 
 
-def skipped_in_a_row(count: int, step: int) -> LockstepError:
-    """The error for fp16 that overflows in one step after the other."""
+def skipped_in_a_row(count: int, step: int, by: str) -> LockstepError:
+    """The error where one step after the other is left out `by` fp16 or by the config."""
+    reason = "the loss or the gradient is not finite in any of them; lower optimizer.lr, or raise train.precision"
+    if by == "fp16":
+        reason = (
+            "the gradient is not finite however little the loss is scaled; use train.precision=bf16 or fp32, or "
+            "lower optimizer.lr"
+        )
     return LockstepError(
-        f"fp16 skipped {count} steps in a row, up to step {step}: the gradient is not finite however little the loss "
-        f"is scaled; use train.precision=bf16 or fp32, or lower optimizer.lr"
+        f"{by} left out {count} steps in a row, up to step {step}: {reason}"
     )
 
 
 def all_skipped(steps: int) -> LockstepError:
     """The error for a run of `steps` steps none of which changed the weights."""
     return LockstepError(
-        f"fp16 skipped every one of the {steps} steps, as each gradient overflowed, so nothing was trained; use "
-        f"train.precision=bf16 or fp32, or train longer"
+        f"all {steps} steps were left out, as none was finite, so nothing was trained; use train.precision=bf16 or "
+        f"fp32, lower optimizer.lr, or train longer"
     )

@@ -12,6 +12,7 @@ from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import preserved_modes
 from trainer.exact.plan import Step
 from trainer.exact.recalibration import recalibrate
+from trainer.process.activity import RECALIBRATING, activity
 
 
 def recalibrate_statistics(run: Run, steps_done: int) -> bool:
@@ -52,4 +53,5 @@ def _forwards(
         micro_batches += len(step.micro_batches)
     batches = run.train_loader.run(requests)
     for batch, step, first in zip(batches, steps_of_requests, firsts, strict=True):
+        activity.mark(RECALIBRATING)
         yield first + batch.first, partial(run.forward, run.module, batch, step)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from time import perf_counter
@@ -25,13 +23,18 @@ from trainer.errors import DataError
 from trainer.exact.plan import IndexRange, Plan, Step, split_evenly
 from trainer.exact.seeding import preserved_cpu_generators
 from trainer.exact.structures import tensors_in
+from trainer.process.activity import COMPUTING, LOADING, activity
+from trainer.process.device import KINDS_WITH_STREAMS, device_module
+from trainer.process.loader_worker import begin_loader_process
+
+NAMED_SAMPLES = 4  # in a message
 
 
 class Loader:
     """Loads the micro-batches of some requests, in order, onto the device.
 
     With `data.workers`, loader processes are started once for the whole run and read ahead across steps and epochs. A
-    request carries its epoch, so no process can have a stale one. On CUDA the next micro-batch is copied from pinned
+    request carries its epoch, so no process can have a stale one. On a GPU the next micro-batch is copied from pinned
     memory, on a side stream, while the current one is computed.
     """
 
@@ -71,6 +74,10 @@ class Loader:
         with preserved_cpu_generators():
             return self._dataset.pair(sample_id)[0]
 
+    def name_sample(self, sample_id: int) -> str:
+        """What a message calls a sample: its number, and its path if it has one."""
+        return self._dataset.name(sample_id)
+
     def run(self, requests: Iterable[Request]) -> Generator[MicroBatch, None, None]:
         """The micro-batches of `requests`, in order. Closing the generator ends its loader processes."""
         batches = (
@@ -78,15 +85,12 @@ class Loader:
             if self._section.workers
             else self._load_here(requests)
         )
-        match self._device.type:
-            case "cpu":
-                pass
-            case "cuda":
-                batches = self._copy_ahead(
-                    batches if self._section.workers else map(_pin, batches)
-                )
-            case _:
-                batches = self._copy(batches)
+        if self._device.type in KINDS_WITH_STREAMS:
+            batches = self._copy_ahead(
+                batches if self._section.workers else map(_pin, batches)
+            )
+        elif self._device.type != "cpu":
+            batches = self._copy(batches)
         # Without what Module.__call__ does for hooks: there are none.
         normalize = self.normalize.forward
         for first, inputs, targets, fused in batches:
@@ -107,7 +111,7 @@ class Loader:
             collate_fn=_return_as_is,
             num_workers=self._section.workers,
             prefetch_factor=self._section.prefetch,
-            pin_memory=self._device.type == "cuda",
+            pin_memory=self._device.type in KINDS_WITH_STREAMS,
             worker_init_fn=_init_worker,
             # For the workers' seeds, which would come from the run's generator.
             generator=torch.Generator(),
@@ -120,17 +124,18 @@ class Loader:
 
     def _copy_ahead(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Copy each micro-batch, from pinned memory, before the one before it is yielded."""
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        previous: tuple[MicroBatch, torch.cuda.Event] | None = None
+        kind = device_module(self._device)
+        stream = kind.Stream(self._device)
+        previous: tuple[MicroBatch, torch.Event] | None = None
         for batch in batches:
-            with torch.cuda.stream(stream):
+            with kind.stream(stream):
                 copy = send_to_device(batch, self._device, non_blocking=True)
                 end_of_copy = stream.record_event()
             if previous is not None:
-                yield _wait_for_copy(*previous)
+                yield _wait_for_copy(*previous, kind.current_stream())
             previous = copy, end_of_copy
         if previous is not None:
-            yield _wait_for_copy(*previous)
+            yield _wait_for_copy(*previous, kind.current_stream())
 
 
 def build_loaders(
@@ -174,6 +179,9 @@ class TrainLoader:
         self._groups_by_size: dict[int, list[IndexRange]] = {}
         self._batches = loader.run(self._requests(first_step))
         self._seconds_waited = 0.0
+        self._name_sample = loader.name_sample
+        self._awaited: tuple[Step, IndexRange] | None = None
+        activity.samples = self._describe_awaited
 
     def close(self) -> None:
         """End the loader processes."""
@@ -188,11 +196,24 @@ class TrainLoader:
     def step(self, step: Step) -> Iterator[MicroBatch]:
         """This rank's micro-batches of `step`. To be called for every step, in order."""
         for indices in self._groups(step):
+            self._awaited = step, indices
+            activity.mark(LOADING)
             start = perf_counter()
             batch = next(self._batches)
             self._seconds_waited += perf_counter() - start
             assert batch.indices == indices, "steps are taken in order"
+            activity.mark(COMPUTING)
             yield batch
+
+    def _describe_awaited(self) -> str:
+        """The samples of the micro-batches that were asked for last, for the watchdog's thread."""
+        if self._awaited is None:
+            return ""
+        step, (first, end) = self._awaited
+        ids = self._plan.sample_ids(step, first, end).tolist()
+        names = ", ".join(self._name_sample(sample) for sample in ids[:NAMED_SAMPLES])
+        more = len(ids) - NAMED_SAMPLES
+        return names + (f" and {more} more" if more > 0 else "")
 
     def _requests(self, first_step: int) -> Iterator[Request]:
         for step in self._plan.steps(first_step):
@@ -243,9 +264,10 @@ def _pin(batch: MicroBatch) -> MicroBatch:
     return pinned
 
 
-def _wait_for_copy(batch: MicroBatch, end_of_copy: torch.cuda.Event) -> MicroBatch:
+def _wait_for_copy(
+    batch: MicroBatch, end_of_copy: torch.Event, current: torch.Stream
+) -> MicroBatch:
     """The batch, once the current stream may use it. The host does not wait."""
-    current = torch.cuda.current_stream()
     current.wait_event(end_of_copy)
     for tensor in tensors_in((batch.inputs, batch.targets)):
         # So that its memory is not reused before this stream is done with it.
@@ -258,8 +280,5 @@ def _return_as_is(batch: Any) -> Any:
 
 
 def _init_worker(_: int) -> None:
-    """Leave the rank's process group: a signal to the whole group is for the rank, which must outlive its loaders."""
-    os.setpgrp()
-    # Not the rank's own handler, which a fork inherits.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    begin_loader_process()
     torch.set_num_threads(1)

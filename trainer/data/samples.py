@@ -110,7 +110,7 @@ class KeyedDataset(Dataset[Any]):
         except Exception as error:
             # Anything: the data set and the transforms are other people's code.
             name, kind, line = (
-                self._name(sample_id),
+                self.name(sample_id),
                 type(error).__name__,
                 _last_line(error),
             )
@@ -126,7 +126,7 @@ class KeyedDataset(Dataset[Any]):
         try:
             return self._transform(image, target)
         except DataError as error:
-            raise DataError(f"{self._name(sample_id)}: {error}") from None
+            raise DataError(f"{self.name(sample_id)}: {error}") from None
 
     def _collate(self, samples: list[tuple[Any, Any]], ids: Ids) -> tuple[Any, Any]:
         try:
@@ -163,7 +163,7 @@ class KeyedDataset(Dataset[Any]):
             )
             reason = str(error).splitlines()[0]
             return DataError(
-                f"{self._name(int(ids[0]))}: its {part} is {descriptions[0]}, of which no batch can be made "
+                f"{self.name(int(ids[0]))}: its {part} is {descriptions[0]}, of which no batch can be made "
                 f"({reason}); {remedy}"
             )
         remedy = (
@@ -176,7 +176,8 @@ class KeyedDataset(Dataset[Any]):
             f"that of sample {ids[other]} {descriptions[other]}; {remedy}"
         )
 
-    def _name(self, sample_id: int) -> str:
+    def name(self, sample_id: int) -> str:
+        """What a message calls a sample: its number, and its path if it has one."""
         name = f"{self._purpose} sample {sample_id}"
         paths = getattr(self.dataset, "paths", None)
         return name if paths is None else f"{name} ({printable(str(paths[sample_id]))})"

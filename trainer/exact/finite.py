@@ -39,8 +39,8 @@ class FiniteFlags:
 
     def mark(
         self, step: int, losses: Iterable[Tensor], gradients: Iterable[Tensor]
-    ) -> Tensor:
-        """Note whether they are finite; returns the gradient's flag, `(1,)`: 1 if it is not."""
+    ) -> tuple[Tensor, Tensor]:
+        """Note whether they are finite; returns both flags, `(1,)` each: 1 if the loss, or the gradient, is not."""
         slot = len(self._steps) % CAPACITY
         if slot == 0 and self._steps:
             self._full.append(self._flags.clone())
@@ -50,7 +50,7 @@ class FiniteFlags:
         of_gradient: Tensor = self._cells[2 * slot + 1]
         self._check([loss.detach() for loss in losses], of_loss)
         self._check(list(gradients), of_gradient)
-        return of_gradient
+        return of_loss, of_gradient
 
     def read(self) -> BadSteps:
         """The steps since the last read that were not finite. Waits for the device."""

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.moving_buffers import preserved_buffers
+from trainer.process.device import sum_dtype
 from trainer.process.ranks import Ranks
 
 Forwards = Iterable[tuple[int, Callable[[], object]]]
@@ -67,7 +68,8 @@ class _Moments:
 
     def __init__(self, layer: _BatchNorm, forwards: int, device: torch.device) -> None:
         columns = 1 + 2 * layer.num_features
-        self.rows = torch.zeros(forwards, columns, dtype=torch.float64, device=device)
+        self._dtype = sum_dtype(device)
+        self.rows = torch.zeros(forwards, columns, dtype=self._dtype, device=device)
         self.index = 0
         self.hook = layer.register_forward_pre_hook(self._add)
         self._layer = layer
@@ -77,7 +79,7 @@ class _Moments:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         all_but_channels = [dim for dim in range(x.dim()) if dim != 1]
         variance, mean = torch.var_mean(x, all_but_channels, correction=0)
-        variance, mean = variance.double(), mean.double()
+        variance, mean = variance.to(self._dtype), mean.to(self._dtype)
         count = x.numel() // x.shape[1]
         sums = [mean.new_full((1,), count), count * mean, count * (variance + mean**2)]
         self.rows[self.index] += torch.cat(sums)

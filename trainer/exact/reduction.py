@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -26,6 +27,7 @@ from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.moving_buffers import Buffer, MovingBuffers
 from trainer.exact.plan import IndexRange, Step
 from trainer.exact.running_statistics import RunningStatistics
+from trainer.process.device import sum_dtype
 from trainer.process.ranks import Ranks
 
 NAMES_IN_A_MESSAGE = 5
@@ -164,6 +166,20 @@ class Reduction(ABC):
 
     # ---------------------------------------------------------------- statistics
 
+    def snapshot(self) -> Callable[[], None]:
+        """A function that puts every buffer back to what it is now, between two steps. A collective."""
+        self.gather()
+        buffers = [buffer for _, buffer in self._whole.named_buffers()]
+        copies = [buffer.clone() for buffer in buffers]
+
+        def restore() -> None:
+            with torch.no_grad():
+                for buffer, copy in zip(buffers, copies, strict=True):
+                    buffer.copy_(copy)
+            self._statistics.restart()
+
+        return restore
+
     def gather(self) -> None:
         """Put the true running statistics on every rank, before anybody reads them. A collective."""
         self._statistics.gather()
@@ -210,8 +226,9 @@ class Reduction(ABC):
 
     def _divide_by_weight(self, step: Step) -> None:
         """Turn the mean over the step's samples into that over its targets; without targets the gradient is 0."""
+        dtype = sum_dtype(self._ranks.device)
         weights = torch.zeros(
-            len(step.micro_batches), dtype=torch.float64, device=self._ranks.device
+            len(step.micro_batches), dtype=dtype, device=self._ranks.device
         )
         for index, weight in self._weights.items():
             weights[index] = weight

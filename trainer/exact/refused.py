@@ -1,7 +1,8 @@
 """Operations that CUDA refuses in bitwise mode, found by watching a forward and backward on any device.
 
 From the documentation of `torch.use_deterministic_algorithms`, torch 2.11 to 2.14. Not listed: what torch's own
-functions replace on CUDA by other operations (`F.interpolate` bilinear and trilinear, `F.pad` replicate, max_pool3d).
+functions replace on CUDA by other operations (`F.interpolate` bilinear and trilinear, `F.pad` replicate), and
+`torch.cumsum`, which torch 2.11 still documents as refused, though its CUDA library holds no such message.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
@@ -57,6 +59,12 @@ REFUSED: dict[str, tuple[str, str]] = {
     "median.dim": ("torch.median with a dimension", "use torch.sort"),
     "nanmedian.dim": ("torch.nanmedian with a dimension", "use torch.sort"),
 }
+# Deterministic from torch 2.14 on.
+if torch.__version__ < "2.14":  # by version, not by letter
+    REFUSED["max_pool3d_with_indices_backward"] = (
+        "torch.nn.MaxPool3d",
+        "use torch 2.14, or a strided convolution",
+    )
 # Refused with some arguments only.
 CONDITIONAL: dict[str, tuple[str, str, Callable[[tuple[Any, ...]], bool]]] = {
     "bincount": (

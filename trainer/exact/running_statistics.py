@@ -62,6 +62,10 @@ class RunningStatistics(ABC):
     def gather(self) -> None:
         """Put the true statistics on every rank. A collective; cheap where nothing has changed."""
 
+    def restart(self) -> None:
+        """Go on from statistics that were put into the layers from outside: every rank holds the true ones."""
+        return
+
     def restore_momentum(self) -> None:
         """Give the layers their own momentum back."""
         for layer in self._layers:
@@ -161,6 +165,10 @@ class StatisticsShare(RunningStatistics):
         self._sum_over_ranks(self._buffers())
         self._sum_over_ranks([layer.counter for layer in self._share])
         self._is_gathered = True
+
+    def restart(self) -> None:
+        self._is_gathered = True
+        self._micro_batches_to_age_for = 0
 
     # ---------------------------------------------------------------- what is shared
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.process.device import default_generator, generators_in_use
+
 MASK = (1 << 64) - 1  # keeps 64 bits of a Python integer
 
 # SplitMix64's constants; the second step is another odd number, so that the two sequences differ.
@@ -62,9 +64,9 @@ def device_seeder(device: torch.device) -> Callable[[int], object]:
     """
     if device.type == "cpu":
         return torch.default_generator.manual_seed
-    if device.type != "cuda":
+    of_device = default_generator(device)
+    if of_device is None:
         return torch.manual_seed
-    of_device = device_generator(device)
 
     def seed_both(value: int) -> None:
         torch.default_generator.manual_seed(value)
@@ -74,11 +76,10 @@ def device_seeder(device: torch.device) -> Callable[[int], object]:
 
 
 def device_generator(device: torch.device) -> torch.Generator:
-    """The generator from which a model's dropout on `device`, a CPU or a CUDA device, draws."""
-    if device.type == "cpu":
-        return torch.default_generator
-    index = torch.cuda.current_device() if device.index is None else device.index
-    generator: torch.Generator = torch.cuda.default_generators[index]
+    """The generator from which a model's dropout on `device` draws. Raises `ValueError` for an unknown kind."""
+    generator = default_generator(device)
+    if generator is None:
+        raise ValueError(f"the generator of {device.type} is not known")
     return generator
 
 
@@ -94,10 +95,10 @@ def host_state() -> tuple[Any, ...]:
 
 def draw_state(device: torch.device) -> tuple[Any, ...]:
     """The same with the state of the generator from which a model on `device` draws."""
-    if device.type != "cuda":
+    generator = None if device.type == "cpu" else default_generator(device)
+    if generator is None:
         return host_state()
-    of_device = device_generator(device).get_state().numpy().tobytes()
-    return (*host_state(), of_device)
+    return (*host_state(), generator.get_state().numpy().tobytes())
 
 
 @contextmanager
@@ -125,11 +126,11 @@ def preserved_cpu_generators() -> Iterator[None]:
 
 @contextmanager
 def preserved_generators() -> Iterator[None]:
-    """Put the three CPU generators, and that of a CUDA device in use, back at the end."""
-    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    """Put the three CPU generators, and that of a GPU in use, back at the end."""
+    states = [(generator, generator.get_state()) for generator in generators_in_use()]
     with preserved_cpu_generators():
         try:
             yield
         finally:
-            if cuda_state is not None:
-                torch.cuda.set_rng_state(cuda_state)
+            for generator, state in states:
+                generator.set_state(state)

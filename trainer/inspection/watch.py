@@ -17,6 +17,7 @@ from trainer.core.observers import Observer
 from trainer.data.samples import MicroBatch
 from trainer.exact.batch_norm import named_norm_layers
 from trainer.exact.plan import Step
+from trainer.process.device import check_fp64_analysis
 from trainer.trainer import Trainer
 
 Numbers = dict[str, float]
@@ -74,6 +75,8 @@ class StepWatch(Observer):
     def __init__(
         self, trainer: Trainer, *, detailed: bool, backwards: bool = False
     ) -> None:
+        if detailed:
+            check_fp64_analysis(trainer.ranks.device)
         self.trainer = trainer
         self._detailed = detailed
         self._backwards = backwards

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import select
 import signal
 import sys
 import time
 import traceback
-from contextlib import suppress
 from functools import cache
 from typing import NoReturn
 
-from trainer.errors import LockstepError, OtherRankFailed, Stopped
+from trainer.errors import HangError, LockstepError, OtherRankFailed, Stopped
 from trainer.process import launcher
-from trainer.process.store import ask_store
+from trainer.process.store import StoreSilentError, ask_store
 
 # In the process group's store: the rank that reports the failure.
 REPORTER_KEY = "lockstep/failure"
@@ -48,6 +48,9 @@ def report_error(error: BaseException) -> int:
     else:
         traceback.print_exception(error)
         sys.stderr.flush()
+    if launcher.world_size() > 1 and launcher.rank() == 0:
+        # It may hold the store, which the others ask whether they are to report.
+        time.sleep(SECONDS_TO_NOTICE)
     return status
 
 
@@ -63,6 +66,13 @@ def exit_process(status: int) -> NoReturn:
     if launcher.world_size() > 1:
         os._exit(status)
     sys.exit(status)
+
+
+def end_now(status: int) -> NoReturn:
+    """End the process from any thread, whatever the main one waits in, and its loader processes with it."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(status)
 
 
 def end_on_closed_pipe() -> None:
@@ -97,17 +107,30 @@ def _is_first_to_report(error: BaseException) -> bool:
         return True
     from torch import distributed
 
-    rank = launcher.rank()
     if not distributed.is_initialized():
         # Nothing is shared yet. The ranks of a machine read the same config and fail alike; another machine may not.
         return launcher.local_rank() == 0
+    if isinstance(error, HangError) and error.reporter is not None:
+        return error.reporter == launcher.rank()
     if isinstance(error, OtherRankFailed):
         time.sleep(SECONDS_TO_NOTICE + SECONDS_TO_TRACE)
     elif not isinstance(error, LockstepError):
         time.sleep(SECONDS_TO_NOTICE)
-    with suppress(ConnectionError):
+    return claim_report()
+
+
+def claim_report() -> bool:
+    """True on the one rank that asks first whether it may report how the run ended."""
+    if launcher.world_size() == 1:
+        return True
+    rank = launcher.rank()
+    try:
         reporter: bytes = ask_store(
             lambda store: store.compare_set(REPORTER_KEY, "", str(rank))
         )
-        return reporter == str(rank).encode()
-    return False  # the store ended with rank 0, which reported before it ended
+    except StoreSilentError:
+        # Rank 0 holds the store, and hangs. On its machine the next rank reports, on every other one the first.
+        return rank == 1 or (rank > 0 and launcher.local_rank() == 0)
+    except ConnectionError:
+        return False  # the store ended with rank 0, which reported before it ended
+    return reporter == str(rank).encode()

@@ -6,10 +6,11 @@ the others wait sends them a heartbeat, so that only a rank that does nothing is
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -20,14 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from trainer.errors import LockstepError, OtherRankFailed
-from trainer.process.store import ask_store, value_of
+from trainer.errors import HangError, LockstepError, OtherRankFailed
+from trainer.process.activity import activity
+from trainer.process.rank_states import RankStates
+from trainer.process.stacks import error_position
+from trainer.process.store import StoreSilentError, ask_store, value_of
+from trainer.process.watchdog import STATUS, current_watchdog
 
 # Between the heartbeats of a rank that the others wait for, at most.
 HEARTBEAT_SECONDS = 5.0
 SECONDS_TO_SHOW = 1.0  # a wait of this length is made known to the other ranks
+SECONDS_TO_REPORT = (
+    15.0  # another rank's report, which names all ranks, may take as long
+)
+SECONDS_TO_FIND_ENDED = 2.0  # by the ranks of its machine
 STORE_PREFIX = "lockstep/waiting"
-STORE_REPORT = "lockstep/timeout"  # the message of the first rank whose wait timed out
 
 # What ranks say while some have work to do that the others wait for; the largest value counts.
 DONE, FAILED, BUSY = 0, 1, 2
@@ -98,6 +106,7 @@ class HostGroup:
         size = torch.tensor([STILL_WORKING])
         while int(size) == STILL_WORKING:
             self._broadcast(size)
+            activity.go_on()
         data = torch.empty(int(size), dtype=torch.uint8)
         self._broadcast(data)
         return _from_bytes(data)
@@ -162,6 +171,7 @@ class HostGroup:
         outcome = BUSY
         while outcome == BUSY:
             outcome = self._largest(DONE if failure is None else FAILED)
+            activity.go_on()
         if outcome == DONE:
             return
         failures = self.gather(
@@ -215,6 +225,7 @@ class HostGroup:
 
     def _wait(self, work: Any) -> None:
         """Wait for an operation. Raises `LockstepError` naming the ranks that did not come within the timeout."""
+        activity.waits_for_ranks = True
         try:
             if not _ends_within(work, min(SECONDS_TO_SHOW, self.timeout / 2)):
                 self._show_waiting(True)
@@ -224,6 +235,7 @@ class HostGroup:
             if absence is None:
                 raise
             raise absence from None
+        activity.waits_for_ranks = False
         if self._is_shown_as_waiting:
             self._show_waiting(False)
 
@@ -244,46 +256,72 @@ class HostGroup:
         is_connection_lost = any(words in message for words in LOST_CONNECTION_MESSAGES)
         if self.count == 1 or not (is_timeout or is_connection_lost):
             return None
+        activity.position = error_position(error.__traceback__)
+        activity.waits_for_ranks = True
         if not self._is_shown_as_waiting and is_timeout:
-            # The operation was the device's, which does not show who waits. The others give up at about this time.
+            # The operation was the device's, which does not show who waits.
             self._show_waiting(True)
-            time.sleep(SECONDS_TO_SHOW)
+        states = RankStates(self.rank, self.count)
         try:
-            report = self._find_report()
-            if is_timeout and report is None:
-                report = self._describe_absent()
-                ask_store(lambda store: store.set(STORE_REPORT, report))
+            if is_timeout:
+                return self._report(states)
+            # Written before the rank that wrote it ended.
+            report = states.wait_for_report(SECONDS_TO_SHOW / 2)
+            return self._describe_ended(states) if report is None else report
+        except StoreSilentError:
+            return self._report_alone() if is_timeout else None
         except ConnectionError:
-            # The store has ended with rank 0, or hangs with it: who waits is not known.
-            report = (
-                f"the ranks waited {self.timeout:g} s for one another, and no longer"
-                if is_timeout
-                else None
-            )
-        # Without a report, a rank has ended: it says why.
-        return None if report is None else LockstepError(report)
+            return None  # the store has ended with rank 0, which says why
 
-    def _find_report(self) -> str | None:
-        """What another rank that gave up has written; it writes before it ends, yet others may notice its end first."""
-        time.sleep(SECONDS_TO_SHOW / 2)
-        report: bytes | None = ask_store(
-            lambda store: (
-                store.get(STORE_REPORT) if store.check([STORE_REPORT]) else None
-            )
+    def _describe_ended(self, states: RankStates) -> LockstepError | None:
+        """What a rank raises whose connection was lost, unless the rank that ended has said why, and is heard first."""
+        ended = states.find_ended(self.machines[self.rank], SECONDS_TO_FIND_ENDED)
+        if not ended:
+            return None
+        names = ", ".join(f"rank {rank} on {self.machines[rank]}" for rank in ended)
+        return OtherRankFailed(
+            f"{names} ended without an error of its own: it crashed or was killed, perhaps because memory ran out (the "
+            f"system's log says so); run.resume=auto goes on from the newest checkpoint"
         )
-        return None if report is None else report.decode()
 
-    def _describe_absent(self) -> str:
-        absent = [
+    def _report(self, states: RankStates) -> HangError:
+        """What all ranks raise where a wait has timed out; the first of them writes it."""
+        watchdog = current_watchdog()
+        if not states.claim(STATUS):
+            if watchdog is not None:
+                states.answer(watchdog.report.last_state())
+            report = states.wait_for_report(SECONDS_TO_REPORT)
+            if report is not None:
+                return report
+        if watchdog is not None:
+            return HangError(watchdog.report.make(self._describe_absent), self.rank)
+        time.sleep(SECONDS_TO_SHOW)  # the others give up at about this time
+        message = (
+            f"{self._describe_absent([])}; where that rank works on, raise run.timeout, else its own output or "
+            f"`py-spy dump` says where it hangs"
+        )
+        states.set_report(message)
+        return HangError(message, self.rank)
+
+    def _report_alone(self) -> HangError:
+        """What a rank raises that can ask no other: the store does not answer, whose process is rank 0's, mostly."""
+        is_of_rank_0 = "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+        absent = f"rank 0 on {self.machines[0]}" if is_of_rank_0 else "one another"
+        message = f"the ranks waited {self.timeout:g} s for {absent}, and no longer"
+        watchdog = current_watchdog()
+        if watchdog is not None:
+            message = watchdog.report.make(lambda _: message)
+        return HangError(message)
+
+    def _describe_absent(self, silent: Sequence[int]) -> str:
+        """Who was waited for: the ranks that are `silent`, or else those that wait for no other."""
+        absent = silent or [
             rank
             for rank in range(self.count)
             if rank != self.rank and not self._is_waiting(rank)
         ]
         names = ", ".join(f"rank {rank} on {self.machines[rank]}" for rank in absent)
-        return (
-            f"the ranks waited {self.timeout:g} s for {names or 'one another'}, and no longer; where that rank works "
-            f"on, raise run.timeout, else its own output or `py-spy dump` says where it hangs"
-        )
+        return f"the ranks waited {self.timeout:g} s for {names or 'one another'}, and no longer"
 
     def _is_waiting(self, rank: int) -> bool:
         value = ask_store(partial(value_of, key=f"{self._prefix}/{rank}"))

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trainer.process.device import device_name, total_memory
+
 PACKAGES = ("torch", "torchvision", "accelerate", "numpy")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 GIB = 2**30
@@ -47,8 +49,8 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     """The device's name, and what else decides which kernels it runs."""
     if device.type == "cuda":
         return {
-            "device": torch.cuda.get_device_name(device),
-            "cuda": torch.version.cuda,
+            "device": device_name(device),
+            "cuda": torch.version.cuda or torch.version.hip,
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }
     instructions = None
@@ -56,17 +58,16 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         # AVX2 and AVX512 kernels round differently.
         instructions = torch.backends.cpu.get_cpu_capability()
     return {
-        "device": device.type,
+        "device": device_name(device),
         "instructions": instructions,
         "machine": platform.machine(),
     }
 
 
 def _device_memory(device: torch.device) -> str | None:
-    """A GPU's whole memory; None for a CPU, whose memory is shared by the ranks of a machine."""
-    if device.type != "cuda":
-        return None
-    return f"{torch.cuda.get_device_properties(device).total_memory / GIB:.1f} GiB"
+    """A GPU's whole memory; None for the host's, which is shared by the ranks of a machine."""
+    total = total_memory(device)
+    return None if total is None else f"{total / GIB:.1f} GiB"
 
 
 def _nvidia_driver() -> str | None:

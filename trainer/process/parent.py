@@ -97,6 +97,17 @@ def process_status(process: int) -> tuple[str, int, int]:
     return state, int(parent), int(group)
 
 
+def has_ended(process: int) -> bool:
+    """True if a process of this machine has ended, whether or not its parent knows. False where it cannot be told."""
+    if not process or sys.platform != "linux":
+        return False
+    try:
+        state, _, _ = process_status(process)
+    except OSError:
+        return True
+    return state == "Z"
+
+
 def _was_started_with(process: int, variable: str) -> bool:
     """True if an environment variable was set when a process of this user was started."""
     try:

@@ -20,7 +20,10 @@ from accelerate.utils import (
 from torch import Tensor, distributed, nn
 
 from trainer.errors import ConfigError, LockstepError, OtherRankFailed
+from trainer.process import launcher
+from trainer.process.device import check_precision, check_process_count, chosen_kind
 from trainer.process.exit import delay_exit_for_gloo
+from trainer.process.flight_recorder import enable_flight_recorder
 from trainer.process.host_group import HostGroup
 from trainer.process.interface import choose_gloo_interface
 from trainer.process.launcher_settings import check_launcher_settings, check_world_size
@@ -47,7 +50,9 @@ class Ranks:
         A rank waits for the others at most `timeout` seconds.
         """
         check_launcher_settings(precision)
+        check_process_count(chosen_kind(), launcher.world_size())
         choose_gloo_interface()
+        enable_flight_recorder()
         is_on_device = torch.accelerator.is_available()
         # On GPUs the host gives up first, because its message names the ranks that did not come.
         device_timeout = timeout + (DEVICE_MARGIN if is_on_device else 0)
@@ -65,6 +70,7 @@ class Ranks:
         self.count: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
         self.device: torch.device = self.accelerator.device
+        check_precision(self.device.type, precision)
         check_world_size(self.count)
         if self.count > 1:
             delay_exit_for_gloo()

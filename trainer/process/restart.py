@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
-import torch
 from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+
+from trainer.process.device import chosen_kind
 
 # Set by torchrun: 0, then 1 after the first restart.
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
@@ -34,16 +35,5 @@ def join_after_restart(timeout: timedelta) -> None:
 
 def _backend() -> str:
     """The one that Accelerate takes."""
-    device = (
-        torch.accelerator.current_accelerator()
-        if torch.accelerator.is_available()
-        else None
-    )
-    if device is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
-        "1",
-        "true",
-        "yes",
-    ):
-        return "gloo"
-    backend: str = distributed.get_default_backend_for_device(device)
+    backend: str = distributed.get_default_backend_for_device(chosen_kind())
     return backend

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
 from trainer.process.ranks import Agreement, Ranks
+from trainer.process.watchdog import current_watchdog
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -28,6 +30,7 @@ class StopRequest:
         if ranks.count > 1:
             self._answer = ranks.any_rank_async(False)
         self._previous_handlers: dict[int, Any] = {}
+        self._hearing: AbstractContextManager[None] = nullcontext()
         self.signal_number = 0
 
     def __enter__(self) -> StopRequest:
@@ -35,12 +38,18 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 self._previous_handlers[number] = signal.signal(number, self._handle)
+            watchdog = current_watchdog()
+            if watchdog is not None:
+                # It ends the run where this thread waits for something that does not come.
+                self._hearing = watchdog.hear(STOP_SIGNALS)
+        self._hearing.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._answer is not None:
             # Every rank has asked: none may leave while another waits for an answer.
             self._answer.result()
+        self._hearing.__exit__(None, None, None)
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 

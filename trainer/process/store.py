@@ -5,31 +5,45 @@ It lives in the launcher or in rank 0, either of which may have ended or hang, s
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
-from contextlib import suppress
 from threading import Thread
 from typing import Any
 
 SECONDS_TO_ANSWER = 5.0
+SECONDS_TO_CONNECT = 2.0
+
+
+class StoreSilentError(ConnectionError):
+    """The store does not answer, though the connection stands: the process that holds it hangs."""
+
+
+class StoreClient:
+    """A connection of one's own to the store, so that no other question holds up this one. For one thread."""
+
+    def __init__(self) -> None:
+        self._store: Any = None
+        self._pending: Thread | None = None
+
+    def ask(self, question: Callable[[Any], Any]) -> Any:
+        """What `question`, called with the store, returns. Raises `ConnectionError` if there is no answer in time."""
+        if self._pending is not None and self._pending.is_alive():
+            # The one before has not been answered, and holds the connection.
+            raise StoreSilentError("the store does not answer")
+        answer, self._pending = _ask(lambda: question(self._connection()))
+        return answer()
+
+    def _connection(self) -> Any:
+        if self._store is None:
+            self._store = _default_store().clone()
+        return self._store
 
 
 def ask_store(question: Callable[[Any], Any]) -> Any:
     """What `question`, called with the store, returns. Raises `ConnectionError` if there is no answer in time."""
-    answers: list[Any] = []
-
-    def ask() -> None:
-        # Imported here: an error may be reported before torch is needed.
-        from torch import distributed
-
-        with suppress(Exception):
-            answers.append(question(distributed.distributed_c10d._get_default_store()))
-
-    thread = Thread(target=ask, daemon=True, name="store")
-    thread.start()
-    thread.join(SECONDS_TO_ANSWER)
-    if not answers:
-        raise ConnectionError("the store does not answer")
-    return answers[0]
+    answer, _ = _ask(lambda: question(_default_store()))
+    return answer()
 
 
 def value_of(store: Any, key: str) -> bytes | None:
@@ -38,3 +52,48 @@ def value_of(store: Any, key: str) -> bytes | None:
         return None
     value: bytes = store.get(key)
     return value
+
+
+def _ask(question: Callable[[], Any]) -> tuple[Callable[[], Any], Thread]:
+    """Start a thread that asks. The function returned waits for the answer."""
+    _check_reachable()
+    answers: list[Any] = []
+    failures: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            answers.append(question())
+        except Exception as error:
+            failures.append(error)
+
+    def answer() -> Any:
+        thread.join(SECONDS_TO_ANSWER)
+        if answers:
+            return answers[0]
+        if failures:
+            raise ConnectionError(f"the store is gone: {failures[0]}")
+        raise StoreSilentError("the store does not answer")
+
+    thread = Thread(target=ask, daemon=True, name="store")
+    thread.start()
+    return answer, thread
+
+
+def _check_reachable() -> None:
+    """Raise `ConnectionError` if nothing listens where the store was: PyTorch prints pages when it finds out itself."""
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not host or not port:
+        return
+    try:
+        socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
+    except TimeoutError:
+        raise StoreSilentError("the store's machine does not answer") from None
+    except OSError as error:
+        raise ConnectionError(f"the store is gone: {error}") from None
+
+
+def _default_store() -> Any:
+    # Imported here: an error may be reported before torch is needed.
+    from torch import distributed
+
+    return distributed.distributed_c10d._get_default_store()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from trainer.components.learning_rates import describe_layers
@@ -18,6 +17,7 @@ from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.exchange_cost import describe_exchange
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Plan
+from trainer.process.device import device_name
 from trainer.storage.checkpoint import Progress
 from trainer.storage.sha256 import tensors_sha256
 
@@ -34,7 +34,7 @@ def header(
     stop_after = config.train.stop_after
     if stop_after is not None and stop_after < plan.total_steps:
         length += f" · stops after step {stop_after:,} (train.stop_after)"
-    device = f"{run.ranks.count} × {_device_name(run.ranks.device)} · {config.train.precision}"
+    device = f"{run.ranks.count} × {device_name(run.ranks.device)} · {config.train.precision}"
     facts = [
         ("run", str(directory)),
         *(("config", note) for note in config.notes),
@@ -148,7 +148,7 @@ def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any
         "optimizer_sha256": tensors_sha256(optimizer_state),
         **hashes,
     }
-    if run.precision.skips_overflow:
+    if run.precision.skips_overflow or run.config.train.non_finite == "skip":
         values["skipped_steps"] = progress.skipped_steps
     return values
 
@@ -173,7 +173,3 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
         ("weights", values["weights_sha256"][:16]),
         ("files", str(directory)),
     ]
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+from weakref import WeakSet
 
 LOCK_FILE = ".lock"
 REPLACED = (
     ".replaced."  # begins the name of a directory while a new one takes its place
 )
+# A directory that is renamed so often while it is locked has other owners.
+LOCK_ATTEMPTS = 100
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,14 +86,51 @@ def sync(path: Path) -> None:
 
 
 def lock_directory(directory: Path) -> TextIO | None:
-    """Lock a directory until the returned file is closed or the process ends; None if another process has the lock."""
-    file = (directory / LOCK_FILE).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    """Lock a directory until the returned file is closed or the process ends; None if another process has the lock.
+
+    The file is empty. A process that is forked off meanwhile, such as a loader's, does not hold the lock.
+    """
+    for _ in range(LOCK_ATTEMPTS):
+        # Not "w": the text is the owner's for as long as it has the lock.
+        file = (directory / LOCK_FILE).open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        if _is_in(file, directory):
+            file.truncate(0)
+            _locks.add(file)
+            return file
+        # Between opening and locking, the directory was renamed, and another one is at its path or will be.
         file.close()
-        return None
-    return file
+    return None
+
+
+def _is_in(file: TextIO, directory: Path) -> bool:
+    """True if the lock file at the directory's path is this open one."""
+    try:
+        at_path = (directory / LOCK_FILE).stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(file.fileno()), at_path)
+
+
+# The locks of this process. A fork shares them, and would keep them after this process has ended.
+_locks: WeakSet[TextIO] = WeakSet()
+
+
+def _release_in_fork() -> None:
+    for file in _locks:
+        if not file.closed:
+            # Another file in its place, so that the descriptor's number stays taken until the object is gone.
+            nothing = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nothing, file.fileno(), inheritable=False)
+            os.close(nothing)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_release_in_fork)
 
 
 def is_locked(directory: Path) -> bool:

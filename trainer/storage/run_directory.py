@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
@@ -14,7 +15,12 @@ from trainer.config.schema import Config, RunConfig
 from trainer.config.yaml_dump import to_yaml
 from trainer.errors import ConfigError
 from trainer.storage import checkpoint
-from trainer.storage.files import LOCK_FILE, lock_directory, write_text
+from trainer.storage.files import (
+    LOCK_ATTEMPTS,
+    LOCK_FILE,
+    lock_directory,
+    write_text,
+)
 
 Change = tuple[Any, Any]  # a key's value before and now
 
@@ -55,27 +61,37 @@ class RunDirectory:
         self.path = run_path(section)
         self.resume_from: list[Path] = []
         self.moved_to: Path | None = None
-        self._lock: TextIO | None = None
-        if self.path.is_dir():
-            self._lock = lock(self.path)
+        self._lock: TextIO | None = self._make_and_lock()
         if section.resume == "auto":
             self.resume_from = checkpoint.newest_first(self.path / "checkpoints")
         if not self.resume_from and self._holds_a_run():
-            self.close()
-            self.moved_to = _free_path(self.path)
-            self.path.rename(self.moved_to)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                "run.dir",
-                f"{self.path} cannot be made ({error.strerror}); name another",
-            ) from None
-        if self._lock is None:
-            self._lock = lock(self.path)
+            self._move_away()
         self.token = uuid4().hex
         self._lock.write(self.token)
         self._lock.flush()
+
+    def _make_and_lock(self) -> TextIO:
+        for _ in range(LOCK_ATTEMPTS):
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    "run.dir",
+                    f"{self.path} cannot be made ({error.strerror}); name another",
+                ) from None
+            # The directory's owner may rename it in between.
+            with suppress(FileNotFoundError):
+                return lock(self.path)
+        raise ConfigError("run.name", f"{self.path} is renamed while it is opened")
+
+    def _move_away(self) -> None:
+        """Rename the directory, with the earlier run in it, and lock a new one at its path."""
+        moved_to = _free_path(self.path)
+        # Locked until it has another name: nobody else may begin to train in what is about to move.
+        self.path.rename(moved_to)
+        self.close()
+        self.moved_to = moved_to
+        self._lock = self._make_and_lock()
 
     def close(self) -> None:
         """Release the lock."""
@@ -84,8 +100,6 @@ class RunDirectory:
             self._lock = None
 
     def _holds_a_run(self) -> bool:
-        if not self.path.is_dir():
-            return False
         return any(entry.name != LOCK_FILE for entry in self.path.iterdir())
 
 

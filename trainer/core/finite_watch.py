@@ -1,0 +1,112 @@
+"""Every step's loss and gradient, watched for NaN and infinities: what becomes of a step that has one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from trainer.core.build import Run
+from trainer.core.metrics import Row
+from trainer.core.not_finite import (
+    all_skipped,
+    describe_step,
+    first_bad_step,
+    skipped_in_a_row,
+)
+from trainer.exact.finite import BadSteps, FiniteFlags
+from trainer.storage.checkpoint import Progress
+
+# By then fp16's loss scale is 2^-34 of what it began with.
+MOST_SKIPPED_IN_A_ROW = 50
+
+
+class FiniteWatch:
+    """Marks each step on the device, and tells at log intervals what was found.
+
+    A step that is not finite ends the run (`check`), before anything of it is kept. With `train.non_finite=skip` it
+    is left out instead, which every rank must know before the update: so each step waits for the device and for the
+    other ranks. fp16 leaves a step out by itself where its gradient overflowed.
+
+    Attributes: `leaves_out`, True with `skip`; `is_held_back`, True if the last step must not update the weights.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._flags = FiniteFlags(run.ranks.device)
+        self._bad_steps = BadSteps()
+        self.is_held_back = False
+        overflows = run.precision.skips_overflow
+        self.leaves_out = run.config.train.non_finite == "skip" and not overflows
+        # Where asking costs nothing, so that the weights stay as they were before the step.
+        self._asks_at_once = run.ranks.device.type == "cpu" and not overflows
+
+    @property
+    def counts(self) -> bool:
+        """True where steps may be left out, and rows count them."""
+        return self.leaves_out or self._run.precision.skips_overflow
+
+    def mark(
+        self, step: int, losses: Iterable[Tensor], gradients: Iterable[Tensor]
+    ) -> bool:
+        """Note whether they are finite; returns `is_held_back`. A collective with `leaves_out`."""
+        of_loss, of_gradient = self._flags.mark(step, losses, gradients)
+        if self.leaves_out:
+            is_bad = bool(of_loss) or bool(of_gradient)
+            [self.is_held_back] = self._run.ranks.any_rank_each([is_bad])
+        elif self._asks_at_once:
+            self.is_held_back = bool(of_gradient)
+        return self.is_held_back
+
+    def count(self, progress: Progress) -> Row:
+        """The columns of a row: how many steps were left out so far. A collective; waits for the device.
+
+        Raises `LockstepError` where one step after the other is left out.
+        """
+        bad = self._flags.read()
+        if self.leaves_out:
+            steps = {*bad.loss, *bad.gradient}
+            everywhere = set(self._run.ranks.gather(list(steps)))
+            _count_skipped(progress, sorted(everywhere), "train.non_finite=skip")
+        elif self._run.precision.skips_overflow:
+            _count_skipped(progress, bad.gradient, "fp16")
+            self._bad_steps.loss += bad.loss
+        else:
+            self._bad_steps.loss += bad.loss
+            self._bad_steps.gradient += bad.gradient
+        return {"skipped_steps": progress.skipped_steps} if self.counts else {}
+
+    def check(
+        self, progress: Progress, *, saved_step: int | None, directory: Path | None
+    ) -> None:
+        """Raise `LockstepError`, on every rank, if a step was not finite. A collective; waits for the device.
+
+        `saved_step` is that of the newest checkpoint, `directory` the run's.
+        """
+        self.count(progress)
+        first = first_bad_step(self._bad_steps, self._run)
+        if first is not None:
+            number, what = first
+            raise describe_step(
+                self._run,
+                self._run.plan.step(number - 1),
+                what,
+                saved_step=saved_step,
+                directory=directory,
+            )
+
+    def check_end(self, progress: Progress) -> None:
+        """Raise `LockstepError` if every step of the run was left out."""
+        if self.counts and progress.skipped_steps == progress.step:
+            raise all_skipped(progress.step)
+
+
+def _count_skipped(progress: Progress, steps: list[int], by: str) -> None:
+    for step in steps:
+        follows = step == progress.last_skipped_step + 1
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if follows else 1
+        progress.last_skipped_step = step
+        progress.skipped_steps += 1
+        if progress.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
+            raise skipped_in_a_row(MOST_SKIPPED_IN_A_ROW, step, by)

@@ -1,0 +1,55 @@
+"""A run's config where machines share no disk: rank 0 reads the file, and every rank gets its text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+from trainer.config.schema import Config
+from trainer.process import launcher
+from trainer.process.ranks import Ranks
+from trainer.storage.run_directory import read_config
+
+CONFIG_FILE = "config.yaml"
+
+T = TypeVar("T")
+
+
+def read_config_on_all(run: Path, overrides: Sequence[str]) -> Config:
+    """The config of a run, with overrides applied, on every rank: on several machines, as rank 0 reads it.
+
+    A collective on several machines. Raises `ConfigError` if `run` is not a run directory.
+    """
+    text = read_on_main(lambda: _read_text(run, overrides))
+    if launcher.rank() == 0 or not _is_on_several_machines():
+        return read_config(run, overrides)
+    with TemporaryDirectory() as directory:
+        copy = Path(directory)
+        (copy / CONFIG_FILE).write_text(text)
+        return read_config(copy, overrides)
+
+
+def read_on_main(read: Callable[[], T]) -> T:
+    """What `read` returns, on every rank: on several machines rank 0 alone calls it.
+
+    A collective on several machines. Raises what `read` raises.
+    """
+    if not _is_on_several_machines():
+        return read()
+    # The config's own precision is not known yet, so whatever the launcher says is right for now.
+    ranks = Ranks(os.environ.get("ACCELERATE_MIXED_PRECISION", "fp32"))
+    result: T = ranks.on_main(read)
+    return result
+
+
+def _is_on_several_machines() -> bool:
+    return launcher.world_size() > launcher.local_world_size()
+
+
+def _read_text(run: Path, overrides: Sequence[str]) -> str:
+    """The text of a config that can be read: what is wrong with it, rank 0 says."""
+    read_config(run, overrides)
+    return (run / CONFIG_FILE).read_text()
