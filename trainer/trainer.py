@@ -29,6 +29,12 @@ from trainer.config.schema import Config
 from trainer.core.build import build_run, settings_of
 from trainer.core.finite_watch import FiniteWatch
 from trainer.core.first_forward import check_first_forward
+from trainer.core.further import (
+    of_best,
+    read_further,
+    restore_evaluated,
+    restore_modes_of,
+)
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.not_finite import refuse_not_finite, validation_not_finite
@@ -40,12 +46,19 @@ from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.refused import refuse_nondeterministic
 from trainer.core.rehearsal import check_disk, check_states, rehearse
 from trainer.core.same_weights import check_same_weights
-from trainer.core.stateful import StatefulObjects, load_states, read_states
+from trainer.core.stateful import (
+    StatefulObjects,
+    keeps_statistics,
+    load_states,
+    read_states,
+)
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.determinism import refused_operation
+from trainer.exact.model_and_loss import ModelAndLoss
+from trainer.exact.modes import modes_of_others, restore_modes
 from trainer.exact.plan import Plan, Step
 from trainer.exact.standard import StandardReduction
 from trainer.process.activity import (
@@ -64,7 +77,7 @@ from trainer.reporting.figures import drawing
 from trainer.reporting.journal import Journal
 from trainer.reporting.wandb.histograms import HistogramObserver
 from trainer.storage import checkpoint
-from trainer.storage.checkpoint import Checkpoint, Progress
+from trainer.storage.checkpoint import FURTHER, Checkpoint, Progress
 from trainer.storage.data_record import DataRecord, check_same_data, record_data
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
@@ -106,7 +119,10 @@ class Trainer:
                 config, model=model, train_data=train_data, val_data=val_data, task=task
             )
             self.optimizer = build_optimizer(
-                self.config.optimizer, self.module, head=self.config.model.head
+                self.config.optimizer,
+                self.module,
+                head=self.config.model.head,
+                loss=self.run.task,
             )
             self.run.freezing.apply(epoch=0)
             kind = BitwiseReduction if self.run.bitwise else StandardReduction
@@ -115,6 +131,7 @@ class Trainer:
                 self.config.batch_norm,
                 self.ranks,
                 find_unused_parameters=self.config.train.find_unused_parameters,
+                loss=self.run.task,
             )
         self.observers = Observers(
             [*build_observers(self.config.observers, Observer), *observers]
@@ -133,6 +150,8 @@ class Trainer:
         # Checkpoints that are damaged, and stateful objects that the checkpoint or the run lacks.
         self.resume_notes: list[str] = []
         self._restored_states: Mapping[str, Any] | None = None
+        self._further_restored: Mapping[str, Any] = {}
+        self._statistics_are_read = False  # after each step, by an observer or its like
         self._saved_step: int | None = None  # of the checkpoint last read or written
         # Of a run that is resumed on the same data; None where it is to be made.
         self._data_record: DataRecord | None = None
@@ -309,12 +328,18 @@ class Trainer:
         if self._batches is None:  # the proof may have started loading
             self.load_from(self.progress.step)
         self.module.train()
+        restore_modes_of(self._further_restored, self.module)
+        self._further_restored = {}
+        self.run.loss_state.begin()
         begin_training(self.optimizer)
         self.observers.begin(self.run)
         if self._restored_states is not None:
             self.resume_notes += load_states(stateful, self._restored_states)
             self._restored_states = None
         check_states(stateful, self.run)
+        self._statistics_are_read = self.observers.read_statistics or keeps_statistics(
+            stateful
+        )
 
     def _has_checkpoint(self) -> bool:
         """True if there is a checkpoint to resume from. A collective."""
@@ -416,6 +441,8 @@ class Trainer:
         self.optimizer.zero_grad()
         self.progress.step = step.number
         self.progress.samples_seen += step.size
+        if self._statistics_are_read:
+            reduction.gather_statistics()
         self.observers.step(step)
 
     def _undo_of_step(self) -> Callable[[], None]:
@@ -435,10 +462,12 @@ class Trainer:
 
     def _freeze(self, epoch: int) -> None:
         """Freeze and thaw parameters as `epoch` asks for. A collective, at an epoch's first step."""
+        modes = modes_of_others(self.module)
         if self.run.freezing.apply(epoch):
             activity.is_first_step = True  # what was compiled is compiled anew
             self.reduction.rebuild()
             self.module.train()
+            restore_modes(modes)
             self.run.forget_features()
 
     # ---------------------------------------------------------------- what is logged
@@ -479,8 +508,10 @@ class Trainer:
         )
 
     def digest(self) -> str:
-        """The digest of the weights, which are the same on every rank."""
-        return hexadecimal(digest(dict(self.module.named_parameters())))
+        """The digest of the weights, a loss's own included, which are the same on every rank."""
+        whole = ModelAndLoss(self.module, self.run.task)
+        of_loss = whole.trained_loss_parameters()
+        return hexadecimal(digest(dict(self.module.named_parameters()) | of_loss))
 
     def _read_meter(self) -> None:
         self.interval_totals.add(self.meter.read())
@@ -574,6 +605,7 @@ class Trainer:
             config_yaml(self.config),
             row,
             self.run.signature.to_dict(),
+            further=of_best(self._further()),
         )
 
     # ---------------------------------------------------------------- checkpoints
@@ -598,18 +630,39 @@ class Trainer:
         self.progress.epoch = self.epoch_totals.sums
         self.progress.scaler = self.run.precision.state()
         states = read_states(self._stateful_objects(), self.ranks)
+        self._tell_late_buffers()
         self.ranks.on_main(lambda: self._write_checkpoint(states))
         self._saved_step = self.progress.step
         activity.mark(UPDATING)
         self.stopwatch.mark(self.progress.samples_seen)
 
+    def _tell_late_buffers(self) -> None:
+        """Name the buffers that moved first after the first step: until now they followed no rule."""
+        names = ", ".join(self.reduction.take_late_buffers())
+        if not names:
+            return
+        fact = f"forward moves {names}, which it left alone in the first step"
+        if self.run.bitwise:
+            raise ConfigError(
+                "run.reproducibility",
+                f"bitwise must know in the first step which buffers move, and {fact}; move it in every forward, or in "
+                f"none",
+            )
+        self.journal.console.note(
+            f"{fact}: up to here it may depend on the number of processes"
+        )
+
     def _write_checkpoint(self, states: dict[str, dict[str, Any]]) -> None:
-        tensors, numbers = named_state(self.optimizer, self.module)
+        whole = ModelAndLoss(self.module, self.run.task)
+        tensors, numbers = named_state(self.optimizer, whole)
         self.journal.sync()
         self.progress.rows = self.journal.rows
         self.progress.wandb_id = self.journal.wandb_id
         refuse_not_finite(self.module, tensors, self.progress.step)
         config = self.config.to_dict(digests=True)
+        further = self._further()
+        if further:
+            states = states | {FURTHER: further}
         content = Checkpoint(
             checkpoint.snapshot(self.module),
             tensors,
@@ -622,6 +675,13 @@ class Trainer:
             self.journal.directory / "checkpoints",
             content,
             keep=self.config.train.keep_checkpoints,
+        )
+
+    def _further(self) -> dict[str, Any]:
+        return read_further(
+            self.module,
+            self.run.loss_state,
+            self.reduction.moving_buffers,
         )
 
     def _resume(self, paths: Sequence[Path]) -> None:
@@ -654,8 +714,14 @@ class Trainer:
     def restore(self, content: Checkpoint) -> None:
         """Take over the state of a checkpoint. Stateful objects take theirs over in `start`."""
         checkpoint.restore_model(self.module, content.model)
+        states = dict(content.stateful)
+        self._further_restored = states.pop(FURTHER, {})
+        restore_evaluated(self._further_restored, self.module, self.run.loss_state)
         load_named_state(
-            self.optimizer, self.module, content.optimizer, content.optimizer_numbers
+            self.optimizer,
+            ModelAndLoss(self.module, self.run.task),
+            content.optimizer,
+            content.optimizer_numbers,
         )
         self.run.precision.load_state(content.progress.scaler)
         self.progress = content.progress
@@ -667,7 +733,7 @@ class Trainer:
             factor = self.schedule.factor(self.progress.step - 1)
             set_learning_rate(self.optimizer, factor)
         # Loaded by `start`, once observers have seen the model.
-        self._restored_states = content.stateful
+        self._restored_states = states
         self._freeze(self._epoch_to_go_on_in())
         self.run.forget_features()
         self._rate_note = describe_rate_change(

@@ -18,6 +18,7 @@ from trainer.components.optimizer_state import load_named_state, named_state
 from trainer.config.registry import build, resolve
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError
+from trainer.exact.model_and_loss import ModelAndLoss
 
 __all__ = [
     "build_optimizer",
@@ -38,23 +39,28 @@ IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
 
 
 def build_optimizer(
-    section: OptimizerConfig, model: nn.Module, *, head: str | None = None
+    section: OptimizerConfig,
+    model: nn.Module,
+    *,
+    head: str | None = None,
+    loss: nn.Module | None = None,
 ) -> Optimizer:
-    """The optimizer that `section` names, over the parameters of `model` that require a gradient.
+    """The optimizer that `section` names, over the parameters of `model` and `loss` that require a gradient.
 
     Parameters of one learning rate (see `base_rates`; `head` is `model.head`) form a group. With
     `decay_norm_and_bias: false`, biases, other parameters of at most one dimension and all parameters of norm layers
     form further groups without weight decay. Each group keeps its base rate as `initial_lr`. A group with
     `optimizer.lr` comes first, if there is one.
     """
-    groups = _groups(section, model, head)
+    whole = ModelAndLoss(model, loss)
+    groups = _groups(section, whole, head)
     if not groups:
         raise ConfigError(
             "model",
             "no parameter requires a gradient, so there is nothing to train; freeze less",
         )
     target = resolve("optimizer", section.name, OPTIMIZERS)
-    supplied = {"fused": True} if _can_be_fused(target, section.args, model) else {}
+    supplied = {"fused": True} if _can_be_fused(target, section.args, whole) else {}
     arguments = {**supplied, "lr": section.lr}
 
     def make() -> Any:
@@ -62,7 +68,7 @@ def build_optimizer(
         own = [dict(group) for group in groups]
         return build("optimizer", target, section.args, own, **arguments)
 
-    check_optimizer(section, model, make)
+    check_optimizer(section, whole, make)
     optimizer: Optimizer = make()
     remember_as_built(optimizer)
     if not section.decay_norm_and_bias and not _has_weight_decay(optimizer):
@@ -81,7 +87,7 @@ def _has_weight_decay(optimizer: Optimizer) -> bool:
     return any("weight_decay" in getattr(part, "defaults", {}) for part in parts)
 
 
-def _can_be_fused(target: Any, arguments: dict[str, Any], model: nn.Module) -> bool:
+def _can_be_fused(target: Any, arguments: dict[str, Any], model: ModelAndLoss) -> bool:
     """True on CUDA, for torch's own optimizers, where the config asks for no implementation.
 
     A fused update is one kernel for many parameters. With fp16 it also skips a step that overflowed without asking
@@ -98,16 +104,16 @@ def _can_be_fused(target: Any, arguments: dict[str, Any], model: nn.Module) -> b
 
 
 def _groups(
-    section: OptimizerConfig, model: nn.Module, head: str | None
+    section: OptimizerConfig, model: ModelAndLoss, head: str | None
 ) -> list[dict[str, Any]]:
     """Parameter groups: those with weight decay first, then by rate: `optimizer.lr`, then from high to low."""
-    rates = base_rates(section, model, head)
+    rates = base_rates(section, model.model, head)
     without_decay = set() if section.decay_norm_and_bias else _norms_and_biases(model)
     groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rate = rates[name]
+        rate = rates.get(name, section.lr)  # a loss's own have the head's
         # The first group's rate is logged as `lr`. Checkpoints do not depend on the order: state is kept by name.
         order = (name in without_decay, rate != section.lr, -rate)
         if order not in groups:
@@ -142,7 +148,7 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     return rates
 
 
-def _norms_and_biases(model: nn.Module) -> set[str]:
+def _norms_and_biases(model: ModelAndLoss) -> set[str]:
     """Names of the parameters that are commonly spared weight decay, and of those that the model names itself."""
     in_norms: set[nn.Parameter] = set()
     for module in model.modules():
@@ -153,7 +159,7 @@ def _norms_and_biases(model: nn.Module) -> set[str]:
         is_bias = name.rpartition(".")[2] == "bias"
         if is_bias or parameter.ndim <= 1 or parameter in in_norms:
             names.add(name)
-    return names | _named_by_model(model)
+    return names | _named_by_model(model.model)
 
 
 def _named_by_model(model: nn.Module) -> set[str]:

@@ -19,6 +19,7 @@ from trainer.components.optimizer_modes import is_switched
 from trainer.components.optimizer_state import load_named_state, named_state
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError, LockstepError
+from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.seeding import preserved_cpu_generators
 
 # Arguments of torch's own optimizers that not every device, or no training loop, takes.
@@ -28,7 +29,7 @@ TAKES_SPARSE = ("SGD", "Adagrad", "SparseAdam")
 
 
 def check_optimizer(
-    section: OptimizerConfig, model: nn.Module, make: Callable[[], Any]
+    section: OptimizerConfig, model: nn.Module | ModelAndLoss, make: Callable[[], Any]
 ) -> None:
     """Raise `ConfigError`, on the key at fault, unless what `make` returns can train `model`, be saved and resumed."""
     optimizer = make()
@@ -62,7 +63,7 @@ def _check_step(section: OptimizerConfig, optimizer: Optimizer) -> None:
 
 
 def _check_parameters(
-    section: OptimizerConfig, optimizer: Optimizer, model: nn.Module
+    section: OptimizerConfig, optimizer: Optimizer, model: nn.Module | ModelAndLoss
 ) -> None:
     own = {id(parameter) for parameter in model.parameters()}
     for group in optimizer.param_groups:
@@ -76,7 +77,7 @@ def _check_parameters(
 
 
 def _check_sparse(
-    section: OptimizerConfig, optimizer: Optimizer, model: nn.Module
+    section: OptimizerConfig, optimizer: Optimizer, model: nn.Module | ModelAndLoss
 ) -> None:
     sparse: set[int] = set()
     for module in model.modules():
@@ -103,7 +104,7 @@ def _check_sparse(
 def _try(
     section: OptimizerConfig,
     optimizer: Optimizer,
-    model: nn.Module,
+    model: nn.Module | ModelAndLoss,
     make: Callable[[], Any],
 ) -> None:
     with _untouched(model), preserved_cpu_generators():
@@ -131,7 +132,7 @@ def _try(
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def _untouched(model: nn.Module | ModelAndLoss) -> Iterator[None]:
     """A context in which the parameters have zero gradients; after it, values and gradients are what they were."""
     before = [(p, p.detach().clone(), p.grad) for p in model.parameters()]
     for parameter, value, _ in before:

@@ -25,6 +25,7 @@ from trainer.components.state_tree import (
     describe_tensor,
 )
 from trainer.errors import LockstepError
+from trainer.exact.model_and_loss import LOSS_PREFIX, ModelAndLoss
 
 # By name an int, float, bool, str or None, or a tree (see `state_tree`); under PARAMETERS a list of names.
 Numbers = dict[str, Any]
@@ -38,7 +39,7 @@ CONFIG_ENTRIES = {"params", "lr", "initial_lr", "weight_decay"}
 
 
 def named_state(
-    optimizer: Optimizer, model: nn.Module
+    optimizer: Optimizer, model: nn.Module | ModelAndLoss
 ) -> tuple[dict[str, Tensor], Numbers]:
     """The state as contiguous tensors and plain values, each under `<state key>.<parameter name>`.
 
@@ -51,7 +52,7 @@ def named_state(
 
 
 class _Reader:
-    def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
+    def __init__(self, optimizer: Optimizer, model: nn.Module | ModelAndLoss) -> None:
         self._optimizer = optimizer
         self._parameters = dict(model.named_parameters())
         self._names = {id(value): name for name, value in self._parameters.items()}
@@ -165,7 +166,10 @@ class _Reader:
 
 
 def load_named_state(
-    optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor], numbers: Numbers
+    optimizer: Optimizer,
+    model: nn.Module | ModelAndLoss,
+    tensors: dict[str, Tensor],
+    numbers: Numbers,
 ) -> None:
     """Load what `named_state` returned into an optimizer from `build_optimizer`, on whatever device it is.
 
@@ -179,7 +183,7 @@ class _Writer:
     def __init__(
         self,
         optimizer: Optimizer,
-        model: nn.Module,
+        model: nn.Module | ModelAndLoss,
         tensors: dict[str, Tensor],
         numbers: Numbers,
     ) -> None:
@@ -273,7 +277,7 @@ class _Writer:
                 set_attribute(part, name, value)
 
 
-def trained_names(optimizer: Optimizer, model: nn.Module) -> list[str]:
+def trained_names(optimizer: Optimizer, model: nn.Module | ModelAndLoss) -> list[str]:
     """The names of the optimizer's parameters, in its own order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
@@ -322,6 +326,9 @@ def _copy(
 
 
 def _check_parameters(saved: set[str], present: set[str]) -> None:
+    if not any(name.startswith(LOSS_PREFIX) for name in saved):
+        # As in a checkpoint from before losses were trained.
+        present = {name for name in present if not name.startswith(LOSS_PREFIX)}
     for names, verb in ((present - saved, "lacks"), (saved - present, "has")):
         if names:
             examples = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")

@@ -17,6 +17,9 @@ from trainer.core.misfit import explained
 from trainer.core.samples import rows_not_finite
 from trainer.data.loading import Loader, whole_requests
 from trainer.data.samples import MicroBatch, Request
+from trainer.exact.model_and_loss import ModelAndLoss
+from trainer.exact.modes import preserved_modes
+from trainer.exact.moving_buffers import preserved_buffers
 from trainer.exact.seeding import preserved_generators
 from trainer.process.activity import EVALUATING, FIRST_EVALUATION, activity
 from trainer.process.ranks import Ranks
@@ -72,12 +75,14 @@ class Evaluator:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The mean loss and metrics over all samples. A collective."""
-        meter = Meter(self._forward.task, self._ranks, exact=self._exact)
-        with preserved_generators():
+        task = self._forward.task
+        meter = Meter(task, self._ranks, exact=self._exact)
+        with preserved_modes(task), preserved_generators():
+            task.eval()  # until the last metric is measured
             for _, model, batch in self._in_eval_mode():
                 output, loss = self._forward(model, batch, None)
                 meter.add(batch, output, loss)
-        return meter.read().means()
+            return meter.read().means()
 
     @torch.no_grad()
     def rehearse(self) -> None:
@@ -161,11 +166,18 @@ class Evaluator:
     def _in_eval_mode(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
         """Each batch with what it is run through: the model, or its head where the batch holds the features.
 
-        The model is in eval mode meanwhile, and afterwards in the mode that it had.
+        The model and the loss are in eval mode meanwhile, and afterwards each of their modules in the mode that it had.
         """
-        was_training = self._model.training
-        self._model.eval()
-        try:
+        task = self._forward.task
+        # A forward that moves buffers in eval mode, too, would move other ones on every rank.
+        whole = ModelAndLoss(self._model, task)
+        with (
+            preserved_modes(self._model),
+            preserved_modes(task),
+            preserved_buffers(whole),
+        ):
+            self._model.eval()
+            task.eval()
             batches_of_features = self._features.batches()
             if batches_of_features is None:
                 yield from self._loaded_batches()
@@ -176,8 +188,6 @@ class Evaluator:
                 ):
                     activity.mark(EVALUATING)
                     yield request, head, batch
-        finally:
-            self._model.train(was_training)
 
     def _loaded_batches(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
         if self._batches is None:

@@ -163,9 +163,10 @@ class Forward:
         samples = stop - start
         seeds = [self._key(step, index) for index in range(first, end)]
         self._seed_device(seeds[0])
+        generator = device_generator(self._device)
         with (
             host_draws.refused(),
-            Fused(model, device_generator(self._device), seeds, samples) as fused,
+            Fused(model, generator, seeds, samples, self.task) as fused,
         ):
             result = self._output_and_loss(model, batch)
         fused.finish()

@@ -17,6 +17,7 @@ from trainer.components.task import WeightedSum
 from trainer.config.schema import Config
 from trainer.data.samples import MicroBatch
 from trainer.exact.batch_norm import named_norm_layers
+from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Step
 from trainer.inspection.autograd_chain import chain
 from trainer.inspection.watch import StepWatch
@@ -205,10 +206,11 @@ class Dissection:
             return None
         step = trainer.plan.step(1)
         model_state = copy.deepcopy(trainer.module.state_dict())
-        optimizer_state = copy.deepcopy(named_state(trainer.optimizer, trainer.module))
+        whole = ModelAndLoss(trainer.module, trainer.run.task)
+        optimizer_state = copy.deepcopy(named_state(trainer.optimizer, whole))
         second = self._run(step)
         trainer.module.load_state_dict(model_state)
-        load_named_state(trainer.optimizer, trainer.module, *optimizer_state)
+        load_named_state(trainer.optimizer, whole, *optimizer_state)
         self._put_back_gradients(first)
         both = self._run(step)
         result = {}

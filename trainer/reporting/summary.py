@@ -16,6 +16,7 @@ from trainer.core.build import Run
 from trainer.core.proof.prove import Proof
 from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.exchange_cost import describe_exchange
+from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Plan
 from trainer.process.device import device_name
 from trainer.storage.checkpoint import Progress
@@ -46,6 +47,7 @@ def header(
         *(("config", note) for note in config.notes),
         ("model", f"{config.model.name} · {_describe_parameters(run)}"),
         ("weights", run.weights_note),
+        ("loss", _describe_loss(run)),
         ("data", _describe_data(run)),
         ("batch", batch_arithmetic(plan, fuse)),
         ("optimizer", _describe_optimizer(run)),
@@ -78,6 +80,17 @@ def _describe_parameters(run: Run) -> str:
     if trained == total:
         return f"{total:,} parameters"
     return f"{total:,} parameters, {trained:,} trained"
+
+
+def _describe_loss(run: Run) -> str:
+    """Only for a loss that is trained: what most losses are is in the config."""
+    parameters = ModelAndLoss(run.module, run.task).trained_loss_parameters()
+    count = sum(parameter.numel() for parameter in parameters.values())
+    return (
+        f"{run.config.loss.name} · {count:,} parameters, trained with the model's"
+        if count
+        else ""
+    )
 
 
 def _describe_data(run: Run) -> str:
@@ -125,7 +138,9 @@ def summary(
     run: Run, progress: Progress, optimizer: Optimizer, proof: Proof
 ) -> dict[str, Any]:
     """What `summary.json` holds."""
-    optimizer_state, _ = named_state(optimizer, run.module)
+    optimizer_state, _ = named_state(optimizer, ModelAndLoss(run.module, run.task))
+    of_loss = ModelAndLoss(run.module, run.task).trained_loss_parameters()
+    hashes = {"loss_sha256": tensors_sha256(of_loss)} if of_loss else {}
     planned_steps = run.plan.total_steps
     # Only a run that `train.stop_after` has stopped has steps left here.
     stopped = {"planned_steps": planned_steps} if progress.step < planned_steps else {}
@@ -141,6 +156,7 @@ def summary(
         "weights_sha256": tensors_sha256(dict(run.module.named_parameters())),
         "buffers_sha256": tensors_sha256(dict(run.module.named_buffers())),
         "optimizer_sha256": tensors_sha256(optimizer_state),
+        **hashes,
         "proof": proof.to_dict(),
     }
     if run.precision.skips_overflow or run.config.train.non_finite == "skip":
