@@ -45,6 +45,7 @@ from trainer.core.not_finite import (
 )
 from trainer.core.observers import Observer, Observers, Stateful
 from trainer.core.preflight import notes_on
+from trainer.core.proof.prove import Proof, prove
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.refused import refuse_nondeterministic
 from trainer.core.rehearsal import check_disk, check_states, rehearse
@@ -76,7 +77,7 @@ from trainer.storage.checkpoint import FURTHER, Checkpoint, Progress
 from trainer.storage.data_record import DataRecord, check_same_data, record_data
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
-from trainer.storage.run_directory import check_same_run, config_yaml
+from trainer.storage.run_directory import check_same_run, config_yaml, run_path
 from trainer.storage.shared_checkpoint import load_on_all
 
 # By then fp16's loss scale is 2^-34 of what it began with.
@@ -146,6 +147,7 @@ class Trainer:
         self.grad_norm: Tensor | None = None
         self.fuse = 1  # micro-batches in one forward, chosen before training
         self.fuse_note = ""  # why batch.fuse=auto chose 1
+        self.proof = Proof(off="not made")  # until `prove`
         # Checkpoints that are damaged, and stateful objects that the checkpoint or the run lacks.
         self.resume_notes: list[str] = []
         self._restored_states: Mapping[str, Any] | None = None
@@ -199,11 +201,16 @@ class Trainer:
         self._stateful_objects()  # refuses now what could not be saved later
         with self.run.settings(), self._explained():
             self.try_out()
+            is_resumed = self._has_checkpoint()
+            if not is_resumed:
+                self.prove()  # a refused run leaves an earlier run's directory where it is
             with (
                 StopRequest(self.ranks) as stop,
                 Journal(self.config, self.ranks) as self._journal,
             ):
                 self._resume(self._journal.resume_from)
+                if is_resumed:
+                    self.prove()  # on the samples of its next step
                 self._introduce()
                 try:
                     self.start()
@@ -239,11 +246,38 @@ class Trainer:
                 raise
             raise cause from None
 
+    def prove(self, *, thorough: bool = False) -> None:
+        """Try the promise on this run's model, loss and data, before `start`; see docs/proof.md. A collective.
+
+        Raises `ConfigError` for what breaks it, in bitwise mode or with `run.proof=strict`.
+        """
+        config = self.config
+        if config.run.proof != "off" and config.data.workers:
+            # Loader processes are started once, and `start` goes on with them.
+            self.load_from(self.progress.step)
+        try:
+            self.proof = prove(
+                self.run,
+                self.progress.step,
+                optimizer=self.optimizer,
+                stateful=self._stateful_objects(),
+                batches=self._batches,
+                thorough=thorough,
+            )
+        except BaseException:
+            self.end_loading()
+            raise
+
     def _introduce(self) -> None:
         """Show what will run, and its first samples."""
         journal = self.journal
         header = report.header(
-            self.run, self.schedule, self.fuse, self.fuse_note, journal.directory
+            self.run,
+            self.schedule,
+            self.fuse,
+            self.fuse_note,
+            directory=journal.directory,
+            proof=self.proof,
         )
         if self._rate_note:
             header.append(("resumed", self._rate_note))
@@ -277,7 +311,8 @@ class Trainer:
         """Begin at the step after those that are done. A loop of one's own calls it once before `train_step`."""
         stateful = self._stateful_objects()  # refuses now what could not be saved later
         self.stopwatch = Stopwatch(self.progress)
-        self.load_from(self.progress.step)
+        if self._batches is None:  # the proof may have started loading
+            self.load_from(self.progress.step)
         self.module.train()
         restore_modes_of(self._further_restored, self.module)
         self._further_restored = {}
@@ -291,6 +326,14 @@ class Trainer:
         self._statistics_are_read = self.observers.read_statistics or keeps_statistics(
             stateful
         )
+
+    def _has_checkpoint(self) -> bool:
+        """True if there is a checkpoint to resume from. A collective."""
+        if self.config.run.resume == "never":
+            return False
+        checkpoints = run_path(self.config.run) / "checkpoints"
+        path = self.ranks.on_main(lambda: checkpoint.latest(checkpoints))
+        return path is not None
 
     def load_from(self, steps_done: int) -> None:
         """Load the samples of the step after `steps_done` next."""
@@ -742,7 +785,7 @@ class Trainer:
         self.stopwatch.stop(self.progress)
         if self.progress.skipped_steps == self.progress.step:
             raise all_skipped(self.progress.step)
-        summary = report.summary(self.run, self.progress, self.optimizer)
+        summary = report.summary(self.run, self.progress, self.optimizer, self.proof)
         self.journal.keep_summary(summary)
         self.journal.finish(
             summary,

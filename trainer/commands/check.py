@@ -3,7 +3,8 @@
 lockstep check configs/cifar10.yaml batch.size=256
 torchrun --nproc_per_node 2 -m trainer check configs/cifar10.yaml
 
-Everything is built as for training, and one step is trained. Nothing is written.
+Everything is built as for training, the promise is tried on more samples than a run tries (`run.proof`), and one step
+is trained. Nothing is written.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ def main(arguments: list[str]) -> None:
     console = Console(active=trainer.ranks.is_main)
     with trainer.run.settings():
         trainer.try_out()
+        trainer.prove(thorough=True)
         facts = header(
             trainer.run,
             trainer.schedule,
             trainer.fuse,
             trainer.fuse_note,
-            run_path(config.run),
+            directory=run_path(config.run),
+            proof=trainer.proof,
         )
         console.header(facts)
         start = perf_counter()

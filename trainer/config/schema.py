@@ -49,6 +49,11 @@ class RunConfig(Section):
         "standard",
         "what runs on different process counts share: the mathematics, or every bit",
     )
+    proof: Literal["on", "off", "strict"] = key(
+        "on",
+        "before the first step, try the promise on this model, loss and data: bitwise refuses what breaks it, "
+        "standard warns, and strict lets standard refuse, too",
+    )
     figures: bool = key(True, "draw the run's PNG figures at its end")
     timeout: float = key(
         1800.0,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +20,15 @@ from trainer.core.precision import Precision
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import Fused
+from trainer.exact.host_draws import HostDraws
 from trainer.exact.plan import Step
-from trainer.exact.seeding import device_generator, device_seeder, key, mix_key
+from trainer.exact.seeding import (
+    device_generator,
+    device_seeder,
+    key,
+    mix_key,
+    seed_host_generators,
+)
 from trainer.exact.structures import tensors_in
 
 # As torch's BatchNorm says it.
@@ -45,6 +50,8 @@ class Forward:
         # (weight, samples) of the first micro-batch whose weight is an int.
         self._first_weight: tuple[int, int] | None = None
         self._has_tensor_weights: bool | None = None  # None: none seen
+        # Of the model that is trained, known from the first forward on.
+        self.host_draws: HostDraws | None = None
 
     def __call__(
         self, model: nn.Module, batch: MicroBatch, step: Step | None
@@ -60,11 +67,16 @@ class Forward:
         if step is None:
             self._seed_evaluation(batch)
             return self._output_and_loss(model, batch)
+        if self.host_draws is None:
+            self.host_draws = HostDraws(model, self.task)
         if batch.fused > 1:
-            result = self._fuse(model, batch, step)
+            result = self._fuse(model, batch, step, self.host_draws)
         else:
-            self._seed_device(self._key(step, batch.first))
+            value = self._key(step, batch.first)
+            self._seed_device(value)
+            watched = self.host_draws.begin(value)
             result = self._output_and_loss(model, batch)
+            self.host_draws.end(watched)
         output, loss = result
         if torch.is_grad_enabled():
             loss = self._checked(batch, loss)
@@ -82,8 +94,7 @@ class Forward:
         # Batches of an evaluation are cut by the config alone, so this key is the same on any number of ranks.
         value = mix_key(self._evaluation_key, 0, batch.first)
         self._seed_device(value)
-        random.seed(value)
-        np.random.seed(value & 0xFFFFFFFF)
+        seed_host_generators(value)
 
     def _output_and_loss(
         self, model: nn.Module, batch: MicroBatch
@@ -140,7 +151,11 @@ class Forward:
             )
 
     def _fuse(
-        self, model: nn.Module, batch: MicroBatch, step: Step
+        self,
+        model: nn.Module,
+        batch: MicroBatch,
+        step: Step,
+        host_draws: HostDraws,
     ) -> tuple[Any, WeightedSum]:
         first, end = batch.indices
         start, _ = step.micro_batches[first]
@@ -149,7 +164,10 @@ class Forward:
         seeds = [self._key(step, index) for index in range(first, end)]
         self._seed_device(seeds[0])
         generator = device_generator(self._device)
-        with Fused(model, generator, seeds, samples, self.task) as fused:
+        with (
+            host_draws.refused(),
+            Fused(model, generator, seeds, samples, self.task) as fused,
+        ):
             result = self._output_and_loss(model, batch)
         fused.finish()
         return result

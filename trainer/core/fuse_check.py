@@ -19,6 +19,7 @@ from trainer.core.precision import Precision, check_gradient
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import REMEDY
+from trainer.exact.host_draws import mentions_host_generators
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.moving_buffers import Copies, other_buffers
 from trainer.exact.plan import IndexRange, Step, split_evenly
@@ -70,6 +71,9 @@ def _answer_of_this_rank(run: Run, step: Step, first: int, end: int) -> tuple[in
         _check_two_micro_batches(run, step, first)
     except ConfigError as error:
         return 1, _first_clause(error.message)
+    if any(map(mentions_host_generators, (run.module, run.task))):
+        # If not in the first step, then perhaps in a later one, which would end the run.
+        return 1, "the model's or the loss's code mentions random or numpy.random"
     return _largest_that_fits(run, step, first, end), ""
 
 

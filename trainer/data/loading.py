@@ -42,16 +42,23 @@ class Loader:
         device: torch.device,
         normalize: Normalize,
     ) -> None:
-        self._dataset = dataset
+        self.dataset = dataset
         self._section = section
         self._device = device
         self.normalize = normalize
 
     def peek(
-        self, ids: Sequence[int] | Ids, first: int = 0, fused: int = 1
+        self,
+        ids: Sequence[int] | Ids,
+        first: int = 0,
+        fused: int = 1,
+        *,
+        epoch: int = 0,
     ) -> MicroBatch:
-        """Some samples as the model sees them in the first epoch, as one micro-batch."""
-        batch: MicroBatch = send_to_device(self.fetch(ids, first, fused), self._device)
+        """Some samples as the model sees them in `epoch`, as one micro-batch."""
+        batch: MicroBatch = send_to_device(
+            self.fetch(ids, first, fused, epoch=epoch), self._device
+        )
         return batch._replace(inputs=self.normalize(batch.inputs))
 
     def fetch(
@@ -66,10 +73,15 @@ class Loader:
         request = Request(first, epoch, np.asarray(ids), fused)
         return next(self._load_here([request]))
 
+    def sample(self, sample_id: int, epoch: int) -> tuple[Any, Any]:
+        """A sample's input and target after the transforms alone, as in `epoch`."""
+        with preserved_cpu_generators():
+            return self.dataset.sample(epoch, sample_id)
+
     def raw(self, sample_id: int) -> Any:
         """A sample's input as the data set returns it."""
         with preserved_cpu_generators():
-            return self._dataset.pair(sample_id)[0]
+            return self.dataset.pair(sample_id)[0]
 
     def run(self, requests: Iterable[Request]) -> Generator[MicroBatch, None, None]:
         """The micro-batches of `requests`, in order. Closing the generator ends its loader processes."""
@@ -95,13 +107,13 @@ class Loader:
     def _load_here(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
         for request in requests:
             # Saving the generators costs more than a look-up, so only data that draws from them does it.
-            with preserved_cpu_generators() if self._dataset.draws else nullcontext():
-                batch = self._dataset[request]
+            with preserved_cpu_generators() if self.dataset.draws else nullcontext():
+                batch = self.dataset[request]
             yield _raise_if_error(batch)
 
     def _load_in_workers(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
         loader = DataLoader(
-            self._dataset,
+            self.dataset,
             sampler=requests,
             batch_size=None,
             collate_fn=_return_as_is,
@@ -173,11 +185,18 @@ class TrainLoader:
         # All but an epoch's last step are of one size.
         self._groups_by_size: dict[int, list[IndexRange]] = {}
         self._batches = loader.run(self._requests(first_step))
+        self._next: MicroBatch | None = None  # already taken from `_batches`
         self._seconds_waited = 0.0
 
     def close(self) -> None:
         """End the loader processes."""
         self._batches.close()
+
+    def peek(self) -> MicroBatch:
+        """The next micro-batch, which `step` will yield."""
+        if self._next is None:
+            self._next = next(self._batches)
+        return self._next
 
     def take_waited(self) -> float:
         """Seconds that the loop waited for micro-batches since the last call, by the host's clock."""
@@ -189,7 +208,8 @@ class TrainLoader:
         """This rank's micro-batches of `step`. To be called for every step, in order."""
         for indices in self._groups(step):
             start = perf_counter()
-            batch = next(self._batches)
+            batch = self.peek()
+            self._next = None
             self._seconds_waited += perf_counter() - start
             assert batch.indices == indices, "steps are taken in order"
             yield batch

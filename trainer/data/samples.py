@@ -91,7 +91,7 @@ class KeyedDataset(Dataset[Any]):
             return MicroBatch(request.first, inputs, targets, request.fused)
         try:
             samples = [
-                self._sample(request.epoch, sample_id)
+                self.sample(request.epoch, sample_id)
                 for sample_id in request.ids.tolist()
             ]
             inputs, targets = self._collate(samples, request.ids)
@@ -99,7 +99,8 @@ class KeyedDataset(Dataset[Any]):
             return error
         return MicroBatch(request.first, inputs, targets, request.fused)
 
-    def _sample(self, epoch: int, sample_id: int) -> tuple[Any, Any]:
+    def sample(self, epoch: int, sample_id: int) -> tuple[Any, Any]:
+        """The input and target of one sample, transformed. It seeds the CPU's generators."""
         # All that a data set or transform may draw from; the caller restores the rank's generators (`draws`).
         seed_cpu(key(self._seed, self._purpose, epoch, sample_id))
         try:

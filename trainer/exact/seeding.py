@@ -51,6 +51,11 @@ def seed_cpu(value: int) -> None:
     """Seed the three generators that data pipelines draw from: torch's on the CPU, `random`, and NumPy's."""
     # torch.manual_seed visits every back end: 100 times the cost.
     torch.default_generator.manual_seed(value)
+    seed_host_generators(value)
+
+
+def seed_host_generators(value: int) -> None:
+    """Seed `random` and NumPy's global generator."""
     random.seed(value)
     np.random.seed(value & 0xFFFFFFFF)
 
@@ -58,7 +63,8 @@ def seed_cpu(value: int) -> None:
 def device_seeder(device: torch.device) -> Callable[[int], object]:
     """A function that seeds the generators from which a model on `device` draws: the device's and the host's.
 
-    Dropout draws on the device. A layer drop that calls `torch.rand(1)` draws on the host.
+    Dropout draws on the device. A layer drop that calls `torch.rand(1)` draws on the host. For one that calls
+    `random.random()` see `trainer.exact.host_draws`.
     """
     if device.type == "cpu":
         return torch.default_generator.manual_seed

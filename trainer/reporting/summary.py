@@ -14,6 +14,7 @@ from trainer.components.optimizer import named_state
 from trainer.components.schedule import Schedule
 from trainer.config.schema import BestConfig
 from trainer.core.build import Run
+from trainer.core.proof.prove import Proof
 from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.exchange_cost import describe_exchange
 from trainer.exact.model_and_loss import ModelAndLoss
@@ -25,7 +26,13 @@ MAX_LISTED_RANKS = 8
 
 
 def header(
-    run: Run, schedule: Schedule, fuse: int, fuse_note: str, directory: Path
+    run: Run,
+    schedule: Schedule,
+    fuse: int,
+    fuse_note: str,
+    *,
+    directory: Path,
+    proof: Proof,
 ) -> list[tuple[str, str]]:
     """What a person wants to see before a run begins."""
     config = run.config
@@ -52,6 +59,7 @@ def header(
         ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
         ("exchange", describe_exchange(plan) if run.bitwise else ""),
         ("note", run.data.note),
+        *proof.facts(),
     ]
     return [(name, text) for name, text in facts if text]
 
@@ -126,7 +134,9 @@ def _describe_fuse(plan: Plan, fuse: int) -> str:
     return f", up to {largest} at once" if largest > 1 else ""
 
 
-def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any]:
+def summary(
+    run: Run, progress: Progress, optimizer: Optimizer, proof: Proof
+) -> dict[str, Any]:
     """What `summary.json` holds."""
     optimizer_state, _ = named_state(optimizer, ModelAndLoss(run.module, run.task))
     of_loss = ModelAndLoss(run.module, run.task).trained_loss_parameters()
@@ -147,6 +157,7 @@ def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any
         "buffers_sha256": tensors_sha256(dict(run.module.named_buffers())),
         "optimizer_sha256": tensors_sha256(optimizer_state),
         **hashes,
+        "proof": proof.to_dict(),
     }
     if run.precision.skips_overflow:
         values["skipped_steps"] = progress.skipped_steps

@@ -25,6 +25,7 @@ FREE_KEYS = (
     "run.dir",
     "run.resume",
     "run.resume_changes",
+    "run.proof",
     "run.figures",
     "run.timeout",
     "data.cache",

@@ -1,0 +1,85 @@
+"""Are two results of a micro-batch or of a step the same, and where do they part?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.core.proof.state import same_bits
+
+Tensors = Mapping[str, Tensor | None]
+NAMES_IN_A_MESSAGE = 3
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Tensors that part, by name, and by how much all of them together, relative to their norm."""
+
+    names: list[str]
+    relative: float
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.names[:NAMES_IN_A_MESSAGE])
+        more = len(self.names) - NAMES_IN_A_MESSAGE
+        others = f" and {more} more" if more > 0 else ""
+        return f"{shown}{others}, {self.relative:.1g} relative"
+
+
+def gradients_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The gradient of each trained parameter, by name."""
+    return {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+
+
+def compare(
+    first: Tensors, second: Tensors, tolerance: float | None
+) -> Difference | None:
+    """Where two results part; None where they are equal, bit for bit if there is no `tolerance`.
+
+    A tolerance is for the norm of all tensors together: a tensor that is nothing but rounding has no digits to share.
+    Results with a NaN or an infinity are not compared in this way.
+    """
+    norms = {name: _norms(first[name], second[name]) for name in first}
+    total = math.sqrt(sum(size**2 for _, size in norms.values()))
+    distance = math.sqrt(sum(apart**2 for apart, _ in norms.values()))
+    relative = distance / total if total else 0.0
+    if tolerance is None:
+        names = [n for n in first if not _is_same(first[n], second[n])]
+        return Difference(names, relative) if names else None
+    if not relative > tolerance:
+        return None
+    bound = 0.1 * distance / math.sqrt(len(norms))
+    names = [name for name, (apart, _) in norms.items() if apart > bound]
+    names.sort(key=lambda name: -norms[name][0])
+    return Difference(names, relative)
+
+
+def _norms(first: Tensor | None, second: Tensor | None) -> tuple[float, float]:
+    """The norm of the difference, and the larger norm of both."""
+    if first is None and second is None:
+        return 0.0, 0.0
+    one, other = _as_floats(first), _as_floats(second)
+    if one is None or other is None:
+        present = one if other is None else other
+        assert present is not None
+        size = float(present.norm())
+        return size, size
+    if one.shape != other.shape:
+        return math.inf, 1.0
+    return float((one - other).norm()), max(float(one.norm()), float(other.norm()))
+
+
+def _as_floats(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    tensor = tensor.detach()
+    return tensor if tensor.is_floating_point() else tensor.to(torch.float32)
+
+
+def _is_same(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return same_bits(first, second)

@@ -1,0 +1,153 @@
+"""Is a sample the same whenever, in whatever order and by whichever process it is fetched?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from trainer.core.proof.finding import Finding
+from trainer.core.proof.generators import describe, generators_in, preserved_in
+from trainer.core.proof.state import same_bits
+from trainer.core.proof.trial import Trial
+from trainer.data.samples import MicroBatch
+
+CHECK = "samples"
+# Of a loader process, which has one thread where this one may have more.
+TOLERANCE = 1e-4
+MOST_LISTED = 8
+TIME_LIMIT = (
+    1.0  # seconds for fetching samples once; fewer of them where each takes long
+)
+PARTS = ("input", "target")
+REMEDY = (
+    "draw from torch's, NumPy's or Python's global generator (torch.rand, np.random.rand, random.random), which "
+    "Lockstep seeds for each sample"
+)
+
+
+def check_samples(trial: Trial) -> list[Finding]:
+    """Fetch some samples twice, in two orders, and compare them with a loader process's: equal bytes."""
+    loader = trial.run.train_loader
+    if not loader.dataset.draws:
+        return []  # a look-up in memory
+    ids = _sample_ids(trial)
+    epoch = trial.step.epoch
+    with preserved_in(loader.dataset):
+        forwards = []
+        deadline = monotonic() + TIME_LIMIT
+        for sample_id in ids:
+            forwards.append(loader.sample(sample_id, epoch))
+            if monotonic() > deadline:
+                break
+        ids = ids[: len(forwards)]
+        backwards = [loader.sample(sample_id, epoch) for sample_id in reversed(ids)]
+    finding = _compare_in_process(trial, ids, forwards, backwards[::-1])
+    if finding is None and trial.batches is not None and not trial.is_idle:
+        # Started now, with the data set as it was.
+        finding = _compare_with_loader_process(trial, ids)
+    return [] if finding is None else [finding]
+
+
+def _sample_ids(trial: Trial) -> list[int]:
+    """The first samples that this rank will train on: each rank tries its own."""
+    share = (0, 1) if trial.is_idle else trial.step.ranks[trial.run.ranks.rank]
+    ids: list[int] = trial.run.plan.sample_ids(trial.step, *share).tolist()
+    return ids[: trial.samples]
+
+
+def _compare_in_process(
+    trial: Trial, ids: Sequence[int], first: Sequence[Any], second: Sequence[Any]
+) -> Finding | None:
+    for sample_id, one, other in zip(ids, first, second, strict=True):
+        parts = _differing_parts(one, other)
+        if not parts:
+            continue
+        generators = generators_in(trial.run.train_loader.dataset)
+        draws = f": it draws from {describe(generators)}" if generators else ""
+        return Finding(
+            CHECK,
+            f"train sample {sample_id} has another {parts} each time it is fetched{draws}",
+            REMEDY,
+        )
+    return None
+
+
+def _compare_with_loader_process(trial: Trial, ids: Sequence[int]) -> Finding | None:
+    """The first batch that the run's own loader processes made against the same samples made here."""
+    assert trial.batches is not None
+    batch = trial.batches.peek()
+    start, _ = trial.step.micro_batches[batch.first]
+    _, stop = trial.step.micro_batches[batch.indices[1] - 1]
+    ids = ids[: stop - start]
+    here = trial.peek(ids)
+    parts = _differing_parts(
+        _first_samples(here, len(ids)),
+        _first_samples(batch, len(ids)),
+        None if trial.exact else TOLERANCE,
+    )
+    if not parts:
+        return None
+    return Finding(
+        CHECK,
+        f"one of the train samples {', '.join(map(str, ids[:MOST_LISTED]))} has another {parts} in a loader process "
+        f"than in the run's own",
+        f"let it depend on its index alone, not on the process (get_worker_info, the time, a process id): {REMEDY}",
+    )
+
+
+def _first_samples(batch: MicroBatch, count: int) -> tuple[Any, Any]:
+    def first(value: Any) -> Any:
+        is_batch = isinstance(value, Tensor) and value.dim() > 0
+        return value[:count] if is_batch else value
+
+    return tree_map(first, batch.inputs), tree_map(first, batch.targets)
+
+
+def _differing_parts(
+    first: Any, second: Any, tolerance: float | None = None
+) -> str | None:
+    """`input`, `target` or both, where two samples differ in them; None where they do not."""
+    names = []
+    for name, one, other in zip(PARTS, first, second, strict=True):
+        leaves, structure = tree_flatten(one)
+        other_leaves, other_structure = tree_flatten(other)
+        is_same = structure == other_structure and all(
+            _is_same(leaf, other_leaf, tolerance)
+            for leaf, other_leaf in zip(leaves, other_leaves, strict=True)
+        )
+        if not is_same:
+            names.append(name)
+    return " and ".join(names) or None
+
+
+def _is_same(first: Any, second: Any, tolerance: float | None) -> bool:
+    """True if two leaves have the same bytes. Objects of unknown kinds count as the same."""
+    if type(first) is not type(second):
+        return False
+    match first:
+        case Tensor():
+            return same_bits(first, second) or _is_close(first, second, tolerance)
+        case np.ndarray() | np.generic():
+            return bool(
+                first.shape == second.shape and first.tobytes() == second.tobytes()
+            )
+        case bool() | int() | float() | complex() | str() | bytes():
+            return repr(first) == repr(second)
+    if hasattr(first, "tobytes"):  # an image of PIL
+        return bool(first.tobytes() == second.tobytes())
+    return True
+
+
+def _is_close(first: Tensor, second: Tensor, tolerance: float | None) -> bool:
+    if tolerance is None or not first.is_floating_point():
+        return False
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    bound = tolerance * float(first.abs().max())
+    return torch.allclose(first, second, rtol=0, atol=bound, equal_nan=True)
