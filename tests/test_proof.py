@@ -62,7 +62,13 @@ def test_what_is_right_passes(tmp_path: Path, model: Any, data: Any, mode: str) 
         train__precision="fp32",
     )
     trainer.prove()
-    assert trainer.proof.checks == ["samples", "repeat", "processes"]
+    assert trainer.proof.checks == [
+        "samples",
+        "repeat",
+        "processes",
+        "moved",
+        "rebuild",
+    ]
     assert trainer.proof.findings == []
     assert trainer.proof.notes == []
 
@@ -252,6 +258,8 @@ def test_a_slow_model_is_tried_less(
     assert [line[:37] for line in trainer.proof.skipped] == [
         "repeat skipped: a micro-batch takes 0",
         "processes skipped: a micro-batch take",
+        "moved skipped: a micro-batch takes 0.",
+        "rebuild skipped: a micro-batch takes ",
     ]
 
 
@@ -267,7 +275,9 @@ def test_what_cannot_be_tried_is_left_to_the_first_step(tmp_path: Path) -> None:
 def test_one_micro_batch_has_nothing_to_part(tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path, unruly.MemoryBank(), batch__micro_size=28)
     trainer.prove()
-    assert trainer.proof.findings == []
+    [finding] = trainer.proof.findings
+    assert finding.check == "rebuild"
+    assert "no checkpoint has bank" in finding.what
 
 
 def test_a_bias_before_batch_norm_is_noted(tmp_path: Path) -> None:

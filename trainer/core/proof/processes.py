@@ -81,6 +81,7 @@ def _gradients(
             run.config.batch_norm,
             cast(Ranks, ranks),
             find_unused_parameters=True,
+            loss=run.task,
         )
         _run_share(trial, reduction, step, rank)
     gradients = gradients_of(run.module)

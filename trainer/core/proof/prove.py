@@ -17,8 +17,10 @@ from trainer.core.build import Run
 from trainer.core.observers import Stateful
 from trainer.core.proof.finding import Finding
 from trainer.core.proof.generators import preserved_in
+from trainer.core.proof.moved import check_moved
 from trainer.core.proof.noise import note_noise
 from trainer.core.proof.processes import check_processes
+from trainer.core.proof.rebuild import check_rebuild
 from trainer.core.proof.repeat import check_repeat
 from trainer.core.proof.samples import check_samples
 from trainer.core.proof.state import without_trace
@@ -39,6 +41,8 @@ CHECKS = (
     Check("samples", check_samples, 0),
     Check("repeat", check_repeat, 2),
     Check("processes", check_processes, 4),
+    Check("moved", check_moved, 2),
+    Check("rebuild", check_rebuild, 3),
 )
 SAMPLES = 4
 SAMPLES_IN_CHECK = 32
@@ -147,8 +151,8 @@ def _try(trial: Trial, time_limit: float) -> Proof:
             continue
         proof.checks.append(check.name)
         proof.findings += findings
-        if findings and check.name == "repeat":
-            break  # what differs by itself differs in every other check, too
+        if findings and check.name != "samples":
+            break  # one cause would be named by every later check, too
     if trial.seconds is not None and trial.seconds <= time_limit:
         proof.notes = _notes(trial)
     return proof

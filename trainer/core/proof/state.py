@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from operator import is_
 from typing import Any, NamedTuple
@@ -68,14 +68,28 @@ class ModuleState:
             value = table[name]
             self._slots.append(_Slot(dot + name, table, name, value, content(value)))
 
-    def restore(self) -> None:
-        """Put everything back."""
+    def restore(self, *, attributes: bool = True) -> None:
+        """Put everything back; without `attributes`, the module's own tensors alone."""
         for _, table, names in self._tables:
             for name in _added(table, names):
-                del table[name]
+                if attributes or "_parameters" not in table:
+                    del table[name]
         for slot in self._slots:
+            if not attributes and "_parameters" in slot.owner:
+                continue  # in a module's own dictionary, not in that of its tensors
             slot.owner[slot.key] = slot.value
             _put_back(slot.value, slot.content)
+
+    def differences(self, parts: Mapping[str, nn.Module]) -> list[str]:
+        """The names of plain attributes that are others in `parts`, the modules of another model by their paths."""
+        names = []
+        for slot in self._slots:
+            path, _, key = slot.name.rpartition(".")
+            if "_parameters" in slot.owner and path in parts:
+                value = vars(parts[path]).get(key)
+                if not _is_equal(value, slot.content):
+                    names.append(slot.name)
+        return names
 
     def changes(self) -> list[str]:
         """The names of what has changed."""
