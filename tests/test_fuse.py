@@ -324,7 +324,7 @@ class Small(nn.Module):
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen += len(x)
+        self.seen += 1
         out = F.dropout(self.body(x), 0.5, self.training)
         if len(x) > self.most and not self.backward:
             raise torch.OutOfMemoryError("simulated")

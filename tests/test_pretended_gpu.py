@@ -105,7 +105,10 @@ def train(
     trainer.fuse = int(trainer.config.batch.fuse)
     # How often each layer is called is counted on the host in the first step, once.
     statistics = trainer.reduction._statistics
-    statistics._calls_are_counted = True
+    statistics._modes = [layer.is_training for layer in statistics._layers]
+    # So is which buffers move; here none does.
+    moving = trainer.reduction._moving
+    moving._is_first_step, moving._still = False, moving._candidates
     with trainer.run.settings():
         trainer.start()
         for number in range(steps):

@@ -22,6 +22,12 @@ from trainer.components.task import Task
 from trainer.config.registry import build_observers
 from trainer.config.schema import Config
 from trainer.core.build import build_run, settings_of
+from trainer.core.further import (
+    of_best,
+    read_further,
+    restore_further,
+    restore_modes_of,
+)
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.observers import Observer, Observers, Stateful
@@ -30,12 +36,19 @@ from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.refused import refuse_nondeterministic
 from trainer.core.rehearsal import check_disk, check_states, rehearse
 from trainer.core.same_weights import check_same_weights
-from trainer.core.stateful import StatefulObjects, load_states, read_states
+from trainer.core.stateful import (
+    StatefulObjects,
+    keeps_statistics,
+    load_states,
+    read_states,
+)
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.determinism import refused_operation
+from trainer.exact.model_and_loss import ModelAndLoss
+from trainer.exact.modes import modes_of_others, restore_modes
 from trainer.exact.plan import Plan, Step
 from trainer.exact.standard import StandardReduction
 from trainer.process.ranks import Ranks
@@ -45,7 +58,7 @@ from trainer.reporting.figures import drawing
 from trainer.reporting.journal import Journal
 from trainer.reporting.wandb.histograms import HistogramObserver
 from trainer.storage import checkpoint
-from trainer.storage.checkpoint import Checkpoint, Progress
+from trainer.storage.checkpoint import FURTHER, Checkpoint, Progress
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
 from trainer.storage.run_directory import check_same_run, config_yaml
@@ -86,7 +99,10 @@ class Trainer:
                 config, model=model, train_data=train_data, val_data=val_data, task=task
             )
             self.optimizer = build_optimizer(
-                self.config.optimizer, self.module, head=self.config.model.head
+                self.config.optimizer,
+                self.module,
+                head=self.config.model.head,
+                loss=self.run.task,
             )
             self.run.freezing.apply(epoch=0)
             kind = BitwiseReduction if self.run.bitwise else StandardReduction
@@ -95,6 +111,7 @@ class Trainer:
                 self.config.batch_norm,
                 self.ranks,
                 find_unused_parameters=self.config.train.find_unused_parameters,
+                loss=self.run.task,
             )
         self.observers = Observers(
             [*build_observers(self.config.observers, Observer), *observers]
@@ -111,6 +128,8 @@ class Trainer:
         # Stateful objects that the checkpoint or the run lacks.
         self.state_notes: list[str] = []
         self._restored_states: Mapping[str, Any] | None = None
+        self._further_restored: Mapping[str, Any] = {}
+        self._statistics_are_read = False  # after each step, by an observer or its like
         self._saved_step: int | None = None  # of the checkpoint last read or written
         self._batches: TrainLoader | None = None
         self._journal: Journal | None = None
@@ -200,11 +219,17 @@ class Trainer:
         self.stopwatch = Stopwatch(self.progress)
         self.load_from(self.progress.step)
         self.module.train()
+        restore_modes_of(self._further_restored, self.module)
+        self._further_restored = {}
+        self.run.loss_state.begin()
         self.observers.begin(self.run)
         if self._restored_states is not None:
             self.state_notes = load_states(stateful, self._restored_states)
             self._restored_states = None
         check_states(stateful, self.run)
+        self._statistics_are_read = self.observers.read_statistics or keeps_statistics(
+            stateful
+        )
 
     def load_from(self, steps_done: int) -> None:
         """Load the samples of the step after `steps_done` next."""
@@ -285,6 +310,8 @@ class Trainer:
         self.optimizer.zero_grad()
         self.progress.step = step.number
         self.progress.samples_seen += step.size
+        if self._statistics_are_read:
+            reduction.gather_statistics()
         self.observers.step(step)
 
     def _needs_gradient_norm(self, step: Step) -> bool:
@@ -295,9 +322,11 @@ class Trainer:
 
     def _freeze(self, epoch: int) -> None:
         """Freeze and thaw parameters as `epoch` asks for. A collective, at an epoch's first step."""
+        modes = modes_of_others(self.module)
         if self.run.freezing.apply(epoch):
             self.reduction.rebuild()
             self.module.train()
+            restore_modes(modes)
             self.run.forget_features()
 
     # ---------------------------------------------------------------- what is logged
@@ -334,8 +363,10 @@ class Trainer:
             )
 
     def digest(self) -> str:
-        """The digest of the weights, which are the same on every rank."""
-        return hexadecimal(digest(dict(self.module.named_parameters())))
+        """The digest of the weights, a loss's own included, which are the same on every rank."""
+        whole = ModelAndLoss(self.module, self.run.task)
+        of_loss = whole.trained_loss_parameters()
+        return hexadecimal(digest(dict(self.module.named_parameters()) | of_loss))
 
     def _read_meter(self) -> None:
         self.interval_totals.add(self.meter.read())
@@ -413,6 +444,7 @@ class Trainer:
             config_yaml(self.config),
             row,
             self.run.signature.to_dict(),
+            further=of_best(self._further()),
         )
 
     # ---------------------------------------------------------------- checkpoints
@@ -432,15 +464,35 @@ class Trainer:
         self.progress.epoch = self.epoch_totals.sums
         self.progress.scaler = self.run.precision.state()
         states = read_states(self._stateful_objects(), self.ranks)
+        self._tell_late_buffers()
         self.ranks.on_main(lambda: self._write_checkpoint(states))
         self._saved_step = self.progress.step
         self.stopwatch.mark(self.progress.samples_seen)
 
+    def _tell_late_buffers(self) -> None:
+        """Name the buffers that moved first after the first step: until now they followed no rule."""
+        names = ", ".join(self.reduction.take_late_buffers())
+        if not names:
+            return
+        fact = f"forward moves {names}, which it left alone in the first step"
+        if self.run.bitwise:
+            raise ConfigError(
+                "run.reproducibility",
+                f"bitwise must know in the first step which buffers move, and {fact}; move it in every forward, or in "
+                f"none",
+            )
+        self.journal.console.note(
+            f"{fact}: up to here it may depend on the number of processes"
+        )
+
     def _write_checkpoint(self, states: dict[str, dict[str, Any]]) -> None:
-        tensors, numbers = named_state(self.optimizer, self.module)
+        tensors, numbers = named_state(self.optimizer, self.module, self.run.task)
         self.progress.rows = self.journal.rows
         self.progress.wandb_id = self.journal.wandb_id
         config = self.config.to_dict(digests=True)
+        further = self._further()
+        if further:
+            states = states | {FURTHER: further}
         content = Checkpoint(
             checkpoint.snapshot(self.module),
             tensors,
@@ -453,6 +505,14 @@ class Trainer:
             self.journal.directory / "checkpoints",
             content,
             keep=self.config.train.keep_checkpoints,
+        )
+
+    def _further(self) -> dict[str, Any]:
+        return read_further(
+            self.module,
+            self.run.loss_state,
+            self.optimizer,
+            self.reduction.moving_buffers,
         )
 
     def _resume(self, path: Path | None) -> None:
@@ -478,8 +538,17 @@ class Trainer:
     def restore(self, content: Checkpoint) -> None:
         """Take over the state of a checkpoint. Stateful objects take theirs over in `start`."""
         checkpoint.restore_model(self.module, content.model)
+        states = dict(content.stateful)
+        self._further_restored = states.pop(FURTHER, {})
+        restore_further(
+            self._further_restored, self.module, self.run.loss_state, self.optimizer
+        )
         load_named_state(
-            self.optimizer, self.module, content.optimizer, content.optimizer_numbers
+            self.optimizer,
+            self.module,
+            content.optimizer,
+            content.optimizer_numbers,
+            self.run.task,
         )
         self.run.precision.load_state(content.progress.scaler)
         self.progress = content.progress
@@ -488,7 +557,7 @@ class Trainer:
         self.epoch_totals = Totals(content.progress.epoch)
         self.schedule = self._build_schedule()
         # Loaded by `start`, once observers have seen the model.
-        self._restored_states = content.stateful
+        self._restored_states = states
         self._freeze(self._epoch_to_go_on_in())
         self.run.forget_features()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trainer import Observer, Run, Step
@@ -41,13 +40,8 @@ class AveragedWeights(Observer):
         row["val/averaged_loss"] = self.run.evaluate()["loss"]
         model.load_state_dict(weights, strict=False)
 
-    @torch.no_grad()
     def state_dict(self) -> Mapping[str, Any]:
-        """While a step runs, each rank holds its share of BatchNorm's statistics. Here the model holds the whole."""
-        for copy, original in zip(
-            self.average.module.buffers(), self.run.module.buffers(), strict=True
-        ):
-            copy.copy_(original)
+        """It holds running statistics, so `step` finds the whole of the model's on every rank."""
         return self.average.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from trainer.components.learning_rates import NORMS, base_rates
 from trainer.config.registry import build, resolve
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError, LockstepError
+from trainer.exact.model_and_loss import LOSS_PREFIX, ModelAndLoss
 
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,
@@ -30,23 +31,28 @@ CONFIG_ENTRIES = {"params", "lr", "initial_lr", "weight_decay"}
 
 
 def build_optimizer(
-    section: OptimizerConfig, model: nn.Module, *, head: str | None = None
+    section: OptimizerConfig,
+    model: nn.Module,
+    *,
+    head: str | None = None,
+    loss: nn.Module | None = None,
 ) -> Optimizer:
-    """The optimizer that `section` names, over the parameters of `model` that require a gradient.
+    """The optimizer that `section` names, over the parameters of `model` and `loss` that require a gradient.
 
     Parameters of one learning rate (see `base_rates`; `head` is `model.head`) form a group. With
     `decay_norm_and_bias: false`, biases, other parameters of at most one dimension and all parameters of norm layers
     form further groups without weight decay. Each group keeps its base rate as `initial_lr`. A group with
     `optimizer.lr` comes first, if there is one.
     """
-    groups = _groups(section, model, head)
+    whole = ModelAndLoss(model, loss)
+    groups = _groups(section, whole, head)
     if not groups:
         raise ConfigError(
             "model",
             "no parameter requires a gradient, so there is nothing to train; freeze less",
         )
     target = resolve("optimizer", section.name, OPTIMIZERS)
-    supplied = {"fused": True} if _can_be_fused(target, section.args, model) else {}
+    supplied = {"fused": True} if _can_be_fused(target, section.args, whole) else {}
     optimizer = build(
         "optimizer", target, section.args, groups, lr=section.lr, **supplied
     )
@@ -73,7 +79,7 @@ def build_optimizer(
     return optimizer
 
 
-def _can_be_fused(target: Any, arguments: dict[str, Any], model: nn.Module) -> bool:
+def _can_be_fused(target: Any, arguments: dict[str, Any], model: ModelAndLoss) -> bool:
     """True on CUDA, for torch's own optimizers, where the config asks for no implementation.
 
     A fused update is one kernel for many parameters. With fp16 it also skips a step that overflowed without asking
@@ -90,16 +96,16 @@ def _can_be_fused(target: Any, arguments: dict[str, Any], model: nn.Module) -> b
 
 
 def _groups(
-    section: OptimizerConfig, model: nn.Module, head: str | None
+    section: OptimizerConfig, model: ModelAndLoss, head: str | None
 ) -> list[dict[str, Any]]:
     """Parameter groups: those with weight decay first, then by rate: `optimizer.lr`, then from high to low."""
-    rates = base_rates(section, model, head)
+    rates = base_rates(section, model.model, head)
     without_decay = set() if section.decay_norm_and_bias else _norms_and_biases(model)
     groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rate = rates[name]
+        rate = rates.get(name, section.lr)  # a loss's own have the head's
         # The first group's rate is logged as `lr`. Checkpoints do not depend on the order: state is kept by name.
         order = (name in without_decay, rate != section.lr, -rate)
         if order not in groups:
@@ -127,16 +133,17 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
 
 
 def named_state(
-    optimizer: Optimizer, model: nn.Module
+    optimizer: Optimizer, model: nn.Module, loss: nn.Module | None = None
 ) -> tuple[dict[str, torch.Tensor], Numbers]:
     """The state as contiguous tensors and plain values, each under `<state key>.<parameter name>`.
 
-    `model` is the module that was passed to `build_optimizer`, unwrapped. What the optimizer changed in its own groups
-    goes under `<key>.group <number>`. Tensors are not copied. Raises `LockstepError` for state of any other kind.
+    `model` and `loss` are the modules that were passed to `build_optimizer`, unwrapped. What the optimizer changed in
+    its own groups goes under `<key>.group <number>`. Tensors are not copied. Raises `LockstepError` for state of any
+    other kind.
     """
     # torch numbers parameters by their position in the groups, which changes with the config; names do not.
     packed = optimizer.state_dict()
-    names = _trained_names(optimizer, model)
+    names = _trained_names(optimizer, ModelAndLoss(model, loss))
     tensors: dict[str, torch.Tensor] = {}
     numbers: Numbers = {PARAMETERS: names}
     for index, entries in packed["state"].items():
@@ -160,13 +167,21 @@ def load_named_state(
     model: nn.Module,
     tensors: dict[str, torch.Tensor],
     numbers: Numbers,
+    loss: nn.Module | None = None,
 ) -> None:
     """Load what `named_state` returned into an optimizer from `build_optimizer`, on whatever device it is.
 
     Raises `LockstepError` if the parameters are not those that the state was saved for.
     """
-    names = _trained_names(optimizer, model)
-    _check_parameters(set(numbers.get(PARAMETERS, [])), set(names))
+    whole = ModelAndLoss(model, loss)
+    names = _trained_names(optimizer, whole)
+    saved_names = set(numbers.get(PARAMETERS, []))
+    if any(name.startswith(LOSS_PREFIX) for name in saved_names):
+        _check_parameters(saved_names, set(names))
+    else:  # as in a checkpoint from before losses were trained
+        _check_parameters(
+            saved_names, {name for name in names if not name.startswith(LOSS_PREFIX)}
+        )
     packed = optimizer.state_dict()
     entries_of: dict[str, dict[str, Any]] = {}  # by parameter or group
     for name in names:
@@ -186,7 +201,7 @@ def load_named_state(
         index: entries_of[name] for index, name in enumerate(names) if entries_of[name]
     }
     optimizer.load_state_dict(packed)
-    parameters = dict(model.named_parameters())
+    parameters = dict(whole.named_parameters())
     for name in names:
         if entries_of[name]:  # looking up an optimizer's state would make an empty one
             _restore_exactly(
@@ -194,7 +209,7 @@ def load_named_state(
             )
 
 
-def _norms_and_biases(model: nn.Module) -> set[str]:
+def _norms_and_biases(model: ModelAndLoss) -> set[str]:
     """Names of the parameters that are commonly spared weight decay."""
     in_norms: set[nn.Parameter] = set()
     for module in model.modules():
@@ -208,7 +223,7 @@ def _norms_and_biases(model: nn.Module) -> set[str]:
     return names
 
 
-def _trained_names(optimizer: Optimizer, model: nn.Module) -> list[str]:
+def _trained_names(optimizer: Optimizer, model: ModelAndLoss) -> list[str]:
     """The names of the optimizer's parameters, in its own order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [

@@ -8,7 +8,7 @@ the targets (see `trainer.components.task.CrossEntropy`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -161,7 +161,9 @@ def rule_of(loss: nn.Module) -> LossRule:
 def summed(loss: nn.Module) -> nn.Module:
     """A copy of `loss` that sums, whatever its own reduction is."""
     # A copy, because the caller may use theirs elsewhere, and it moves to the run's device and dtype with the task.
-    copied: Any = deepcopy(loss)
+    # Parameters are not copied: the run trains those that the caller has, as it does with a model.
+    has_parameters = next(loss.parameters(), None) is not None
+    copied: Any = copy(loss) if has_parameters else deepcopy(loss)
     copied.reduction = "sum"
     module: nn.Module = copied
     return module
@@ -180,11 +182,6 @@ def check_loss(loss: nn.Module) -> None:
     """Raise a `ConfigError` for a loss module whose sum cannot be had, or would not be trained as it should."""
     name = type(loss).__name__
     check_class(type(loss))
-    if next(loss.parameters(), None) is not None:
-        raise ConfigError(
-            "loss.name",
-            f"{name} has parameters, and only the model's are trained; move them into the model",
-        )
     if not hasattr(loss, "reduction"):
         raise ConfigError(
             "loss.name",

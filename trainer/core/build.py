@@ -22,6 +22,7 @@ from trainer.config.schema import BestConfig, Config
 from trainer.core.evaluation import Evaluator
 from trainer.core.features import Features
 from trainer.core.forward import Forward
+from trainer.core.further import LossState, restore_evaluated
 from trainer.core.metrics import Row
 from trainer.core.precision import Precision
 from trainer.core.preflight import RankFacts, check_data, check_ranks
@@ -30,7 +31,9 @@ from trainer.data.loading import Loader, build_loaders
 from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import configure
 from trainer.exact.determinism import run_settings
+from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Plan
+from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint
 from trainer.storage.run_directory import run_path
@@ -57,6 +60,7 @@ class Run:
     module: nn.Module
     weights_note: str
     task: Task
+    loss_state: LossState
     forward: Forward
     freezing: Freezing
     evaluator: Evaluator | None
@@ -83,18 +87,20 @@ class Run:
 
         Only the main process reads them: no other machine needs to see the run's directory.
         """
-        row: Row = self.ranks.on_main(
+        row: Row
+        row, further = self.ranks.on_main(
             lambda: self._read_best(directory or run_path(self.config.run))
         )
         self.ranks.broadcast_parameters(self.module)
+        restore_evaluated(further, self.module, self.loss_state)
         if directory is not None:
             self.forget_features()
         return row
 
-    def _read_best(self, directory: Path) -> Row:
+    def _read_best(self, directory: Path) -> tuple[Row, dict[str, Any]]:
         tensors, row = checkpoint.load_best(directory)
         checkpoint.restore_model(self.module, tensors)
-        return row
+        return row, checkpoint.load_best_further(directory)
 
     def forget_features(self) -> None:
         """Discard cached features: the weights have changed by something other than a training step."""
@@ -152,9 +158,8 @@ def build_run(
     )
     # A machine may lack the file of the weights.
     module, weights_note = ranks.on_each(build_module)
-    the_task = as_task(config.loss if task is None else task, num_classes).to(
-        ranks.device, precision.dtype
-    )
+    the_task = _task(config, task, num_classes, module)
+    the_task.to(ranks.device, precision.dtype)
     config = _with_best_metric(config, the_task, has_validation=val_loader is not None)
 
     forward = Forward(the_task, precision, ranks.device, config.run.seed)
@@ -181,6 +186,7 @@ def build_run(
         module=module,
         weights_note=weights_note,
         task=the_task,
+        loss_state=LossState(module, the_task),
         forward=forward,
         freezing=freezing,
         evaluator=evaluator,
@@ -272,6 +278,30 @@ def _module(
     if config.train.compile:
         compile_model(model, bitwise=config.run.reproducibility == "bitwise")
     return model, weights_note
+
+
+def _task(
+    config: Config,
+    task: Task | nn.Module | None,
+    num_classes: int | None,
+    module: nn.Module,
+) -> Task:
+    """The loss and its metrics. Weights of its own are a function of `run.seed`, or those that it comes with.
+
+    A part of it in eval mode is a fixed one, such as the network of a perceptual loss: its parameters are not trained.
+    """
+    if task is None:
+        # The caller's own draws go on as if nothing had been built.
+        with preserved_cpu_generators():
+            seed_cpu(key(config.run.seed, "loss"))
+            the_task = as_task(config.loss, num_classes)
+    else:
+        the_task = as_task(task, num_classes)
+    for _, part in ModelAndLoss(module, the_task).named_loss_modules():
+        if not part.training:
+            for parameter in part.parameters(recurse=False):
+                parameter.requires_grad_(False)
+    return the_task
 
 
 def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Config:

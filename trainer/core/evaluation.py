@@ -15,6 +15,9 @@ from trainer.core.forward import Forward
 from trainer.core.metrics import Meter
 from trainer.data.loading import Loader, whole_requests
 from trainer.data.samples import MicroBatch, Request
+from trainer.exact.model_and_loss import ModelAndLoss
+from trainer.exact.modes import preserved_modes
+from trainer.exact.moving_buffers import preserved_buffers
 from trainer.process.ranks import Ranks
 
 # Spread over a rank's share: images of another size or a broken file are seldom alone.
@@ -64,11 +67,14 @@ class Evaluator:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The mean loss and metrics over all samples. A collective."""
-        meter = Meter(self._forward.task, self._ranks, exact=self._exact)
-        for _, model, batch in self._in_eval_mode():
-            output, loss = self._forward(model, batch, None)
-            meter.add(batch, output, loss)
-        return meter.read().means()
+        task = self._forward.task
+        meter = Meter(task, self._ranks, exact=self._exact)
+        with preserved_modes(task):
+            task.eval()  # until the last metric is measured
+            for _, model, batch in self._in_eval_mode():
+                output, loss = self._forward(model, batch, None)
+                meter.add(batch, output, loss)
+            return meter.read().means()
 
     @torch.no_grad()
     def rehearse(self) -> None:
@@ -129,11 +135,18 @@ class Evaluator:
     def _in_eval_mode(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
         """Each batch with what it is run through: the model, or its head where the batch holds the features.
 
-        The model is in eval mode meanwhile, and afterwards in the mode that it had.
+        The model and the loss are in eval mode meanwhile, and afterwards each of their modules in the mode that it had.
         """
-        was_training = self._model.training
-        self._model.eval()
-        try:
+        task = self._forward.task
+        # A forward that moves buffers in eval mode, too, would move other ones on every rank.
+        whole = ModelAndLoss(self._model, task)
+        with (
+            preserved_modes(self._model),
+            preserved_modes(task),
+            preserved_buffers(whole),
+        ):
+            self._model.eval()
+            task.eval()
             batches_of_features = self._features.batches()
             if batches_of_features is None:
                 yield from self._loaded_batches()
@@ -143,8 +156,6 @@ class Evaluator:
                     self._requests, batches_of_features, strict=True
                 ):
                     yield request, head, batch
-        finally:
-            self._model.train(was_training)
 
     def _loaded_batches(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
         if self._batches is None:

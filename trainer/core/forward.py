@@ -66,7 +66,8 @@ class Forward:
         samples = stop - start
         seeds = [self._key(step, index) for index in range(first, end)]
         self._seed_device(seeds[0])
-        with Fused(model, device_generator(self._device), seeds, samples) as fused:
+        generator = device_generator(self._device)
+        with Fused(model, generator, seeds, samples, self.task) as fused:
             result = self._output_and_loss(model, batch)
         fused.finish()
         return result

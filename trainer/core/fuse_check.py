@@ -17,6 +17,8 @@ from trainer.core.precision import Precision
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import REMEDY
+from trainer.exact.model_and_loss import ModelAndLoss
+from trainer.exact.moving_buffers import Copies, other_buffers, preserved_buffers
 from trainer.exact.plan import IndexRange, Step, split_evenly
 from trainer.exact.seeding import device_generator, preserved_cpu_generators
 from trainer.process import launcher
@@ -129,22 +131,23 @@ def _results(
     run: Run, forward: Forward, step: Step, batches: list[MicroBatch]
 ) -> dict[str, Tensor]:
     """Loss, gradient and buffers after some forwards and backwards."""
+    whole = ModelAndLoss(run.module, run.task)
+    start = Copies(other_buffers(whole))
     with without_trace(run):
         losses = []
         for batch in batches:
+            start.restore()  # as in training: see `trainer.exact.moving_buffers`
             _, (total, weight) = forward(run.module, batch, step)
             total.backward()  # type: ignore[no-untyped-call]
             losses.append(
                 torch.stack([total.detach(), torch.as_tensor(weight).to(total)])
             )
-        gradients = [
-            p.grad.flatten() for p in run.module.parameters() if p.grad is not None
-        ]
+        gradients = [p.grad.flatten() for p in whole.parameters() if p.grad is not None]
         results = {
             "the loss": torch.stack(losses).sum(0),
             "the gradient": torch.cat(gradients),
         }
-        for name, buffer in run.module.named_buffers():
+        for name, buffer in whole.named_buffers():
             results[f"buffer {name}"] = buffer.clone()
         return results
 
@@ -153,6 +156,8 @@ def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     """True if two tensors are equal up to rounding. NaN counts as close: `>` is false for it."""
     if actual.shape != expected.shape:
         return False
+    if expected.dtype == torch.bool:
+        return torch.equal(actual, expected)
     difference = (actual - expected).to(expected.dtype).double().norm()
     bound = tolerance * expected.double().norm()
     return not bool(difference > bound)
@@ -160,21 +165,22 @@ def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 @contextmanager
 def without_trace(run: Run) -> Iterator[None]:
-    """Put the model's buffers and gradients and all generators back at the end, also after an error."""
-    module = run.module
+    """Put buffers and gradients of model and loss and all generators back at the end, also after an error."""
+    whole = ModelAndLoss(run.module, run.task)
     generator = device_generator(run.ranks.device)
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
-    module.zero_grad()
+    buffers = [(buffer, buffer.clone()) for _, buffer in whole.named_buffers()]
+    gradients = [(parameter, parameter.grad) for parameter in whole.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
     generator_state = generator.get_state()
     try:
-        with preserved_cpu_generators():
+        with preserved_cpu_generators(), preserved_buffers(whole):
             yield
     finally:
         generator.set_state(generator_state)
         with torch.no_grad():
             for buffer, before in buffers:
-                buffer.copy_(before)
+                buffer.data.copy_(before)  # as if it had not been written
         for parameter, gradient in gradients:
             parameter.grad = gradient
 

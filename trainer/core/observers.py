@@ -26,6 +26,10 @@ class Observer:
     An error in any method ends the run, as an error of the model would: on one rank, it ends the others as well.
     """
 
+    # True for one that reads BatchNorm's running statistics in `step`. In standard mode on several ranks, each rank
+    # holds its share of them then, unless some observer asks for the whole.
+    reads_statistics = False
+
     def begin(self, run: Run) -> None:
         """Before the first step of this session. `run` holds model, data and plan.
 
@@ -97,6 +101,11 @@ class Observers:
             type(observer).gradient is not Observer.gradient
             for observer in self._observers
         )
+
+    @property
+    def read_statistics(self) -> bool:
+        """True if one of them reads running statistics after each step."""
+        return any(observer.reads_statistics for observer in self._observers)
 
     def begin(self, run: Run) -> None:
         for observer in self._observers:

@@ -8,6 +8,8 @@ from functools import partial
 from trainer.core.build import Run
 from trainer.data.loading import step_requests
 from trainer.data.samples import Request
+from trainer.exact.model_and_loss import ModelAndLoss
+from trainer.exact.modes import preserved_modes
 from trainer.exact.plan import Step
 from trainer.exact.recalibration import recalibrate
 
@@ -24,13 +26,13 @@ def recalibrate_statistics(run: Run, steps_done: int) -> bool:
     first = max(0, steps_done - 1) // plan.steps_per_epoch * plan.steps_per_epoch
     steps = [plan.step(first + index) for index in range(count)]
     micro_batches = sum(len(step.micro_batches) for step in steps)
-    was_training = run.module.training
-    # A caller outside `fit` may have left it in eval mode, where no layer sees its own statistics.
-    run.module.train()
-    try:
-        recalibrate(run.module, _forwards(run, steps), micro_batches, run.ranks)
-    finally:
-        run.module.train(was_training)
+    with preserved_modes(run.module):
+        # A caller outside `fit` may have left it in eval mode, where no layer sees its own statistics. In training,
+        # a layer that is in eval mode is meant to be.
+        if not run.module.training:
+            run.module.train()
+        whole = ModelAndLoss(run.module, run.task)
+        recalibrate(whole, _forwards(run, steps), micro_batches, run.ranks)
     return True
 
 

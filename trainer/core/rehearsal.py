@@ -96,4 +96,5 @@ def _existing_parent(path: Path) -> Path:
 
 
 def _bytes_of(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in module.state_dict().values())
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.nbytes for tensor in tensors)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 from trainer.core.observers import Stateful
 from trainer.errors import ConfigError, LockstepError
 from trainer.process.ranks import Ranks
+from trainer.storage.checkpoint import FURTHER
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.stateful import check_name
 
@@ -71,6 +72,11 @@ class StatefulObjects:
             check_name(name)
         except LockstepError as error:
             raise ConfigError("stateful", str(error)) from None
+        if name.lower() == FURTHER:
+            raise ConfigError(
+                f"stateful.{name}",
+                "names what a checkpoint keeps of the loss and the like; choose another name",
+            )
         for other in self.by_name:
             # Some file systems take both for one name.
             if other.lower() == name.lower():
@@ -86,6 +92,22 @@ class StatefulObjects:
 def is_stateful(value: object) -> TypeGuard[Stateful]:
     """True for an object with `state_dict` and `load_state_dict`; a class has them, but no state."""
     return isinstance(value, Stateful) and not isinstance(value, type)
+
+
+def keeps_statistics(objects: Mapping[str, Stateful]) -> bool:
+    """True if the state of one holds running statistics, as that of an averaged model does: it copies the model's."""
+    return any(_has_statistics(value.state_dict()) for value in objects.values())
+
+
+def _has_statistics(state: Any) -> bool:
+    if not isinstance(state, Mapping):
+        return False
+    for name, value in state.items():
+        if str(name).rpartition(".")[2] in ("running_mean", "running_var"):
+            return True
+        if _has_statistics(value):
+            return True
+    return False
 
 
 def read_states(

@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from trainer.config.schema import BatchNormConfig
 from trainer.errors import ConfigError
 
+TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
 
 def configure(
     model: nn.Module, section: BatchNormConfig, *, ranks: int, device: torch.device
@@ -36,6 +38,7 @@ def configure(
                 "batch_norm.mode",
                 "sync uses torch's SyncBatchNorm, which runs on GPUs only; use batch_norm.mode=micro on the CPU",
             )
+        _refuse_layers_of_ones_own(model)
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return model
 
@@ -64,12 +67,16 @@ def hold_in_eval(module: nn.Module) -> None:
     """Keep the module and its submodules in eval mode, even when `train()` is called on a model that contains it."""
     module.eval()
     # An instance attribute hides the class's method: `train` of the parent calls this one.
-    module.train = MethodType(lambda self, mode=True: self, module)  # type: ignore[method-assign]
+    module.train = MethodType(_stay, module)  # type: ignore[method-assign]
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
 
 
 def is_held(module: nn.Module) -> bool:
     """True after `hold_in_eval`."""
-    return "train" in vars(module)
+    return getattr(vars(module).get("train"), "__func__", None) is _stay
 
 
 def release(module: nn.Module) -> None:
@@ -84,6 +91,17 @@ def _refuse_cumulative_averages(model: nn.Module) -> None:
                 "batch_norm.momentum",
                 f'layer "{name}" has momentum=None, a cumulative average over all updates so far, which no step '
                 f"size or resume can leave unchanged; set batch_norm.momentum=0.1, or use batch_norm.recalibrate",
+            )
+
+
+def _refuse_layers_of_ones_own(model: nn.Module) -> None:
+    """A converted layer computes what torch's does: an activation within, say, would be lost."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm) and type(layer).forward not in TORCH_FORWARDS:
+            raise ConfigError(
+                "batch_norm.mode",
+                f'sync would replace layer "{name}", a {type(layer).__name__} with a forward of its own, by torch\'s '
+                f"SyncBatchNorm; use batch_norm.mode=micro, or convert the model yourself",
             )
 
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from trainer.exact.batch_norm import norm_layers
 from trainer.exact.exchange import ShardExchange
 from trainer.exact.plan import IndexRange, Step
 from trainer.exact.reduction import Reduction
@@ -36,8 +35,9 @@ class BitwiseReduction(Reduction):
         self._ranks.broadcast_parameters(self._module)
         self._has_gradient = dict.fromkeys(self._parameters, False)
         self._exchange: ShardExchange | None = None
-        self._every_rank_has_run = False
-        return StatisticsDifferences(self._module, self._section, self._ranks)
+        return StatisticsDifferences(
+            self._module, self._section, self._ranks, self._loss
+        )
 
     def begin(self, step: Step) -> None:
         super().begin(step)
@@ -49,6 +49,7 @@ class BitwiseReduction(Reduction):
         index = indices[0]
         node = Node(0, index)
         self._statistics.reset()
+        self._moving.micro_batch()
         sibling = self._tree_sum.pop(node.left_sibling) if node.is_right else None
         if sibling is not None:
             self._put_back_gradients(sibling)
@@ -97,21 +98,15 @@ class BitwiseReduction(Reduction):
             parameter.grad = gradient if used else None
         self._has_gradient = dict.fromkeys(self._parameters, False)
         self._statistics.finish(step, total[count:])
-        self._share_counters(step)
 
-    def _share_counters(self, step: Step) -> None:
-        """Give ranks that have run nothing yet, as where a run goes on at a short step, rank 0's counters of calls.
+    def gather_statistics(self) -> None:
+        """Nothing to do: every rank holds the true statistics."""
 
-        They cannot know how often a micro-batch calls each norm layer.
-        """
-        if self._every_rank_has_run:
-            return
-        if not step.has_idle_rank:
-            self._every_rank_has_run = True
-            return
-        for layer in norm_layers(self._module):
-            assert layer.num_batches_tracked is not None
-            self._ranks.broadcast_tensor(layer.num_batches_tracked)
+    def _leave_out_unused_of_loss(self) -> None:
+        super()._leave_out_unused_of_loss()
+        if len(self._has_gradient) != len(self._parameters):
+            self._has_gradient = dict.fromkeys(self._parameters, False)
+            self._exchange = None  # its layout has all parameters
 
     def _total(self, step: Step) -> Contribution:
         """The sum of all micro-batches of all ranks."""

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from trainer.errors import ConfigError
-from trainer.exact.batch_norm import norm_layers
+from trainer.exact.model_and_loss import ModelAndLoss
 
 DROPOUTS = (
     F.dropout,
@@ -71,9 +71,10 @@ class Fused(TorchFunctionMode):
         generator: torch.Generator,
         seeds: Sequence[int],
         samples: int,
+        loss: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self._model = model
+        self._whole = ModelAndLoss(model, loss)
         self._generator = generator
         self._seeds = seeds
         self._count = len(seeds)
@@ -121,7 +122,7 @@ class Fused(TorchFunctionMode):
             self._update_counters()
 
     def _update_counters(self) -> None:
-        for layer in norm_layers(self._model):
+        for _, layer in self._whole.named_norm_layers():
             updates = self._updates.get(id(layer.running_mean))
             if (
                 updates is None

@@ -14,28 +14,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from trainer.exact.batch_norm import norm_layers
+from trainer.exact.model_and_loss import ModelAndLoss
+from trainer.exact.moving_buffers import preserved_buffers
 from trainer.process.ranks import Ranks
 
 Forwards = Iterable[tuple[int, Callable[[], object]]]
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, forwards: Forwards, count: int, ranks: Ranks) -> None:
-    """Set the statistics of the model's BatchNorm layers from `count` forwards. A collective.
+def recalibrate(
+    model: ModelAndLoss, forwards: Forwards, count: int, ranks: Ranks
+) -> None:
+    """Set the statistics of the BatchNorm layers of model and loss from `count` forwards. A collective.
 
     `forwards` are this rank's, each with its index among all. The sums of each forward are kept apart and meet only
     zeros between ranks, so the result is the same, bit for bit, on any number of ranks. Layers in eval mode, frozen
-    ones among them, and counters of batches are left alone.
+    ones among them, all other buffers, and counters of batches are left alone.
     """
     moments = []
-    for layer in norm_layers(model):
+    for _, layer in model.named_norm_layers():
         if isinstance(layer, _BatchNorm) and layer.training:
             moments.append(_Moments(layer, count, ranks.device))
     if not moments:
         return
     try:
-        with _uncompiled(model):
+        with _uncompiled(model.model), preserved_buffers(model, norms=True):
             for index, forward in forwards:
                 for sums in moments:
                     sums.index = index
@@ -63,13 +66,11 @@ class _Moments:
     """Count, Σ x and Σ x² of each channel of a layer's input, a row for each forward."""
 
     def __init__(self, layer: _BatchNorm, forwards: int, device: torch.device) -> None:
-        assert layer.num_batches_tracked is not None
         columns = 1 + 2 * layer.num_features
         self.rows = torch.zeros(forwards, columns, dtype=torch.float64, device=device)
         self.index = 0
         self.hook = layer.register_forward_pre_hook(self._add)
         self._layer = layer
-        self._counter_before = layer.num_batches_tracked.clone()
 
     def _add(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach()
@@ -86,10 +87,8 @@ class _Moments:
         layer = self._layer
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        assert layer.num_batches_tracked is not None
         count = total[0]
         mean, mean_of_squares = (total[1:] / count).view(2, -1)
         variance = mean_of_squares - mean**2
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(variance * count / (count - 1).clamp(min=1))
-        layer.num_batches_tracked.copy_(self._counter_before)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from trainer.config.schema import BatchNormConfig
 from trainer.errors import ConfigError
+from trainer.exact.model_and_loss import ModelAndLoss
+from trainer.exact.moving_buffers import Buffer, MovingBuffers
 from trainer.exact.plan import IndexRange, Step
 from trainer.exact.running_statistics import RunningStatistics
 from trainer.process.ranks import Ranks
@@ -32,7 +34,8 @@ NAMES_IN_A_MESSAGE = 5
 class Reduction(ABC):
     """Scales, sums and measures the gradient of a step, and keeps the norm layers' running statistics right.
 
-    `module` is the model itself. What `micro_batch` gives may be a wrapper around it, such as DDP.
+    `module` is the model itself. What `micro_batch` gives may be a wrapper around it, such as DDP. Parameters that the
+    `loss` has are trained as the model's are, and no wrapper is around them.
     """
 
     # DDP's mean over ranks divides by their number, and the loss scale undoes that.
@@ -45,19 +48,29 @@ class Reduction(ABC):
         ranks: Ranks,
         *,
         find_unused_parameters: bool,
+        loss: nn.Module | None = None,
     ) -> None:
         self._module = module
+        self._loss = loss
+        self._whole = ModelAndLoss(module, loss)
+        if loss is not None:
+            # Where the loss was given from Python, ranks may have drawn other weights for it.
+            ranks.broadcast_together(self._whole.loss_tensors(), 0)
         self._section = section
         self._ranks = ranks
         self._find_unused_parameters = find_unused_parameters
         # Few values, again and again: each is copied to the device once.
         self._scales: dict[float, Tensor] = {}
+        self._late_buffers: list[str] = []
         self._build()
 
     def _build(self) -> None:
         self._parameters = {
-            name: p for name, p in self._module.named_parameters() if p.requires_grad
+            name: p for name, p in self._whole.named_parameters() if p.requires_grad
         }
+        self._loss_parameters = self._whole.trained_loss_parameters()
+        self._left_out: dict[str, nn.Parameter] = {}  # of the loss: see below
+        self._moving = MovingBuffers(self._whole, self._ranks)
         # By the index of a forward's first micro-batch.
         self._weights: dict[int, Tensor] = {}
         # Whether they are tensors, of the losses so far; all of a run are of one kind.
@@ -80,6 +93,7 @@ class Reduction(ABC):
     def begin(self, step: Step) -> None:
         """Prepare for the step's micro-batches."""
         self._statistics.begin(step)
+        self._moving.begin(step)
 
     @abstractmethod
     def micro_batch(
@@ -119,9 +133,11 @@ class Reduction(ABC):
     def finish(self, step: Step) -> None:
         """Leave the same gradient on every rank: that of the step's loss sum divided by its weight. A collective."""
         self._sum_over_ranks(step)
+        self._moving.finish(step)
         if self._is_first_step:
             self._check_first_step()
             self._is_first_step = False
+        self._refuse_left_out()
         if True in self._kinds_of_weights:
             self._divide_by_weight(step)
 
@@ -149,6 +165,21 @@ class Reduction(ABC):
     def gather(self) -> None:
         """Put the true running statistics on every rank, before anybody reads them. A collective."""
         self._statistics.gather()
+        self._late_buffers += self._moving.settle()
+
+    def gather_statistics(self) -> None:
+        """As `gather`, for running statistics alone. A collective."""
+        self._statistics.gather()
+
+    @property
+    def moving_buffers(self) -> list[Buffer]:
+        """The buffers that forwards move, besides running statistics; known after the first step."""
+        return self._moving.moving
+
+    def take_late_buffers(self) -> list[str]:
+        """The buffers found since the last call that no forward of the first step had moved."""
+        names, self._late_buffers = self._late_buffers, []
+        return names
 
     # ---------------------------------------------------------------- shared by both implementations
 
@@ -164,6 +195,7 @@ class Reduction(ABC):
         self._refuse_mixed_weights()
         if not self._find_unused_parameters:
             self._refuse_unused_parameters()
+            self._leave_out_unused_of_loss()
 
     def _refuse_mixed_weights(self) -> None:
         """The sum of weights over ranks is a collective, which every rank must take part in or none."""
@@ -190,7 +222,11 @@ class Reduction(ABC):
 
     def _refuse_unused_parameters(self) -> None:
         """A parameter without a gradient would make DDP wait for ever on several ranks, so one refuses it as well."""
-        unused = [name for name, p in self._parameters.items() if p.grad is None]
+        unused = [
+            name
+            for name, p in self._parameters.items()
+            if p.grad is None and name not in self._loss_parameters
+        ]
         if not unused:
             return
         names = ", ".join(unused[:NAMES_IN_A_MESSAGE])
@@ -200,3 +236,18 @@ class Reduction(ABC):
             f"{len(unused)} parameters got no gradient in the first step ({names}{more}); "
             f"set it to true if that is meant",
         )
+
+    def _leave_out_unused_of_loss(self) -> None:
+        """Parameters of the loss without a gradient in the first step are fixed ones, such as a teacher's."""
+        for name, parameter in list(self._loss_parameters.items()):
+            if parameter.grad is None:
+                self._left_out[name] = self._parameters.pop(name)
+                del self._loss_parameters[name]
+
+    def _refuse_left_out(self) -> None:
+        for name, parameter in self._left_out.items():
+            if parameter.grad is not None:
+                raise ConfigError(
+                    "train.find_unused_parameters",
+                    f"{name} got no gradient in the first step and has one now; set it to true",
+                )

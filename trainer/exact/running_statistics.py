@@ -5,7 +5,8 @@ them that runs the step's micro-batches in order: with momentum m and M micro-ba
 
     r_M = (1-m)^M r_0 + Σ_v m (1-m)^(M-1-v) s_v.
 
-Training never reads them and they are linear in the s_v. So they can be computed in parts and added up later.
+They are linear in the s_v, so they can be computed in parts and added up later, as long as nobody reads them. A layer
+in training mode does not. One in eval mode does, whoever put it there.
 """
 
 from __future__ import annotations
@@ -14,64 +15,40 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from trainer.config.schema import BatchNormConfig
-from trainer.exact.batch_norm import is_held, norm_layers
-from trainer.exact.plan import Step
+from trainer.errors import ConfigError
+from trainer.exact.batch_norm import is_held
+from trainer.exact.model_and_loss import ModelAndLoss
+from trainer.exact.norm_layer import CallWatch, NormLayer
+from trainer.exact.observation import (
+    Observation,
+    agree_on_calls,
+    refuse_uneven_calls,
+)
+from trainer.exact.plan import IndexRange, Step
 from trainer.process.ranks import Ranks
 
 
-class NormLayer:
-    """One norm layer: its `buffers` (mean and variance), its `counter` of calls, and its calls in a micro-batch."""
-
-    def __init__(self, module: _NormBase) -> None:
-        assert module.running_mean is not None
-        assert module.running_var is not None
-        assert module.num_batches_tracked is not None
-        self.buffers = [module.running_mean, module.running_var]
-        self.counter = module.num_batches_tracked
-        self.calls = 1
-        # Instance norms have a counter and do not use it.
-        self.counts_calls = isinstance(module, _BatchNorm)
-        self._module = module
-        self._configured_momentum = float(module.momentum or 0.0)
-
-    def restore_momentum(self) -> None:
-        """Update by the momentum that the layer was built with."""
-        self._module.momentum = self._configured_momentum
-
-    def spread_momentum(self, updates: int) -> None:
-        """Make n updates together age the statistics as one would: each with momentum 1 - (1 - m)^(1/n)."""
-        self._module.momentum = 1.0 - (1.0 - self._configured_momentum) ** (
-            1.0 / updates
-        )
-
-    def decay(self) -> float:
-        """What one micro-batch leaves of the statistics before it: (1 - momentum)^calls."""
-        return (1.0 - (self._module.momentum or 0.0)) ** self.calls
-
-
 class RunningStatistics(ABC):
-    """The running statistics of a model's trained norm layers, and the momentum with which they are updated.
+    """The running statistics of the norm layers of a model and its loss, and the momentum they are updated with.
 
-    `buffers` holds the mean and the variance of each layer. Every layer must be called equally often in each
-    micro-batch; how often is counted in the first step.
+    In a step, every micro-batch must call a layer equally often in training mode. How often is counted when the layer
+    is first seen to train. Raises `ConfigError`, with the layer's name, where that is not so.
     """
 
     def __init__(
-        self, model: nn.Module, section: BatchNormConfig, ranks: Ranks
+        self,
+        model: nn.Module,
+        section: BatchNormConfig,
+        ranks: Ranks,
+        loss: nn.Module | None = None,
     ) -> None:
         self._ranks = ranks
         self._layers: list[NormLayer] = []
-        self.buffers: list[Tensor] = []
-        for module in norm_layers(model):
+        for name, module in ModelAndLoss(model, loss).named_norm_layers():
             if not is_held(module):
-                layer = NormLayer(module)
-                self._layers.append(layer)
-                self.buffers += layer.buffers
-        self._counters = [layer.counter for layer in self._layers]
-        self._calls_are_counted = False
+                self._layers.append(NormLayer(name, module))
         self._momentum_is_per_step = section.momentum_per == "step"
         self._micro_batches_per_update = ranks.count if section.mode == "sync" else 1
         # Over which each momentum is spread at present; 0: as the layers were built.
@@ -106,49 +83,51 @@ class RunningStatistics(ABC):
     def _updates_of(self, step: Step) -> int:
         return len(step.micro_batches) // self._micro_batches_per_update
 
-    def _read_counters(self) -> list[int]:
-        """The counter of every layer. Waits for the device, so only the first step calls it."""
-        return [int(counter) for counter in self._counters]
-
-    def _count_calls(self, counts_before: list[int], micro_batches: int) -> None:
-        """Set the calls of each layer in a micro-batch, from its counter `micro_batches` ago and now."""
-        self._calls_are_counted = True
-        for layer, before, now in zip(
-            self._layers, counts_before, self._read_counters(), strict=True
-        ):
-            if layer.counts_calls:
-                layer.calls = (now - before) // micro_batches
-
 
 class StatisticsShare(RunningStatistics):
     """Each rank keeps a share, and the sum of all shares is the true statistics.
 
     A rank updates its share on its own micro-batches and ages it for those of the others, so a step needs no
-    communication. Shares are added up by `gather`, when somebody reads them. Under SyncBatchNorm, where torch
-    updates every rank alike, and on one rank, there is nothing to share.
+    communication. Shares are added up by `gather`, when somebody reads them.
+
+    Only what is trained is shared: layers that are in training mode when a step begins and that its micro-batches
+    update. All others keep the true statistics on every rank. Which they are is observed in the first step, and again
+    whenever a mode has changed: every rank begins that step with the true statistics, and takes what it began with
+    out of its share at the end. Under SyncBatchNorm, where torch updates every rank alike, and on one rank, there is
+    nothing to share.
     """
 
     def __init__(
-        self, model: nn.Module, section: BatchNormConfig, ranks: Ranks
+        self,
+        model: nn.Module,
+        section: BatchNormConfig,
+        ranks: Ranks,
+        loss: nn.Module | None = None,
     ) -> None:
-        super().__init__(model, section, ranks)
-        self._is_shared = (
-            ranks.count > 1 and section.mode == "micro" and bool(self._layers)
-        )
+        super().__init__(model, section, ranks, loss)
+        self._candidates = [
+            layer
+            for layer in self._layers
+            if not isinstance(layer.module, nn.SyncBatchNorm)
+        ]
+        self._is_on = ranks.count > 1 and bool(self._candidates)
         self._is_gathered = True  # every rank holds the true statistics, not its share
+        self._modes: list[bool] = []
+        self._watch = CallWatch(self._candidates)
+        self._observation: Observation | None = None  # while the step is observed
+        self._share: list[NormLayer] = []
         # Of the ranks after this one, in the last step.
         self._micro_batches_to_age_for = 0
-        self._counts_before_first_step: list[int] | None = None
-        self._micro_batches_in_first_step = 0  # of this rank
         self._buffers_by_decay: dict[float, list[Tensor]] = {}
 
     def begin(self, step: Step) -> None:
-        self._count_calls_of_first_step()
+        if self._is_on:
+            self._follow_modes()
         if self._must_spread_momentum(step):
             self._age(0)  # for the past micro-batches, with the momentum that they had
             self._spread_momentum(step)
             self._buffers_by_decay = {}
-        if not self._is_shared:
+        if not self._is_on or self._observation is not None:
             return
         first, end = step.ranks[self._ranks.rank]
         if self._is_gathered:
@@ -156,33 +135,98 @@ class StatisticsShare(RunningStatistics):
         else:
             self._age(first)
         self._micro_batches_to_age_for = len(step.micro_batches) - end
-        if self._counts_before_first_step is None and end > first:
-            self._counts_before_first_step = self._read_counters()
-            self._micro_batches_in_first_step = end - first
+
+    def micro_batch(self, indices: IndexRange) -> None:
+        """Before each of this rank's forwards."""
+        if self._is_on:
+            self._end_micro_batch()
+            self._watch.begin(is_fused=indices[1] - indices[0] > 1)
+
+    def finish(self, step: Step) -> None:
+        """After the step's last micro-batch of this rank. A collective in a step that is observed."""
+        if not self._is_on:
+            return
+        self._end_micro_batch()
+        if self._observation is not None:
+            self._share_what_moved(step, self._observation)
+            self._observation = None
 
     def gather(self) -> None:
-        if not self._is_shared or self._is_gathered:
+        if not self._is_on or self._is_gathered:
             return
-        self._count_calls_of_first_step()
         self._age(0)
-        self._sum_over_ranks(self.buffers)
-        self._sum_over_ranks(self._counters)
+        self._sum_over_ranks(self._buffers())
+        self._sum_over_ranks([layer.counter for layer in self._share])
         self._is_gathered = True
+
+    # ---------------------------------------------------------------- what is shared
+
+    def _follow_modes(self) -> None:
+        """Observe the step if a layer has changed its mode. A collective then."""
+        modes = [layer.is_training for layer in self._candidates]
+        if modes == self._modes:
+            return
+        self._check_modes(modes)
+        self.gather()
+        self._modes = modes
+        self._watch.forget()
+        self._share = []
+        self._buffers_by_decay = {}
+        in_training = [layer for layer in self._candidates if layer.is_training]
+        self._observation = Observation(in_training) if in_training else None
+
+    def _check_modes(self, modes: list[bool]) -> None:
+        for rank, others in enumerate(self._ranks.gather([modes])):
+            for layer, mode, other in zip(self._candidates, modes, others, strict=True):
+                if mode != other:
+                    raise ConfigError(
+                        "model",
+                        f'norm layer "{layer.name}" is in training mode on some ranks and in eval mode on others '
+                        f"(as on rank {rank}); change its mode on every rank alike",
+                    )
+
+    def _end_micro_batch(self) -> None:
+        name = self._watch.end()
+        if name is None:
+            return
+        if self._observation is None:
+            raise refuse_uneven_calls(name)
+        self._observation.uneven = name  # all ranks hear of it when the step ends
+
+    def _share_what_moved(self, step: Step, observation: Observation) -> None:
+        """Turn the true statistics, which this step began with and its micro-batches moved, into shares."""
+        first, end = step.ranks[self._ranks.rank]
+        moves = dict(zip(self._candidates, self._watch.moves(), strict=True))
+        report = observation.end(moves, end - first)
+        calls = agree_on_calls(observation.layers, self._ranks.gather([report]))
+        for layer, count in zip(observation.layers, calls, strict=True):
+            layer.calls = count
+        self._share = [layer for layer in observation.layers if layer.calls]
+        if not self._ranks.is_main:
+            observation.subtract(self._share, end - first)
+        self._is_gathered = not self._share
+        self._micro_batches_to_age_for = len(step.micro_batches) - end
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for layer in self._share for buffer in layer.buffers]
+
+    # ---------------------------------------------------------------- the shares
 
     def _scatter(self) -> None:
         """Leave the statistics with rank 0 alone. It runs first, so its share need not age for others yet."""
+        if not self._share:
+            return
         if not self._ranks.is_main:
-            torch._foreach_zero_([*self.buffers, *self._counters])
+            counters = [layer.counter for layer in self._share]
+            torch._foreach_zero_([*self._buffers(), *counters])
         self._is_gathered = False
 
     def _age(self, micro_batches: int) -> None:
         """Age this rank's share for micro-batches of other ranks: `micro_batches`, and those after its own last one."""
         micro_batches += self._micro_batches_to_age_for
         self._micro_batches_to_age_for = 0
-        if not self._is_shared or self._is_gathered or not micro_batches:
+        if self._is_gathered or not micro_batches:
             return
-        if not self._calls_are_counted:
-            return  # this rank has run nothing yet, so its share is empty
         if not self._buffers_by_decay:
             self._group_by_decay()
         for decay, buffers in self._buffers_by_decay.items():
@@ -190,16 +234,10 @@ class StatisticsShare(RunningStatistics):
 
     def _group_by_decay(self) -> None:
         """Collect the buffers that one operation can age together."""
-        for layer in self._layers:
+        for layer in self._share:
             decay = layer.decay()
             if decay != 1.0:
                 self._buffers_by_decay.setdefault(decay, []).extend(layer.buffers)
-
-    def _count_calls_of_first_step(self) -> None:
-        if not self._calls_are_counted and self._counts_before_first_step is not None:
-            self._count_calls(
-                self._counts_before_first_step, self._micro_batches_in_first_step
-            )
 
     def _sum_over_ranks(self, tensors: list[Tensor]) -> None:
         """Add up some tensors over all ranks, in place, in one operation."""
@@ -213,31 +251,69 @@ class StatisticsDifferences(RunningStatistics):
     """Every micro-batch starts from the step's first statistics and leaves a difference.
 
     With momentum m and M micro-batches, the difference of the v-th counts (1-m)^(M-1-v). Their sum, added to what
-    the step began with, is what a sequential pass leaves. Every rank holds the true statistics between steps.
+    the step began with, is what a sequential pass leaves. Every rank holds the true statistics between steps, so a
+    layer may be read at any time.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        section: BatchNormConfig,
+        ranks: Ranks,
+        loss: nn.Module | None = None,
+    ) -> None:
+        super().__init__(model, section, ranks, loss)
+        self.buffers = [buffer for layer in self._layers for buffer in layer.buffers]
+        self._watch = CallWatch(self._layers)
+        self._modes: list[bool] = []
+        # Of one micro-batch, by which the layers' calls were counted.
+        self._moves: list[int] = []
+        self._counters_before: list[Tensor] | None = None
+        # A rank that had nothing to do cannot know which layers were called.
+        self._had_work = False
+        self._counters_may_differ = False
 
     def begin(self, step: Step) -> None:
         if self._must_spread_momentum(step):
             self._spread_momentum(step)
         self._start = [buffer.clone() for buffer in self.buffers]
-        if not self._calls_are_counted:
-            self._counts_at_start = self._read_counters()
+        self._watch.forget()
+        modes = [layer.is_training for layer in self._layers]
+        if modes != self._modes or self._counters_before is not None:
+            self._modes = modes
+            self._counters_before = [layer.counter.clone() for layer in self._layers]
 
     def gather(self) -> None:
-        """Nothing to do: every rank holds the true statistics."""
+        """Refuse what ranks have called differently. Every rank holds the true statistics, but perhaps not counters."""
+        if self._ranks.count == 1 or not self._layers:
+            return
+        reports = self._ranks.gather([self._moves if self._had_work else None])
+        seen = [moves for moves in reports if moves is not None]
+        for moves in seen:
+            for layer, first, other in zip(self._layers, seen[0], moves, strict=True):
+                if first != other:
+                    raise refuse_uneven_calls(layer.name)
+        if self._counters_may_differ:
+            for layer in self._layers:
+                self._ranks.broadcast_tensor(layer.counter)
+            self._counters_may_differ = False
 
     def reset(self) -> None:
         """Before a micro-batch: put back what the step began with."""
         if self.buffers:
             torch._foreach_copy_(self.buffers, self._start)
+            self._watch.begin(is_fused=False)
 
     def difference(self, step: Step, index: int) -> list[Tensor]:
         """After micro-batch `index`: how much it changed each buffer, aged for the micro-batches after it."""
         if not self.buffers:
             return []
-        if not self._calls_are_counted:
-            first = step.ranks[self._ranks.rank][0]
-            self._count_calls(self._counts_at_start, index + 1 - first)
+        name = self._watch.end()
+        if name is not None:
+            raise refuse_uneven_calls(name)
+        if self._watch.moves() != self._moves:
+            self._count_calls()
+        self._counters_before = None
         micro_batches_after = len(step.micro_batches) - 1 - index
         factors: list[float] = []
         for layer in self._layers:
@@ -253,10 +329,25 @@ class StatisticsDifferences(RunningStatistics):
             return
         torch._foreach_add_(self._start, differences)
         torch._foreach_copy_(self.buffers, self._start)
-        if not self._calls_are_counted:
-            return
         first, end = step.ranks[self._ranks.rank]
+        self._had_work = end > first
+        self._counters_may_differ |= step.has_idle_rank
+        if not self._had_work:
+            return
         micro_batches_of_others = len(step.micro_batches) - (end - first)
-        for layer in self._layers:
-            if layer.counts_calls:
+        for layer, moves in zip(self._layers, self._moves, strict=True):
+            if moves and layer.counts_calls:
                 layer.counter.add_(layer.calls * micro_batches_of_others)
+
+    def _count_calls(self) -> None:
+        """Set the layers' calls, after the first micro-batch with other ones than before."""
+        self._moves = self._watch.moves()
+        for number, (layer, moves) in enumerate(
+            zip(self._layers, self._moves, strict=True)
+        ):
+            layer.refuse_replaced_buffers()
+            # One that does not move leaves no difference, or is one's own and does not count.
+            layer.calls = max(1, moves)
+            if moves and self._counters_before is not None:
+                counter = self._counters_before[number]
+                layer.calls = layer.count_calls(counter, moves, count=1)

@@ -27,16 +27,20 @@ from trainer.exact.running_statistics import RunningStatistics, StatisticsShare
 class StandardReduction(Reduction):
     """Equal mathematics on any number of ranks; the order of additions is DDP's."""
 
+    _statistics: StatisticsShare
+
     def _wrap(self) -> RunningStatistics:
         self._model = self._ranks.prepare(
             self._module, find_unused_parameters=self._find_unused_parameters
         )
         self._ranks_averaged_over = self._ranks.count
-        return StatisticsShare(self._module, self._section, self._ranks)
+        return StatisticsShare(self._module, self._section, self._ranks, self._loss)
 
     def micro_batch(
         self, step: Step, indices: IndexRange
     ) -> AbstractContextManager[nn.Module]:
+        self._statistics.micro_batch(indices)
+        self._moving.micro_batch()
         if step.has_idle_rank:
             return nullcontext(self._module)
         _, end = indices
@@ -59,10 +63,16 @@ class StandardReduction(Reduction):
         with self._ranks.accelerator.no_sync(self._model):
             yield self._model
 
+    def finish(self, step: Step) -> None:
+        self._statistics.finish(step)
+        super().finish(step)
+
     def _sum_over_ranks(self, step: Step) -> None:
-        if self._ranks.count == 1 or not step.has_idle_rank:
+        # DDP knows the model's parameters alone.
+        summed_here = self._parameters if step.has_idle_rank else self._loss_parameters
+        if self._ranks.count == 1 or not summed_here:
             return
-        parameters = list(self._parameters.values())
+        parameters = list(summed_here.values())
         has_gradient = [parameter.grad is not None for parameter in parameters]
         is_used = self._ranks.any_rank_each(has_gradient)
         for parameter, used in zip(parameters, is_used, strict=True):

@@ -16,6 +16,7 @@ from trainer.components.models import build_model
 from trainer.components.task import build_task
 from trainer.core.build import settings_of
 from trainer.core.forward import Forward
+from trainer.core.further import LossState, restore_evaluated
 from trainer.core.precision import Precision
 from trainer.data.folder import decode
 from trainer.data.loading import Normalize
@@ -59,7 +60,12 @@ class Predictor:
         # After the change of dtype, which would round an fp64 run's weights.
         self._load_weights(run)
         task = build_task(self.config.loss, self.signature.num_classes)
-        self.task = task.to(self.device, precision.dtype)
+        self.task = task.to(self.device, precision.dtype).eval()
+        restore_evaluated(
+            checkpoint.load_best_further(run),
+            self.module,
+            LossState(self.module, self.task),
+        )
         data = self.config.data
         self.normalize = Normalize(data.mean, data.std, precision.dtype).to(self.device)
         self._forward = Forward(self.task, precision, self.device, self.config.run.seed)
@@ -135,7 +141,9 @@ class Predictor:
     def _load_weights(self, run: Path) -> None:
         tensors, _ = checkpoint.load_best(run)
         try:
-            self.module.load_state_dict(tensors)
+            self.module.load_state_dict(
+                checkpoint.with_extra_state(self.module, tensors)
+            )
         except RuntimeError as error:
             name = self.config.model.name
             reason = str(error).strip().splitlines()[-1].strip()

@@ -102,7 +102,8 @@ class Ranks:
         """The model with rank 0's parameters and buffers on every rank."""
         if self.count > 1:
             for tensor in model.state_dict().values():
-                self.broadcast_tensor(tensor)
+                if isinstance(tensor, Tensor):  # else a module's extra state
+                    self.broadcast_tensor(tensor)
         return model
 
     @torch.no_grad()
@@ -117,6 +118,21 @@ class Ranks:
             return
         distributed.broadcast(elements.view(torch.uint8), src=0)
         if elements.data_ptr() != tensor.data_ptr():
+            tensor.copy_(elements.view(tensor.shape))
+
+    @torch.no_grad()
+    def broadcast_together(self, tensors: list[Tensor], source: int) -> None:
+        """Give tensors on the run's device the elements of rank `source`, in place, by one operation for all."""
+        if self.count == 1 or not tensors:
+            return
+        flat = torch.cat([_as_bytes(tensor) for tensor in tensors])
+        distributed.broadcast(flat, src=source)
+        if self.rank == source:
+            return
+        sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+        for tensor, part in zip(tensors, torch.split(flat, sizes), strict=True):
+            # A copy begins at an address that its dtype can have.
+            elements = part.clone().view(tensor.dtype)
             tensor.copy_(elements.view(tensor.shape))
 
     def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -274,6 +290,10 @@ class Ranks:
         """Leave the process group. No collective operation is possible afterwards."""
         if self.count > 1:
             distributed.destroy_process_group()
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 class Agreement:

@@ -14,6 +14,7 @@ from trainer.components.schedule import Schedule
 from trainer.core.build import Run
 from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.exchange_cost import describe_exchange
+from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Plan
 from trainer.storage.checkpoint import Progress
 from trainer.storage.sha256 import tensors_sha256
@@ -33,6 +34,7 @@ def header(
         ("run", str(directory)),
         ("model", f"{config.model.name} · {_describe_parameters(run)}"),
         ("weights", run.weights_note),
+        ("loss", _describe_loss(run)),
         ("data", _describe_data(run)),
         ("batch", batch_arithmetic(plan, fuse)),
         ("optimizer", f"{config.optimizer.name} · lr {config.optimizer.lr:g}"),
@@ -52,6 +54,17 @@ def _describe_parameters(run: Run) -> str:
     if trained == total:
         return f"{total:,} parameters"
     return f"{total:,} parameters, {trained:,} trained"
+
+
+def _describe_loss(run: Run) -> str:
+    """Only for a loss that is trained: what most losses are is in the config."""
+    parameters = ModelAndLoss(run.module, run.task).trained_loss_parameters()
+    count = sum(parameter.numel() for parameter in parameters.values())
+    return (
+        f"{run.config.loss.name} · {count:,} parameters, trained with the model's"
+        if count
+        else ""
+    )
 
 
 def _describe_data(run: Run) -> str:
@@ -97,7 +110,9 @@ def _describe_fuse(plan: Plan, fuse: int) -> str:
 
 def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any]:
     """What `summary.json` holds."""
-    optimizer_state, _ = named_state(optimizer, run.module)
+    optimizer_state, _ = named_state(optimizer, run.module, run.task)
+    of_loss = ModelAndLoss(run.module, run.task).trained_loss_parameters()
+    hashes = {"loss_sha256": tensors_sha256(of_loss)} if of_loss else {}
     return {
         "best": progress.best,
         "best_epoch": progress.best_epoch,
@@ -109,6 +124,7 @@ def summary(run: Run, progress: Progress, optimizer: Optimizer) -> dict[str, Any
         "weights_sha256": tensors_sha256(dict(run.module.named_parameters())),
         "buffers_sha256": tensors_sha256(dict(run.module.named_buffers())),
         "optimizer_sha256": tensors_sha256(optimizer_state),
+        **hashes,
     }
 
 

@@ -36,6 +36,8 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 METRICS_FILE = "metrics.json"  # of best/
+# Names the files of what a run keeps besides weights and optimizer state; see `trainer.core.further`.
+FURTHER = "further"
 
 # What reading a damaged file may raise.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, SafetensorError)
@@ -78,6 +80,8 @@ def snapshot(module: nn.Module) -> Tensors:
     """A copy of the module's parameters and buffers on the CPU."""
     tensors = {}
     for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue  # what `get_extra_state` returns is kept beside the weights
         # A copy even of CPU tensors: tied weights share memory, which safetensors refuses.
         tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
     return tensors
@@ -139,12 +143,25 @@ def load(path: Path) -> Checkpoint:
 
 
 def restore_model(module: nn.Module, tensors: Tensors) -> None:
-    """Load a checkpoint's weights and buffers into the module. Raises `ConfigError` unless they fit exactly."""
+    """Load a checkpoint's weights and buffers into the module. Raises `ConfigError` unless they fit exactly.
+
+    What `get_extra_state` returns stays as it is.
+    """
     try:
-        module.load_state_dict(tensors)
+        module.load_state_dict(with_extra_state(module, tensors))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ConfigError("model", f"is not the checkpoint's: {reason}") from None
+
+
+def with_extra_state(module: nn.Module, tensors: Tensors) -> dict[str, Any]:
+    """A `state_dict` of `tensors` and of what the module returns by `get_extra_state`, which loading asks for."""
+    extra = {
+        name: value
+        for name, value in module.state_dict().items()
+        if not isinstance(value, Tensor)
+    }
+    return extra | tensors
 
 
 def save_best(
@@ -153,8 +170,12 @@ def save_best(
     config_yaml: str,
     metrics: Mapping[str, float],
     signature: Mapping[str, Any],
+    *,
+    further: Mapping[str, Any] | None = None,
 ) -> None:
-    """Replace `best/`. The one before becomes `.best.previous`, which `restore_best` needs after an interruption."""
+    """Replace `best/`; `further` is state that is not among the model's tensors, such as a loss's own.
+
+    The one before becomes `.best.previous`, which `restore_best` needs after an interruption."""
     best, previous, following = run / "best", run / ".best.previous", run / ".best.next"
     with new_directory(following) as partial:
         write_tensors(partial / MODEL_FILE, model)
@@ -163,6 +184,8 @@ def save_best(
         (partial / "signature.json").write_text(
             json.dumps(dict(signature), indent=2) + "\n"
         )
+        if further:
+            save_state(partial, FURTHER, further)
     if best.exists():
         shutil.rmtree(previous, ignore_errors=True)
         best.rename(previous)
@@ -199,6 +222,17 @@ def load_best(run: Path) -> tuple[Tensors, dict[str, float]]:
     except READ_ERRORS as error:
         raise LockstepError(f"{best} cannot be read ({error})") from error
     return tensors, metrics
+
+
+def load_best_further(run: Path) -> dict[str, Any]:
+    """What `save_best` was given as `further`; {} if nothing. Raises `LockstepError` if it cannot be read."""
+    best = best_directory(run)
+    if not (best / f"{FURTHER}.json").exists():
+        return {}
+    try:
+        return load_state(best, FURTHER)
+    except READ_ERRORS as error:
+        raise LockstepError(f"{best} cannot be read ({error})") from error
 
 
 def _save_stateful(
