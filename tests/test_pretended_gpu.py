@@ -106,6 +106,9 @@ def train(
     # How often each layer is called is counted on the host in the first step, once.
     statistics = trainer.reduction._statistics
     statistics._modes = [layer.is_training for layer in statistics._layers]
+    # So is which buffers move; here none does.
+    moving = trainer.reduction._moving
+    moving._is_first_step, moving._still = False, moving._candidates
     with trainer.run.settings():
         trainer.start()
         for number in range(steps):

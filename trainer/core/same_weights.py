@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.core.build import Run
 from trainer.core.preflight import compute_alike
 from trainer.errors import LockstepError
-from trainer.exact.batch_norm import named_norm_layers
+from trainer.exact.model_and_loss import ModelAndLoss
+from trainer.exact.moving_buffers import other_buffers
 from trainer.storage.digest import digest, hexadecimal
 
 MAX_NAMED_RANKS = 8
@@ -41,21 +42,12 @@ def check_same_weights(run: Run, steps_done: int) -> None:
 
 
 def _tensors_to_compare(run: Run) -> dict[str, Tensor]:
-    """Parameters and running statistics; in bitwise mode all that a checkpoint holds.
-
-    In standard mode, a forward may move other buffers by the rank's own micro-batches; they are not compared.
-    """
-    if run.bitwise:
-        state = run.module.state_dict()
-        return {name: t for name, t in state.items() if isinstance(t, Tensor)}
-    tensors: dict[str, Tensor] = dict(run.module.named_parameters())
-    return tensors | _running_statistics(run.module)
-
-
-def _running_statistics(module: nn.Module) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, layer in named_norm_layers(module):
-        tensors |= layer.named_buffers(name, recurse=False)
+    """What a checkpoint holds of the model and its loss."""
+    whole = ModelAndLoss(run.module, run.task)
+    tensors: dict[str, Tensor] = dict(whole.named_parameters())
+    for buffer in other_buffers(whole, norms=True):
+        if buffer.is_saved:
+            tensors[buffer.name] = buffer.tensor
     return tensors
 
 
