@@ -21,12 +21,12 @@ from tests.distributed.small import (
 from trainer import ConfigError, Task, Trainer
 from trainer.exact.completion import complete_backward
 from trainer.exact.plan import Plan
+from trainer.process import launcher
 
 SAMPLES = 86  # the last of 4 steps has 2 samples: one micro-batch
 THRESHOLD = -0.3
 EPOCHS = 4
 SEED = 6  # such that each pattern below occurs
-from trainer.process import launcher
 
 
 def is_used(points: Tensor) -> bool:
