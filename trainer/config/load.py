@@ -25,7 +25,7 @@ from trainer.config.yaml_text import (
     takes_list,
     typed_text,
 )
-from trainer.errors import ConfigError, nearest
+from trainer.errors import ConfigError, config_error, nearest
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
 # A pip-installed package brings its own configs/ with it.
@@ -178,8 +178,8 @@ def _read_text(path: Path) -> str:
         return path.read_text()
     except OSError as error:
         hint = nearest(path.name, _yaml_files_beside(path))
-        raise ConfigError(
-            str(path), f"cannot read this config ({error.strerror}){hint}"
+        raise config_error(
+            str(path), f"cannot read this config ({error.strerror}){hint}", error
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(

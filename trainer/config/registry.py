@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from trainer.config.annotations import check_texts
 from trainer.config.schema import ObserverConfig, keys_of
-from trainer.errors import ConfigError, LockstepError, nearest
+from trainer.errors import ConfigError, LockstepError, config_error, nearest
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ def build(
         message = (
             f"{_name_of(target)} refused its arguments {dict(arguments)}: {reason}"
         )
-        raise ConfigError(section, message) from error
+        raise config_error(section, message, error) from error
 
 
 def build_observers(sections: Sequence[ObserverConfig], base: type[T]) -> list[T]:

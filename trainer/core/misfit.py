@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from trainer.components.task import Task
-from trainer.errors import ConfigError, LockstepError
+from trainer.errors import ConfigError, LockstepError, may_pass
 from trainer.exact.determinism import DEVICE_ASSERT, refused_operation
 from trainer.exact.structures import describe_tensors
 
@@ -26,9 +26,9 @@ LONGEST_REASON = 200  # characters
 
 
 def is_misfit(error: Exception) -> bool:
-    """True if `error` may be due to shapes and dtypes; not if it has a message of ours, or is the device's own."""
+    """True if `error` may be due to shapes and dtypes; not if it has a message of ours, or is of device or memory."""
     is_of_device = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
-    if isinstance(error, LockstepError) or is_of_device:
+    if isinstance(error, LockstepError) or is_of_device or may_pass(error):
         return False
     if not isinstance(error, RuntimeError):
         return True

@@ -21,7 +21,7 @@ from trainer.data.conversion import (
 from trainer.data.datasets import ImageArrays, MapDataset
 from trainer.data.geometry import SampleTransform
 from trainer.data.names import printable
-from trainer.errors import DataError
+from trainer.errors import DataError, data_error
 from trainer.exact.plan import IndexRange
 from trainer.exact.seeding import key, seed_cpu
 
@@ -115,7 +115,7 @@ class KeyedDataset(Dataset[Any]):
                 type(error).__name__,
                 _last_line(error),
             )
-            raise DataError(f"{name}: {kind}: {error} ({line})") from error
+            raise data_error(f"{name}: {kind}: {error} ({line})", error) from error
 
     def pair(self, sample_id: int) -> tuple[Any, Any]:
         """A sample's input and target as the data set gives them. Draws from what generators are there."""

@@ -13,7 +13,7 @@ from trainer.config.fields import current_path
 from trainer.config.load import load
 from trainer.config.schema import Config, RunConfig
 from trainer.config.yaml_dump import to_yaml
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, config_error
 from trainer.storage import checkpoint
 from trainer.storage.files import (
     LOCK_ATTEMPTS,
@@ -76,9 +76,10 @@ class RunDirectory:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise ConfigError(
+                raise config_error(
                     "run.dir",
                     f"{self.path} cannot be made ({error.strerror}); name another",
+                    error,
                 ) from None
             # The directory's owner may rename it in between.
             with suppress(FileNotFoundError):
