@@ -75,7 +75,7 @@ def test_a_sample_that_cannot_be_read(cause: Exception, status: int) -> None:
 
 @pytest.mark.parametrize(("cause", "status"), CAUSES, ids=repr)
 def test_a_component_that_cannot_be_built(cause: Exception, status: int) -> None:
-    with pytest.raises(LockstepError, match="^data") as caught:
+    with pytest.raises(LockstepError, match=r"^data") as caught:
         build("data", raiser(cause), {})
     assert caught.value.exit_status == status
 
@@ -93,7 +93,7 @@ def test_a_file_that_cannot_be_read(
         (os, "scandir", lambda: image_folders(tmp_path)),
         (Path, "read_text", lambda: load(path)),
     ):
-        (tmp_path / "train").mkdir(exist_ok=True)
+        (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, raiser(error))
             with pytest.raises(LockstepError, match=os.strerror(number)) as caught:

@@ -22,7 +22,7 @@ from typing import (
 import yaml
 
 from trainer.config.secrets import remember_secrets, secrets_in
-from trainer.config.trees import Tree
+from trainer.config.trees import Tree, leaves_in
 from trainer.config.yaml_dump import to_yaml
 from trainer.errors import ConfigError, nearest
 
@@ -38,17 +38,23 @@ TYPE_NAMES = {
 
 
 class Key(NamedTuple):
-    """One key of a section: `hint` is its type, `minimum` the smallest number allowed."""
+    """One key of a section: `hint` is its type, `minimum` the smallest number allowed, `infinite` whether .inf is."""
 
     hint: Any
     default: Any
     meaning: str
     unit: str
     minimum: float | None
+    infinite: bool
 
 
 def key(
-    default: Any, meaning: str, *, unit: str = "", minimum: float | None = None
+    default: Any,
+    meaning: str,
+    *,
+    unit: str = "",
+    minimum: float | None = None,
+    infinite: bool = False,
 ) -> Any:
     """Declare a key in the body of a section."""
     metadata = {
@@ -56,6 +62,7 @@ def key(
         "meaning": meaning,
         "unit": unit,
         "minimum": minimum,
+        "infinite": infinite,
     }
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -217,7 +224,13 @@ def convert(name: str, item: Key, value: Any) -> Any:
             name,
             f"{show(value)} is less than {show(item.minimum)}, the least it may be",
         )
+    if not item.infinite and not all(map(_is_finite, leaves_in(value))):
+        raise ConfigError(name, f"{show(value)} is not finite")
     return value
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _convert(name: str, hint: Any, value: Any) -> Any:

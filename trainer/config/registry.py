@@ -20,7 +20,7 @@ def resolve(section: str, name: str, short_names: Mapping[str, Any]) -> Any:
     if name in short_names:
         return short_names[name]
     module_name, dot, attribute = name.rpartition(".")
-    if not dot:
+    if not dot or not all(part.isidentifier() for part in name.split(".")):
         raise ConfigError(
             f"{section}.name",
             f'"{name}" is not one of {", ".join(short_names)}, nor an import path{nearest(name, short_names)}',
