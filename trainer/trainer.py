@@ -556,6 +556,7 @@ class Trainer:
         activity.mark(SAVING)
         self.reduction.gather()
         directory = self.journal.directory
+        self.ranks.on_main(self.journal.check_directory)
         self.ranks.on_main(lambda: self.saved_state.write_best(directory, row))
         activity.mark(LOGGING)
         return True

@@ -149,9 +149,11 @@ class Journal:
 
     def keep_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`. A collective."""
-        self._ranks.on_main(
-            partial(write_json, self.directory / "summary.json", dict(summary))
-        )
+        self._ranks.on_main(partial(self._write_summary, summary))
+
+    def _write_summary(self, summary: Mapping[str, Any]) -> None:
+        self.check_directory()
+        write_json(self.directory / "summary.json", dict(summary))
 
     def finish(
         self, summary: Mapping[str, Any], facts: Facts, figures: Mapping[str, Path]
@@ -202,8 +204,14 @@ class Journal:
     def wandb_id(self) -> str | None:
         return None if self.wandb is None else self.wandb.id
 
+    def check_directory(self) -> None:
+        """Raise `LockstepError` if the run's directory was deleted or moved. On the main process only."""
+        if self._run_directory is not None:
+            self._run_directory.check()
+
     def sync(self) -> None:
-        """Wait until the disk holds every row so far."""
+        """Wait until the disk holds every row so far, before a checkpoint that counts them is written."""
+        self.check_directory()
         if self._metrics is not None:
             self._metrics.sync()
 
@@ -233,6 +241,7 @@ class Journal:
         )
 
     def _write(self, row: Mapping[str, Any]) -> None:
+        self.check_directory()
         if self._metrics is not None:
             self._metrics.log(row)
         if self.wandb is not None:

@@ -13,11 +13,12 @@ from trainer.config.fields import current_path
 from trainer.config.load import load
 from trainer.config.schema import Config, RunConfig
 from trainer.config.yaml_dump import to_yaml
-from trainer.errors import ConfigError, config_error
+from trainer.errors import ConfigError, LockstepError, config_error
 from trainer.storage import checkpoint
 from trainer.storage.files import (
     LOCK_ATTEMPTS,
     LOCK_FILE,
+    is_in,
     lock_directory,
     write_text,
 )
@@ -94,6 +95,33 @@ class RunDirectory:
         self.close()
         self.moved_to = moved_to
         self._lock = self._make_and_lock()
+
+    def check(self) -> None:
+        """Raise `LockstepError` if the directory at `path` is no longer this one: it was deleted, moved or replaced.
+
+        The rows would go on to nowhere, and a checkpoint would make a new directory that holds nothing else.
+        """
+        assert self._lock is not None
+        # Not the directory's number, which a file system may give to the next one.
+        if is_in(self._lock, self.path):
+            return
+        raise LockstepError(
+            f"{self.path}, the directory of this run, was {self._whereabouts()}; what the run would write from now on "
+            f"would be lost, so it ends here"
+        )
+
+    def _whereabouts(self) -> str:
+        """What became of the directory, as far as the system says it."""
+        assert self._lock is not None
+        link = Path(f"/proc/self/fd/{self._lock.fileno()}")
+        with suppress(OSError):  # it is deleted, or this system does not say
+            now = link.readlink().parent
+            if is_in(self._lock, now):
+                return (
+                    f"moved to {now} (run.dir={now.parent} run.name={now.name} "
+                    f"run.resume=auto goes on from its newest checkpoint)"
+                )
+        return "deleted or moved"
 
     def close(self) -> None:
         """Release the lock."""
