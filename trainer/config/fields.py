@@ -185,6 +185,8 @@ _declared_keys: dict[Any, dict[str, Key]] = {}
 
 def to_plain(name: str, value: Any) -> Any:
     """A copy of `value` made of what YAML can write: text, numbers, booleans, None, lists and mappings."""
+    if type(value) is str:
+        _check_text(name, value)
     if type(value) in PLAIN_TYPES:
         return value
     if isinstance(value, Mapping):
@@ -209,6 +211,16 @@ def to_plain(name: str, value: Any) -> Any:
         f"{value!r} is a {type(value).__name__}, and a config holds only text, numbers, booleans, null, lists and "
         "mappings, so that it can be written to config.yaml",
     )
+
+
+def _check_text(name: str, text: str) -> None:
+    """Raise `ConfigError` for text that no file's name can be and no YAML file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(name, f"{text!a} is no text in UTF-8") from None
+    if "\0" in text:
+        raise ConfigError(name, f"{text!a} holds a zero byte")
 
 
 def convert(name: str, item: Key, value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -213,16 +214,31 @@ def _read_overrides(overrides: Overrides, origins: Origins) -> Tree:
         if isinstance(overrides, Mapping):
             for name, value in overrides.items():
                 origins[str(name)] = "the overrides"
-                OmegaConf.update(changes, str(name), value)
+                with _fitting(str(name)):
+                    OmegaConf.update(changes, str(name), value)
             return cast(Tree, OmegaConf.to_container(changes))
         for override in overrides:
             name, _, _ = override.partition("=")
             origins[name] = "the command line"
-            _add_override(changes, override)
+            with _fitting(name):
+                _add_override(changes, override)
     except OmegaConfBaseException as error:
         raise as_config_error(error) from None
     tree: Tree = map_leaves(OmegaConf.to_container(changes), _none_to_null)
     return tree
+
+
+@contextmanager
+def _fitting(name: str) -> Iterator[None]:
+    """A context that sets the key `name`: OmegaConf cannot set a key within a list, or an item that is not there."""
+    try:
+        yield
+    except (ConfigError, yaml.YAMLError, UnicodeError):
+        raise
+    except (ValueError, TypeError, LookupError, AssertionError) as error:
+        raise ConfigError(
+            name, f"cannot be set beside the other overrides ({error})"
+        ) from None
 
 
 def _lay_over(tree: Tree, changes: Tree) -> Tree:

@@ -124,10 +124,16 @@ class KeyedDataset(Dataset[Any]):
     def _transformed(self, image: Any, target: Any, sample_id: int) -> tuple[Any, Any]:
         if self._transform is None:
             return image, target
+        name = self.name(sample_id)
         try:
             return self._transform(image, target)
         except DataError as error:
-            raise DataError(f"{self.name(sample_id)}: {error}") from None
+            raise DataError(f"{name}: {error}") from None
+        except Exception as error:
+            # Anything: transforms are other people's code.
+            reason = f"{type(error).__name__}: {error} ({_last_line(error)})"
+            message = f"{name}: {self._transforms_key} failed with {reason}"
+            raise data_error(message, error) from error
 
     def _collate(self, samples: list[tuple[Any, Any]], ids: Ids) -> tuple[Any, Any]:
         try:
