@@ -235,6 +235,8 @@ def _fitting(name: str) -> Iterator[None]:
         yield
     except (ConfigError, yaml.YAMLError, UnicodeError):
         raise
+    except RecursionError:
+        raise ConfigError(name, TOO_DEEP) from None
     except (ValueError, TypeError, LookupError, AssertionError) as error:
         raise ConfigError(
             name, f"cannot be set beside the other overrides ({error})"
