@@ -108,7 +108,10 @@ def test_shipped_configs_have_none(tmp_path: Path) -> None:
     def all_lines() -> dict[str, list[str]]:
         found = {}
         for index, path in enumerate(CONFIGS):
-            overrides = [*substitutes(path, tmp_path / str(index)), f"run.dir={tmp_path}"]
+            overrides = [
+                *substitutes(path, tmp_path / str(index)),
+                f"run.dir={tmp_path}",
+            ]
             found[str(path.relative_to(ROOT))] = lines(load(path, overrides), None)
         return found
 

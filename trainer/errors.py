@@ -44,6 +44,10 @@ class OtherRankFailed(LockstepError):
     """A defect of the program has ended another rank, which shows its traceback. Exit status 1."""
 
 
+class MainRankLost(OtherRankFailed):
+    """Rank 0 has ended without a word, and with it the store by which ranks agree on who reports. Exit status 1."""
+
+
 class HangError(LockstepError):
     """The ranks waited for one another in vain. `reporter` is the rank that reports it. Exit status 1."""
 

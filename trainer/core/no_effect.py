@@ -83,7 +83,11 @@ RULES = (
         _has_no_batch_norm,
         "the model has no layer with running statistics, such as BatchNorm",
     ),
-    Rule(STATISTICS, _has_frozen_batch_norm, "no running statistics are updated: they are frozen"),
+    Rule(
+        STATISTICS,
+        _has_frozen_batch_norm,
+        "no running statistics are updated: they are frozen",
+    ),
     Rule(
         ("batch_norm.recalibrate_at",),
         lambda run: run.config.batch_norm.recalibrate == 0,

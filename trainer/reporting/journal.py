@@ -11,6 +11,7 @@ from typing import Any
 from trainer.config.schema import Config
 from trainer.errors import LockstepError, Stopped
 from trainer.exact.plan import Plan
+from trainer.process.activity import activity
 from trainer.process.parent import failure_reason
 from trainer.process.ranks import Ranks
 from trainer.reporting.console import Console
@@ -67,7 +68,11 @@ class Journal:
         Only the main process uses the directory, so a run needs no shared disk for it.
         """
         token = self._ranks.on_main(self._token)
-        sees = self._ranks.gather([sees_token(self.directory, token)])
+        sees_directory = partial(sees_token, self.directory, token)
+        if sees_directory():
+            # A process that ends by itself takes its token back.
+            activity.is_main_lost = sees_directory
+        sees = self._ranks.gather([sees_directory()])
         facts = []
         for values, shares in zip(facts_of_ranks, sees, strict=True):
             facts.append({**values, "shares_run_directory": shares})

@@ -124,8 +124,10 @@ class RunDirectory:
         return "deleted or moved"
 
     def close(self) -> None:
-        """Release the lock."""
+        """Release the lock, and take back the token: who still finds it knows that its owner was killed."""
         if self._lock is not None:
+            with suppress(OSError):  # the error that ends the run is another
+                self._lock.truncate(0)
             self._lock.close()
             self._lock = None
 
