@@ -214,18 +214,19 @@ def to_plain(name: str, value: Any) -> Any:
 
 
 def _check_text(name: str, text: str) -> None:
-    """Raise `ConfigError` for text that no file's name can be and no YAML file can hold."""
+    """Raise `ConfigError` for text that `config.yaml` cannot hold."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ConfigError(name, f"{text!a} is no text in UTF-8") from None
-    if "\0" in text:
-        raise ConfigError(name, f"{text!a} holds a zero byte")
 
 
 def convert(name: str, item: Key, value: Any) -> Any:
     """`value` as the key's type, and not below its minimum; a `ConfigError` otherwise."""
     value = _convert(name, item.hint, to_plain(name, value))
+    if isinstance(value, str) and "\0" in value:
+        # No path, and no name of anything.
+        raise ConfigError(name, f"{value!a} holds a zero byte")
     # Not `value < minimum`: NaN is below nothing, and must be refused.
     if (
         item.minimum is not None
