@@ -555,10 +555,13 @@ class Trainer:
         progress.best_epoch = int(row["epoch"])
         activity.mark(SAVING)
         self.reduction.gather()
-        directory = self.journal.directory
-        self.ranks.on_main(lambda: self.saved_state.write_best(directory, row))
+        self.ranks.on_main(partial(self._write_best, row))
         activity.mark(LOGGING)
         return True
+
+    def _write_best(self, row: Row) -> None:
+        self.journal.check_directory()
+        self.saved_state.write_best(self.journal.directory, row)
 
     # ---------------------------------------------------------------- checkpoints
 

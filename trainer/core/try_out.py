@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from trainer.core.build import Run
 from trainer.core.first_forward import check_first_forward
 from trainer.core.fuse_check import choose_fuse
+from trainer.core.misfit import optimizer_misfit
 from trainer.core.out_of_memory import explain_out_of_memory
 from trainer.core.refused import refuse_nondeterministic
 from trainer.core.rehearsal import check_disk, rehearse
+from trainer.errors import LockstepError
 from trainer.exact.determinism import refused_operation
 
 
@@ -35,12 +37,15 @@ def explained(run: Run, position: Callable[[], tuple[int, int]]) -> Iterator[Non
     """
     try:
         yield
-    except RuntimeError as error:
-        cause = (
-            refused_operation(error)
-            or explain_out_of_memory(error, run, *position())
-            or run.ranks.explain(error)
-        )
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        cause: LockstepError | None = None
+        if isinstance(error, RuntimeError):
+            cause = (
+                refused_operation(error)
+                or explain_out_of_memory(error, run, *position())
+                or run.ranks.explain(error)
+            )
+        cause = cause or optimizer_misfit(run.config.optimizer.name, error)
         if cause is None:
             raise
         raise cause from None
