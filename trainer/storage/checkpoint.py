@@ -25,7 +25,12 @@ from torch import Tensor, nn
 from trainer.errors import ConfigError, LockstepError
 from trainer.storage.files import REPLACED, new_directory, write_text
 from trainer.storage.sha256 import file_sha256
-from trainer.storage.stateful import load_state, save_state, write_tensors
+from trainer.storage.stateful import (
+    check_name,
+    load_state,
+    save_state,
+    write_tensors,
+)
 
 Tensors = dict[str, Tensor]
 # By metric: totals and weights, as `Totals.sums` has them.
@@ -301,6 +306,8 @@ def _save_stateful(
 
 def _load_stateful(path: Path, state: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
     names = state.get("stateful", [])  # absent in a checkpoint of an earlier version
+    for name in names:
+        check_name(name)  # a path would lead out of the checkpoint
     return {name: load_state(path, name) for name in names}
 
 
@@ -315,6 +322,10 @@ def _verify(path: Path) -> None:
     """Raise unless every file of a checkpoint is the one that its manifest records."""
     manifest = json.loads((path / MANIFEST_FILE).read_text())
     for name, sha256 in manifest["files"].items():
+        if Path(name).name != name:
+            raise LockstepError(
+                f"{path / MANIFEST_FILE} names a file elsewhere, {name}"
+            )
         if file_sha256(path / name) != sha256:
             raise LockstepError(
                 f"{path / name} is not what was written (its SHA-256 differs from manifest.json's)"

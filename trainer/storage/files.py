@@ -38,6 +38,8 @@ def new_file(path: Path) -> Iterator[Path]:
     The yielded path has the suffix of `path`, since some libraries choose a format by it.
     """
     partial = _partial_path(path)
+    # Of a process that was killed while it wrote; or a link, which must not be written through.
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         sync(partial)

@@ -22,6 +22,8 @@ from trainer.storage.files import (
     lock_directory,
     write_text,
 )
+from trainer.storage.links import refuse_links_outside
+from trainer.storage.trusted_runs import remember_made, remember_move
 
 Change = tuple[Any, Any]  # a key's value before and now
 
@@ -65,6 +67,7 @@ class RunDirectory:
         self.moved_to: Path | None = None
         self._lock: TextIO | None = self._make_and_lock()
         if section.resume == "auto":
+            refuse_links_outside(self.path)
             self.resume_from = checkpoint.newest_first(self.path / "checkpoints")
         if not self.resume_from and self._holds_a_run():
             self._move_away()
@@ -89,9 +92,11 @@ class RunDirectory:
 
     def _move_away(self) -> None:
         """Rename the directory, with the earlier run in it, and lock a new one at its path."""
+        before = self.path.resolve()
         moved_to = _free_path(self.path)
         # Locked until it has another name: nobody else may begin to train in what is about to move.
         self.path.rename(moved_to)
+        remember_move(before, moved_to)
         self.close()
         self.moved_to = moved_to
         self._lock = self._make_and_lock()
@@ -145,6 +150,11 @@ def sees_token(path: Path, token: str) -> bool:
 
 def lock(path: Path) -> TextIO:
     """Lock a run directory until the returned file is closed. Raises `ConfigError` if another process has the lock."""
+    if (path / LOCK_FILE).is_symlink():
+        # To lock a file is to empty it.
+        raise ConfigError(
+            str(path / LOCK_FILE), "is a link, and is not followed; remove it"
+        )
     file = lock_directory(path)
     if file is None:
         raise ConfigError(
@@ -165,8 +175,9 @@ def run_path(section: RunConfig) -> Path:
 
 
 def write_config(path: Path, config: Config) -> None:
-    """Write `config.yaml` into the run directory at `path`."""
+    """Write `config.yaml` into the run directory at `path`, and note that it was written here."""
     write_text(path / "config.yaml", config_yaml(config))
+    remember_made(path, (path / "config.yaml").read_bytes())
 
 
 def config_yaml(config: Config) -> str:
@@ -177,11 +188,21 @@ def config_yaml(config: Config) -> str:
 def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a finished or unfinished run, with `key=value` overrides applied.
 
-    Raises `ConfigError` if `run` is not a run directory.
+    It may be from elsewhere, so nothing is built of it: `core.trust` reads what may be. Raises `ConfigError` as
+    `config_file` does.
+    """
+    return load(config_file(run), overrides)
+
+
+def config_file(run: Path, directory: Path | None = None) -> Path:
+    """The config of the run at `run`, or of a part of it, `directory`.
+
+    Raises `ConfigError` if `run` is not a run directory, or has a link that leads out of it.
     """
     if not (run / "config.yaml").is_file():
         raise ConfigError(str(run), "is not a run directory: it has no config.yaml")
-    return load(run / "config.yaml", overrides)
+    refuse_links_outside(run)
+    return (directory or run) / "config.yaml"
 
 
 def changed_keys(
