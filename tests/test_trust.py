@@ -15,7 +15,6 @@ import yaml
 from trainer import ConfigError, Trainer, load
 from trainer.__main__ import main
 from trainer.inspection.predictor import Predictor
-from trainer.storage import trusted_runs
 
 # A package of the user's: an honest model, a data set, an observer; and things that it took from elsewhere.
 PACKAGE = """
@@ -363,6 +362,8 @@ def test_a_state_directory_that_cannot_be_written_costs_the_flag_alone(
 def test_a_damaged_record_trusts_nothing(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from trainer.storage import trusted_runs
+
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     trusted_runs.remember_made(tmp_path, b"config")
     (record,) = (tmp_path / "state/lockstep/runs").iterdir()

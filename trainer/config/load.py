@@ -132,7 +132,11 @@ def help_text() -> str:
 
 
 def parser_reason(error: Exception) -> str:
-    """What a parser says, in one line."""
+    """What a parser says, in one line, without the line of the file: it may hold a secret."""
+    for name in ("context_mark", "problem_mark"):
+        mark = getattr(error, name, None)
+        if mark is not None:
+            mark.buffer = None
     return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from trainer.config.annotations import check_texts
 from trainer.config.schema import ObserverConfig, keys_of
+from trainer.config.secrets import redacted, redacted_output
 from trainer.errors import ConfigError, LockstepError, config_error, nearest
 
 T = TypeVar("T")
@@ -82,9 +83,9 @@ def build(
         raise
     except Exception as error:
         # A component may raise anything for arguments it cannot use.
-        reason = f"{type(error).__name__}: {error}"
+        reason = redacted_output(f"{type(error).__name__}: {error}")
         message = (
-            f"{_name_of(target)} refused its arguments {dict(arguments)}: {reason}"
+            f"{_name_of(target)} refused its arguments {redacted(arguments)}: {reason}"
         )
         raise config_error(section, message, error) from error
 

@@ -15,15 +15,18 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trainer.config.secrets import holds_secret
 from trainer.errors import ConfigError, LockstepError
-from trainer.storage.files import REPLACED, new_directory, write_text
+from trainer.storage.files import REPLACED, make_file, new_directory, write_text
 from trainer.storage.sha256 import file_sha256
 from trainer.storage.stateful import (
     check_name,
@@ -115,7 +118,8 @@ def save(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         }
         if checkpoint.stateful:
             state["stateful"] = _save_stateful(partial, checkpoint.stateful)
-        (partial / STATE_FILE).write_text(json.dumps(state))
+        private = holds_secret(checkpoint.config)
+        make_file(partial / STATE_FILE, json.dumps(state), private=private)
         _write_manifest(partial, step)
     write_text(directory / "last", path.name + "\n")
     _remove_old(directory, keep=keep, newest=path)
@@ -230,7 +234,9 @@ def save_best(
     best, previous, following = run / "best", run / ".best.previous", run / ".best.next"
     with new_directory(following) as partial:
         write_tensors(partial / MODEL_FILE, model)
-        (partial / "config.yaml").write_text(config_yaml)
+        make_file(
+            partial / "config.yaml", config_yaml, private=_is_private(config_yaml)
+        )
         (partial / METRICS_FILE).write_text(json.dumps(dict(metrics), indent=2) + "\n")
         (partial / "signature.json").write_text(
             json.dumps(dict(signature), indent=2) + "\n"
@@ -242,6 +248,11 @@ def save_best(
         shutil.rmtree(previous, ignore_errors=True)
         best.rename(previous)
     following.rename(best)
+
+
+@lru_cache(maxsize=1)  # a run has one
+def _is_private(config_yaml: str) -> bool:
+    return holds_secret(yaml.safe_load(config_yaml))
 
 
 def restore_best(run: Path, step: int) -> None:

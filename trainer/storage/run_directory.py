@@ -12,6 +12,7 @@ from uuid import uuid4
 from trainer.config.fields import current_path
 from trainer.config.load import load
 from trainer.config.schema import Config, RunConfig
+from trainer.config.secrets import holds_secret, redacted_value
 from trainer.config.yaml_dump import to_yaml
 from trainer.errors import ConfigError, LockstepError, config_error
 from trainer.storage import checkpoint
@@ -176,7 +177,8 @@ def run_path(section: RunConfig) -> Path:
 
 def write_config(path: Path, config: Config) -> None:
     """Write `config.yaml` into the run directory at `path`, and note that it was written here."""
-    write_text(path / "config.yaml", config_yaml(config))
+    text = config_yaml(config)
+    write_text(path / "config.yaml", text, private=holds_secret(config.to_dict()))
     remember_made(path, (path / "config.yaml").read_bytes())
 
 
@@ -233,7 +235,7 @@ def check_same_run(before: Mapping[str, Any], now: Config, section: RunConfig) -
             changes[name] = change
     if changes and section.resume_changes == "refuse":
         listing = "; ".join(
-            f"{name} was {was} and is {now_is}"
+            f"{name} was {redacted_value(name, was)} and is {redacted_value(name, now_is)}"
             for name, (was, now_is) in changes.items()
         )
         raise ConfigError(
