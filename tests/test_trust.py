@@ -460,3 +460,18 @@ def test_predictor_takes_trust(packages: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--trust own_code"):
         Predictor(copy)
     Predictor(copy, trust=["own_code"])
+
+
+@pytest.mark.parametrize("section", ["model", "loss", "optimizer", "observers"])
+def test_a_class_of_another_kind_is_not_made_in_training_either(
+    section: str, tmp_path: Path
+) -> None:
+    """A function may make what is wanted; a class that is none of it is known before."""
+    change = f"{section}.name=subprocess.Popen"
+    arguments = [f"{section}.args=touch {tmp_path}/marker", f"{section}.shell=true"]
+    if section == "observers":
+        text = f"name: subprocess.Popen, args: touch {tmp_path}/marker, shell: true"
+        change, arguments = f"observers=[{{{text}}}]", []
+    with pytest.raises(ConfigError, match="not a subclass of"):
+        fit(tmp_path, change, *arguments)
+    assert not (tmp_path / "marker").exists()

@@ -51,6 +51,20 @@ def _import_owner(section: str, name: str, path: str) -> Any:
         ) from None
 
 
+def refuse_other_class(section: str, name: str, target: Any, base: type) -> None:
+    """Raise `ConfigError` for a class whose objects are no `base`, before one is made: making it may do anything.
+
+    What a function makes, or a class that makes objects of another, is checked when it is made.
+    """
+    if not isinstance(target, type) or issubclass(target, base):
+        return
+    if target.__new__ is object.__new__ and type(target).__call__ is type.__call__:
+        raise ConfigError(
+            f"{section}.name",
+            f'"{name}" is a class, but not a subclass of {base.__name__}',
+        )
+
+
 def build(
     section: str,
     target: Callable[..., Any],
@@ -98,7 +112,9 @@ def build_observers(sections: Sequence[ObserverConfig], base: type[T]) -> list[T
     observers = []
     for index, section in enumerate(sections):
         place = f"observers[{index}]"
-        observer = build(place, resolve(place, section.name, {}), section.args)
+        target = resolve(place, section.name, {})
+        refuse_other_class(place, section.name, target, base)
+        observer = build(place, target, section.args)
         if not isinstance(observer, base):
             kind = type(observer).__name__
             raise ConfigError(
