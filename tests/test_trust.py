@@ -81,7 +81,7 @@ def stranger(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "stranger"))
 
 
-def change(run: Path, **sections: Any) -> None:
+def change(run: Path, /, **sections: Any) -> None:
     """Change both configs of a run; a mapping replaces the whole section."""
     for file in (run / "config.yaml", run / "best" / "config.yaml"):
         tree = yaml.safe_load(file.read_text())
@@ -475,3 +475,56 @@ def test_a_class_of_another_kind_is_not_made_in_training_either(
     with pytest.raises(ConfigError, match="not a subclass of"):
         fit(tmp_path, change, *arguments)
     assert not (tmp_path / "marker").exists()
+
+
+# ---------------------------------------------------------------- the environment
+
+
+def test_a_stranger_gets_no_variable(
+    stranger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.core.trust import read_trusted_config
+
+    monkeypatch.setenv("MY_KEY", "key-of-mine")
+    reference = "${oc.env:MY_KEY}"
+    change(stranger, data={"name": "folder", "root": reference})
+    assert read_trusted_config(stranger).data.root == "key-of-mine"
+    for section in (
+        {"loss": {"name": "cross_entropy", "token": reference}},
+        {"model": {"name": "small_cnn", "deep": {"a": [f"https://host/{reference}"]}}},
+        {"observers": [{"name": "trainer.Observer", "to": reference}]},
+    ):
+        copy = Path(shutil.copytree(stranger, stranger.parent / next(iter(section))))
+        change(copy, **section)
+        with pytest.raises(ConfigError, match=r"is .*\$\{oc\.env:MY_KEY\}") as error:
+            read_trusted_config(copy)
+        assert "key-of-mine" not in str(error.value)
+    read_trusted_config(
+        stranger.parent / "loss", [f"loss.token={reference}"]
+    )  # the user's own word
+    # Of a part that is not built, nothing is asked.
+    read_trusted_config(stranger.parent / "observers", imports=["model"])
+
+
+def test_sync_sends_no_variable_and_to_no_other_server(
+    made: Path,
+    stranger: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MY_KEY", "key-of-mine")
+    assert main(["sync", str(stranger)]) == 0
+    (stranger / "wandb").mkdir()
+    (stranger / "wandb/settings").write_text("[default]\nbase_url = http://other\n")
+    assert main(["sync", str(stranger)]) == 2
+    assert "would choose the server" in capsys.readouterr().err
+    (stranger / "wandb/settings").unlink()
+    for section in (
+        {"wandb": {"project": "${oc.env:MY_KEY}"}},
+        {"wandb": {}, "run": {"name": "${oc.env:MY_KEY}"}},
+    ):
+        change(stranger, **section)
+        assert main(["sync", str(stranger)]) == 2
+        output = capsys.readouterr().err
+        assert "${oc.env:MY_KEY}" in output
+        assert "key-of-mine" not in output
