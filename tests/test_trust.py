@@ -528,3 +528,86 @@ def test_sync_sends_no_variable_and_to_no_other_server(
         output = capsys.readouterr().err
         assert "${oc.env:MY_KEY}" in output
         assert "key-of-mine" not in output
+
+
+# ---------------------------------------------------------------- libraries that need not be installed
+
+
+LIBRARY_FILES = {
+    "transformers/__init__.py": "from transformers.models.auto.modeling_auto import AutoModel\n"
+    "from transformers.models.auto.tokenization_auto import AutoTokenizer\n",
+    "transformers/models/__init__.py": "",
+    "transformers/models/auto/__init__.py": "",
+    "transformers/models/auto/modeling_auto.py": "class AutoModel:\n    @classmethod\n"
+    "    def from_pretrained(cls, name, **rest): ...\n"
+    "    @classmethod\n    def register(cls, name): ...\n",
+    "transformers/models/auto/tokenization_auto.py": "class AutoTokenizer:\n    @classmethod\n"
+    "    def from_pretrained(cls, name, **rest): ...\n",
+    "timm/__init__.py": "from timm.models._factory import create_model, is_model, model_entrypoint\n"
+    "from timm.models import resnet18\n",
+    "timm/models/__init__.py": "from timm.models._helpers import load_checkpoint\n"
+    "def resnet18(**rest): ...\ndef helper(path): ...\n",
+    "timm/models/_helpers.py": "def load_checkpoint(model, path): ...\n",
+    "timm/models/_factory.py": "def create_model(model_name, **rest): ...\n"
+    "def is_model(name): return name == 'resnet18'\n"
+    "def model_entrypoint(name):\n    import timm.models\n    return getattr(timm.models, name)\n",
+}
+
+
+@pytest.fixture
+def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Packages with the names and the structure of timm and transformers."""
+    for name, text in LIBRARY_FILES.items():
+        path = tmp_path / "libraries" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    before = {
+        name: sys.modules.pop(name)
+        for name in list(sys.modules)
+        if name.partition(".")[0] in ("timm", "transformers")
+    }
+    monkeypatch.syspath_prepend(str(tmp_path / "libraries"))
+    yield
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("timm", "transformers"):
+            del sys.modules[name]
+    sys.modules.update(before)
+
+
+KNOWN = [
+    {"name": "timm.create_model", "model_name": "resnet18", "pretrained": True},
+    {"name": "timm.models.resnet18"},
+    {"name": "transformers.AutoModel.from_pretrained", "a": "org/model"},
+]
+NOT_KNOWN = [
+    {"name": "timm.models.load_checkpoint", "path": "x"},
+    {"name": "timm.models.helper", "path": "x"},
+    {"name": "transformers.AutoTokenizer.from_pretrained", "a": "x"},
+    {"name": "transformers.AutoModel.register", "a": "x"},
+]
+# Allowed by naming the library.
+WITH_FLAG = [
+    {"name": "timm.create_model", "model_name": "hf-hub:someone/model"},
+    {"name": "timm.create_model", "model_name": "a", "checkpoint_path": "evil.pth"},
+    {"name": "timm.create_model", "model_name": "a", "pretrained_cfg": {"url": "x"}},
+    {"name": "transformers.AutoModel.from_pretrained", "trust_remote_code": True},
+]
+
+
+def test_models_of_libraries(stranger: Path, libraries: None) -> None:
+    from trainer.core.trust import read_trusted_config
+
+    for model in KNOWN:
+        change(stranger, model=model)
+        read_trusted_config(stranger)
+    for model in NOT_KNOWN:
+        change(stranger, model=model)
+        with pytest.raises(ConfigError, match=r"model\.name: "):
+            read_trusted_config(stranger)
+        with pytest.raises(ConfigError, match=r"model\.name: "):
+            read_trusted_config(stranger, trust=["timm", "transformers"])
+    for model in WITH_FLAG:
+        change(stranger, model=model)
+        with pytest.raises(ConfigError, match="may run code"):
+            read_trusted_config(stranger)
+        read_trusted_config(stranger, trust=["timm", "transformers"])
