@@ -431,8 +431,21 @@ def test_links_within_a_run_and_to_a_run_are_followed(
     logs = stranger / "wandb/run-1/logs"
     logs.mkdir(parents=True)
     (logs / "debug-core.log").symlink_to("/tmp")  # as W&B leaves it
+    (logs.parents[1] / "debug-core.log").symlink_to("run-1/logs/debug-core.log")
     (tmp_path / "link").symlink_to(stranger)
     assert main(["evaluate", str(tmp_path / "link")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "status"), [("figures/wandb/a/logs/x", 2), ("wandb/x", 2), ("circle", 0)]
+)
+def test_what_only_looks_like_a_log_and_what_leads_nowhere(
+    name: str, status: int, stranger: Path
+) -> None:
+    link = stranger / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to("circle" if name == "circle" else "/tmp")
+    assert main(["evaluate", str(stranger)]) == status
 
 
 def test_a_new_run_does_not_write_through_the_lock_of_the_old(

@@ -12,20 +12,19 @@ from pathlib import Path
 
 from trainer.errors import ConfigError
 
-# W&B links its sessions' logs to its cache in the user's home. Nothing here opens them.
-LOGS_OF_WANDB = "logs"
+# W&B links its sessions' logs to its cache in the user's home, and links to these. Nothing here opens them.
+LOGS_OF_WANDB = ("wandb/debug*.log", "wandb/*/logs/*")
 
 
 def refuse_links_outside(run: Path) -> None:
-    """Raise `ConfigError`, naming it, for a symbolic link below `run` that leads out of `run`, or nowhere in it.
+    """Raise `ConfigError`, naming it, for a symbolic link below `run` that leads out of `run`.
 
     `run` itself may be a link, and so may anything above it.
     """
     root = run.resolve()
     for link in _links(root):
-        target = link.resolve()
-        if not target.is_relative_to(root):
-            name = link.relative_to(root)
+        name, target = link.relative_to(root), _target(link)
+        if not _is_log(name) and not target.is_relative_to(root):
             raise ConfigError(
                 str(run / name),
                 f"is a link to {target}, outside the run directory, and is not followed; put what it leads to in its "
@@ -35,11 +34,20 @@ def refuse_links_outside(run: Path) -> None:
 
 def _links(root: Path) -> Iterator[Path]:
     for directory, directories, files in os.walk(root):
-        folder = Path(directory)
-        if folder.parent.parent == root / "wandb" and folder.name == LOGS_OF_WANDB:
-            directories.clear()
-            continue
         for name in sorted([*directories, *files]):
-            path = folder / name
+            path = Path(directory, name)
             if path.is_symlink():
                 yield path
+
+
+def _target(link: Path) -> Path:
+    """What a link leads to in the end; what it says itself where that is nothing, as in a circle of links."""
+    try:
+        return link.resolve()
+    except (OSError, RuntimeError):
+        return link.readlink()
+
+
+def _is_log(name: Path) -> bool:
+    is_of_wandb = name.parts[0] == "wandb"
+    return is_of_wandb and any(name.match(pattern) for pattern in LOGS_OF_WANDB)
