@@ -45,7 +45,7 @@ def _target(link: Path) -> Path:
     try:
         return link.resolve()
     except (OSError, RuntimeError):
-        return link.readlink()
+        return Path(os.path.normpath(link.parent / link.readlink()))
 
 
 def _is_log(name: Path) -> bool:
