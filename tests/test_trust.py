@@ -272,6 +272,17 @@ def test_a_trusted_package_is_no_way_to_what_it_imports(
     assert words in capsys.readouterr().err
 
 
+def test_what_is_typed_vouches_for_nothing_beside_it(
+    stranger: Path, packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mapping is merged with the file's: the name stays the stranger's."""
+    change(stranger, model={"name": "os.system", "command": f"touch {tmp_path}/marker"})
+    for override in ("model={num_classes: 10}", "model={}", "model.width=2"):
+        assert main(["evaluate", str(stranger), override]) == 2
+        assert "model.name=os.system" in capsys.readouterr().err
+    assert not (tmp_path / "marker").exists()
+
+
 @pytest.mark.parametrize("name", ["os", "posix", "builtins", "subprocess", "no name"])
 def test_what_cannot_be_trusted(
     name: str, stranger: Path, capsys: pytest.CaptureFixture[str]

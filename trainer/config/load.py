@@ -207,6 +207,19 @@ def _yaml_files_beside(path: Path) -> list[str]:
     return names
 
 
+def override_keys(overrides: Overrides) -> list[str]:
+    """The dotted keys whose values the overrides give. A list is one value; a mapping changes its own keys alone."""
+    return list(_keys_of_values(_read_overrides(overrides, {}), ""))
+
+
+def _keys_of_values(tree: Tree, prefix: str) -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _keys_of_values(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
 def _read_overrides(overrides: Overrides, origins: Origins) -> Tree:
     """The overrides as nested mappings, interpolations still in them."""
     from omegaconf import OmegaConf

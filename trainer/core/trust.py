@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.import_paths import ImportPath, import_paths
-from trainer.config.load import load
+from trainer.config.load import load, override_keys
 from trainer.config.registry import resolve
 from trainer.config.schema import Config
 from trainer.core.known_components import (
@@ -54,13 +54,12 @@ def read_trusted_config(
     Raises `ConfigError` that names every import path which is neither known nor trusted.
     """
     file = config_file(run, directory)
-    content = file.read_bytes()
     config = load(file, overrides)
+    content = file.read_bytes()
     known = trust_in(run, content)
     packages = known.packages | _package_names(trust)
     if not known.made_here:
-        typed = [text.partition("=")[0] for text in overrides]
-        _check(run, config, packages, typed, imports)
+        _check(run, config, packages, override_keys(overrides), imports)
     if trust and launcher.rank() == 0:
         remember_trusted(run, content, packages)
     return config

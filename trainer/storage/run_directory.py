@@ -203,10 +203,14 @@ def config_file(run: Path, directory: Path | None = None) -> Path:
 
     Raises `ConfigError` if `run` is not a run directory, or has a link that leads out of it.
     """
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(str(run), "is not a run directory: it has no config.yaml")
+    directory = directory or run
+    for place in (run, directory):
+        if not (place / "config.yaml").is_file():
+            raise ConfigError(
+                str(place), "is not a run directory: it has no config.yaml"
+            )
     refuse_links_outside(run)
-    return (directory or run) / "config.yaml"
+    return directory / "config.yaml"
 
 
 def changed_keys(
