@@ -21,13 +21,17 @@ from trainer.sweep.table import format_line, list_cells
 SECRET = "sk-'quoted'-4711"
 
 CODE = """
-from torch import nn
+from torch import nn, optim
 
 def refuse(token, **others):
     raise ValueError(f"no access with {token!r}, {others}")
 
 class Refuses(nn.Module):
     def __init__(self, token, **others):
+        refuse(token)
+
+class RefusingOptimizer(optim.SGD):
+    def __init__(self, params, lr, token):
         refuse(token)
 
 class Fails(nn.Module):
@@ -67,7 +71,7 @@ def assert_hidden(output: Any) -> None:
 
 SECTIONS = {
     "model": 'model: {name: secretive_code.refuse, token: "SECRET"}',
-    "optimizer": 'optimizer: {name: secretive_code.Refuses, token: "SECRET"}',
+    "optimizer": 'optimizer: {name: secretive_code.RefusingOptimizer, token: "SECRET"}',
     "loss": 'loss: {name: secretive_code.Refuses, token: "SECRET"}',
     "data": 'data: {name: secretive_code.refuse, token: "SECRET"}',
     "nested": 'data: {name: secretive_code.refuse, token: {a: ["SECRET"]}}',

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -134,8 +134,9 @@ def help_text() -> str:
 def parser_reason(error: Exception) -> str:
     """What a parser says, in one line, without the line of the file: it may hold a secret."""
     for name in ("context_mark", "problem_mark"):
-        mark = getattr(error, name, None)
-        if mark is not None:
+        mark: Any = getattr(error, name, None)
+        # That of libyaml's parser cannot be changed, and never shows the line.
+        with suppress(AttributeError):
             mark.buffer = None
     return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
 
