@@ -472,7 +472,7 @@ class Config:
                 "config", f"is a mapping of sections, not {_describe(tree)}"
             )
         values: Tree = {}
-        resolved, references = resolve(tree)
+        resolved, references = resolve(tree, _is_setting)
         for name, section in resolved.items():
             if name == "observers":
                 values[name] = _read_observers(section)
@@ -496,6 +496,16 @@ class Config:
         document: Tree = map_leaves(values, escape)
         restore_references(document, self.references, digests=digests)
         return document
+
+
+def _is_setting(path: tuple[Any, ...]) -> bool:
+    """True for the path of a key that a section declares; False for what is within a component's arguments."""
+    section, *rest = path
+    return (
+        bool(rest)
+        and rest[0] in keys_of(section)
+        and not str(rest[0]).endswith("transforms")
+    )
 
 
 def _read_observers(items: Any) -> tuple[ObserverConfig, ...]:

@@ -18,6 +18,7 @@ from trainer.core.build import settings_of
 from trainer.core.forward import Forward
 from trainer.core.further import LossState, restore_evaluated
 from trainer.core.precision import Precision
+from trainer.core.trust import read_trusted_config
 from trainer.data.decoding import decode
 from trainer.data.normalize import Normalize
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
@@ -26,14 +27,15 @@ from trainer.errors import ConfigError, DataError, LockstepError
 from trainer.process import launcher
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint, signature
-from trainer.storage.run_directory import read_config
+from trainer.storage.run_directory import config_file
 
 
 class Predictor:
     """The best model of the run at `run`, with its validation transforms, normalisation and class names.
 
     `overrides` are `key=value` changes of the run's config. A model that was passed to the run's `Trainer`, instead of
-    being named in its config, must be passed here too.
+    being named in its config, must be passed here too. Of a run that was not made here, the config may import from the
+    packages `trust` only, besides well-known libraries.
 
     Attributes: `config`, `signature`, `device`, `module`, `task`, `normalize`.
 
@@ -47,10 +49,16 @@ class Predictor:
         overrides: Sequence[str] = (),
         *,
         model: nn.Module | None = None,
+        trust: Sequence[str] = (),
     ) -> None:
-        read_config(run)  # the error for a directory that is no run
+        config_file(run)  # the error for a directory that is no run
         best = checkpoint.best_directory(run)
-        self.config = read_config(best, overrides)
+        imports = ["loss", "data.val_transforms"]
+        if model is None:
+            imports.append("model")
+        self.config = read_trusted_config(
+            run, overrides, trust, imports=imports, directory=best
+        )
         self.signature = signature.read(best)
         self.device = _device_of_one_process(self.config.train.precision)
         precision = Precision(self.config.train.precision, self.device)
