@@ -157,7 +157,7 @@ class Predictor:
         """Batches of files. Each file is loaded by itself, so that one that cannot be read does not fail its batch."""
         config = self.config
         transform = build_transforms("data.val_transforms", config.data.val_transforms)
-        files = _ImageFiles(paths, self._file_channels())
+        files = _ImageFiles(paths, self._file_channels(), config.data.max_pixels)
         return DataLoader(
             KeyedDataset(files, transform, seed=config.run.seed, purpose="predict"),
             sampler=[Request(0, 0, np.array([i])) for i in range(len(paths))],
@@ -206,16 +206,17 @@ class Predictor:
 class _ImageFiles:
     """Image files as a data set. `KeyedDataset` names a file by `paths` when it cannot be read."""
 
-    def __init__(self, paths: Sequence[Path], channels: int) -> None:
+    def __init__(self, paths: Sequence[Path], channels: int, max_pixels: int) -> None:
         self.paths = paths
         self._channels = channels
+        self._max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         # A target, which every sample must have.
-        return decode(self.paths[index], self._channels), 0
+        return decode(self.paths[index], self._channels, self._max_pixels), 0
 
 
 def unknown_answer(loss: str) -> str:
