@@ -19,6 +19,7 @@ from trainer.data.image_checks import (
     WEBP_START,
     Unusable,
     check_size,
+    first_line,
     png_for_pillow,
     png_with_gamma,
     size_from_header,
@@ -72,12 +73,6 @@ def _read(path: Path) -> Tensor:
         raise Unusable.damaged(error.strerror or str(error)) from error
 
 
-def _is_animation(images: int) -> Unusable:
-    return Unusable(
-        f"is an animation of {images} images, not one; remove or replace the file"
-    )
-
-
 def _decode_by_torchvision(data: Tensor, channels: int) -> Tensor:
     from torchvision.io import ImageReadMode, decode_image
 
@@ -85,11 +80,11 @@ def _decode_by_torchvision(data: Tensor, channels: int) -> Tensor:
     try:
         image = decode_image(data, mode=mode, apply_exif_orientation=True)
     except RuntimeError as error:
-        first_line = str(error).splitlines()[0]
         # Without torchvision's own file and line.
-        raise Unusable.damaged(re.sub(r"^.*\.cpp:\d+, ", "", first_line)) from error
+        reason = re.sub(r"^.*\.cpp:\d+, ", "", first_line(error))
+        raise Unusable.damaged(reason) from error
     if image.ndim != 3:
-        raise _is_animation(len(image))
+        raise Unusable.animation(len(image))
     return _as_bytes(image)  # a 16-bit PNG is decoded as uint16
 
 
@@ -138,14 +133,13 @@ def _decode_by_pillow(
             check_size(image.size, max_pixels)
             images = getattr(image, "n_frames", 1)
             if images > 1:
-                raise _is_animation(images)
+                raise Unusable.animation(images)
             return _pixels(image, data, channels)
     except Unusable:
         raise
     except Exception as error:
         # Anything: Pillow's decoders raise whatever a damaged file leads to.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise Unusable.damaged(reason) from error
+        raise Unusable.damaged(first_line(error)) from error
 
 
 def _open(file: io.BytesIO, kind: str) -> Any:

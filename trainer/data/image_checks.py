@@ -38,6 +38,16 @@ class Unusable(Exception):
     def damaged(cls, reason: str) -> Unusable:
         return cls(f"cannot be decoded ({reason}); remove or replace the file")
 
+    @classmethod
+    def animation(cls, images: int) -> Unusable:
+        return cls(
+            f"is an animation of {images} images, not one; remove or replace the file"
+        )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
 
 def check_size(size: tuple[int, int] | None, max_pixels: int | None) -> None:
     """Raise `Unusable` if an image of `(width, height)` has more than `max_pixels` pixels. None: nothing is known."""
@@ -52,7 +62,10 @@ def check_size(size: tuple[int, int] | None, max_pixels: int | None) -> None:
 
 
 def size_from_header(data: memoryview) -> tuple[int, int] | None:
-    """`(width, height)` of a JPEG, WebP or GIF file; None if the header does not say."""
+    """`(width, height)` of a JPEG, WebP or GIF file; None if the header does not say.
+
+    Raises `Unusable` for a GIF file that is damaged or an animation.
+    """
     if data[:2] == JPEG_START:
         return _jpeg_size(data)
     if data[:4] == WEBP_START and data[8:12] == WEBP_KIND:
@@ -97,16 +110,19 @@ def _webp_size(data: memoryview) -> tuple[int, int] | None:
     return width, height
 
 
-def _gif_size(data: memoryview) -> tuple[int, int] | None:
-    """By Pillow: an image may be larger than the canvas that the header announces."""
-    from PIL import Image
+def _gif_size(data: memoryview) -> tuple[int, int]:
+    """By Pillow, for an image may be larger than the canvas that the header announces, and many may follow."""
+    from PIL.GifImagePlugin import GifImageFile
 
     try:
-        with Image.open(io.BytesIO(data), formats=["GIF"]) as image:
-            return image.size
-    except Exception:
-        # A damaged file, of which torchvision says what is wrong.
-        return None
+        with GifImageFile(io.BytesIO(data)) as image:
+            size, images = image.size, image.n_frames
+    except Exception as error:
+        # Anything: see `_decode_by_pillow`.
+        raise Unusable.damaged(first_line(error)) from error
+    if images > 1:
+        raise Unusable.animation(images)
+    return size
 
 
 def png_for_pillow(data: memoryview) -> bytes:
