@@ -43,8 +43,7 @@ class WorkerNotes:
         # Not PyTorch's handlers, which print a line of their own.
         for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
             signal.signal(number, signal.SIG_DFL)
-        info = get_worker_info()
-        assert info is not None
+        info: Any = get_worker_info()
         info.dataset.at_sample = lambda sample: self._note_sample(worker, sample)
 
         def give_up(error: BaseException, _: Any) -> None:
@@ -69,7 +68,7 @@ class WorkerNotes:
         worker = None if ended is None else self._worker(ended.pid)
         reason = "" if worker is None else self._reasons[worker].value.decode()
         text = f"{error} {reason}".lower()
-        exit_status = None if ended is None else ended.exitcode
+        exit_status = 0 if ended is None else int(ended.exitcode)
         sample = NO_SAMPLE if worker is None else self._samples[worker]
         loading = "" if sample == NO_SAMPLE else f" while it loaded {name(sample)}"
         if any(phrase in text for phrase in HANDLES):

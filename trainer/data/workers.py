@@ -28,7 +28,6 @@ def load_in_workers(
 
     Raises `LockstepError` if one of them ends, or if they run out of shared memory or file handles.
     """
-    notes = WorkerNotes(workers)
     loader = DataLoader(
         dataset,
         sampler=requests,
@@ -37,13 +36,19 @@ def load_in_workers(
         num_workers=workers,
         prefetch_factor=prefetch,
         pin_memory=pin_memory,
-        worker_init_fn=partial(_init_worker, notes),
         # For the workers' seeds, which would come from the run's generator.
         generator=torch.Generator(),
     )
+    return iterate(loader, dataset)
+
+
+def iterate(loader: DataLoader[Any], dataset: KeyedDataset) -> Iterator[Any]:
+    """What a PyTorch `loader` of `dataset` with loader processes gives; errors as of `load_in_workers`."""
+    notes = WorkerNotes(loader.num_workers)
+    loader.worker_init_fn = partial(_init_worker, notes)
     others = set(multiprocessing.active_children())
     processes: list[Any] = []
-    batches: Iterator[MicroBatch | DataError] | None = None
+    batches: Iterator[Any] | None = None
     while True:
         try:
             if batches is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from trainer.data.decoding import decode
 from trainer.data.normalize import Normalize
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
+from trainer.data.workers import iterate
 from trainer.errors import ConfigError, DataError, LockstepError
 from trainer.process import launcher
 from trainer.process.ranks import Ranks
@@ -97,7 +99,7 @@ class Predictor:
         Raises `ConfigError` if it is not known what the run's task answers.
         """
         size = self.config.batch.eval_size
-        batches = iter(self._load_files(paths))
+        batches = self._load_files(paths)
         for start in range(0, len(paths), size):
             batch_paths = paths[start : start + size]
             # Around one batch, not the loop: a generator must not leave settings changed while its caller runs.
@@ -153,13 +155,16 @@ class Predictor:
 
     def _load_files(
         self, paths: Sequence[Path]
-    ) -> DataLoader[list[MicroBatch | DataError]]:
+    ) -> Iterator[list[MicroBatch | DataError]]:
         """Batches of files. Each file is loaded by itself, so that one that cannot be read does not fail its batch."""
         config = self.config
         transform = build_transforms("data.val_transforms", config.data.val_transforms)
         files = _ImageFiles(paths, self._file_channels(), config.data.max_pixels)
-        return DataLoader(
-            KeyedDataset(files, transform, seed=config.run.seed, purpose="predict"),
+        dataset = KeyedDataset(
+            files, transform, seed=config.run.seed, purpose="predict"
+        )
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
             sampler=[Request(0, 0, np.array([i])) for i in range(len(paths))],
             batch_size=config.batch.eval_size,
             collate_fn=list,
@@ -167,6 +172,7 @@ class Predictor:
             # Without one, the loader draws from the caller's.
             generator=torch.Generator(),
         )
+        return iterate(loader, dataset) if loader.num_workers else iter(loader)
 
     def _file_channels(self) -> int:
         """Channels that files are decoded to: as many as the run's own images had."""
