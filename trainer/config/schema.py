@@ -78,6 +78,12 @@ class DataConfig(ComponentSection):
         unit="GiB",
         minimum=0,
     )
+    max_pixels: int = key(
+        100_000_000,
+        "largest image file that is decoded; one that says it is larger is refused before memory is asked for",
+        unit="pixels",
+        minimum=1,
+    )
     workers: int = key(
         0, "loader processes of each rank; 0 loads in the rank itself", minimum=0
     )

@@ -39,6 +39,7 @@ FREE_KEYS = (
     "run.figures",
     "run.timeout",
     "data.cache",
+    "data.max_pixels",
     "data.workers",
     "data.prefetch",
     "batch.fuse",
