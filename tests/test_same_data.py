@@ -338,7 +338,7 @@ def test_validation_data_that_name_their_classes_otherwise(
     tmp_path: Path, names: str, is_refused: bool
 ) -> None:
     train, val = Points(ignored=False), Points(ignored=False)
-    val.classes = tuple(names)  # type: ignore[misc]
+    val.classes = tuple(names)
     if not is_refused:
         Trainer(config(tmp_path), model=mlp(), train_data=train, val_data=val)
         return

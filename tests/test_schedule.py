@@ -55,7 +55,10 @@ def torch_factors(make_scheduler, *, per: str, total_steps: int) -> list[float]:
 
 
 REFERENCES = {
-    "step": ({}, lambda o, total: lr_scheduler.StepLR(o, step_size=7, gamma=0.1)),
+    "step": (
+        {"step_size": 7},
+        lambda o, total: lr_scheduler.StepLR(o, step_size=7, gamma=0.1),
+    ),
     "step, other arguments": (
         {"step_size": 3, "gamma": 0.7},
         lambda o, total: lr_scheduler.StepLR(o, step_size=3, gamma=0.7),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -33,8 +34,18 @@ class DataError(LockstepError, ValueError):
     exit_status = 2
 
 
+class UnreadableError(DataError):
+    """Data that could not be read this time, though they may be whole: see `may_pass`. Exit status 1."""
+
+    exit_status = 1
+
+
 class OtherRankFailed(LockstepError):
     """A defect of the program has ended another rank, which shows its traceback. Exit status 1."""
+
+
+class MainRankLost(OtherRankFailed):
+    """Rank 0 has ended without a word, and with it the store by which ranks agree on who reports. Exit status 1."""
 
 
 class HangError(LockstepError):
@@ -63,3 +74,51 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """`; did you mean "x"?` for the choice most like `word`; an empty string if none is like it."""
     matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f'; did you mean "{matches[0]}"?' if matches else ""
+
+
+# What a file system says of a path that is not there, not permitted or no file: it says the same the next time.
+LASTING_ERRNOS = frozenset(
+    {
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+        errno.EILSEQ,
+        errno.EEXIST,
+        errno.ENOTEMPTY,
+        errno.ENXIO,
+    }
+)
+# torch has an error of its own for the memory of GPUs only.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
+
+
+def may_pass(cause: BaseException) -> bool:
+    """True for an error of the disk, the network, memory or a limit of the system: a retry may find it gone.
+
+    Not for what decoders raise of a damaged file, which is often an `OSError` without a number.
+    """
+    if isinstance(cause, MemoryError | ConnectionError | TimeoutError):
+        return True
+    if isinstance(cause, OSError):
+        return cause.errno is not None and cause.errno not in LASTING_ERRNOS
+    if isinstance(cause, RuntimeError):
+        return any(text in str(cause) for text in OUT_OF_MEMORY)
+    return False
+
+
+def data_error(message: str, cause: BaseException) -> DataError:
+    """The error for data that `cause` kept from being read: exit status 1 if a retry may mend it, else 2."""
+    return UnreadableError(message) if may_pass(cause) else DataError(message)
+
+
+def config_error(key: str, message: str, cause: BaseException) -> LockstepError:
+    """The error for a key whose value `cause` kept from being used: exit status 1 if a retry may mend it, else 2."""
+    if may_pass(cause):
+        return LockstepError(f"{key}: {message}")
+    return ConfigError(key, message)

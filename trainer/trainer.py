@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from trainer.components.optimizer import (
     build_optimizer,
     learning_rates,
-    load_named_state,
-    named_state,
     set_learning_rate,
 )
 from trainer.components.optimizer_modes import begin_training, evaluation_weights
@@ -28,35 +26,29 @@ from trainer.config.registry import build_observers
 from trainer.config.schema import Config
 from trainer.core.build import build_run, settings_of
 from trainer.core.finite_watch import FiniteWatch
-from trainer.core.first_forward import check_first_forward
 from trainer.core.further import (
-    of_best,
-    read_further,
-    restore_evaluated,
     restore_modes_of,
 )
-from trainer.core.fuse_check import choose_fuse
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
-from trainer.core.not_finite import refuse_not_finite, validation_not_finite
+from trainer.core.not_finite import validation_not_finite
 from trainer.core.observers import Observer, Observers, Stateful
-from trainer.core.out_of_memory import explain_out_of_memory
 from trainer.core.preflight import notes_on
 from trainer.core.proof.prove import Proof, prove
 from trainer.core.recalibrate import recalibrate_statistics
-from trainer.core.refused import refuse_nondeterministic
-from trainer.core.rehearsal import check_disk, check_states, rehearse
+from trainer.core.rehearsal import check_states
 from trainer.core.same_weights import check_same_weights
+from trainer.core.saved_state import SavedState, is_best
 from trainer.core.stateful import (
     StatefulObjects,
     keeps_statistics,
     load_states,
     read_states,
 )
+from trainer.core.try_out import explained, try_out
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.exact.bitwise import BitwiseReduction
-from trainer.exact.determinism import refused_operation
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import modes_of_others, restore_modes
 from trainer.exact.plan import Plan, Step
@@ -77,11 +69,11 @@ from trainer.reporting.figures import drawing
 from trainer.reporting.journal import Journal
 from trainer.reporting.wandb.histograms import HistogramObserver
 from trainer.storage import checkpoint
-from trainer.storage.checkpoint import FURTHER, Checkpoint, Progress
+from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.data_record import DataRecord, check_same_data, record_data
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
-from trainer.storage.run_directory import check_same_run, config_yaml, run_path
+from trainer.storage.run_directory import check_same_run, run_path
 from trainer.storage.shared_checkpoint import load_on_all
 
 
@@ -133,6 +125,7 @@ class Trainer:
                 find_unused_parameters=self.config.train.find_unused_parameters,
                 loss=self.run.task,
             )
+        self.saved_state = SavedState(self.run, self.optimizer, self.reduction)
         self.observers = Observers(
             [*build_observers(self.config.observers, Observer), *observers]
         )
@@ -201,7 +194,7 @@ class Trainer:
         with (
             self.run.settings(),
             watching(self.config.run.timeout),
-            self._explained(),
+            explained(self.run, self._position),
         ):
             self.try_out()
             is_resumed = self._has_checkpoint()
@@ -218,11 +211,14 @@ class Trainer:
                 self._introduce()
                 try:
                     # Also here: a hang is reported before anything is cleaned up.
-                    with self._explained():
+                    with explained(self.run, self._position):
                         return self._train(stop)
                 finally:
                     activity.leave(sys.exception())
                     self.end_loading()
+
+    def _position(self) -> tuple[int, int]:
+        return self.fuse, self.progress.step + 1
 
     def _train(self, stop: StopRequest) -> dict[str, Any]:
         self.start()
@@ -233,32 +229,8 @@ class Trainer:
         return self._finish()
 
     def try_out(self) -> None:
-        """Find out what would fail later, and choose `fuse`, before anything is trained. A collective.
-
-        It leaves no trace in the model or in random generators. Raises `ConfigError` or `DataError`.
-        """
-        refuse_nondeterministic(self.run)
-        check_first_forward(self.run)
-        self.fuse, self.fuse_note = choose_fuse(self.run)
-        rehearse(self.run)
-        check_disk(self.run)
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """A context whose errors from torch are told in the run's own terms, where there are such."""
-        try:
-            yield
-        except RuntimeError as error:
-            cause = (
-                refused_operation(error)
-                or explain_out_of_memory(
-                    error, self.run, self.fuse, self.progress.step + 1
-                )
-                or self.ranks.explain(error)
-            )
-            if cause is None:
-                raise
-            raise cause from None
+        """Find out what would fail later, and choose `fuse`, before anything is trained. A collective."""
+        self.fuse, self.fuse_note = try_out(self.run)
 
     def prove(self, *, thorough: bool = False) -> None:
         """Try the promise on this run's model, loss and data, before `start`; see docs/proof.md. A collective.
@@ -576,37 +548,20 @@ class Trainer:
         if value is None:
             return False
         progress.history.append(value)
-        if not self._is_best(value):
+        if not is_best(value, progress.best, self.config.best.mode):
             return False
         progress.best = value
         progress.best_step = int(row["step"])
         progress.best_epoch = int(row["epoch"])
         activity.mark(SAVING)
         self.reduction.gather()
-        self.ranks.on_main(lambda: self._save_best(row))
+        self.ranks.on_main(partial(self._write_best, row))
         activity.mark(LOGGING)
         return True
 
-    def _is_best(self, value: float) -> bool:
-        """True if `value` is better than the best so far; NaN and infinities never are."""
-        if not math.isfinite(value):
-            return False
-        best = self.progress.best
-        if best is None:
-            return True
-        return value > best if self.config.best.mode == "max" else value < best
-
-    def _save_best(self, row: Row) -> None:
-        with evaluation_weights(self.optimizer):
-            tensors = checkpoint.snapshot(self.module)
-        checkpoint.save_best(
-            self.journal.directory,
-            tensors,
-            config_yaml(self.config),
-            row,
-            self.run.signature.to_dict(),
-            further=of_best(self._further()),
-        )
+    def _write_best(self, row: Row) -> None:
+        self.journal.check_directory()
+        self.saved_state.write_best(self.journal.directory, row)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -653,36 +608,11 @@ class Trainer:
         )
 
     def _write_checkpoint(self, states: dict[str, dict[str, Any]]) -> None:
-        whole = ModelAndLoss(self.module, self.run.task)
-        tensors, numbers = named_state(self.optimizer, whole)
         self.journal.sync()
         self.progress.rows = self.journal.rows
         self.progress.wandb_id = self.journal.wandb_id
-        refuse_not_finite(self.module, tensors, self.progress.step)
-        config = self.config.to_dict(digests=True)
-        further = self._further()
-        if further:
-            states = states | {FURTHER: further}
-        content = Checkpoint(
-            checkpoint.snapshot(self.module),
-            tensors,
-            numbers,
-            self.progress,
-            config,
-            stateful=states,
-        )
-        checkpoint.save(
-            self.journal.directory / "checkpoints",
-            content,
-            keep=self.config.train.keep_checkpoints,
-        )
-
-    def _further(self) -> dict[str, Any]:
-        return read_further(
-            self.module,
-            self.run.loss_state,
-            self.reduction.moving_buffers,
-        )
+        directory = self.journal.directory / "checkpoints"
+        self.saved_state.write_checkpoint(directory, self.progress, states)
 
     def _resume(self, paths: Sequence[Path]) -> None:
         """Take over the newest of the checkpoints `paths` that can be read, if there are any."""
@@ -713,17 +643,7 @@ class Trainer:
 
     def restore(self, content: Checkpoint) -> None:
         """Take over the state of a checkpoint. Stateful objects take theirs over in `start`."""
-        checkpoint.restore_model(self.module, content.model)
-        states = dict(content.stateful)
-        self._further_restored = states.pop(FURTHER, {})
-        restore_evaluated(self._further_restored, self.module, self.run.loss_state)
-        load_named_state(
-            self.optimizer,
-            ModelAndLoss(self.module, self.run.task),
-            content.optimizer,
-            content.optimizer_numbers,
-        )
-        self.run.precision.load_state(content.progress.scaler)
+        self._further_restored, states = self.saved_state.restore(content)
         self.progress = content.progress
         self._saved_step = content.progress.step
         self.interval_totals = Totals(content.progress.interval)

@@ -133,7 +133,7 @@ def test_a_rehearsal_leaves_no_trace(
         return state(trainer)
 
     expected = weights(tmp_path / "with")
-    monkeypatch.setattr("trainer.trainer.rehearse", lambda run: None)
+    monkeypatch.setattr("trainer.core.try_out.rehearse", lambda run: None)
     actual = weights(tmp_path / "without")
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 

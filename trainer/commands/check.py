@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> None:
     config = load_config(parser.parse(arguments))
 
     from trainer.core.refused import refused_operations
+    from trainer.core.try_out import explained
     from trainer.reporting.console import Console
     from trainer.reporting.summary import header
     from trainer.storage.run_directory import run_path
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> None:
     trainer = Trainer(config)
     keep_freed_memory(trainer.ranks.device.type)
     console = Console(active=trainer.ranks.is_main)
-    with trainer.run.settings():
+    with trainer.run.settings(), explained(trainer.run, lambda: (trainer.fuse, 1)):
         trainer.try_out()
         trainer.prove(thorough=True)
         facts = header(

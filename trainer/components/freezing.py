@@ -159,7 +159,7 @@ def _thaws(section: ModelConfig) -> list[tuple[int, Any]]:
     """(number of whole epochs done, what is thawed then), in order."""
     for epochs_done, patterns in section.unfreeze.items():
         key = f"model.unfreeze.{epochs_done}"
-        if not epochs_done.isdigit() or int(epochs_done) < 1:
+        if not epochs_done.isdecimal() or int(epochs_done) < 1:
             raise ConfigError(
                 key, f'"{epochs_done}" is not a number of epochs, 1 or more'
             )

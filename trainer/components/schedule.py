@@ -54,11 +54,20 @@ class Schedule:
         self._curve, self._phrase = curve
         self._section = section
         self._steps_per_position = steps_per_position
-        self._warmup_steps = round(section.warmup * steps_per_position)
+        warmup_steps = section.warmup * steps_per_position
+        if math.isinf(warmup_steps):
+            raise ConfigError("schedule.warmup", f"{section.warmup} never ends")
+        self._warmup_steps = round(warmup_steps)
 
     def factor(self, step_index: int) -> float:
         """The factor of the step with `step_index` steps before it."""
-        factor = self._curve(step_index // self._steps_per_position)
+        try:
+            factor = self._curve(step_index // self._steps_per_position)
+        except OverflowError:
+            raise ConfigError(
+                "schedule",
+                f"the factor of the learning rate is too large for a number at step {step_index + 1}",
+            ) from None
         if step_index + 1 < self._warmup_steps:
             start = self._section.warmup_start
             factor *= start + (1 - start) * (step_index + 1) / self._warmup_steps

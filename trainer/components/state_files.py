@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, config_error
 
 FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".index.json")
 # What a directory of weights may hold, best first.
@@ -83,9 +82,10 @@ def _read_shards(path: Path) -> Tensors:
     try:
         names = json.loads(path.read_text())["weight_map"].values()
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(
+        raise config_error(
             "model.weights",
             f"{path} is no index of weights with a weight_map ({error})",
+            error,
         ) from None
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(names)):
@@ -99,22 +99,17 @@ def _read(path: Path) -> Any:
             return load_file(path)
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ) as error:
-        reason = getattr(error, "strerror", None) or str(error) or "it is empty"
-        first_line = reason.splitlines()[0]
-        raise ConfigError(
-            "model.weights",
-            f"{path} cannot be read ({first_line}); give a {' or '.join(FILE_TYPES)} file",
-        ) from None
     except pickle.UnpicklingError as error:
         raise ConfigError("model.weights", _explain(path, error)) from None
+    except Exception as error:
+        # Anything: a file that is no checkpoint leads its readers anywhere.
+        reason = getattr(error, "strerror", None) or str(error) or "it is empty"
+        first_line = reason.splitlines()[0]
+        raise config_error(
+            "model.weights",
+            f"{path} cannot be read ({first_line}); give a {' or '.join(FILE_TYPES)} file",
+            error,
+        ) from None
 
 
 def _explain(path: Path, error: Exception) -> str:

@@ -20,7 +20,7 @@ from trainer.components.heads import find_head, fit_head
 from trainer.components.state_files import FILE_TYPES, read_state_dicts
 from trainer.components.weight_names import match_names
 from trainer.config.schema import ModelConfig
-from trainer.errors import ConfigError, nearest
+from trainer.errors import ConfigError, LockstepError, nearest
 
 SERVER_TIMEOUT = 20.0  # seconds that a server may be silent during a download
 # Within it, one process goes before the others.
@@ -79,11 +79,14 @@ def download(url: str, path: Path, main_first: MainFirst) -> None:
                     url, str(path), hash_prefix=digest if dash else None, progress=False
                 )
         except (OSError, RuntimeError) as error:
-            raise ConfigError(
-                "model.weights",
+            message = (
                 f"{path} is missing and cannot be downloaded ({error}); download {url} elsewhere and put it there, "
-                f"or set model.weights to a file",
-            ) from None
+                f"or set model.weights to a file"
+            )
+            # An `OSError` is the network's or the disk's.
+            if isinstance(error, OSError):
+                raise LockstepError(f"model.weights: {message}") from None
+            raise ConfigError("model.weights", message) from None
 
 
 def start_from_weights(

@@ -22,7 +22,7 @@ from typing import (
 import yaml
 
 from trainer.config.secrets import remember_secrets, secrets_in
-from trainer.config.trees import Tree
+from trainer.config.trees import Tree, leaves_in
 from trainer.config.yaml_dump import to_yaml
 from trainer.errors import ConfigError, nearest
 
@@ -38,17 +38,23 @@ TYPE_NAMES = {
 
 
 class Key(NamedTuple):
-    """One key of a section: `hint` is its type, `minimum` the smallest number allowed."""
+    """One key of a section: `hint` is its type, `minimum` the smallest number allowed, `infinite` whether .inf is."""
 
     hint: Any
     default: Any
     meaning: str
     unit: str
     minimum: float | None
+    infinite: bool
 
 
 def key(
-    default: Any, meaning: str, *, unit: str = "", minimum: float | None = None
+    default: Any,
+    meaning: str,
+    *,
+    unit: str = "",
+    minimum: float | None = None,
+    infinite: bool = False,
 ) -> Any:
     """Declare a key in the body of a section."""
     metadata = {
@@ -56,6 +62,7 @@ def key(
         "meaning": meaning,
         "unit": unit,
         "minimum": minimum,
+        "infinite": infinite,
     }
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -178,6 +185,8 @@ _declared_keys: dict[Any, dict[str, Key]] = {}
 
 def to_plain(name: str, value: Any) -> Any:
     """A copy of `value` made of what YAML can write: text, numbers, booleans, None, lists and mappings."""
+    if type(value) is str:
+        _check_text(name, value)
     if type(value) in PLAIN_TYPES:
         return value
     if isinstance(value, Mapping):
@@ -204,9 +213,20 @@ def to_plain(name: str, value: Any) -> Any:
     )
 
 
+def _check_text(name: str, text: str) -> None:
+    """Raise `ConfigError` for text that `config.yaml` cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(name, f"{text!a} is no text in UTF-8") from None
+
+
 def convert(name: str, item: Key, value: Any) -> Any:
     """`value` as the key's type, and not below its minimum; a `ConfigError` otherwise."""
     value = _convert(name, item.hint, to_plain(name, value))
+    if isinstance(value, str) and "\0" in value:
+        # No path, and no name of anything.
+        raise ConfigError(name, f"{value!a} holds a zero byte")
     # Not `value < minimum`: NaN is below nothing, and must be refused.
     if (
         item.minimum is not None
@@ -217,7 +237,13 @@ def convert(name: str, item: Key, value: Any) -> Any:
             name,
             f"{show(value)} is less than {show(item.minimum)}, the least it may be",
         )
+    if not item.infinite and not all(map(_is_finite, leaves_in(value))):
+        raise ConfigError(name, f"{show(value)} is not finite")
     return value
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _convert(name: str, hint: Any, value: Any) -> Any:

@@ -6,7 +6,9 @@ Errors name the key, where it was set (file and line, or the command line), and 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +27,7 @@ from trainer.config.yaml_text import (
     takes_list,
     typed_text,
 )
-from trainer.errors import ConfigError, nearest
+from trainer.errors import ConfigError, config_error, nearest
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
 # A pip-installed package brings its own configs/ with it.
@@ -36,6 +38,10 @@ OBSERVERS_HELP = """
 observers
   observers=[]  (list of mappings)
       called in every step, in this order: [{name: my_package.MyObserver, argument: value}]"""
+
+# `section.key`, or with brackets in OmegaConf's way: `observers[0].name`.
+OVERRIDE_NAME = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[[^.\[\]]+\])*")
+TOO_DEEP = "nests too deeply, or an anchor (&name) holds its own alias (*name)"
 
 Overrides = Sequence[str] | Mapping[str, Any]
 # Where each key was set: the file and line, or the command line.
@@ -68,6 +74,8 @@ def load(
         return replace(config, notes=tuple(notes))
     except ConfigError as error:
         raise _with_origin(error, origins) from None
+    except RecursionError:
+        raise ConfigError("config" if path is None else str(path), TOO_DEEP) from None
 
 
 def find_config(path: str | os.PathLike[str]) -> Path:
@@ -178,8 +186,8 @@ def _read_text(path: Path) -> str:
         return path.read_text()
     except OSError as error:
         hint = nearest(path.name, _yaml_files_beside(path))
-        raise ConfigError(
-            str(path), f"cannot read this config ({error.strerror}){hint}"
+        raise config_error(
+            str(path), f"cannot read this config ({error.strerror}){hint}", error
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
@@ -206,16 +214,33 @@ def _read_overrides(overrides: Overrides, origins: Origins) -> Tree:
         if isinstance(overrides, Mapping):
             for name, value in overrides.items():
                 origins[str(name)] = "the overrides"
-                OmegaConf.update(changes, str(name), value)
+                with _fitting(str(name)):
+                    OmegaConf.update(changes, str(name), value)
             return cast(Tree, OmegaConf.to_container(changes))
         for override in overrides:
             name, _, _ = override.partition("=")
             origins[name] = "the command line"
-            _add_override(changes, override)
+            with _fitting(name):
+                _add_override(changes, override)
     except OmegaConfBaseException as error:
         raise as_config_error(error) from None
     tree: Tree = map_leaves(OmegaConf.to_container(changes), _none_to_null)
     return tree
+
+
+@contextmanager
+def _fitting(name: str) -> Iterator[None]:
+    """A context that sets the key `name`: OmegaConf cannot set a key within a list, or an item that is not there."""
+    try:
+        yield
+    except (ConfigError, yaml.YAMLError, UnicodeError):
+        raise
+    except RecursionError:
+        raise ConfigError(name, TOO_DEEP) from None
+    except (ValueError, TypeError, LookupError, AssertionError) as error:
+        raise ConfigError(
+            name, f"cannot be set beside the other overrides ({error})"
+        ) from None
 
 
 def _lay_over(tree: Tree, changes: Tree) -> Tree:
@@ -223,6 +248,7 @@ def _lay_over(tree: Tree, changes: Tree) -> Tree:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    _check_kinds(tree, changes)
     try:
         config: Any = OmegaConf.create(tree, flags={"allow_objects": True})
         # Mappings are merged key by key; a list replaces the file's list, as in `observers=[]`.
@@ -233,12 +259,26 @@ def _lay_over(tree: Tree, changes: Tree) -> Tree:
     return merged
 
 
+def _check_kinds(tree: Tree, changes: Tree, prefix: str = "") -> None:
+    """Raise `ConfigError` where a mapping would be laid over a list, or a list over a mapping."""
+    for name in tree.keys() & changes.keys():
+        before, after = tree[name], changes[name]
+        kinds = {type(before), type(after)}
+        if kinds == {dict, list}:
+            raise ConfigError(
+                f"{prefix}{name}",
+                f"{show(after)} is laid over {show(before)}, and a list and a mapping do not fit together",
+            )
+        if kinds == {dict}:
+            _check_kinds(before, after, f"{prefix}{name}.")
+
+
 def _add_override(changes: Any, override: str) -> None:
     """Set what `key=value` says in an OmegaConf tree."""
     from omegaconf import OmegaConf
 
     name, equals, value = override.partition("=")
-    if not equals or not name:
+    if not equals or not OVERRIDE_NAME.fullmatch(name):
         raise ConfigError(
             override, "an override is written key=value, as in optimizer.lr=0.01"
         )
@@ -255,6 +295,8 @@ def _add_override(changes: Any, override: str) -> None:
             assert document is not None
             override = f"{name}={serialize(document)}"
         changes.merge_with_dotlist([override])
+    except UnicodeError:
+        raise ConfigError(name, f"{value!a} is no text in UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(
             name, f"{value} is not valid YAML: {parser_reason(error)}"

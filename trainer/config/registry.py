@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from trainer.config.annotations import check_texts
 from trainer.config.schema import ObserverConfig, keys_of
-from trainer.errors import ConfigError, LockstepError, nearest
+from trainer.errors import ConfigError, LockstepError, config_error, nearest
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ def resolve(section: str, name: str, short_names: Mapping[str, Any]) -> Any:
     if name in short_names:
         return short_names[name]
     module_name, dot, attribute = name.rpartition(".")
-    if not dot:
+    if not dot or not all(part.isidentifier() for part in name.split(".")):
         raise ConfigError(
             f"{section}.name",
             f'"{name}" is not one of {", ".join(short_names)}, nor an import path{nearest(name, short_names)}',
@@ -86,7 +86,7 @@ def build(
         message = (
             f"{_name_of(target)} refused its arguments {dict(arguments)}: {reason}"
         )
-        raise ConfigError(section, message) from error
+        raise config_error(section, message, error) from error
 
 
 def build_observers(sections: Sequence[ObserverConfig], base: type[T]) -> list[T]:

@@ -260,6 +260,7 @@ class TrainConfig(Section):
         None,
         "clip the gradient of the whole step to this L2 norm; null = no clipping",
         minimum=0,
+        infinite=True,
     )
     non_finite: Literal["stop", "skip"] = key(
         "stop",

@@ -13,8 +13,8 @@ import torch
 
 from trainer.core.build import Run
 from trainer.core.forward import Forward
-from trainer.core.fuse_check import without_trace
 from trainer.core.metrics import Meter
+from trainer.core.proof.state import without_trace
 from trainer.exact.determinism import refused_operation
 
 FEW = 4  # samples: what does not fit does not fit for four

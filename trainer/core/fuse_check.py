@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainer.core.build import Run
 from trainer.core.forward import Forward
 from trainer.core.joint_loss import loss_adds_up
-from trainer.core.no_trace import attributes_restored
 from trainer.core.precision import Precision, check_gradient
+from trainer.core.proof.state import without_trace
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import REMEDY
@@ -23,7 +21,6 @@ from trainer.exact.host_draws import mentions_host_generators
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.moving_buffers import Copies, other_buffers
 from trainer.exact.plan import IndexRange, Step, split_evenly
-from trainer.exact.seeding import device_generator, preserved_cpu_generators
 from trainer.process import launcher
 from trainer.process.device import KINDS_WITH_STREAMS, device_module
 
@@ -172,33 +169,6 @@ def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     difference = (actual - expected).to(expected.dtype).double().norm()
     bound = tolerance * expected.double().norm()
     return not bool(difference > bound)
-
-
-@contextmanager
-def without_trace(run: Run) -> Iterator[None]:
-    """Put what the model and the loss hold, gradients and all generators back at the end, also after an error."""
-    module = run.module
-    generator = device_generator(run.ranks.device)
-    modules = [*module.modules(), *_modules_of_task(run)]
-    parameters = ModelAndLoss(module, run.task).parameters()
-    gradients = [(parameter, parameter.grad) for parameter in parameters]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    generator_state = generator.get_state()
-    try:
-        with preserved_cpu_generators(), attributes_restored(modules):
-            yield
-    finally:
-        generator.set_state(generator_state)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-
-
-def _modules_of_task(run: Run) -> list[nn.Module]:
-    """Those of a task that is not ours: ours keep what the trial finds out, such as what a loss divides by."""
-    is_ours = type(run.task).__module__.startswith("trainer.components.")
-    modules = list(run.task.modules())
-    return modules[1:] if is_ours else modules
 
 
 # ---------------------------------------------------------------- what fits in memory

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 
 from trainer.components.task import Task
-from trainer.errors import ConfigError, LockstepError
+from trainer.errors import ConfigError, LockstepError, may_pass
 from trainer.exact.determinism import DEVICE_ASSERT, refused_operation
 from trainer.exact.structures import describe_tensors
 
-KINDS = (RuntimeError, TypeError, ValueError, IndexError)
+KINDS = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
 TORCH = Path(torch.__file__).parent
 PACKAGE = Path(__file__).parents[1]
 LONGEST_REASON = 200  # characters
 
 
 def is_misfit(error: Exception) -> bool:
-    """True if `error` may be due to shapes and dtypes; not if it has a message of ours, or is the device's own."""
+    """True if `error` may be due to shapes and dtypes; not if it has a message of ours, or is of device or memory."""
     is_of_device = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
-    if isinstance(error, LockstepError) or is_of_device:
+    if isinstance(error, LockstepError) or is_of_device or may_pass(error):
         return False
     if not isinstance(error, RuntimeError):
         return True
@@ -70,7 +70,23 @@ def model_misfit(model: Any, inputs: Any, error: Exception) -> ConfigError:
 def is_from_a_layer(error: Exception) -> bool:
     """True if the error was raised within a layer or function of torch.nn, which got a wrong shape, say."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and TORCH / "nn" in Path(frames[-1].filename).parents
+    if not frames:
+        return False
+    # Models check their inputs' sizes by `torch._assert`.
+    is_check = frames[-1].name == "_assert"
+    return is_check or TORCH / "nn" in Path(frames[-1].filename).parents
+
+
+def optimizer_misfit(name: str, error: Exception) -> ConfigError | None:
+    """The message for what one of torch's optimizers raised in a step; None for an error from elsewhere."""
+    frames = traceback.extract_tb(error.__traceback__)
+    is_from_step = any(TORCH / "optim" in Path(f.filename).parents for f in frames)
+    if not is_from_step or not is_misfit(error):
+        return None
+    return ConfigError(
+        "optimizer.name",
+        f"{name} cannot take a step: {_reason(error)}; change it or its arguments",
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from trainer.core.build import Run
-from trainer.core.fuse_check import without_trace
 from trainer.core.metrics import detach
+from trainer.core.proof.state import without_trace
 from trainer.errors import ConfigError
 from trainer.exact.determinism import deterministic_algorithms
 from trainer.exact.refused import RefusedOperations

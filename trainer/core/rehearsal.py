@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from trainer.core.build import Run
-from trainer.core.fuse_check import without_trace
 from trainer.core.observers import Stateful
+from trainer.core.proof.state import without_trace
 from trainer.errors import ConfigError
 from trainer.exact.plan import Step
 from trainer.storage.run_directory import run_path

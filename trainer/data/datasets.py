@@ -20,7 +20,7 @@ from trainer.config.registry import build, resolve
 from trainer.config.schema import DataConfig
 from trainer.data.folder import image_folders
 from trainer.data.parts import check_part, shared_class_names
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, UnreadableError, may_pass
 from trainer.exact.seeding import numpy_generator
 
 
@@ -233,9 +233,16 @@ def _torchvision(
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
         # What torchvision raises for damaged files.
         if download:
-            raise DataError(
+            message = (
                 f"{name} cannot be downloaded to {root} ({error}); download {files}"
-            ) from error
+            )
+            # An `OSError` is the network's or the disk's.
+            if isinstance(error, OSError):
+                raise UnreadableError(message) from error
+            raise DataError(message) from error
+        if may_pass(error):
+            message = f"{name} cannot be read in data.root={root} ({error})"
+            raise UnreadableError(message) from error
         raise DataError(
             f"{name} is missing or damaged in data.root={root}: set data.download=true, or download {files}"
         ) from None

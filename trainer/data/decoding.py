@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.names import printable
-from trainer.errors import DataError
+from trainer.errors import DataError, data_error, may_pass
 
 IMAGE_TYPES = (
     ".jpg",
@@ -47,7 +47,7 @@ def decode(path: Path, channels: int = 3) -> Tensor:
         first_line = str(error).splitlines()[0]
         # Without torchvision's own file and line.
         reason = re.sub(r"^.*\.cpp:\d+, ", "", first_line)
-        raise _cannot_decode(path, reason) from None
+        raise _cannot_decode(path, reason, error) from None
     except _Animation as animation:
         raise _is_animation(path, animation.images) from None
     return _decode_by_pillow(path, data, kind, channels)
@@ -58,7 +58,7 @@ def _read(path: Path) -> Tensor:
     try:
         return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
     except OSError as error:
-        raise _cannot_decode(path, error.strerror or str(error)) from None
+        raise _cannot_decode(path, error.strerror or str(error), error) from None
 
 
 class _Animation(Exception):
@@ -67,7 +67,9 @@ class _Animation(Exception):
         self.images = images
 
 
-def _cannot_decode(path: Path, reason: str) -> DataError:
+def _cannot_decode(path: Path, reason: str, cause: Exception) -> DataError:
+    if may_pass(cause):
+        return data_error(f"{printable(path)} cannot be read now ({reason})", cause)
     return DataError(
         f"{printable(path)} cannot be decoded ({reason}); remove or replace the file"
     )
@@ -131,12 +133,13 @@ def _decode_by_pillow(path: Path, data: Tensor, kind: str, channels: int) -> Ten
             return _pixels(ImageOps.exif_transpose(image), channels)
     except DataError:
         raise
-    except UnidentifiedImageError:
+    except UnidentifiedImageError as error:
         reason = f"it is damaged, or of a kind of {kind} that this Pillow does not read"
-        raise _cannot_decode(path, reason) from None
+        raise _cannot_decode(path, reason, error) from None
     except Exception as error:
         # Anything: Pillow's decoders raise whatever a damaged file leads to.
-        raise _cannot_decode(path, str(error).splitlines()[0]) from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise _cannot_decode(path, reason, error) from None
 
 
 def _pixels(image: Any, channels: int) -> Tensor:

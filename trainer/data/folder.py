@@ -11,7 +11,7 @@ import torch
 
 from trainer.data.decoding import IMAGE_TYPES, decode
 from trainer.data.names import check_utf8, normal_form
-from trainer.errors import DataError, nearest
+from trainer.errors import DataError, data_error, may_pass, nearest
 
 # Images decoded before it is known whether they fit into the cache.
 DECODED_AT_ONCE = 64
@@ -204,8 +204,9 @@ def _is_image(path: str) -> bool:
 
 
 def _raise_unreadable(error: OSError) -> None:
-    raise DataError(
-        f"{error.filename} cannot be read: {error.strerror}; permit it or remove the folder"
+    remedy = "" if may_pass(error) else "; permit it or remove the folder"
+    raise data_error(
+        f"{error.filename} cannot be read: {error.strerror}{remedy}", error
     )
 
 

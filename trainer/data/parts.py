@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from trainer.data.conversion import target_key
 from trainer.data.names import normal_form
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, config_error
 
 
 def class_names(dataset: Any) -> list[str] | None:
@@ -56,7 +56,13 @@ def check_part(source: str, part: str, data: Any, key: str = "data.name") -> Non
             f"the {part} part of {source} is of type {type(data).__name__}; samples are read by their id, so it must "
             f"have __len__ and __getitem__ and be no IterableDataset{remedy}",
         )
-    if len(data) == 0:
+    try:
+        length = len(data)
+    except Exception as error:
+        # Anything: it is other people's code.
+        message = f"the {part} part of {source} has no length: {type(error).__name__}: {error}"
+        raise config_error(key, message, error) from error
+    if length == 0:
         raise DataError(
             f"the {part} part of {source} holds no samples; {key} must give at least one"
         )

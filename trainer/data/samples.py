@@ -21,7 +21,7 @@ from trainer.data.conversion import (
 from trainer.data.datasets import ImageArrays, MapDataset
 from trainer.data.geometry import SampleTransform
 from trainer.data.names import printable
-from trainer.errors import DataError
+from trainer.errors import DataError, data_error
 from trainer.exact.plan import IndexRange
 from trainer.exact.seeding import key, seed_cpu
 
@@ -115,7 +115,7 @@ class KeyedDataset(Dataset[Any]):
                 type(error).__name__,
                 _last_line(error),
             )
-            raise DataError(f"{name}: {kind}: {error} ({line})") from error
+            raise data_error(f"{name}: {kind}: {error} ({line})", error) from error
 
     def pair(self, sample_id: int) -> tuple[Any, Any]:
         """A sample's input and target as the data set gives them. Draws from what generators are there."""
@@ -124,10 +124,16 @@ class KeyedDataset(Dataset[Any]):
     def _transformed(self, image: Any, target: Any, sample_id: int) -> tuple[Any, Any]:
         if self._transform is None:
             return image, target
+        name = self.name(sample_id)
         try:
             return self._transform(image, target)
         except DataError as error:
-            raise DataError(f"{self.name(sample_id)}: {error}") from None
+            raise DataError(f"{name}: {error}") from None
+        except Exception as error:
+            # Anything: transforms are other people's code.
+            reason = f"{type(error).__name__}: {error} ({_last_line(error)})"
+            message = f"{name}: {self._transforms_key} failed with {reason}"
+            raise data_error(message, error) from error
 
     def _collate(self, samples: list[tuple[Any, Any]], ids: Ids) -> tuple[Any, Any]:
         try:

@@ -37,14 +37,16 @@ class Activity:
     `marks` counts the marks; `step` is the number of the step begun last, 0 before the first; `is_first_step` while
     that is the first one of this process, or the first since the model changed, which may have to compile;
     `waits_for_ranks` while the host waits for other ranks; `samples` describes, when asked, what the loader was asked
-    for last; `directory` is the run's, once it is open; `error` is what ends the run, `position` where a wait for other
-    ranks failed.
+    for last; `directory` is the run's, once it is open; `is_main_lost` says, when asked after rank 0 has ended, whether
+    it left the run's directory as a killed process does; `error` is what ends the run, `position` where a wait for
+    other ranks failed.
     """
 
     __slots__ = (
         "directory",
         "error",
         "is_first_step",
+        "is_main_lost",
         "marks",
         "phase",
         "position",
@@ -64,6 +66,7 @@ class Activity:
         self.is_first_step = True
         self.waits_for_ranks = False
         self.directory: Path | None = None
+        self.is_main_lost: Callable[[], bool] | None = None
         self.samples: Callable[[], str] | None = None
         self.position: str | None = None
         self.error: BaseException | None = None

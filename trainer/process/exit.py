@@ -13,7 +13,13 @@ import traceback
 from functools import cache
 from typing import NoReturn
 
-from trainer.errors import HangError, LockstepError, OtherRankFailed, Stopped
+from trainer.errors import (
+    HangError,
+    LockstepError,
+    MainRankLost,
+    OtherRankFailed,
+    Stopped,
+)
 from trainer.process import launcher
 from trainer.process.store import StoreSilentError, ask_store
 
@@ -112,6 +118,8 @@ def _is_first_to_report(error: BaseException) -> bool:
         return launcher.local_rank() == 0
     if isinstance(error, HangError) and error.reporter is not None:
         return error.reporter == launcher.rank()
+    if isinstance(error, MainRankLost):
+        return _is_first_without_main()
     if isinstance(error, OtherRankFailed):
         time.sleep(SECONDS_TO_NOTICE + SECONDS_TO_TRACE)
     elif not isinstance(error, LockstepError):
@@ -129,8 +137,14 @@ def claim_report() -> bool:
             lambda store: store.compare_set(REPORTER_KEY, "", str(rank))
         )
     except StoreSilentError:
-        # Rank 0 holds the store, and hangs. On its machine the next rank reports, on every other one the first.
-        return rank == 1 or (rank > 0 and launcher.local_rank() == 0)
+        # Rank 0 holds the store, and hangs.
+        return _is_first_without_main()
     except ConnectionError:
         return False  # the store ended with rank 0, which reported before it ended
     return reporter == str(rank).encode()
+
+
+def _is_first_without_main() -> bool:
+    """True on the rank that reports without rank 0: on its machine the next rank, on every other one the first."""
+    rank = launcher.rank()
+    return rank == 1 or (rank > 0 and launcher.local_rank() == 0)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from trainer.errors import HangError, LockstepError, OtherRankFailed
+from trainer.errors import HangError, LockstepError, MainRankLost, OtherRankFailed
 from trainer.process.activity import activity
 from trainer.process.rank_states import RankStates
 from trainer.process.stacks import error_position
@@ -271,17 +271,23 @@ class HostGroup:
         except StoreSilentError:
             return self._report_alone() if is_timeout else None
         except ConnectionError:
-            return None  # the store has ended with rank 0, which says why
+            return self._describe_lost_main()
+
+    def _describe_lost_main(self) -> LockstepError | None:
+        """What a rank raises where the store has ended with rank 0, unless that has said why."""
+        if activity.is_main_lost is None or not activity.is_main_lost():
+            return None
+        return MainRankLost(_ended_without_error([f"rank 0 on {self.machines[0]}"]))
 
     def _describe_ended(self, states: RankStates) -> LockstepError | None:
         """What a rank raises whose connection was lost, unless the rank that ended has said why, and is heard first."""
         ended = states.find_ended(self.machines[self.rank], SECONDS_TO_FIND_ENDED)
         if not ended:
             return None
-        names = ", ".join(f"rank {rank} on {self.machines[rank]}" for rank in ended)
         return OtherRankFailed(
-            f"{names} ended without an error of its own: it crashed or was killed, perhaps because memory ran out (the "
-            f"system's log says so); run.resume=auto goes on from the newest checkpoint"
+            _ended_without_error(
+                [f"rank {rank} on {self.machines[rank]}" for rank in ended]
+            )
         )
 
     def _report(self, states: RankStates) -> HangError:
@@ -351,6 +357,13 @@ def _to_send(error: Exception, rank: int, machines: list[str]) -> LockstepError:
 
 def _to_bytes(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _ended_without_error(names: Sequence[str]) -> str:
+    return (
+        f"{', '.join(names)} ended without an error of its own: it crashed or was killed, perhaps because memory ran "
+        f"out (the system's log says so); run.resume=auto goes on from the newest checkpoint"
+    )
 
 
 def _from_bytes(data: Tensor) -> Any:

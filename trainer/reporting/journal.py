@@ -11,6 +11,7 @@ from typing import Any
 from trainer.config.schema import Config
 from trainer.errors import LockstepError, Stopped
 from trainer.exact.plan import Plan
+from trainer.process.activity import activity
 from trainer.process.parent import failure_reason
 from trainer.process.ranks import Ranks
 from trainer.reporting.console import Console
@@ -67,7 +68,11 @@ class Journal:
         Only the main process uses the directory, so a run needs no shared disk for it.
         """
         token = self._ranks.on_main(self._token)
-        sees = self._ranks.gather([sees_token(self.directory, token)])
+        sees_directory = partial(sees_token, self.directory, token)
+        if sees_directory():
+            # A process that ends by itself takes its token back.
+            activity.is_main_lost = sees_directory
+        sees = self._ranks.gather([sees_directory()])
         facts = []
         for values, shares in zip(facts_of_ranks, sees, strict=True):
             facts.append({**values, "shares_run_directory": shares})
@@ -149,9 +154,11 @@ class Journal:
 
     def keep_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`. A collective."""
-        self._ranks.on_main(
-            partial(write_json, self.directory / "summary.json", dict(summary))
-        )
+        self._ranks.on_main(partial(self._write_summary, summary))
+
+    def _write_summary(self, summary: Mapping[str, Any]) -> None:
+        self.check_directory()
+        write_json(self.directory / "summary.json", dict(summary))
 
     def finish(
         self, summary: Mapping[str, Any], facts: Facts, figures: Mapping[str, Path]
@@ -202,8 +209,14 @@ class Journal:
     def wandb_id(self) -> str | None:
         return None if self.wandb is None else self.wandb.id
 
+    def check_directory(self) -> None:
+        """Raise `LockstepError` if the run's directory was deleted or moved. On the main process only."""
+        if self._run_directory is not None:
+            self._run_directory.check()
+
     def sync(self) -> None:
-        """Wait until the disk holds every row so far."""
+        """Wait until the disk holds every row so far, before a checkpoint that counts them is written."""
+        self.check_directory()
         if self._metrics is not None:
             self._metrics.sync()
 
@@ -233,6 +246,7 @@ class Journal:
         )
 
     def _write(self, row: Mapping[str, Any]) -> None:
+        self.check_directory()
         if self._metrics is not None:
             self._metrics.log(row)
         if self.wandb is not None:

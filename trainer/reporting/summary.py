@@ -13,6 +13,7 @@ from trainer.components.optimizer import named_state
 from trainer.components.schedule import Schedule
 from trainer.config.schema import BestConfig
 from trainer.core.build import Run
+from trainer.core.no_effect import keys_without_effect
 from trainer.core.proof.prove import Proof
 from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.exchange_cost import describe_exchange
@@ -59,6 +60,7 @@ def header(
         ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
         ("exchange", describe_exchange(plan) if run.bitwise else ""),
         ("note", run.data.note),
+        *(("note", line) for line in keys_without_effect(run)),
         *proof.facts(),
     ]
     return [(name, text) for name, text in facts if text]

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset
 from trainer.data.datasets import FakeImages, ImageArrays
 from trainer.data.folder import ImageFolder
 from trainer.data.names import normal_form
-from trainer.errors import DataError
+from trainer.errors import DataError, data_error, may_pass
 from trainer.storage.sha256 import raw_bytes
 
 # The bytes of one column of the samples from `first` to before `end`.
@@ -64,8 +64,9 @@ def file_size(path: Path) -> int:
     try:
         size = path.stat().st_size
     except OSError as error:  # a dangling link, for example
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); remove or replace the file"
+        remedy = "" if may_pass(error) else "; remove or replace the file"
+        raise data_error(
+            f"{path} cannot be read ({error.strerror}){remedy}", error
         ) from None
     if not os.access(path, os.R_OK):
         raise DataError(f"{path} may not be read; permit it or remove the file")

@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.config.schema import RunConfig
 from trainer.data.datasets import Datasets, MapDataset
-from trainer.errors import DataError, LockstepError
+from trainer.errors import DataError, LockstepError, data_error
 from trainer.storage.files import write_json
 from trainer.storage.fingerprint import Fingerprint, fingerprint
 
@@ -154,7 +154,7 @@ def file_fingerprint(path: Path) -> str:
                 file.seek(last * index // (PIECES - 1))
                 sha256.update(file.read(PIECE_SIZE))
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from None
+        raise data_error(f"{path} cannot be read ({error.strerror})", error) from None
     return sha256.hexdigest()
 
 

@@ -98,7 +98,7 @@ def lock_directory(directory: Path) -> TextIO | None:
         except BlockingIOError:
             file.close()
             return None
-        if _is_in(file, directory):
+        if is_in(file, directory):
             file.truncate(0)
             _locks.add(file)
             return file
@@ -107,11 +107,11 @@ def lock_directory(directory: Path) -> TextIO | None:
     return None
 
 
-def _is_in(file: TextIO, directory: Path) -> bool:
+def is_in(file: TextIO, directory: Path) -> bool:
     """True if the lock file at the directory's path is this open one."""
     try:
         at_path = (directory / LOCK_FILE).stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return os.path.samestat(os.fstat(file.fileno()), at_path)
 

@@ -13,11 +13,12 @@ from trainer.config.fields import current_path
 from trainer.config.load import load
 from trainer.config.schema import Config, RunConfig
 from trainer.config.yaml_dump import to_yaml
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, LockstepError, config_error
 from trainer.storage import checkpoint
 from trainer.storage.files import (
     LOCK_ATTEMPTS,
     LOCK_FILE,
+    is_in,
     lock_directory,
     write_text,
 )
@@ -76,9 +77,10 @@ class RunDirectory:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise ConfigError(
+                raise config_error(
                     "run.dir",
                     f"{self.path} cannot be made ({error.strerror}); name another",
+                    error,
                 ) from None
             # The directory's owner may rename it in between.
             with suppress(FileNotFoundError):
@@ -94,9 +96,38 @@ class RunDirectory:
         self.moved_to = moved_to
         self._lock = self._make_and_lock()
 
+    def check(self) -> None:
+        """Raise `LockstepError` if the directory at `path` is no longer this one: it was deleted, moved or replaced.
+
+        The rows would go on to nowhere, and a checkpoint would make a new directory that holds nothing else.
+        """
+        assert self._lock is not None
+        # Not the directory's number, which a file system may give to the next one.
+        if is_in(self._lock, self.path):
+            return
+        raise LockstepError(
+            f"{self.path}, the directory of this run, was {self._whereabouts()}; what the run would write from now on "
+            f"would be lost, so it ends here"
+        )
+
+    def _whereabouts(self) -> str:
+        """What became of the directory, as far as the system says it."""
+        assert self._lock is not None
+        link = Path(f"/proc/self/fd/{self._lock.fileno()}")
+        with suppress(OSError):  # it is deleted, or this system does not say
+            now = link.readlink().parent
+            if is_in(self._lock, now):
+                return (
+                    f"moved to {now} (run.dir={now.parent} run.name={now.name} "
+                    f"run.resume=auto goes on from its newest checkpoint)"
+                )
+        return "deleted or moved"
+
     def close(self) -> None:
-        """Release the lock."""
+        """Release the lock, and take back the token: who still finds it knows that its owner was killed."""
         if self._lock is not None:
+            with suppress(OSError):  # the error that ends the run is another
+                self._lock.truncate(0)
             self._lock.close()
             self._lock = None
 

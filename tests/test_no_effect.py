@@ -1,0 +1,119 @@
+"""Keys that change nothing in a run are named in its header, once each, and no others are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from tests.distributed.ranks import on_ranks
+from tests.distributed.small import Images, Points, config, conv_net, mlp
+from tests.test_configs import CONFIGS, ROOT, substitutes
+from trainer import Trainer
+from trainer.config.load import load
+from trainer.config.schema import Config
+from trainer.core.no_effect import RULES, keys_without_effect
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+USELESS: dict[str, dict[str, Any]] = {
+    "run.resume_changes has": {"run__resume_changes": "allow"},
+    "data.prefetch has": {"data__prefetch": 2},
+    "batch_norm.mode, batch_norm.momentum have": {
+        "batch_norm__mode": "frozen",
+        "batch_norm__momentum": 0.2,
+    },
+    "batch_norm.recalibrate, batch_norm.recalibrate_at have": {
+        "batch_norm__recalibrate": 2,
+        "batch_norm__recalibrate_at": "end",
+    },
+    "batch.eval_size, train.evaluate_every have": {
+        "batch__eval_size": 8,
+        "train__evaluate_every": 2,
+    },
+    "batch.fuse has": {"batch__fuse": 2},
+    "model.head has": {"model__head": "2"},
+    "schedule.warmup_start has": {"schedule__warmup_start": 0.1},
+    "schedule.per has": {"schedule__per": "step"},
+    "train.max_steps has": {"train__max_steps": 9},
+    "train.stop_after has": {"train__stop_after": 9},
+    "train.channels_last has": {"train__channels_last": True},
+}
+# The same keys where they do something.
+USEFUL: list[dict[str, Any]] = [
+    {"run__resume": "auto", "run__resume_changes": "allow"},
+    {"data__workers": 1, "data__prefetch": 2},
+    {"batch_norm__momentum": 0.2, "batch__micro_size": 7, "batch__fuse": 2},
+    {"batch_norm__mode": "frozen", "train__channels_last": True},
+    {"batch_norm__momentum_per": "step", "batch__micro_size": 7},
+    {"batch_norm__recalibrate": 2, "batch_norm__recalibrate_at": "end"},
+    {"batch__eval_size": 8, "train__evaluate_every": 2},
+    {"model__head": "4", "model__freeze": "backbone"},
+    {"model__head": "4", "model__num_classes": 7},
+    {"schedule__warmup": 1, "schedule__warmup_start": 0.1, "schedule__per": "step"},
+    {"schedule__name": "cosine", "schedule__per": "step"},
+    {"train__max_steps": 8, "train__stop_after": 8},
+]
+
+
+def lines(settings: Config, model: nn.Module | None, *data: Any) -> list[str]:
+    parts = dict(zip(("train_data", "val_data"), data, strict=False))
+    return keys_without_effect(Trainer(settings, model=model, **parts).run)
+
+
+def test_useless_keys_are_named(tmp_path: Path) -> None:
+    def all_lines() -> dict[str, list[str]]:
+        return {
+            start: lines(config(tmp_path, **changes), mlp(), Points())
+            for start, changes in USELESS.items()
+        }
+
+    (found,) = on_ranks(1, all_lines)
+    for start, (line, *others) in found.items():
+        assert line.startswith(f"{start} no effect: ") and not others
+
+
+def test_useful_keys_are_not(tmp_path: Path) -> None:
+    def all_lines() -> list[list[str]]:
+        return [
+            lines(config(tmp_path, **changes), conv_net(), Images(), Images())
+            for changes in USEFUL
+        ]
+
+    (found,) = on_ranks(1, all_lines)
+    assert found == [[]] * len(USEFUL)
+    used = {key.replace("__", ".") for changes in USEFUL for key in changes}
+    assert used >= {key for rule in RULES for key in rule.keys}
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"batch_norm__mode": "frozen", "batch_norm__momentum": 0.2}, "momentum has"),
+        ({"batch_norm__momentum_per": "step"}, "momentum_per has"),
+        ({"batch_norm__recalibrate_at": "end"}, "recalibrate_at has"),
+    ],
+)
+def test_batch_norm(changes: dict[str, Any], start: str, tmp_path: Path) -> None:
+    (found,) = on_ranks(
+        1, lines, config(tmp_path, **changes), conv_net(), Images(), Images()
+    )
+    (line,) = found
+    assert line.startswith(f"batch_norm.{start} no effect: ")
+
+
+def test_shipped_configs_have_none(tmp_path: Path) -> None:
+    def all_lines() -> dict[str, list[str]]:
+        found = {}
+        for index, path in enumerate(CONFIGS):
+            overrides = [
+                *substitutes(path, tmp_path / str(index)),
+                f"run.dir={tmp_path}",
+            ]
+            found[str(path.relative_to(ROOT))] = lines(load(path, overrides), None)
+        return found
+
+    (found,) = on_ranks(1, all_lines)
+    assert found and not any(found.values()), found

@@ -1,0 +1,161 @@
+"""Keys that a config sets and that change nothing in this run: the header says so, one line for each reason.
+
+Left out is what depends on the number of processes, since a config is written for any, and `wandb` where it is
+disabled, which the header says anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trainer.config.fields import declared_keys
+from trainer.config.schema import SECTIONS, Config
+from trainer.core.build import Run
+from trainer.exact.batch_norm import is_held, norm_layers
+
+STATISTICS = (
+    "batch_norm.momentum",
+    "batch_norm.momentum_per",
+    "batch_norm.recalibrate",
+    "batch_norm.recalibrate_at",
+)
+
+
+class Rule(NamedTuple):
+    """`keys` change nothing in a run of which `applies` is true."""
+
+    keys: tuple[str, ...]
+    applies: Callable[[Run], bool]
+    reason: str
+
+
+def _has_no_batch_norm(run: Run) -> bool:
+    is_sync = run.config.batch_norm.mode == "sync"  # also for layers that keep nothing
+    has_other = any(isinstance(layer, _BatchNorm) for layer in run.module.modules())
+    return not norm_layers(run.module) and not (is_sync and has_other)
+
+
+def _has_frozen_batch_norm(run: Run) -> bool:
+    return not run.config.model.unfreeze and all(map(is_held, norm_layers(run.module)))
+
+
+def _is_head_unused(run: Run) -> bool:
+    config = run.config
+    is_replaced_or_loaded = bool(run.weights_note)
+    is_told_apart = (
+        config.model.freeze is not None
+        or config.optimizer.backbone_lr is not None
+        or config.optimizer.layer_decay != 1
+    )
+    return not is_replaced_or_loaded and not is_told_apart
+
+
+def _has_one_micro_batch(run: Run) -> bool:
+    return len(run.plan.step(0).micro_batches) == 1
+
+
+def _ends_before(steps: int | None, run: Run) -> bool:
+    return steps is not None and steps > run.plan.total_steps
+
+
+# The first rule that applies to a key is the one that is shown.
+RULES = (
+    Rule(
+        ("run.resume_changes",),
+        lambda run: run.config.run.resume == "never",
+        "run.resume=never resumes nothing",
+    ),
+    Rule(
+        ("data.prefetch",),
+        lambda run: run.config.data.workers == 0,
+        "there are no loader processes (data.workers=0)",
+    ),
+    Rule(
+        ("batch.eval_size", "train.evaluate_every"),
+        lambda run: run.evaluator is None,
+        "there are no validation data",
+    ),
+    Rule(
+        ("batch_norm.mode", *STATISTICS),
+        _has_no_batch_norm,
+        "the model has no layer with running statistics, such as BatchNorm",
+    ),
+    Rule(
+        STATISTICS,
+        _has_frozen_batch_norm,
+        "no running statistics are updated: they are frozen",
+    ),
+    Rule(
+        ("batch_norm.recalibrate_at",),
+        lambda run: run.config.batch_norm.recalibrate == 0,
+        "nothing is recalibrated (batch_norm.recalibrate=0)",
+    ),
+    Rule(
+        ("batch_norm.momentum_per",),
+        _has_one_micro_batch,
+        "a step is one micro-batch (batch.micro_size)",
+    ),
+    Rule(
+        ("batch.fuse",),
+        lambda run: run.config.batch.fuse != "auto" and _has_one_micro_batch(run),
+        "a step is one micro-batch (batch.micro_size)",
+    ),
+    Rule(
+        ("model.head",),
+        _is_head_unused,
+        "no weights are loaded, it has as many outputs as the data has classes, and nothing treats it apart",
+    ),
+    Rule(
+        ("schedule.warmup_start",),
+        lambda run: run.config.schedule.warmup == 0,
+        "there is no warmup (schedule.warmup=0)",
+    ),
+    Rule(
+        ("schedule.per",),
+        lambda run: (
+            run.config.schedule.name == "constant" and run.config.schedule.warmup == 0
+        ),
+        "the learning rate is constant",
+    ),
+    Rule(
+        ("train.max_steps",),
+        lambda run: _ends_before(run.config.train.max_steps, run),
+        "the epochs (train.epochs) end before",
+    ),
+    Rule(
+        ("train.stop_after",),
+        lambda run: _ends_before(run.config.train.stop_after, run),
+        "the run ends before",
+    ),
+    Rule(
+        ("train.channels_last",),
+        lambda run: all(tensor.dim() != 4 for tensor in run.module.parameters()),
+        "the model has no convolution of images",
+    ),
+)
+
+
+def keys_without_effect(run: Run) -> list[str]:
+    """A line for each rule that applies to keys whose values are not their defaults."""
+    unexplained = _changed_keys(run.config)
+    lines = []
+    for rule in RULES:
+        keys = [key for key in rule.keys if key in unexplained]
+        if keys and rule.applies(run):
+            unexplained -= set(keys)
+            verb = "has" if len(keys) == 1 else "have"
+            lines.append(f"{', '.join(keys)} {verb} no effect: {rule.reason}")
+    return lines
+
+
+def _changed_keys(config: Config) -> set[str]:
+    """The keys whose values are not their defaults."""
+    changed = set()
+    for section, cls in SECTIONS.items():
+        for name, key in declared_keys(cls).items():
+            if getattr(getattr(config, section), name) != key.default:
+                changed.add(f"{section}.{name}")
+    return changed

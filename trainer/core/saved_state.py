@@ -1,0 +1,95 @@
+"""What a checkpoint and `best/` hold of a run, and how the run takes it over again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from trainer.components.optimizer import load_named_state, named_state
+from trainer.components.optimizer_modes import evaluation_weights
+from trainer.config.schema import Config
+from trainer.core.build import Run
+from trainer.core.further import of_best, read_further, restore_evaluated
+from trainer.core.metrics import Row
+from trainer.core.not_finite import refuse_not_finite
+from trainer.exact.model_and_loss import ModelAndLoss
+from trainer.exact.reduction import Reduction
+from trainer.storage import checkpoint
+from trainer.storage.checkpoint import FURTHER, Checkpoint, Progress
+from trainer.storage.run_directory import config_yaml
+
+
+class SavedState:
+    """Reads the state of a run's model, loss and optimizer for its files, and puts it back."""
+
+    def __init__(self, run: Run, optimizer: Optimizer, reduction: Reduction) -> None:
+        self._run = run
+        self._optimizer = optimizer
+        self._reduction = reduction
+        self._whole = ModelAndLoss(run.module, run.task)
+
+    def write_checkpoint(
+        self, directory: Path, progress: Progress, states: dict[str, dict[str, Any]]
+    ) -> None:
+        """Write a checkpoint into `directory`; `states` are those of stateful objects.
+
+        Raises `LockstepError` where the weights or the optimizer's state are not finite.
+        """
+        config: Config = self._run.config
+        tensors, numbers = named_state(self._optimizer, self._whole)
+        refuse_not_finite(self._run.module, tensors, progress.step)
+        further = self._further()
+        if further:
+            states = states | {FURTHER: further}
+        content = Checkpoint(
+            checkpoint.snapshot(self._run.module),
+            tensors,
+            numbers,
+            progress,
+            config.to_dict(digests=True),
+            stateful=states,
+        )
+        checkpoint.save(directory, content, keep=config.train.keep_checkpoints)
+
+    def write_best(self, directory: Path, row: Row) -> None:
+        """Write the model into the run's `directory` as the best one, with the `row` of its evaluation."""
+        with evaluation_weights(self._optimizer):
+            tensors = checkpoint.snapshot(self._run.module)
+        checkpoint.save_best(
+            directory,
+            tensors,
+            config_yaml(self._run.config),
+            row,
+            self._run.signature.to_dict(),
+            further=of_best(self._further()),
+        )
+
+    def restore(self, content: Checkpoint) -> tuple[Mapping[str, Any], dict[str, Any]]:
+        """Take over weights, loss and optimizer; returns what is left: further state, and that of stateful objects."""
+        checkpoint.restore_model(self._run.module, content.model)
+        states = dict(content.stateful)
+        further = states.pop(FURTHER, {})
+        restore_evaluated(further, self._run.module, self._run.loss_state)
+        load_named_state(
+            self._optimizer, self._whole, content.optimizer, content.optimizer_numbers
+        )
+        self._run.precision.load_state(content.progress.scaler)
+        return further, states
+
+    def _further(self) -> dict[str, Any]:
+        return read_further(
+            self._run.module, self._run.loss_state, self._reduction.moving_buffers
+        )
+
+
+def is_best(value: float, before: float | None, mode: str | None) -> bool:
+    """True if a metric's `value` is better than the best `before`; NaN and infinities never are."""
+    if not math.isfinite(value):
+        return False
+    if before is None:
+        return True
+    return value > before if mode == "max" else value < before
