@@ -17,6 +17,7 @@ from torchvision.io import read_image, write_jpeg, write_png
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
+from tests.image_damage import png
 from tests.programs import run_program
 from trainer import Trainer
 from trainer.commands.predict_output import print_predictions
@@ -331,6 +332,33 @@ def test_the_folder_may_be_gone_and_colour_stays_colour(tmp_path: Path) -> None:
     for answer, decision in zip(answers, decisions, strict=True):
         assert answer["class"] == ["ants", "bees"][decision.predicted]
         assert answer["probability"] == pytest.approx(decision.confidence, rel=1e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_that_no_decoder_survives_cost_no_other_its_answer(
+    held: tuple[Path, list[Decision]], tmp_path: Path, workers: int
+) -> None:
+    root, _ = held
+    right = (root / "images" / "00.png").read_bytes()
+    flipped = bytearray(right)
+    flipped[-30] ^= 1
+    broken = {
+        "flipped": bytes(flipped),
+        "cut": right[:-20],
+        "written_wrongly": png((8, 8, 8, 0, 0), b"too few"),
+        "vast": png((30_000, 30_000, 8, 2, 0), b""),
+    }
+    for name, content in broken.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    done = predict(
+        root / "digits", root / "images", tmp_path, f"data.workers={workers}", status=2
+    )
+    answers = [json.loads(line)["file"] for line in done.stdout.splitlines()]
+    assert len(answers) == 12 and all("images" in file for file in answers)
+    *errors, last = done.stderr.splitlines()
+    assert last == "error: 4 of 16 files have no answer"
+    for name in broken:
+        assert sum(str(tmp_path / f"{name}.png") in line for line in errors) == 1
 
 
 class Drawings:

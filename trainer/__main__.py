@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
+from trainer.config.secrets import remember_argument_secrets
 from trainer.errors import ConfigError, nearest
 from trainer.process.exit import end_on_closed_pipe, exit_process, report_error
 
@@ -29,6 +30,7 @@ COMMANDS = (
 
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
+    remember_argument_secrets(arguments)
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
         print_help()

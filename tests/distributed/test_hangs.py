@@ -179,7 +179,9 @@ def test_a_killed_rank_is_one_sentence(tmp_path: Path) -> None:
 
 def test_a_killed_run_leaves_nothing_behind(tmp_path: Path) -> None:
     """Its loader processes hang; the run directory is free at once all the same."""
-    with program(tmp_path, "loader", 100, "data__workers=2", ranks=1) as running:
+    with program(
+        tmp_path, "loader", 100, "data__workers=2", "run__proof=off", ranks=1
+    ) as running:
         wait_until(lambda: waiting_processes(tmp_path))
         assert is_locked(tmp_path / "run")
         os.kill(running.pids[0], signal.SIGKILL)

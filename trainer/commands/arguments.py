@@ -39,6 +39,16 @@ class CommandParser(argparse.ArgumentParser):
             help="the directory of a run: <run.dir>/<run.name>",
         )
 
+    def add_trust(self) -> None:
+        """Take `--trust PACKAGE`, as often as wanted."""
+        self.add_argument(
+            "--trust",
+            metavar="PACKAGE",
+            action="append",
+            default=[],
+            help="a package that the config of a run made elsewhere may import; remembered for that run",
+        )
+
     def add_config(self) -> None:
         """Take `[CONFIG.yaml] [key=value …]`, for `load_config`."""
         self.add_argument(

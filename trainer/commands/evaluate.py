@@ -17,6 +17,7 @@ from trainer.commands.arguments import CommandParser
 from trainer.process.memory import keep_freed_memory
 
 if TYPE_CHECKING:
+    from trainer.config.schema import Config
     from trainer.core.build import Run
 
 
@@ -24,14 +25,22 @@ def main(arguments: list[str]) -> None:
     """Print each validation metric of a run's best model, beside the one logged when the model was saved."""
     parser = CommandParser("evaluate", __doc__)
     parser.add_run()
+    parser.add_trust()
     parser.add_overrides("changes a key of the run's config")
     options = parser.parse(arguments)
 
     from trainer.core.build import build_run, settings_of
+    from trainer.core.trust import read_trusted_config
     from trainer.storage import checkpoint, signature
     from trainer.storage.shared_config import read_config_on_all, read_on_main
 
-    config = read_config_on_all(options.run, options.overrides)
+    def check() -> Config:
+        imports = ("model", "data", "loss")
+        return read_trusted_config(
+            options.run, options.overrides, options.trust, imports=imports
+        )
+
+    config = read_config_on_all(options.run, options.overrides, check)
     trained_on = read_on_main(
         lambda: signature.read(checkpoint.best_directory(options.run))
     )

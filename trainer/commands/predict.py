@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> None:
     """Answer for the files, export the model, or both."""
     parser = CommandParser("predict", __doc__)
     parser.add_run()
+    parser.add_trust()
     parser.add_argument(
         "paths",
         nargs="*",
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> None:
     from trainer.inspection.predictor import Predictor
 
     files = find_images(options.paths)
-    predictor = Predictor(options.run, options.overrides)
+    predictor = Predictor(options.run, options.overrides, trust=options.trust)
     if options.export is not None:
         # Before the files are read: one that cannot be read must not keep the model from being exported.
         print(

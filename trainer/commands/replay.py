@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> None:
     """Replay step `--step`, write it to `RUN/replay/step_…/`, and print it as tables or as JSON."""
     parser = CommandParser("replay", __doc__)
     parser.add_run()
+    parser.add_trust()
     parser.add_argument(
         "--step",
         metavar="K",
@@ -49,11 +50,13 @@ def main(arguments: list[str]) -> None:
     options = parser.parse(arguments)
 
     from trainer.commands.replay_output import print_replay
+    from trainer.core.trust import read_trusted_config
     from trainer.inspection.replay import replay
-    from trainer.storage.run_directory import read_config
     from trainer.trainer import Trainer
 
-    config = read_config(options.run, [*OVERRIDES, *options.overrides])
+    config = read_trusted_config(
+        options.run, [*OVERRIDES, *options.overrides], options.trust
+    )
 
     def make_trainer() -> Trainer:
         trainer = Trainer(config)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from trainer.commands.arguments import CommandParser, load_config
 from trainer.config.load import help_text
+from trainer.config.secrets import remember_argument_secrets
 from trainer.process.exit import report_error
 from trainer.process.memory import keep_freed_memory
 from trainer.process.parent import end_with_launcher, record_failure, with_trial_name
@@ -26,6 +27,7 @@ def main(arguments: list[str]) -> int:
         parser.print_help()
         return 0
     end_with_launcher()
+    remember_argument_secrets(arguments)  # train.py comes here by itself
     try:
         config = with_trial_name(load_config(parser.parse(arguments)))
         # Imports torch: a mistake in the config is reported before.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.components.pooling import AdaptiveAvgPool2d
 from trainer.components.weights import torchvision_weights
-from trainer.config.registry import build, resolve
+from trainer.config.registry import build, refuse_other_class, resolve
 from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, nearest
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
@@ -99,6 +99,7 @@ def _constructor(
     if "." not in section.name:
         return _torchvision_builder(section, supplied)
     constructor: Callable[..., Any] = resolve("model", section.name, {})
+    refuse_other_class("model", section.name, constructor, nn.Module)
     if section.name.endswith(".from_pretrained"):
         # It passes any argument on to a configuration, which has other words or none.
         supplied = _named_by_signature(constructor, supplied)

@@ -15,7 +15,7 @@ from trainer.components.learning_rates import base_rates
 from trainer.components.optimizer_check import check_optimizer
 from trainer.components.optimizer_parts import inner_optimizers, remember_as_built
 from trainer.components.optimizer_state import load_named_state, named_state
-from trainer.config.registry import build, resolve
+from trainer.config.registry import build, refuse_other_class, resolve
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError
 from trainer.exact.model_and_loss import ModelAndLoss
@@ -60,6 +60,7 @@ def build_optimizer(
             "no parameter requires a gradient, so there is nothing to train; freeze less",
         )
     target = resolve("optimizer", section.name, OPTIMIZERS)
+    refuse_other_class("optimizer", section.name, target, Optimizer)
     supplied = {"fused": True} if _can_be_fused(target, section.args, whole) else {}
     arguments = {**supplied, "lr": section.lr}
 

@@ -34,7 +34,7 @@ from trainer.components.torch_losses import (
     rule_of,
     with_reduction,
 )
-from trainer.config.registry import build, resolve
+from trainer.config.registry import build, refuse_other_class, resolve
 from trainer.config.schema import LossConfig
 from trainer.errors import ConfigError
 
@@ -95,6 +95,7 @@ def build_task(section: LossConfig, num_classes: int | None) -> Task:
     the step divides once, by all its targets. (The mean of a micro-batch without any counted target would be NaN.)
     """
     target = resolve("loss", section.name, TASKS)
+    refuse_other_class("loss", section.name, target, nn.Module)
     arguments = dict(section.args)
     if section.name in TASKS:
         check_reduction(arguments.pop("reduction", "sum"))

@@ -12,11 +12,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from trainer.config.secrets import remember_secrets
+from trainer.config.secrets import remember_secrets, remember_settings
 from trainer.config.trees import Tree, map_leaves, texts_in
 from trainer.errors import ConfigError
 
@@ -35,9 +35,12 @@ Path = tuple[Any, ...]  # the keys, and the indices in lists, that lead to a val
 References = dict[Path, Reference]
 
 
-def resolve(tree: Mapping[str, Any]) -> tuple[Tree, References]:
+def resolve(
+    tree: Mapping[str, Any], is_setting: Callable[[Path], bool]
+) -> tuple[Tree, References]:
     """The tree with its interpolations resolved, and the references of what came from the environment.
 
+    `is_setting` tells a key of Lockstep's own, which holds a path or a name, from an argument, which may be a secret.
     Raises `ConfigError` with the key of an interpolation that cannot be resolved.
     """
     if not any("${" in text for text in texts_in(tree)):
@@ -52,8 +55,10 @@ def resolve(tree: Mapping[str, Any]) -> tuple[Tree, References]:
     except OmegaConfBaseException as error:
         raise as_config_error(error) from None
     references = dict(_interpolated(tree, resolved))
+    for path, reference in references.items():
+        remember = remember_settings if is_setting(path) else remember_secrets
+        remember(_environment_texts([reference]))
     secrets = _environment_texts(references.values())
-    remember_secrets(secrets)
     for path, reference in list(references.items()):
         # A key that refers to another holds what that one took from the environment.
         if not _contains_any(reference.value, secrets):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -132,7 +132,12 @@ def help_text() -> str:
 
 
 def parser_reason(error: Exception) -> str:
-    """What a parser says, in one line."""
+    """What a parser says, in one line, without the line of the file: it may hold a secret."""
+    for name in ("context_mark", "problem_mark"):
+        mark: Any = getattr(error, name, None)
+        # That of libyaml's parser cannot be changed, and never shows the line.
+        with suppress(AttributeError):
+            mark.buffer = None
     return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
 
 
@@ -201,6 +206,19 @@ def _yaml_files_beside(path: Path) -> list[str]:
     for place in _places_of(path):
         names += [file.name for file in place.parent.glob("*.yaml")]
     return names
+
+
+def override_keys(overrides: Overrides) -> list[str]:
+    """The dotted keys whose values the overrides give. A list is one value; a mapping changes its own keys alone."""
+    return list(_keys_of_values(_read_overrides(overrides, {}), ""))
+
+
+def _keys_of_values(tree: Tree, prefix: str) -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _keys_of_values(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def _read_overrides(overrides: Overrides, origins: Origins) -> Tree:

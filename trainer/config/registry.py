@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from trainer.config.annotations import check_texts
 from trainer.config.schema import ObserverConfig, keys_of
+from trainer.config.secrets import redacted, redacted_output
 from trainer.errors import ConfigError, LockstepError, config_error, nearest
 
 T = TypeVar("T")
@@ -50,6 +51,20 @@ def _import_owner(section: str, name: str, path: str) -> Any:
         ) from None
 
 
+def refuse_other_class(section: str, name: str, target: Any, base: type) -> None:
+    """Raise `ConfigError` for a class whose objects are no `base`, before one is made: making it may do anything.
+
+    What a function makes, or a class that makes objects of another, is checked when it is made.
+    """
+    if not isinstance(target, type) or issubclass(target, base):
+        return
+    if target.__new__ is object.__new__ and type(target).__call__ is type.__call__:
+        raise ConfigError(
+            f"{section}.name",
+            f'"{name}" is a class, but not a subclass of {base.__name__}',
+        )
+
+
 def build(
     section: str,
     target: Callable[..., Any],
@@ -82,9 +97,9 @@ def build(
         raise
     except Exception as error:
         # A component may raise anything for arguments it cannot use.
-        reason = f"{type(error).__name__}: {error}"
+        reason = redacted_output(f"{type(error).__name__}: {error}")
         message = (
-            f"{_name_of(target)} refused its arguments {dict(arguments)}: {reason}"
+            f"{_name_of(target)} refused its arguments {redacted(arguments)}: {reason}"
         )
         raise config_error(section, message, error) from error
 
@@ -97,7 +112,9 @@ def build_observers(sections: Sequence[ObserverConfig], base: type[T]) -> list[T
     observers = []
     for index, section in enumerate(sections):
         place = f"observers[{index}]"
-        observer = build(place, resolve(place, section.name, {}), section.args)
+        target = resolve(place, section.name, {})
+        refuse_other_class(place, section.name, target, base)
+        observer = build(place, target, section.args)
         if not isinstance(observer, base):
             kind = type(observer).__name__
             raise ConfigError(

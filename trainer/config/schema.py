@@ -78,6 +78,12 @@ class DataConfig(ComponentSection):
         unit="GiB",
         minimum=0,
     )
+    max_pixels: int = key(
+        100_000_000,
+        "largest image file that is decoded; one that says it is larger is refused before memory is asked for",
+        unit="pixels",
+        minimum=1,
+    )
     workers: int = key(
         0, "loader processes of each rank; 0 loads in the rank itself", minimum=0
     )
@@ -472,7 +478,7 @@ class Config:
                 "config", f"is a mapping of sections, not {_describe(tree)}"
             )
         values: Tree = {}
-        resolved, references = resolve(tree)
+        resolved, references = resolve(tree, _is_setting)
         for name, section in resolved.items():
             if name == "observers":
                 values[name] = _read_observers(section)
@@ -496,6 +502,16 @@ class Config:
         document: Tree = map_leaves(values, escape)
         restore_references(document, self.references, digests=digests)
         return document
+
+
+def _is_setting(path: tuple[Any, ...]) -> bool:
+    """True for the path of a key that a section declares; False for what is within a component's arguments."""
+    section, *rest = path
+    return (
+        bool(rest)
+        and rest[0] in keys_of(section)
+        and not str(rest[0]).endswith("transforms")
+    )
 
 
 def _read_observers(items: Any) -> tuple[ObserverConfig, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from trainer.config.trees import leaves_in
+from trainer.config.trees import leaves_in, texts_in
 
 REDACTED = "<redacted>"
 # Whole words of a name: `api_key` and `hub.token` are secrets, `max_tokens` and `author` are not.
@@ -20,14 +21,37 @@ LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 # A shorter text occurs in many words, so removing it would garble messages.
 MIN_SECRET_LETTERS = 4
 
-_secrets: set[str] = set()  # of the configs that this process made
+# Of the configs that this process made: what stands under a secret's name or came from the environment as a
+# component's argument, and what came from there for Lockstep's own keys: paths and names.
+_secrets: set[str] = set()
+_settings: set[str] = set()
 
 
 def remember_secrets(texts: Iterable[str]) -> None:
-    """Have `redacted_message` remove these texts from now on."""
+    """Have `redacted_message` and `redacted_output` remove these texts from now on."""
+    _secrets.update(_spellings(texts))
+
+
+def remember_settings(texts: Iterable[str]) -> None:
+    """Have `redacted_message` remove these texts from now on: they are others' business no more than secrets."""
+    _settings.update(_spellings(texts))
+
+
+def remember_argument_secrets(arguments: Iterable[str]) -> None:
+    """Remember the secrets of a command line as typed: a mistake in it may be reported before any config is made."""
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if equals:
+            remember_secrets(secrets_in({name: text}))
+
+
+def _spellings(texts: Iterable[str]) -> Iterator[str]:
+    """Each text as it is, and as Python and JSON write it within quotes."""
     for text in texts:
         if len(text) >= MIN_SECRET_LETTERS:
-            _secrets.add(text)
+            yield text
+            yield repr(text)[1:-1]
+            yield json.dumps(text)[1:-1]
 
 
 def secrets_in(tree: Any) -> Iterator[str]:
@@ -60,9 +84,30 @@ def redacted(tree: Any) -> Any:
 
 
 def redacted_message(text: str) -> str:
-    """A message, of an error for example, without the secrets that it quotes from a config."""
+    """A message for others, of an error for example, without anything that it quotes from the environment."""
+    return _without(_secrets | _settings, text)
+
+
+def redacted_output(text: str) -> str:
+    """What is printed or written on this machine, without secrets. Paths and names from the environment stay."""
+    return _without(_secrets, text)
+
+
+def redacted_value(name: str, value: Any) -> Any:
+    """What may be shown of the value of a dotted key."""
+    return redacted({name: value})[name]
+
+
+def holds_secret(tree: Any) -> bool:
+    """True if a config says a secret itself, and not only where in the environment it is."""
+    if any("${" not in text for text in secrets_in(tree)):
+        return True
+    return any(LOGIN_IN_URL.search(text) for text in texts_in(tree))
+
+
+def _without(secrets: set[str], text: str) -> str:
     # Longest first: a secret may be part of another.
-    for secret in sorted(_secrets, key=len, reverse=True):
+    for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, REDACTED)
     return without_logins(text)
 

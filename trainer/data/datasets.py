@@ -106,7 +106,12 @@ def build_datasets(
         if section.name not in MAKERS:
             return _imported(section, target, parameters)
         data: Datasets = build(
-            "data", target, section.args, root=section.root, cache=section.cache
+            "data",
+            target,
+            section.args,
+            root=section.root,
+            cache=section.cache,
+            max_pixels=section.max_pixels,
         )
         return data
 
@@ -148,12 +153,13 @@ def digits() -> Datasets:
     )
 
 
-def folder(root: str, cache: float = 0.0) -> Datasets:
+def folder(root: str, cache: float = 0.0, max_pixels: int | None = None) -> Datasets:
     """Images in class folders, `root/train/<class>/…` and `root/val/<class>/…`: see `trainer.data.folder`.
 
-    Up to `cache` GiB of them are decoded at once and kept in memory, those to train from first.
+    Up to `cache` GiB of them are decoded at once and kept in memory, those to train from first. An image of more than
+    `max_pixels` pixels is not decoded.
     """
-    train, val, classes, note = image_folders(Path(root).expanduser())
+    train, val, classes, note = image_folders(Path(root).expanduser(), max_pixels)
     bytes_left = train.cache_first(round(cache * 2**30))
     val.cache_first(bytes_left)
     return Datasets(train, val, classes, "folder", note)

@@ -25,11 +25,19 @@ LINK_UPWARDS = "a link to a folder that holds it"
 class ImageFolder:
     """The images of one part. Sample `i` is the i-th path, sorted by class, then by path.
 
-    `paths` are relative to `root`, with forward slashes; `targets` are their class ids.
+    `paths` are relative to `root`, with forward slashes; `targets` are their class ids. A file of more than
+    `max_pixels` pixels is not decoded.
     """
 
-    def __init__(self, root: Path, paths: list[str], targets: list[int]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        paths: list[str],
+        targets: list[int],
+        max_pixels: int | None = None,
+    ) -> None:
         self.root = root
+        self._max_pixels = max_pixels
         self.paths = paths
         self.targets = targets
         self._cached: list[torch.Tensor] = []  # the first images, decoded
@@ -66,12 +74,14 @@ class ImageFolder:
         return bytes_left
 
     def _decode(self, path: str) -> torch.Tensor:
-        return decode(self.root / path)
+        return decode(self.root / path, max_pixels=self._max_pixels)
 
 
 # Not `torchvision.datasets.ImageFolder`: it puts the files of subfolders last, takes hidden folders for classes, skips
 # folders that it may not read, and says nothing of the files that it leaves out. Sample ids depend on the order here.
-def image_folders(root: Path) -> tuple[ImageFolder, ImageFolder, list[str], str]:
+def image_folders(
+    root: Path, max_pixels: int | None = None
+) -> tuple[ImageFolder, ImageFolder, list[str], str]:
     """Training and validation images, class names (train/'s folders, sorted), and a note on the files left out."""
     if not root.is_dir():
         raise DataError(
@@ -94,15 +104,18 @@ def image_folders(root: Path) -> tuple[ImageFolder, ImageFolder, list[str], str]
     classes = list(train)
     notes = [_note(reason, files) for reason, files in left_out.items() if files]
     return (
-        _image_folder(root, train, classes),
-        _image_folder(root, val, classes),
+        _image_folder(root, train, classes, max_pixels),
+        _image_folder(root, val, classes, max_pixels),
         classes,
         "; ".join(notes),
     )
 
 
 def _image_folder(
-    root: Path, paths_by_class: dict[str, list[str]], classes: list[str]
+    root: Path,
+    paths_by_class: dict[str, list[str]],
+    classes: list[str],
+    max_pixels: int | None,
 ) -> ImageFolder:
     paths: list[str] = []
     targets: list[int] = []
@@ -110,7 +123,7 @@ def _image_folder(
         in_class = paths_by_class.get(name, [])
         paths += in_class
         targets += [target] * len(in_class)
-    return ImageFolder(root, paths, targets)
+    return ImageFolder(root, paths, targets, max_pixels)
 
 
 def _list_part(

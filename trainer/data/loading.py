@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory  # what a DataLoader pins with
 
 from trainer.config.schema import DataConfig
@@ -19,13 +18,13 @@ from trainer.data.datasets import Datasets, MapDataset
 from trainer.data.normalize import Normalize
 from trainer.data.samples import Ids, KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
+from trainer.data.workers import load_in_workers
 from trainer.errors import DataError
 from trainer.exact.plan import IndexRange, Plan, Step, split_evenly
 from trainer.exact.seeding import preserved_cpu_generators
 from trainer.exact.structures import tensors_in
 from trainer.process.activity import COMPUTING, LOADING, activity
 from trainer.process.device import KINDS_WITH_STREAMS, device_module
-from trainer.process.loader_worker import begin_loader_process
 
 NAMED_SAMPLES = 4  # in a message
 
@@ -116,19 +115,14 @@ class Loader:
             yield _raise_if_error(batch)
 
     def _load_in_workers(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
-        loader = DataLoader(
+        batches = load_in_workers(
             self.dataset,
-            sampler=requests,
-            batch_size=None,
-            collate_fn=_return_as_is,
-            num_workers=self._section.workers,
-            prefetch_factor=self._section.prefetch,
+            requests,
+            workers=self._section.workers,
+            prefetch=self._section.prefetch,
             pin_memory=self._device.type in KINDS_WITH_STREAMS,
-            worker_init_fn=_init_worker,
-            # For the workers' seeds, which would come from the run's generator.
-            generator=torch.Generator(),
         )
-        return map(_raise_if_error, loader)
+        return map(_raise_if_error, batches)
 
     def _copy(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         for batch in batches:
@@ -293,12 +287,3 @@ def _wait_for_copy(
         # So that its memory is not reused before this stream is done with it.
         tensor.record_stream(current)
     return batch
-
-
-def _return_as_is(batch: Any) -> Any:
-    return batch
-
-
-def _init_worker(_: int) -> None:
-    begin_loader_process()
-    torch.set_num_threads(1)

@@ -21,6 +21,7 @@ from trainer.data.conversion import (
 from trainer.data.datasets import ImageArrays, MapDataset
 from trainer.data.geometry import SampleTransform
 from trainer.data.names import printable
+from trainer.data.worker_failure import is_limit
 from trainer.errors import DataError, data_error
 from trainer.exact.plan import IndexRange
 from trainer.exact.seeding import key, seed_cpu
@@ -84,6 +85,8 @@ class KeyedDataset(Dataset[Any]):
             else None
         )
         self.draws = self._batch is None
+        # Set in a loader process: told of each sample before it is loaded.
+        self.at_sample: Callable[[int], None] | None = None
 
     def __getitem__(self, request: Request) -> MicroBatch | DataError:
         if self._batch is not None:
@@ -103,6 +106,8 @@ class KeyedDataset(Dataset[Any]):
         """The input and target of one sample, transformed. It seeds the CPU's generators."""
         # All that a data set or transform may draw from; the caller restores the rank's generators (`draws`).
         seed_cpu(key(self._seed, self._purpose, epoch, sample_id))
+        if self.at_sample is not None:
+            self.at_sample(sample_id)
         try:
             image, target = self._transformed(*self.pair(sample_id), sample_id)
             return input_as_tensor(image), target_as_tensor(target)
@@ -139,6 +144,9 @@ class KeyedDataset(Dataset[Any]):
         try:
             inputs, targets = default_collate(samples)
         except Exception as error:
+            if self.at_sample is not None and is_limit(error):
+                # The batch is made in memory shared with the rank, which tells of its end.
+                raise
             # Anything: samples are other people's values.
             raise self._misfit(samples, ids, error) from error
         return inputs, targets

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.config.secrets import redacted_value
 from trainer.core.metrics import TIMINGS
 from trainer.errors import LockstepError
 from trainer.reporting.jsonl import read_rows
@@ -79,7 +80,11 @@ def _compare_configs(first: Path, second: Path) -> tuple[Changes, Changes]:
         if is_free(name):
             free[name] = change
         else:
-            config[name] = change
+            first_value, second_value = change
+            config[name] = (
+                redacted_value(name, first_value),
+                redacted_value(name, second_value),
+            )
     return config, free
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,22 +19,25 @@ from trainer.core.build import settings_of
 from trainer.core.forward import Forward
 from trainer.core.further import LossState, restore_evaluated
 from trainer.core.precision import Precision
+from trainer.core.trust import read_trusted_config
 from trainer.data.decoding import decode
 from trainer.data.normalize import Normalize
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
+from trainer.data.workers import iterate
 from trainer.errors import ConfigError, DataError, LockstepError
 from trainer.process import launcher
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint, signature
-from trainer.storage.run_directory import read_config
+from trainer.storage.run_directory import config_file
 
 
 class Predictor:
     """The best model of the run at `run`, with its validation transforms, normalisation and class names.
 
     `overrides` are `key=value` changes of the run's config. A model that was passed to the run's `Trainer`, instead of
-    being named in its config, must be passed here too.
+    being named in its config, must be passed here too. Of a run that was not made here, the config may import from the
+    packages `trust` only, besides well-known libraries.
 
     Attributes: `config`, `signature`, `device`, `module`, `task`, `normalize`.
 
@@ -47,10 +51,16 @@ class Predictor:
         overrides: Sequence[str] = (),
         *,
         model: nn.Module | None = None,
+        trust: Sequence[str] = (),
     ) -> None:
-        read_config(run)  # the error for a directory that is no run
+        config_file(run)  # the error for a directory that is no run
         best = checkpoint.best_directory(run)
-        self.config = read_config(best, overrides)
+        imports = ["loss", "data.val_transforms"]
+        if model is None:
+            imports.append("model")
+        self.config = read_trusted_config(
+            run, overrides, trust, imports=imports, directory=best
+        )
         self.signature = signature.read(best)
         self.device = _device_of_one_process(self.config.train.precision)
         precision = Precision(self.config.train.precision, self.device)
@@ -97,7 +107,7 @@ class Predictor:
         Raises `ConfigError` if it is not known what the run's task answers.
         """
         size = self.config.batch.eval_size
-        batches = iter(self._load_files(paths))
+        batches = self._load_files(paths)
         for start in range(0, len(paths), size):
             batch_paths = paths[start : start + size]
             # Around one batch, not the loop: a generator must not leave settings changed while its caller runs.
@@ -153,13 +163,16 @@ class Predictor:
 
     def _load_files(
         self, paths: Sequence[Path]
-    ) -> DataLoader[list[MicroBatch | DataError]]:
+    ) -> Iterator[list[MicroBatch | DataError]]:
         """Batches of files. Each file is loaded by itself, so that one that cannot be read does not fail its batch."""
         config = self.config
         transform = build_transforms("data.val_transforms", config.data.val_transforms)
-        files = _ImageFiles(paths, self._file_channels())
-        return DataLoader(
-            KeyedDataset(files, transform, seed=config.run.seed, purpose="predict"),
+        files = _ImageFiles(paths, self._file_channels(), config.data.max_pixels)
+        dataset = KeyedDataset(
+            files, transform, seed=config.run.seed, purpose="predict"
+        )
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
             sampler=[Request(0, 0, np.array([i])) for i in range(len(paths))],
             batch_size=config.batch.eval_size,
             collate_fn=list,
@@ -167,6 +180,7 @@ class Predictor:
             # Without one, the loader draws from the caller's.
             generator=torch.Generator(),
         )
+        return iterate(loader, dataset) if loader.num_workers else iter(loader)
 
     def _file_channels(self) -> int:
         """Channels that files are decoded to: as many as the run's own images had."""
@@ -206,16 +220,17 @@ class Predictor:
 class _ImageFiles:
     """Image files as a data set. `KeyedDataset` names a file by `paths` when it cannot be read."""
 
-    def __init__(self, paths: Sequence[Path], channels: int) -> None:
+    def __init__(self, paths: Sequence[Path], channels: int, max_pixels: int) -> None:
         self.paths = paths
         self._channels = channels
+        self._max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         # A target, which every sample must have.
-        return decode(self.paths[index], self._channels), 0
+        return decode(self.paths[index], self._channels, self._max_pixels), 0
 
 
 def unknown_answer(loss: str) -> str:

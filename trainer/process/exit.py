@@ -13,6 +13,7 @@ import traceback
 from functools import cache
 from typing import NoReturn
 
+from trainer.config.secrets import redacted_output
 from trainer.errors import (
     HangError,
     LockstepError,
@@ -50,10 +51,11 @@ def report_error(error: BaseException) -> int:
         return status
     if isinstance(error, LockstepError):
         prefix = "" if isinstance(error, Stopped) else "error: "
-        print(f"{prefix}{error}", file=sys.stderr, flush=True)
+        report = f"{prefix}{error}"
     else:
-        traceback.print_exception(error)
-        sys.stderr.flush()
+        report = "".join(traceback.format_exception(error)).rstrip()
+    # The one place where errors are printed, so no message needs to think of secrets by itself.
+    print(redacted_output(report), file=sys.stderr, flush=True)
     if launcher.world_size() > 1 and launcher.rank() == 0:
         # It may hold the store, which the others ask whether they are to report.
         time.sleep(SECONDS_TO_NOTICE)

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
+from trainer.config.secrets import redacted_output
 from trainer.process import launcher
 from trainer.process.activity import ENDING, SAVING, activity
 from trainer.process.exit import claim_report, end_now, report_error
@@ -284,6 +285,7 @@ def watching(timeout: float) -> Iterator[None]:
 
 def _say(message: str) -> None:
     """Print to stderr, whose reader may have stopped reading."""
+    message = redacted_output(message)
     # On a terminal the progress bar stands in the line.
     text = f"\n{message}" if sys.stderr.isatty() else message
 

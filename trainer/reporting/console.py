@@ -18,6 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from trainer.config.secrets import redacted_output
 from trainer.reporting.epoch_table import EpochTable
 from trainer.reporting.formats import GAP, MUTED
 from trainer.reporting.progress_bar import RunProgress
@@ -51,6 +52,7 @@ class Console:
 
     def header(self, facts: Facts) -> None:
         """Print what is about to run, as aligned `key  value` lines."""
+        facts = _without_secrets(facts)
         if self._on_terminal:
             self._rich.print(_grid(facts))
             self._rich.print()
@@ -100,7 +102,8 @@ class Console:
             self._next_drawing = monotonic() + self._interval
 
     def note(self, text: str) -> None:
-        """Print `text` unchanged, above the bar."""
+        """Print `text` above the bar, unchanged but for secrets."""
+        text = redacted_output(text)
         if self._on_terminal:
             # Wraps: a sentence may take two lines of a terminal.
             self._rich.print(Text(text))
@@ -110,6 +113,7 @@ class Console:
     def summary(self, facts: Facts) -> None:
         """End the bar and print the run's results."""
         self.close()
+        facts = _without_secrets(facts)
         if self._on_terminal:
             self._rich.print()
             self._rich.print(
@@ -152,6 +156,10 @@ class Console:
             # A line after the very first step could not say how long the run will take.
             self._print(self._progress.line())
         self._next_drawing = monotonic() + self._interval
+
+
+def _without_secrets(facts: Facts) -> Facts:
+    return [(name, redacted_output(text)) for name, text in facts]
 
 
 def _grid(facts: Facts) -> Table:

@@ -15,17 +15,25 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trainer.config.secrets import holds_secret
 from trainer.errors import ConfigError, LockstepError
-from trainer.storage.files import REPLACED, new_directory, write_text
+from trainer.storage.files import REPLACED, make_file, new_directory, write_text
 from trainer.storage.sha256 import file_sha256
-from trainer.storage.stateful import load_state, save_state, write_tensors
+from trainer.storage.stateful import (
+    check_name,
+    load_state,
+    save_state,
+    write_tensors,
+)
 
 Tensors = dict[str, Tensor]
 # By metric: totals and weights, as `Totals.sums` has them.
@@ -110,7 +118,8 @@ def save(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         }
         if checkpoint.stateful:
             state["stateful"] = _save_stateful(partial, checkpoint.stateful)
-        (partial / STATE_FILE).write_text(json.dumps(state))
+        private = holds_secret(checkpoint.config)
+        make_file(partial / STATE_FILE, json.dumps(state), private=private)
         _write_manifest(partial, step)
     write_text(directory / "last", path.name + "\n")
     _remove_old(directory, keep=keep, newest=path)
@@ -225,7 +234,9 @@ def save_best(
     best, previous, following = run / "best", run / ".best.previous", run / ".best.next"
     with new_directory(following) as partial:
         write_tensors(partial / MODEL_FILE, model)
-        (partial / "config.yaml").write_text(config_yaml)
+        make_file(
+            partial / "config.yaml", config_yaml, private=_is_private(config_yaml)
+        )
         (partial / METRICS_FILE).write_text(json.dumps(dict(metrics), indent=2) + "\n")
         (partial / "signature.json").write_text(
             json.dumps(dict(signature), indent=2) + "\n"
@@ -237,6 +248,11 @@ def save_best(
         shutil.rmtree(previous, ignore_errors=True)
         best.rename(previous)
     following.rename(best)
+
+
+@lru_cache(maxsize=1)  # a run has one
+def _is_private(config_yaml: str) -> bool:
+    return holds_secret(yaml.safe_load(config_yaml))
 
 
 def restore_best(run: Path, step: int) -> None:
@@ -301,6 +317,8 @@ def _save_stateful(
 
 def _load_stateful(path: Path, state: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
     names = state.get("stateful", [])  # absent in a checkpoint of an earlier version
+    for name in names:
+        check_name(name)  # a path would lead out of the checkpoint
     return {name: load_state(path, name) for name in names}
 
 
@@ -315,6 +333,10 @@ def _verify(path: Path) -> None:
     """Raise unless every file of a checkpoint is the one that its manifest records."""
     manifest = json.loads((path / MANIFEST_FILE).read_text())
     for name, sha256 in manifest["files"].items():
+        if Path(name).name != name:
+            raise LockstepError(
+                f"{path / MANIFEST_FILE} names a file elsewhere, {name}"
+            )
         if file_sha256(path / name) != sha256:
             raise LockstepError(
                 f"{path / name} is not what was written (its SHA-256 differs from manifest.json's)"

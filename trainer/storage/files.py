@@ -20,10 +20,17 @@ REPLACED = (
 LOCK_ATTEMPTS = 100
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's contents at once."""
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Replace a file's contents at once. A `private` file may be read by its owner alone; others follow the umask."""
     with new_file(path) as partial:
-        partial.write_text(text)
+        make_file(partial, text, private=private)
+
+
+def make_file(path: Path, text: str, *, private: bool) -> None:
+    """Write a file that is not there yet."""
+    if private:
+        path.touch(mode=0o600)  # before there is anything to read
+    path.write_text(text)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -38,6 +45,8 @@ def new_file(path: Path) -> Iterator[Path]:
     The yielded path has the suffix of `path`, since some libraries choose a format by it.
     """
     partial = _partial_path(path)
+    # Of a process that was killed while it wrote; or a link, which must not be written through.
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         sync(partial)

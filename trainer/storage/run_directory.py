@@ -12,6 +12,7 @@ from uuid import uuid4
 from trainer.config.fields import current_path
 from trainer.config.load import load
 from trainer.config.schema import Config, RunConfig
+from trainer.config.secrets import holds_secret, redacted_value
 from trainer.config.yaml_dump import to_yaml
 from trainer.errors import ConfigError, LockstepError, config_error
 from trainer.storage import checkpoint
@@ -22,6 +23,8 @@ from trainer.storage.files import (
     lock_directory,
     write_text,
 )
+from trainer.storage.links import refuse_links_outside
+from trainer.storage.trusted_runs import remember_made, remember_move
 
 Change = tuple[Any, Any]  # a key's value before and now
 
@@ -36,6 +39,7 @@ FREE_KEYS = (
     "run.figures",
     "run.timeout",
     "data.cache",
+    "data.max_pixels",
     "data.workers",
     "data.prefetch",
     "batch.fuse",
@@ -63,6 +67,9 @@ class RunDirectory:
         self.path = run_path(section)
         self.resume_from: list[Path] = []
         self.moved_to: Path | None = None
+        if section.resume == "auto":
+            # Before the lock, so that nothing is locked where this raises.
+            refuse_links_outside(self.path)
         self._lock: TextIO | None = self._make_and_lock()
         if section.resume == "auto":
             self.resume_from = checkpoint.newest_first(self.path / "checkpoints")
@@ -89,9 +96,11 @@ class RunDirectory:
 
     def _move_away(self) -> None:
         """Rename the directory, with the earlier run in it, and lock a new one at its path."""
+        before = self.path.resolve()
         moved_to = _free_path(self.path)
         # Locked until it has another name: nobody else may begin to train in what is about to move.
         self.path.rename(moved_to)
+        remember_move(before, moved_to)
         self.close()
         self.moved_to = moved_to
         self._lock = self._make_and_lock()
@@ -145,6 +154,11 @@ def sees_token(path: Path, token: str) -> bool:
 
 def lock(path: Path) -> TextIO:
     """Lock a run directory until the returned file is closed. Raises `ConfigError` if another process has the lock."""
+    if (path / LOCK_FILE).is_symlink():
+        # To lock a file is to empty it.
+        raise ConfigError(
+            str(path / LOCK_FILE), "is a link, and is not followed; remove it"
+        )
     file = lock_directory(path)
     if file is None:
         raise ConfigError(
@@ -165,8 +179,10 @@ def run_path(section: RunConfig) -> Path:
 
 
 def write_config(path: Path, config: Config) -> None:
-    """Write `config.yaml` into the run directory at `path`."""
-    write_text(path / "config.yaml", config_yaml(config))
+    """Write `config.yaml` into the run directory at `path`, and note that it was written here."""
+    text = config_yaml(config)
+    write_text(path / "config.yaml", text, private=holds_secret(config.to_dict()))
+    remember_made(path, (path / "config.yaml").read_bytes())
 
 
 def config_yaml(config: Config) -> str:
@@ -177,11 +193,25 @@ def config_yaml(config: Config) -> str:
 def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a finished or unfinished run, with `key=value` overrides applied.
 
-    Raises `ConfigError` if `run` is not a run directory.
+    It may be from elsewhere, so nothing is built of it: `core.trust` reads what may be. Raises `ConfigError` as
+    `config_file` does.
     """
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(str(run), "is not a run directory: it has no config.yaml")
-    return load(run / "config.yaml", overrides)
+    return load(config_file(run), overrides)
+
+
+def config_file(run: Path, directory: Path | None = None) -> Path:
+    """The config of the run at `run`, or of a part of it, `directory`.
+
+    Raises `ConfigError` if `run` is not a run directory, or has a link that leads out of it.
+    """
+    directory = directory or run
+    for place in (run, directory):
+        if not (place / "config.yaml").is_file():
+            raise ConfigError(
+                str(place), "is not a run directory: it has no config.yaml"
+            )
+    refuse_links_outside(run)
+    return directory / "config.yaml"
 
 
 def changed_keys(
@@ -212,7 +242,7 @@ def check_same_run(before: Mapping[str, Any], now: Config, section: RunConfig) -
             changes[name] = change
     if changes and section.resume_changes == "refuse":
         listing = "; ".join(
-            f"{name} was {was} and is {now_is}"
+            f"{name} was {redacted_value(name, was)} and is {redacted_value(name, now_is)}"
             for name, (was, now_is) in changes.items()
         )
         raise ConfigError(

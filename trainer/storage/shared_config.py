@@ -18,12 +18,15 @@ CONFIG_FILE = "config.yaml"
 T = TypeVar("T")
 
 
-def read_config_on_all(run: Path, overrides: Sequence[str]) -> Config:
+def read_config_on_all(
+    run: Path, overrides: Sequence[str], check: Callable[[], object]
+) -> Config:
     """The config of a run, with overrides applied, on every rank: on several machines, as rank 0 reads it.
 
-    A collective on several machines. Raises `ConfigError` if `run` is not a run directory.
+    `check` raises if it must not be used; on several machines rank 0 alone calls it. A collective on several machines.
+    Raises `ConfigError` if `run` is not a run directory.
     """
-    text = read_on_main(lambda: _read_text(run, overrides))
+    text = read_on_main(lambda: _read_text(run, check))
     if launcher.rank() == 0 or not _is_on_several_machines():
         return read_config(run, overrides)
     with TemporaryDirectory() as directory:
@@ -49,7 +52,7 @@ def _is_on_several_machines() -> bool:
     return launcher.world_size() > launcher.local_world_size()
 
 
-def _read_text(run: Path, overrides: Sequence[str]) -> str:
+def _read_text(run: Path, check: Callable[[], object]) -> str:
     """The text of a config that can be read: what is wrong with it, rank 0 says."""
-    read_config(run, overrides)
+    check()
     return (run / CONFIG_FILE).read_text()

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 from trainer.config.fields import show
+from trainer.config.secrets import redacted_output
 from trainer.process.parent import end_with_parent
 from trainer.reporting.jsonl import read_rows
 from trainer.sweep.description import Sweep
@@ -109,7 +110,7 @@ class TrialProcess:
 
     def describe_failure(self, status: int) -> str:
         """Why the trial failed: its last error message, else its exit status."""
-        message = last_error(self._log)
+        message = redacted_output(last_error(self._log))
         if message:
             return message
         if status < 0:

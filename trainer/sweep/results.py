@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from trainer.config.secrets import REDACTED, redacted_value
 from trainer.reporting.figures.style import write
 from trainer.storage.files import write_text
 from trainer.sweep.description import Sweep
@@ -62,7 +63,10 @@ def draw_pictures(sweep: Sweep, study: optuna.Study, directory: Path) -> list[Pa
     from optuna.trial import TrialState
     from optuna.visualization import matplotlib as plots
 
-    names = list_varying(sweep)
+    # A picture of secrets would be their list.
+    names = [
+        name for name in list_varying(sweep) if redacted_value(name, "") != REDACTED
+    ]
     values = {trial.value for trial in study.get_trials(states=[TrialState.COMPLETE])}
     width = max(6.4, 1.3 * (len(names) + 1))  # inches, for the parallel axes
     pictures: dict[str, Callable[..., object]] = {}

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.config.fields import show
+from trainer.config.secrets import redacted_value
 from trainer.sweep.description import Sweep
 from trainer.sweep.study import State, Trial
 
@@ -100,7 +101,10 @@ def list_headings(sweep: Sweep) -> list[str]:
 
 def list_cells(sweep: Sweep, trial: Trial) -> list[str]:
     """A trial's cells, in the order of the headings."""
-    values = [format_value(trial.values[name]) for name in list_varying(sweep)]
+    values = [
+        format_value(redacted_value(name, trial.values[name]))
+        for name in list_varying(sweep)
+    ]
     return [
         str(trial.number),
         trial.state,
@@ -114,7 +118,8 @@ def format_line(sweep: Sweep, trial: Trial) -> str:
     """What is printed as a trial changes its state."""
     if trial.state == "running":
         values = [
-            f"{name}={format_value(trial.values[name])}" for name in list_varying(sweep)
+            f"{name}={format_value(redacted_value(name, trial.values[name]))}"
+            for name in list_varying(sweep)
         ]
         return f"trial {trial.number}  {' '.join(values)}"
     line = f"trial {trial.number}  {trial.state}  {sweep.metric} {format_metric(trial)}  {trial.seconds:.0f} s"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.config.schema import Config
+from trainer.core.trust import refuse_foreign_settings
 from trainer.reporting.jsonl import read_rows
 from trainer.reporting.wandb.files import is_offline, sessions
 from trainer.reporting.wandb.run import WandbRun
@@ -25,6 +26,7 @@ def send_missing(run: Path) -> str:
     the figures and the best model from `figures/` and `best/`.
     """
     config = read_config(run)
+    refuse_foreign_settings(run, config)
     if not sessions(run, unsent=False):
         return "has no W&B files"
     with lock(run):
@@ -49,7 +51,8 @@ def _send_offline_sessions(files: list[Path]) -> int:
         if not is_offline(file):
             return index
         subprocess.run(
-            [sys.executable, "-m", "wandb", "sync", str(file.parent)],
+            # -P: a wandb.py in the working directory is not the client.
+            [sys.executable, "-P", "-m", "wandb", "sync", str(file.parent)],
             capture_output=True,
             check=False,
         )

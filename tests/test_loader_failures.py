@@ -1,0 +1,102 @@
+"""Loader processes that are killed, or out of shared memory or file handles: one message, and what to set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.programs import Program
+
+PROGRAM = """
+import os, resource, signal, sys, torch
+from torch.utils.data import get_worker_info
+from trainer import Trainer, load
+from trainer.process.exit import exit_process, report_error
+
+class Images:
+    classes = ["a", "b"]
+    paths = [f"{i}.png" for i in range(400)]
+
+    def __len__(self):
+        return 400
+
+    def __getitem__(self, index):
+        if index == 17 and get_worker_info() is not None:
+            HARM
+        return torch.zeros(1, 8, 8, dtype=torch.uint8), index % 2
+
+def main():
+    settings = load("configs/digits.yaml", sys.argv[1:])
+    Trainer(settings, train_data=Images(), val_data=Images()).fit()
+
+try:
+    main()
+except BaseException as error:
+    exit_process(report_error(error))
+"""
+
+
+OPTIONS = (
+    "data.workers=2",
+    "batch.size=8",
+    "batch.micro_size=4",
+    "train.epochs=2",
+    "run.figures=false",
+    "wandb.mode=disabled",
+)
+LOADING = "while it loaded train sample 17 (17.png)"
+FEWER = "set data.workers, data.prefetch or batch.micro_size lower"
+# What is done in the process that loads sample 17, and how the run's only message goes on and ends.
+CASES = {
+    "os.kill(os.getpid(), signal.SIGKILL)": (
+        "loader process ",
+        f"was killed by SIGKILL {LOADING}; if nobody did, the machine was out of memory: {FEWER}",
+    ),
+    "os.kill(os.getpid(), signal.SIGSEGV)": (
+        "loader process ",
+        f"was killed by SIGSEGV {LOADING}; data.workers=0 shows where, with a debugger or python -X faulthandler",
+    ),
+    "os._exit(3)": (
+        "loader process ",
+        f"ended with status 3 {LOADING}; data.workers=0 loads in the rank itself, which shows why",
+    ),
+    # What the kernel does where /dev/shm is full.
+    "os.kill(os.getpid(), signal.SIGBUS)": (
+        f"the loader processes ran out of shared memory (/dev/shm) {LOADING}; {FEWER}, or give it more",
+        "(docker run --shm-size=8g)",
+    ),
+    # A file that may not grow is much like one on a full disk.
+    "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))": (
+        "the loader processes ran out of shared memory (/dev/shm)",
+        "(docker run --shm-size=8g)",
+    ),
+    "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))": (
+        "the loader processes ran out of file handles",
+        f"raise their limit (ulimit -n), or {FEWER}",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Program]]:
+    """All at once: each waits for seconds, for PyTorch looks for its processes every 5 s."""
+    root = tmp_path_factory.mktemp("runs")
+    running = {}
+    for number, harm in enumerate(CASES):
+        arguments = [f"run.dir={root}", f"run.name=r{number}", *OPTIONS]
+        running[harm] = Program(["-c", PROGRAM.replace("HARM", harm), *arguments])
+    yield running
+    for program in running.values():
+        program.kill()
+
+
+@pytest.mark.parametrize("harm", CASES)
+def test_the_end_of_a_loader_process_is_one_message(
+    programs: dict[str, Program], harm: str
+) -> None:
+    start, end = CASES[harm]
+    done = programs[harm].wait(60)
+    (message,) = (line for line in done.stderr.splitlines() if line)
+    assert message.startswith(f"error: {start}") and message.endswith(end)
+    assert done.returncode == 1

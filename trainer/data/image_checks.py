@@ -1,0 +1,176 @@
+"""What is asked of an image file before a decoder sees it: whole chunks of a PNG, and a bearable size.
+
+torchvision's decoders allocate what a header asks for, and its PNG decoder kills the process where libpng finds an
+error. So the sizes are read here, and PNG files go to Pillow, which does not look at the checksums of the pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Iterator
+
+PNG_START = b"\x89PNG"
+PNG_SIGNATURE = PNG_START + b"\r\n\x1a\n"
+# All that the pixels depend on. Pillow would also heed orientations in text chunks and the frames of an animation,
+# and refuse long texts and colour profiles; torchvision, whose pixels are the reference, does none of this.
+PNG_CHUNKS_OF_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
+PNG_CHUNKS_OF_GAMMA = (b"gAMA", b"sRGB", b"cHRM", b"iCCP")
+PNG_HEADER_END = 33
+PNG_COLOR_TYPE = 25  # the byte of the file that says what a pixel is
+PNG_PALETTE = 3
+
+JPEG_START = b"\xff\xd8"
+# The markers that begin a frame: all from C0 to CF but tables (C4, CC) and an extension (C8).
+JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# The markers without a length: those of restarts, of the image's start and one that stands for nothing.
+JPEG_BARE = frozenset([*range(0xD0, 0xD9), 0x01])
+
+GIF_START = b"GIF8"
+WEBP_START = b"RIFF"
+WEBP_KIND = b"WEBP"  # from byte 8 on
+
+
+class Unusable(Exception):
+    """Why a file gives no image. The text goes on from the file's name: "is an animation of 2 images, …"."""
+
+    @classmethod
+    def damaged(cls, reason: str) -> Unusable:
+        return cls(f"cannot be decoded ({reason}); remove or replace the file")
+
+    @classmethod
+    def animation(cls, images: int) -> Unusable:
+        return cls(
+            f"is an animation of {images} images, not one; remove or replace the file"
+        )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def check_size(size: tuple[int, int] | None, max_pixels: int | None) -> None:
+    """Raise `Unusable` if an image of `(width, height)` has more than `max_pixels` pixels. None: nothing is known."""
+    if size is None or max_pixels is None:
+        return
+    width, height = size
+    if width * height > max_pixels:
+        raise Unusable(
+            f"has {width:,} × {height:,} pixels, more than data.max_pixels={max_pixels:,}; "
+            f"set data.max_pixels={width * height} if there is memory for it, or make the image smaller"
+        )
+
+
+def size_from_header(data: memoryview) -> tuple[int, int] | None:
+    """`(width, height)` of a JPEG, WebP or GIF file; None if the header does not say.
+
+    Raises `Unusable` for a GIF file that is damaged or an animation.
+    """
+    if data[:2] == JPEG_START:
+        return _jpeg_size(data)
+    if data[:4] == WEBP_START and data[8:12] == WEBP_KIND:
+        return _webp_size(data)
+    if data[:4] == GIF_START:
+        return _gif_size(data)
+    return None
+
+
+def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
+    position = 2
+    while position + 9 <= len(data):
+        marker = data[position + 1]
+        if data[position] != 0xFF or marker == 0xFF:
+            position += 1  # bytes between segments, which decoders skip
+        elif marker in JPEG_FRAMES:
+            height = int.from_bytes(data[position + 5 : position + 7], "big")
+            width = int.from_bytes(data[position + 7 : position + 9], "big")
+            return width, height
+        elif marker in JPEG_BARE:
+            position += 2
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return None
+
+
+def _webp_size(data: memoryview) -> tuple[int, int] | None:
+    if len(data) < 30:
+        return None
+    match bytes(data[12:16]):
+        case b"VP8X":
+            width = int.from_bytes(data[24:27], "little") + 1
+            height = int.from_bytes(data[27:30], "little") + 1
+        case b"VP8L":
+            bits = int.from_bytes(data[21:25], "little")
+            width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        case b"VP8 ":
+            width = int.from_bytes(data[26:28], "little") & 0x3FFF
+            height = int.from_bytes(data[28:30], "little") & 0x3FFF
+        case _:
+            return None
+    return width, height
+
+
+def _gif_size(data: memoryview) -> tuple[int, int]:
+    """By Pillow, for an image may be larger than the canvas that the header announces, and many may follow."""
+    from PIL.GifImagePlugin import GifImageFile
+
+    try:
+        with GifImageFile(io.BytesIO(data)) as image:
+            size, images = image.size, image.n_frames
+    except Exception as error:
+        # Anything: see `_decode_by_pillow`.
+        raise Unusable.damaged(first_line(error)) from error
+    if images > 1:
+        raise Unusable.animation(images)
+    return size
+
+
+def png_for_pillow(data: memoryview) -> bytes:
+    """The PNG file with all that its pixels depend on and nothing else.
+
+    Raises `Unusable` if any chunk is cut short or its checksum is wrong.
+    """
+    if data[:8] != PNG_SIGNATURE:
+        raise Unusable.damaged("its first bytes are not those of a PNG file")
+    parts: list[bytes | memoryview] = [PNG_SIGNATURE]
+    kinds = set()
+    for kind, chunk in _png_chunks(data):
+        # Of an orientation after the pixels torchvision knows nothing.
+        is_orientation = kind == b"eXIf" and b"IDAT" not in kinds
+        if kind in PNG_CHUNKS_OF_PIXELS or is_orientation:
+            parts.append(chunk)
+            kinds.add(kind)
+    needs_palette = len(data) > PNG_COLOR_TYPE and data[PNG_COLOR_TYPE] == PNG_PALETTE
+    for kind in (b"IHDR", b"IDAT", *([b"PLTE"] if needs_palette else [])):
+        if kind not in kinds:
+            raise Unusable.damaged(f"it has no {kind.decode()} chunk")
+    parts.append(b"\0\0\0\0IEND\xae\x42\x60\x82")
+    return b"".join(parts)
+
+
+def png_with_gamma(image: bytes, source: memoryview) -> bytes:
+    """A PNG `image` that has none, with the gamma of another PNG file."""
+    gamma = []
+    for kind, chunk in _png_chunks(source):
+        if kind == b"IDAT":
+            break
+        if kind in PNG_CHUNKS_OF_GAMMA:
+            gamma.append(chunk)
+    return b"".join([image[:PNG_HEADER_END], *gamma, image[PNG_HEADER_END:]])
+
+
+def _png_chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
+    """The type of each chunk before the end mark, and the chunk with its length and checksum."""
+    start = len(PNG_SIGNATURE)
+    while start + 12 <= len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if end > len(data):
+            raise Unusable.damaged("it is cut short")
+        checksum = int.from_bytes(data[end - 4 : end], "big")
+        if zlib.crc32(data[start + 4 : end - 4]) != checksum:
+            raise Unusable.damaged("a checksum in it is wrong")
+        kind = bytes(data[start + 4 : start + 8])
+        if kind == b"IEND":
+            return
+        yield kind, data[start:end]
+        start = end
