@@ -270,3 +270,19 @@ def test_numpys_integers_are_counts() -> None:
     pair = as_weighted_sum((torch.tensor(1.0), np.int64(3)))
     assert pair == WeightedSum(torch.tensor(1.0), 3)
     assert type(pair.weight) is int
+
+
+class PlainFocal(nn.Module):
+    """The same loss, which does not say that it takes class ids."""
+
+    reduction = "mean"
+
+    def forward(self, output: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(output, targets, reduction=self.reduction)
+
+
+def test_class_ids_for_a_loss_that_does_not_say_so() -> None:
+    with pytest.raises(
+        ConfigError, match=r"class ids .* extend torch\.nn\.CrossEntropyLoss"
+    ):
+        as_task(PlainFocal()).loss_sum(draw(7, 5), labels(7))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ class Right(Base):
         self.norm = nn.BatchNorm1d(6)
         self.body = parametrizations.spectral_norm(nn.Linear(6, 6))
         self.old = nn.utils.spectral_norm(nn.Linear(6, 6))
+        self.split = nn.utils.weight_norm(nn.Linear(6, 6))
         self.register_buffer("mean", torch.zeros(6), persistent=False)
         self.map: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x - self.mean)
         self.mean = self.mean * 0.9 + 0.1 * x.detach().mean(0)
-        self.map = (self.old(self.body(x))).softmax(1)
+        self.map = self.old(self.split(self.body(x))).softmax(1)
         return super().forward(x * self.map)
 
 
@@ -75,6 +77,34 @@ class Momentum(Base):
 
     def forward(self, x: Tensor) -> Tensor:
         self.teacher.weight.lerp_(self.linear.weight.detach(), 0.1)
+        return super().forward(x)
+
+
+class Copied(Base):
+    """A momentum encoder as most begin: a copy, to which following does nothing before the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = deepcopy(self.linear).requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        for mine, its in zip(
+            self.teacher.parameters(), self.linear.parameters(), strict=True
+        ):
+            mine.lerp_(its, 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.follow()
+        return super().forward(x) + 0.1 * self.teacher(x)
+
+
+class Clipped(Base):
+    """A critic that keeps its weights small by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.linear.weight.data.clamp_(-0.1, 0.1)
         return super().forward(x)
 
 
@@ -128,8 +158,14 @@ def findings(
     return trainer.proof.findings
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
 def test_what_is_in_order_passes(tmp_path: Path) -> None:
-    assert findings(tmp_path, Right()) == []
+    data = Points(ignored=False)
+    settings = config(tmp_path, batch__micro_size=7)
+    trainer = Trainer(settings, model=Right(), train_data=data)
+    trainer.prove()
+    assert trainer.proof.findings == []
+    assert trainer.proof.skipped == []
 
 
 @pytest.mark.parametrize(
@@ -138,6 +174,8 @@ def test_what_is_in_order_passes(tmp_path: Path) -> None:
         (Counter, None, "a training forward keeps calls,"),
         (InList, None, "a training forward keeps seen,"),
         (Momentum, None, "writes parameters: teacher.weight"),
+        (Copied, None, "writes parameters: teacher.weight"),
+        (Clipped, None, "writes parameters: linear.weight"),
         (Base, CountingLoss, "keeps loss/calls,"),
     ],
 )

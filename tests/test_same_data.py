@@ -328,3 +328,19 @@ def test_a_path_counts_without_the_root_it_lies_in() -> None:
     there = Attributes(["/there/a.png", "/there/b.png"], "/there")
     other = Attributes(["/there/a.png", "/there/c.png"], "/there")
     assert fingerprint(here) == fingerprint(there) != fingerprint(other)
+
+
+@pytest.mark.parametrize(
+    ("names", "is_refused"),
+    [("abcd", False), ("abc", False), ("acbd", True), ("bcd", True)],
+)
+def test_validation_data_that_name_their_classes_otherwise(
+    tmp_path: Path, names: str, is_refused: bool
+) -> None:
+    train, val = Points(ignored=False), Points(ignored=False)
+    val.classes = tuple(names)
+    if not is_refused:
+        Trainer(config(tmp_path), model=mlp(), train_data=train, val_data=val)
+        return
+    with pytest.raises(ConfigError, match=r'class [01] is "[ab]" in the training data'):
+        Trainer(config(tmp_path), model=mlp(), train_data=train, val_data=val)

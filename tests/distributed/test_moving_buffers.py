@@ -5,7 +5,7 @@ Every micro-batch starts from the step's first buffers, and the step ends with w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,15 @@ from tests.distributed.small import (
     config,
     largest_difference,
 )
-from trainer import ConfigError, Task, Trainer, WeightedSum
+from trainer import (
+    ConfigError,
+    Observer,
+    Run,
+    Step,
+    Task,
+    Trainer,
+    WeightedSum,
+)
 from trainer.exact.plan import Plan
 
 SAMPLES = 86  # 3 × 28 + 2: two ranks of three have nothing to do in a last step
@@ -135,12 +143,18 @@ def run(
     directory: Path,
     make: Callable[[], nn.Module],
     make_loss: Callable[[], Any] = MovingLoss,
+    observers: Sequence[Observer] = (),
     **changes: Any,
 ) -> dict[str, Tensor]:
     settings = config(directory, batch__micro_size=MICRO, run__resume="auto", **changes)
     data = Points(SAMPLES, ignored=False)
     trainer = Trainer(
-        settings, model=make(), train_data=data, val_data=data, task=make_loss()
+        settings,
+        model=make(),
+        train_data=data,
+        val_data=data,
+        task=make_loss(),
+        observers=observers,
     )
     trainer.fit()
     return everything(trainer.module, trainer.run.task)
@@ -165,6 +179,38 @@ def test_bitwise_through_a_stop_on_other_processes(tmp_path: Path) -> None:
         )
     for result in on_ranks(3, run, tmp_path / "cut", Tracking, **changes):
         assert all(torch.equal(result[name], reference[name]) for name in reference)
+
+
+@pytest.mark.parametrize("mode", ["standard", "bitwise"])
+def test_resumed_on_several_processes(tmp_path: Path, mode: str) -> None:
+    """The first step after a resume starts every micro-batch from the buffers of the checkpoint."""
+    changes = {"run__reproducibility": mode}
+    for stop in (1, 3):
+        on_ranks(2, run, tmp_path, Tracking, train__stop_after=stop, **changes)
+    reference = plain(Tracking)
+    for result in on_ranks(2, run, tmp_path, Tracking, **changes):
+        assert largest_difference(result, reference) < 1e-12
+
+
+class Replacing(Observer):
+    """Puts another tensor in a buffer's place after each step, on every rank alike."""
+
+    def begin(self, run: Run) -> None:
+        self.module = run.module
+
+    def step(self, step: Step) -> None:
+        self.module.mean = self.module.mean.detach() * 0.5
+
+
+def test_a_buffer_replaced_between_steps(tmp_path: Path) -> None:
+    states = []
+    for ranks in (1, 2):
+        results = on_ranks(
+            ranks, run, tmp_path / str(ranks), Tracking, observers=[Replacing()]
+        )
+        states += results
+    for result in states[1:]:
+        assert largest_difference(result, states[0]) < 1e-12
 
 
 def test_two_micro_batches_in_one_forward_are_refused_or_right(tmp_path: Path) -> None:

@@ -102,3 +102,41 @@ def test_what_forwards_move_does_not_part(tmp_path: Path, reproducibility: str) 
 
     first, second = on_ranks(2, run, tmp_path)
     assert first == second != 0
+
+
+class WithTeacher(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = conv_net()
+        self.teacher = conv_net().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + 0.1 * self.teacher.eval()(x)
+
+
+class Follows(Observer):
+    """Copies running statistics into a teacher after each step, where a rank holds its share of them."""
+
+    def begin(self, run: Run) -> None:
+        self.module = run.module
+
+    def step(self, step: Step) -> None:
+        self.module.teacher.load_state_dict(self.module.net.state_dict())
+
+
+def stopped(directory: Path) -> str:
+    trainer = Trainer(
+        config(directory, batch__micro_size=7),
+        model=WithTeacher(),
+        train_data=Images(),
+        observers=[Follows()],
+    )
+    with pytest.raises(LockstepError) as caught:
+        trainer.fit()
+    return str(caught.value)
+
+
+def test_an_observer_that_reads_a_share_is_told_how(tmp_path: Path) -> None:
+    for text in on_ranks(2, stopped, tmp_path):
+        assert "teacher.1.running_" in text
+        assert "says `reads_statistics = True`" in text

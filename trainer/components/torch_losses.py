@@ -66,6 +66,21 @@ def _class_targets(output: Tensor, targets: Any) -> Tensor:
     return as_class_targets(output, targets, probabilities=True, check_values=False)
 
 
+def _values(output: Tensor, targets: Any) -> Tensor:
+    """Targets of a loss that is not torch's. Whether it takes class ids, only its base class says."""
+    is_tensor = isinstance(output, Tensor) and isinstance(targets, Tensor)
+    if is_tensor and not targets.is_floating_point() and output.dim() > 1:
+        samples, classes, *places = output.shape
+        if classes > 1 and targets.shape in ((samples, *places), (samples, 1, *places)):
+            raise ConfigError(
+                "loss.name",
+                f"the targets {tuple(targets.shape)} are class ids for the model's scores {tuple(output.shape)}, and "
+                f"this loss is taken for one that compares values; let its class extend torch.nn.CrossEntropyLoss, by "
+                f"which it takes ids, or write a trainer.Task",
+            )
+    return match_targets(output, targets)
+
+
 def _absolute_error(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
     return (output - targets).abs()
 
@@ -169,7 +184,7 @@ RULES: dict[type[nn.Module], LossRule] = {
 }
 
 # Of losses that are not torch's: what they divide by is found on the first samples.
-OTHER = replace(REGRESSION, divisor=None)
+OTHER = replace(REGRESSION, divisor=None, convert=_values)
 OTHER_OF_CLASSES = LossRule(None, "accuracy", _right_class, convert=_class_targets)
 
 

@@ -34,7 +34,7 @@ from trainer.core.preflight import RankFacts, check_data, check_ranks
 from trainer.data.classes import with_classes
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
 from trainer.data.loading import Loader, build_loaders
-from trainer.data.parts import check_part, class_names
+from trainer.data.parts import check_part, shared_class_names
 from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import configure, refuse_cumulative_average
 from trainer.exact.determinism import run_settings
@@ -252,7 +252,7 @@ def _data(
     check_part(type(train).__name__, "training", train, key="train_data")
     if val is not None:
         check_part(type(val).__name__, "validation", val, key="val_data")
-    return Datasets(train, val, class_names(train), config.data.name)
+    return Datasets(train, val, shared_class_names(train, val), config.data.name)
 
 
 def _plan(config: Config, ranks: Ranks, samples: int) -> Plan:

@@ -8,7 +8,7 @@ from trainer.core.build import Run
 from trainer.core.preflight import compute_alike
 from trainer.errors import LockstepError
 from trainer.exact.model_and_loss import ModelAndLoss
-from trainer.exact.moving_buffers import other_buffers
+from trainer.exact.moving_buffers import NORM_BUFFERS, other_buffers
 from trainer.storage.digest import digest, hexadecimal
 
 MAX_NAMED_RANKS = 8
@@ -34,10 +34,16 @@ def check_same_weights(run: Run, steps_done: int) -> None:
         f"rank {rank} on {ranks.machines[rank]}" for rank in different[:MAX_NAMED_RANKS]
     )
     more = ", …" if len(different) > MAX_NAMED_RANKS else ""
+    advice = ""
+    if name.rpartition(".")[2] in NORM_BUFFERS:
+        advice = (
+            "; an observer that reads running statistics in `step`, as a teacher that follows does, says "
+            "`reads_statistics = True`"
+        )
     raise LockstepError(
         f"the ranks have parted: after step {steps_done}, {name} on {places}{more} is not that of rank 0; the model, "
-        f"the loss or an observer changes it by what one rank alone sees. Nothing of this is saved. To see at which "
-        f"step it begins, compare with a run on one process: `python -m trainer compare`"
+        f"the loss or an observer changes it by what one rank alone sees{advice}. Nothing of this is saved. To see "
+        f"at which step it begins, compare with a run on one process: `python -m trainer compare`"
     )
 
 

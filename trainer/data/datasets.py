@@ -19,7 +19,7 @@ import torch
 from trainer.config.registry import build, resolve
 from trainer.config.schema import DataConfig
 from trainer.data.folder import image_folders
-from trainer.data.parts import check_part, class_names
+from trainer.data.parts import check_part, shared_class_names
 from trainer.errors import ConfigError, DataError, UnreadableError, may_pass
 from trainer.exact.seeding import numpy_generator
 
@@ -269,7 +269,7 @@ def _imported(
     check_part(section.name, "training", train)
     if val is not None:
         check_part(section.name, "validation", val)
-    return Datasets(train, val, class_names(train), section.name)
+    return Datasets(train, val, shared_class_names(train, val), section.name)
 
 
 def _imported_parts(

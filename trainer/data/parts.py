@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from trainer.data.conversion import target_key
+from trainer.data.names import normal_form
 from trainer.errors import ConfigError, DataError, config_error
 
 
@@ -22,6 +23,24 @@ def class_names(dataset: Any) -> list[str] | None:
     if not isinstance(names, list | tuple) or not names:
         return None
     return list(names) if all(isinstance(name, str) for name in names) else None
+
+
+def shared_class_names(train: Any, val: Any) -> list[str] | None:
+    """The names of the training data's classes.
+
+    Raises `ConfigError` if the validation data give one id another name: their labels would be read as other classes.
+    """
+    names, names_of_val = class_names(train), class_names(val)
+    for number, (name, other) in enumerate(
+        zip(names or [], names_of_val or [], strict=False)
+    ):
+        if normal_form(name) != normal_form(other):
+            raise ConfigError(
+                "data.name",
+                f'class {number} is "{name}" in the training data and "{other}" in the validation data; give both one '
+                f"list `classes`, and targets by it",
+            )
+    return names
 
 
 def check_part(source: str, part: str, data: Any, key: str = "data.name") -> None:

@@ -56,6 +56,12 @@ class Buffer:
         """True for what can be made again, such as a table of positions, once it has another shape."""
         return not self.is_saved and not self._fits()
 
+    def adopt(self) -> None:
+        """Between steps: the tensor that is there now is the buffer's own; DDP's preparation may have put it there."""
+        present = self._present()
+        if present is not None and self._fits():
+            self.tensor = present
+
     def take_back(self) -> Tensor | None:
         """Put the buffer's own tensor back where forward has put another; returns that other one.
 
@@ -165,6 +171,8 @@ class MovingBuffers:
             return
         self._is_first_forward = True
         self._start = None
+        for buffer in self._candidates:
+            buffer.adopt()
         first, end = step.ranks[self._ranks.rank]
         if self._is_first_step:
             self._start = Copies(self._candidates)
@@ -212,6 +220,7 @@ class MovingBuffers:
         late = [buffer for buffer in self._still if buffer.name in names]
         self._still = [buffer for buffer in self._still if buffer.name not in names]
         self.moving += late
+        keep_objects(late)
         if late:
             self._ranks.broadcast_together([buffer.tensor for buffer in late], 0)
         return names

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trainer.core.proof.compare import gradients_of
@@ -24,6 +25,8 @@ REMEDY_OF_ATTRIBUTE = (
     "keep it in a buffer (register_buffer), which every micro-batch finds as the step began with it, or change it "
     "after the step, in an observer"
 )
+# What a step may do to a weight. At the run's start a teacher is a copy of its student, and to follow moves nothing.
+NUDGE = 1.01
 REMEDY_OF_PARAMETER = "change it after the step, in an observer, or make it a buffer"
 
 
@@ -34,6 +37,7 @@ def check_moved(trial: Trial) -> list[Finding]:
         return []  # one process runs it, and no other number can
     whole = ModelAndLoss(run.module, run.task)
     with without_trace(run, weights=True):
+        _nudge(whole)
         states = [ModuleState(run.module), ModuleState(run.task)]
         before = _run(trial)
         changed = dict.fromkeys(states[0].changes())
@@ -61,6 +65,14 @@ def check_moved(trial: Trial) -> list[Finding]:
             _finding("writes parameters:", moved_parameters, REMEDY_OF_PARAMETER)
         )
     return findings
+
+
+@torch.no_grad()
+def _nudge(whole: ModelAndLoss) -> None:
+    """Change all trained parameters a little, as a step would."""
+    for parameter in whole.parameters():
+        if parameter.requires_grad:
+            parameter.mul_(NUDGE)
 
 
 def _run(trial: Trial) -> dict[str, Tensor | None]:

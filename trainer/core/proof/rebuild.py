@@ -74,13 +74,29 @@ def check_rebuild(trial: Trial) -> list[Finding]:
 
 def _copy(trial: Trial) -> Copy:
     run = trial.run
-    model, loss = deepcopy((run.module, run.task))
+    memo: dict[int, Any] = {}
+    for module in (run.module, run.task):
+        memo |= _computed_tensors(module)
+    model, loss = deepcopy((run.module, run.task), memo)
     optimizer = build_optimizer(
         run.config.optimizer, model, head=run.config.model.head, loss=loss
     )
     forward = Forward(loss, run.precision, run.ranks.device, run.config.run.seed)
     moving = other_buffers(ModelAndLoss(model, loss))
     return Copy(model, loss, optimizer, forward, LossState(model, loss), moving)
+
+
+def _computed_tensors(module: nn.Module) -> dict[int, Tensor]:
+    """Copies, by the originals' `id`, of what deepcopy refuses: parts of a graph, such as the weight of `weight_norm`.
+
+    The next forward computes them anew.
+    """
+    copies = {}
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                copies[id(value)] = value.detach().clone()
+    return copies
 
 
 def _step(trial: Trial, copy: Copy, number: int) -> None:
