@@ -96,6 +96,8 @@ def array_as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
 
 def target_as_tensor(value: Any) -> Any:
     """A PIL image (a mask) `(H, W)` or a NumPy array as a tensor, its numbers as they are. Anything else as it is."""
+    if isinstance(value, int | Tensor):
+        return value
     if is_pil(value):
         # The values of a palette image are class ids.
         tensor = _pil_as_tensor(value.convert("L") if value.mode == "1" else value)

@@ -109,7 +109,9 @@ class KeyedDataset(Dataset[Any]):
         if self.at_sample is not None:
             self.at_sample(sample_id)
         try:
-            image, target = self._transformed(*self.pair(sample_id), sample_id)
+            image, target = self.pair(sample_id)
+            if self._transform is not None:
+                image, target = self._transformed(image, target, sample_id)
             return input_as_tensor(image), target_as_tensor(target)
         except DataError:
             raise
@@ -124,18 +126,21 @@ class KeyedDataset(Dataset[Any]):
 
     def pair(self, sample_id: int) -> tuple[Any, Any]:
         """A sample's input and target as the data set gives them. Draws from what generators are there."""
-        return as_pair(self.dataset[sample_id], f"{self._purpose} sample {sample_id}")
+        sample = self.dataset[sample_id]
+        # Nearly every sample is one, and nothing more is to be found out about it.
+        if type(sample) is tuple and len(sample) == 2:
+            return sample
+        return as_pair(sample, f"{self._purpose} sample {sample_id}")
 
     def _transformed(self, image: Any, target: Any, sample_id: int) -> tuple[Any, Any]:
-        if self._transform is None:
-            return image, target
-        name = self.name(sample_id)
+        assert self._transform is not None
         try:
             return self._transform(image, target)
         except DataError as error:
-            raise DataError(f"{name}: {error}") from None
+            raise DataError(f"{self.name(sample_id)}: {error}") from None
         except Exception as error:
             # Anything: transforms are other people's code.
+            name = self.name(sample_id)
             reason = f"{type(error).__name__}: {error} ({_last_line(error)})"
             message = f"{name}: {self._transforms_key} failed with {reason}"
             raise data_error(message, error) from error
