@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.resnet import resnet18
 from benchmarks.step_time import machine
-from benchmarks.subjects import noise, resnet18, settings
+from benchmarks.subjects import noise, settings
 from benchmarks.timing import LOCKSTEP, InterleavedTrainer, Loop, Rounds, quartiles
 from trainer import Trainer
 from trainer.components.models import small_cnn
@@ -53,7 +54,9 @@ SUBJECTS = (
         32,
         10,
     ),
-    Subject("ResNet-18, 64 = 8 × 8 images of 64 × 64", resnet18, 8, 8, 64, 2),
+    Subject(
+        "ResNet-18, 64 = 8 × 8 images of 64 × 64", lambda: resnet18(10), 8, 8, 64, 2
+    ),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -34,6 +35,10 @@ from tests.test_configs import image_folder
 from trainer.exact.refused import RefusedOperations
 
 ROOT = Path(__file__).parents[1]
+
+MODULES = sorted(
+    path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "__init__"
+)
 
 LOOPS = [
     "raw",
@@ -480,3 +485,9 @@ def test_scale_names_the_runs_that_differ() -> None:
         False,
         "DIFFERENT from line 1: line 3 in its rows",
     )
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_benchmark_can_be_imported(name: str) -> None:
+    module = importlib.import_module(f"benchmarks.{name}")
+    assert module.__doc__
