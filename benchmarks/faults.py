@@ -16,7 +16,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.processes import free_port, rank_variables
 from benchmarks.step_time import machine
 
 ROOT = Path(__file__).parents[1]
@@ -175,9 +175,7 @@ def run(
     program: Sequence[str], directory: Path, *, processes: int, case: Case | None
 ) -> End:
     """Start the run, do to it what `case` says, and wait for its end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     errors = directory / "stderr"
     command = [sys.executable, *program, f"run.dir={directory}", *SETTINGS]
     with errors.open("w") as file:
@@ -210,15 +208,7 @@ def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     if processes == 1:
         return environment
-    return {
-        **environment,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    return environment | rank_variables(rank, processes, port)
 
 
 def send_signal(

@@ -49,9 +49,7 @@ def on_processes(
 
     `function` and what it takes and gives must be picklable. What the processes print is not shown, unless one fails.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = _context()
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
     processes = [
@@ -76,6 +74,27 @@ def on_processes(
         if isinstance(outcome, str):
             raise RuntimeError(f"one of {count} processes failed: {outcome}")
     return [outcome and outcome[0] for outcome in outcomes]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def rank_variables(rank: int, count: int, port: int) -> dict[str, str]:
+    """What a launcher on this machine puts into the environment of a rank; the ranks meet at `port`."""
+    numbers = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_PORT": port,
+    }
+    variables = {name: str(number) for name, number in numbers.items()}
+    return variables | {"MASTER_ADDR": "127.0.0.1"}
 
 
 def _received(receiver: Connection, deadline: float) -> Any:
@@ -106,14 +125,7 @@ def _as_rank(
         os.environ["ACCELERATE_USE_CPU"] = "true"
     if count > 1:
         local = rank if device == "cpu" else 0  # of one GPU each rank is the first
-        numbers = {
-            "RANK": rank,
-            "LOCAL_RANK": local,
-            "WORLD_SIZE": count,
-            "LOCAL_WORLD_SIZE": count,
-        }
-        os.environ |= {name: str(number) for name, number in numbers.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= rank_variables(rank, count, port) | {"LOCAL_RANK": str(local)}
         if device != "cpu":
             # NCCL refuses two processes on one GPU.
             torch.distributed.init_process_group("gloo")
