@@ -61,7 +61,8 @@ def test_an_epoch_that_ends_with_a_single_sample(tmp_path: Path, ranks: int) -> 
 def test_a_run_that_ends_before_the_single_sample_goes_on(tmp_path: Path) -> None:
     settings = config(tmp_path, train__max_steps=2)
     data = Points(57, ignored=False)
-    Trainer(settings, model=net_that_needs_two(), train_data=data).fit()
+    summary = Trainer(settings, model=net_that_needs_two(), train_data=data).fit()
+    assert summary["steps"] == 2
 
 
 class WithAnOddImage(Images):
