@@ -5,9 +5,7 @@ All of it leaves no trace in the model or in random generators.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import nn
 
@@ -16,6 +14,7 @@ from trainer.core.observers import Stateful
 from trainer.core.proof.state import without_trace
 from trainer.errors import ConfigError
 from trainer.exact.plan import Step
+from trainer.process.machine import free_bytes
 from trainer.storage.run_directory import run_path
 from trainer.storage.stateful import split_state
 
@@ -77,22 +76,15 @@ def check_disk(run: Run) -> None:
 
 def _check_disk(run: Run) -> None:
     directory = run_path(run.config.run)
-    free = shutil.disk_usage(_existing_parent(directory)).free
+    free = free_bytes(directory)
     # An optimizer's state and the best model come on top, so a run may still fill the disk.
     needed = _bytes_of(run.module)
-    if free < needed:
+    if free is not None and free < needed:
         raise ConfigError(
             "run.dir",
             f"the disk of {directory} has {free / 1e6:,.1f} MB free, and the weights of one checkpoint alone take "
             f"{needed / 1e6:,.1f} MB; free some space, or name a directory on another disk",
         )
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _bytes_of(module: nn.Module) -> int:

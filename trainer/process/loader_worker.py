@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from trainer.process.parent import end_with_parent
 from trainer.process.stacks import is_library, short_path
 
 # Sent by the rank to a loader process, which then writes its stack.
@@ -22,7 +22,6 @@ STACKS = "lockstep-stacks"  # the name of the memory that a loader process write
 SECONDS_TO_ANSWER = 0.5
 STACK_LINE = re.compile(r'File "(.*)", line (\d+) in (.*)')  # as faulthandler writes it
 LOADER_FUNCTION = "_worker_loop"  # of PyTorch's loader processes
-SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
 def begin_loader_process() -> None:
@@ -46,7 +45,7 @@ def _end_with_rank() -> None:
     """
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None, use_errno=True).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     rank = multiprocessing.parent_process()
     if rank is not None and not rank.is_alive():
         os._exit(1)  # it ended before the call

@@ -30,7 +30,8 @@ def describe_rank(device: torch.device, directory: Path) -> dict[str, Any]:
     values["memory"] = _device_memory(device)
     values["driver"] = _nvidia_driver()
     values["nccl"] = _nccl_version(device)
-    values["free_disk"] = _free_disk(directory)
+    free = free_bytes(directory)
+    values["free_disk"] = None if free is None else f"{free / GIB:.1f} GiB"
     return values
 
 
@@ -87,9 +88,9 @@ def _nccl_version(device: torch.device) -> str | None:
     return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
-def _free_disk(directory: Path) -> str | None:
-    """What is free where `directory` is, or will be once it is made."""
+def free_bytes(directory: Path) -> int | None:
+    """What is free on the disk where `directory` is, or will be once it is made."""
     for path in (directory, *directory.absolute().parents):
         if path.is_dir():
-            return f"{shutil.disk_usage(path).free / GIB:.1f} GiB"
+            return shutil.disk_usage(path).free
     return None

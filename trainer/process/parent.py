@@ -54,10 +54,10 @@ def end_with_launcher() -> None:
         _stop_this_process()
 
 
-def end_with_parent() -> None:
-    """Ask the kernel to send this process a SIGTERM when its parent ends. Does nothing except on Linux."""
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Ask the kernel to send this process a signal when its parent ends. Does nothing except on Linux."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+        ctypes.CDLL(None, use_errno=True).prctl(SET_PARENT_DEATH_SIGNAL, number)
 
 
 def _end_with_agent() -> None:
