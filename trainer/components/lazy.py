@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from trainer.errors import ConfigError
+from trainer.exact.modes import preserved_modes
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
 
 
@@ -21,9 +22,8 @@ def give_lazy_layers_sizes(model: nn.Module, inputs: Any, seed: int) -> None:
     tensors = [*model.parameters(), *model.buffers()]
     if not any(is_lazy(tensor) for tensor in tensors):
         return
-    was_training = model.training
     try:
-        with preserved_cpu_generators(), torch.no_grad():
+        with preserved_modes(model), preserved_cpu_generators(), torch.no_grad():
             seed_cpu(key(seed, "lazy weights"))
             model.eval()(tree_map(_as_model_takes_it, inputs))
     except Exception as error:
@@ -33,8 +33,6 @@ def give_lazy_layers_sizes(model: nn.Module, inputs: Any, seed: int) -> None:
             f"its lazy layers need a first input, and the model fails on the data's first sample "
             f"({type(error).__name__}: {error}); run the model once before it is passed, or give its layers sizes",
         ) from error
-    finally:
-        model.train(was_training)
 
 
 def _as_model_takes_it(value: Any) -> Any:

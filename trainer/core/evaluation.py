@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,32 +94,29 @@ class Evaluator:
         count = min(last - first + 1, SAMPLES_TO_REHEARSE, len(self._requests[0].ids))
         ids = np.linspace(first, last, count).astype(np.int64)
         task = self._forward.task
-        was_training = self._model.training
-        self._model.eval()
-        try:
+        with self._eval_mode():
             batch = self._loader.peek(ids)
             output, _ = self._forward(self._model, batch, None)
             with explained(task, "metric_sums", output, batch.targets):
                 task.metric_sums(output, batch.targets)
-        finally:
-            self._model.train(was_training)
 
     @torch.no_grad()
     def samples_not_finite(self) -> list[int]:
         """The samples of the first batch whose loss is not finite: those with such inputs, else all. A collective."""
-        was_training = self._model.training
-        self._model.eval()
-        found: list[int] = []
+        with self._eval_mode():
+            found = self._own_samples_not_finite()
+        return self._ranks.gather(found)
+
+    def _own_samples_not_finite(self) -> list[int]:
         for request in self._requests:
             batch = self._loader.peek(request.ids)
             _, loss = self._forward(self._model, batch, None)
             if not loss.total.isfinite():
-                count = len(request.ids)
-                rows = rows_not_finite((batch.inputs, batch.targets), count)
-                found = request.ids[rows or slice(None)].tolist()
-                break
-        self._model.train(was_training)
-        return self._ranks.gather(found)
+                values = (batch.inputs, batch.targets)
+                rows = rows_not_finite(values, len(request.ids))
+                samples: list[int] = request.ids[rows or slice(None)].tolist()
+                return samples
+        return []
 
     @torch.no_grad()
     def decisions(self) -> list[Decision]:
@@ -164,20 +162,8 @@ class Evaluator:
         self._features.clear()
 
     def _in_eval_mode(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
-        """Each batch with what it is run through: the model, or its head where the batch holds the features.
-
-        The model and the loss are in eval mode meanwhile, and afterwards each of their modules in the mode that it had.
-        """
-        task = self._forward.task
-        # A forward that moves buffers in eval mode, too, would move other ones on every rank.
-        whole = ModelAndLoss(self._model, task)
-        with (
-            preserved_modes(self._model),
-            preserved_modes(task),
-            preserved_buffers(whole),
-        ):
-            self._model.eval()
-            task.eval()
+        """Each batch with what it is run through: the model, or its head where the batch holds the features."""
+        with self._eval_mode():
             batches_of_features = self._features.batches()
             if batches_of_features is None:
                 yield from self._loaded_batches()
@@ -188,6 +174,21 @@ class Evaluator:
                 ):
                     activity.mark(EVALUATING)
                     yield request, head, batch
+
+    @contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        """A context with model and loss in eval mode; afterwards each of their modules is in the mode that it had."""
+        task = self._forward.task
+        # A forward that moves buffers in eval mode, too, would move other ones on every rank.
+        whole = ModelAndLoss(self._model, task)
+        with (
+            preserved_modes(self._model),
+            preserved_modes(task),
+            preserved_buffers(whole),
+        ):
+            self._model.eval()
+            task.eval()
+            yield
 
     def _loaded_batches(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
         if self._batches is None:

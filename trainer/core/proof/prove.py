@@ -27,6 +27,7 @@ from trainer.core.proof.state import without_trace
 from trainer.core.proof.trial import MICRO_BATCHES, Trial
 from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError
+from trainer.exact.modes import preserved_modes
 
 
 class Check(NamedTuple):
@@ -129,13 +130,9 @@ def prove(
 
 @contextmanager
 def _in_training_mode(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.train()
-    try:
+    with preserved_modes(module):
+        module.train()
         yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def _try(trial: Trial, time_limit: float) -> Proof:
