@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class LockstepError(Exception):
@@ -68,6 +68,13 @@ class Stopped(LockstepError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def listed(items: Sequence[str], most: int) -> str:
+    """`a, b and 3 more`: the first items, at most `most`, and how many others there are."""
+    more = len(items) - most
+    others = f" and {more} more" if more > 0 else ""
+    return ", ".join(items[:most]) + others
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

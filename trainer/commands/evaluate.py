@@ -34,13 +34,13 @@ def main(arguments: list[str]) -> None:
     from trainer.storage import checkpoint, signature
     from trainer.storage.shared_config import read_config_on_all, read_on_main
 
-    def check() -> Config:
+    def read() -> Config:
         imports = ("model", "data", "loss")
         return read_trusted_config(
             options.run, options.overrides, options.trust, imports=imports
         )
 
-    config = read_config_on_all(options.run, options.overrides, check)
+    config = read_config_on_all(options.run, options.overrides, read)
     trained_on = read_on_main(
         lambda: signature.read(checkpoint.best_directory(options.run))
     )

@@ -15,26 +15,12 @@ from trainer.core.build import Run
 from trainer.core.forward import Forward
 from trainer.core.metrics import Meter
 from trainer.core.proof.state import without_trace
-from trainer.exact.determinism import refused_operation
 
 FEW = 4  # samples: what does not fit does not fit for four
 
 
 def check_first_forward(run: Run) -> None:
-    """Raise `ConfigError` or `DataError` where the first samples, the model and the task do not fit together.
-
-    Raises `LockstepError` for an operation that the device refuses.
-    """
-    try:
-        _check(run)
-    except RuntimeError as error:
-        cause = refused_operation(error)
-        if cause is None:
-            raise
-        raise cause from None
-
-
-def _check(run: Run) -> None:
+    """Raise `ConfigError` or `DataError` where the first samples, the model and the task do not fit together."""
     ids = run.plan.sample_ids(run.plan.step(0), 0)
     try:
         _run(run, ids[:FEW])

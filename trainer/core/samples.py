@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from trainer.data.names import printable
+from trainer.errors import listed
+
 NAMED_SAMPLES = 8
 
 
@@ -24,10 +27,7 @@ def rows_not_finite(values: Any, count: int) -> list[int]:
 def name_samples(dataset: Any, ids: list[int]) -> str:
     """Some sample ids, with their files where the data set has `paths`."""
     paths = getattr(dataset, "paths", None)
-    names = []
-    for sample_id in ids[:NAMED_SAMPLES]:
-        names.append(
-            str(sample_id) if paths is None else f"{sample_id} ({paths[sample_id]})"
-        )
-    more = len(ids) - NAMED_SAMPLES
-    return ", ".join(names) + (f" and {more} more" if more > 0 else "")
+    names = [str(sample_id) for sample_id in ids]
+    if paths is not None:
+        names = [f"{i} ({printable(str(paths[i]))})" for i in ids]
+    return listed(names, NAMED_SAMPLES)

@@ -19,7 +19,7 @@ from trainer.data.normalize import Normalize
 from trainer.data.samples import Ids, KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
 from trainer.data.workers import load_in_workers
-from trainer.errors import DataError
+from trainer.errors import DataError, listed
 from trainer.exact.plan import IndexRange, Plan, Step, split_evenly
 from trainer.exact.seeding import preserved_cpu_generators
 from trainer.exact.structures import tensors_in
@@ -225,9 +225,7 @@ class TrainLoader:
             return ""
         step, (first, end) = self._awaited
         ids = self._plan.sample_ids(step, first, end).tolist()
-        names = ", ".join(self._name_sample(sample) for sample in ids[:NAMED_SAMPLES])
-        more = len(ids) - NAMED_SAMPLES
-        return names + (f" and {more} more" if more > 0 else "")
+        return listed([self._name_sample(sample) for sample in ids], NAMED_SAMPLES)
 
     def _requests(self, first_step: int) -> Iterator[Request]:
         for step in self._plan.steps(first_step):

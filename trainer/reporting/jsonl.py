@@ -22,7 +22,7 @@ class MetricsFile:
         # A crash may have left half a line, and rows after the checkpoint; both go. So does a damaged line, which
         # must not keep a run from going on.
         lines = _complete_lines(path)[:keep_rows] if path.exists() else []
-        lines = [line for line in lines if _is_row(line)]
+        lines = [line for line in lines if _parse(line) is not None]
         write_text(path, "".join(lines))
         self.rows = len(lines)
         self._file = path.open("a")
@@ -60,14 +60,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def readable_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, without those that are damaged."""
-    return [json.loads(line) for line in _complete_lines(path) if _is_row(line)]
+    rows = map(_parse, _complete_lines(path))
+    return [row for row in rows if row is not None]
 
 
-def _is_row(line: str) -> bool:
+def _parse(line: str) -> dict[str, Any] | None:
+    """The row of a line; None if it is damaged."""
     try:
-        return isinstance(json.loads(line), dict)
+        row = json.loads(line)
     except ValueError:
-        return False
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _complete_lines(path: Path) -> list[str]:

@@ -19,16 +19,23 @@ T = TypeVar("T")
 
 
 def read_config_on_all(
-    run: Path, overrides: Sequence[str], check: Callable[[], object]
+    run: Path, overrides: Sequence[str], read: Callable[[], Config]
 ) -> Config:
     """The config of a run, with overrides applied, on every rank: on several machines, as rank 0 reads it.
 
-    `check` raises if it must not be used; on several machines rank 0 alone calls it. A collective on several machines.
-    Raises `ConfigError` if `run` is not a run directory.
+    `read` reads it here. On several machines rank 0 alone calls it, in a collective. Raises what `read` raises.
     """
-    text = read_on_main(lambda: _read_text(run, check))
-    if launcher.rank() == 0 or not _is_on_several_machines():
-        return read_config(run, overrides)
+    if not _is_on_several_machines():
+        return read()
+    configs: list[Config] = []  # of rank 0
+
+    def read_text() -> str:
+        configs.append(read())
+        return (run / CONFIG_FILE).read_text()
+
+    text = read_on_main(read_text)
+    if configs:
+        return configs[0]
     with TemporaryDirectory() as directory:
         copy = Path(directory)
         (copy / CONFIG_FILE).write_text(text)
@@ -50,9 +57,3 @@ def read_on_main(read: Callable[[], T]) -> T:
 
 def _is_on_several_machines() -> bool:
     return launcher.world_size() > launcher.local_world_size()
-
-
-def _read_text(run: Path, check: Callable[[], object]) -> str:
-    """The text of a config that can be read: what is wrong with it, rank 0 says."""
-    check()
-    return (run / CONFIG_FILE).read_text()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.core.proof.state import same_bits
+from trainer.errors import listed
 
 Tensors = Mapping[str, Tensor | None]
 NAMES_IN_A_MESSAGE = 3
@@ -23,10 +24,7 @@ class Difference:
     relative: float
 
     def __str__(self) -> str:
-        shown = ", ".join(self.names[:NAMES_IN_A_MESSAGE])
-        more = len(self.names) - NAMES_IN_A_MESSAGE
-        others = f" and {more} more" if more > 0 else ""
-        return f"{shown}{others}, {self.relative:.1g} relative"
+        return f"{listed(self.names, NAMES_IN_A_MESSAGE)}, {self.relative:.1g} relative"
 
 
 def gradients_of(module: nn.Module) -> dict[str, Tensor | None]:
@@ -42,19 +40,27 @@ def compare(
     A tolerance is for the norm of all tensors together: a tensor that is nothing but rounding has no digits to share.
     Results with a NaN or an infinity are not compared in this way.
     """
-    norms = {name: _norms(first[name], second[name]) for name in first}
-    total = math.sqrt(sum(size**2 for _, size in norms.values()))
-    distance = math.sqrt(sum(apart**2 for apart, _ in norms.values()))
-    relative = distance / total if total else 0.0
+    distances: dict[str, float] = {}
+    sizes = []
+    for name in first:
+        distances[name], size = _norms(first[name], second[name])
+        sizes.append(size)
+    total = math.hypot(*sizes)
+    relative = math.hypot(*distances.values()) / total if total else 0.0
     if tolerance is None:
-        names = [n for n in first if not _is_same(first[n], second[n])]
+        names = [name for name in first if not _is_same(first[name], second[name])]
         return Difference(names, relative) if names else None
     if not relative > tolerance:
         return None
-    bound = 0.1 * distance / math.sqrt(len(norms))
-    names = [name for name, (apart, _) in norms.items() if apart > bound]
-    names.sort(key=lambda name: -norms[name][0])
-    return Difference(names, relative)
+    return Difference(_farthest(distances), relative)
+
+
+def _farthest(distances: Mapping[str, float]) -> list[str]:
+    """The names of those that take part in the whole distance, the farthest first."""
+    whole = math.hypot(*distances.values())
+    bound = 0.1 * whole / math.sqrt(len(distances))
+    names = [name for name, distance in distances.items() if distance > bound]
+    return sorted(names, key=lambda name: -distances[name])
 
 
 def _norms(first: Tensor | None, second: Tensor | None) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from trainer.core.proof.compare import gradients_of
 from trainer.core.proof.finding import Finding
 from trainer.core.proof.state import ModuleState, same_bits, without_trace
 from trainer.core.proof.trial import Trial
+from trainer.errors import listed
 from trainer.exact.model_and_loss import LOSS_PREFIX, ModelAndLoss
 
 CHECK = "moved"
@@ -133,11 +134,9 @@ def _owner(whole: ModelAndLoss, name: str) -> tuple[nn.Module, str]:
 
 
 def _finding(verb: str, names: list[str], remedy: str) -> Finding:
-    shown = ", ".join(names[:NAMES_IN_A_MESSAGE])
-    more = len(names) - NAMES_IN_A_MESSAGE
-    others = f" and {more} more" if more > 0 else ""
+    shown = listed(names, NAMES_IN_A_MESSAGE)
     return Finding(
         CHECK,
-        f"a training forward {verb} {shown}{others}, once for every micro-batch of its own process",
+        f"a training forward {verb} {shown}, once for every micro-batch of its own process",
         remedy,
     )

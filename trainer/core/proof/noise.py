@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from trainer.core.proof.state import without_trace
 from trainer.core.proof.trial import Trial
+from trainer.errors import listed
 
 # Of the largest gradient of a layer's other parameters, in units of the dtype's rounding.
 NOISE = 100.0
@@ -31,11 +32,10 @@ def note_noise(trial: Trial) -> list[str]:
         names = noisy_parameters(trial.module)
     if not names:
         return []
-    shown = ", ".join(names[:NAMES_IN_A_MESSAGE])
-    more = f" and {len(names) - NAMES_IN_A_MESSAGE} more" if names[3:] else ""
+    shown = listed(names, NAMES_IN_A_MESSAGE)
     optimizer = type(trial.optimizer).__name__
     return [
-        f"the gradient of {shown}{more} is rounding noise, of which {optimizer} makes whole steps: on other "
+        f"the gradient of {shown} is rounding noise, of which {optimizer} makes whole steps: on other "
         f"hardware they end elsewhere, and nothing else does (bias=False before a BatchNorm avoids it)"
     ]
 

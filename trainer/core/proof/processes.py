@@ -19,7 +19,7 @@ from trainer.core.proof.compare import Difference, compare, gradients_of
 from trainer.core.proof.culprit import first_to_differ
 from trainer.core.proof.finding import Finding
 from trainer.core.proof.state import ModuleState, without_trace
-from trainer.core.proof.trial import Trial
+from trainer.core.proof.trial import Tolerances, Trial
 from trainer.exact.batch_norm import named_norm_layers
 from trainer.exact.bitwise import BitwiseReduction, Contribution
 from trainer.exact.plan import Step
@@ -29,10 +29,7 @@ from trainer.process.ranks import Ranks
 
 CHECK = "processes"
 RANKS = 2
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-TOLERANCE_WITH_AUTOCAST = 1e-2
-# A GPU's atomic additions come in any order.
-TOLERANCE_ON_GPU = 1e-4
+TOLERANCES = Tolerances(fp64=1e-12, fp32=1e-5, autocast=1e-2, on_gpu=1e-4)
 NAMES_IN_A_MESSAGE = 3
 
 
@@ -45,21 +42,10 @@ def check_processes(trial: Trial) -> list[Finding]:
     with without_trace(trial.run, weights=True) as states:
         of_one = _gradients(trial, 1, states)
         of_two = _gradients(trial, RANKS, states)
-        difference = compare(of_one, of_two, _tolerance(trial))
+        difference = compare(of_one, of_two, trial.tolerance(TOLERANCES))
         if difference is None:
             return []
         return [_explain(trial, difference, states)]
-
-
-def _tolerance(trial: Trial) -> float | None:
-    if trial.exact:
-        return None
-    precision = trial.run.precision
-    if precision.autocasts:
-        return TOLERANCE_WITH_AUTOCAST
-    tolerance = TOLERANCE[precision.dtype]
-    is_on_cpu = trial.run.ranks.device.type == "cpu"
-    return tolerance if is_on_cpu else max(tolerance, TOLERANCE_ON_GPU)
 
 
 # ---------------------------------------------------------------- the simulation

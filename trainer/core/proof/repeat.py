@@ -10,14 +10,11 @@ from trainer.core.proof.culprit import first_to_differ
 from trainer.core.proof.finding import Finding
 from trainer.core.proof.generators import describe, generators_in
 from trainer.core.proof.state import ModuleState, without_trace
-from trainer.core.proof.trial import Trial
+from trainer.core.proof.trial import Tolerances, Trial
 
 CHECK = "repeat"
-# Of the whole gradient. A GPU's atomic additions come in any order, and autocast keeps few digits; whoever draws other
-# numbers is far above.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-TOLERANCE_WITH_AUTOCAST = 2e-2
-TOLERANCE_ON_GPU = 1e-3
+# Of the whole gradient. Whoever draws other numbers is far above.
+TOLERANCES = Tolerances(fp64=1e-10, fp32=1e-4, autocast=2e-2, on_gpu=1e-3)
 REMEDY = (
     "draw from torch's, NumPy's or Python's global generator, which Lockstep seeds for each micro-batch, and let "
     "nothing else, such as the time, enter a forward"
@@ -33,7 +30,7 @@ def check_repeat(trial: Trial) -> list[Finding]:
         for state in states:
             state.restore()
         results_again = _run(trial, index)
-        difference = compare(results, results_again, _tolerance(trial))
+        difference = compare(results, results_again, trial.tolerance(TOLERANCES))
         if difference is None:
             return []
         for state in states:
@@ -57,17 +54,6 @@ def _run(trial: Trial, index: int) -> dict[str, Tensor | None]:
     for name, buffer in run.module.named_buffers():
         results[f"buffer {name}"] = buffer.clone()
     return results
-
-
-def _tolerance(trial: Trial) -> float | None:
-    if trial.exact:
-        return None
-    precision = trial.run.precision
-    if precision.autocasts:
-        return TOLERANCE_WITH_AUTOCAST
-    tolerance = TOLERANCE[precision.dtype]
-    is_on_cpu = trial.run.ranks.device.type == "cpu"
-    return tolerance if is_on_cpu else max(tolerance, TOLERANCE_ON_GPU)
 
 
 def _explain(

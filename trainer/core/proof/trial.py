@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +19,15 @@ from trainer.data.samples import Ids, MicroBatch
 from trainer.exact.plan import Step, split_evenly
 
 MICRO_BATCHES = 4  # of the step, that a check runs at most
+
+
+class Tolerances(NamedTuple):
+    """How far apart two results may be, relative to their norm, where not every bit must be equal."""
+
+    fp64: float
+    fp32: float
+    autocast: float  # which keeps few digits
+    on_gpu: float  # at least: atomic additions come in any order
 
 
 @dataclass
@@ -47,6 +57,18 @@ class Trial:
     def repeats_bits(self) -> bool:
         """True if a forward gives the same bits again. A GPU's atomic additions come in any order."""
         return self.exact or self.run.ranks.device.type == "cpu"
+
+    def tolerance(self, tolerances: Tolerances) -> float | None:
+        """The one that goes for this run; None if every bit must be equal."""
+        if self.exact:
+            return None
+        precision = self.run.precision
+        if precision.autocasts:
+            return tolerances.autocast
+        is_double = precision.dtype == torch.float64
+        tolerance = tolerances.fp64 if is_double else tolerances.fp32
+        is_on_cpu = self.run.ranks.device.type == "cpu"
+        return tolerance if is_on_cpu else max(tolerance, tolerances.on_gpu)
 
     @property
     def module(self) -> nn.Module:
