@@ -69,13 +69,12 @@ class CrossEntropy(Task):
 
     def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
         targets = self.convert_targets(output, targets)
-        scores, labels = _pixels_as_samples(output, targets)
+        scores, labels = output, targets
+        if output.dim() > 2:
+            scores, labels = _pixels_as_samples(output, targets)
+        ignored = NO_LABEL if self.ignore_index is None else self.ignore_index
         try:
-            total = self._total(
-                scores,
-                labels,
-                NO_LABEL if self.ignore_index is None else self.ignore_index,
-            )
+            total = self._total(scores, labels, ignored)
         except IndexError as error:
             # On the CPU only: a GPU reports a wrong label as a failed assertion.
             raise DataError(
@@ -99,17 +98,16 @@ class CrossEntropy(Task):
         # Probabilities: torch divides by the samples (pixels), weighted or not.
         if targets.is_floating_point():
             return targets.numel() // targets.shape[1]
+        class_weights = self.class_weights
         if self.ignore_index is None:
-            return (
-                targets.numel()
-                if self.class_weights is None
-                else self.class_weights[targets].sum()
-            )
+            if class_weights is None:
+                return targets.numel()
+            return class_weights[targets].sum()
         is_counted = targets != self.ignore_index
-        if self.class_weights is None:
+        if class_weights is None:
             return is_counted.sum()
         # Not `targets[is_counted]`: the length of a selection is known to the host only once the device is done.
-        weights = self.class_weights[targets.where(is_counted, 0)]
+        weights = class_weights[targets.where(is_counted, 0)]
         return weights.where(is_counted, 0).sum()
 
     def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, WeightedSum]:
@@ -168,11 +166,7 @@ def _pixels_as_samples(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 
     CUDA has no deterministic kernel for a negative log-likelihood of images, and has one for that of samples.
     """
-    if (
-        output.dim() < 3
-        or targets.is_floating_point()
-        or not torch.are_deterministic_algorithms_enabled()
-    ):
+    if targets.is_floating_point() or not torch.are_deterministic_algorithms_enabled():
         return output, targets
     if output.shape[:1] + output.shape[2:] != targets.shape:
         return output, targets  # torch says what does not fit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -48,9 +48,14 @@ class FiniteWatch:
         return self.leaves_out or self._run.precision.skips_overflow
 
     def mark(
-        self, step: int, losses: Iterable[Tensor], gradients: Iterable[Tensor]
+        self, step: int, losses: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> bool:
         """Note whether they are finite; returns `is_held_back`. A collective with `leaves_out`."""
+        # One operation for nearly every step; only a bad one is looked at more closely.
+        asks = self._asks_at_once and not self.leaves_out
+        if asks and self._flags.are_finite(losses, gradients):
+            self.is_held_back = False
+            return False
         of_loss, of_gradient = self._flags.mark(step, losses, gradients)
         if self.leaves_out:
             is_bad = bool(of_loss) or bool(of_gradient)

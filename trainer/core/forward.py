@@ -49,6 +49,8 @@ class Forward:
         self._seed_device = device_seeder(device)
         # (weight, samples) of the first micro-batch whose weight is an int.
         self._first_weight: tuple[int, int] | None = None
+        # The same of those that were checked: few, again and again.
+        self._checked_counts: set[tuple[int, int]] = set()
         self._has_tensor_weights: bool | None = None  # None: none seen
         # Of the model that is trained, known from the first forward on.
         self.host_draws: HostDraws | None = None
@@ -137,7 +139,7 @@ class Forward:
         Else the gradient would be a mean of means, and another one for each cut into micro-batches.
         """
         samples = count_samples(batch)
-        if samples is None:
+        if samples is None or (weight, samples) in self._checked_counts:
             return
         if self._first_weight is None and weight > 0:
             self._first_weight = weight, samples
@@ -149,6 +151,7 @@ class Forward:
                 f"{first_samples}; an int is a count that is the same for every sample: return the sum of the loss and "
                 f"the number of its targets, as a 0-dim tensor where it depends on the targets or their shapes",
             )
+        self._checked_counts.add((weight, samples))
 
     def _fuse(
         self,

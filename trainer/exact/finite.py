@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,11 +34,12 @@ class FiniteFlags:
         self._full: list[Tensor] = []
         self._steps: list[int] = []
         self._one = torch.ones(1, device=device)
+        self._any = torch.zeros(1, device=device)  # of one step, for `are_finite`
         # torch.amp's check is one operation for any number of tensors, on the devices that have it.
         self._has_fast_check = device.type in ("cpu", "cuda", "xpu")
 
     def mark(
-        self, step: int, losses: Iterable[Tensor], gradients: Iterable[Tensor]
+        self, step: int, losses: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Note whether they are finite; returns both flags, `(1,)` each: 1 if the loss, or the gradient, is not."""
         slot = len(self._steps) % CAPACITY
@@ -49,8 +50,16 @@ class FiniteFlags:
         of_loss: Tensor = self._cells[2 * slot]
         of_gradient: Tensor = self._cells[2 * slot + 1]
         self._check([loss.detach() for loss in losses], of_loss)
-        self._check(list(gradients), of_gradient)
+        self._check(gradients, of_gradient)
         return of_loss, of_gradient
+
+    def are_finite(self, losses: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+        """Whether all of them are, without a note of it. Waits for the device."""
+        self._check([*[loss.detach() for loss in losses], *gradients], self._any)
+        is_finite = not self._any.item()
+        if not is_finite:
+            self._any.zero_()
+        return is_finite
 
     def read(self) -> BadSteps:
         """The steps since the last read that were not finite. Waits for the device."""
@@ -68,7 +77,7 @@ class FiniteFlags:
         self._steps = []
         return bad
 
-    def _check(self, tensors: list[Tensor], flag: Tensor) -> None:
+    def _check(self, tensors: Sequence[Tensor], flag: Tensor) -> None:
         """Set `flag` to 1 if a value is not finite. The tensors are multiplied by 1 at most, which changes no bit."""
         if not tensors:
             return

@@ -194,11 +194,13 @@ class MovingBuffers:
             self._start.restore()
         self._is_first_forward = False
 
-    @torch.no_grad()
     def finish(self, step: Step) -> None:
         """After this rank's last micro-batch: what the step's last one left, on every rank. A collective."""
-        if not self._candidates:
-            return
+        if self._candidates:
+            self._finish(step)
+
+    @torch.no_grad()
+    def _finish(self, step: Step) -> None:
         if self._is_first_step and self._start is not None:
             self._note_moves(self._start)
             self._find_moving()
