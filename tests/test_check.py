@@ -37,4 +37,13 @@ def test_a_loss_that_is_no_number_is_an_error(tmp_path: Path) -> None:
         tmp_path, "train.precision=fp16", "data.mean=[1e-30]", "data.std=[1e-30]"
     )
     assert exploded.returncode == 1
-    assert "the loss of the first step is nan" in exploded.stderr
+    assert "the loss is not finite from step 1" in exploded.stderr
+
+
+def test_a_gradient_that_is_no_number_is_an_error(tmp_path: Path) -> None:
+    broken = check(
+        tmp_path, "loss.name=tests.unruly.InfiniteGradient", "best.metric=val/loss"
+    )
+    assert broken.returncode == 1
+    assert "the gradient is not finite from step 1" in broken.stderr
+    assert "Traceback" not in broken.stderr

@@ -108,6 +108,14 @@ def test_what_is_wrong_is_named(
     assert finding.remedy in str(error.value)
 
 
+def test_a_gradient_of_the_loss_alone_is_compared(tmp_path: Path) -> None:
+    trainer = new_trainer(tmp_path, mlp(), task=unruly.GrowingTemperature())
+    trainer.prove()
+    [finding] = trainer.proof.findings
+    assert finding.check == "processes"
+    assert "loss/bias" in finding.what
+
+
 def test_a_loss_that_draws_is_named(tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path, mlp(), task=unruly.NoisyLoss())
     trainer.prove()

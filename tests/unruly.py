@@ -199,6 +199,31 @@ class CarriedState(Recurrent):
         return self.last(hidden[:, -1])
 
 
+# ---------------------------------------------------------------- losses
+
+
+class GrowingTemperature(Task):
+    """Its own parameter alone is trained by what earlier micro-batches have left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(()))
+        self.calls = [0]
+
+    def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
+        self.calls[0] += 1
+        total = F.cross_entropy(output, targets, reduction="sum")
+        return WeightedSum(total + self.bias * self.calls[0], len(targets))
+
+
+class InfiniteGradient(Task):
+    """A finite loss whose gradient is not: the root of zero."""
+
+    def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
+        total = F.cross_entropy(output, targets, reduction="sum")
+        return WeightedSum(total + (output * 0).abs().sqrt().sum(), len(targets))
+
+
 # ---------------------------------------------------------------- data
 
 

@@ -9,12 +9,10 @@ is trained. Nothing is written.
 
 from __future__ import annotations
 
-import math
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 from trainer.commands.arguments import CommandParser, load_config
-from trainer.errors import LockstepError
 from trainer.process.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -72,17 +70,13 @@ def main(arguments: list[str]) -> None:
 
 
 def _train_first_step(trainer: Trainer) -> Row:
-    """The row that the first step would log. Raises `LockstepError` if its loss is not finite."""
+    """The row that the first step would log. Raises `LockstepError` if its loss or gradient is not finite."""
     step = trainer.plan.step(0)
     trainer.start()
     try:
         trainer.train_step(step)
         row = trainer.measure(step)
+        trainer.finite.check(trainer.progress, saved_step=None, directory=None)
     finally:
         trainer.end_loading()
-    loss = row.get("train/loss", 0.0)  # absent if every target was ignored
-    if not math.isfinite(loss):
-        raise LockstepError(
-            f"the loss of the first step is {loss}; `python -m trainer explain` takes the step apart"
-        )
     return row

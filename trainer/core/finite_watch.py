@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -47,9 +46,7 @@ class FiniteWatch:
         """True where steps may be left out, and rows count them."""
         return self.leaves_out or self._run.precision.skips_overflow
 
-    def mark(
-        self, step: int, losses: Sequence[Tensor], gradients: Sequence[Tensor]
-    ) -> bool:
+    def mark(self, step: int, losses: list[Tensor], gradients: list[Tensor]) -> bool:
         """Note whether they are finite; returns `is_held_back`. A collective with `leaves_out`."""
         # One operation for nearly every step; only a bad one is looked at more closely.
         asks = self._asks_at_once and not self.leaves_out

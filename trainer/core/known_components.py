@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -158,8 +159,9 @@ def _is_builder(target: Any) -> bool:
 
 
 def _is_timm_builder(target: Callable[..., Any]) -> bool:
-    import timm  # type: ignore[import-not-found]
-
+    timm = import_module(
+        "timm"
+    )  # may be installed or not, also where types are checked
     if target is timm.create_model:
         return True
     name = target.__name__

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.core.build import Run
 from trainer.core.samples import name_samples, rows_not_finite
 from trainer.errors import LockstepError
-from trainer.exact.batch_norm import named_norm_layers
 from trainer.exact.finite import BadSteps, first_not_finite
+from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Step
 
 # Of a step: reading them again is not to take longer than the step itself took.
@@ -83,14 +83,14 @@ def validation_not_finite(run: Run, loss: float) -> LockstepError:
 
 
 def refuse_not_finite(
-    module: nn.Module, optimizer_state: dict[str, Tensor], step: int
+    whole: ModelAndLoss, optimizer_state: dict[str, Tensor], step: int
 ) -> None:
     """Raise `LockstepError` if weights, norm layers' statistics or the optimizer's state are not finite. Waits.
 
     Other buffers may hold infinities, as an attention mask does.
     """
-    tensors = dict(module.named_parameters()) | optimizer_state
-    for name, layer in named_norm_layers(module):
+    tensors = dict(whole.named_parameters()) | optimizer_state
+    for name, layer in whole.named_norm_layers():
         for key, buffer in layer.named_buffers(recurse=False):
             tensors[f"{name}.{key}"] = buffer
     found = first_not_finite(tensors)

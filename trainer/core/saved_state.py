@@ -41,7 +41,7 @@ class SavedState:
         """
         config: Config = self._run.config
         tensors, numbers = named_state(self._optimizer, self._whole)
-        refuse_not_finite(self._run.module, tensors, progress.step)
+        refuse_not_finite(self._whole, tensors, progress.step)
         further = self._further()
         if further:
             states = states | {FURTHER: further}

@@ -115,7 +115,8 @@ def _gif_size(data: memoryview) -> tuple[int, int]:
     from PIL.GifImagePlugin import GifImageFile
 
     try:
-        with GifImageFile(io.BytesIO(data)) as image:
+        image = GifImageFile(io.BytesIO(data))
+        with image:
             size, images = image.size, image.n_frames
     except Exception as error:
         # Anything: see `_decode_by_pillow`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,7 +38,7 @@ class FiniteFlags:
         self._has_fast_check = device.type in ("cpu", "cuda", "xpu")
 
     def mark(
-        self, step: int, losses: Sequence[Tensor], gradients: Sequence[Tensor]
+        self, step: int, losses: list[Tensor], gradients: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Note whether they are finite; returns both flags, `(1,)` each: 1 if the loss, or the gradient, is not."""
         slot = len(self._steps) % CAPACITY
@@ -53,7 +52,7 @@ class FiniteFlags:
         self._check(gradients, of_gradient)
         return of_loss, of_gradient
 
-    def are_finite(self, losses: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+    def are_finite(self, losses: list[Tensor], gradients: list[Tensor]) -> bool:
         """Whether all of them are, without a note of it. Waits for the device."""
         self._check([*[loss.detach() for loss in losses], *gradients], self._any)
         is_finite = not self._any.item()
@@ -77,7 +76,7 @@ class FiniteFlags:
         self._steps = []
         return bad
 
-    def _check(self, tensors: Sequence[Tensor], flag: Tensor) -> None:
+    def _check(self, tensors: list[Tensor], flag: Tensor) -> None:
         """Set `flag` to 1 if a value is not finite. The tensors are multiplied by 1 at most, which changes no bit."""
         if not tensors:
             return

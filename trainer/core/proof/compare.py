@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trainer.core.proof.state import same_bits
 from trainer.errors import listed
+from trainer.exact.model_and_loss import ModelAndLoss
 
 Tensors = Mapping[str, Tensor | None]
 NAMES_IN_A_MESSAGE = 3
@@ -27,9 +28,13 @@ class Difference:
         return f"{listed(self.names, NAMES_IN_A_MESSAGE)}, {self.relative:.1g} relative"
 
 
-def gradients_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The gradient of each trained parameter, by name."""
-    return {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+def gradients_of(model: nn.Module, loss: nn.Module) -> dict[str, Tensor | None]:
+    """The gradient of each trained parameter of both, by name."""
+    gradients = {}
+    for name, parameter in ModelAndLoss(model, loss).named_parameters():
+        if parameter.requires_grad:
+            gradients[name] = parameter.grad
+    return gradients
 
 
 def compare(

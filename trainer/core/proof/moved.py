@@ -83,7 +83,7 @@ def _run(trial: Trial) -> dict[str, Tensor | None]:
         module.zero_grad()
     total, _ = trial.forward_and_backward(trial.own_index)
     results: dict[str, Tensor | None] = {"the loss": total.detach().clone()}
-    results |= gradients_of(run.module)
+    results |= gradients_of(run.module, run.task)
     return {name: None if t is None else t.clone() for name, t in results.items()}
 
 

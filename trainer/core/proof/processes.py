@@ -70,7 +70,7 @@ def _gradients(
             loss=run.task,
         )
         _run_share(trial, reduction, step, rank)
-    gradients = gradients_of(run.module)
+    gradients = gradients_of(run.module, run.task)
     _begin_again(trial, states)
     return gradients
 

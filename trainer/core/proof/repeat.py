@@ -48,9 +48,7 @@ def _run(trial: Trial, index: int) -> dict[str, Tensor | None]:
         "the loss": total.detach().clone(),
         "the loss's weight": torch.as_tensor(weight).clone(),
     }
-    results |= gradients_of(run.module)
-    for name, gradient in gradients_of(run.task).items():
-        results[f"loss.{name}"] = gradient
+    results |= gradients_of(run.module, run.task)
     for name, buffer in run.module.named_buffers():
         results[f"buffer {name}"] = buffer.clone()
     return results
