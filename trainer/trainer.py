@@ -46,6 +46,7 @@ from trainer.core.stateful import (
 )
 from trainer.core.try_out import explained, try_out
 from trainer.data.datasets import MapDataset
+from trainer.data.left_out import train_loader
 from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.exact.bitwise import BitwiseReduction
@@ -68,7 +69,7 @@ from trainer.reporting import summary as report
 from trainer.reporting.figures import drawing
 from trainer.reporting.journal import Journal
 from trainer.reporting.wandb.histograms import HistogramObserver
-from trainer.storage import checkpoint
+from trainer.storage import bad_samples, checkpoint
 from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.data_record import DataRecord, check_same_data, record_data
 from trainer.storage.digest import digest, hexadecimal
@@ -205,6 +206,7 @@ class Trainer:
                 Journal(self.config, self.ranks) as self._journal,
             ):
                 activity.directory = self._journal.directory
+                self._list_bad_samples_in(self._journal)
                 self._resume(self._journal.resume_from)
                 if is_resumed:
                     self.prove()  # on the samples of its next step
@@ -216,6 +218,13 @@ class Trainer:
                 finally:
                     activity.leave(sys.exception())
                     self.end_loading()
+
+    def _list_bad_samples_in(self, journal: Journal) -> None:
+        """Write those that are found from now on into the run's directory, before they are left out."""
+        quarantine = self.run.quarantine
+        if quarantine is not None:
+            quarantine.file = str(journal.directory / bad_samples.FILE)
+            quarantine.keep = partial(journal.bad_samples, quarantine)
 
     def _position(self) -> tuple[int, int]:
         return self.fuse, self.progress.step + 1
@@ -323,8 +332,13 @@ class Trainer:
 
     def load_from(self, steps_done: int) -> None:
         """Load the samples of the step after `steps_done` next."""
-        self._batches = TrainLoader(
-            self.run.train_loader, self.plan, self.ranks.rank, steps_done, self.fuse
+        self._batches = train_loader(
+            self.run.train_loader,
+            self.plan,
+            self.ranks.rank,
+            steps_done,
+            fuse=self.fuse,
+            quarantine=self.run.quarantine,
         )
 
     @property
@@ -380,6 +394,10 @@ class Trainer:
         if step.first_in_epoch:
             self._freeze(step.epoch)
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
+        step = self.batches.prepare(step)
+        if not step.size:
+            self._pass_over(step)
+            return
 
         undo = self._undo_of_step() if self.finite.leaves_out else None
         reduction.begin(step)
@@ -415,6 +433,12 @@ class Trainer:
         self.progress.samples_seen += step.size
         if self._statistics_are_read:
             reduction.gather_statistics()
+        self.observers.step(step)
+
+    def _pass_over(self, step: Step) -> None:
+        """A step of which no sample can be read changes nothing but the run's position."""
+        self.grad_norm = None
+        self.progress.step = step.number
         self.observers.step(step)
 
     def _undo_of_step(self) -> Callable[[], None]:
@@ -457,12 +481,17 @@ class Trainer:
         if self.grad_norm is not None:
             row["grad_norm"] = self.grad_norm.item()
         row |= skipped
+        row |= self._count_quarantined()
         row |= self.stopwatch.pace(
             self.progress.samples_seen, self.batches.take_waited()
         )
         self.epoch_totals.add(self.interval_totals)
         self.interval_totals = Totals()
         return row
+
+    def _count_quarantined(self) -> Row:
+        quarantine = self.run.quarantine
+        return {} if quarantine is None else {"quarantined": len(quarantine)}
 
     def log(self, step: Step) -> None:
         """Log a row. Raises `LockstepError` if a loss or a gradient since the last row is not finite."""
@@ -507,6 +536,7 @@ class Trainer:
             row |= _with_prefix("val/", self.evaluate())
             activity.mark(LOGGING)
         row |= learning_rates(self.optimizer)
+        row |= self._count_quarantined()
         self.observers.row(row)
         is_best = self._save_if_best(row)
         if self.progress.best is not None:
@@ -584,6 +614,8 @@ class Trainer:
         self.progress.interval = self.interval_totals.sums
         self.progress.epoch = self.epoch_totals.sums
         self.progress.scaler = self.run.precision.state()
+        if self.run.quarantine is not None:
+            self.progress.bad_samples = bad_samples.to_rows(self.run.quarantine.samples)
         states = read_states(self._stateful_objects(), self.ranks)
         self._tell_late_buffers()
         self.ranks.on_main(lambda: self._write_checkpoint(states))
@@ -623,6 +655,7 @@ class Trainer:
         )
         self.resume_notes += notes
         self.restore(content)
+        self.take_over_bad_samples(self.journal.directory)
         self.ranks.on_main(
             lambda: checkpoint.restore_best(
                 self.journal.directory, content.progress.best_step
@@ -646,6 +679,11 @@ class Trainer:
         self._further_restored, states = self.saved_state.restore(content)
         self.progress = content.progress
         self._saved_step = content.progress.step
+        if self.run.quarantine is not None:
+            self.run.quarantine.step = self.progress.step
+            self.run.quarantine.take_over(
+                bad_samples.from_rows(self.progress.bad_samples)
+            )
         self.interval_totals = Totals(content.progress.interval)
         self.epoch_totals = Totals(content.progress.epoch)
         self.schedule = self._build_schedule()
@@ -664,6 +702,17 @@ class Trainer:
             history=self.progress.history,
             steps_done=self.progress.step,
         )
+
+    def take_over_bad_samples(self, directory: Path) -> None:
+        """Leave out what the run in `directory` found to be bad after its checkpoint, from the same steps on.
+
+        A collective; only the main process reads.
+        """
+        quarantine = self.run.quarantine
+        if quarantine is not None:
+            quarantine.take_over(
+                self.ranks.on_main(lambda: bad_samples.read(directory))
+            )
 
     def _epoch_to_go_on_in(self) -> int:
         """The epoch of the next step; that of the last one where its epoch has not ended yet."""

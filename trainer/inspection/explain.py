@@ -123,6 +123,7 @@ class Dissection:
         step = trainer.plan.step(0)
         trainer.start()
         first = self._run(step)
+        step = trainer.run.remaining(step)
         return {
             "config": config.run.name,
             "model": config.model.name,

@@ -1,0 +1,294 @@
+"""Loading with `data.bad_samples=quarantine`: micro-batches without the samples that cannot be read.
+
+What a rank cannot read is known once its micro-batches are loaded. So those of a whole step are loaded before it
+begins, and the ranks agree on what is left out of it. Their hosts wait for one another then, their devices never.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from time import perf_counter
+
+import numpy as np
+
+from trainer.data.bad_samples import BadSample, Quarantine
+from trainer.data.loading import Loader, TrainLoader, step_requests
+from trainer.data.samples import Ids, Loaded, MicroBatch, Request
+from trainer.exact.plan import Plan, Step
+from trainer.exact.remaining import remaining_step
+from trainer.process.activity import COMPUTING, LOADING, activity
+
+Key = tuple[tuple[int, ...], int]  # the ids of a loaded micro-batch, and `fused`
+
+
+class RemainingTrainLoader(TrainLoader):
+    """As `TrainLoader`, without bad samples. `prepare` loads all of this rank's micro-batches of a step."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        plan: Plan,
+        rank: int,
+        first_step: int,
+        *,
+        fuse: int,
+        quarantine: Quarantine,
+    ) -> None:
+        self._quarantine = quarantine
+        self._part = loader.dataset.purpose
+        # What is asked for in each step, decided when it is first needed: what is found later is not in it.
+        self._asked: dict[int, list[Request]] = {}
+        self._first: Loaded | None = None  # already taken from `_items`
+        self._ready: list[MicroBatch] = []  # of the step that is trained next
+        super().__init__(loader, plan, rank, first_step, fuse)
+
+    def _open(self, first_step: int) -> None:
+        self._items = _loaded(self._loader, self._requests(first_step))
+        self._next_step = first_step
+
+    def close(self) -> None:
+        self._items.close()
+
+    def peek(self) -> MicroBatch | None:
+        if not self._requests_of(self._plan.step(self._next_step)):
+            return None
+        self._first = self._take()
+        if self._first.bad or self._first.batch is None:
+            return None
+        return next(self._loader.place(iter([self._first.batch])))
+
+    def prepare(self, step: Step) -> Step:
+        """The step without its bad samples, the same on every rank. A collective of hosts.
+
+        Raises `DataError` where there are more of them than `data.max_bad`.
+        """
+        start = perf_counter()
+        self._quarantine.step = step.number
+        self._next_step = step.number
+        bad: list[BadSample] = []
+        held: dict[Key, MicroBatch] = {}
+        for request in self._requests_of(step):
+            self._awaited = step, (request.first, request.first + request.fused)
+            activity.mark(LOADING)
+            item = self._take()
+            bad += item.bad
+            if item.batch is not None:
+                held[_key(item.ids, request.fused)] = item.batch
+        del self._asked[step.number]
+        is_new = True
+        while is_new:
+            is_new = self._quarantine.agree(bad)
+            known = self._quarantine.ids(self._part)
+            remaining = remaining_step(self._plan, step, known)
+            bad = self._make_ready(remaining, held)
+        if bad:
+            raise bad[0].error()  # it could be read before
+        self._seconds_waited += perf_counter() - start
+        return remaining
+
+    def step(self, step: Step) -> Iterator[MicroBatch]:
+        ready, self._ready = self._ready, []
+        activity.mark(COMPUTING)
+        yield from self._loader.place(iter(ready))
+
+    def _take(self) -> Loaded:
+        if self._first is not None:
+            item, self._first = self._first, None
+            return item
+        return next(self._items)
+
+    def _make_ready(self, step: Step, held: dict[Key, MicroBatch]) -> list[BadSample]:
+        """Find the micro-batches of `step` among those `held`, and load the others; returns what is bad."""
+        self._ready = []
+        bad: list[BadSample] = []
+        for first, end in self._plan.groups(step, self._rank, self._fuse):
+            fused = end - first
+            ids = self._plan.sample_ids(step, first, end)
+            key = _key(ids, fused)
+            if key not in held:
+                item = _load_now(self._loader, Request(first, step.epoch, ids, fused))
+                bad += item.bad
+                if item.bad or item.batch is None:
+                    continue
+                held[key] = item.batch
+            self._ready.append(held[key]._replace(first=first))
+        return bad
+
+    def _requests(self, first_step: int) -> Iterator[Request]:
+        for step in self._plan.steps(first_step):
+            yield from self._requests_of(step)
+
+    def _requests_of(self, step: Step) -> list[Request]:
+        requests = self._asked.get(step.number)
+        if requests is None:
+            known = self._quarantine.ids(self._part, step.number)
+            remaining = remaining_step(self._plan, step, known)
+            requests = []
+            for first, end in self._plan.groups(remaining, self._rank, self._fuse):
+                ids = self._plan.sample_ids(remaining, first, end)
+                requests.append(Request(first, step.epoch, ids, end - first))
+            self._asked[step.number] = requests
+        return requests
+
+
+class Passes:
+    """The micro-batches of the same `requests`, once for each evaluation. Loader processes live on in between."""
+
+    def __init__(self, loader: Loader, requests: Sequence[Request]) -> None:
+        self._loader = loader
+        self._asked = requests
+        self._batches: Generator[MicroBatch, None, None] | None = None
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        """Those of the next pass, as far as is known."""
+        return self._asked
+
+    def batches(self) -> Iterator[tuple[Request, MicroBatch]]:
+        """One pass."""
+        if self._batches is None:
+            self._batches = self._loader.run(itertools.cycle(self._asked))
+        batches = itertools.islice(self._batches, len(self._asked))
+        yield from zip(self._asked, batches, strict=True)
+
+    def agree(self) -> None:
+        """After a pass: leave out on every rank what was found to be bad. A collective."""
+
+    def close(self) -> None:
+        """End the loader processes; the next pass starts them again."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+
+class RemainingPasses(Passes):
+    """As `Passes`, without bad samples: a request has those that remain, and one of which none remains is left out."""
+
+    def __init__(
+        self, loader: Loader, requests: Sequence[Request], quarantine: Quarantine
+    ) -> None:
+        super().__init__(loader, requests)
+        self._quarantine = quarantine
+        self._part = loader.dataset.purpose
+        self._items: Generator[Loaded, None, None] | None = None
+        self._bad: list[BadSample] = []  # of this rank, in this pass
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        known = self._quarantine.ids(self._part)
+        requests = [_without(request, known) for request in self._asked]
+        return [request for request in requests if len(request.ids)]
+
+    def batches(self) -> Iterator[tuple[Request, MicroBatch]]:
+        self._bad = []
+        used: list[Request] = []
+        batches = self._loader.place(self._remaining(used))
+        for index, batch in enumerate(batches):
+            yield used[index], batch
+
+    def agree(self) -> None:
+        self._quarantine.agree(self._bad)
+        self._bad = []
+
+    def close(self) -> None:
+        if self._items is not None:
+            self._items.close()
+            self._items = None
+
+    def _remaining(self, used: list[Request]) -> Iterator[MicroBatch]:
+        """The micro-batches of which something remains; their requests, so far, are in `used`."""
+        if self._items is None:
+            self._items = _loaded(self._loader, self._ask())
+        known = self._quarantine.ids(self._part)
+        for asked in self._asked:
+            item = next(self._items)
+            self._bad += item.bad
+            found = {bad.id for bad in item.bad}
+            request = _without(asked, known | found)
+            if not len(request.ids):
+                continue
+            if not np.array_equal(request.ids, item.ids):
+                # Loaded ahead, before one of its samples was left out.
+                item = _load_now(self._loader, request)
+                if item.bad:
+                    raise item.bad[0].error()  # it could be read before
+            assert item.batch is not None
+            used.append(request)
+            yield item.batch
+
+    def _ask(self) -> Iterator[Request]:
+        while True:
+            for request in self._asked:
+                yield _without(request, self._quarantine.ids(self._part))
+
+
+def train_loader(
+    loader: Loader,
+    plan: Plan,
+    rank: int,
+    first_step: int,
+    *,
+    fuse: int,
+    quarantine: Quarantine | None,
+) -> TrainLoader:
+    """What trains in a run with this quarantine, or with none; the arguments are those of `TrainLoader`."""
+    if quarantine is None:
+        return TrainLoader(loader, plan, rank, first_step, fuse)
+    return RemainingTrainLoader(
+        loader, plan, rank, first_step, fuse=fuse, quarantine=quarantine
+    )
+
+
+def passes(
+    loader: Loader, requests: Sequence[Request], quarantine: Quarantine | None
+) -> Passes:
+    """What evaluates `requests` in a run with this quarantine, or with none."""
+    if quarantine is None:
+        return Passes(loader, requests)
+    return RemainingPasses(loader, requests, quarantine)
+
+
+def remaining_steps(
+    loader: Loader, plan: Plan, steps: Sequence[Step], rank: int, quarantine: Quarantine
+) -> list[Step]:
+    """`steps` without their bad samples, those of steps to come included; only steps with samples. A collective."""
+    part = loader.dataset.purpose
+    known = quarantine.ids(part)
+    to_come = [step for step in steps if step.number > quarantine.step]
+    if to_come:
+        requests: list[Request] = []
+        for step in to_come:
+            requests += step_requests(plan, remaining_step(plan, step, known), rank)
+        bad: list[BadSample] = []
+        for item in _loaded(loader, requests):
+            bad += item.bad
+        quarantine.agree(bad)
+        known = quarantine.ids(part)
+    remaining = [remaining_step(plan, step, known) for step in steps]
+    return [step for step in remaining if step.size]
+
+
+def _loaded(
+    loader: Loader, requests: Iterable[Request]
+) -> Generator[Loaded, None, None]:
+    for item in loader.load(requests):
+        assert isinstance(item, Loaded), "the data set leaves out what it cannot read"
+        yield item
+
+
+def _load_now(loader: Loader, request: Request) -> Loaded:
+    """Load a request in this process, where it was not asked for ahead."""
+    item = loader.load_here(request)
+    assert isinstance(item, Loaded), "the data set leaves out what it cannot read"
+    return item
+
+
+def _without(request: Request, known: frozenset[int]) -> Request:
+    if not known:
+        return request
+    return request._replace(ids=request.ids[~np.isin(request.ids, list(known))])
+
+
+def _key(ids: Ids, fused: int) -> Key:
+    return tuple(ids.tolist()), fused
