@@ -45,6 +45,7 @@ USELESS: dict[str, dict[str, Any]] = {
 USEFUL: list[dict[str, Any]] = [
     {"run__resume": "auto", "run__resume_changes": "allow"},
     {"data__workers": 1, "data__prefetch": 2},
+    {"data__bad_samples": "quarantine", "data__max_bad": 3},
     {"batch_norm__momentum": 0.2, "batch__micro_size": 7, "batch__fuse": 2},
     {"batch_norm__mode": "frozen", "train__channels_last": True},
     {"batch_norm__momentum_per": "step", "batch__micro_size": 7},

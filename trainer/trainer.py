@@ -206,8 +206,8 @@ class Trainer:
                 Journal(self.config, self.ranks) as self._journal,
             ):
                 activity.directory = self._journal.directory
-                self._list_bad_samples_in(self._journal)
                 self._resume(self._journal.resume_from)
+                self._list_bad_samples_in(self._journal)
                 if is_resumed:
                     self.prove()  # on the samples of its next step
                 self._introduce()
@@ -220,11 +220,13 @@ class Trainer:
                     self.end_loading()
 
     def _list_bad_samples_in(self, journal: Journal) -> None:
-        """Write those that are found from now on into the run's directory, before they are left out."""
+        """List those that are known in the run's directory, and those that are found, before they are left out."""
         quarantine = self.run.quarantine
         if quarantine is not None:
             quarantine.file = str(journal.directory / bad_samples.FILE)
             quarantine.keep = partial(journal.bad_samples, quarantine)
+            if len(quarantine):
+                quarantine.keep([])
 
     def _position(self) -> tuple[int, int]:
         return self.fuse, self.progress.step + 1

@@ -17,7 +17,7 @@ from trainer.data.loading import Loader, TrainLoader, step_requests
 from trainer.data.samples import Ids, Loaded, MicroBatch, Request
 from trainer.exact.plan import Plan, Step
 from trainer.exact.remaining import remaining_step
-from trainer.process.activity import COMPUTING, LOADING, activity
+from trainer.process.activity import AGREEING, COMPUTING, LOADING, activity
 
 Key = tuple[tuple[int, ...], int]  # the ids of a loaded micro-batch, and `fused`
 
@@ -78,6 +78,7 @@ class RemainingTrainLoader(TrainLoader):
         del self._asked[step.number]
         is_new = True
         while is_new:
+            activity.mark(AGREEING)
             is_new = self._quarantine.agree(bad)
             known = self._quarantine.ids(self._part)
             remaining = remaining_step(self._plan, step, known)

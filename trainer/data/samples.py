@@ -119,6 +119,10 @@ class KeyedDataset(Dataset[Any]):
 
     def load_readable(self, request: Request) -> Loaded | DataError:
         """What there is of a request; an error where what can be read makes no batch, or the machine fails."""
+        if self._batch is not None:
+            inputs, targets = self._batch(torch.from_numpy(request.ids))
+            batch = MicroBatch(request.first, inputs, targets, request.fused)
+            return Loaded(batch if len(request.ids) else None, request.ids, [])
         samples = []
         ids = []
         bad = []
@@ -182,7 +186,7 @@ class KeyedDataset(Dataset[Any]):
         try:
             return self._transform(image, target)
         except DataError as error:
-            raise DataError(f"{self.name(sample_id)}: {error}") from None
+            raise type(error)(f"{self.name(sample_id)}: {error}") from None
         except Exception as error:
             # Anything: transforms are other people's code.
             name = self.name(sample_id)
