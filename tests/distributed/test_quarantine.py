@@ -79,7 +79,7 @@ def make(
             "batch__eval_size": 2,
             "train__epochs": EPOCHS,
             "data__bad_samples": "quarantine",
-            "data__max_bad": 40,
+            "data__max_bad": 80,
             **changes,
         },
     )
@@ -177,6 +177,15 @@ def test_equals_a_loop_without_the_bad_samples(straight: tuple[Path, Any]) -> No
     bad = len(bad_in_training())
     assert summary["samples_seen"] == EPOCHS * (SAMPLES - bad)
     assert summary["bad_samples"] == logged[-1]["quarantined"] == bad + len(BAD_VAL)
+
+
+def test_a_first_step_without_samples(tmp_path: Path) -> None:
+    bad = plan().permutation(0)[:SIZE].tolist()
+    expected, _ = by_hand(bad)
+    for summary, weights in on_ranks(2, fit, tmp_path, bad):
+        assert largest_difference(weights, expected) < 1e-12
+        assert summary["steps"] == 8
+    assert "train/loss" not in rows(tmp_path)[0]
 
 
 @pytest.mark.parametrize(("ranks", "fuse", "workers"), [(2, 2, 0), (3, 1, 1)])

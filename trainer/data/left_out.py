@@ -39,6 +39,7 @@ class RemainingTrainLoader(TrainLoader):
         self._part = loader.dataset.purpose
         # What is asked for in each step, decided when it is first needed: what is found later is not in it.
         self._asked: dict[int, list[Request]] = {}
+        self._awaited_request: Request | None = None
         self._first: Loaded | None = None  # already taken from `_items`
         self._ready: list[MicroBatch] = []  # of the step that is trained next
         super().__init__(loader, plan, rank, first_step, fuse)
@@ -69,7 +70,7 @@ class RemainingTrainLoader(TrainLoader):
         bad: list[BadSample] = []
         held: dict[Key, MicroBatch] = {}
         for request in self._requests_of(step):
-            self._awaited = step, (request.first, request.first + request.fused)
+            self._awaited_request = request
             activity.mark(LOADING)
             item = self._take()
             bad += item.bad
@@ -92,6 +93,11 @@ class RemainingTrainLoader(TrainLoader):
         ready, self._ready = self._ready, []
         activity.mark(COMPUTING)
         yield from self._loader.place(iter(ready))
+
+    def _describe_awaited(self) -> str:
+        if self._awaited_request is None:
+            return ""
+        return self._name_all(self._awaited_request.ids)
 
     def _take(self) -> Loaded:
         if self._first is not None:

@@ -263,8 +263,11 @@ class TrainLoader:
         if self._awaited is None:
             return ""
         step, (first, end) = self._awaited
-        ids = self._plan.sample_ids(step, first, end).tolist()
-        return listed([self._name_sample(sample) for sample in ids], NAMED_SAMPLES)
+        return self._name_all(self._plan.sample_ids(step, first, end))
+
+    def _name_all(self, ids: Ids) -> str:
+        names = [self._name_sample(sample) for sample in ids.tolist()]
+        return listed(names, NAMED_SAMPLES)
 
     def _requests(self, first_step: int) -> Iterator[Request]:
         for step in self._plan.steps(first_step):
