@@ -29,6 +29,7 @@ from trainer.core.finite_watch import FiniteWatch
 from trainer.core.further import (
     restore_modes_of,
 )
+from trainer.core.left_out import LeftOut
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.not_finite import validation_not_finite
 from trainer.core.observers import Observer, Observers, Stateful
@@ -69,7 +70,7 @@ from trainer.reporting import summary as report
 from trainer.reporting.figures import drawing
 from trainer.reporting.journal import Journal
 from trainer.reporting.wandb.histograms import HistogramObserver
-from trainer.storage import bad_samples, checkpoint
+from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.data_record import DataRecord, check_same_data, record_data
 from trainer.storage.digest import digest, hexadecimal
@@ -135,6 +136,7 @@ class Trainer:
         self.schedule = self._build_schedule()
         self.meter = Meter(self.run.task, self.ranks, exact=self.run.bitwise)
         self.finite = FiniteWatch(self.run)
+        self.left_out = LeftOut(self.run)
         self.interval_totals = Totals()
         self.epoch_totals = Totals()
         self.grad_norm: Tensor | None = None
@@ -207,7 +209,9 @@ class Trainer:
             ):
                 activity.directory = self._journal.directory
                 self._resume(self._journal.resume_from)
-                self._list_bad_samples_in(self._journal)
+                self.left_out.list_in(
+                    self._journal.directory, self._journal.bad_samples
+                )
                 if is_resumed:
                     self.prove()  # on the samples of its next step
                 self._introduce()
@@ -218,15 +222,6 @@ class Trainer:
                 finally:
                     activity.leave(sys.exception())
                     self.end_loading()
-
-    def _list_bad_samples_in(self, journal: Journal) -> None:
-        """List those that are known in the run's directory, and those that are found, before they are left out."""
-        quarantine = self.run.quarantine
-        if quarantine is not None:
-            quarantine.file = str(journal.directory / bad_samples.FILE)
-            quarantine.keep = partial(journal.bad_samples, quarantine)
-            if len(quarantine):
-                quarantine.keep([])
 
     def _position(self) -> tuple[int, int]:
         return self.fuse, self.progress.step + 1
@@ -483,17 +478,13 @@ class Trainer:
         if self.grad_norm is not None:
             row["grad_norm"] = self.grad_norm.item()
         row |= skipped
-        row |= self._count_quarantined()
+        row |= self.left_out.count()
         row |= self.stopwatch.pace(
             self.progress.samples_seen, self.batches.take_waited()
         )
         self.epoch_totals.add(self.interval_totals)
         self.interval_totals = Totals()
         return row
-
-    def _count_quarantined(self) -> Row:
-        quarantine = self.run.quarantine
-        return {} if quarantine is None else {"quarantined": len(quarantine)}
 
     def log(self, step: Step) -> None:
         """Log a row. Raises `LockstepError` if a loss or a gradient since the last row is not finite."""
@@ -538,7 +529,7 @@ class Trainer:
             row |= _with_prefix("val/", self.evaluate())
             activity.mark(LOGGING)
         row |= learning_rates(self.optimizer)
-        row |= self._count_quarantined()
+        row |= self.left_out.count()
         self.observers.row(row)
         is_best = self._save_if_best(row)
         if self.progress.best is not None:
@@ -616,8 +607,7 @@ class Trainer:
         self.progress.interval = self.interval_totals.sums
         self.progress.epoch = self.epoch_totals.sums
         self.progress.scaler = self.run.precision.state()
-        if self.run.quarantine is not None:
-            self.progress.bad_samples = bad_samples.to_rows(self.run.quarantine.samples)
+        self.left_out.save(self.progress)
         states = read_states(self._stateful_objects(), self.ranks)
         self._tell_late_buffers()
         self.ranks.on_main(lambda: self._write_checkpoint(states))
@@ -657,7 +647,7 @@ class Trainer:
         )
         self.resume_notes += notes
         self.restore(content)
-        self.take_over_bad_samples(self.journal.directory)
+        self.left_out.take_over(self.journal.directory)
         self.ranks.on_main(
             lambda: checkpoint.restore_best(
                 self.journal.directory, content.progress.best_step
@@ -681,11 +671,7 @@ class Trainer:
         self._further_restored, states = self.saved_state.restore(content)
         self.progress = content.progress
         self._saved_step = content.progress.step
-        if self.run.quarantine is not None:
-            self.run.quarantine.step = self.progress.step
-            self.run.quarantine.take_over(
-                bad_samples.from_rows(self.progress.bad_samples)
-            )
+        self.left_out.restore(self.progress)
         self.interval_totals = Totals(content.progress.interval)
         self.epoch_totals = Totals(content.progress.epoch)
         self.schedule = self._build_schedule()
@@ -704,17 +690,6 @@ class Trainer:
             history=self.progress.history,
             steps_done=self.progress.step,
         )
-
-    def take_over_bad_samples(self, directory: Path) -> None:
-        """Leave out what the run in `directory` found to be bad after its checkpoint, from the same steps on.
-
-        A collective; only the main process reads.
-        """
-        quarantine = self.run.quarantine
-        if quarantine is not None:
-            quarantine.take_over(
-                self.ranks.on_main(lambda: bad_samples.read(directory))
-            )
 
     def _epoch_to_go_on_in(self) -> int:
         """The epoch of the next step; that of the last one where its epoch has not ended yet."""

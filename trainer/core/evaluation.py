@@ -16,8 +16,8 @@ from trainer.core.metrics import Meter
 from trainer.core.misfit import explained
 from trainer.core.samples import rows_not_finite
 from trainer.data.bad_samples import Quarantine
-from trainer.data.left_out import passes
 from trainer.data.loading import Loader, whole_requests
+from trainer.data.passes import passes
 from trainer.data.samples import MicroBatch, Request
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import preserved_modes

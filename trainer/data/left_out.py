@@ -6,11 +6,8 @@ begins, and the ranks agree on what is left out of it. Their hosts wait for one 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from time import perf_counter
-
-import numpy as np
 
 from trainer.data.bad_samples import BadSample, Quarantine
 from trainer.data.loading import Loader, TrainLoader, step_requests
@@ -45,7 +42,7 @@ class RemainingTrainLoader(TrainLoader):
         super().__init__(loader, plan, rank, first_step, fuse)
 
     def _open(self, first_step: int) -> None:
-        self._items = _loaded(self._loader, self._requests(first_step))
+        self._items = loaded(self._loader, self._requests(first_step))
         self._next_step = first_step
 
     def close(self) -> None:
@@ -114,7 +111,7 @@ class RemainingTrainLoader(TrainLoader):
             ids = self._plan.sample_ids(step, first, end)
             key = _key(ids, fused)
             if key not in held:
-                item = _load_now(self._loader, Request(first, step.epoch, ids, fused))
+                item = load_now(self._loader, Request(first, step.epoch, ids, fused))
                 bad += item.bad
                 if item.bad or item.batch is None:
                     continue
@@ -139,97 +136,6 @@ class RemainingTrainLoader(TrainLoader):
         return requests
 
 
-class Passes:
-    """The micro-batches of the same `requests`, once for each evaluation. Loader processes live on in between."""
-
-    def __init__(self, loader: Loader, requests: Sequence[Request]) -> None:
-        self._loader = loader
-        self._asked = requests
-        self._batches: Generator[MicroBatch, None, None] | None = None
-
-    @property
-    def requests(self) -> Sequence[Request]:
-        """Those of the next pass, as far as is known."""
-        return self._asked
-
-    def batches(self) -> Iterator[tuple[Request, MicroBatch]]:
-        """One pass."""
-        if self._batches is None:
-            self._batches = self._loader.run(itertools.cycle(self._asked))
-        batches = itertools.islice(self._batches, len(self._asked))
-        yield from zip(self._asked, batches, strict=True)
-
-    def agree(self) -> None:
-        """After a pass: leave out on every rank what was found to be bad. A collective."""
-
-    def close(self) -> None:
-        """End the loader processes; the next pass starts them again."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
-
-
-class RemainingPasses(Passes):
-    """As `Passes`, without bad samples: a request has those that remain, and one of which none remains is left out."""
-
-    def __init__(
-        self, loader: Loader, requests: Sequence[Request], quarantine: Quarantine
-    ) -> None:
-        super().__init__(loader, requests)
-        self._quarantine = quarantine
-        self._part = loader.dataset.purpose
-        self._items: Generator[Loaded, None, None] | None = None
-        self._bad: list[BadSample] = []  # of this rank, in this pass
-
-    @property
-    def requests(self) -> Sequence[Request]:
-        known = self._quarantine.ids(self._part)
-        requests = [_without(request, known) for request in self._asked]
-        return [request for request in requests if len(request.ids)]
-
-    def batches(self) -> Iterator[tuple[Request, MicroBatch]]:
-        self._bad = []
-        used: list[Request] = []
-        batches = self._loader.place(self._remaining(used))
-        for index, batch in enumerate(batches):
-            yield used[index], batch
-
-    def agree(self) -> None:
-        self._quarantine.agree(self._bad)
-        self._bad = []
-
-    def close(self) -> None:
-        if self._items is not None:
-            self._items.close()
-            self._items = None
-
-    def _remaining(self, used: list[Request]) -> Iterator[MicroBatch]:
-        """The micro-batches of which something remains; their requests, so far, are in `used`."""
-        if self._items is None:
-            self._items = _loaded(self._loader, self._ask())
-        known = self._quarantine.ids(self._part)
-        for asked in self._asked:
-            item = next(self._items)
-            self._bad += item.bad
-            found = {bad.id for bad in item.bad}
-            request = _without(asked, known | found)
-            if not len(request.ids):
-                continue
-            if not np.array_equal(request.ids, item.ids):
-                # Loaded ahead, before one of its samples was left out.
-                item = _load_now(self._loader, request)
-                if item.bad:
-                    raise item.bad[0].error()  # it could be read before
-            assert item.batch is not None
-            used.append(request)
-            yield item.batch
-
-    def _ask(self) -> Iterator[Request]:
-        while True:
-            for request in self._asked:
-                yield _without(request, self._quarantine.ids(self._part))
-
-
 def train_loader(
     loader: Loader,
     plan: Plan,
@@ -247,15 +153,6 @@ def train_loader(
     )
 
 
-def passes(
-    loader: Loader, requests: Sequence[Request], quarantine: Quarantine | None
-) -> Passes:
-    """What evaluates `requests` in a run with this quarantine, or with none."""
-    if quarantine is None:
-        return Passes(loader, requests)
-    return RemainingPasses(loader, requests, quarantine)
-
-
 def remaining_steps(
     loader: Loader, plan: Plan, steps: Sequence[Step], rank: int, quarantine: Quarantine
 ) -> list[Step]:
@@ -268,7 +165,7 @@ def remaining_steps(
         for step in to_come:
             requests += step_requests(plan, remaining_step(plan, step, known), rank)
         bad: list[BadSample] = []
-        for item in _loaded(loader, requests):
+        for item in loaded(loader, requests):
             bad += item.bad
         quarantine.agree(bad)
         known = quarantine.ids(part)
@@ -276,25 +173,20 @@ def remaining_steps(
     return [step for step in remaining if step.size]
 
 
-def _loaded(
+def loaded(
     loader: Loader, requests: Iterable[Request]
 ) -> Generator[Loaded, None, None]:
+    """What there is of each request to a data set that leaves out what it cannot read."""
     for item in loader.load(requests):
         assert isinstance(item, Loaded), "the data set leaves out what it cannot read"
         yield item
 
 
-def _load_now(loader: Loader, request: Request) -> Loaded:
+def load_now(loader: Loader, request: Request) -> Loaded:
     """Load a request in this process, where it was not asked for ahead."""
     item = loader.load_here(request)
     assert isinstance(item, Loaded), "the data set leaves out what it cannot read"
     return item
-
-
-def _without(request: Request, known: frozenset[int]) -> Request:
-    if not known:
-        return request
-    return request._replace(ids=request.ids[~np.isin(request.ids, list(known))])
 
 
 def _key(ids: Ids, fused: int) -> Key:

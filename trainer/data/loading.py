@@ -98,7 +98,8 @@ class Loader:
 
     def run(self, requests: Iterable[Request]) -> Generator[MicroBatch, None, None]:
         """The micro-batches of `requests`, in order. Closing the generator ends its loader processes."""
-        return self.place(map(_batch_of, self.load(requests)))
+        items: Iterator[Any] = self.load(requests)
+        return self.place(map(_batch_of, items) if self.leaves_out else items)
 
     def load(self, requests: Iterable[Request]) -> Iterator[MicroBatch | Loaded]:
         """What the data set gives for each of `requests`, on the CPU: with `leaves_out`, also what is bad."""

@@ -117,7 +117,7 @@ def _restore(trainer: Trainer, directory: Path, logged: Logged, *, before: int) 
             _end_epoch_as_logged(trainer, trainer.progress.step, logged)
     else:
         check_same_weights(directory, weights_file(trainer.config.model, nullcontext))
-    trainer.take_over_bad_samples(directory)
+    trainer.left_out.take_over(directory)
     trainer.start()
     return trainer.progress.step
 
