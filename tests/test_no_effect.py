@@ -33,6 +33,7 @@ USELESS: dict[str, dict[str, Any]] = {
         "batch__eval_size": 8,
         "train__evaluate_every": 2,
     },
+    "data.max_bad has": {"data__max_bad": 3},
     "batch.fuse has": {"batch__fuse": 2},
     "model.head has": {"model__head": "2"},
     "schedule.warmup_start has": {"schedule__warmup_start": 0.1},
