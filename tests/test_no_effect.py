@@ -33,6 +33,7 @@ USELESS: dict[str, dict[str, Any]] = {
         "batch__eval_size": 8,
         "train__evaluate_every": 2,
     },
+    "data.max_bad has": {"data__max_bad": 3},
     "batch.fuse has": {"batch__fuse": 2},
     "model.head has": {"model__head": "2"},
     "schedule.warmup_start has": {"schedule__warmup_start": 0.1},
@@ -45,6 +46,7 @@ USELESS: dict[str, dict[str, Any]] = {
 USEFUL: list[dict[str, Any]] = [
     {"run__resume": "auto", "run__resume_changes": "allow"},
     {"data__workers": 1, "data__prefetch": 2},
+    {"data__bad_samples": "quarantine", "data__max_bad": 3},
     {"batch_norm__momentum": 0.2, "batch__micro_size": 7, "batch__fuse": 2},
     {"batch_norm__mode": "frozen", "train__channels_last": True},
     {"batch_norm__momentum_per": "step", "batch__micro_size": 7},

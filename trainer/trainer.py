@@ -29,6 +29,7 @@ from trainer.core.finite_watch import FiniteWatch
 from trainer.core.further import (
     restore_modes_of,
 )
+from trainer.core.left_out import LeftOut
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.not_finite import validation_not_finite
 from trainer.core.observers import Observer, Observers, Stateful
@@ -46,6 +47,7 @@ from trainer.core.stateful import (
 )
 from trainer.core.try_out import explained, try_out
 from trainer.data.datasets import MapDataset
+from trainer.data.left_out import train_loader
 from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.exact.bitwise import BitwiseReduction
@@ -134,6 +136,7 @@ class Trainer:
         self.schedule = self._build_schedule()
         self.meter = Meter(self.run.task, self.ranks, exact=self.run.bitwise)
         self.finite = FiniteWatch(self.run)
+        self.left_out = LeftOut(self.run)
         self.interval_totals = Totals()
         self.epoch_totals = Totals()
         self.grad_norm: Tensor | None = None
@@ -206,6 +209,9 @@ class Trainer:
             ):
                 activity.directory = self._journal.directory
                 self._resume(self._journal.resume_from)
+                self.left_out.list_in(
+                    self._journal.directory, self._journal.bad_samples
+                )
                 if is_resumed:
                     self.prove()  # on the samples of its next step
                 self._introduce()
@@ -323,8 +329,13 @@ class Trainer:
 
     def load_from(self, steps_done: int) -> None:
         """Load the samples of the step after `steps_done` next."""
-        self._batches = TrainLoader(
-            self.run.train_loader, self.plan, self.ranks.rank, steps_done, self.fuse
+        self._batches = train_loader(
+            self.run.train_loader,
+            self.plan,
+            self.ranks.rank,
+            steps_done,
+            fuse=self.fuse,
+            quarantine=self.run.quarantine,
         )
 
     @property
@@ -380,6 +391,10 @@ class Trainer:
         if step.first_in_epoch:
             self._freeze(step.epoch)
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
+        step = self.batches.prepare(step)
+        if not step.size:
+            self._pass_over(step)
+            return
 
         undo = self._undo_of_step() if self.finite.leaves_out else None
         reduction.begin(step)
@@ -415,6 +430,12 @@ class Trainer:
         self.progress.samples_seen += step.size
         if self._statistics_are_read:
             reduction.gather_statistics()
+        self.observers.step(step)
+
+    def _pass_over(self, step: Step) -> None:
+        """A step of which no sample can be read changes nothing but the run's position."""
+        self.grad_norm = None
+        self.progress.step = step.number
         self.observers.step(step)
 
     def _undo_of_step(self) -> Callable[[], None]:
@@ -457,6 +478,7 @@ class Trainer:
         if self.grad_norm is not None:
             row["grad_norm"] = self.grad_norm.item()
         row |= skipped
+        row |= self.left_out.count()
         row |= self.stopwatch.pace(
             self.progress.samples_seen, self.batches.take_waited()
         )
@@ -507,6 +529,7 @@ class Trainer:
             row |= _with_prefix("val/", self.evaluate())
             activity.mark(LOGGING)
         row |= learning_rates(self.optimizer)
+        row |= self.left_out.count()
         self.observers.row(row)
         is_best = self._save_if_best(row)
         if self.progress.best is not None:
@@ -584,6 +607,7 @@ class Trainer:
         self.progress.interval = self.interval_totals.sums
         self.progress.epoch = self.epoch_totals.sums
         self.progress.scaler = self.run.precision.state()
+        self.left_out.save(self.progress)
         states = read_states(self._stateful_objects(), self.ranks)
         self._tell_late_buffers()
         self.ranks.on_main(lambda: self._write_checkpoint(states))
@@ -623,6 +647,7 @@ class Trainer:
         )
         self.resume_notes += notes
         self.restore(content)
+        self.left_out.take_over(self.journal.directory)
         self.ranks.on_main(
             lambda: checkpoint.restore_best(
                 self.journal.directory, content.progress.best_step
@@ -646,6 +671,7 @@ class Trainer:
         self._further_restored, states = self.saved_state.restore(content)
         self.progress = content.progress
         self._saved_step = content.progress.step
+        self.left_out.restore(self.progress)
         self.interval_totals = Totals(content.progress.interval)
         self.epoch_totals = Totals(content.progress.epoch)
         self.schedule = self._build_schedule()

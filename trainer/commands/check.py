@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
         row = _train_first_step(trainer)
         seconds = perf_counter() - start
         refused = refused_operations(trainer.run) if trainer.run.bitwise else []
-    size = trainer.plan.step(0).size
+    size = trainer.run.remaining(trainer.plan.step(0)).size
     samples = f"{size} sample" if size == 1 else f"{size} samples"
     metrics = [
         f"{name} {value:.4g}"
@@ -62,6 +62,8 @@ def main(arguments: list[str]) -> None:
     console.note(
         f"this runs: a first step of {samples} in {seconds:.2f} s, {', '.join(metrics)}"
     )
+    for bad in trainer.run.quarantine.samples if trainer.run.quarantine else []:
+        console.note(f"left out: {bad.name()}: {bad.reason}")
     for line in refused:
         console.note(
             f"on a GPU, run.reproducibility=bitwise would be refused for {line}"

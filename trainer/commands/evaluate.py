@@ -57,6 +57,8 @@ def main(arguments: list[str]) -> None:
         changes = _changes_of_data(options.run, run)
         if changes:
             print(f"  note  not the data that the run was validated on: {changes}")
+        for bad in run.quarantine.samples if run.quarantine else []:
+            print(f"  note  left out: {bad.name()}: {bad.reason}")
         for name, value in metrics.items():
             print(
                 f"  val/{name}  {value:.6f}  (logged as {logged.get(f'val/{name}', math.nan):.6f})"

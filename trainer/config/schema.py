@@ -84,6 +84,16 @@ class DataConfig(ComponentSection):
         unit="pixels",
         minimum=1,
     )
+    bad_samples: Literal["stop", "quarantine"] = key(
+        "stop",
+        "a sample that cannot be read or transformed ends the run, or is left out of it and listed in bad_samples.txt",
+    )
+    max_bad: int = key(
+        10,
+        "with data.bad_samples=quarantine: if more samples than this are bad, the run ends",
+        unit="samples",
+        minimum=1,
+    )
     workers: int = key(
         0, "loader processes of each rank; 0 loads in the rank itself", minimum=0
     )
@@ -436,6 +446,12 @@ class Config:
                 "batch_norm.mode",
                 "sync takes its statistics over the samples that all processes run at once, which depends on their "
                 "number; run.reproducibility=bitwise needs batch_norm.mode=micro",
+            )
+        if self.data.bad_samples == "quarantine" and batch_norm.mode == "sync":
+            raise ConfigError(
+                "data.bad_samples",
+                "quarantine may leave a process without samples in a part of a step, and batch_norm.mode=sync needs "
+                "some of every process; use batch_norm.mode=micro, or data.bad_samples=stop",
             )
         refusal = self.fuse_refusal()
         if refusal is not None and batch.fuse not in (1, "auto"):

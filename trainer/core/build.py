@@ -31,6 +31,7 @@ from trainer.core.further import LossState, restore_evaluated
 from trainer.core.metrics import Row
 from trainer.core.precision import Precision
 from trainer.core.preflight import RankFacts, check_data, check_ranks
+from trainer.data.bad_samples import Quarantine
 from trainer.data.classes import with_classes
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
 from trainer.data.loading import Loader, build_loaders
@@ -39,7 +40,8 @@ from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import configure, refuse_cumulative_average
 from trainer.exact.determinism import run_settings
 from trainer.exact.model_and_loss import ModelAndLoss
-from trainer.exact.plan import Plan
+from trainer.exact.plan import Plan, Step
+from trainer.exact.remaining import remaining_step
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
 from trainer.process.device import check_reproducibility
 from trainer.process.ranks import Ranks
@@ -76,10 +78,18 @@ class Run:
     forward: Forward
     freezing: Freezing
     evaluator: Evaluator | None
+    quarantine: Quarantine | None = None  # with data.bad_samples=quarantine
 
     @property
     def bitwise(self) -> bool:
         return self.config.run.reproducibility == "bitwise"
+
+    def remaining(self, step: Step) -> Step:
+        """A step of the plan without the samples that are known to be bad: as it was, or will be, trained."""
+        if self.quarantine is None:
+            return step
+        bad = self.quarantine.ids("train", step.number)
+        return remaining_step(self.plan, step, bad)
 
     def settings(self) -> AbstractContextManager[None]:
         """A context with the process-wide settings that the run needs; it restores those before at the end."""
@@ -187,6 +197,9 @@ def build_run(
 
     forward = Forward(the_task, precision, ranks.device, config.run.seed)
     freezing = Freezing(module, config.model)
+    quarantine = None
+    if config.data.bad_samples == "quarantine":
+        quarantine = Quarantine(ranks, config.data.max_bad)
     evaluator = _evaluator(
         config,
         ranks,
@@ -195,6 +208,7 @@ def build_run(
         module=module,
         forward=forward,
         freezing=freezing,
+        quarantine=quarantine,
     )
     return Run(
         config=config,
@@ -213,6 +227,7 @@ def build_run(
         forward=forward,
         freezing=freezing,
         evaluator=evaluator,
+        quarantine=quarantine,
     )
 
 
@@ -383,6 +398,7 @@ def _evaluator(
     module: nn.Module,
     forward: Forward,
     freezing: Freezing,
+    quarantine: Quarantine | None,
 ) -> Evaluator | None:
     if data.val is None or loader is None:
         return None
@@ -397,6 +413,7 @@ def _evaluator(
         features=Features(
             partial(_head_of_fixed_features, config, forward.task, freezing)
         ),
+        quarantine=quarantine,
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +15,9 @@ from trainer.core.forward import Forward
 from trainer.core.metrics import Meter
 from trainer.core.misfit import explained
 from trainer.core.samples import rows_not_finite
+from trainer.data.bad_samples import Quarantine
 from trainer.data.loading import Loader, whole_requests
+from trainer.data.passes import passes
 from trainer.data.samples import MicroBatch, Request
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import preserved_modes
@@ -60,17 +61,16 @@ class Evaluator:
         batch_size: int,
         exact: bool,
         features: Features,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self._model = model
         self._forward = forward
         self._features = features
         self._ranks = ranks
         self._exact = exact
-        self._requests = list(
-            whole_requests(samples, batch_size, ranks.rank, ranks.count)
-        )
+        requests = list(whole_requests(samples, batch_size, ranks.rank, ranks.count))
+        self._passes = passes(loader, requests, quarantine)
         self._loader = loader
-        self._batches: Generator[MicroBatch, None, None] | None = None
         self._phase = FIRST_EVALUATION  # until the first batch
 
     @torch.no_grad()
@@ -83,15 +83,17 @@ class Evaluator:
             for _, model, batch in self._in_eval_mode():
                 output, loss = self._forward(model, batch, None)
                 meter.add(batch, output, loss)
+            self._passes.agree()
             return meter.read().means()
 
     @torch.no_grad()
     def rehearse(self) -> None:
         """Run a few samples of this rank's share and measure them, as an evaluation would; the result is discarded."""
-        if not self._requests:
+        requests = self._passes.requests
+        if not requests:
             return
-        first, last = self._requests[0].ids[0], self._requests[-1].ids[-1]
-        count = min(last - first + 1, SAMPLES_TO_REHEARSE, len(self._requests[0].ids))
+        first, last = requests[0].ids[0], requests[-1].ids[-1]
+        count = min(last - first + 1, SAMPLES_TO_REHEARSE, len(requests[0].ids))
         ids = np.linspace(first, last, count).astype(np.int64)
         task = self._forward.task
         with self._eval_mode():
@@ -108,7 +110,7 @@ class Evaluator:
         return self._ranks.gather(found)
 
     def _own_samples_not_finite(self) -> list[int]:
-        for request in self._requests:
+        for request in self._passes.requests:
             batch = self._loader.peek(request.ids)
             _, loss = self._forward(self._model, batch, None)
             if not loss.total.isfinite():
@@ -125,6 +127,7 @@ class Evaluator:
         with preserved_generators():
             for request, model, batch in self._in_eval_mode():
                 decisions += self._decide(request, model, batch)
+            self._passes.agree()
         decisions = self._ranks.gather(decisions)
         return sorted(decisions, key=lambda decision: decision.sample_id)
 
@@ -153,9 +156,7 @@ class Evaluator:
 
     def close(self) -> None:
         """End the loader processes; another evaluation starts them again."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
+        self._passes.close()
 
     def forget(self) -> None:
         """Discard what was cached: the model's weights have changed."""
@@ -170,7 +171,7 @@ class Evaluator:
             else:
                 self.close()
                 for request, (head, batch) in zip(
-                    self._requests, batches_of_features, strict=True
+                    self._passes.requests, batches_of_features, strict=True
                 ):
                     activity.mark(EVALUATING)
                     yield request, head, batch
@@ -191,12 +192,9 @@ class Evaluator:
             yield
 
     def _loaded_batches(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
-        if self._batches is None:
-            self._batches = self._loader.run(itertools.cycle(self._requests))
         with self._features.recording(self._model) as record:
-            batches = itertools.islice(self._batches, len(self._requests))
             activity.mark(self._phase)
-            for request, batch in zip(self._requests, batches, strict=True):
+            for request, batch in self._passes.batches():
                 activity.mark(self._phase)
                 yield request, self._model, batch
                 record(batch)

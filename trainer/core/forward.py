@@ -191,7 +191,8 @@ class Forward:
                 raise ConfigError(
                     "batch.micro_size",
                     "a micro-batch of one sample leaves BatchNorm one value a channel, which has no variance; raise "
-                    "it, or batch.size if this is an epoch's short last step, or set batch_norm.mode=frozen",
+                    "it, or batch.size if this is an epoch's short last step, or set batch_norm.mode=frozen; "
+                    "data.bad_samples=quarantine, too, may leave a micro-batch one sample",
                 ) from None
             # Within DDP a lost rank is a RuntimeError, too.
             is_bare = not isinstance(model, nn.parallel.DistributedDataParallel)

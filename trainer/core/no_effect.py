@@ -57,6 +57,11 @@ def _has_one_micro_batch(run: Run) -> bool:
     return len(run.plan.step(0).micro_batches) == 1
 
 
+def _is_in_memory(run: Run) -> bool:
+    loaders = [run.train_loader, run.val_loader]
+    return not any(loader.dataset.draws for loader in loaders if loader is not None)
+
+
 def _ends_before(steps: int | None, run: Run) -> bool:
     return steps is not None and steps > run.plan.total_steps
 
@@ -72,6 +77,16 @@ RULES = (
         ("data.prefetch",),
         lambda run: run.config.data.workers == 0,
         "there are no loader processes (data.workers=0)",
+    ),
+    Rule(
+        ("data.max_bad",),
+        lambda run: run.quarantine is None,
+        "the first bad sample ends the run (data.bad_samples=stop)",
+    ),
+    Rule(
+        ("data.bad_samples", "data.max_bad"),
+        _is_in_memory,
+        "the data are in memory and not transformed, so no sample can be bad",
     ),
     Rule(
         ("batch.eval_size", "train.evaluate_every"),

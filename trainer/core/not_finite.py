@@ -39,7 +39,7 @@ def describe_step(
     )
     if what == "gradient":
         start += ", while the loss is"
-    samples = run.ranks.on_main(lambda: _describe_samples(run, step))
+    samples = run.ranks.on_main(lambda: _describe_samples(run, run.remaining(step)))
     kept = "no checkpoint was written before it"
     if saved_step:
         kept = f"the newest checkpoint, of step {saved_step}, is from before it"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from trainer.core.build import Run
+from trainer.data.left_out import remaining_steps
 from trainer.data.loading import step_requests
 from trainer.data.samples import Request
 from trainer.exact.model_and_loss import ModelAndLoss
@@ -26,6 +27,12 @@ def recalibrate_statistics(run: Run, steps_done: int) -> bool:
         return False
     first = max(0, steps_done - 1) // plan.steps_per_epoch * plan.steps_per_epoch
     steps = [plan.step(first + index) for index in range(count)]
+    if run.quarantine is not None:
+        steps = remaining_steps(
+            run.train_loader, plan, steps, run.ranks.rank, run.quarantine
+        )
+        if not steps:
+            return False
     micro_batches = sum(len(step.micro_batches) for step in steps)
     with preserved_modes(run.module):
         # A caller outside `fit` may have left it in eval mode, where no layer sees its own statistics. In training,

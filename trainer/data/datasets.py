@@ -112,6 +112,7 @@ def build_datasets(
             root=section.root,
             cache=section.cache,
             max_pixels=section.max_pixels,
+            bad_samples=section.bad_samples,
         )
         return data
 
@@ -153,13 +154,21 @@ def digits() -> Datasets:
     )
 
 
-def folder(root: str, cache: float = 0.0, max_pixels: int | None = None) -> Datasets:
+def folder(
+    root: str,
+    cache: float = 0.0,
+    max_pixels: int | None = None,
+    bad_samples: str = "stop",
+) -> Datasets:
     """Images in class folders, `root/train/<class>/…` and `root/val/<class>/…`: see `trainer.data.folder`.
 
     Up to `cache` GiB of them are decoded at once and kept in memory, those to train from first. An image of more than
     `max_pixels` pixels is not decoded.
     """
-    train, val, classes, note = image_folders(Path(root).expanduser(), max_pixels)
+    leaves_out = bad_samples == "quarantine"
+    train, val, classes, note = image_folders(
+        Path(root).expanduser(), max_pixels, leaves_out
+    )
     bytes_left = train.cache_first(round(cache * 2**30))
     val.cache_first(bytes_left)
     return Datasets(train, val, classes, "folder", note)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from trainer.data.bad_samples import is_bad_sample
 from trainer.data.decoding import IMAGE_TYPES, decode
 from trainer.data.names import check_utf8, normal_form
 from trainer.errors import DataError, data_error, may_pass, nearest
@@ -26,7 +27,7 @@ class ImageFolder:
     """The images of one part. Sample `i` is the i-th path, sorted by class, then by path.
 
     `paths` are relative to `root`, with forward slashes; `targets` are their class ids. A file of more than
-    `max_pixels` pixels is not decoded.
+    `max_pixels` pixels is not decoded. With `leaves_out`, nothing but reading a sample itself fails for a bad file.
     """
 
     def __init__(
@@ -35,12 +36,15 @@ class ImageFolder:
         paths: list[str],
         targets: list[int],
         max_pixels: int | None = None,
+        leaves_out: bool = False,
     ) -> None:
         self.root = root
+        self.leaves_out = leaves_out
         self._max_pixels = max_pixels
         self.paths = paths
         self.targets = targets
-        self._cached: list[torch.Tensor] = []  # the first images, decoded
+        # The first images, decoded; None for one that cannot be.
+        self._cached: list[torch.Tensor | None] = []
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -51,9 +55,10 @@ class ImageFolder:
         Raises `DataError` if the file cannot be decoded: a sample is never replaced by another.
         """
         target = self.targets[index]
-        if 0 <= index < len(self._cached):
+        cached = self._cached[index] if 0 <= index < len(self._cached) else None
+        if cached is not None:
             # A transform may write into its input.
-            return self._cached[index].clone(), target
+            return cached.clone(), target
         return self._decode(self.paths[index]), target
 
     def cache_first(self, bytes_left: int) -> int:
@@ -66,12 +71,21 @@ class ImageFolder:
         with ThreadPoolExecutor() as threads:  # decoding releases the interpreter lock
             for start in range(0, len(self), DECODED_AT_ONCE):
                 paths = self.paths[start : start + DECODED_AT_ONCE]
-                for image in threads.map(self._decode, paths):
-                    if image.nbytes > bytes_left:
+                for image in threads.map(self._decode_to_keep, paths):
+                    size = 0 if image is None else image.nbytes
+                    if size > bytes_left:
                         return 0
-                    bytes_left -= image.nbytes
+                    bytes_left -= size
                     self._cached.append(image)
         return bytes_left
+
+    def _decode_to_keep(self, path: str) -> torch.Tensor | None:
+        try:
+            return self._decode(path)
+        except DataError as error:
+            if self.leaves_out and is_bad_sample(error):
+                return None
+            raise
 
     def _decode(self, path: str) -> torch.Tensor:
         return decode(self.root / path, max_pixels=self._max_pixels)
@@ -80,7 +94,7 @@ class ImageFolder:
 # Not `torchvision.datasets.ImageFolder`: it puts the files of subfolders last, takes hidden folders for classes, skips
 # folders that it may not read, and says nothing of the files that it leaves out. Sample ids depend on the order here.
 def image_folders(
-    root: Path, max_pixels: int | None = None
+    root: Path, max_pixels: int | None = None, leaves_out: bool = False
 ) -> tuple[ImageFolder, ImageFolder, list[str], str]:
     """Training and validation images, class names (train/'s folders, sorted), and a note on the files left out."""
     if not root.is_dir():
@@ -104,8 +118,8 @@ def image_folders(
     classes = list(train)
     notes = [_note(reason, files) for reason, files in left_out.items() if files]
     return (
-        _image_folder(root, train, classes, max_pixels),
-        _image_folder(root, val, classes, max_pixels),
+        _image_folder(root, train, classes, max_pixels, leaves_out),
+        _image_folder(root, val, classes, max_pixels, leaves_out),
         classes,
         "; ".join(notes),
     )
@@ -116,6 +130,7 @@ def _image_folder(
     paths_by_class: dict[str, list[str]],
     classes: list[str],
     max_pixels: int | None,
+    leaves_out: bool,
 ) -> ImageFolder:
     paths: list[str] = []
     targets: list[int] = []
@@ -123,7 +138,7 @@ def _image_folder(
         in_class = paths_by_class.get(name, [])
         paths += in_class
         targets += [target] * len(in_class)
-    return ImageFolder(root, paths, targets, max_pixels)
+    return ImageFolder(root, paths, targets, max_pixels, leaves_out)
 
 
 def _list_part(

@@ -16,7 +16,8 @@ from torch.utils.data._utils.pin_memory import pin_memory  # what a DataLoader p
 from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets, MapDataset
 from trainer.data.normalize import Normalize
-from trainer.data.samples import Ids, KeyedDataset, MicroBatch, Request
+from trainer.data.samples import Ids, KeyedDataset, Loaded, MicroBatch, Request
+from trainer.data.stand_ins import load_with_stand_ins
 from trainer.data.transforms import build_transforms
 from trainer.data.workers import load_in_workers
 from trainer.errors import DataError, listed
@@ -48,6 +49,7 @@ class Loader:
         self._section = section
         self._device = device
         self.normalize = normalize
+        self.leaves_out = dataset.leaves_out
 
     def peek(
         self,
@@ -73,7 +75,9 @@ class Loader:
     ) -> MicroBatch:
         """The same after the transforms alone: on the CPU, not normalised, in any epoch."""
         request = Request(first, epoch, np.asarray(ids), fused)
-        return next(self._load_here([request]))
+        if self.leaves_out:
+            return _batch_of(self._with_stand_ins(request))
+        return _batch_of(next(self._load_here([request])))
 
     def sample(self, sample_id: int, epoch: int) -> tuple[Any, Any]:
         """A sample's input and target after the transforms alone, as in `epoch`."""
@@ -82,6 +86,9 @@ class Loader:
 
     def raw(self, sample_id: int) -> Any:
         """A sample's input as the data set returns it."""
+        if self.leaves_out:
+            request = Request(0, 0, np.array([sample_id]))
+            sample_id = int(self._with_stand_ins(request).ids[0])
         with preserved_cpu_generators():
             return self.dataset.pair(sample_id)[0]
 
@@ -91,11 +98,21 @@ class Loader:
 
     def run(self, requests: Iterable[Request]) -> Generator[MicroBatch, None, None]:
         """The micro-batches of `requests`, in order. Closing the generator ends its loader processes."""
-        batches = (
-            self._load_in_workers(requests)
-            if self._section.workers
-            else self._load_here(requests)
-        )
+        items: Iterator[Any] = self.load(requests)
+        return self.place(map(_batch_of, items) if self.leaves_out else items)
+
+    def load(self, requests: Iterable[Request]) -> Iterator[MicroBatch | Loaded]:
+        """What the data set gives for each of `requests`, on the CPU: with `leaves_out`, also what is bad."""
+        if self._section.workers:
+            return self._load_in_workers(requests)
+        return self._load_here(requests)
+
+    def load_here(self, request: Request) -> MicroBatch | Loaded:
+        """The same for one request, in this process."""
+        return next(self._load_here([request]))
+
+    def place(self, batches: Iterator[MicroBatch]) -> Generator[MicroBatch, None, None]:
+        """Loaded micro-batches on the device, normalised, each copied while the one before it is used."""
         if self._device.type in KINDS_WITH_STREAMS:
             batches = self._copy_ahead(
                 batches if self._section.workers else map(_pin, batches)
@@ -107,14 +124,20 @@ class Loader:
         for first, inputs, targets, fused in batches:
             yield MicroBatch(first, normalize(inputs), targets, fused)
 
-    def _load_here(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
+    def _load_here(self, requests: Iterable[Request]) -> Iterator[MicroBatch | Loaded]:
         for request in requests:
             # Saving the generators costs more than a look-up, so only data that draws from them does it.
             with preserved_cpu_generators() if self.dataset.draws else nullcontext():
                 batch = self.dataset[request]
             yield _raise_if_error(batch)
 
-    def _load_in_workers(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
+    def _with_stand_ins(self, request: Request) -> Loaded:
+        with preserved_cpu_generators():
+            return load_with_stand_ins(self.dataset, request, self._section.max_bad)
+
+    def _load_in_workers(
+        self, requests: Iterable[Request]
+    ) -> Iterator[MicroBatch | Loaded]:
         batches = load_in_workers(
             self.dataset,
             requests,
@@ -160,7 +183,13 @@ def build_loaders(
     ) -> Loader:
         transform = build_transforms(f"data.{purpose}_transforms", items)
         return Loader(
-            KeyedDataset(dataset, transform, seed=seed, purpose=purpose),
+            KeyedDataset(
+                dataset,
+                transform,
+                seed=seed,
+                purpose=purpose,
+                leaves_out=section.bad_samples == "quarantine",
+            ),
             section,
             device,
             normalize,
@@ -183,19 +212,30 @@ class TrainLoader:
         self._fuse = fuse
         # All but an epoch's last step are of one size.
         self._groups_by_size: dict[int, list[IndexRange]] = {}
-        self._batches = loader.run(self._requests(first_step))
+        self._loader = loader
+        self._open(first_step)
         self._next: MicroBatch | None = None  # already taken from `_batches`
         self._seconds_waited = 0.0
         self._name_sample = loader.name_sample
         self._awaited: tuple[Step, IndexRange] | None = None
         activity.samples = self._describe_awaited
 
+    def _open(self, first_step: int) -> None:
+        self._batches = self._loader.run(self._requests(first_step))
+
     def close(self) -> None:
         """End the loader processes."""
         self._batches.close()
 
-    def peek(self) -> MicroBatch:
-        """The next micro-batch, which `step` will yield."""
+    def prepare(self, step: Step) -> Step:
+        """`step` as it is to be trained, which `step` then yields the micro-batches of. Called for every step."""
+        return step
+
+    def peek(self) -> MicroBatch | None:
+        """The next micro-batch, which `step` will yield; None if it is not known to be the one that is trained."""
+        return self._take_ahead()
+
+    def _take_ahead(self) -> MicroBatch:
         if self._next is None:
             self._next = next(self._batches)
         return self._next
@@ -212,7 +252,7 @@ class TrainLoader:
             self._awaited = step, indices
             activity.mark(LOADING)
             start = perf_counter()
-            batch = self.peek()
+            batch = self._take_ahead()
             self._next = None
             self._seconds_waited += perf_counter() - start
             assert batch.indices == indices, "steps are taken in order"
@@ -224,8 +264,11 @@ class TrainLoader:
         if self._awaited is None:
             return ""
         step, (first, end) = self._awaited
-        ids = self._plan.sample_ids(step, first, end).tolist()
-        return listed([self._name_sample(sample) for sample in ids], NAMED_SAMPLES)
+        return self._name_all(self._plan.sample_ids(step, first, end))
+
+    def _name_all(self, ids: Ids) -> str:
+        names = [self._name_sample(sample) for sample in ids.tolist()]
+        return listed(names, NAMED_SAMPLES)
 
     def _requests(self, first_step: int) -> Iterator[Request]:
         for step in self._plan.steps(first_step):
@@ -260,10 +303,20 @@ def whole_requests(samples: int, size: int, rank: int, ranks: int) -> Iterator[R
         yield Request(index, 0, np.arange(*batches[index]))
 
 
-def _raise_if_error(batch: MicroBatch | DataError) -> MicroBatch:
-    if isinstance(batch, DataError):
-        raise batch
-    return batch
+def _raise_if_error(item: MicroBatch | Loaded | DataError) -> MicroBatch | Loaded:
+    if isinstance(item, DataError):
+        raise item
+    return item
+
+
+def _batch_of(item: MicroBatch | Loaded) -> MicroBatch:
+    """The whole micro-batch. Raises `DataError` if a sample of it is bad: it has been left out before, or was not."""
+    if isinstance(item, MicroBatch):
+        return item
+    if item.bad:
+        raise item.bad[0].error()
+    assert item.batch is not None, "nobody asks for no samples"
+    return item.batch
 
 
 def _pin(batch: MicroBatch) -> MicroBatch:

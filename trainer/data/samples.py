@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from trainer.data.bad_samples import BadSample, is_bad_sample
 from trainer.data.conversion import (
     as_pair,
     describe_parts,
@@ -52,8 +53,18 @@ class Request(NamedTuple):
     fused: int = 1
 
 
+class Loaded(NamedTuple):
+    """What there is of a request: the samples `ids`, as a `batch` (None if there are none), and those that are bad."""
+
+    batch: MicroBatch | None
+    ids: Ids
+    bad: list[BadSample]
+
+
 class KeyedDataset(Dataset[Any]):
     """`Request` → `MicroBatch`, or a `DataError` for the caller to raise: it may come from another process.
+
+    With `leaves_out`, `Request` → `Loaded`: the samples that can be read, and why the others cannot.
 
     A sample's random draws are keyed by (seed, purpose, epoch, sample id): they are the same in any process and in any
     order, and new in each epoch.
@@ -66,8 +77,10 @@ class KeyedDataset(Dataset[Any]):
         *,
         seed: int,
         purpose: str,
+        leaves_out: bool = False,
     ) -> None:
         self.dataset = dataset
+        self.leaves_out = leaves_out
         # Files to predict go through the transforms of validation.
         part = "val" if purpose == "predict" else purpose
         self._transforms_key = f"data.{part}_transforms"
@@ -77,7 +90,7 @@ class KeyedDataset(Dataset[Any]):
             else SampleTransform(transform, self._transforms_key)
         )
         self._seed = seed
-        self._purpose = purpose
+        self.purpose = purpose
         # In-memory data without transforms has nothing random: a micro-batch is one look-up.
         self._batch = (
             dataset.batch
@@ -88,7 +101,9 @@ class KeyedDataset(Dataset[Any]):
         # Set in a loader process: told of each sample before it is loaded.
         self.at_sample: Callable[[int], None] | None = None
 
-    def __getitem__(self, request: Request) -> MicroBatch | DataError:
+    def __getitem__(self, request: Request) -> MicroBatch | Loaded | DataError:
+        if self.leaves_out:
+            return self.load_readable(request)
         if self._batch is not None:
             inputs, targets = self._batch(torch.from_numpy(request.ids))
             return MicroBatch(request.first, inputs, targets, request.fused)
@@ -102,10 +117,44 @@ class KeyedDataset(Dataset[Any]):
             return error
         return MicroBatch(request.first, inputs, targets, request.fused)
 
+    def load_readable(self, request: Request) -> Loaded | DataError:
+        """What there is of a request; an error where what can be read makes no batch, or the machine fails."""
+        if self._batch is not None:
+            inputs, targets = self._batch(torch.from_numpy(request.ids))
+            batch = MicroBatch(request.first, inputs, targets, request.fused)
+            return Loaded(batch if len(request.ids) else None, request.ids, [])
+        samples = []
+        ids = []
+        bad = []
+        try:
+            for sample_id in request.ids.tolist():
+                try:
+                    samples.append(self.sample(request.epoch, sample_id))
+                    ids.append(sample_id)
+                except DataError as error:
+                    if not is_bad_sample(error):
+                        raise
+                    bad.append(self._describe_bad(sample_id, error))
+            readable = np.array(ids, dtype=np.int64)
+            if not samples:
+                return Loaded(None, readable, bad)
+            inputs, targets = self._collate(samples, readable)
+        except DataError as error:
+            return error
+        batch = MicroBatch(request.first, inputs, targets, request.fused)
+        return Loaded(batch, readable, bad)
+
+    def _describe_bad(self, sample_id: int, error: DataError) -> BadSample:
+        paths = getattr(self.dataset, "paths", None)
+        path = "" if paths is None else printable(str(paths[sample_id]))
+        # One line, without the name.
+        reason = " ".join(str(error).split()).removeprefix(f"{self.name(sample_id)}: ")
+        return BadSample(self.purpose, sample_id, path, reason)
+
     def sample(self, epoch: int, sample_id: int) -> tuple[Any, Any]:
         """The input and target of one sample, transformed. It seeds the CPU's generators."""
         # All that a data set or transform may draw from; the caller restores the rank's generators (`draws`).
-        seed_cpu(key(self._seed, self._purpose, epoch, sample_id))
+        seed_cpu(key(self._seed, self.purpose, epoch, sample_id))
         if self.at_sample is not None:
             self.at_sample(sample_id)
         try:
@@ -130,14 +179,14 @@ class KeyedDataset(Dataset[Any]):
         # Nearly every sample is one, and nothing more is to be found out about it.
         if type(sample) is tuple and len(sample) == 2:
             return sample
-        return as_pair(sample, f"{self._purpose} sample {sample_id}")
+        return as_pair(sample, f"{self.purpose} sample {sample_id}")
 
     def _transformed(self, image: Any, target: Any, sample_id: int) -> tuple[Any, Any]:
         assert self._transform is not None
         try:
             return self._transform(image, target)
         except DataError as error:
-            raise DataError(f"{self.name(sample_id)}: {error}") from None
+            raise type(error)(f"{self.name(sample_id)}: {error}") from None
         except Exception as error:
             # Anything: transforms are other people's code.
             name = self.name(sample_id)
@@ -166,7 +215,7 @@ class KeyedDataset(Dataset[Any]):
                 default_collate(values)
             except Exception as reason:
                 return self._misfit_of_part(part, values, ids, reason)
-        return DataError(f"{self._purpose} samples make no batch: {error}")
+        return DataError(f"{self.purpose} samples make no batch: {error}")
 
     def _misfit_of_part(
         self, part: str, values: list[Any], ids: Ids, error: Exception
@@ -192,13 +241,13 @@ class KeyedDataset(Dataset[Any]):
             else "pad each to one length in the data set, and leave the padding out of the loss"
         )
         return DataError(
-            f"{self._purpose} samples do not fit into one batch: the {part} of sample {ids[0]} is {descriptions[0]}, "
+            f"{self.purpose} samples do not fit into one batch: the {part} of sample {ids[0]} is {descriptions[0]}, "
             f"that of sample {ids[other]} {descriptions[other]}; {remedy}"
         )
 
     def name(self, sample_id: int) -> str:
         """What a message calls a sample: its number, and its path if it has one."""
-        name = f"{self._purpose} sample {sample_id}"
+        name = f"{self.purpose} sample {sample_id}"
         paths = getattr(self.dataset, "paths", None)
         return name if paths is None else f"{name} ({printable(str(paths[sample_id]))})"
 

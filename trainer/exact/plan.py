@@ -54,6 +54,8 @@ class Step(NamedTuple):
     micro_batches: list[IndexRange]  # these three as in `Layout`
     ranks: list[IndexRange]
     has_idle_rank: bool
+    # Which of its samples cannot be read, as places among all of them; the other fields are about those that remain.
+    left_out: tuple[int, ...] = ()
 
     @property
     def first_in_epoch(self) -> bool:
@@ -149,6 +151,10 @@ class Plan:
         last = first if end is None else end - 1
         start, _ = step.micro_batches[first]
         _, stop = step.micro_batches[last]
+        if step.left_out:
+            end_of_step = step.start + step.size + len(step.left_out)
+            planned = self.permutation(step.epoch)[step.start : end_of_step]
+            return np.delete(planned, step.left_out)[start:stop]
         return self.permutation(step.epoch)[step.start + start : step.start + stop]
 
     def groups(self, step: Step, rank: int, fuse: int) -> list[IndexRange]:

@@ -16,6 +16,7 @@ from trainer.components.optimizer import load_named_state, named_state
 from trainer.components.task import WeightedSum
 from trainer.config.schema import Config
 from trainer.data.samples import MicroBatch
+from trainer.errors import DataError
 from trainer.exact.batch_norm import named_norm_layers
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Step
@@ -123,6 +124,9 @@ class Dissection:
         step = trainer.plan.step(0)
         trainer.start()
         first = self._run(step)
+        step = trainer.run.remaining(step)
+        if not step.size:
+            raise DataError("no sample of the first step can be read; repair them")
         return {
             "config": config.run.name,
             "model": config.model.name,

@@ -117,6 +117,7 @@ def _restore(trainer: Trainer, directory: Path, logged: Logged, *, before: int) 
             _end_epoch_as_logged(trainer, trainer.progress.step, logged)
     else:
         check_same_weights(directory, weights_file(trainer.config.model, nullcontext))
+    trainer.left_out.take_over(directory)
     trainer.start()
     return trainer.progress.step
 
@@ -164,6 +165,11 @@ def _examine(trainer: Trainer, logged: Logged, digests: Digests) -> Replay:
     step = trainer.plan.step(trainer.progress.step)
     with StepWatch(trainer, detailed=True) as watch:
         trainer.train_step(step)
+    if not watch.records:
+        raise ConfigError(
+            "--step",
+            f"none of the samples of step {step.number} can be read, so the run passed over it; name another",
+        )
     row = _measure_as_logged(trainer, step, logged, digests)
     logged_row = logged.intervals.get(step.number, {})
     both_rows = {}
@@ -178,7 +184,7 @@ def _examine(trainer: Trainer, logged: Logged, digests: Digests) -> Replay:
         began_after=0,
         loss=watch.loss(),
         grad_norm=watch.grad_norm(),
-        samples=_samples(watch, step),
+        samples=_samples(watch, trainer.run.remaining(step)),
         layers=watch.layers,
         batch_norm=watch.norm_inputs,
         weights=_weights(watch),

@@ -20,6 +20,7 @@ class Phase:
 
 STARTING = Phase("the start", is_bounded=False)
 LOADING = Phase("the loader")
+AGREEING = Phase("the agreement on samples to leave out")
 COMPUTING = Phase("forward and backward")
 EXCHANGING = Phase("the exchange of gradients")
 UPDATING = Phase("the end of the step", is_bounded=False)  # observers, too

@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any
 
 from trainer.config.schema import Config
+from trainer.data.bad_samples import BadSample, Quarantine
 from trainer.errors import LockstepError, Stopped
 from trainer.exact.plan import Plan
 from trainer.process.activity import activity
@@ -17,6 +18,7 @@ from trainer.process.ranks import Ranks
 from trainer.reporting.console import Console
 from trainer.reporting.jsonl import MetricsFile, readable_rows
 from trainer.reporting.wandb.run import WandbRun, start_wandb
+from trainer.storage import bad_samples
 from trainer.storage.checkpoint import Progress
 from trainer.storage.data_record import DataRecord, write_record
 from trainer.storage.files import write_json
@@ -208,6 +210,18 @@ class Journal:
     @property
     def wandb_id(self) -> str | None:
         return None if self.wandb is None else self.wandb.id
+
+    def bad_samples(self, quarantine: Quarantine, added: Sequence[BadSample]) -> None:
+        """Write the list of all bad samples, and show those that were `added` to it. A collective."""
+        self._ranks.on_main(partial(self._write_bad_samples, quarantine))
+        for bad in added:
+            self.console.note(
+                f"left out from step {bad.step} on: {bad.name()}: {bad.reason}"
+            )
+
+    def _write_bad_samples(self, quarantine: Quarantine) -> None:
+        self.check_directory()
+        bad_samples.write(self.directory, quarantine.samples)
 
     def check_directory(self) -> None:
         """Raise `LockstepError` if the run's directory was deleted or moved. On the main process only."""

@@ -20,6 +20,7 @@ from trainer.exact.exchange_cost import describe_exchange
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Plan
 from trainer.process.device import device_name
+from trainer.storage import bad_samples
 from trainer.storage.checkpoint import Progress
 from trainer.storage.sha256 import tensors_sha256
 
@@ -59,11 +60,20 @@ def header(
         ("fuse", f"1: {fuse_note}" if fuse_note else ""),
         ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
         ("exchange", describe_exchange(plan) if run.bitwise else ""),
+        ("bad samples", _describe_quarantine(run)),
         ("note", run.data.note),
         *(("note", line) for line in keys_without_effect(run)),
         *proof.facts(),
     ]
     return [(name, text) for name, text in facts if text]
+
+
+def _describe_quarantine(run: Run) -> str:
+    if run.quarantine is None:
+        return ""
+    limit = f"left out, up to {run.config.data.max_bad} (data.max_bad)"
+    count = len(run.quarantine)
+    return f"{limit}; {count} so far" if count else limit
 
 
 def _describe_optimizer(run: Run) -> str:
@@ -163,7 +173,14 @@ def summary(
     }
     if run.precision.skips_overflow or run.config.train.non_finite == "skip":
         values["skipped_steps"] = progress.skipped_steps
+    if run.quarantine is not None:
+        values["bad_samples"] = len(run.quarantine)
     return values
+
+
+def _describe_bad(values: dict[str, Any]) -> str:
+    count = values.get("bad_samples", 0)
+    return f" · {count:,} left out as bad: {bad_samples.FILE}" if count else ""
 
 
 def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
@@ -182,7 +199,10 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     return [
         ("best", best),
         ("elapsed", elapsed),
-        ("trained", f"{steps} · {values['samples_seen']:,} samples"),
+        (
+            "trained",
+            f"{steps} · {values['samples_seen']:,} samples{_describe_bad(values)}",
+        ),
         ("weights", values["weights_sha256"][:16]),
         ("files", str(directory)),
     ]

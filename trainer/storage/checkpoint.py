@@ -71,6 +71,8 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     last_skipped_step: int = 0
+    # What the run leaves out; see `trainer.storage.bad_samples`.
+    bad_samples: list[list[Any]] = field(default_factory=list)
     # At an epoch's last step: its evaluation and its row are still to come.
     epoch_end_is_due: bool = False
     rows: int = 0  # lines of metrics.jsonl

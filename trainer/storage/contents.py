@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from trainer.data.bad_samples import is_bad_sample
 from trainer.data.datasets import FakeImages, ImageArrays
 from trainer.data.folder import ImageFolder
 from trainer.data.names import normal_form
@@ -54,9 +55,19 @@ def _file_lines(dataset: ImageFolder, first: int, end: int) -> bytes:
     lines = []
     for index in range(first, end):
         path = dataset.paths[index]
-        size = file_size(dataset.root / path)
+        size = _size_of_image(dataset, path)
         lines.append(f"{normal_form(path)} {size} {dataset.targets[index]}")
     return "\n".join(lines).encode()
+
+
+def _size_of_image(dataset: ImageFolder, path: str) -> int:
+    """The size of an image's file; -1 for one that cannot be read, in a run that leaves it out."""
+    try:
+        return file_size(dataset.root / path)
+    except DataError as error:
+        if dataset.leaves_out and is_bad_sample(error):
+            return -1
+        raise
 
 
 def file_size(path: Path) -> int:

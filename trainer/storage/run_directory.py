@@ -40,6 +40,8 @@ FREE_KEYS = (
     "run.timeout",
     "data.cache",
     "data.max_pixels",
+    "data.bad_samples",
+    "data.max_bad",
     "data.workers",
     "data.prefetch",
     "batch.fuse",

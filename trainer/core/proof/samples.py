@@ -16,6 +16,7 @@ from trainer.core.proof.generators import describe, generators_in, preserved_in
 from trainer.core.proof.state import same_bits
 from trainer.core.proof.trial import Trial
 from trainer.data.samples import MicroBatch
+from trainer.errors import DataError
 
 CHECK = "samples"
 # Of a loader process, which has one thread where this one may have more.
@@ -36,16 +37,22 @@ def check_samples(trial: Trial) -> list[Finding]:
     loader = trial.run.train_loader
     if not loader.dataset.draws:
         return []  # a look-up in memory
-    ids = _sample_ids(trial)
+    ids = []
     epoch = trial.step.epoch
     with preserved_in(loader.dataset):
         forwards = []
         deadline = monotonic() + TIME_LIMIT
-        for sample_id in ids:
-            forwards.append(loader.sample(sample_id, epoch))
+        for sample_id in _sample_ids(trial):
+            try:
+                sample = loader.sample(sample_id, epoch)
+            except DataError:
+                if not loader.leaves_out:
+                    raise
+                continue  # the run will leave it out
+            ids.append(sample_id)
+            forwards.append(sample)
             if monotonic() > deadline:
                 break
-        ids = ids[: len(forwards)]
         backwards = [loader.sample(sample_id, epoch) for sample_id in reversed(ids)]
     finding = _compare_in_process(trial, ids, forwards, backwards[::-1])
     if finding is None and trial.batches is not None and not trial.is_idle:
@@ -82,6 +89,8 @@ def _compare_with_loader_process(trial: Trial, ids: Sequence[int]) -> Finding | 
     """The first batch that the run's own loader processes made against the same samples made here."""
     assert trial.batches is not None
     batch = trial.batches.peek()
+    if batch is None:
+        return None  # a sample of it will be left out
     start, _ = trial.step.micro_batches[batch.first]
     _, stop = trial.step.micro_batches[batch.indices[1] - 1]
     ids = ids[: stop - start]

@@ -113,7 +113,7 @@ class Trial:
     def _load(self) -> MicroBatch:
         if self.batches is not None and not self.is_idle:
             batch = self.batches.peek()
-            if batch.fused == 1:
+            if batch is not None and batch.fused == 1:
                 return batch
         ids = self.run.plan.sample_ids(self.step, self.own_index)
         return self.peek(ids)
