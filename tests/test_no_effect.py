@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 USELESS: dict[str, dict[str, Any]] = {
     "run.resume_changes has": {"run__resume_changes": "allow"},
     "data.prefetch has": {"data__prefetch": 2},
+    "data.epoch_samples has": {"data__epoch_samples": 103},
     "batch_norm.mode, batch_norm.momentum have": {
         "batch_norm__mode": "frozen",
         "batch_norm__momentum": 0.2,
@@ -44,7 +45,7 @@ USELESS: dict[str, dict[str, Any]] = {
 # The same keys where they do something.
 USEFUL: list[dict[str, Any]] = [
     {"run__resume": "auto", "run__resume_changes": "allow"},
-    {"data__workers": 1, "data__prefetch": 2},
+    {"data__workers": 1, "data__prefetch": 2, "data__epoch_samples": 56},
     {"batch_norm__momentum": 0.2, "batch__micro_size": 7, "batch__fuse": 2},
     {"batch_norm__mode": "frozen", "train__channels_last": True},
     {"batch_norm__momentum_per": "step", "batch__micro_size": 7},

@@ -88,6 +88,17 @@ class DataConfig(ComponentSection):
         0, "loader processes of each rank; 0 loads in the rank itself", minimum=0
     )
     prefetch: int = key(4, "micro-batches each loader process keeps ready", minimum=1)
+    sampler: dict[str, Any] = key(
+        {},
+        "which training samples an epoch takes: {name: random, subset, balanced, weighted, repeated, or an import path "
+        "to a pure function of labels, seed and epoch, with its arguments}; {} = each once (docs/samplers.md)",
+    )
+    epoch_samples: int | None = key(
+        None,
+        "length of an epoch, for data.sampler; null = as the sampler has it",
+        unit="samples",
+        minimum=1,
+    )
     train_transforms: list[dict[str, Any]] = key(
         [],
         "torchvision v2 transforms of training images, in order: {name: RandomCrop, size: 32}",

@@ -30,11 +30,13 @@ from trainer.core.forward import Forward
 from trainer.core.further import LossState, restore_evaluated
 from trainer.core.metrics import Row
 from trainer.core.precision import Precision
-from trainer.core.preflight import RankFacts, check_data, check_ranks
+from trainer.core.preflight import RankFacts, check_data, check_order, check_ranks
 from trainer.data.classes import with_classes
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
 from trainer.data.loading import Loader, build_loaders
 from trainer.data.parts import check_part, shared_class_names
+from trainer.data.sampler import DrawnOrder
+from trainer.data.samplers import build_order
 from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import configure, refuse_cumulative_average
 from trainer.exact.determinism import run_settings
@@ -154,7 +156,10 @@ def build_run(
         note = "data.val_transforms has no effect: there are no validation data"
         data = replace(data, note="; ".join(filter(None, [data.note, note])))
     check_data(data, ranks)
-    plan = _plan(config, ranks, len(data.train))
+    # A machine may lack a file that a sampler reads.
+    order = ranks.on_each(lambda: build_order(config.data, data, seed=config.run.seed))
+    plan = _plan(config, ranks, len(data.train), order)
+    check_order(plan, ranks, epoch=0)
     train_loader, val_loader = build_loaders(
         config.data,
         data,
@@ -255,9 +260,9 @@ def _data(
     return Datasets(train, val, shared_class_names(train, val), config.data.name)
 
 
-def _plan(config: Config, ranks: Ranks, samples: int) -> Plan:
+def _plan(config: Config, ranks: Ranks, samples: int, order: DrawnOrder | None) -> Plan:
     return Plan(
-        samples=samples,
+        samples=samples if order is None else order.samples,
         batch_size=config.batch.size,
         micro_size=config.batch.micro_size or config.batch.size,
         ranks=ranks.count,
@@ -265,6 +270,7 @@ def _plan(config: Config, ranks: Ranks, samples: int) -> Plan:
         seed=config.run.seed,
         max_steps=config.train.max_steps,
         equal_ranks=config.batch_norm.mode == "sync",
+        order=order,
     )
 
 

@@ -74,6 +74,13 @@ RULES = (
         "there are no loader processes (data.workers=0)",
     ),
     Rule(
+        ("data.epoch_samples",),
+        lambda run: (
+            not run.config.data.sampler and run.plan.samples == len(run.data.train)
+        ),
+        "it is the number of training samples",
+    ),
+    Rule(
         ("batch.eval_size", "train.evaluate_every"),
         lambda run: run.evaluator is None,
         "there are no validation data",

@@ -16,11 +16,11 @@ from torch.utils.data._utils.pin_memory import pin_memory  # what a DataLoader p
 from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets, MapDataset
 from trainer.data.normalize import Normalize
-from trainer.data.samples import Ids, KeyedDataset, MicroBatch, Request
+from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.data.transforms import build_transforms
 from trainer.data.workers import load_in_workers
 from trainer.errors import DataError, listed
-from trainer.exact.plan import IndexRange, Plan, Step, split_evenly
+from trainer.exact.plan import Ids, IndexRange, Plan, Step, split_evenly
 from trainer.exact.seeding import preserved_cpu_generators
 from trainer.exact.structures import tensors_in
 from trainer.process.activity import COMPUTING, LOADING, activity
@@ -56,10 +56,12 @@ class Loader:
         fused: int = 1,
         *,
         epoch: int = 0,
+        occurrences: Ids | None = None,
     ) -> MicroBatch:
         """Some samples as the model sees them in `epoch`, as one micro-batch."""
         batch: MicroBatch = send_to_device(
-            self.fetch(ids, first, fused, epoch=epoch), self._device
+            self.fetch(ids, first, fused, epoch=epoch, occurrences=occurrences),
+            self._device,
         )
         return batch._replace(inputs=self.normalize(batch.inputs))
 
@@ -70,9 +72,10 @@ class Loader:
         fused: int = 1,
         *,
         epoch: int = 0,
+        occurrences: Ids | None = None,
     ) -> MicroBatch:
         """The same after the transforms alone: on the CPU, not normalised, in any epoch."""
-        request = Request(first, epoch, np.asarray(ids), fused)
+        request = Request(first, epoch, np.asarray(ids), fused, occurrences)
         return next(self._load_here([request]))
 
     def sample(self, sample_id: int, epoch: int) -> tuple[Any, Any]:
@@ -104,7 +107,7 @@ class Loader:
             batches = self._copy(batches)
         # Without what Module.__call__ does for hooks: there are none.
         normalize = self.normalize.forward
-        for first, inputs, targets, fused in batches:
+        for first, inputs, targets, fused, _ in batches:
             yield MicroBatch(first, normalize(inputs), targets, fused)
 
     def _load_here(self, requests: Iterable[Request]) -> Iterator[MicroBatch]:
@@ -235,6 +238,7 @@ class TrainLoader:
                     step.epoch,
                     self._plan.sample_ids(step, first, end),
                     fused=end - first,
+                    occurrences=self._plan.occurrences(step, first, end),
                 )
 
     def _groups(self, step: Step) -> list[IndexRange]:
@@ -249,7 +253,12 @@ class TrainLoader:
 def step_requests(plan: Plan, step: Step, rank: int) -> Iterator[Request]:
     """Requests for what `rank` runs of `step`, one micro-batch at a time."""
     for index in range(*step.ranks[rank]):
-        yield Request(index, step.epoch, plan.sample_ids(step, index))
+        yield Request(
+            index,
+            step.epoch,
+            plan.sample_ids(step, index),
+            occurrences=plan.occurrences(step, index),
+        )
 
 
 def whole_requests(samples: int, size: int, rank: int, ranks: int) -> Iterator[Request]:

@@ -1,4 +1,7 @@
-"""Micro-batches on request, by sample id and epoch. Each sample's random draws are keyed by both."""
+"""Micro-batches on request, by sample id and epoch. Each sample's random draws are keyed by both.
+
+A sample that comes again in the same epoch draws anew: its draws are keyed by its occurrence, too.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -23,10 +24,8 @@ from trainer.data.geometry import SampleTransform
 from trainer.data.names import printable
 from trainer.data.worker_failure import is_limit
 from trainer.errors import DataError, data_error
-from trainer.exact.plan import IndexRange
+from trainer.exact.plan import Ids, IndexRange
 from trainer.exact.seeding import key, seed_cpu
-
-Ids = npt.NDArray[np.int64]
 
 
 class MicroBatch(NamedTuple):
@@ -36,6 +35,8 @@ class MicroBatch(NamedTuple):
     inputs: Any
     targets: Any
     fused: int = 1
+    # How `train.mix` blended it, where it did (`trainer.core.mix.Blend`): the loss is of two targets for each sample.
+    blend: Any = None
 
     @property
     def indices(self) -> IndexRange:
@@ -44,19 +45,24 @@ class MicroBatch(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a loader is asked for: the sample ids of one micro-batch, or of `fused` of them (see `MicroBatch`)."""
+    """What a loader is asked for: the sample ids of one micro-batch, or of `fused` of them (see `MicroBatch`).
+
+    `occurrences` says how often each sample came before in its epoch; None: it did not.
+    """
 
     first: int
     epoch: int
     ids: Ids
     fused: int = 1
+    occurrences: Ids | None = None
 
 
 class KeyedDataset(Dataset[Any]):
     """`Request` → `MicroBatch`, or a `DataError` for the caller to raise: it may come from another process.
 
     A sample's random draws are keyed by (seed, purpose, epoch, sample id): they are the same in any process and in any
-    order, and new in each epoch.
+    order, and new in each epoch. Where a sample comes more than once in an epoch, its second and later occurrences are
+    part of the key.
     """
 
     def __init__(
@@ -93,19 +99,30 @@ class KeyedDataset(Dataset[Any]):
             inputs, targets = self._batch(torch.from_numpy(request.ids))
             return MicroBatch(request.first, inputs, targets, request.fused)
         try:
-            samples = [
-                self.sample(request.epoch, sample_id)
-                for sample_id in request.ids.tolist()
-            ]
+            samples = self._samples(request)
             inputs, targets = self._collate(samples, request.ids)
         except DataError as error:
             return error
         return MicroBatch(request.first, inputs, targets, request.fused)
 
-    def sample(self, epoch: int, sample_id: int) -> tuple[Any, Any]:
+    def _samples(self, request: Request) -> list[tuple[Any, Any]]:
+        epoch, ids = request.epoch, request.ids.tolist()
+        if request.occurrences is None:
+            return [self.sample(epoch, sample_id) for sample_id in ids]
+        return [
+            self.sample(epoch, sample_id, occurrence)
+            for sample_id, occurrence in zip(
+                ids, request.occurrences.tolist(), strict=True
+            )
+        ]
+
+    def sample(
+        self, epoch: int, sample_id: int, occurrence: int = 0
+    ) -> tuple[Any, Any]:
         """The input and target of one sample, transformed. It seeds the CPU's generators."""
+        position = (epoch, sample_id, occurrence) if occurrence else (epoch, sample_id)
         # All that a data set or transform may draw from; the caller restores the rank's generators (`draws`).
-        seed_cpu(key(self._seed, self._purpose, epoch, sample_id))
+        seed_cpu(key(self._seed, self._purpose, *position))
         if self.at_sample is not None:
             self.at_sample(sample_id)
         try:
