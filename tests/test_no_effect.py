@@ -41,6 +41,7 @@ USELESS: dict[str, dict[str, Any]] = {
     "train.max_steps has": {"train__max_steps": 9},
     "train.stop_after has": {"train__stop_after": 9},
     "train.channels_last has": {"train__channels_last": True},
+    "train.mix has": {"train__mix": {"mixup": 0, "prob": 0.5}},
 }
 # The same keys where they do something.
 USEFUL: list[dict[str, Any]] = [
@@ -55,7 +56,7 @@ USEFUL: list[dict[str, Any]] = [
     {"model__head": "4", "model__num_classes": 7},
     {"schedule__warmup": 1, "schedule__warmup_start": 0.1, "schedule__per": "step"},
     {"schedule__name": "cosine", "schedule__per": "step"},
-    {"train__max_steps": 8, "train__stop_after": 8},
+    {"train__max_steps": 8, "train__stop_after": 8, "train__mix": {"cutmix": 1}},
 ]
 
 

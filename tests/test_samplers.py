@@ -14,8 +14,10 @@ from torch.utils.data import ConcatDataset, RandomSampler, Subset, TensorDataset
 
 from tests.distributed.small import SAMPLES, Points, config, mlp
 from trainer import Trainer
+from trainer.commands import evaluate
 from trainer.config.import_paths import import_paths
-from trainer.config.schema import DataConfig
+from trainer.config.load import load
+from trainer.config.schema import Config, DataConfig
 from trainer.core.known_components import is_known
 from trainer.core.proof.prove import Proof
 from trainer.data.classes import Relabelled
@@ -439,3 +441,29 @@ def test_the_header_and_the_paths_of_a_config_name_the_sampler(tmp_path: Path) -
     names = {(path.role, path.name) for path in import_paths(settings)}
     assert ("sampler", sampler["name"]) in names
     assert not is_known("sampler", without_labels)
+
+
+def test_evaluate_needs_no_sampler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other data may have no such samples, and a machine no such function."""
+    settings = load(
+        "configs/digits.yaml",
+        {
+            "run.dir": str(tmp_path),
+            "run.figures": False,
+            "wandb.mode": "disabled",
+            "train.max_steps": 1,
+            "data.sampler": {"name": f"{__name__}.without_labels"},
+            "train.mix": {"mixup": 0.2},
+        },
+    )
+    Trainer(settings).fit()
+    monkeypatch.delattr(f"{__name__}.without_labels")
+    evaluate.main([str(tmp_path / "digits")])
+    assert "val/accuracy" in capsys.readouterr().out
+
+
+def test_a_name_alone_is_one_message() -> None:
+    with pytest.raises(ConfigError, match=r"write \{name: balanced\}"):
+        Config.from_dict({"data": {"sampler": "balanced"}})

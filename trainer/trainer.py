@@ -393,7 +393,8 @@ class Trainer:
         reduction.begin(step)
         losses = []
         # This rank's micro-batches, on the device.
-        for batch in self.batches.step(step):
+        for loaded in self.batches.step(step):
+            batch = run.forward.mixed(loaded, step)
             with reduction.micro_batch(step, batch.indices) as model:
                 output, loss = run.forward(model, batch, step)
                 run.precision.backward(

@@ -29,6 +29,7 @@ from trainer.core.first_samples import check_classes, first_inputs
 from trainer.core.forward import Forward
 from trainer.core.further import LossState, restore_evaluated
 from trainer.core.metrics import Row
+from trainer.core.mix import Mix, build_mix
 from trainer.core.precision import Precision
 from trainer.core.preflight import RankFacts, check_data, check_order, check_ranks
 from trainer.data.classes import with_classes
@@ -190,7 +191,8 @@ def build_run(
     check_classes(the_task, num_classes, data)
     config = _with_best_metric(config, the_task, has_validation=val_loader is not None)
 
-    forward = Forward(the_task, precision, ranks.device, config.run.seed)
+    mix = ranks.on_each(partial(_mix, config, the_task, train_loader, plan))
+    forward = Forward(the_task, precision, ranks.device, config.run.seed, mix)
     freezing = Freezing(module, config.model)
     evaluator = _evaluator(
         config,
@@ -348,6 +350,18 @@ def _task(
             for parameter in part.parameters(recurse=False):
                 parameter.requires_grad_(False)
     return the_task
+
+
+def _mix(config: Config, task: Task, loader: Loader, plan: Plan) -> Mix | None:
+    if not config.train.mix:
+        return None
+    return build_mix(
+        config.train,
+        task,
+        loader.peek([0]),
+        seed=config.run.seed,
+        total_steps=plan.total_steps,
+    )
 
 
 def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Config:

@@ -138,6 +138,18 @@ RULES = (
         "the run ends before",
     ),
     Rule(
+        ("train.mix",),
+        lambda run: run.forward.mix is not None and run.forward.mix.is_idle,
+        "neither mixup nor cutmix is above 0, or else prob or off_after is 0",
+    ),
+    Rule(
+        ("train.mix",),
+        lambda run: all(
+            end - start == 1 for start, end in run.plan.step(0).micro_batches
+        ),
+        "a micro-batch is one sample (batch.micro_size), which has no partner",
+    ),
+    Rule(
         ("train.channels_last",),
         lambda run: all(tensor.dim() != 4 for tensor in run.module.parameters()),
         "the model has no convolution of images",

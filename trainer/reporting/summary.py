@@ -53,6 +53,7 @@ def header(
         ("data", _describe_data(run)),
         ("sampler", _describe_sampler(plan)),
         ("batch", batch_arithmetic(plan, fuse)),
+        ("mix", "" if run.forward.mix is None else run.forward.mix.describe()),
         ("optimizer", _describe_optimizer(run)),
         ("schedule", schedule.describe()),
         ("length", length),
