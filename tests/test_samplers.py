@@ -443,6 +443,24 @@ def test_the_header_and_the_paths_of_a_config_name_the_sampler(tmp_path: Path) -
     assert not is_known("sampler", without_labels)
 
 
+class DamagedFirst(Points):
+    """Its first sample cannot be read."""
+
+    def __getitem__(self, i: int) -> Any:
+        if i == 0:
+            raise ValueError("sample 0 is damaged")
+        return super().__getitem__(i)
+
+
+def test_a_sample_that_is_left_out_is_never_read(tmp_path: Path) -> None:
+    settings = config(
+        tmp_path, data__sampler={"name": "subset", "ids": list(range(1, SAMPLES))}
+    )
+    data = DamagedFirst(ignored=False)
+    summary = Trainer(settings, model=mlp(), train_data=data).fit()
+    assert summary["samples_seen"] == 2 * (SAMPLES - 1)
+
+
 def test_evaluate_needs_no_sampler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,6 +169,9 @@ def build_run(
         dtype=precision.dtype,
     )
 
+    if order is not None:
+        # Sample 0 may be one that it leaves out, because it is damaged.
+        train_loader.first_id = int(plan.permutation(0)[0])
     inputs = ranks.on_each(partial(first_inputs, train_loader, val_loader))
     num_classes = _num_classes(config, data)
     signature = signature_of_samples(
@@ -358,7 +361,7 @@ def _mix(config: Config, task: Task, loader: Loader, plan: Plan) -> Mix | None:
     return build_mix(
         config.train,
         task,
-        loader.peek([0]),
+        loader.peek([loader.first_id]),
         seed=config.run.seed,
         total_steps=plan.total_steps,
     )

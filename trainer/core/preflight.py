@@ -100,7 +100,7 @@ def check_order(plan: Plan, ranks: Ranks, *, epoch: int) -> None:
     order = plan.order
     if not isinstance(order, DrawnOrder) or (epoch and not order.is_own_code):
         return
-    digest = ranks.on_each(lambda: order.digest(epoch))
+    digest = ranks.on_each(lambda: order_digest(plan, epoch))
     of_ranks = ranks.gather([digest])
     for rank, other in enumerate(of_ranks):
         if other != of_ranks[0]:
@@ -112,9 +112,11 @@ def check_order(plan: Plan, ranks: Ranks, *, epoch: int) -> None:
             )
 
 
-def order_digest(plan: Plan) -> str | None:
-    """The digest of the first epoch's sample ids; None where no sampler chooses them."""
-    return plan.order.digest(0) if isinstance(plan.order, DrawnOrder) else None
+def order_digest(plan: Plan, epoch: int = 0) -> str | None:
+    """The SHA-256 of an epoch's sample ids; None where no sampler chooses them."""
+    if plan.order is None:
+        return None
+    return hashlib.sha256(plan.permutation(epoch).astype("<i8").tobytes()).hexdigest()
 
 
 def notes_on(facts: Sequence[RankFacts]) -> list[str]:

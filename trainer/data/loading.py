@@ -48,6 +48,8 @@ class Loader:
         self._section = section
         self._device = device
         self.normalize = normalize
+        # Of a sample that the run reads: what is looked at before training.
+        self.first_id = 0
 
     def peek(
         self,

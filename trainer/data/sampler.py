@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -70,10 +69,6 @@ class DrawnOrder:
 
     def ids(self, epoch: int) -> Ids:
         return self._draw(epoch)
-
-    def digest(self, epoch: int) -> str:
-        """The SHA-256 of the ids of `epoch`."""
-        return sha256(self.ids(epoch).astype("<i8").tobytes()).hexdigest()
 
 
 def check_ids(key: str, subject: str, values: Any, samples: int) -> Ids:

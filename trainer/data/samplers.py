@@ -145,11 +145,7 @@ def balanced(
     share each comes once before any comes again. Without it no sample comes twice, and an epoch has by default as many
     of each class as the smallest one has.
     """
-    labels = source.labels
-    classes = np.unique(labels[labels >= 0])
-    if not len(classes):
-        raise ConfigError(f"{KEY}.name", "balances classes, and no sample has one")
-    by_class = [np.flatnonzero(labels == label) for label in classes]
+    classes, by_class = _ids_by_class(source)
     smallest = min(range(len(classes)), key=lambda i: len(by_class[i]))
     least = len(by_class[smallest])
     if check_flag("replacement", replacement):
@@ -182,6 +178,17 @@ def balanced(
         draw,
         f"balanced · {count:,} samples an epoch, {_shares(count, len(classes))} of each of {len(classes)} classes",
     )
+
+
+def _ids_by_class(source: Source) -> tuple[Ids, list[Ids]]:
+    """The class ids that samples have, in order, and the sample ids of each."""
+    labels = source.labels
+    # Those below 0, of no class, come first.
+    by_label = np.argsort(labels, kind="stable")[np.count_nonzero(labels < 0) :]
+    classes, starts = np.unique(labels[by_label], return_index=True)
+    if not len(classes):
+        raise ConfigError(f"{KEY}.name", "balances classes, and no sample has one")
+    return classes, np.split(by_label, starts[1:])
 
 
 def _shares(count: int, classes: int) -> str:
