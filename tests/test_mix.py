@@ -26,7 +26,7 @@ from trainer.exact.seeding import numpy_generator
 from trainer.reporting.summary import header
 
 SEED = 5
-BOTH = {"mixup": 0.4, "cutmix": 1.0}
+BOTH: dict[str, Any] = {"mixup": 0.4, "cutmix": 1.0}
 
 
 def a_step(number: int = 1) -> Step:
@@ -170,11 +170,11 @@ def test_ignored_targets_and_several_labels_are_exact_too() -> None:
     task = as_task(LossConfig(name="cross_entropy", args={"ignore_index": -1}))
     total, weight = blended_loss(task, output, blend)
     logs = output.log_softmax(1)
-    expected = 0.0
+    expected = torch.zeros((), dtype=torch.float64)
     for row, (label, partner) in enumerate(zip(*blend[:2], strict=True)):
         expected -= share * logs[row, label] if label >= 0 else 0.0
         expected -= (1 - share) * logs[row, partner] if partner >= 0 else 0.0
-    torch.testing.assert_close(total, torch.as_tensor(expected))
+    torch.testing.assert_close(total, expected)
     assert weight == 3
 
     labels = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]])
@@ -223,7 +223,7 @@ def test_a_run_is_a_plain_loop_with_torchvisions_transforms(tmp_path: Path) -> N
                 assert step.number <= 4
                 images, targets = mixed.inputs, soft(mixed.blend)
             total = total + F.cross_entropy(net(images), targets, reduction="sum")
-        (total / step.size).backward()
+        (total / step.size).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(total.detach() / step.size))

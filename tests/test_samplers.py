@@ -235,7 +235,8 @@ def test_labels_are_found_without_reading_samples() -> None:
     part = Labelled([0, 1, 1])
     assert find_labels(part).tolist() == [0, 1, 1]  # type: ignore[union-attr]
     assert find_labels(Subset(part, [2, 0])).tolist() == [1, 0]  # type: ignore[union-attr,arg-type]
-    joined = ConcatDataset([part, part])  # type: ignore[list-item]
+    parts: list[Any] = [part, part]
+    joined: ConcatDataset[Any] = ConcatDataset(parts)
     assert find_labels(joined).tolist() == [0, 1, 1] * 2  # type: ignore[union-attr]
     assert find_labels(Relabelled(part, [5, 3])).tolist() == [5, 3, 3]  # type: ignore[union-attr]
     fake = FakeImages("train", 25, (1, 8, 8), 4)
