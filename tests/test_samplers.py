@@ -25,6 +25,7 @@ from trainer.data.datasets import Datasets, FakeImages, ImageArrays
 from trainer.data.labels import find_labels
 from trainer.data.sampler import DrawnOrder
 from trainer.data.samplers import build_order
+from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.errors import ConfigError, DataError
 from trainer.exact.plan import Ids, Plan, count_occurrences
 from trainer.exact.seeding import key
@@ -259,6 +260,29 @@ def test_occurrences_count_the_earlier_places() -> None:
     assert occurrences is not None
     assert occurrences.tolist() == expected
     assert count_occurrences(np.array([4, 2, 9])) is None
+
+
+class Draws:
+    """Samples that are what torch draws for them."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return torch.rand(3), index
+
+
+def test_the_first_occurrence_keeps_the_key_of_epoch_and_sample() -> None:
+    keyed = KeyedDataset(Draws(), None, seed=SEED, purpose="train")
+    for occurrence, position in ((0, (2, 3)), (1, (2, 3, 1)), (2, (2, 3, 2))):
+        drawn, _ = keyed.sample(2, 3, occurrence)
+        generator = torch.Generator().manual_seed(key(SEED, "train", *position))
+        assert torch.equal(drawn, torch.rand(3, generator=generator))
+    request = Request(0, 2, np.array([3, 3]), occurrences=np.array([0, 1]))
+    both = keyed[request]
+    assert isinstance(both, MicroBatch)
+    assert torch.equal(both.inputs[0], keyed.sample(2, 3)[0])
+    assert torch.equal(both.inputs[1], keyed.sample(2, 3, 1)[0])
 
 
 # ---------------------------------------------------------------- a function of one's own
