@@ -13,6 +13,7 @@ targets and label smoothing mean what they mean without mixing.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,7 +91,7 @@ class Mix:
         images: list[Tensor] = []
         shares: list[float] = []
         first, _ = batch.indices
-        for index, part in enumerate(batch.inputs.chunk(batch.fused)):
+        for index, part in enumerate(_parts(batch.inputs, batch.fused)):
             mixed, share = self._mix(part, step, first + index)
             images.append(mixed)
             shares.append(share)
@@ -128,7 +129,7 @@ class Mix:
         return settings.cutmix > 0
 
     def _blend(self, batch: MicroBatch, shares: list[float]) -> Blend:
-        parts = batch.targets.chunk(batch.fused)
+        parts = _parts(batch.targets, batch.fused)
         # As torchvision pairs the images.
         partners = _join([part.roll(1, 0) for part in parts])
         return Blend(batch.targets, partners, tuple(shares))
@@ -158,12 +159,17 @@ def _stronger(blend: Blend) -> Tensor:
     parts = []
     for share, own, partner in zip(
         blend.shares,
-        blend.targets.chunk(count),
-        blend.partners.chunk(count),
+        _parts(blend.targets, count),
+        _parts(blend.partners, count),
         strict=True,
     ):
         parts.append(own if share >= 0.5 else partner)
     return _join(parts)
+
+
+def _parts(tensor: Tensor, count: int) -> Sequence[Tensor]:
+    """What of a batch belongs to each of `count` micro-batches, all of one size."""
+    return (tensor,) if count == 1 else tensor.chunk(count)
 
 
 def _join(parts: list[Tensor]) -> Tensor:
@@ -173,8 +179,8 @@ def _join(parts: list[Tensor]) -> Tensor:
 def blended_loss(task: Task, output: Any, blend: Blend) -> WeightedSum:
     """The loss of a mixed batch, summed over its samples, and the weight of its plain targets."""
     count = len(blend.shares)
-    targets = blend.targets.chunk(count)
-    partners = blend.partners.chunk(count)
+    targets = _parts(blend.targets, count)
+    partners = _parts(blend.partners, count)
     total: Tensor | None = None
     weight: Tensor | int = 0
     for index, share in enumerate(blend.shares):
