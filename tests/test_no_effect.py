@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 USELESS: dict[str, dict[str, Any]] = {
     "run.resume_changes has": {"run__resume_changes": "allow"},
     "data.prefetch has": {"data__prefetch": 2},
+    "data.epoch_samples has": {"data__epoch_samples": 103},
     "batch_norm.mode, batch_norm.momentum have": {
         "batch_norm__mode": "frozen",
         "batch_norm__momentum": 0.2,
@@ -41,11 +42,12 @@ USELESS: dict[str, dict[str, Any]] = {
     "train.max_steps has": {"train__max_steps": 9},
     "train.stop_after has": {"train__stop_after": 9},
     "train.channels_last has": {"train__channels_last": True},
+    "train.mix has": {"train__mix": {"mixup": 0, "prob": 0.5}},
 }
 # The same keys where they do something.
 USEFUL: list[dict[str, Any]] = [
     {"run__resume": "auto", "run__resume_changes": "allow"},
-    {"data__workers": 1, "data__prefetch": 2},
+    {"data__workers": 1, "data__prefetch": 2, "data__epoch_samples": 56},
     {"data__bad_samples": "quarantine", "data__max_bad": 3},
     {"batch_norm__momentum": 0.2, "batch__micro_size": 7, "batch__fuse": 2},
     {"batch_norm__mode": "frozen", "train__channels_last": True},
@@ -56,7 +58,7 @@ USEFUL: list[dict[str, Any]] = [
     {"model__head": "4", "model__num_classes": 7},
     {"schedule__warmup": 1, "schedule__warmup_start": 0.1, "schedule__per": "step"},
     {"schedule__name": "cosine", "schedule__per": "step"},
-    {"train__max_steps": 8, "train__stop_after": 8},
+    {"train__max_steps": 8, "train__stop_after": 8, "train__mix": {"cutmix": 1}},
 ]
 
 

@@ -33,7 +33,7 @@ from trainer.core.left_out import LeftOut
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.not_finite import validation_not_finite
 from trainer.core.observers import Observer, Observers, Stateful
-from trainer.core.preflight import notes_on
+from trainer.core.preflight import check_order, notes_on, order_digest
 from trainer.core.proof.prove import Proof, prove
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.rehearsal import check_states
@@ -72,7 +72,12 @@ from trainer.reporting.journal import Journal
 from trainer.reporting.wandb.histograms import HistogramObserver
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint, Progress
-from trainer.storage.data_record import DataRecord, check_same_data, record_data
+from trainer.storage.data_record import (
+    DataRecord,
+    check_same_data,
+    check_same_order,
+    record_data,
+)
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
 from trainer.storage.run_directory import check_same_run, run_path
@@ -296,7 +301,9 @@ class Trainer:
         """What the run reads. Only the main process needs it."""
         if self._data_record is None:
             weights = weights_file(self.config.model, nullcontext)
-            self._data_record = record_data(self.run.data, weights)
+            self._data_record = record_data(
+                self.run.data, weights, order_digest(self.plan)
+            )
         return self._data_record
 
     def start(self) -> None:
@@ -389,6 +396,7 @@ class Trainer:
         run, reduction = self.run, self.reduction
         activity.step = step.number
         if step.first_in_epoch:
+            check_order(self.plan, self.ranks, epoch=step.epoch)
             self._freeze(step.epoch)
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
         step = self.batches.prepare(step)
@@ -400,7 +408,8 @@ class Trainer:
         reduction.begin(step)
         losses = []
         # This rank's micro-batches, on the device.
-        for batch in self.batches.step(step):
+        for loaded in self.batches.step(step):
+            batch = run.forward.mixed(loaded, step)
             with reduction.micro_batch(step, batch.indices) as model:
                 output, loss = run.forward(model, batch, step)
                 run.precision.backward(
@@ -658,6 +667,9 @@ class Trainer:
         check_same_run(content.config, self.config, self.config.run)
         self._data_record, self._data_note = check_same_data(
             self.journal.directory, self.run.data, self.config.run
+        )
+        check_same_order(
+            self.journal.directory, order_digest(self.plan), self.config.run
         )
         if content.progress.step > self.plan.total_steps:
             raise ConfigError(

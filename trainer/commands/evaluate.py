@@ -10,6 +10,7 @@ Classes are matched by name: other data may have some of the run's classes, in a
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> None:
             options.run, options.overrides, options.trust, imports=imports
         )
 
-    config = read_config_on_all(options.run, options.overrides, read)
+    config = _without_training(read_config_on_all(options.run, options.overrides, read))
     trained_on = read_on_main(
         lambda: signature.read(checkpoint.best_directory(options.run))
     )
@@ -63,6 +64,15 @@ def main(arguments: list[str]) -> None:
             print(
                 f"  val/{name}  {value:.6f}  (logged as {logged.get(f'val/{name}', math.nan):.6f})"
             )
+
+
+def _without_training(config: Config) -> Config:
+    """The config without what only training needs of the data, and other data may not have."""
+    return replace(
+        config,
+        data=replace(config.data, sampler={}, epoch_samples=None),
+        train=replace(config.train, mix={}),
+    )
 
 
 def _changes_of_data(directory: Path, run: Run) -> str:

@@ -95,6 +95,8 @@ class Task(nn.Module):
     # True: `metric_sums` of several micro-batches at once is the sum of theirs, so they may be measured at once, which
     # takes less time. Say it in the class that implements `metric_sums`; another's word for its own does not count.
     metrics_add_up: bool = False
+    # True: a sample's target is a class, or a set of labels, so that `train.mix` may blend two of them.
+    targets_are_classes: bool = False
     # Targets with this value are not counted; None: every target is.
     ignore_index: int | None = None
 

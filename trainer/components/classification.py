@@ -29,6 +29,7 @@ class CrossEntropy(Task):
     """
 
     metrics_add_up = True
+    targets_are_classes = True
     _takes_probabilities = True
 
     def __init__(

@@ -43,6 +43,8 @@ class ElementLoss(Task):
         self._divisor: Divisor | None = rule.divisor
         self._is_checked = False
         self.metrics = () if rule.metric is None else (rule.metric,)
+        # Only what is right or wrong has an accuracy.
+        self.targets_are_classes = rule.metric == "accuracy"
 
     def convert_targets(self, output: Tensor, targets: Any) -> Tensor:
         check_output(output, "this loss")

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from trainer.config.schema import Config
 
 Role = Literal[
-    "model", "data", "transform", "loss", "optimizer", "schedule", "observer"
+    "model", "data", "sampler", "transform", "loss", "optimizer", "schedule", "observer"
 ]
 # Roles whose sections are named after them.
 SECTIONS: tuple[Role, ...] = ("model", "data", "loss", "optimizer", "schedule")
@@ -42,12 +42,20 @@ def _all_names(config: Config) -> Iterator[ImportPath]:
     for role in SECTIONS:
         section = getattr(config, role)
         yield ImportPath(role, role, section.name, section.args)
+    yield from _sampler(config.data.sampler)
     for key in ("train_transforms", "val_transforms"):
         yield from _transforms(f"data.{key}", getattr(config.data, key))
     for index, observer in enumerate(config.observers):
         yield ImportPath(
             "observer", f"observers[{index}]", observer.name, observer.args
         )
+
+
+def _sampler(sampler: Mapping[str, Any]) -> Iterator[ImportPath]:
+    name = sampler.get("name")
+    if isinstance(name, str):
+        arguments = {key: value for key, value in sampler.items() if key != "name"}
+        yield ImportPath("sampler", "data.sampler", name, arguments)
 
 
 def _transforms(key: str, tree: Any) -> Iterator[ImportPath]:

@@ -98,6 +98,17 @@ class DataConfig(ComponentSection):
         0, "loader processes of each rank; 0 loads in the rank itself", minimum=0
     )
     prefetch: int = key(4, "micro-batches each loader process keeps ready", minimum=1)
+    sampler: dict[str, Any] = key(
+        {},
+        "which training samples an epoch takes: {name: random, subset, balanced, weighted, repeated, or an import path "
+        "to a pure function of labels, seed and epoch, with its arguments}; {} = each once (docs/samplers.md)",
+    )
+    epoch_samples: int | None = key(
+        None,
+        "length of an epoch, for data.sampler; null = as the sampler has it",
+        unit="samples",
+        minimum=1,
+    )
     train_transforms: list[dict[str, Any]] = key(
         [],
         "torchvision v2 transforms of training images, in order: {name: RandomCrop, size: 32}",
@@ -109,6 +120,14 @@ class DataConfig(ComponentSection):
     std: list[float] | None = key(
         None, "divides each channel after the mean is subtracted"
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sampler, str):
+            raise ConfigError(
+                "data.sampler",
+                f"{show(self.sampler)} is a name alone; write {{name: {self.sampler}}}, or data.sampler.name",
+            )
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +267,32 @@ class ScheduleConfig(ComponentSection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixConfig(Section):
+    """What `train.mix` holds."""
+
+    SECTION = "train.mix"
+
+    mixup: float = key(0.0, "Beta's parameter for MixUp; 0 = off", minimum=0)
+    cutmix: float = key(0.0, "Beta's parameter for CutMix; 0 = off", minimum=0)
+    prob: float = key(1.0, "share of the micro-batches that are mixed", minimum=0)
+    switch_prob: float = key(
+        0.5, "share of CutMix among them, where both are on", minimum=0
+    )
+    off_after: float = key(
+        1.0, "share of the run's steps after which nothing is mixed", minimum=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prob", "switch_prob", "off_after"):
+            if getattr(self, name) > 1:
+                raise ConfigError(
+                    f"{self.SECTION}.{name}",
+                    f"{getattr(self, name):g} is more than 1, and it is a share",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
     SECTION = "train"
 
@@ -283,6 +328,12 @@ class TrainConfig(Section):
         "where a loss or gradient is not finite: end the run, or leave the step out; skip waits for the device and "
         "the other processes in every step",
     )
+    mix: dict[str, Any] = key(
+        {},
+        "mixes the images of a micro-batch and the loss of their classes, by {mixup: 0.2, cutmix: 1.0} (Beta's "
+        "parameters, 0 = off), prob: 1 (share of micro-batches), switch_prob: 0.5 (share of CutMix), off_after: 1 "
+        "(share of the run's steps after which it ends); {} = none (docs/mix.md)",
+    )
     find_unused_parameters: bool = key(
         False, "allow parameters that receive no gradient in the first step"
     )
@@ -297,6 +348,11 @@ class TrainConfig(Section):
     keep_checkpoints: int = key(
         2, "how many of the newest checkpoints to keep", minimum=1
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mix:
+            read_section(MixConfig, self.mix)  # which checks it
 
 
 @dataclass(frozen=True, kw_only=True)

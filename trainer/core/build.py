@@ -29,13 +29,16 @@ from trainer.core.first_samples import check_classes, first_inputs
 from trainer.core.forward import Forward
 from trainer.core.further import LossState, restore_evaluated
 from trainer.core.metrics import Row
+from trainer.core.mix import Mix, build_mix
 from trainer.core.precision import Precision
-from trainer.core.preflight import RankFacts, check_data, check_ranks
+from trainer.core.preflight import RankFacts, check_data, check_order, check_ranks
 from trainer.data.bad_samples import Quarantine
 from trainer.data.classes import with_classes
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
 from trainer.data.loading import Loader, build_loaders
 from trainer.data.parts import check_part, shared_class_names
+from trainer.data.sampler import DrawnOrder
+from trainer.data.samplers import build_order
 from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import configure, refuse_cumulative_average
 from trainer.exact.determinism import run_settings
@@ -164,7 +167,10 @@ def build_run(
         note = "data.val_transforms has no effect: there are no validation data"
         data = replace(data, note="; ".join(filter(None, [data.note, note])))
     check_data(data, ranks)
-    plan = _plan(config, ranks, len(data.train))
+    # A machine may lack a file that a sampler reads.
+    order = ranks.on_each(lambda: build_order(config.data, data, seed=config.run.seed))
+    plan = _plan(config, ranks, len(data.train), order)
+    check_order(plan, ranks, epoch=0)
     train_loader, val_loader = build_loaders(
         config.data,
         data,
@@ -173,6 +179,9 @@ def build_run(
         dtype=precision.dtype,
     )
 
+    if order is not None:
+        # Sample 0 may be one that it leaves out, because it is damaged.
+        train_loader.first_id = int(plan.permutation(0)[0])
     inputs = ranks.on_each(partial(first_inputs, train_loader, val_loader))
     num_classes = _num_classes(config, data)
     signature = signature_of_samples(
@@ -195,7 +204,8 @@ def build_run(
     check_classes(the_task, num_classes, data)
     config = _with_best_metric(config, the_task, has_validation=val_loader is not None)
 
-    forward = Forward(the_task, precision, ranks.device, config.run.seed)
+    mix = ranks.on_each(partial(_mix, config, the_task, train_loader, plan))
+    forward = Forward(the_task, precision, ranks.device, config.run.seed, mix)
     freezing = Freezing(module, config.model)
     quarantine = None
     if config.data.bad_samples == "quarantine":
@@ -270,9 +280,9 @@ def _data(
     return Datasets(train, val, shared_class_names(train, val), config.data.name)
 
 
-def _plan(config: Config, ranks: Ranks, samples: int) -> Plan:
+def _plan(config: Config, ranks: Ranks, samples: int, order: DrawnOrder | None) -> Plan:
     return Plan(
-        samples=samples,
+        samples=samples if order is None else order.samples,
         batch_size=config.batch.size,
         micro_size=config.batch.micro_size or config.batch.size,
         ranks=ranks.count,
@@ -280,6 +290,7 @@ def _plan(config: Config, ranks: Ranks, samples: int) -> Plan:
         seed=config.run.seed,
         max_steps=config.train.max_steps,
         equal_ranks=config.batch_norm.mode == "sync",
+        order=order,
     )
 
 
@@ -357,6 +368,18 @@ def _task(
             for parameter in part.parameters(recurse=False):
                 parameter.requires_grad_(False)
     return the_task
+
+
+def _mix(config: Config, task: Task, loader: Loader, plan: Plan) -> Mix | None:
+    if not config.train.mix:
+        return None
+    return build_mix(
+        config.train,
+        task,
+        loader.peek([loader.first_id]),
+        seed=config.run.seed,
+        total_steps=plan.total_steps,
+    )
 
 
 def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Config:

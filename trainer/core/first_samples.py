@@ -16,7 +16,7 @@ def first_inputs(train: Loader, val: Loader | None) -> Any:
 
     Raises `ConfigError` or `DataError` where a sample cannot be used, or the parts' images differ in their channels.
     """
-    inputs = train.peek([0]).inputs
+    inputs = train.peek([train.first_id]).inputs
     if val is None:
         return inputs
     channels = input_channels(inputs)

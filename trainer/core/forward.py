@@ -16,6 +16,7 @@ from trainer.core.misfit import (
     loss_misfit,
     model_misfit,
 )
+from trainer.core.mix import Mix, blended_loss
 from trainer.core.precision import Precision
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
@@ -39,9 +40,15 @@ class Forward:
     """A micro-batch through a model and its loss."""
 
     def __init__(
-        self, task: Task, precision: Precision, device: torch.device, seed: int
+        self,
+        task: Task,
+        precision: Precision,
+        device: torch.device,
+        seed: int,
+        mix: Mix | None = None,
     ) -> None:
         self.task = task
+        self.mix = mix
         self._precision = precision
         self._base_key = key(seed, "device")
         self._evaluation_key = key(seed, "evaluation")
@@ -60,8 +67,9 @@ class Forward:
     ) -> tuple[Any, WeightedSum]:
         """The model's output and the loss, summed over targets, of one micro-batch or of several at once.
 
-        What the model draws (dropout and the like) is keyed by the step and the micro-batch. `step` is None in
-        evaluation, where what a model still draws (a variational one, say) is keyed by the batch alone.
+        In training the batch is mixed first, unless it is already (`mixed`). What the model draws (dropout and the
+        like) is keyed by the step and the micro-batch. `step` is None in evaluation, where what a model still draws
+        (a variational one, say) is keyed by the batch alone.
 
         Raises `ConfigError` where a micro-batch is too small for BatchNorm, the loss is no weighted sum, or model,
         loss and data do not fit together.
@@ -69,6 +77,7 @@ class Forward:
         if step is None:
             self._seed_evaluation(batch)
             return self._output_and_loss(model, batch)
+        batch = self.mixed(batch, step)
         if self.host_draws is None:
             self.host_draws = HostDraws(model, self.task)
         if batch.fused > 1:
@@ -83,6 +92,10 @@ class Forward:
         if torch.is_grad_enabled():
             loss = self._checked(batch, loss)
         return output, loss
+
+    def mixed(self, batch: MicroBatch, step: Step) -> MicroBatch:
+        """The batch as the model sees it in training: mixed, where `train.mix` asks for it."""
+        return batch if self.mix is None else self.mix(batch, step)
 
     def predict(self, model: nn.Module, batch: MicroBatch) -> Any:
         """The model's output outside of training, as an evaluation of the same batch sees it."""
@@ -103,7 +116,10 @@ class Forward:
     ) -> tuple[Any, WeightedSum]:
         output = self.output(model, batch)
         try:
-            loss = self.task.loss_sum(output, batch.targets)
+            if batch.blend is None:
+                loss = self.task.loss_sum(output, batch.targets)
+            else:
+                loss = blended_loss(self.task, output, batch.blend)
         except KINDS as error:
             if not is_misfit(error):
                 raise

@@ -69,6 +69,7 @@ UNSAFE_ARGUMENTS = (
 WANTED: Mapping[Role, str] = {
     "model": "a torch.nn.Module class, a model builder of torchvision or timm, or from_pretrained of transformers",
     "data": "a data set class of torchvision.datasets",
+    "sampler": "a sampler of Lockstep's own",
     "transform": "a class of torchvision.transforms",
     "loss": "a trainer.Task or a loss class of torch.nn",
     "optimizer": "a torch.optim.Optimizer class",
@@ -97,7 +98,7 @@ def is_of_kind(role: Role, target: Any) -> bool:
     """
     if not isinstance(target, type):
         return callable(target)
-    if role == "schedule":
+    if role in ("schedule", "sampler"):
         return False
     if role in ("data", "transform"):
         return True

@@ -89,6 +89,13 @@ RULES = (
         "the data are in memory and not transformed, so no sample can be bad",
     ),
     Rule(
+        ("data.epoch_samples",),
+        lambda run: (
+            not run.config.data.sampler and run.plan.samples == len(run.data.train)
+        ),
+        "it is the number of training samples",
+    ),
+    Rule(
         ("batch.eval_size", "train.evaluate_every"),
         lambda run: run.evaluator is None,
         "there are no validation data",
@@ -144,6 +151,18 @@ RULES = (
         ("train.stop_after",),
         lambda run: _ends_before(run.config.train.stop_after, run),
         "the run ends before",
+    ),
+    Rule(
+        ("train.mix",),
+        lambda run: run.forward.mix is not None and run.forward.mix.is_idle,
+        "neither mixup nor cutmix is above 0, or else prob or off_after is 0",
+    ),
+    Rule(
+        ("train.mix",),
+        lambda run: all(
+            end - start == 1 for start, end in run.plan.step(0).micro_batches
+        ),
+        "a micro-batch is one sample (batch.micro_size), which has no partner",
     ),
     Rule(
         ("train.channels_last",),

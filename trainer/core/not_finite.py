@@ -60,7 +60,10 @@ def _describe_samples(run: Run, step: Step) -> str:
         if end > SAMPLES_TO_READ:
             break
         ids = run.plan.sample_ids(step, index)
-        batch = run.train_loader.fetch(ids, index, epoch=step.epoch)
+        occurrences = run.plan.occurrences(step, index)
+        batch = run.train_loader.fetch(
+            ids, index, epoch=step.epoch, occurrences=occurrences
+        )
         for row in rows_not_finite((batch.inputs, batch.targets), end - first):
             bad.append(int(ids[row]))
     if bad:

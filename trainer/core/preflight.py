@@ -14,7 +14,9 @@ from typing import Any
 
 from trainer.config.schema import Config
 from trainer.data.datasets import Datasets
+from trainer.data.sampler import DrawnOrder
 from trainer.errors import ConfigError, DataError, LockstepError
+from trainer.exact.plan import Plan
 from trainer.process.machine import describe_rank
 from trainer.process.ranks import Ranks
 from trainer.storage.fingerprint import quick_fingerprint
@@ -88,6 +90,33 @@ def check_data(data: Datasets, ranks: Ranks) -> None:
                     f"0 ({ranks.machines[0]}): {_count(other[name])} and {_count(of_ranks[0][name])}; give every "
                     f"machine the same files in the same folders"
                 )
+
+
+def check_order(plan: Plan, ranks: Ranks, *, epoch: int) -> None:
+    """Raise `ConfigError` unless all ranks take the same samples in `epoch`. A collective where a sampler is set.
+
+    Those of Lockstep's own are compared once, for what they read; a function of the user's in every epoch.
+    """
+    order = plan.order
+    if not isinstance(order, DrawnOrder) or (epoch and not order.is_own_code):
+        return
+    digest = ranks.on_each(lambda: order_digest(plan, epoch))
+    of_ranks = ranks.gather([digest])
+    for rank, other in enumerate(of_ranks):
+        if other != of_ranks[0]:
+            raise ConfigError(
+                "data.sampler",
+                f"gives other samples for epoch {epoch} on rank {rank} ({ranks.machines[rank]}) than on rank 0 "
+                f"({ranks.machines[0]}); give every machine the same files, and let a function depend on its "
+                f"arguments alone",
+            )
+
+
+def order_digest(plan: Plan, epoch: int = 0) -> str | None:
+    """The SHA-256 of an epoch's sample ids; None where no sampler chooses them."""
+    if plan.order is None:
+        return None
+    return hashlib.sha256(plan.permutation(epoch).astype("<i8").tobytes()).hexdigest()
 
 
 def notes_on(facts: Sequence[RankFacts]) -> list[str]:

@@ -27,6 +27,7 @@ def rows_not_finite(values: Any, count: int) -> list[int]:
 def name_samples(dataset: Any, ids: list[int]) -> str:
     """Some sample ids, with their files where the data set has `paths`."""
     paths = getattr(dataset, "paths", None)
+    ids = list(dict.fromkeys(ids))  # an epoch may have a sample several times
     names = [str(sample_id) for sample_id in ids]
     if paths is not None:
         names = [f"{i} ({printable(str(paths[i]))})" for i in ids]

@@ -10,13 +10,14 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from time import perf_counter
 
 from trainer.data.bad_samples import BadSample, Quarantine
-from trainer.data.loading import Loader, TrainLoader, step_requests
-from trainer.data.samples import Ids, Loaded, MicroBatch, Request
+from trainer.data.loading import Loader, TrainLoader, step_request, step_requests
+from trainer.data.samples import Loaded, MicroBatch, Request
 from trainer.exact.plan import Plan, Step
 from trainer.exact.remaining import remaining_step
 from trainer.process.activity import AGREEING, COMPUTING, LOADING, activity
 
-Key = tuple[tuple[int, ...], int]  # the ids of a loaded micro-batch, and `fused`
+# The ids and occurrences of a loaded micro-batch, and `fused`.
+Key = tuple[tuple[tuple[int, int], ...], int]
 
 
 class RemainingTrainLoader(TrainLoader):
@@ -72,7 +73,7 @@ class RemainingTrainLoader(TrainLoader):
             item = self._take()
             bad += item.bad
             if item.batch is not None:
-                held[_key(item.ids, request.fused)] = item.batch
+                held[_key(item.request)] = item.batch
         del self._asked[step.number]
         is_new = True
         while is_new:
@@ -107,11 +108,10 @@ class RemainingTrainLoader(TrainLoader):
         self._ready = []
         bad: list[BadSample] = []
         for first, end in self._plan.groups(step, self._rank, self._fuse):
-            fused = end - first
-            ids = self._plan.sample_ids(step, first, end)
-            key = _key(ids, fused)
+            request = step_request(self._plan, step, first, end)
+            key = _key(request)
             if key not in held:
-                item = load_now(self._loader, Request(first, step.epoch, ids, fused))
+                item = load_now(self._loader, request)
                 bad += item.bad
                 if item.bad or item.batch is None:
                     continue
@@ -130,8 +130,7 @@ class RemainingTrainLoader(TrainLoader):
             remaining = remaining_step(self._plan, step, known)
             requests = []
             for first, end in self._plan.groups(remaining, self._rank, self._fuse):
-                ids = self._plan.sample_ids(remaining, first, end)
-                requests.append(Request(first, step.epoch, ids, end - first))
+                requests.append(step_request(self._plan, remaining, first, end))
             self._asked[step.number] = requests
         return requests
 
@@ -189,5 +188,5 @@ def load_now(loader: Loader, request: Request) -> Loaded:
     return item
 
 
-def _key(ids: Ids, fused: int) -> Key:
-    return tuple(ids.tolist()), fused
+def _key(request: Request) -> Key:
+    return tuple(request.pairs()), request.fused

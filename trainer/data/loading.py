@@ -16,12 +16,12 @@ from torch.utils.data._utils.pin_memory import pin_memory  # what a DataLoader p
 from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets, MapDataset
 from trainer.data.normalize import Normalize
-from trainer.data.samples import Ids, KeyedDataset, Loaded, MicroBatch, Request
+from trainer.data.samples import KeyedDataset, Loaded, MicroBatch, Request
 from trainer.data.stand_ins import load_with_stand_ins
 from trainer.data.transforms import build_transforms
 from trainer.data.workers import load_in_workers
 from trainer.errors import DataError, listed
-from trainer.exact.plan import IndexRange, Plan, Step, split_evenly
+from trainer.exact.plan import Ids, IndexRange, Plan, Step, split_evenly
 from trainer.exact.seeding import preserved_cpu_generators
 from trainer.exact.structures import tensors_in
 from trainer.process.activity import COMPUTING, LOADING, activity
@@ -50,6 +50,8 @@ class Loader:
         self._device = device
         self.normalize = normalize
         self.leaves_out = dataset.leaves_out
+        # Of a sample that the run reads: what is looked at before training.
+        self.first_id = 0
 
     def peek(
         self,
@@ -58,10 +60,12 @@ class Loader:
         fused: int = 1,
         *,
         epoch: int = 0,
+        occurrences: Ids | None = None,
     ) -> MicroBatch:
         """Some samples as the model sees them in `epoch`, as one micro-batch."""
         batch: MicroBatch = send_to_device(
-            self.fetch(ids, first, fused, epoch=epoch), self._device
+            self.fetch(ids, first, fused, epoch=epoch, occurrences=occurrences),
+            self._device,
         )
         return batch._replace(inputs=self.normalize(batch.inputs))
 
@@ -72,9 +76,10 @@ class Loader:
         fused: int = 1,
         *,
         epoch: int = 0,
+        occurrences: Ids | None = None,
     ) -> MicroBatch:
         """The same after the transforms alone: on the CPU, not normalised, in any epoch."""
-        request = Request(first, epoch, np.asarray(ids), fused)
+        request = Request(first, epoch, np.asarray(ids), fused, occurrences)
         if self.leaves_out:
             return _batch_of(self._with_stand_ins(request))
         return _batch_of(next(self._load_here([request])))
@@ -88,7 +93,7 @@ class Loader:
         """A sample's input as the data set returns it."""
         if self.leaves_out:
             request = Request(0, 0, np.array([sample_id]))
-            sample_id = int(self._with_stand_ins(request).ids[0])
+            sample_id = int(self._with_stand_ins(request).request.ids[0])
         with preserved_cpu_generators():
             return self.dataset.pair(sample_id)[0]
 
@@ -121,7 +126,7 @@ class Loader:
             batches = self._copy(batches)
         # Without what Module.__call__ does for hooks: there are none.
         normalize = self.normalize.forward
-        for first, inputs, targets, fused in batches:
+        for first, inputs, targets, fused, _ in batches:
             yield MicroBatch(first, normalize(inputs), targets, fused)
 
     def _load_here(self, requests: Iterable[Request]) -> Iterator[MicroBatch | Loaded]:
@@ -273,12 +278,7 @@ class TrainLoader:
     def _requests(self, first_step: int) -> Iterator[Request]:
         for step in self._plan.steps(first_step):
             for first, end in self._groups(step):
-                yield Request(
-                    first,
-                    step.epoch,
-                    self._plan.sample_ids(step, first, end),
-                    fused=end - first,
-                )
+                yield step_request(self._plan, step, first, end)
 
     def _groups(self, step: Step) -> list[IndexRange]:
         """The micro-batches of `step` that this rank runs in one forward each."""
@@ -289,10 +289,21 @@ class TrainLoader:
         return self._groups_by_size[step.size]
 
 
+def step_request(plan: Plan, step: Step, first: int, end: int) -> Request:
+    """The request for the micro-batches `[first, end)` of `step`, as one."""
+    return Request(
+        first,
+        step.epoch,
+        plan.sample_ids(step, first, end),
+        fused=end - first,
+        occurrences=plan.occurrences(step, first, end),
+    )
+
+
 def step_requests(plan: Plan, step: Step, rank: int) -> Iterator[Request]:
     """Requests for what `rank` runs of `step`, one micro-batch at a time."""
     for index in range(*step.ranks[rank]):
-        yield Request(index, step.epoch, plan.sample_ids(step, index))
+        yield step_request(plan, step, index, index + 1)
 
 
 def whole_requests(samples: int, size: int, rank: int, ranks: int) -> Iterator[Request]:

@@ -89,7 +89,7 @@ class RemainingPasses(Passes):
             request = _without(asked, known | found)
             if not len(request.ids):
                 continue
-            if not np.array_equal(request.ids, item.ids):
+            if not np.array_equal(request.ids, item.request.ids):
                 # Loaded ahead, before one of its samples was left out.
                 item = load_now(self._loader, request)
                 if item.bad:
@@ -116,4 +116,4 @@ def passes(
 def _without(request: Request, known: frozenset[int]) -> Request:
     if not known:
         return request
-    return request._replace(ids=request.ids[~np.isin(request.ids, list(known))])
+    return request.only(~np.isin(request.ids, list(known)))

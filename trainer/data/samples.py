@@ -1,4 +1,7 @@
-"""Micro-batches on request, by sample id and epoch. Each sample's random draws are keyed by both."""
+"""Micro-batches on request, by sample id and epoch. Each sample's random draws are keyed by both.
+
+A sample that comes again in the same epoch draws anew: its draws are keyed by its occurrence, too.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,8 @@ from trainer.data.geometry import SampleTransform
 from trainer.data.names import printable
 from trainer.data.worker_failure import is_limit
 from trainer.errors import DataError, data_error
-from trainer.exact.plan import IndexRange
+from trainer.exact.plan import Ids, IndexRange
 from trainer.exact.seeding import key, seed_cpu
-
-Ids = npt.NDArray[np.int64]
 
 
 class MicroBatch(NamedTuple):
@@ -37,6 +38,8 @@ class MicroBatch(NamedTuple):
     inputs: Any
     targets: Any
     fused: int = 1
+    # How `train.mix` blended it, where it did (`trainer.core.mix.Blend`): the loss is of two targets for each sample.
+    blend: Any = None
 
     @property
     def indices(self) -> IndexRange:
@@ -45,19 +48,41 @@ class MicroBatch(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a loader is asked for: the sample ids of one micro-batch, or of `fused` of them (see `MicroBatch`)."""
+    """What a loader is asked for: the sample ids of one micro-batch, or of `fused` of them (see `MicroBatch`).
+
+    `occurrences` says how often each sample came before in its epoch; None: it did not.
+    """
 
     first: int
     epoch: int
     ids: Ids
     fused: int = 1
+    occurrences: Ids | None = None
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """The id and the occurrence of each sample."""
+        ids = self.ids.tolist()
+        if self.occurrences is None:
+            return [(sample_id, 0) for sample_id in ids]
+        return list(zip(ids, self.occurrences.tolist(), strict=True))
+
+    def only(self, places: npt.ArrayLike) -> Request:
+        """The same of the samples at `places` alone: indices, or a mask."""
+        kept = np.asarray(places)
+        if not kept.size:
+            kept = kept.astype(np.int64)
+        occurrences = self.occurrences
+        return self._replace(
+            ids=self.ids[kept],
+            occurrences=None if occurrences is None else occurrences[kept],
+        )
 
 
 class Loaded(NamedTuple):
-    """What there is of a request: the samples `ids`, as a `batch` (None if there are none), and those that are bad."""
+    """What there is of a request: its readable part, as a `batch` (None if there is none), and the bad samples."""
 
     batch: MicroBatch | None
-    ids: Ids
+    request: Request
     bad: list[BadSample]
 
 
@@ -67,7 +92,8 @@ class KeyedDataset(Dataset[Any]):
     With `leaves_out`, `Request` → `Loaded`: the samples that can be read, and why the others cannot.
 
     A sample's random draws are keyed by (seed, purpose, epoch, sample id): they are the same in any process and in any
-    order, and new in each epoch.
+    order, and new in each epoch. Where a sample comes more than once in an epoch, its second and later occurrences are
+    part of the key.
     """
 
     def __init__(
@@ -108,37 +134,43 @@ class KeyedDataset(Dataset[Any]):
             inputs, targets = self._batch(torch.from_numpy(request.ids))
             return MicroBatch(request.first, inputs, targets, request.fused)
         try:
-            samples = [
-                self.sample(request.epoch, sample_id)
-                for sample_id in request.ids.tolist()
-            ]
+            samples = self._samples(request)
             inputs, targets = self._collate(samples, request.ids)
         except DataError as error:
             return error
         return MicroBatch(request.first, inputs, targets, request.fused)
+
+    def _samples(self, request: Request) -> list[tuple[Any, Any]]:
+        epoch = request.epoch
+        if request.occurrences is None:
+            return [self.sample(epoch, sample_id) for sample_id in request.ids.tolist()]
+        return [
+            self.sample(epoch, sample_id, occurrence)
+            for sample_id, occurrence in request.pairs()
+        ]
 
     def load_readable(self, request: Request) -> Loaded | DataError:
         """What there is of a request; an error where what can be read makes no batch, or the machine fails."""
         if self._batch is not None:
             inputs, targets = self._batch(torch.from_numpy(request.ids))
             batch = MicroBatch(request.first, inputs, targets, request.fused)
-            return Loaded(batch if len(request.ids) else None, request.ids, [])
+            return Loaded(batch if len(request.ids) else None, request, [])
         samples = []
-        ids = []
+        places = []
         bad = []
         try:
-            for sample_id in request.ids.tolist():
+            for place, (sample_id, occurrence) in enumerate(request.pairs()):
                 try:
-                    samples.append(self.sample(request.epoch, sample_id))
-                    ids.append(sample_id)
+                    samples.append(self.sample(request.epoch, sample_id, occurrence))
+                    places.append(place)
                 except DataError as error:
                     if not is_bad_sample(error):
                         raise
                     bad.append(self._describe_bad(sample_id, error))
-            readable = np.array(ids, dtype=np.int64)
+            readable = request.only(places)
             if not samples:
                 return Loaded(None, readable, bad)
-            inputs, targets = self._collate(samples, readable)
+            inputs, targets = self._collate(samples, readable.ids)
         except DataError as error:
             return error
         batch = MicroBatch(request.first, inputs, targets, request.fused)
@@ -151,10 +183,13 @@ class KeyedDataset(Dataset[Any]):
         reason = " ".join(str(error).split()).removeprefix(f"{self.name(sample_id)}: ")
         return BadSample(self.purpose, sample_id, path, reason)
 
-    def sample(self, epoch: int, sample_id: int) -> tuple[Any, Any]:
+    def sample(
+        self, epoch: int, sample_id: int, occurrence: int = 0
+    ) -> tuple[Any, Any]:
         """The input and target of one sample, transformed. It seeds the CPU's generators."""
+        position = (epoch, sample_id, occurrence) if occurrence else (epoch, sample_id)
         # All that a data set or transform may draw from; the caller restores the rank's generators (`draws`).
-        seed_cpu(key(self._seed, self.purpose, epoch, sample_id))
+        seed_cpu(key(self._seed, self.purpose, *position))
         if self.at_sample is not None:
             self.at_sample(sample_id)
         try:

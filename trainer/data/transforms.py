@@ -55,7 +55,7 @@ def _build(key: str, item: Any) -> Callable[..., Any]:
     if target in (v2.MixUp, v2.CutMix):
         raise ConfigError(
             f"{key}.name",
-            f"{name} mixes a batch's samples; a transform sees one sample alone",
+            f"{name} mixes a batch's samples, and a transform sees one sample alone; set train.mix instead",
         )
     if isinstance(target, type) and issubclass(target, v2.Transform):
         for argument, value in arguments.items():

@@ -1,18 +1,21 @@
 """Who runs what, in every step of every epoch: pure arithmetic on the config and the number of ranks.
 
-A *step* takes `batch_size` samples of the epoch's permutation; the last step of an epoch takes what is left. Its n
-samples are divided evenly into `M = ceil(n / micro_size)` *micro-batches*, and every rank runs a contiguous range of
-them. Samples, order and micro-batches do not depend on the number of ranks; who runs them does.
+A *step* takes `batch_size` samples of the epoch's order; the last step of an epoch takes what is left. Its n samples
+are divided evenly into `M = ceil(n / micro_size)` *micro-batches*, and every rank runs a contiguous range of them.
+Samples, order and micro-batches do not depend on the number of ranks; who runs them does.
+
+The order of an epoch is a permutation of all samples, unless an `Order` chooses others. A sample that comes more than
+once in an epoch is told apart by its *occurrence*: how many earlier places of the epoch's order hold it.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +24,7 @@ from trainer.errors import ConfigError
 from trainer.exact.seeding import numpy_generator
 
 IndexRange = tuple[int, int]  # the first index, and the one past the last
+Ids = npt.NDArray[np.int64]
 
 
 def split_evenly(count: int, parts: int) -> list[IndexRange]:
@@ -62,9 +66,22 @@ class Step(NamedTuple):
         return self.start == 0
 
 
+class Order(Hashable, Protocol):
+    """Which samples an epoch takes, in which order: a pure function of the epoch, the same on every rank."""
+
+    @property
+    def samples(self) -> int:
+        """The number of ids of every epoch."""
+
+    def ids(self, epoch: int) -> Ids:
+        """The sample ids of `epoch`, in order; one may come several times, and another not at all."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run of `epochs` over `samples` samples, or of `max_steps` steps if that ends sooner.
+    """The plan of a run of `epochs` of `samples` samples each, or of `max_steps` steps if that ends sooner.
+
+    An `order` chooses the samples of an epoch; without one each epoch is a permutation of all.
 
     `equal_ranks` gives every rank the same number of micro-batches, at least one, by making them smaller (or larger,
     where samples are too few): what statistics shared across ranks (SyncBatchNorm) need. Such a plan depends on
@@ -81,6 +98,7 @@ class Plan:
     seed: int
     max_steps: int | None = None
     equal_ranks: bool = False
+    order: Order | None = None
     _layouts: dict[int, Layout] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -140,22 +158,24 @@ class Plan:
         """The run's steps without the first ones, as many as `first` says, up to step number `end` if it is given."""
         return map(self.step, range(first, self.total_steps if end is None else end))
 
-    def permutation(self, epoch: int) -> npt.NDArray[np.int64]:
-        """The order of the sample ids in `epoch`, a function of the seed and the epoch alone."""
-        return _permutation(self.seed, epoch, self.samples)
+    def permutation(self, epoch: int) -> Ids:
+        """The sample ids of `epoch` in order: a permutation of all, or what `order` chooses."""
+        if self.order is None:
+            return _permutation(self.seed, epoch, self.samples)
+        return _chosen(self.order, epoch).ids
 
-    def sample_ids(
-        self, step: Step, first: int, end: int | None = None
-    ) -> npt.NDArray[np.int64]:
+    def sample_ids(self, step: Step, first: int, end: int | None = None) -> Ids:
         """The sample ids of micro-batch `first` of `step`, in order, or of all micro-batches `[first, end)`."""
-        last = first if end is None else end - 1
-        start, _ = step.micro_batches[first]
-        _, stop = step.micro_batches[last]
-        if step.left_out:
-            end_of_step = step.start + step.size + len(step.left_out)
-            planned = self.permutation(step.epoch)[step.start : end_of_step]
-            return np.delete(planned, step.left_out)[start:stop]
-        return self.permutation(step.epoch)[step.start + start : step.start + stop]
+        return _cut(self.permutation(step.epoch), step, first, end)
+
+    def occurrences(self, step: Step, first: int, end: int | None = None) -> Ids | None:
+        """The occurrence of each of these samples within its epoch; None where no sample of the epoch comes twice."""
+        if self.order is None:
+            return None
+        occurrences = _chosen(self.order, step.epoch).occurrences
+        if occurrences is None:
+            return None
+        return _cut(occurrences, step, first, end)
 
     def groups(self, step: Step, rank: int, fuse: int) -> list[IndexRange]:
         """A rank's micro-batches of `step` in even ranges of at most `fuse` neighbours of one size."""
@@ -187,6 +207,50 @@ class Plan:
         )
 
 
-@lru_cache(maxsize=2)  # the loader runs ahead into the next epoch
-def _permutation(seed: int, epoch: int, samples: int) -> npt.NDArray[np.int64]:
+def _cut(in_order: Ids, step: Step, first: int, end: int | None) -> Ids:
+    """Of the values for each place of an epoch's order, those of the step's micro-batches."""
+    last = first if end is None else end - 1
+    start, _ = step.micro_batches[first]
+    _, stop = step.micro_batches[last]
+    if step.left_out:
+        end_of_step = step.start + step.size + len(step.left_out)
+        planned = in_order[step.start : end_of_step]
+        return np.delete(planned, step.left_out)[start:stop]
+    return in_order[step.start + start : step.start + stop]
+
+
+class _Chosen(NamedTuple):
+    ids: Ids
+    occurrences: Ids | None
+
+
+# The loader runs ahead into the next epoch.
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, samples: int) -> Ids:
     return numpy_generator(seed, "order", epoch).permutation(samples)
+
+
+@lru_cache(maxsize=2)
+def _chosen(order: Order, epoch: int) -> _Chosen:
+    ids = order.ids(epoch)
+    return _Chosen(ids, count_occurrences(ids))
+
+
+def count_occurrences(ids: Ids) -> Ids | None:
+    """For each id, how many earlier places hold it; None where all are 0.
+
+    >>> count_occurrences(np.array([7, 5, 7, 7])).tolist()
+    [0, 0, 1, 2]
+    """
+    by_id = np.argsort(ids, kind="stable")
+    in_order = ids[by_id]
+    is_first = np.ones(len(ids), dtype=bool)
+    is_first[1:] = in_order[1:] != in_order[:-1]
+    if is_first.all():
+        return None
+    places = np.arange(len(ids))
+    # Of the run of equal ids that each place is in.
+    first_place = np.maximum.accumulate(np.where(is_first, places, 0))
+    occurrences = np.empty(len(ids), dtype=np.int64)
+    occurrences[by_id] = places - first_place
+    return occurrences

@@ -17,12 +17,17 @@ from torch import Tensor
 
 from trainer.components.weights import weights_file
 from trainer.core.metrics import Row
+from trainer.core.preflight import order_digest
 from trainer.errors import ConfigError
 from trainer.exact.plan import Step
 from trainer.inspection.watch import StepWatch, describe
 from trainer.reporting.jsonl import read_rows
 from trainer.storage import checkpoint
-from trainer.storage.data_record import check_same_data, check_same_weights
+from trainer.storage.data_record import (
+    check_same_data,
+    check_same_order,
+    check_same_weights,
+)
 from trainer.trainer import Trainer
 
 MAX_NUMBERS = 10  # shown of one sample's target
@@ -75,6 +80,7 @@ def replay(make_trainer: Callable[[], Trainer], directory: Path, number: int) ->
         )
     logged = Logged(directory)
     check_same_data(directory, trainer.run.data, trainer.config.run, resumes=False)
+    check_same_order(directory, order_digest(trainer.plan), trainer.config.run)
     with trainer.run.settings(), ExitStack() as stack:
         stack.callback(trainer.end_loading)
         digests: Digests = {}

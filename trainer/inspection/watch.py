@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trainer.components.task import WeightedSum
+from trainer.components.task import Task, WeightedSum
+from trainer.core.mix import blended_loss
 from trainer.core.observers import Observer
 from trainer.data.samples import MicroBatch
 from trainer.exact.batch_norm import named_norm_layers
@@ -50,13 +51,19 @@ class MicroBatchRecord:
             one = slice(row, row + 1)
             try:
                 with torch.no_grad():
-                    total, weight = trainer.run.task.loss_sum(output[one], targets[one])
+                    total, weight = self._loss(trainer.run.task, one)
             except (RuntimeError, ValueError, IndexError):
                 return []  # as from a loss that needs two samples
             losses.append((float(total), float(weight)))
         sums = [sum(values) for values in zip(*losses, strict=True)]
         expected = [self.loss_sum, self.weight]
         return losses if _are_close(sums, expected) else []
+
+    def _loss(self, task: Task, rows: slice) -> tuple[Tensor, Tensor | int]:
+        batch = self.batch
+        if batch.blend is None:
+            return task.loss_sum(self.output[rows], batch.targets[rows])
+        return blended_loss(task, self.output[rows], batch.blend.rows(rows))
 
 
 class StepWatch(Observer):

@@ -15,6 +15,7 @@ from trainer.config.schema import BestConfig
 from trainer.core.build import Run
 from trainer.core.no_effect import keys_without_effect
 from trainer.core.proof.prove import Proof
+from trainer.data.sampler import DrawnOrder
 from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.exchange_cost import describe_exchange
 from trainer.exact.model_and_loss import ModelAndLoss
@@ -51,7 +52,9 @@ def header(
         ("weights", run.weights_note),
         ("loss", _describe_loss(run)),
         ("data", _describe_data(run)),
+        ("sampler", _describe_sampler(plan)),
         ("batch", batch_arithmetic(plan, fuse)),
+        ("mix", "" if run.forward.mix is None else run.forward.mix.describe()),
         ("optimizer", _describe_optimizer(run)),
         ("schedule", schedule.describe()),
         ("length", length),
@@ -103,6 +106,11 @@ def _describe_loss(run: Run) -> str:
         if count
         else ""
     )
+
+
+def _describe_sampler(plan: Plan) -> str:
+    order = plan.order
+    return order.description if isinstance(order, DrawnOrder) else ""
 
 
 def _describe_data(run: Run) -> str:

@@ -29,21 +29,28 @@ MOST_CHANGES = 3  # named one by one
 
 @dataclass(frozen=True)
 class DataRecord:
-    """Attributes: class names by class id, the fingerprint of each part, and of the file of `model.weights`."""
+    """Attributes: class names by class id, the fingerprint of each part, and of the file of `model.weights`.
+
+    `order` is the digest of the first epoch's sample ids, where `data.sampler` chooses them.
+    """
 
     classes: list[str] | None
     train: Fingerprint
     val: Fingerprint | None
     weights: str | None = None
+    order: str | None = None
 
 
-def record_data(data: Datasets, weights: Path | None = None) -> DataRecord:
-    """The record of a run on `data` that starts from the file `weights`."""
+def record_data(
+    data: Datasets, weights: Path | None = None, order: str | None = None
+) -> DataRecord:
+    """The record of a run on `data` that starts from the file `weights`, in the `order` of that digest."""
     return DataRecord(
         data.classes,
         fingerprint(data.train),
         None if data.val is None else fingerprint(data.val),
         None if weights is None else file_fingerprint(weights),
+        order,
     )
 
 
@@ -69,6 +76,7 @@ def read_record(run: Path) -> DataRecord | None:
             Fingerprint(**values["train"]),
             None if values["val"] is None else Fingerprint(**values["val"]),
             values["weights"],
+            values.get("order"),  # unknown to earlier versions
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LockstepError(
@@ -107,6 +115,19 @@ def check_same_weights(run: Path, weights: Path | None) -> None:
     if file_fingerprint(weights) != before.weights:
         raise DataError(
             f"{weights} is not the file that the run in {run} began from; restore it, or set model.weights to it"
+        )
+
+
+def check_same_order(run: Path, order: str | None, section: RunConfig) -> None:
+    """Raise `DataError` if the samples that `data.sampler` chooses are not those that it chose for the run in `run`."""
+    before = read_record(run)
+    if before is None or before.order is None or order is None:
+        return
+    if order != before.order and section.resume_changes == "refuse":
+        raise DataError(
+            f"data.sampler chooses other samples than it did for the run in {run}: its function, or a file that it "
+            f"reads, has changed. Restore it, start a new run with run.resume=never, or accept the change with "
+            f"run.resume_changes=allow"
         )
 
 

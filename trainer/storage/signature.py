@@ -46,12 +46,12 @@ def signature_of_samples(
     loader: Loader, *, num_classes: int | None, classes: list[str] | None
 ) -> Signature:
     """The signature of a model for the samples of `loader`, read off the first of them."""
-    inputs = loader.fetch([0]).inputs
+    inputs = loader.fetch([loader.first_id]).inputs
     shape = dtype = None
     if isinstance(inputs, Tensor):
         shape = list(inputs.shape[1:])
         dtype = str(inputs.dtype).removeprefix("torch.")
-    channels = _count_channels(loader.raw(0))
+    channels = _count_channels(loader.raw(loader.first_id))
     return Signature(channels, shape, dtype, num_classes, classes)
 
 

@@ -81,7 +81,9 @@ def _copy(trial: Trial) -> Copy:
     optimizer = build_optimizer(
         run.config.optimizer, model, head=run.config.model.head, loss=loss
     )
-    forward = Forward(loss, run.precision, run.ranks.device, run.config.run.seed)
+    forward = Forward(
+        loss, run.precision, run.ranks.device, run.config.run.seed, run.forward.mix
+    )
     moving = other_buffers(ModelAndLoss(model, loss))
     return Copy(model, loss, optimizer, forward, LossState(model, loss), moving)
 

@@ -94,7 +94,8 @@ def _compare_with_loader_process(trial: Trial, ids: Sequence[int]) -> Finding | 
     start, _ = trial.step.micro_batches[batch.first]
     _, stop = trial.step.micro_batches[batch.indices[1] - 1]
     ids = ids[: stop - start]
-    here = trial.peek(ids)
+    occurrences = trial.run.plan.occurrences(trial.step, *batch.indices)
+    here = trial.peek(ids, None if occurrences is None else occurrences[: len(ids)])
     parts = _differing_parts(
         _first_samples(here, len(ids)),
         _first_samples(batch, len(ids)),

@@ -15,8 +15,8 @@ from trainer.components.task import WeightedSum
 from trainer.core.build import Run
 from trainer.core.observers import Stateful
 from trainer.data.loading import TrainLoader
-from trainer.data.samples import Ids, MicroBatch
-from trainer.exact.plan import Step, split_evenly
+from trainer.data.samples import MicroBatch
+from trainer.exact.plan import Ids, Step, split_evenly
 
 MICRO_BATCHES = 4  # of the step, that a check runs at most
 
@@ -115,13 +115,19 @@ class Trial:
             batch = self.batches.peek()
             if batch is not None and batch.fused == 1:
                 return batch
-        ids = self.run.plan.sample_ids(self.step, self.own_index)
-        return self.peek(ids)
+        plan = self.run.plan
+        return self.peek(
+            plan.sample_ids(self.step, self.own_index),
+            plan.occurrences(self.step, self.own_index),
+        )
 
-    def peek(self, ids: Sequence[int] | Ids) -> MicroBatch:
+    def peek(
+        self, ids: Sequence[int] | Ids, occurrences: Ids | None = None
+    ) -> MicroBatch:
         """Some samples as the model sees them in the step's epoch, loaded in this process."""
-        epoch = self.step.epoch
-        return self.run.train_loader.peek(ids, self.own_index, epoch=epoch)
+        return self.run.train_loader.peek(
+            ids, self.own_index, epoch=self.step.epoch, occurrences=occurrences
+        )
 
     def forward_and_backward(
         self,

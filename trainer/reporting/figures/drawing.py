@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.core.build import Run
 from trainer.core.evaluation import Decision
+from trainer.exact.plan import count_occurrences
 from trainer.reporting.figures.confusion import (
     class_table,
     count_decisions,
@@ -70,8 +71,8 @@ def _draw_decisions(
 def draw_batch(run: Run, directory: Path) -> dict[str, Path]:
     """Draw the run's first samples as the model sees them, if they are images."""
     path = directory / "figures" / "batch.png"
-    indices = run.plan.permutation(0)[: min(64, run.plan.batch_size)]
-    batch = run.train_loader.peek(indices)
+    ids = run.plan.permutation(0)[: min(64, run.plan.batch_size)]
+    batch = run.train_loader.peek(ids, occurrences=count_occurrences(ids))
     if not _are_images(batch.inputs):
         return {}
     path.parent.mkdir(exist_ok=True)
