@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from trainer.components.weights import weights_file
 from trainer.config.registry import build_observers
 from trainer.config.schema import Config
 from trainer.core.build import build_run, settings_of
+from trainer.core.ema import build_average
+from trainer.core.ending import Ending
+from trainer.core.evaluated_weights import best_is_average, evaluated_phases
 from trainer.core.finite_watch import FiniteWatch
 from trainer.core.further import (
     restore_modes_of,
@@ -38,6 +41,7 @@ from trainer.core.proof.prove import Proof, prove
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.rehearsal import check_states
 from trainer.core.same_weights import check_same_weights
+from trainer.core.save_predictions import SHORT_NAMES
 from trainer.core.saved_state import SavedState, is_best
 from trainer.core.stateful import (
     StatefulObjects,
@@ -49,6 +53,7 @@ from trainer.core.try_out import explained, try_out
 from trainer.data.datasets import MapDataset
 from trainer.data.left_out import train_loader
 from trainer.data.loading import TrainLoader
+from trainer.data.samples import Ids
 from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.model_and_loss import ModelAndLoss
@@ -134,8 +139,13 @@ class Trainer:
             )
         self.saved_state = SavedState(self.run, self.optimizer, self.reduction)
         self.observers = Observers(
-            [*build_observers(self.config.observers, Observer), *observers]
+            [
+                *build_observers(self.config.observers, Observer, SHORT_NAMES),
+                *observers,
+            ]
         )
+        self._average = build_average(self.run, self.optimizer)
+        self._ending = Ending(self.run)
         self.stateful: dict[str, Stateful] = dict(stateful or {})
         self.progress = Progress()
         self.schedule = self._build_schedule()
@@ -317,14 +327,18 @@ class Trainer:
         self._further_restored = {}
         self.run.loss_state.begin()
         begin_training(self.optimizer)
+        self._average.begin()
         self.observers.begin(self.run)
         if self._restored_states is not None:
             self.resume_notes += load_states(stateful, self._restored_states)
             self._restored_states = None
         check_states(stateful, self.run)
+        # The average asks for them itself, at its own steps.
+        others = {n: v for n, v in stateful.items() if v is not self._average}
         self._statistics_are_read = self.observers.read_statistics or keeps_statistics(
-            stateful
+            others
         )
+        self._ending.begin(observers_may_stop=self.observers.may_stop)
 
     def _has_checkpoint(self) -> bool:
         """True if there is a checkpoint to resume from. A collective."""
@@ -370,8 +384,13 @@ class Trainer:
             self.run.evaluator.close()
 
     def _loop(self, stop: StopRequest) -> None:
+        if self._ending.was_before(self.progress, self.journal.console.note):
+            return
         if self.progress.epoch_end_is_due:
-            self.end_epoch(self.plan.step(self.progress.step - 1))
+            step = self.plan.step(self.progress.step - 1)
+            self.end_epoch(step)
+            if self._end_early(step):
+                return
         for step in self.plan.steps(self.progress.step, self.last_step):
             self.train_step(step)
             activity.is_first_step = False
@@ -387,6 +406,17 @@ class Trainer:
             self.journal.advance(step.number)
             if stop.agreed():
                 self._stop(stop.signal_number)
+            if self._end_early(step):
+                return
+
+    def _end_early(self, step: Step) -> bool:
+        """True if the run ends here because `early_stop` or an observer asked for it. A collective at logged steps."""
+        reason = self._ending.reason_after(step) if self._is_logged(step) else ""
+        if not reason:
+            return False
+        self.progress.stopped_by = reason
+        self.save()
+        return True
 
     def train_step(self, step: Step) -> None:
         """One optimizer update on the step's samples, over all ranks. Never waits for the device.
@@ -398,6 +428,7 @@ class Trainer:
         if step.first_in_epoch:
             check_order(self.plan, self.ranks, epoch=step.epoch)
             self._freeze(step.epoch)
+            self._average.follow_thawing()
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
         step = self.batches.prepare(step)
         if not step.size:
@@ -437,8 +468,11 @@ class Trainer:
         self.optimizer.zero_grad()
         self.progress.step = step.number
         self.progress.samples_seen += step.size
-        if self._statistics_are_read:
+        is_averaged = self._average.is_due(step)
+        if self._statistics_are_read or is_averaged:
             reduction.gather_statistics()
+        if is_averaged and not is_held_back:
+            self._average.update(self.finite.gradient_flag)
         self.observers.step(step)
 
     def _pass_over(self, step: Step) -> None:
@@ -534,8 +568,9 @@ class Trainer:
 
     def _log_epoch(self, step: Step, means: Row, *, evaluate: bool) -> None:
         row = {"step": step.number, "epoch": step.epoch + 1, **means}
-        if evaluate and self.run.evaluator is not None:
-            row |= _with_prefix("val/", self.evaluate())
+        is_evaluated = evaluate and self.run.evaluator is not None
+        if is_evaluated:
+            row |= self._evaluations(step)
             activity.mark(LOGGING)
         row |= learning_rates(self.optimizer)
         row |= self.left_out.count()
@@ -545,6 +580,9 @@ class Trainer:
             row[f"best/{self.config.best.metric}"] = self.progress.best
         self.journal.epoch(row, is_best)
         self.observers.epoch(step, row)
+        self._ending.take_note(row)
+        if is_evaluated and self.config.run.figures and self.observers.draw_figures:
+            self.ranks.on_main(partial(self._draw_of_observers, step))
         self._check_evaluation(row)
         self.stopwatch.mark(self.progress.samples_seen)
 
@@ -552,9 +590,27 @@ class Trainer:
         """Raise `LockstepError` if the validation loss is not finite. The epoch's weights are, and are kept."""
         loss = row.get("val/loss", 0.0)
         if not math.isfinite(loss):
-            raise validation_not_finite(self.run, loss)
+            with self._weights(is_average=evaluated_phases(self.config.ema)["val"]):
+                raise validation_not_finite(self.run, loss)
 
-    def evaluate(self) -> Row:
+    def _evaluations(self, step: Step) -> Row:
+        """The columns of all evaluations after `step`: of the weights, of their average, or of both. A collective."""
+        row: Row = {}
+        for name, is_average in evaluated_phases(self.config.ema).items():
+            with self._weights(is_average=is_average):
+                metrics = self.evaluate(self.observers.watch(name))
+                self.observers.evaluation(name, step, metrics)
+            row |= _with_prefix(f"{name}/", metrics)
+        return row
+
+    def _weights(self, *, is_average: bool) -> AbstractContextManager[None]:
+        """A context in which the model holds the average of its weights, or its own. A collective."""
+        if not is_average:
+            return nullcontext()
+        self.reduction.gather()
+        return self._average.in_place()
+
+    def evaluate(self, on_batch: Callable[[Ids, Any, Any], None] | None = None) -> Row:
         """The loss and metrics over all validation samples, with the present weights. A collective.
 
         It may be called before, after and without `fit`; `end_loading` then ends its loader processes. Raises
@@ -564,7 +620,7 @@ class Trainer:
             self.reduction.gather()
             if self.config.batch_norm.recalibrate_at == "evaluation":
                 recalibrate_statistics(self.run, self.progress.step)
-            return self.run.evaluate()
+            return self.run.evaluate(on_batch)
 
     def load_best(self) -> Row:
         """Load the best weights so far on every rank; returns the row that was saved with them."""
@@ -587,7 +643,11 @@ class Trainer:
         progress.best_epoch = int(row["epoch"])
         activity.mark(SAVING)
         self.reduction.gather()
-        self.ranks.on_main(partial(self._write_best, row))
+        is_average = best_is_average(self.config)
+        if is_average:
+            self._average.refuse_not_finite(progress.best_step)
+        with self._weights(is_average=is_average):
+            self.ranks.on_main(partial(self._write_best, row))
         activity.mark(LOGGING)
         return True
 
@@ -640,7 +700,12 @@ class Trainer:
             f"{fact}: up to here it may depend on the number of processes"
         )
 
+    def _draw_of_observers(self, step: Step) -> None:
+        figures = self.observers.figures(step, self.journal.directory / "figures")
+        self.journal.figures(figures, step.number)
+
     def _write_checkpoint(self, states: dict[str, dict[str, Any]]) -> None:
+        self._average.refuse_not_finite(self.progress.step)
         self.journal.sync()
         self.progress.rows = self.journal.rows
         self.progress.wandb_id = self.journal.wandb_id
@@ -718,6 +783,10 @@ class Trainer:
             if name not in self._attributes_of_trainer and id(value) not in model_parts:
                 attributes[name] = value
         objects = StatefulObjects()
+        if self._average.is_on:
+            objects.add_named({"ema": self._average})
+        if self._ending.early_stop is not None:
+            objects.add_named({"early_stop": self._ending.early_stop})
         objects.add_named(self.stateful)
         objects.add_attributes(attributes)
         objects.add_observers(self.observers)
@@ -744,6 +813,9 @@ class Trainer:
         is_changed = recalibrate and recalibrate_statistics(
             self.run, self.progress.step
         )
+        if is_changed and self._average.is_on:
+            with self._weights(is_average=True):
+                recalibrate_statistics(self.run, self.progress.step)
         if not self._is_logged(last):
             self.log(last)
         if is_changed or not self._is_evaluated(last):
@@ -751,7 +823,9 @@ class Trainer:
         activity.mark(ENDING)
         self.stopwatch.stop(self.progress)
         self.finite.check_end(self.progress)
-        summary = report.summary(self.run, self.progress, self.optimizer, self.proof)
+        summary = report.summary(
+            self.run, self.progress, self.optimizer, self.proof, self._average.tensors()
+        )
         self.journal.keep_summary(summary)
         self.journal.finish(
             summary,

@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse(arguments)
 
     from trainer.core.build import build_run, settings_of
+    from trainer.core.evaluated_weights import best_evaluation
     from trainer.core.trust import read_trusted_config
     from trainer.storage import checkpoint, signature
     from trainer.storage.shared_config import read_config_on_all, read_on_main
@@ -60,9 +61,11 @@ def main(arguments: list[str]) -> None:
             print(f"  note  not the data that the run was validated on: {changes}")
         for bad in run.quarantine.samples if run.quarantine else []:
             print(f"  note  left out: {bad.name()}: {bad.reason}")
+        evaluation = best_evaluation(config)
         for name, value in metrics.items():
+            column = f"{evaluation}/{name}"
             print(
-                f"  val/{name}  {value:.6f}  (logged as {logged.get(f'val/{name}', math.nan):.6f})"
+                f"  {column}  {value:.6f}  (logged as {logged.get(column, math.nan):.6f})"
             )
 
 

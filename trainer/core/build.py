@@ -5,7 +5,7 @@ The `Trainer` builds what only training needs: an optimizer and a reduction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,8 @@ from trainer.components.models import build_model, compile_model, input_channels
 from trainer.components.task import Task, as_task, loss_arguments
 from trainer.components.weights import start_from_weights, weights_file
 from trainer.config.schema import BestConfig, Config
+from trainer.core.early_stop import with_early_stop_metric
+from trainer.core.evaluated_weights import evaluated_phases
 from trainer.core.evaluation import Evaluator
 from trainer.core.features import Features
 from trainer.core.first_samples import check_classes, first_inputs
@@ -39,6 +41,7 @@ from trainer.data.loading import Loader, build_loaders
 from trainer.data.parts import check_part, shared_class_names
 from trainer.data.sampler import DrawnOrder
 from trainer.data.samplers import build_order
+from trainer.data.samples import Ids
 from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import configure, refuse_cumulative_average
 from trainer.exact.determinism import run_settings
@@ -82,6 +85,7 @@ class Run:
     freezing: Freezing
     evaluator: Evaluator | None
     quarantine: Quarantine | None = None  # with data.bad_samples=quarantine
+    stop_reason: str = ""  # why the run is to end before its last step
 
     @property
     def bitwise(self) -> bool:
@@ -98,14 +102,26 @@ class Run:
         """A context with the process-wide settings that the run needs; it restores those before at the end."""
         return settings_of(self.config)
 
-    def evaluate(self) -> Row:
+    def stop(self, reason: str) -> None:
+        """Ask for the run's end: after the next logged row, with a checkpoint, an evaluation and a summary.
+
+        Rank 0's request counts, whatever the other ranks ask for, so all of them end after the same step.
+        """
+        if not isinstance(reason, str) or not reason:
+            raise ConfigError(
+                "observers", f"run.stop({reason!r}): give the reason, as text"
+            )
+        self.stop_reason = self.stop_reason or reason
+
+    def evaluate(self, on_batch: Callable[[Ids, Any, Any], None] | None = None) -> Row:
         """The loss and metrics over all validation samples. A collective.
 
-        Raises `ConfigError` where there are no validation samples.
+        `on_batch` is called with the ids, the output and the targets of each of this rank's batches. Raises
+        `ConfigError` where there are no validation samples.
         """
         if self.evaluator is None:
             raise ConfigError("data.name", f"{self.data.name} has no validation data")
-        return self.evaluator.evaluate()
+        return self.evaluator.evaluate(on_batch)
 
     def load_best(self, directory: Path | None = None) -> Row:
         """Load the best weights of the run in `directory` (this one's) on every rank; returns their row. A collective.
@@ -390,7 +406,7 @@ def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Co
     """
     if config.best.metric == BestConfig().metric and not has_validation:
         config = replace(config, best=replace(config.best, metric="train/loss"))
-    phases = ("val", "train") if has_validation else ("train",)
+    phases = (*evaluated_phases(config.ema), "train") if has_validation else ("train",)
     metrics = [
         f"{phase}/{name}" for phase in phases for name in ("loss", *task.metrics)
     ]
@@ -409,7 +425,7 @@ def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Co
                 f"say so in `directions`)",
             )
         config = replace(config, best=replace(config.best, mode=mode))
-    return config
+    return with_early_stop_metric(config, metrics, task)
 
 
 def _evaluator(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from trainer.core.samples import rows_not_finite
 from trainer.data.bad_samples import Quarantine
 from trainer.data.loading import Loader, whole_requests
 from trainer.data.passes import passes
-from trainer.data.samples import MicroBatch, Request
+from trainer.data.samples import Ids, MicroBatch, Request
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import preserved_modes
 from trainer.exact.moving_buffers import preserved_buffers
@@ -74,15 +75,22 @@ class Evaluator:
         self._phase = FIRST_EVALUATION  # until the first batch
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """The mean loss and metrics over all samples. A collective."""
+    def evaluate(
+        self, on_batch: Callable[[Ids, Any, Any], None] | None = None
+    ) -> dict[str, float]:
+        """The mean loss and metrics over all samples. A collective.
+
+        `on_batch` is called with the sample ids, the output and the targets of each of this rank's batches.
+        """
         task = self._forward.task
         meter = Meter(task, self._ranks, exact=self._exact)
         with preserved_modes(task), preserved_generators():
             task.eval()  # until the last metric is measured
-            for _, model, batch in self._in_eval_mode():
+            for request, model, batch in self._in_eval_mode():
                 output, loss = self._forward(model, batch, None)
                 meter.add(batch, output, loss)
+                if on_batch is not None:
+                    on_batch(request.ids, output, batch.targets)
             self._passes.agree()
             return meter.read().means()
 

@@ -20,7 +20,8 @@ from trainer.reporting.formats import (
     number_style,
 )
 
-PHASES = ("train", "val")
+# The first part of a column's name, and its heading.
+PHASES = {"train": "train", "val": "val", "val_ema": "val ema"}
 HEADING_EVERY = 25  # epoch lines
 STAR = f"{GAP}★"
 
@@ -49,14 +50,14 @@ class _Group:
         return GAP + name.center(room, "─")
 
     def subtitle(self) -> str:
-        return "".join(map(column, self.phases)).rjust(self.width)
+        return "".join(column(PHASES[phase]) for phase in self.phases).rjust(self.width)
 
     def values(self, row: Row, best: bool) -> Text:
         text = Text(" " * (self.width - self.columns_width))
         for phase in self.phases:
             value = row.get(f"{phase}/{self.name}")
             number = ABSENT if value is None else format_metric(self.name, value)
-            colour = GOOD if best and phase == "val" else ""
+            colour = GOOD if best and phase != "train" else ""
             text.append(column(number), number_style(number, colour))
         return text
 

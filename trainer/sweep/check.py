@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trainer.config.load import load
 from trainer.config.schema import Config
+from trainer.core.evaluated_weights import evaluated_phases
 from trainer.core.metrics import TIMINGS
 from trainer.errors import ConfigError, DataError, nearest
 from trainer.sweep.description import Sweep, format_overrides
@@ -119,9 +120,10 @@ def _list_metrics(config: Config) -> list[str]:
 def _check_metric(sweep: Sweep, config: Config) -> None:
     """Refuse a metric that no run logs, and early stopping at a rung that no run reaches."""
     names = _list_metrics(config)
+    evaluated = [f"{evaluation}/" for evaluation in evaluated_phases(config.ema)]
     logged = [
         f"{phase}{name}"
-        for phase in ("val/", "train/", "train/epoch_")
+        for phase in (*evaluated, "train/", "train/epoch_")
         for name in names
     ]
     logged.append(f"best/{config.best.metric}")
@@ -131,7 +133,7 @@ def _check_metric(sweep: Sweep, config: Config) -> None:
             "metric.name",
             f'"{sweep.metric}" is not logged{suggestion}; a run logs {", ".join(logged)} ({sweep.file})',
         )
-    if sweep.hyperband is None or not sweep.metric.startswith("val/"):
+    if sweep.hyperband is None or not sweep.metric.startswith(tuple(evaluated)):
         return
     evaluations = math.ceil(config.train.epochs / config.train.evaluate_every)
     if sweep.hyperband.min_iter > evaluations:

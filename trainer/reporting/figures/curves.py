@@ -35,7 +35,7 @@ def draw_curves(rows: Rows, path: Path) -> None:
     """Draw the rows of `metrics.jsonl`: a panel for the loss, one for each other metric, and one for `lr`.
 
     `train/x` is a thin line, because it is the mean of few samples; `train/epoch_x` and `val/x` have a mark for each
-    epoch. A metric without finite values gets an empty panel that says so.
+    epoch, as has `val_ema/x`, dashed. A metric without finite values gets an empty panel that says so.
     """
     names = _metric_names(rows)
     heights = [PANEL_HEIGHT] * len(names) + [RATE_PANEL_HEIGHT]
@@ -69,6 +69,16 @@ def draw_curves(rows: Rows, path: Path) -> None:
             label="val",
             color=VERMILION,
             linewidth=1.6,
+            **EPOCH_MARKS,
+        )
+        _plot(
+            axes,
+            rows,
+            f"val_ema/{name}",
+            label="val, average",
+            color=VERMILION,
+            linewidth=1.6,
+            linestyle="--",
             **EPOCH_MARKS,
         )
         _style_panel(axes, name)
@@ -134,7 +144,7 @@ def _add_legend(axes: Axes) -> None:
         return
     legend = axes.legend(
         loc="lower right",
-        ncols=3,
+        ncols=4,
         frameon=False,
         fontsize=SMALL,
         labelcolor=INK,

@@ -1,0 +1,99 @@
+"""Early stopping (`early_stop`): the run ends when a logged value has not got better for some evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from trainer.components.directions import direction_of
+from trainer.config.schema import Config, EarlyStopConfig
+from trainer.core.metrics import Row
+from trainer.errors import ConfigError, nearest
+
+
+class EarlyStop:
+    """Counts evaluations without a better value. Rows are the same on every rank, and so is what it decides.
+
+    `section` is resolved, as `with_early_stop_metric` does. Its state is part of every checkpoint.
+    """
+
+    def __init__(self, section: EarlyStopConfig) -> None:
+        self._section = section
+        self._column = str(section.metric).replace("train/", "train/epoch_")
+        self._best: float | None = None
+        self._waited = 0
+
+    def update(self, row: Row) -> str:
+        """Take note of a row; returns why the run is to end, "" if it goes on."""
+        value = row.get(self._column)
+        patience = self._section.patience
+        if value is None or patience is None:
+            return ""
+        if self._is_better(value):
+            self._best = value
+            self._waited = 0
+            return ""
+        self._waited += 1
+        if self._waited < patience:
+            return ""
+        best = "no finite value" if self._best is None else f"{self._best:.6g}"
+        return (
+            f"early_stop: {self._section.metric} has not got better than {best} in {self._waited} "
+            f"evaluation{'s' if self._waited > 1 else ''}"
+        )
+
+    def _is_better(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        if self._best is None:
+            return True
+        gain = value - self._best if self._section.mode == "max" else self._best - value
+        return gain > self._section.min_delta
+
+    def wait_anew(self) -> None:
+        """The run goes on after its end: it gets `patience` more evaluations."""
+        self._waited = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "waited": self._waited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._best = state["best"]
+        self._waited = state["waited"]
+
+
+def with_early_stop_metric(config: Config, metrics: list[str], task: object) -> Config:
+    """The config with the metric that early stopping watches, and its mode; as it is without `patience`.
+
+    `metrics` are those that the run logs. Raises `ConfigError` where the metric is none of them, or nobody knows
+    whether less or more of it is better.
+    """
+    section = config.early_stop
+    if section.patience is None:
+        return config
+    metric = section.metric or config.best.metric
+    if metric not in metrics:
+        raise ConfigError(
+            "early_stop.metric",
+            f'"{metric}" is not logged by this run{nearest(metric, metrics)}; it logs {", ".join(metrics)}',
+        )
+    of_best = config.best.mode if metric == config.best.metric else None
+    mode = section.mode or of_best or direction_of(metric, task)
+    if mode is None:
+        raise ConfigError(
+            "early_stop.mode",
+            f"is needed for {metric}: set min if less of it is better, max if more is",
+        )
+    return replace(config, early_stop=replace(section, metric=metric, mode=mode))
+
+
+def describe_early_stop(section: EarlyStopConfig) -> str:
+    """One line for the header of a run; "" without early stopping."""
+    if section.patience is None:
+        return ""
+    better = "higher" if section.mode == "max" else "lower"
+    by = f" by more than {section.min_delta:g}" if section.min_delta else ""
+    several = "s in a row" if section.patience > 1 else ""
+    return f"after {section.patience} evaluation{several} without a {better} {section.metric}{by}"
