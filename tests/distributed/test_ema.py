@@ -300,6 +300,32 @@ def test_steps_that_fp16_leaves_out_do_not_move_it() -> None:
     assert by_device.state_dict()["updates"] == by_host.updates == 4
 
 
+def test_a_run_in_fp16_averages_the_steps_that_it_made(tmp_path: Path) -> None:
+    def fit() -> None:
+        weights = Weights()
+        trainer = trainer_of(
+            tmp_path,
+            ema__decay=0.9,
+            train__precision="fp16",
+            train__epochs=4,
+            observers=[weights],
+        )
+        # So large that the first steps overflow; the scale is halved until they do not.
+        trainer.run.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**21)
+        skipped = trainer.fit()["skipped_steps"]
+        assert 1 <= skipped < 7
+        average = trainer._average
+        assert average.updates == 8 - skipped
+        made = [state["0.weight"] for state in weights.after[skipped:]]
+        expected = made[0]
+        for state in made[1:]:
+            expected = torch.lerp(expected, state, 0.1)
+        actual = average.tensors()["0.weight"]
+        assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-8)
+
+    on_ranks(1, fit)
+
+
 class Poisoned(AllPoints):
     """One sample that is not finite."""
 
