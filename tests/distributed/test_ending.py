@@ -141,6 +141,9 @@ def test_a_run_that_has_ended_goes_on_when_it_is_told_to(
     # Two more evaluations without a better value.
     assert longer["summary"]["steps"] == first["summary"]["steps"] + 4
     assert longer["rows"][: len(first["rows"])] == first["rows"]
+    # Another metric is counted anew, and more patience takes the run to its end.
+    patient = {"early_stop__metric": "val/accuracy", "early_stop__patience": 99}
+    assert ended(tmp_path, run__resume="continue", **patient)["summary"]["steps"] == 20
 
 
 class Stopper(Observer):

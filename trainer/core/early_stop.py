@@ -57,11 +57,15 @@ class EarlyStop:
         self._waited = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best, "waited": self._waited}
+        watched = {"metric": self._section.metric, "mode": self._section.mode}
+        return {**watched, "best": self._best, "waited": self._waited}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._best = state["best"]
-        self._waited = state["waited"]
+        """Load what `state_dict` returned; a run that watches another metric by now begins to count anew."""
+        section = self._section
+        if (state["metric"], state["mode"]) == (section.metric, section.mode):
+            self._best = state["best"]
+            self._waited = state["waited"]
 
 
 def with_early_stop_metric(config: Config, metrics: list[str], task: object) -> Config:

@@ -52,6 +52,7 @@ FREE_KEYS = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "early_stop",
     "wandb",
     "observers",
 )
