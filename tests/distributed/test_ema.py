@@ -213,6 +213,10 @@ def test_the_best_model_is_the_average_that_was_evaluated(
         loss = nn.functional.cross_entropy(plain(data.points), data.labels)
         assert float(loss.detach()) == pytest.approx(row[f"{phase}/loss"], rel=1e-12)
         assert ("val_ema/loss" in row) == (evaluate == "beside")
+        if at:  # over all samples, by the average's own weights
+            values = plain[0](data.points).detach()
+            mean = values.mean((0, 2, 3))
+            assert torch.allclose(average["1.running_mean"], mean, rtol=0, atol=1e-12)
         assert json.loads((tmp_path / "run" / "summary.json").read_text())["ema_sha256"]
 
     on_ranks(1, fit)
