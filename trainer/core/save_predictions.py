@@ -66,12 +66,13 @@ class SavePredictions(Observer):
         self.every = every
         self.format = format
         self._evaluations: dict[str, int] = {}  # so far, of each name
-        self._parts: list[Arrays] = []  # of this rank's batches
+        # Of this rank's batches, by the evaluation's name.
+        self._parts: dict[str, list[Arrays]] = {}
         self._problem: ConfigError | None = None
 
     def begin(self, run: Run) -> None:
         self._run = run
-        self._parts = []
+        self._parts = {}
 
     def evaluation_batch(
         self, evaluation: str, ids: Ids, output: Any, targets: Any
@@ -79,7 +80,8 @@ class SavePredictions(Observer):
         if not self._is_due(evaluation) or self._problem is not None:
             return
         try:
-            self._parts.append(self._part(ids, output, targets))
+            part = self._part(ids, output, targets)
+            self._parts.setdefault(evaluation, []).append(part)
         except ConfigError as error:
             self._problem = error  # other ranks may have no batch, and wait in `gather`
 
@@ -95,8 +97,7 @@ class SavePredictions(Observer):
     def evaluation(self, evaluation: str, step: Step, metrics: Row) -> None:
         if self._is_due(evaluation):
             self._run.ranks.on_each(self._raise_problem)
-            parts = self._run.ranks.gather(self._parts)
-            self._parts = []
+            parts = self._run.ranks.gather(self._parts.pop(evaluation, []))
             self._run.ranks.on_main(lambda: self._write(evaluation, step, parts))
         self._evaluations[evaluation] = self._evaluations.get(evaluation, 0) + 1
 
