@@ -81,7 +81,7 @@ def torchs_average(
 
 
 @pytest.mark.parametrize(
-    ("start", "every", "warmup"), [(0, 1, False), (1, 2, False), (0, 1, True)]
+    ("start", "every", "warmup"), [(0, 1, False), (3, 2, False), (0, 1, True)]
 )
 def test_it_is_torchs_average_bit_for_bit(
     tmp_path: Path, start: int, every: int, warmup: bool
@@ -104,6 +104,10 @@ def test_it_is_torchs_average_bit_for_bit(
         actual = trainer._average.tensors()
         assert actual.keys() == expected.keys()
         assert all(torch.equal(actual[name], expected[name]) for name in expected)
+        for row in read_rows(tmp_path / "run" / "metrics.jsonl"):
+            if "val/loss" in row:  # up to the first update, the weights themselves
+                is_equal = row["val_ema/loss"] == row["val/loss"]
+                assert is_equal == (row["step"] <= start + 1)
         last = weights.after[-1]
         assert not torch.equal(actual["0.weight"], last["0.weight"])
 
