@@ -255,8 +255,8 @@ def with_swa(directory: Path, *more: str) -> tuple[dict[str, float], bytes]:
 
 def test_stochastic_weight_averaging_by_hand(tmp_path: Path) -> None:
     ((row, file),) = on_ranks(1, with_swa, tmp_path / "1")
-    on_ranks(2, with_swa, tmp_path / "2", "train.stop_after=5")
-    for other_row, other_file in on_ranks(3, with_swa, tmp_path / "2"):
+    on_ranks(1, with_swa, tmp_path / "cut", "train.stop_after=5")
+    for other_row, other_file in on_ranks(2, with_swa, tmp_path / "cut"):
         assert other_row["swa/loss"] == row["swa/loss"] and other_file == file
 
     checkpoints = sorted((tmp_path / "1" / "digits" / "checkpoints").glob("step_*"))

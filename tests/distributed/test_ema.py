@@ -27,11 +27,11 @@ def images() -> Images:
     return Images(SAMPLES)
 
 
-def trainer_of(directory: Path, model: nn.Module | None = None, **more: Any) -> Trainer:
+def trainer_of(directory: Path, **more: Any) -> Trainer:
     observers = more.pop("observers", ())
     return Trainer(
         config(directory, **more),
-        model=model or conv_net(),
+        model=conv_net(),
         train_data=images(),
         val_data=images(),
         observers=observers,
@@ -137,7 +137,7 @@ def run_with_average(directory: Path, **changes: Any) -> dict[str, Any]:
 def test_any_number_of_processes_stopped_or_not_has_the_same_average(
     tmp_path: Path,
 ) -> None:
-    bitwise = {"run__reproducibility": "bitwise", "run__resume": "auto"}
+    bitwise: dict[str, Any] = {"run__reproducibility": "bitwise", "run__resume": "auto"}
     (one,) = on_ranks(1, run_with_average, tmp_path / "1", **bitwise)
     # After step 2 the checkpoint of an epoch's end, after 1 and 3 those within an epoch.
     on_ranks(2, run_with_average, tmp_path / "cut", **bitwise, train__stop_after=1)
@@ -155,11 +155,12 @@ def test_any_number_of_processes_stopped_or_not_has_the_same_average(
 
 def test_standard_mode_averages_whole_statistics(tmp_path: Path) -> None:
     """There each rank holds its share of them, between the steps of updates and evaluations, which are others here."""
-    settings = {
+    settings: dict[str, Any] = {
         "ema__every": 3,
         "ema__evaluate": "instead",
         "best__metric": "val/loss",
         "train__epochs": 3,
+        "run__proof": "off",
     }
     (one,) = on_ranks(1, run_with_average, tmp_path / "1", **settings)
     for other in on_ranks(3, run_with_average, tmp_path / "3", **settings):
@@ -176,8 +177,9 @@ def test_standard_mode_averages_whole_statistics(tmp_path: Path) -> None:
                 )
 
 
-@pytest.mark.parametrize("evaluate", ["beside", "instead"])
-@pytest.mark.parametrize("at", ["", "evaluation", "end"])
+@pytest.mark.parametrize(
+    ("evaluate", "at"), [("beside", ""), ("instead", "evaluation"), ("beside", "end")]
+)
 def test_the_best_model_is_the_average_that_was_evaluated(
     tmp_path: Path, evaluate: str, at: str
 ) -> None:
@@ -218,7 +220,7 @@ def test_the_best_model_is_the_average_that_was_evaluated(
         assert float(loss.detach()) == pytest.approx(row[f"{phase}/loss"], rel=1e-12)
         assert ("val_ema/loss" in row) == (evaluate == "beside")
         if at:  # over all samples, by the average's own weights
-            values = plain[0](data.points).detach()
+            values = plain.get_submodule("0")(data.points).detach()
             mean = values.mean((0, 2, 3))
             assert torch.allclose(average["1.running_mean"], mean, rtol=0, atol=1e-12)
         assert json.loads((tmp_path / "run" / "summary.json").read_text())["ema_sha256"]

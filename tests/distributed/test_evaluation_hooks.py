@@ -150,7 +150,7 @@ def test_predictions_are_the_same_files_on_any_number_of_processes(
         for name in ("00000002.csv", "00000004.csv", "00000004.safetensors")
     ]
     # Stopped at the first evaluation, which comes after the checkpoint.
-    resumed = {"run__resume": "auto"}
+    resumed: dict[str, Any] = {"run__resume": "auto", "run__proof": "off"}
     on_ranks(2, predictions, tmp_path / "3", **resumed, train__stop_after=2)
     for other in on_ranks(3, predictions, tmp_path / "3", **resumed):
         assert other == one
@@ -222,6 +222,7 @@ def test_what_has_no_place_in_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run" / "predictions" / "val" / "step_00000001.safetensors"
     assert load_file(path)["classes"].shape == (SAMPLES, 1, 2)
     assert "is not known" in fit(SavePredictions(), Nested())
-    for arguments in ({"every": 0}, {"format": "parquet"}):
+    wrong: list[dict[str, Any]] = [{"every": 0}, {"format": "parquet"}]
+    for arguments in wrong:
         with pytest.raises(ConfigError, match="save_predictions"):
-            SavePredictions(**arguments)  # type: ignore[arg-type]
+            SavePredictions(**arguments)
