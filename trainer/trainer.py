@@ -338,7 +338,8 @@ class Trainer:
         self._statistics_are_read = self.observers.read_statistics or keeps_statistics(
             others
         )
-        self._ending.begin(observers_may_stop=self.observers.may_stop)
+        is_subclass = type(self) is not Trainer
+        self._ending.begin(code_may_stop=self.observers.may_stop or is_subclass)
 
     def _has_checkpoint(self) -> bool:
         """True if there is a checkpoint to resume from. A collective."""

@@ -208,6 +208,20 @@ def test_an_observer_may_end_the_run(tmp_path: Path) -> None:
             assert result == (steps, reason, True, f"step_{steps:08d}")
 
 
+class StoppingTrainer(Trainer):
+    def train_step(self, step: Step) -> None:
+        super().train_step(step)
+        if step.number == 3:
+            self.run.stop("enough")
+
+
+def test_a_subclass_may_end_the_run(tmp_path: Path) -> None:
+    data = Points(SAMPLES, ignored=False)
+    parts: dict[str, Any] = {"train_data": data, "val_data": data}
+    summary = StoppingTrainer(config(tmp_path), model=mlp(), **parts).fit()
+    assert (summary["steps"], summary["stopped_by"]) == (3, "enough")
+
+
 def test_it_is_said_before_training_what_is_watched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,9 +28,9 @@ class Ending:
         is_on = self._run.config.early_stop.patience is not None
         return self._early_stop if is_on else None
 
-    def begin(self, *, observers_may_stop: bool) -> None:
-        """Before the first step of a session. The same on every rank."""
-        self._may_come = observers_may_stop or self.early_stop is not None
+    def begin(self, *, code_may_stop: bool) -> None:
+        """Before the first step of a session; whether somebody's code may call `run.stop`, the same on every rank."""
+        self._may_come = code_may_stop or self.early_stop is not None
 
     def take_note(self, row: Row) -> None:
         """Let early stopping see the row of an evaluation."""

@@ -174,8 +174,8 @@ def _join(parts: list[Arrays]) -> Arrays:
         columns[name] = np.concatenate(arrays)
     order = np.argsort(columns["ids"], kind="stable")
     columns = {name: array[order] for name, array in columns.items()}
-    ids = columns["ids"]
-    assert np.array_equal(ids, np.arange(len(ids))), "a sample is missing or twice"
+    # One that `data.bad_samples=quarantine` leaves out is missing.
+    assert len(np.unique(columns["ids"])) == len(order), "a sample is there twice"
     return columns
 
 
