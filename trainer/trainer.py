@@ -44,6 +44,7 @@ from trainer.core.stateful import (
     load_states,
     read_states,
 )
+from trainer.core.timetable import Timetable
 from trainer.core.try_out import explained, try_out
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import TrainLoader
@@ -125,6 +126,11 @@ class Trainer:
                 find_unused_parameters=self.config.train.find_unused_parameters,
                 loss=self.run.task,
             )
+        self.timetable = Timetable(
+            self.config.train,
+            self.plan,
+            has_validation=self.run.evaluator is not None,
+        )
         self.saved_state = SavedState(self.run, self.optimizer, self.reduction)
         self.observers = Observers(
             [*build_observers(self.config.observers, Observer), *observers]
@@ -146,6 +152,7 @@ class Trainer:
         self._further_restored: Mapping[str, Any] = {}
         self._statistics_are_read = False  # after each step, by an observer or its like
         self._saved_step: int | None = None  # of the checkpoint last read or written
+        self._saved_best_step = 0  # the best model's, as that checkpoint knows it
         # Of a run that is resumed on the same data; None where it is to be made.
         self._data_record: DataRecord | None = None
         self._data_note = ""  # what run.resume_changes=allow let pass
@@ -175,9 +182,7 @@ class Trainer:
     @property
     def last_step(self) -> int:
         """The step after which this session ends: the run's last, or `train.stop_after` if that comes first."""
-        stop_after = self.config.train.stop_after
-        total = self.plan.total_steps
-        return total if stop_after is None else min(total, stop_after)
+        return self.timetable.last_step
 
     # ---------------------------------------------------------------- the run
 
@@ -352,8 +357,7 @@ class Trainer:
             self.run.evaluator.close()
 
     def _loop(self, stop: StopRequest) -> None:
-        if self.progress.epoch_end_is_due:
-            self.end_epoch(self.plan.step(self.progress.step - 1))
+        self._evaluate_where_due()
         for step in self.plan.steps(self.progress.step, self.last_step):
             self.train_step(step)
             activity.is_first_step = False
@@ -361,14 +365,27 @@ class Trainer:
             if is_bad or self._is_logged(step):
                 self.log(step)
             self.progress.epoch_end_is_due = step.last_in_epoch
+            self.progress.evaluation_is_due = self.timetable.is_evaluated_within_epoch(
+                step
+            )
             # Before the evaluation, which may fail on a sample that training never saw.
-            if step.last_in_epoch or self._is_checkpointed(step):
+            if self.timetable.is_checkpointed(step):
                 self.save()
-            if step.last_in_epoch:
-                self.end_epoch(step)
+            self._evaluate_where_due()
             self.journal.advance(step.number)
             if stop.agreed():
                 self._stop(stop.signal_number)
+
+    def _evaluate_where_due(self) -> None:
+        """What follows the last step: its epoch's end, or an evaluation within the epoch.
+
+        A run that resumes from that step's checkpoint, which was written before, does it again.
+        """
+        progress = self.progress
+        if progress.epoch_end_is_due:
+            self.end_epoch(self.plan.step(progress.step - 1))
+        elif progress.evaluation_is_due:
+            self._evaluate_within_epoch(self.plan.step(progress.step - 1))
 
     def train_step(self, step: Step) -> None:
         """One optimizer update on the step's samples, over all ranks. Never waits for the device.
@@ -445,7 +462,7 @@ class Trainer:
     # ---------------------------------------------------------------- what is logged
 
     def _is_logged(self, step: Step) -> bool:
-        return step.number % self.config.train.log_every == 0 or step.last_in_epoch
+        return self.timetable.is_logged(step)
 
     def measure(self, step: Step) -> Row:
         """A row of the steps since the last row. A collective; only here does training wait for the device."""
@@ -490,16 +507,22 @@ class Trainer:
 
     def end_epoch(self, step: Step) -> None:
         """Log the epoch's row: means over its samples, and an evaluation every `train.evaluate_every` epochs."""
+        self._check_unsaved()
         means = _with_prefix("train/epoch_", self.epoch_totals.means())
         self.epoch_totals = Totals()
-        self._log_epoch(step, means, evaluate=self._is_evaluated(step))
+        self._log_epoch(step, means, evaluate=self.timetable.is_evaluated(step))
         self.progress.epoch_end_is_due = False
 
-    def _is_evaluated(self, step: Step) -> bool:
-        """True if the run evaluates after `step`, wherever this session ends."""
-        is_last = step.number == self.plan.total_steps
-        is_due = (step.epoch + 1) % self.config.train.evaluate_every == 0
-        return step.last_in_epoch and (is_last or is_due)
+    def _evaluate_within_epoch(self, step: Step) -> None:
+        """Log a row of an evaluation alone. It counts as an epoch's does: for the best model and for `plateau`."""
+        self._check_unsaved()
+        self._log_epoch(step, {}, evaluate=True)
+        self.progress.evaluation_is_due = False
+
+    def _check_unsaved(self) -> None:
+        """Check the run's state where no checkpoint of this step was written, which does so."""
+        if self._saved_step != self.progress.step:
+            self._check_state()
 
     def _log_epoch(self, step: Step, means: Row, *, evaluate: bool) -> None:
         row = {"step": step.number, "epoch": step.epoch + 1, **means}
@@ -511,8 +534,14 @@ class Trainer:
         is_best = self._save_if_best(row)
         if self.progress.best is not None:
             row[f"best/{self.config.best.metric}"] = self.progress.best
-        self.journal.epoch(row, is_best)
-        self.observers.epoch(step, row)
+        is_within_epoch = self.progress.evaluation_is_due
+        self.journal.epoch(
+            row,
+            is_best,
+            steps_per_epoch=self.plan.steps_per_epoch if is_within_epoch else None,
+        )
+        if not is_within_epoch:
+            self.observers.epoch(step, row)
         self._check_evaluation(row)
         self.stopwatch.mark(self.progress.samples_seen)
 
@@ -520,7 +549,7 @@ class Trainer:
         """Raise `LockstepError` if the validation loss is not finite. The epoch's weights are, and are kept."""
         loss = row.get("val/loss", 0.0)
         if not math.isfinite(loss):
-            raise validation_not_finite(self.run, loss)
+            raise validation_not_finite(self.run, loss, self._saved_step)
 
     def evaluate(self) -> Row:
         """The loss and metrics over all validation samples, with the present weights. A collective.
@@ -561,14 +590,11 @@ class Trainer:
 
     def _write_best(self, row: Row) -> None:
         self.journal.check_directory()
-        self.saved_state.write_best(self.journal.directory, row)
+        self.saved_state.write_best(
+            self.journal.directory, row, saved_best_step=self._saved_best_step
+        )
 
     # ---------------------------------------------------------------- checkpoints
-
-    def _is_checkpointed(self, step: Step) -> bool:
-        every = self.config.train.checkpoint_every
-        is_due = every is not None and step.number % every == 0
-        return is_due or step.number == self.last_step
 
     def save(self) -> None:
         """Write a checkpoint of the present step boundary. A collective.
@@ -576,20 +602,25 @@ class Trainer:
         Raises `LockstepError` if the run is not finite: no checkpoint holds NaN or an infinity.
         """
         activity.mark(SAVING)
-        self._check_finite()
-        self.reduction.gather()
-        check_same_weights(self.run, self.progress.step)
+        self._check_state()
         self._read_meter()
         self.stopwatch.stop(self.progress)
         self.progress.interval = self.interval_totals.sums
         self.progress.epoch = self.epoch_totals.sums
         self.progress.scaler = self.run.precision.state()
         states = read_states(self._stateful_objects(), self.ranks)
-        self._tell_late_buffers()
         self.ranks.on_main(lambda: self._write_checkpoint(states))
         self._saved_step = self.progress.step
+        self._saved_best_step = self.progress.best_step
         activity.mark(UPDATING)
         self.stopwatch.mark(self.progress.samples_seen)
+
+    def _check_state(self) -> None:
+        """Raise `LockstepError` if the run is not finite, or the ranks' weights are not the same. A collective."""
+        self._check_finite()
+        self.reduction.gather()
+        check_same_weights(self.run, self.progress.step)
+        self._tell_late_buffers()
 
     def _tell_late_buffers(self) -> None:
         """Name the buffers that moved first after the first step: until now they followed no rule."""
@@ -646,6 +677,7 @@ class Trainer:
         self._further_restored, states = self.saved_state.restore(content)
         self.progress = content.progress
         self._saved_step = content.progress.step
+        self._saved_best_step = content.progress.best_step
         self.interval_totals = Totals(content.progress.interval)
         self.epoch_totals = Totals(content.progress.epoch)
         self.schedule = self._build_schedule()
@@ -708,7 +740,7 @@ class Trainer:
         )
         if not self._is_logged(last):
             self.log(last)
-        if is_changed or not self._is_evaluated(last):
+        if is_changed or not self.timetable.is_evaluated(last):
             self._log_epoch(last, {}, evaluate=True)
         activity.mark(ENDING)
         self.stopwatch.stop(self.progress)

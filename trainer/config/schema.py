@@ -278,14 +278,28 @@ class TrainConfig(Section):
     )
     log_every: int = key(50, "steps between logged rows", unit="steps", minimum=1)
     evaluate_every: int = key(1, "epochs between evaluations", unit="epochs", minimum=1)
-    checkpoint_every: int | None = key(
+    evaluate_every_steps: int | None = key(
         None,
-        "steps between checkpoints, in addition to one at the end of each epoch",
+        "steps between evaluations within epochs, in addition to those of train.evaluate_every",
         unit="steps",
         minimum=1,
     )
+    checkpoint_every: int | None = key(
+        None,
+        "steps between checkpoints, in addition to those at the ends of epochs",
+        unit="steps",
+        minimum=1,
+    )
+    checkpoint_every_epochs: int = key(
+        1,
+        "epochs between checkpoints at the ends of epochs; the run's last step always has one",
+        unit="epochs",
+        minimum=1,
+    )
     keep_checkpoints: int = key(
-        2, "how many of the newest checkpoints to keep", minimum=1
+        2,
+        "how many of the newest checkpoints to keep; 0 writes one only where the run is stopped before its end",
+        minimum=0,
     )
 
 

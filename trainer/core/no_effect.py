@@ -74,7 +74,7 @@ RULES = (
         "there are no loader processes (data.workers=0)",
     ),
     Rule(
-        ("batch.eval_size", "train.evaluate_every"),
+        ("batch.eval_size", "train.evaluate_every", "train.evaluate_every_steps"),
         lambda run: run.evaluator is None,
         "there are no validation data",
     ),
@@ -129,6 +129,16 @@ RULES = (
         ("train.stop_after",),
         lambda run: _ends_before(run.config.train.stop_after, run),
         "the run ends before",
+    ),
+    Rule(
+        ("train.evaluate_every_steps",),
+        lambda run: _ends_before(run.config.train.evaluate_every_steps, run),
+        "the run ends before",
+    ),
+    Rule(
+        ("train.checkpoint_every", "train.checkpoint_every_epochs"),
+        lambda run: run.config.train.keep_checkpoints == 0,
+        "no checkpoint is kept (train.keep_checkpoints=0)",
     ),
     Rule(
         ("train.channels_last",),

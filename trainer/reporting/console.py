@@ -86,9 +86,12 @@ class Console:
         self._latest_row = row
 
     def epoch(
-        self, epoch: int, epochs: int, row: Row, seconds: float, best: bool
+        self, epoch: int | str, epochs: int, row: Row, seconds: float, best: bool
     ) -> None:
-        """Print the line of epoch `epoch` of `epochs`, counted from 1; `best` marks it as the best so far."""
+        """Print the line of epoch `epoch` of `epochs`, counted from 1; `best` marks it as the best so far.
+
+        Within an epoch `epoch` is a text, such as 2.50 for two and a half epochs done.
+        """
         if not self._active:
             return
         width = self._rich.width if self._on_terminal else sys.maxsize

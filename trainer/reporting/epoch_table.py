@@ -67,12 +67,13 @@ class EpochTable:
     def __init__(self) -> None:
         # By metric; the loss always comes first.
         self._phases: dict[str, set[str]] = {"loss": set()}
+        self._label_width = len("epoch")
         self._headings: list[Text] = []
         self._lines_below = 0  # epoch lines since the last heading
 
     def lines(
         self,
-        epoch: int,
+        epoch: int | str,
         epochs: int,
         row: Row,
         *,
@@ -82,11 +83,15 @@ class EpochTable:
     ) -> list[Text]:
         """The line of an epoch with the metrics that fit in `width` characters, below a heading where one is due."""
         self._add_metrics(row)
-        label_width = max(len("epoch"), len(f"{epochs}/{epochs}"))
+        label = f"{epoch}/{epochs}"
+        self._label_width = max(
+            self._label_width, len(label), len(f"{epochs}/{epochs}")
+        )
+        label_width = self._label_width
         groups = self._fitting_groups(
             width - label_width - 2 * COLUMN_WIDTH - len(STAR)
         )
-        line = Text(f"{epoch}/{epochs}".rjust(label_width))
+        line = Text(label.rjust(label_width))
         for group in groups:
             line.append_text(group.values(row, best))
         rate = format_learning_rate(row["lr"]) if "lr" in row else ABSENT

@@ -49,6 +49,7 @@ FREE_KEYS = (
     "train.stop_after",
     "train.log_every",
     "train.checkpoint_every",
+    "train.checkpoint_every_epochs",
     "train.keep_checkpoints",
     "wandb",
     "observers",
