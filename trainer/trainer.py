@@ -44,6 +44,7 @@ from trainer.core.stateful import (
     load_states,
     read_states,
 )
+from trainer.core.test_set import FinalResult, evaluate_test_set
 from trainer.core.timetable import Timetable
 from trainer.core.try_out import explained, try_out
 from trainer.data.datasets import MapDataset
@@ -85,6 +86,9 @@ class Trainer:
 
         Trainer(Config(), model=net, train_data=train, val_data=val).fit()
 
+    `val_data` may be a dict of validation sets by name. `test_data` is evaluated once, at the end of the run, with the
+    best weights.
+
     `observers` see every step. `stateful` objects are saved in every checkpoint, each under its name, and so are a
     subclass's own attributes that have `state_dict` and `load_state_dict`. A resume loads those that exist by the
     time of `start`. See docs/extending.md.
@@ -100,7 +104,8 @@ class Trainer:
         *,
         model: nn.Module | None = None,
         train_data: MapDataset | None = None,
-        val_data: MapDataset | None = None,
+        val_data: MapDataset | Mapping[str, MapDataset] | None = None,
+        test_data: MapDataset | None = None,
         task: Task | nn.Module | None = None,
         observers: Sequence[Observer] = (),
         stateful: Mapping[str, Stateful] | None = None,
@@ -109,7 +114,12 @@ class Trainer:
         attributes_before = frozenset(vars(self))
         with settings_of(config), watching(config.run.timeout):
             self.run = build_run(
-                config, model=model, train_data=train_data, val_data=val_data, task=task
+                config,
+                model=model,
+                train_data=train_data,
+                val_data=val_data,
+                test_data=test_data,
+                task=task,
             )
             self.optimizer = build_optimizer(
                 self.config.optimizer,
@@ -262,6 +272,7 @@ class Trainer:
     def _introduce(self) -> None:
         """Show what will run, and its first samples."""
         journal = self.journal
+        journal.console.name_sets(list(self.run.data.named))
         header = report.header(
             self.run,
             self.schedule,
@@ -353,8 +364,7 @@ class Trainer:
         """End the loader processes. If they were left to the interpreter's exit, they would count as killed."""
         if self._batches is not None:
             self._batches.close()
-        if self.run.evaluator is not None:
-            self.run.evaluator.close()
+        self.run.end_evaluations()
 
     def _loop(self, stop: StopRequest) -> None:
         self._evaluate_where_due()
@@ -546,10 +556,11 @@ class Trainer:
         self.stopwatch.mark(self.progress.samples_seen)
 
     def _check_evaluation(self, row: Row) -> None:
-        """Raise `LockstepError` if the validation loss is not finite. The epoch's weights are, and are kept."""
-        loss = row.get("val/loss", 0.0)
-        if not math.isfinite(loss):
-            raise validation_not_finite(self.run, loss, self._saved_step)
+        """Raise `LockstepError` if a validation loss is not finite. The weights are, and are kept."""
+        for item in self.run.validation:
+            loss = row.get(f"{item.phase}/loss", 0.0)
+            if not math.isfinite(loss):
+                raise validation_not_finite(item, loss, self._saved_step)
 
     def evaluate(self) -> Row:
         """The loss and metrics over all validation samples, with the present weights. A collective.
@@ -745,7 +756,10 @@ class Trainer:
         activity.mark(ENDING)
         self.stopwatch.stop(self.progress)
         self.finite.check_end(self.progress)
+        test = self._log_test(last)
         summary = report.summary(self.run, self.progress, self.optimizer, self.proof)
+        if test is not None:
+            summary |= {**test.row, "test_step": test.step}
         self.journal.keep_summary(summary)
         self.journal.finish(
             summary,
@@ -754,6 +768,19 @@ class Trainer:
         )
         self.observers.end(summary)
         return summary
+
+    def _log_test(self, last: Step) -> FinalResult | None:
+        """Evaluate the test set and log its row, the run's last; None without one, or if the run is to go on."""
+        goes_on = self.last_step <= last.number < self.plan.total_steps
+        if self.run.test is None or goes_on:
+            return None
+        with evaluation_weights(self.optimizer):
+            result = evaluate_test_set(self.run, self.run.test, self.progress)
+        activity.mark(ENDING)
+        if result.note:
+            self.journal.console.note(result.note)
+        self.journal.test({"step": last.number, "epoch": last.epoch + 1, **result.row})
+        return result
 
     def _draw_figures(self) -> dict[str, Path]:
         """Draw the figures of the finished run. A full disk or a damaged best model costs them, never the summary."""

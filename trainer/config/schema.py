@@ -11,6 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from trainer.config.evaluation_sets import (
+    EvaluationSetConfig,
+    key_of_set,
+    test_set,
+    validation_sets,
+)
 from trainer.config.fields import (
     ComponentSection,
     Section,
@@ -93,12 +99,28 @@ class DataConfig(ComponentSection):
         "torchvision v2 transforms of training images, in order: {name: RandomCrop, size: 32}",
     )
     val_transforms: list[dict[str, Any]] = key([], "the same for validation images")
+    val: dict[str, Any] = key(
+        {},
+        "validation sets by name, each as data unless it says otherwise: {clean: {}, shifted: {root: PATH}}",
+    )
+    test: dict[str, Any] | None = key(
+        None,
+        "a set that the best weights are evaluated on once, at the end: {folder: test}",
+    )
     mean: list[float] | None = key(
         None, "subtracted from each channel of the image scaled to [0, 1]"
     )
     std: list[float] | None = key(
         None, "divides each channel after the mean is subtracted"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation_sets(self.val)
+        test_set(self.test)
+        # An empty mapping would be no key of a flat list of keys, by which runs are compared.
+        sets = {name: entry or {"part": "val"} for name, entry in self.val.items()}
+        object.__setattr__(self, "val", sets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -521,6 +543,9 @@ class Config:
 def _is_setting(path: tuple[Any, ...]) -> bool:
     """True for the path of a key that a section declares; False for what is within a component's arguments."""
     section, *rest = path
+    if rest and section == "data" and rest[0] in ("val", "test"):
+        inner = key_of_set(".".join(map(str, path))).partition(".")[0]
+        return inner in declared_keys(EvaluationSetConfig) and inner != "transforms"
     return (
         bool(rest)
         and rest[0] in keys_of(section)

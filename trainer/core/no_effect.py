@@ -75,7 +75,7 @@ RULES = (
     ),
     Rule(
         ("batch.eval_size", "train.evaluate_every", "train.evaluate_every_steps"),
-        lambda run: run.evaluator is None,
+        lambda run: not run.evaluation_sets,
         "there are no validation data",
     ),
     Rule(

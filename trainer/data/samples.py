@@ -78,6 +78,7 @@ class KeyedDataset(Dataset[Any]):
         )
         self._seed = seed
         self._purpose = purpose
+        self._label = purpose  # in messages
         # In-memory data without transforms has nothing random: a micro-batch is one look-up.
         self._batch = (
             dataset.batch
@@ -87,6 +88,11 @@ class KeyedDataset(Dataset[Any]):
         self.draws = self._batch is None
         # Set in a loader process: told of each sample before it is loaded.
         self.at_sample: Callable[[int], None] | None = None
+
+    def call(self, label: str, transforms_key: str) -> None:
+        """What messages call the samples and the key of their transforms; the draws stay as they are."""
+        self._label = label
+        self._transforms_key = transforms_key
 
     def __getitem__(self, request: Request) -> MicroBatch | DataError:
         if self._batch is not None:
@@ -130,7 +136,7 @@ class KeyedDataset(Dataset[Any]):
         # Nearly every sample is one, and nothing more is to be found out about it.
         if type(sample) is tuple and len(sample) == 2:
             return sample
-        return as_pair(sample, f"{self._purpose} sample {sample_id}")
+        return as_pair(sample, f"{self._label} sample {sample_id}")
 
     def _transformed(self, image: Any, target: Any, sample_id: int) -> tuple[Any, Any]:
         assert self._transform is not None
@@ -166,7 +172,7 @@ class KeyedDataset(Dataset[Any]):
                 default_collate(values)
             except Exception as reason:
                 return self._misfit_of_part(part, values, ids, reason)
-        return DataError(f"{self._purpose} samples make no batch: {error}")
+        return DataError(f"{self._label} samples make no batch: {error}")
 
     def _misfit_of_part(
         self, part: str, values: list[Any], ids: Ids, error: Exception
@@ -192,13 +198,13 @@ class KeyedDataset(Dataset[Any]):
             else "pad each to one length in the data set, and leave the padding out of the loss"
         )
         return DataError(
-            f"{self._purpose} samples do not fit into one batch: the {part} of sample {ids[0]} is {descriptions[0]}, "
+            f"{self._label} samples do not fit into one batch: the {part} of sample {ids[0]} is {descriptions[0]}, "
             f"that of sample {ids[other]} {descriptions[other]}; {remedy}"
         )
 
     def name(self, sample_id: int) -> str:
         """What a message calls a sample: its number, and its path if it has one."""
-        name = f"{self._purpose} sample {sample_id}"
+        name = f"{self._label} sample {sample_id}"
         paths = getattr(self.dataset, "paths", None)
         return name if paths is None else f"{name} ({printable(str(paths[sample_id]))})"
 

@@ -85,6 +85,10 @@ class Console:
         """Take the latest logged numbers; the next drawing of the bar shows them."""
         self._latest_row = row
 
+    def name_sets(self, names: Sequence[str]) -> None:
+        """The names of the validation sets, each a column of the epochs' lines."""
+        self._epochs.name_sets(names)
+
     def epoch(
         self, epoch: int | str, epochs: int, row: Row, seconds: float, best: bool
     ) -> None:

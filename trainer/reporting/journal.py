@@ -249,6 +249,10 @@ class Journal:
             place = f"{row['step'] / steps_per_epoch:.2f}"
         self.console.epoch(place, self._config.train.epochs, columns, seconds, is_best)
 
+    def test(self, row: Row) -> None:
+        """Log the row of the test set; the summary shows it. A collective."""
+        self._ranks.on_main(partial(self._write, row))
+
     def _write(self, row: Mapping[str, Any]) -> None:
         self.check_directory()
         if self._metrics is not None:

@@ -108,8 +108,8 @@ def _describe_loss(run: Run) -> str:
 def _describe_data(run: Run) -> str:
     data = run.data
     parts = [data.name, f"{len(data.train):,} train"]
-    if data.val is not None:
-        parts.append(f"{len(data.val):,} val")
+    for phase, dataset in data.evaluated().items():
+        parts.append(f"{len(dataset):,} {phase}")
     if data.classes:
         parts.append(f"{len(data.classes)} classes")
     return " · ".join(parts)
@@ -197,8 +197,21 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     elapsed = f"{minutes:.0f} min {seconds:.1f} s" if minutes else f"{seconds:.1f} s"
     return [
         ("best", best),
+        *_describe_test(values),
         ("elapsed", elapsed),
         ("trained", f"{steps} · {values['samples_seen']:,} samples"),
         ("weights", values["weights_sha256"][:16]),
         ("files", str(directory)),
+    ]
+
+
+def _describe_test(values: dict[str, Any]) -> list[tuple[str, str]]:
+    metrics = []
+    for name, value in values.items():
+        if name.startswith("test/"):
+            metrics.append(f"{name.removeprefix('test/')} {value:.4f}")
+    if not metrics:
+        return []
+    return [
+        ("test", f"{' · '.join(metrics)} (weights of step {values['test_step']:,})")
     ]

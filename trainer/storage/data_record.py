@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,32 @@ MOST_CHANGES = 3  # named one by one
 
 @dataclass(frozen=True)
 class DataRecord:
-    """Attributes: class names by class id, the fingerprint of each part, and of the file of `model.weights`."""
+    """Attributes: class names by class id, the fingerprint of each part, and of the file of `model.weights`.
+
+    `sets` are the named validation sets, as `val/clean`, and `test`; then `val` is None unless there is an unnamed one.
+    """
 
     classes: list[str] | None
     train: Fingerprint
     val: Fingerprint | None
     weights: str | None = None
+    sets: dict[str, Fingerprint] = field(default_factory=dict)
+
+    def evaluated(self) -> dict[str, Fingerprint]:
+        """By the first part of their metrics' names: `val` or `val/<name>`, and `test`."""
+        val = {} if self.val is None else {"val": self.val}
+        return val | self.sets
 
 
 def record_data(data: Datasets, weights: Path | None = None) -> DataRecord:
     """The record of a run on `data` that starts from the file `weights`."""
+    sets = {phase: fingerprint(part) for phase, part in data.evaluated().items()}
     return DataRecord(
         data.classes,
         fingerprint(data.train),
-        None if data.val is None else fingerprint(data.val),
+        sets.pop("val", None),
         None if weights is None else file_fingerprint(weights),
+        sets,
     )
 
 
@@ -69,6 +80,10 @@ def read_record(run: Path) -> DataRecord | None:
             Fingerprint(**values["train"]),
             None if values["val"] is None else Fingerprint(**values["val"]),
             values["weights"],
+            {
+                phase: Fingerprint(**fields)
+                for phase, fields in values.get("sets", {}).items()
+            },
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LockstepError(
@@ -114,8 +129,20 @@ def describe_changes(before: DataRecord, data: Datasets) -> str:
     """What differs between the data of a record and `data`, in one line; "" for nothing."""
     changes = [_class_changes(before.classes, data.classes)]
     changes.append(describe_part("train", before.train, data.train, data.classes))
-    changes.append(describe_part("val", before.val, data.val, data.classes))
+    for phase, was, is_now in pairs_of_sets(before, data):
+        # Training never sees a test set: one may be named, or left out, later.
+        if phase != "test" or (was is not None and is_now is not None):
+            changes.append(describe_part(phase, was, is_now, data.classes))
     return "; ".join(change for change in changes if change)
+
+
+def pairs_of_sets(
+    before: DataRecord, data: Datasets
+) -> Iterator[tuple[str, Fingerprint | None, MapDataset | None]]:
+    """Each evaluated set of either, as it was and as it is."""
+    was, is_now = before.evaluated(), data.evaluated()
+    for phase in dict.fromkeys([*was, *is_now]):
+        yield phase, was.get(phase), is_now.get(phase)
 
 
 def describe_part(
@@ -216,4 +243,5 @@ def plain_values(record: DataRecord) -> dict[str, Any]:
     return {
         "train": record.train.sha256,
         "val": None if record.val is None else record.val.sha256,
+        **{phase: part.sha256 for phase, part in record.sets.items()},
     }
