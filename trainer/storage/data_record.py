@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def check_same_data(
         return None, ""
     changes = describe_changes(before, data)
     if not changes:
-        return before, ""
+        return _with_test_set(before, data), ""
     if section.resume_changes == "allow":
         return None, f"the data have changed since the run began: {changes}"
     new_run = "start a new run with run.resume=never, " if resumes else ""
@@ -112,6 +112,16 @@ def check_same_data(
         f"the data of {data.name} are not those of the run in {run}: {changes}. Restore them, {new_run}"
         f"or accept the change with run.resume_changes=allow"
     )
+
+
+def _with_test_set(record: DataRecord, data: Datasets) -> DataRecord:
+    """The record, if a test set came or went with that one."""
+    sets = dict(record.sets)
+    if data.test is None:
+        sets.pop("test", None)
+    elif "test" not in sets:
+        sets["test"] = fingerprint(data.test)
+    return replace(record, sets=sets)
 
 
 def check_same_weights(run: Path, weights: Path | None) -> None:
