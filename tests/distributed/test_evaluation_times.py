@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
-from trainer import Trainer
+from trainer import Observer, Step, Trainer
 from trainer.core.metrics import TIMINGS
+from trainer.errors import Stopped
 from trainer.reporting.jsonl import read_rows
 
 HASHES = ("weights_sha256", "buffers_sha256", "optimizer_sha256", "best", "best_step")
 EVERY_3 = {"train__evaluate_every_steps": 3}
 
 
-def fit(directory: Path, name: str, **changes: Any) -> dict[str, Any]:
+def fit(
+    directory: Path, name: str, observers: Sequence[Observer] = (), **changes: Any
+) -> dict[str, Any]:
     """The summary of a run of 3 epochs of 4 steps, whose rate and statistics follow its evaluations."""
     settings = config(
         directory,
@@ -34,7 +42,22 @@ def fit(directory: Path, name: str, **changes: Any) -> dict[str, Any]:
         },
     )
     data = {"train_data": Images(103), "val_data": Images(50)}
-    return Trainer(settings, model=conv_net(), **data).fit()
+    return Trainer(settings, model=conv_net(), observers=observers, **data).fit()
+
+
+class Stops(Observer):
+    """Asks for a stop, as a scheduler does, in the third step."""
+
+    def step(self, step: Step) -> None:
+        if step.number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stopped(directory: Path, name: str, **changes: Any) -> int:
+    """The signal that ended the run."""
+    with pytest.raises(Stopped) as caught:
+        fit(directory, name, observers=[Stops()], **changes)
+    return caught.value.exit_status - 128
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -73,6 +96,14 @@ def test_a_run_evaluated_every_3_steps(tmp_path: Path, capfd: Any) -> None:
     assert at_end == [3, 4, 6]
     for text in ("every 3 steps, and after each epoch", "0.75/3", "2.25/3", " 3/3"):
         assert text in output
+
+    # Stopped at such a step, with and without a checkpoint that was written before its evaluation.
+    for name, every in (("stopped", 3), ("stopped_too", 2)):
+        more = {**EVERY_3, "train__checkpoint_every": every}
+        assert on_ranks(1, stopped, tmp_path, name, **more) == [signal.SIGTERM]
+        assert evaluations(tmp_path / name) == expected[:1]
+        on_ranks(2, fit, tmp_path, name, **more)
+        assert rows(tmp_path / name) == rows(tmp_path / "whole")
 
     cut = {**EVERY_3, "train__checkpoint_every": 3, "train__checkpoint_every_epochs": 2}
     on_ranks(2, fit, tmp_path, "cut", train__stop_after=3, **cut)

@@ -140,7 +140,9 @@ def _check_metric(sweep: Sweep, config: Config) -> None:
             "metric.name",
             f'"{sweep.metric}" is not logged{suggestion}; a run logs {", ".join(logged)} ({sweep.file})',
         )
-    if sweep.hyperband is None or not sweep.metric.startswith("val/"):
+    is_by_epochs = config.train.evaluate_every_steps is None
+    is_of_evaluations = sweep.metric.startswith("val/") and is_by_epochs
+    if sweep.hyperband is None or not is_of_evaluations:
         return
     evaluations = math.ceil(config.train.epochs / config.train.evaluate_every)
     if sweep.hyperband.min_iter > evaluations:
