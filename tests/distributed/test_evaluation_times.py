@@ -115,6 +115,17 @@ def test_a_run_evaluated_every_3_steps(tmp_path: Path, capfd: Any) -> None:
     assert json.loads(best[0].read_text()) == json.loads(best[1].read_text())
 
 
+def test_in_standard_mode(tmp_path: Path) -> None:
+    """The same rows on two processes, stopped and resumed, as far as fp64 goes."""
+    more = {**EVERY_3, "run__reproducibility": "standard"}
+    on_ranks(1, fit, tmp_path, "whole", **more)
+    on_ranks(1, fit, tmp_path, "cut", train__stop_after=7, **more)
+    on_ranks(2, fit, tmp_path, "cut", **more)
+    expected = evaluations(tmp_path / "whole")
+    for row, row_of_whole in zip(evaluations(tmp_path / "cut"), expected, strict=True):
+        assert row == pytest.approx(row_of_whole, rel=1e-10)
+
+
 def steps_of_checkpoints(run: Path) -> list[int]:
     return sorted(
         int(path.name.removeprefix("step_"))
