@@ -125,6 +125,15 @@ def test_sets_are_plain_values_of_a_config() -> None:
     }
 
 
+def test_predict_checks_images_by_a_set_with_the_transforms_that_it_uses() -> None:
+    resize = {"name": "Resize", "size": [5, 5]}
+    sets = {"small": {"transforms": [resize]}, "plain": {}}
+    run = Trainer(Config.from_dict({"data": {"name": "digits", "val": sets}})).run
+    assert run.signature.shape == [1, 8, 8]
+    shapes = [tuple(item.loader.peek([0]).inputs.shape[2:]) for item in run.validation]
+    assert shapes == [(5, 5), (8, 8)]
+
+
 FAKE = {"name": "fake", "size": 60, "val_size": 20, "image_size": 8, "num_classes": 4}
 
 

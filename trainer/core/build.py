@@ -33,7 +33,7 @@ from trainer.core.precision import Precision
 from trainer.core.preflight import RankFacts, check_data, check_ranks
 from trainer.data.classes import with_classes
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
-from trainer.data.evaluation_loaders import evaluation_loaders
+from trainer.data.evaluation_loaders import evaluation_loaders, loader_as_files
 from trainer.data.evaluation_sets import (
     passed_sets,
     refuse_sets_of_config,
@@ -196,12 +196,13 @@ def build_run(
     }
     train_loader, val_loader = build_loaders(config.data, data, **place)
     loaders = evaluation_loaders(config.data, data, val_loader, **place)
-    val_loader = next((loaders[phase] for phase in data.validation()), None)
 
     inputs = ranks.on_each(partial(first_inputs, train_loader, loaders))
     num_classes = _num_classes(config, data)
     signature = signature_of_samples(
-        val_loader or train_loader, num_classes=num_classes, classes=data.classes
+        loader_as_files(config.data, loaders) or train_loader,
+        num_classes=num_classes,
+        classes=data.classes,
     )
     build_module = partial(
         _module,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -58,6 +59,18 @@ def evaluation_loaders(
         loader.dataset.call(phase, key)
         loaders[phase] = loader
     return loaders
+
+
+def loader_as_files(
+    section: DataConfig, loaders: Mapping[str, Loader]
+) -> Loader | None:
+    """A validation loader with `data.val_transforms`, which files to predict go through; else the first; else None."""
+    validation = {phase: loaders[phase] for phase in loaders if phase != "test"}
+    sections = _sections(section)
+    for phase, loader in validation.items():
+        if phase not in sections or sections[phase].transforms is None:
+            return loader
+    return next(iter(validation.values()), None)
 
 
 def _sections(section: DataConfig) -> dict[str, EvaluationSetConfig]:
