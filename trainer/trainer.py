@@ -45,6 +45,8 @@ from trainer.core.stateful import (
     load_states,
     read_states,
 )
+from trainer.core.test_set import FinalResult, evaluate_test_set
+from trainer.core.timetable import Timetable
 from trainer.core.try_out import explained, try_out
 from trainer.data.datasets import MapDataset
 from trainer.data.left_out import train_loader
@@ -91,6 +93,9 @@ class Trainer:
 
         Trainer(Config(), model=net, train_data=train, val_data=val).fit()
 
+    `val_data` may be a dict of validation sets by name. `test_data` is evaluated once, at the end of the run, with the
+    best weights.
+
     `observers` see every step. `stateful` objects are saved in every checkpoint, each under its name, and so are a
     subclass's own attributes that have `state_dict` and `load_state_dict`. A resume loads those that exist by the
     time of `start`. See docs/extending.md.
@@ -106,7 +111,8 @@ class Trainer:
         *,
         model: nn.Module | None = None,
         train_data: MapDataset | None = None,
-        val_data: MapDataset | None = None,
+        val_data: MapDataset | Mapping[str, MapDataset] | None = None,
+        test_data: MapDataset | None = None,
         task: Task | nn.Module | None = None,
         observers: Sequence[Observer] = (),
         stateful: Mapping[str, Stateful] | None = None,
@@ -115,7 +121,12 @@ class Trainer:
         attributes_before = frozenset(vars(self))
         with settings_of(config), watching(config.run.timeout):
             self.run = build_run(
-                config, model=model, train_data=train_data, val_data=val_data, task=task
+                config,
+                model=model,
+                train_data=train_data,
+                val_data=val_data,
+                test_data=test_data,
+                task=task,
             )
             self.optimizer = build_optimizer(
                 self.config.optimizer,
@@ -132,6 +143,11 @@ class Trainer:
                 find_unused_parameters=self.config.train.find_unused_parameters,
                 loss=self.run.task,
             )
+        self.timetable = Timetable(
+            self.config.train,
+            self.plan,
+            has_validation=self.run.evaluator is not None,
+        )
         self.saved_state = SavedState(self.run, self.optimizer, self.reduction)
         self.observers = Observers(
             [*build_observers(self.config.observers, Observer), *observers]
@@ -154,6 +170,7 @@ class Trainer:
         self._further_restored: Mapping[str, Any] = {}
         self._statistics_are_read = False  # after each step, by an observer or its like
         self._saved_step: int | None = None  # of the checkpoint last read or written
+        self._saved_best_step = 0  # the best model's, as that checkpoint knows it
         # Of a run that is resumed on the same data; None where it is to be made.
         self._data_record: DataRecord | None = None
         self._data_note = ""  # what run.resume_changes=allow let pass
@@ -183,9 +200,7 @@ class Trainer:
     @property
     def last_step(self) -> int:
         """The step after which this session ends: the run's last, or `train.stop_after` if that comes first."""
-        stop_after = self.config.train.stop_after
-        total = self.plan.total_steps
-        return total if stop_after is None else min(total, stop_after)
+        return self.timetable.last_step
 
     # ---------------------------------------------------------------- the run
 
@@ -268,6 +283,7 @@ class Trainer:
     def _introduce(self) -> None:
         """Show what will run, and its first samples."""
         journal = self.journal
+        journal.console.name_sets(list(self.run.data.named))
         header = report.header(
             self.run,
             self.schedule,
@@ -366,12 +382,10 @@ class Trainer:
         """End the loader processes. If they were left to the interpreter's exit, they would count as killed."""
         if self._batches is not None:
             self._batches.close()
-        if self.run.evaluator is not None:
-            self.run.evaluator.close()
+        self.run.end_evaluations()
 
     def _loop(self, stop: StopRequest) -> None:
-        if self.progress.epoch_end_is_due:
-            self.end_epoch(self.plan.step(self.progress.step - 1))
+        self._evaluate_where_due()
         for step in self.plan.steps(self.progress.step, self.last_step):
             self.train_step(step)
             activity.is_first_step = False
@@ -379,14 +393,27 @@ class Trainer:
             if is_bad or self._is_logged(step):
                 self.log(step)
             self.progress.epoch_end_is_due = step.last_in_epoch
+            self.progress.evaluation_is_due = self.timetable.is_evaluated_within_epoch(
+                step
+            )
             # Before the evaluation, which may fail on a sample that training never saw.
-            if step.last_in_epoch or self._is_checkpointed(step):
+            if self.timetable.is_checkpointed(step):
                 self.save()
-            if step.last_in_epoch:
-                self.end_epoch(step)
+            self._evaluate_where_due()
             self.journal.advance(step.number)
             if stop.agreed():
                 self._stop(stop.signal_number)
+
+    def _evaluate_where_due(self) -> None:
+        """What follows the last step: its epoch's end, or an evaluation within the epoch.
+
+        A run that resumes from that step's checkpoint, which was written before, does it again.
+        """
+        progress = self.progress
+        if progress.epoch_end_is_due:
+            self.end_epoch(self.plan.step(progress.step - 1))
+        elif progress.evaluation_is_due:
+            self._evaluate_within_epoch(self.plan.step(progress.step - 1))
 
     def train_step(self, step: Step) -> None:
         """One optimizer update on the step's samples, over all ranks. Never waits for the device.
@@ -475,7 +502,7 @@ class Trainer:
     # ---------------------------------------------------------------- what is logged
 
     def _is_logged(self, step: Step) -> bool:
-        return step.number % self.config.train.log_every == 0 or step.last_in_epoch
+        return self.timetable.is_logged(step)
 
     def measure(self, step: Step) -> Row:
         """A row of the steps since the last row. A collective; only here does training wait for the device."""
@@ -521,16 +548,22 @@ class Trainer:
 
     def end_epoch(self, step: Step) -> None:
         """Log the epoch's row: means over its samples, and an evaluation every `train.evaluate_every` epochs."""
+        self._check_unsaved()
         means = _with_prefix("train/epoch_", self.epoch_totals.means())
         self.epoch_totals = Totals()
-        self._log_epoch(step, means, evaluate=self._is_evaluated(step))
+        self._log_epoch(step, means, evaluate=self.timetable.is_evaluated(step))
         self.progress.epoch_end_is_due = False
 
-    def _is_evaluated(self, step: Step) -> bool:
-        """True if the run evaluates after `step`, wherever this session ends."""
-        is_last = step.number == self.plan.total_steps
-        is_due = (step.epoch + 1) % self.config.train.evaluate_every == 0
-        return step.last_in_epoch and (is_last or is_due)
+    def _evaluate_within_epoch(self, step: Step) -> None:
+        """Log a row of an evaluation alone. It counts as an epoch's does: for the best model and for `plateau`."""
+        self._check_unsaved()
+        self._log_epoch(step, {}, evaluate=True)
+        self.progress.evaluation_is_due = False
+
+    def _check_unsaved(self) -> None:
+        """Check the run's state where no checkpoint of this step was written, which does so."""
+        if self._saved_step != self.progress.step:
+            self._check_state()
 
     def _log_epoch(self, step: Step, means: Row, *, evaluate: bool) -> None:
         row = {"step": step.number, "epoch": step.epoch + 1, **means}
@@ -543,16 +576,23 @@ class Trainer:
         is_best = self._save_if_best(row)
         if self.progress.best is not None:
             row[f"best/{self.config.best.metric}"] = self.progress.best
-        self.journal.epoch(row, is_best)
-        self.observers.epoch(step, row)
+        is_within_epoch = self.progress.evaluation_is_due
+        self.journal.epoch(
+            row,
+            is_best,
+            steps_per_epoch=self.plan.steps_per_epoch if is_within_epoch else None,
+        )
+        if not is_within_epoch:
+            self.observers.epoch(step, row)
         self._check_evaluation(row)
         self.stopwatch.mark(self.progress.samples_seen)
 
     def _check_evaluation(self, row: Row) -> None:
-        """Raise `LockstepError` if the validation loss is not finite. The epoch's weights are, and are kept."""
-        loss = row.get("val/loss", 0.0)
-        if not math.isfinite(loss):
-            raise validation_not_finite(self.run, loss)
+        """Raise `LockstepError` if a validation loss is not finite. The weights are, and are kept."""
+        for item in self.run.validation:
+            loss = row.get(f"{item.phase}/loss", 0.0)
+            if not math.isfinite(loss):
+                raise validation_not_finite(item, loss, self._saved_step)
 
     def evaluate(self) -> Row:
         """The loss and metrics over all validation samples, with the present weights. A collective.
@@ -593,14 +633,11 @@ class Trainer:
 
     def _write_best(self, row: Row) -> None:
         self.journal.check_directory()
-        self.saved_state.write_best(self.journal.directory, row)
+        self.saved_state.write_best(
+            self.journal.directory, row, saved_best_step=self._saved_best_step
+        )
 
     # ---------------------------------------------------------------- checkpoints
-
-    def _is_checkpointed(self, step: Step) -> bool:
-        every = self.config.train.checkpoint_every
-        is_due = every is not None and step.number % every == 0
-        return is_due or step.number == self.last_step
 
     def save(self) -> None:
         """Write a checkpoint of the present step boundary. A collective.
@@ -608,9 +645,7 @@ class Trainer:
         Raises `LockstepError` if the run is not finite: no checkpoint holds NaN or an infinity.
         """
         activity.mark(SAVING)
-        self._check_finite()
-        self.reduction.gather()
-        check_same_weights(self.run, self.progress.step)
+        self._check_state()
         self._read_meter()
         self.stopwatch.stop(self.progress)
         self.progress.interval = self.interval_totals.sums
@@ -618,11 +653,18 @@ class Trainer:
         self.progress.scaler = self.run.precision.state()
         self.left_out.save(self.progress)
         states = read_states(self._stateful_objects(), self.ranks)
-        self._tell_late_buffers()
         self.ranks.on_main(lambda: self._write_checkpoint(states))
         self._saved_step = self.progress.step
+        self._saved_best_step = self.progress.best_step
         activity.mark(UPDATING)
         self.stopwatch.mark(self.progress.samples_seen)
+
+    def _check_state(self) -> None:
+        """Raise `LockstepError` if the run is not finite, or the ranks' weights are not the same. A collective."""
+        self._check_finite()
+        self.reduction.gather()
+        check_same_weights(self.run, self.progress.step)
+        self._tell_late_buffers()
 
     def _tell_late_buffers(self) -> None:
         """Name the buffers that moved first after the first step: until now they followed no rule."""
@@ -684,6 +726,7 @@ class Trainer:
         self.progress = content.progress
         self._saved_step = content.progress.step
         self.left_out.restore(self.progress)
+        self._saved_best_step = content.progress.best_step
         self.interval_totals = Totals(content.progress.interval)
         self.epoch_totals = Totals(content.progress.epoch)
         self.schedule = self._build_schedule()
@@ -746,12 +789,15 @@ class Trainer:
         )
         if not self._is_logged(last):
             self.log(last)
-        if is_changed or not self._is_evaluated(last):
+        if is_changed or not self.timetable.is_evaluated(last):
             self._log_epoch(last, {}, evaluate=True)
         activity.mark(ENDING)
         self.stopwatch.stop(self.progress)
         self.finite.check_end(self.progress)
+        test = self._log_test(last)
         summary = report.summary(self.run, self.progress, self.optimizer, self.proof)
+        if test is not None:
+            summary |= {**test.row, "test_step": test.step}
         self.journal.keep_summary(summary)
         self.journal.finish(
             summary,
@@ -760,6 +806,19 @@ class Trainer:
         )
         self.observers.end(summary)
         return summary
+
+    def _log_test(self, last: Step) -> FinalResult | None:
+        """Evaluate the test set and log its row, the run's last; None without one, or if the run is to go on."""
+        goes_on = self.last_step <= last.number < self.plan.total_steps
+        if self.run.test is None or goes_on:
+            return None
+        with evaluation_weights(self.optimizer):
+            result = evaluate_test_set(self.run, self.run.test, self.progress)
+        activity.mark(ENDING)
+        if result.note:
+            self.journal.console.note(result.note)
+        self.journal.test({"step": last.number, "epoch": last.epoch + 1, **result.row})
+        return result
 
     def _draw_figures(self) -> dict[str, Path]:
         """Draw the figures of the finished run. A full disk or a damaged best model costs them, never the summary."""

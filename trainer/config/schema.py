@@ -11,6 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from trainer.config.evaluation_sets import (
+    EvaluationSetConfig,
+    key_of_set,
+    test_set,
+    validation_sets,
+)
 from trainer.config.fields import (
     ComponentSection,
     Section,
@@ -114,6 +120,14 @@ class DataConfig(ComponentSection):
         "torchvision v2 transforms of training images, in order: {name: RandomCrop, size: 32}",
     )
     val_transforms: list[dict[str, Any]] = key([], "the same for validation images")
+    val: dict[str, Any] = key(
+        {},
+        "validation sets by name, each as data unless it says otherwise: {clean: {}, shifted: {root: PATH}}",
+    )
+    test: dict[str, Any] | None = key(
+        None,
+        "a set that the best weights are evaluated on once, at the end: {folder: test}",
+    )
     mean: list[float] | None = key(
         None, "subtracted from each channel of the image scaled to [0, 1]"
     )
@@ -128,6 +142,11 @@ class DataConfig(ComponentSection):
                 f"{show(self.sampler)} is a name alone; write {{name: {self.sampler}}}, or data.sampler.name",
             )
         super().__post_init__()
+        validation_sets(self.val)
+        test_set(self.test)
+        # An empty mapping would be no key of a flat list of keys, by which runs are compared.
+        sets = {name: entry or {"part": "val"} for name, entry in self.val.items()}
+        object.__setattr__(self, "val", sets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,14 +358,28 @@ class TrainConfig(Section):
     )
     log_every: int = key(50, "steps between logged rows", unit="steps", minimum=1)
     evaluate_every: int = key(1, "epochs between evaluations", unit="epochs", minimum=1)
-    checkpoint_every: int | None = key(
+    evaluate_every_steps: int | None = key(
         None,
-        "steps between checkpoints, in addition to one at the end of each epoch",
+        "steps between evaluations within epochs, in addition to those of train.evaluate_every",
         unit="steps",
         minimum=1,
     )
+    checkpoint_every: int | None = key(
+        None,
+        "steps between checkpoints, in addition to those at the ends of epochs",
+        unit="steps",
+        minimum=1,
+    )
+    checkpoint_every_epochs: int = key(
+        1,
+        "epochs between checkpoints at the ends of epochs; the run's last step always has one",
+        unit="epochs",
+        minimum=1,
+    )
     keep_checkpoints: int = key(
-        2, "how many of the newest checkpoints to keep", minimum=1
+        2,
+        "how many of the newest checkpoints to keep; 0 writes one only where the run is stopped before its end",
+        minimum=0,
     )
 
     def __post_init__(self) -> None:
@@ -579,6 +612,9 @@ class Config:
 def _is_setting(path: tuple[Any, ...]) -> bool:
     """True for the path of a key that a section declares; False for what is within a component's arguments."""
     section, *rest = path
+    if rest and section == "data" and rest[0] in ("val", "test"):
+        inner = key_of_set(".".join(map(str, path))).partition(".")[0]
+        return inner in declared_keys(EvaluationSetConfig) and inner != "transforms"
     return (
         bool(rest)
         and rest[0] in keys_of(section)

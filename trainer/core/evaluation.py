@@ -16,6 +16,7 @@ from trainer.core.metrics import Meter
 from trainer.core.misfit import explained
 from trainer.core.samples import rows_not_finite
 from trainer.data.bad_samples import Quarantine
+from trainer.data.datasets import MapDataset
 from trainer.data.loading import Loader, whole_requests
 from trainer.data.passes import passes
 from trainer.data.samples import MicroBatch, Request
@@ -38,6 +39,22 @@ class Decision:
     predicted: int
     true: int
     confidence: float
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A set that a run is evaluated on. `phase` begins the names of its metrics: `val`, `val/<name>` or `test`."""
+
+    phase: str
+    dataset: MapDataset
+    loader: Loader
+    evaluator: Evaluator
+
+    @property
+    def prefix(self) -> str:
+        """What the phase adds to `val/`: nothing, or the set's name and a slash."""
+        name = self.phase.partition("/")[2]
+        return f"{name}/" if name else ""
 
 
 class Evaluator:

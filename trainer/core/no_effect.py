@@ -58,8 +58,8 @@ def _has_one_micro_batch(run: Run) -> bool:
 
 
 def _is_in_memory(run: Run) -> bool:
-    loaders = [run.train_loader, run.val_loader]
-    return not any(loader.dataset.draws for loader in loaders if loader is not None)
+    loaders = [run.train_loader, *(part.loader for part in run.evaluation_sets)]
+    return not any(loader.dataset.draws for loader in loaders)
 
 
 def _ends_before(steps: int | None, run: Run) -> bool:
@@ -96,8 +96,8 @@ RULES = (
         "it is the number of training samples",
     ),
     Rule(
-        ("batch.eval_size", "train.evaluate_every"),
-        lambda run: run.evaluator is None,
+        ("batch.eval_size", "train.evaluate_every", "train.evaluate_every_steps"),
+        lambda run: not run.evaluation_sets,
         "there are no validation data",
     ),
     Rule(
@@ -163,6 +163,16 @@ RULES = (
             end - start == 1 for start, end in run.plan.step(0).micro_batches
         ),
         "a micro-batch is one sample (batch.micro_size), which has no partner",
+    ),
+    Rule(
+        ("train.evaluate_every_steps",),
+        lambda run: _ends_before(run.config.train.evaluate_every_steps, run),
+        "the run ends before",
+    ),
+    Rule(
+        ("train.checkpoint_every", "train.checkpoint_every_epochs"),
+        lambda run: run.config.train.keep_checkpoints == 0,
+        "no checkpoint is kept (train.keep_checkpoints=0)",
     ),
     Rule(
         ("train.channels_last",),

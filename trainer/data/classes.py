@@ -43,6 +43,8 @@ def with_classes(data: Datasets, classes: Sequence[str]) -> Datasets:
         train=_relabel(data.train, new_ids),
         val=None if data.val is None else _relabel(data.val, new_ids),
         classes=list(classes),
+        named={name: _relabel(part, new_ids) for name, part in data.named.items()},
+        test=None if data.test is None else _relabel(data.test, new_ids),
     )
 
 

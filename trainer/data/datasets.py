@@ -7,15 +7,16 @@ A sample's id is its position in the set. What a set holds depends on its own ar
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from trainer.config.evaluation_sets import validation_sets
 from trainer.config.registry import build, resolve
 from trainer.config.schema import DataConfig
 from trainer.data.folder import image_folders
@@ -34,13 +35,29 @@ class MapDataset(Protocol):
 
 @dataclass(frozen=True)
 class Datasets:
-    """The two parts of a data set. `val` is None only if an import path names a set without one."""
+    """What a run trains on and is evaluated on. `val` is None only if an import path names a set without one.
+
+    Where there are named validation sets, `named` holds all of them, and `val` is the first.
+    """
 
     train: MapDataset
     val: MapDataset | None
     classes: list[str] | None  # names, by class id; None for regression or if unknown
     name: str
     note: str = ""  # what the user should know about it, such as files left out
+    named: Mapping[str, MapDataset] = field(default_factory=dict)
+    test: MapDataset | None = None
+
+    def validation(self) -> dict[str, MapDataset]:
+        """The validation sets, by the first part of their metrics' names: `val`, or `val/<name>` of named ones."""
+        if self.named:
+            return {f"val/{name}": part for name, part in self.named.items()}
+        return {} if self.val is None else {"val": self.val}
+
+    def evaluated(self) -> dict[str, MapDataset]:
+        """The same, and `test` if there is such a set."""
+        test = {} if self.test is None else {"test": self.test}
+        return self.validation() | test
 
 
 @dataclass(frozen=True)
@@ -113,8 +130,15 @@ def build_datasets(
             cache=section.cache,
             max_pixels=section.max_pixels,
             bad_samples=section.bad_samples,
+            needs_val=needs_own_part(section),
         )
         return data
+
+
+def needs_own_part(section: DataConfig) -> bool:
+    """True unless all validation sets that `section` names are others than its data set's own part."""
+    sets = validation_sets(section.val)
+    return not sets or any(item.is_plain for item in sets.values())
 
 
 def _check_section(section: DataConfig, parameters: set[str]) -> None:
@@ -159,6 +183,7 @@ def folder(
     cache: float = 0.0,
     max_pixels: int | None = None,
     bad_samples: str = "stop",
+    needs_val: bool = True,
 ) -> Datasets:
     """Images in class folders, `root/train/<class>/…` and `root/val/<class>/…`: see `trainer.data.folder`.
 
@@ -167,10 +192,11 @@ def folder(
     """
     leaves_out = bad_samples == "quarantine"
     train, val, classes, note = image_folders(
-        Path(root).expanduser(), max_pixels, leaves_out
+        Path(root).expanduser(), max_pixels, leaves_out, needs_val=needs_val
     )
     bytes_left = train.cache_first(round(cache * 2**30))
-    val.cache_first(bytes_left)
+    if val is not None:
+        val.cache_first(bytes_left)
     return Datasets(train, val, classes, "folder", note)
 
 
@@ -307,6 +333,31 @@ def _imported_parts(
         return train, val
     data = build("data", target, section.args, **root)
     return data if isinstance(data, tuple) and len(data) == 2 else (data, None)
+
+
+def evaluation_part(
+    section: DataConfig, target: Callable[..., Any], *, is_train: bool = False
+) -> Any:
+    """The validation part alone (or the training part) of the data set of an import path, as `_imported_parts`.
+
+    Where its arguments say which part it is, or it is made as one set, it is that set.
+    """
+    parameters = _parameters(target)
+    root: dict[str, Any] = {} if section.root is None else {"root": section.root}
+    value_of: dict[str, Any] = {
+        "train": is_train,
+        "split": "train" if is_train else "val",
+    }
+    for keyword, value in value_of.items():
+        if keyword in section.args:
+            break
+        if keyword in parameters:
+            root = {**root, keyword: value}
+            break
+    data = build("data", target, section.args, **root)
+    if isinstance(data, tuple) and len(data) == 2:
+        return data[0] if is_train else data[1]
+    return data
 
 
 def _parameters(target: Callable[..., Any]) -> set[str]:

@@ -94,34 +94,85 @@ class ImageFolder:
 # Not `torchvision.datasets.ImageFolder`: it puts the files of subfolders last, takes hidden folders for classes, skips
 # folders that it may not read, and says nothing of the files that it leaves out. Sample ids depend on the order here.
 def image_folders(
-    root: Path, max_pixels: int | None = None, leaves_out: bool = False
-) -> tuple[ImageFolder, ImageFolder, list[str], str]:
-    """Training and validation images, class names (train/'s folders, sorted), and a note on the files left out."""
+    root: Path,
+    max_pixels: int | None = None,
+    leaves_out: bool = False,
+    *,
+    needs_val: bool = True,
+) -> tuple[ImageFolder, ImageFolder | None, list[str], str]:
+    """Training and validation images, class names (train/'s folders, sorted), and a note on the files left out.
+
+    Without `needs_val`, no validation images are looked for.
+    """
     if not root.is_dir():
         raise DataError(
             f"data.root={root} is not a folder; set it to the one that holds train/ and val/"
         )
-    left_out: dict[str, list[str]] = {OTHER_TYPE: [], NO_CLASS: [], LINK_UPWARDS: []}
+    left_out = _nothing_left_out()
     train = _list_part(root, "train", left_out)
     for name, paths in train.items():
         if not paths:
             raise DataError(
                 f"{root / 'train' / name} holds no {_types()}; add images or remove the folder"
             )
-    val = _list_part(root, "val", left_out)
-    for name in val:
-        if name not in train:
-            raise DataError(
-                f"{root / 'val' / name} is a class that train/ lacks{nearest(name, train)}; "
-                f"add {root / 'train' / name} or remove the folder"
-            )
     classes = list(train)
-    notes = [_note(reason, files) for reason, files in left_out.items() if files]
+    val = None
+    if needs_val:
+        val = _list_part(root, "val", left_out)
+        for name in val:
+            if name not in train:
+                raise DataError(
+                    f"{root / 'val' / name} is a class that train/ lacks{nearest(name, train)}; "
+                    f"add {root / 'train' / name} or remove the folder"
+                )
     return (
         _image_folder(root, train, classes, max_pixels, leaves_out),
-        _image_folder(root, val, classes, max_pixels, leaves_out),
+        None
+        if val is None
+        else _image_folder(root, val, classes, max_pixels, leaves_out),
         classes,
-        "; ".join(notes),
+        _notes(left_out),
+    )
+
+
+def evaluation_folder(
+    root: Path,
+    part: str,
+    classes: list[str],
+    max_pixels: int | None,
+    leaves_out: bool,
+    *,
+    key: str,
+) -> tuple[ImageFolder, str]:
+    """The images of `root/part/<class>/…` under the class ids of `classes`, and a note on the files left out.
+
+    `key` is the set's in the config, for messages. Raises `DataError`.
+    """
+    folder = root / part
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder} is missing; set {key}.root and {key}.folder to the folder that holds the set's class folders "
+            f"(folder: . if root itself does)"
+        )
+    left_out = _nothing_left_out()
+    paths = _list_part(root, part, left_out)
+    for name in paths:
+        if name not in classes:
+            raise DataError(
+                f"{folder / name} is a class that the training data lack{nearest(name, classes)}; remove or rename "
+                f"the folder"
+            )
+    images = _image_folder(root, paths, classes, max_pixels, leaves_out)
+    return images, _notes(left_out)
+
+
+def _nothing_left_out() -> dict[str, list[str]]:
+    return {OTHER_TYPE: [], NO_CLASS: [], LINK_UPWARDS: []}
+
+
+def _notes(left_out: dict[str, list[str]]) -> str:
+    return "; ".join(
+        _note(reason, files) for reason, files in left_out.items() if files
     )
 
 

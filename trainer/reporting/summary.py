@@ -11,7 +11,7 @@ from trainer.components.learning_rates import describe_layers
 from trainer.components.models import count_parameters
 from trainer.components.optimizer import named_state
 from trainer.components.schedule import Schedule
-from trainer.config.schema import BestConfig
+from trainer.config.schema import BestConfig, TrainConfig
 from trainer.core.build import Run
 from trainer.core.no_effect import keys_without_effect
 from trainer.core.proof.prove import Proof
@@ -58,6 +58,7 @@ def header(
         ("optimizer", _describe_optimizer(run)),
         ("schedule", schedule.describe()),
         ("length", length),
+        ("evaluation", _describe_evaluations(config.train)),
         ("best", _describe_best(config.best)),
         ("device", device),
         ("fuse", f"1: {fuse_note}" if fuse_note else ""),
@@ -84,6 +85,15 @@ def _describe_optimizer(run: Run) -> str:
     layers = describe_layers(section, run.module, run.config.model.head)
     decay = f" · layer_decay {section.layer_decay:g}: {layers}" if layers else ""
     return f"{section.name} · lr {section.lr:g}{decay}"
+
+
+def _describe_evaluations(section: TrainConfig) -> str:
+    """Only for evaluations within epochs: those at their ends are what one expects."""
+    if section.evaluate_every_steps is None:
+        return ""
+    every = section.evaluate_every
+    epochs = "each epoch" if every == 1 else f"every {every:,} epochs"
+    return f"every {section.evaluate_every_steps:,} steps, and after {epochs}"
 
 
 def _describe_best(best: BestConfig) -> str:
@@ -116,8 +126,8 @@ def _describe_sampler(plan: Plan) -> str:
 def _describe_data(run: Run) -> str:
     data = run.data
     parts = [data.name, f"{len(data.train):,} train"]
-    if data.val is not None:
-        parts.append(f"{len(data.val):,} val")
+    for phase, dataset in data.evaluated().items():
+        parts.append(f"{len(dataset):,} {phase}")
     if data.classes:
         parts.append(f"{len(data.classes)} classes")
     return " · ".join(parts)
@@ -164,9 +174,13 @@ def summary(
     planned_steps = run.plan.total_steps
     # Only a run that `train.stop_after` has stopped has steps left here.
     stopped = {"planned_steps": planned_steps} if progress.step < planned_steps else {}
+    # Elsewhere the epoch says it.
+    is_within_epochs = run.config.train.evaluate_every_steps is not None
+    best_step = {"best_step": progress.best_step} if is_within_epochs else {}
     values = {
         "best": progress.best,
         "best_epoch": progress.best_epoch,
+        **best_step,
         "best_metric": run.config.best.metric,
         "steps": progress.step,
         **stopped,
@@ -196,6 +210,8 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     best = "none"
     if values["best"] is not None:
         best = f"{values['best_metric']} {values['best']:.4f} in epoch {values['best_epoch']}"
+        if "best_step" in values:
+            best += f", step {values['best_step']:,}"
     steps = f"{values['steps']:,} steps"
     if "planned_steps" in values:
         steps = (
@@ -206,6 +222,7 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     elapsed = f"{minutes:.0f} min {seconds:.1f} s" if minutes else f"{seconds:.1f} s"
     return [
         ("best", best),
+        *_describe_test(values),
         ("elapsed", elapsed),
         (
             "trained",
@@ -213,4 +230,16 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
         ),
         ("weights", values["weights_sha256"][:16]),
         ("files", str(directory)),
+    ]
+
+
+def _describe_test(values: dict[str, Any]) -> list[tuple[str, str]]:
+    metrics = []
+    for name, value in values.items():
+        if name.startswith("test/"):
+            metrics.append(f"{name.removeprefix('test/')} {value:.4f}")
+    if not metrics:
+        return []
+    return [
+        ("test", f"{' · '.join(metrics)} (weights of step {values['test_step']:,})")
     ]

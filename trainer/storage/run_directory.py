@@ -51,6 +51,7 @@ FREE_KEYS = (
     "train.stop_after",
     "train.log_every",
     "train.checkpoint_every",
+    "train.checkpoint_every_epochs",
     "train.keep_checkpoints",
     "wandb",
     "observers",
@@ -264,7 +265,9 @@ def check_same_run(before: Mapping[str, Any], now: Config, section: RunConfig) -
 def is_free(name: str) -> bool:
     """True if a key may change when a run is resumed, because it does not change the run's mathematics."""
     section = name.partition(".")[0]
-    return name in FREE_KEYS or section in FREE_KEYS
+    # Training never sees the test set.
+    is_of_test = name == "data.test" or name.startswith("data.test.")
+    return name in FREE_KEYS or section in FREE_KEYS or is_of_test
 
 
 def _with_defaults(before: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from trainer.config.load import load
-from trainer.config.schema import Config
+from trainer.config.schema import BestConfig, Config
 from trainer.core.metrics import TIMINGS
 from trainer.errors import ConfigError, DataError, nearest
 from trainer.sweep.description import Sweep, format_overrides
@@ -116,22 +116,33 @@ def _list_metrics(config: Config) -> list[str]:
     return ["loss", *build_task(config.loss, config.model.num_classes).metrics]
 
 
+def _validation_phases(config: Config) -> list[str]:
+    return [f"val/{name}/" for name in config.data.val] or ["val/"]
+
+
 def _check_metric(sweep: Sweep, config: Config) -> None:
     """Refuse a metric that no run logs, and early stopping at a rung that no run reaches."""
     names = _list_metrics(config)
     logged = [
         f"{phase}{name}"
-        for phase in ("val/", "train/", "train/epoch_")
+        for phase in (*_validation_phases(config), "train/", "train/epoch_")
         for name in names
     ]
-    logged.append(f"best/{config.best.metric}")
+    best = config.best.metric
+    if best == BestConfig().metric:
+        best = f"{_validation_phases(config)[0]}loss"
+    logged.append(f"best/{best}")
+    if config.data.test is not None:
+        logged += [f"test/{name}" for name in names]
     if sweep.metric not in [*logged, *ROW_VALUES]:
         suggestion = nearest(sweep.metric, logged)
         raise ConfigError(
             "metric.name",
             f'"{sweep.metric}" is not logged{suggestion}; a run logs {", ".join(logged)} ({sweep.file})',
         )
-    if sweep.hyperband is None or not sweep.metric.startswith("val/"):
+    is_by_epochs = config.train.evaluate_every_steps is None
+    is_of_evaluations = sweep.metric.startswith("val/") and is_by_epochs
+    if sweep.hyperband is None or not is_of_evaluations:
         return
     evaluations = math.ceil(config.train.epochs / config.train.evaluate_every)
     if sweep.hyperband.min_iter > evaluations:
