@@ -159,6 +159,8 @@ def test_ctrl_c_pressed_again_and_again_is_no_traceback(
                 os.kill(pid, signal.SIGINT)
         time.sleep(0.02)
     end = program.wait(60)
-    assert program.exit_statuses == [128 + signal.SIGINT] * ranks
+    # A rank may notice first that the other one has gone.
+    assert 128 + signal.SIGINT in program.exit_statuses
+    assert {*program.exit_statuses} <= {1, 128 + signal.SIGINT}
     (line,) = end.stderr.strip().splitlines()
     assert line.startswith(("interrupted; ", "stopped by signal 2 "))
