@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trainer.config.load import command_line, find_config, help_text, load
@@ -383,6 +383,7 @@ def test_a_written_config_reads_back_the_same(config: Config) -> None:
         max_size=2,
     ),
 )
+@example("a", [{"name": "\x85"}, {"name": "a\u2028b"}])  # line breaks to YAML alone
 def test_text_that_looks_like_an_interpolation_is_kept_literally(
     text: str, transforms: Any
 ) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from trainer.commands.arguments import CommandParser, load_config
 from trainer.config.load import help_text
 from trainer.config.secrets import remember_argument_secrets
-from trainer.process.exit import report_error
+from trainer.process.exit import report_error, report_interrupt
 from trainer.process.memory import keep_freed_memory
 from trainer.process.parent import end_with_launcher, record_failure, with_trial_name
 
@@ -37,6 +37,8 @@ def main(arguments: list[str]) -> int:
         keep_freed_memory(trainer.ranks.device.type)
         trainer.fit()
         trainer.ranks.close()
+    except KeyboardInterrupt:
+        return report_interrupt()
     except Exception as error:
         status = report_error(error)
         record_failure(error)
