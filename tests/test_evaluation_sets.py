@@ -27,7 +27,7 @@ def make(**keys: Any) -> Datasets:
 
 def picture(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (4, 4), (len(path.name), 0, 0)).save(path)
+    Image.new("RGB", (8, 8), (len(path.name), 0, 0)).save(path)
 
 
 @pytest.fixture
@@ -180,3 +180,35 @@ def test_a_run_from_a_config_and_its_evaluation_afterwards(
     other = run(test={"part": "val"})
     assert other["weights_sha256"] == summary["weights_sha256"]
     assert other["test/loss"] == row["val/clean/loss"]
+
+
+def test_a_bad_sample_of_one_set_is_left_out_of_that_set_alone(tmp_path: Path) -> None:
+    def run(name: str) -> dict[str, Any]:
+        root = tmp_path / name
+        for number in range(1, 4):
+            for part in ("train", "clean", "shifted"):
+                picture(root / part / "ants" / f"{number}.png")
+                picture(root / part / "bees" / f"b{number}.png")
+        bad = root / "shifted" / "ants" / "2.png"
+        bad.write_bytes(b"no image") if name == "damaged" else bad.unlink()
+        tree: dict[str, Any] = {
+            "run": {"dir": str(tmp_path / "runs"), "name": name, "figures": False},
+            "data": {
+                **{"name": "folder", "root": str(root), "bad_samples": "quarantine"},
+                "val": {part: {"folder": part} for part in ("clean", "shifted")},
+            },
+            "train": {"max_steps": 1},
+            "wandb": {"mode": "disabled"},
+        }
+        Trainer(Config.from_dict(tree)).fit()
+        row = tmp_path / "runs" / name / "best" / "metrics.json"
+        metrics: dict[str, Any] = json.loads(row.read_text())
+        return metrics
+
+    damaged, without = run("damaged"), run("without")
+    for set_name in ("clean", "shifted"):
+        loss = f"val/{set_name}/loss"
+        assert damaged[loss] == pytest.approx(without[loss], rel=1e-6)
+    assert damaged["val/clean/loss"] != damaged["val/shifted/loss"]
+    listed = (tmp_path / "runs" / "damaged" / "bad_samples.txt").read_text()
+    assert "val/shifted" in listed and "shifted/ants/2.png" in listed

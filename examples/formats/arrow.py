@@ -22,8 +22,8 @@ def from_disk(root: str, split: str) -> Any:
 def from_parquet(root: str, split: str, cache_dir: str | None = None) -> Any:
     """The rows of `root/train*.parquet` or `root/val*.parquet`, in the order of the files' names.
 
-    Parquet is compressed in blocks, so it is written once as Arrow files below `cache_dir` (by default the library's own
-    folder), and these are read.
+    Parquet is compressed in blocks, so it is written once as Arrow files below `cache_dir` (by default the library's
+    own folder), and these are read.
     """
     from datasets import Dataset
 
