@@ -589,6 +589,8 @@ class Config:
                 values[name] = _read_observers(section)
             elif name in SECTIONS:
                 values[name] = read_section(SECTIONS[name], section)
+            elif name == "base":
+                raise ConfigError("base", "is read in a YAML file alone")
             else:
                 hint = nearest(str(name), [*SECTIONS, "observers"])
                 raise ConfigError(str(name), f"no such section{hint}")
