@@ -110,7 +110,7 @@ def help_text() -> str:
             lines.append(f"      {item.meaning}{unit}")
         if issubclass(cls, ComponentSection):
             lines.append(
-                "  …  any further key is an argument of the component that `name` names"
+                f"  …  any further key is an argument of the component that `name` names: --help {name}.NAME lists them"
             )
     return "\n".join(lines) + OBSERVERS_HELP
 
