@@ -151,7 +151,12 @@ def _name_lines(place: str) -> Iterator[str]:
 def _key_lines(section: str, name: str, key: Key) -> Iterator[str]:
     unit = f" [{key.unit}]" if key.unit else ""
     yield f"  {section}.{name}={show(key.default)}  ({type_name(key.hint)})"
-    yield f"      {key.meaning}{unit}"
+    yield textwrap.fill(
+        f"{key.meaning}{unit}",
+        WIDTH,
+        initial_indent="      ",
+        subsequent_indent="      ",
+    )
 
 
 def _component_lines(place: str, name: str) -> Iterator[str]:
