@@ -215,6 +215,35 @@ def test_keys_are_unset_on_the_command_line(tmp_path: Path) -> None:
     assert command_line(["~/a.yaml"]) == (Path("~/a.yaml"), [])
 
 
+def test_an_item_of_a_list_is_changed_by_its_number(tmp_path: Path) -> None:
+    groups = "[{match: a, lr: 0.5}, {match: b, betas: [0.5, 0.6]}]"
+    file = write(tmp_path, base=f"{BASE}\nobservers: [{{name: a.B, every: 1}}]")
+    file.write_text(file.read_text().replace("lr: 0.5,", f"groups: {groups},"))
+    changes = {"optimizer.groups.0.lr": 0.25, "optimizer.groups[1].betas.1": 0.9}
+    texts = [f"{name}={value}" for name, value in changes.items()]
+    expected = [{"match": "a", "lr": 0.25}, {"match": "b", "betas": [0.5, 0.9]}]
+    for overrides in (changes, texts):
+        assert load(file, overrides).optimizer.groups == expected
+    config = load(file, ["observers[0].every=3", "data.train_transforms.1.p=0.5"])
+    assert config.observers[0].args == {"every": 3}
+    assert config.data.train_transforms[1] == {"name": "B", "p": 0.5}
+    over = write(tmp_path, over="base: base.yaml\noptimizer: {groups: {0: {lr: 7}}}")
+    assert load(over).optimizer.groups[0] == {"match": "a", "lr": 7}
+    for override, message in (
+        (
+            "optimizer.groups.2.lr=1",
+            r"optimizer.groups\[2\]: there are 2 items, from 0",
+        ),
+        ("optimizer.groups.0.lr=-1", r"optimizer.groups\[0\].lr: -1 is not .*command"),
+        ("optimizer.groups.0.match=0777", None),
+    ):
+        if message is None:
+            assert load(file, [override]).optimizer.groups[0]["match"] == "0777"
+            continue
+        with pytest.raises(ConfigError, match=message):
+            load(file, [override])
+
+
 def test_a_run_names_no_base(tmp_path: Path) -> None:
     write(tmp_path, config="base: /etc/passwd.yaml\n")
     with pytest.raises(ConfigError, match=r"base: has no place in .*config\.yaml: "):

@@ -43,6 +43,7 @@ USELESS: dict[str, dict[str, Any]] = {
     },
     "batch.fuse has": {"batch__fuse": 2},
     "model.head has": {"model__head": "2"},
+    "optimizer.no_weight_decay has": {"optimizer__no_weight_decay": "honour"},
     "schedule.warmup_start has": {"schedule__warmup_start": 0.1},
     "schedule.per has": {"schedule__per": "step"},
     "train.max_steps has": {"train__max_steps": 9},
@@ -67,7 +68,15 @@ USEFUL: list[dict[str, Any]] = [
     {"schedule__warmup": 1, "schedule__warmup_start": 0.1, "schedule__per": "step"},
     {"schedule__name": "cosine", "schedule__per": "step"},
     {"train__max_steps": 8, "train__stop_after": 8, "train__mix": {"cutmix": 1}},
+    {"optimizer__no_weight_decay": "honour"},
 ]
+
+
+def spared_net() -> nn.Module:
+    """A model that asks for no weight decay of a parameter."""
+    model = conv_net()
+    model.no_weight_decay = lambda: {"0.bias"}  # type: ignore[assignment]
+    return model
 
 
 def lines(settings: Config, model: nn.Module | None, *data: Any) -> list[str]:
@@ -90,7 +99,7 @@ def test_useless_keys_are_named(tmp_path: Path) -> None:
 def test_useful_keys_are_not(tmp_path: Path) -> None:
     def all_lines() -> list[list[str]]:
         return [
-            lines(config(tmp_path, **changes), conv_net(), Images(), Images())
+            lines(config(tmp_path, **changes), spared_net(), Images(), Images())
             for changes in USEFUL
         ]
 

@@ -1,8 +1,8 @@
 """What is laid over a config: keys that get another value, and keys that are unset.
 
 The command line is laid over a file, and a file over its base, by the same rules: mappings are merged key by key, a
-list replaces a list, another component leaves the old one's arguments behind (see `switch`), and an unset key is as if
-it had never been set.
+list replaces a list, `{0: …}` changes items of a list by their numbers, another component leaves the old one's
+arguments behind (see `switch`), and an unset key is as if it had never been set.
 """
 
 from __future__ import annotations
@@ -52,14 +52,47 @@ def lay_over(tree: Tree, changes: Changes, source: str) -> tuple[Tree, list[str]
     for key, must_be_set in changes.unset.items():
         _unset(tree, key, source, must_be_set)
     notes = replace_components(tree, changes.tree, source)
-    _check_kinds(tree, changes.tree)
+    changed = _with_whole_lists(tree, changes.tree, "")
+    _check_kinds(tree, changed)
     try:
         config: Any = OmegaConf.create(tree, flags={"allow_objects": True})
-        config.merge_with(OmegaConf.create(changes.tree, flags={"allow_objects": True}))
+        config.merge_with(OmegaConf.create(changed, flags={"allow_objects": True}))
     except OmegaConfBaseException as error:
         raise as_config_error(error) from None
     merged: Tree = cast(Any, OmegaConf.to_container(config))
     return merged, notes
+
+
+def _with_whole_lists(before: Any, after: Any, key: str) -> Any:
+    """`after`, what is laid over `before`: with a whole list where it changes items of one, `{0: …}`."""
+    if not isinstance(after, dict):
+        return after
+    if isinstance(before, list) and all(str(name).isdecimal() for name in after):
+        items = list(before)
+        for number, value in after.items():
+            if int(number) >= len(items):
+                raise ConfigError(
+                    f"{key}[{number}]", f"there are {len(items)} items, from 0 on"
+                )
+            items[int(number)] = _merged(items[int(number)], value, f"{key}[{number}]")
+        return items
+    names = _names_in(before)
+    changed = {}
+    for name, value in after.items():
+        inner = before[names[str(name)]] if str(name) in names else None
+        changed[name] = _with_whole_lists(inner, value, f"{key}.{name}".lstrip("."))
+    return changed
+
+
+def _merged(before: Any, after: Any, key: str) -> Any:
+    """An item of a list with `after` laid over it."""
+    after = _with_whole_lists(before, after, key)
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return after
+    merged = dict(before)
+    for name, value in after.items():
+        merged[name] = _merged(before.get(name), value, f"{key}.{name}")
+    return merged
 
 
 def _unset(tree: Tree, key: str, source: str, must_be_set: bool) -> None:

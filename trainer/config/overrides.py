@@ -38,7 +38,8 @@ def is_unset(argument: str) -> bool:
 
 def override_keys(overrides: Overrides) -> list[str]:
     """The dotted keys whose values the overrides give. A list is one value; a mapping changes its own keys alone."""
-    return list(_keys_of_values(read_overrides(overrides, {}).tree, ""))
+    tree = read_overrides(overrides, {}).tree
+    return [_bracketed(key) for key in _keys_of_values(tree, "")]
 
 
 def _keys_of_values(tree: Tree, prefix: str) -> Iterator[str]:
@@ -79,9 +80,9 @@ def _add_item(
     if is_unset(name) and value is None:
         _add_unset(tree, unset, name, "the overrides", origins)
         return
-    origins[name] = "the overrides"
+    _note_place(name, "the overrides", origins)
     with _fitting(name):
-        OmegaConf.update(tree, name, value)
+        OmegaConf.update(tree, _dotted(name), value)
 
 
 def _add_text(
@@ -94,9 +95,23 @@ def _add_text(
     name, _, _ = override.partition("=")
     if is_unset(name):
         raise ConfigError(name, "unsets a key, and takes no value")
-    origins[name] = "the command line"
+    _note_place(name, "the command line", origins)
     with _fitting(name):
         _set(tree, override)
+
+
+def _note_place(name: str, place: str, origins: Origins) -> None:
+    origins[name] = place
+    origins[_bracketed(name)] = place  # as messages name items of a list
+
+
+def _dotted(name: str) -> str:
+    """`groups.0.lr` for `groups[0].lr`: whether that is a list is known once the file is."""
+    return re.sub(r"\[([^\]]*)\]", r".\1", name)
+
+
+def _bracketed(name: str) -> str:
+    return re.sub(r"\.(\d+)(?=[.\[]|$)", r"[\1]", name)
 
 
 def _add_unset(
@@ -139,19 +154,21 @@ def _set(tree: Any, override: str) -> None:
         raise ConfigError(
             override, "an override is written key=value, as in optimizer.lr=0.01"
         )
-    if is_text_key(name) and not (takes_list(name) and value.startswith("[")):
-        OmegaConf.update(tree, name, typed_text(value))
+    text_name, path = _bracketed(name), _dotted(name)
+    is_text = is_text_key(text_name)
+    if is_text and not (takes_list(text_name) and value.startswith("[")):
+        OmegaConf.update(tree, path, typed_text(value))
         return
     if " #" in value and value[0] not in "[{'\"":
         # Not a comment: whoever types a command comments nothing.
-        OmegaConf.update(tree, name, value)
+        OmegaConf.update(tree, path, value)
         return
     try:
         document = yaml.compose(value, yaml.SafeLoader)
-        if keep_text(document, name):
+        if keep_text(document, text_name):
             assert document is not None
-            override = f"{name}={serialize(document)}"
-        tree.merge_with_dotlist([override])
+            value = serialize(document)
+        tree.merge_with_dotlist([f"{path}={value}"])
     except UnicodeError:
         raise ConfigError(name, f"{value!a} is no text in UTF-8") from None
     except yaml.YAMLError as error:

@@ -7,6 +7,8 @@ built.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -261,6 +263,21 @@ class OptimizerConfig(ComponentSection):
     decay_norm_and_bias: bool = key(
         True, "apply weight_decay to biases and to the weights of norm layers too"
     )
+    no_weight_decay: Literal["auto", "honour", "ignore"] = key(
+        "auto",
+        "parameters that the model names in no_weight_decay(), as timm's do: auto spares them weight_decay where "
+        "decay_norm_and_bias is false, honour always, ignore never",
+    )
+    groups: list[dict[str, Any]] = key(
+        [],
+        "options of the parameters in whose names a regular expression is found, those of a later group over those of "
+        'an earlier: [{match: "norm|bias", weight_decay: 0}, {match: head, lr: 0.01}]',
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for index, group in enumerate(self.groups):
+            _check_group(f"optimizer.groups[{index}]", group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -609,6 +626,30 @@ class Config:
         document: Tree = map_leaves(values, escape)
         restore_references(document, self.references, digests=digests)
         return document
+
+
+def _check_group(key: str, group: dict[str, Any]) -> None:
+    """Raise `ConfigError` unless one of `optimizer.groups` has a pattern, and options that a group can have."""
+    pattern = group.get("match")
+    if not isinstance(pattern, str):
+        raise ConfigError(
+            f"{key}.match",
+            f"{show(pattern)} is not text; write a regular expression: {{match: head, lr: 0.01}}",
+        )
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"{key}.match", f'"{pattern}" is no regular expression: {error}'
+        ) from None
+    if len(group) == 1:
+        raise ConfigError(key, "gives no option beside match, such as weight_decay: 0")
+    if "params" in group:
+        raise ConfigError(f"{key}.params", "is what match finds; leave it out")
+    rate = group.get("lr", 0)
+    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if not is_number or not 0 <= rate < math.inf:
+        raise ConfigError(f"{key}.lr", f"{show(rate)} is not a number, 0 or more")
 
 
 def _is_setting(path: tuple[Any, ...]) -> bool:
