@@ -88,7 +88,7 @@ def _none() -> Mapping[str, Any]:
 
 
 PLACES = {
-    "data": Place(_data_sets, supplied=("train", "split")),
+    "data": Place(_data_sets, supplied=("train", "split", "needs_val", "is_split")),
     "data.train_transforms": Place(_transforms),
     "data.val_transforms": Place(_transforms),
     "model": Place(_models),

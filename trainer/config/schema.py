@@ -102,6 +102,17 @@ class DataConfig(ComponentSection):
         unit="samples",
         minimum=1,
     )
+    val_fraction: float | None = key(
+        None,
+        "validate on this share of the training samples, the same of each class where they are known; null = on the "
+        "data set's own validation part",
+        minimum=0,
+    )
+    split_seed: int = key(
+        0,
+        "determines which samples data.val_fraction takes; run.seed does not",
+        minimum=0,
+    )
     workers: int = key(
         0, "loader processes of each rank; 0 loads in the rank itself", minimum=0
     )
@@ -567,6 +578,11 @@ class Config:
         if batch_norm.momentum is not None and batch_norm.momentum > 1:
             raise ConfigError(
                 "batch_norm.momentum", f"{batch_norm.momentum} is more than 1"
+            )
+        fraction = self.data.val_fraction
+        if fraction is not None and not 0 < fraction < 1:
+            raise ConfigError(
+                "data.val_fraction", f"{fraction:g} is not above 0 and below 1"
             )
         if self.train.max_grad_norm == 0:
             raise ConfigError(

@@ -80,6 +80,11 @@ RULES = (
         "there are no loader processes (data.workers=0)",
     ),
     Rule(
+        ("data.split_seed",),
+        lambda run: run.config.data.val_fraction is None,
+        "nothing is split (data.val_fraction=null)",
+    ),
+    Rule(
         ("data.max_bad",),
         lambda run: run.quarantine is None,
         "the first bad sample ends the run (data.bad_samples=stop)",
