@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net, fitted, state
 from trainer import ConfigError
+from trainer.components.freezing import Freezing
 from trainer.components.optimizer import (
     build_optimizer,
     load_named_state,
@@ -21,7 +22,7 @@ from trainer.components.optimizer import (
     set_learning_rate,
 )
 from trainer.components.parameter_groups import describe_groups
-from trainer.config.schema import Config, OptimizerConfig
+from trainer.config.schema import Config, ModelConfig, OptimizerConfig
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.sweep.check import check
 from trainer.sweep.description import read_sweep
@@ -245,6 +246,42 @@ def test_the_header_shows_groups() -> None:
         "optimizer.groups[2] has no effect: all its parameters are frozen",
         "no weight decay, as the model's no_weight_decay() asks: token",
     ]
+
+
+def test_losses_and_parts_that_thaw_later_have_groups_too() -> None:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(2))
+
+    model, loss = Net(), Loss()
+    frozen = ModelConfig(
+        head="head", freeze="backbone", unfreeze={"2": ["body"], "3": ["token"]}
+    )
+    freezing = Freezing(model, frozen)
+    groups = [
+        {"match": "^loss/", "lr": 0.5},
+        {"match": "^body", "lr": 0.25},
+        {"match": "bias", "weight_decay": 0.125},
+        {"match": "norm", "lr": 1.0},
+    ]
+    optimizer = build_optimizer(section(groups=groups), model, loss=loss)
+    freezing.apply(0)
+    assert not model.body.weight.requires_grad
+    found = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    # What is never trained, the norm here, has no group.
+    assert found == {
+        id(loss.bias): (0.5, 0.125),
+        id(model.body.weight): (0.25, 0),
+        id(model.body.bias): (0.25, 0.125),
+        id(model.token): (0.1, 0),
+        id(model.head.weight): (0.1, 0),
+        id(model.head.bias): (0.1, 0.125),
+    }
 
 
 GROUPS = [

@@ -77,6 +77,12 @@ def _data_sets() -> Mapping[str, Any]:
     return MAKERS
 
 
+def _samplers() -> Mapping[str, Any]:
+    from trainer.data.samplers import SAMPLERS
+
+    return SAMPLERS
+
+
 def _transforms() -> Mapping[str, Any]:
     from trainer.data.transforms import transforms_by_name
 
@@ -89,6 +95,7 @@ def _none() -> Mapping[str, Any]:
 
 PLACES = {
     "data": Place(_data_sets, supplied=("train", "split", "needs_val", "is_split")),
+    "data.sampler": Place(_samplers, positional=1),
     "data.train_transforms": Place(_transforms),
     "data.val_transforms": Place(_transforms),
     "model": Place(_models),

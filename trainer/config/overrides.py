@@ -163,12 +163,13 @@ def _set(tree: Any, override: str) -> None:
         # Not a comment: whoever types a command comments nothing.
         OmegaConf.update(tree, path, value)
         return
+    written = value
     try:
         document = yaml.compose(value, yaml.SafeLoader)
         if keep_text(document, text_name):
             assert document is not None
-            value = serialize(document)
-        tree.merge_with_dotlist([f"{path}={value}"])
+            written = serialize(document)
+        tree.merge_with_dotlist([f"{path}={written}"])
     except UnicodeError:
         raise ConfigError(name, f"{value!a} is no text in UTF-8") from None
     except yaml.YAMLError as error:
