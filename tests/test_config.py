@@ -20,7 +20,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from trainer.config.load import command_line, find_config, help_text, load
+from trainer.config.load import command_line, help_text, load
 from trainer.config.registry import build, build_observers, resolve
 from trainer.config.schema import (
     BatchConfig,
@@ -35,6 +35,7 @@ from trainer.config.schema import (
     TrainConfig,
 )
 from trainer.config.secrets import redacted, redacted_arguments, redacted_message
+from trainer.config.yaml_file import find_config
 from trainer.errors import ConfigError
 from trainer.storage.run_directory import check_same_run, config_yaml
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 USELESS: dict[str, dict[str, Any]] = {
     "run.resume_changes has": {"run__resume_changes": "allow"},
+    "data.split_seed has": {"data__split_seed": 3},
     "data.prefetch has": {"data__prefetch": 2},
     "data.epoch_samples has": {"data__epoch_samples": 103},
     "batch_norm.mode, batch_norm.momentum have": {
@@ -43,6 +44,7 @@ USELESS: dict[str, dict[str, Any]] = {
     },
     "batch.fuse has": {"batch__fuse": 2},
     "model.head has": {"model__head": "2"},
+    "optimizer.no_weight_decay has": {"optimizer__no_weight_decay": "honour"},
     "schedule.warmup_start has": {"schedule__warmup_start": 0.1},
     "schedule.per has": {"schedule__per": "step"},
     "train.max_steps has": {"train__max_steps": 9},
@@ -67,7 +69,20 @@ USEFUL: list[dict[str, Any]] = [
     {"schedule__warmup": 1, "schedule__warmup_start": 0.1, "schedule__per": "step"},
     {"schedule__name": "cosine", "schedule__per": "step"},
     {"train__max_steps": 8, "train__stop_after": 8, "train__mix": {"cutmix": 1}},
+    {"optimizer__no_weight_decay": "honour"},
+    {"data__val_fraction": 0.2, "data__split_seed": 3},
 ]
+
+
+def data_for(changes: dict[str, Any]) -> list[Images]:
+    return [Images()] if "data__val_fraction" in changes else [Images(), Images()]
+
+
+def spared_net() -> nn.Module:
+    """A model that asks for no weight decay of a parameter."""
+    model = conv_net()
+    model.no_weight_decay = lambda: {"0.bias"}  # type: ignore[assignment]
+    return model
 
 
 def lines(settings: Config, model: nn.Module | None, *data: Any) -> list[str]:
@@ -90,7 +105,7 @@ def test_useless_keys_are_named(tmp_path: Path) -> None:
 def test_useful_keys_are_not(tmp_path: Path) -> None:
     def all_lines() -> list[list[str]]:
         return [
-            lines(config(tmp_path, **changes), conv_net(), Images(), Images())
+            lines(config(tmp_path, **changes), spared_net(), *data_for(changes))
             for changes in USEFUL
         ]
 

@@ -291,6 +291,7 @@ class Trainer:
             self.fuse_note,
             directory=journal.directory,
             proof=self.proof,
+            optimizer=self.optimizer,
         )
         if self._rate_note:
             header.append(("resumed", self._rate_note))

@@ -7,6 +7,8 @@ built.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -99,6 +101,17 @@ class DataConfig(ComponentSection):
         "with data.bad_samples=quarantine: if more samples than this are bad, the run ends",
         unit="samples",
         minimum=1,
+    )
+    val_fraction: float | None = key(
+        None,
+        "validate on this share of the training samples, the same of each class where they are known; null = on the "
+        "data set's own validation part",
+        minimum=0,
+    )
+    split_seed: int = key(
+        0,
+        "determines which samples data.val_fraction takes; run.seed does not",
+        minimum=0,
     )
     workers: int = key(
         0, "loader processes of each rank; 0 loads in the rank itself", minimum=0
@@ -261,6 +274,21 @@ class OptimizerConfig(ComponentSection):
     decay_norm_and_bias: bool = key(
         True, "apply weight_decay to biases and to the weights of norm layers too"
     )
+    no_weight_decay: Literal["auto", "honour", "ignore"] = key(
+        "auto",
+        "parameters that the model names in no_weight_decay(), as timm's do: auto spares them weight_decay where "
+        "decay_norm_and_bias is false, honour always, ignore never",
+    )
+    groups: list[dict[str, Any]] = key(
+        [],
+        "options of the parameters in whose names a regular expression is found, those of a later group over those of "
+        'an earlier: [{match: "norm|bias", weight_decay: 0}, {match: head, lr: 0.01}]',
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for index, group in enumerate(self.groups):
+            _check_group(f"optimizer.groups[{index}]", group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -551,6 +579,11 @@ class Config:
             raise ConfigError(
                 "batch_norm.momentum", f"{batch_norm.momentum} is more than 1"
             )
+        fraction = self.data.val_fraction
+        if fraction is not None and not 0 < fraction < 1:
+            raise ConfigError(
+                "data.val_fraction", f"{fraction:g} is not above 0 and below 1"
+            )
         if self.train.max_grad_norm == 0:
             raise ConfigError(
                 "train.max_grad_norm",
@@ -589,6 +622,8 @@ class Config:
                 values[name] = _read_observers(section)
             elif name in SECTIONS:
                 values[name] = read_section(SECTIONS[name], section)
+            elif name == "base":
+                raise ConfigError("base", "is read in a YAML file alone")
             else:
                 hint = nearest(str(name), [*SECTIONS, "observers"])
                 raise ConfigError(str(name), f"no such section{hint}")
@@ -607,6 +642,30 @@ class Config:
         document: Tree = map_leaves(values, escape)
         restore_references(document, self.references, digests=digests)
         return document
+
+
+def _check_group(key: str, group: dict[str, Any]) -> None:
+    """Raise `ConfigError` unless one of `optimizer.groups` has a pattern, and options that a group can have."""
+    pattern = group.get("match")
+    if not isinstance(pattern, str):
+        raise ConfigError(
+            f"{key}.match",
+            f"{show(pattern)} is not text; write a regular expression: {{match: head, lr: 0.01}}",
+        )
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"{key}.match", f'"{pattern}" is no regular expression: {error}'
+        ) from None
+    if len(group) == 1:
+        raise ConfigError(key, "gives no option beside match, such as weight_decay: 0")
+    if "params" in group:
+        raise ConfigError(f"{key}.params", "is what match finds; leave it out")
+    rate = group.get("lr", 0)
+    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if not is_number or not 0 <= rate < math.inf:
+        raise ConfigError(f"{key}.lr", f"{show(rate)} is not a number, 0 or more")
 
 
 def _is_setting(path: tuple[Any, ...]) -> bool:

@@ -141,6 +141,8 @@ def _hint_of(name: str) -> Any:
     # A transform is a mapping whose `name` is text.
     if after.endswith("].name") and key.endswith("transforms"):
         return declared_keys(ObserverConfig)["name"].hint
+    if after.endswith("].match") and key == "groups":
+        return declared_keys(ObserverConfig)["name"].hint
     return _item_hint(item.hint) if after.endswith("]") else None
 
 

@@ -45,6 +45,7 @@ from trainer.data.loading import Loader, build_loaders
 from trainer.data.parts import check_part, shared_class_names
 from trainer.data.sampler import DrawnOrder
 from trainer.data.samplers import build_order
+from trainer.data.split import with_split
 from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import configure, refuse_cumulative_average
 from trainer.exact.determinism import run_settings
@@ -313,6 +314,7 @@ def _data(
                     "is given without train_data, and would replace half of the data that the config names; give both",
                 )
         data = build_datasets(config.data, ranks.main_first)
+        data = with_split(config.data, data)
         return with_evaluation_sets(config.data, data, ranks.main_first)
     refuse_sets_of_config(config.data)
     if config.data.cache:
@@ -321,8 +323,13 @@ def _data(
             "keeps the images of data.name=folder, not of a train_data that is passed; leave it out",
         )
     check_part(type(train).__name__, "training", train, key="train_data")
+    if val is not None and config.data.val_fraction is not None:
+        raise ConfigError(
+            "data.val_fraction",
+            "takes validation samples out of train_data, and val_data is given; leave one out",
+        )
     data = Datasets(train, None, shared_class_names(train, None), config.data.name)
-    return passed_sets(data, val, test)
+    return passed_sets(with_split(config.data, data), val, test)
 
 
 def _plan(config: Config, ranks: Ranks, samples: int, order: DrawnOrder | None) -> Plan:

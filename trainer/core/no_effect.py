@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trainer.components.parameter_groups import named_by_model
 from trainer.config.fields import declared_keys
 from trainer.config.schema import SECTIONS, Config
 from trainer.core.build import Run
@@ -79,6 +80,11 @@ RULES = (
         "there are no loader processes (data.workers=0)",
     ),
     Rule(
+        ("data.split_seed",),
+        lambda run: run.config.data.val_fraction is None,
+        "nothing is split (data.val_fraction=null)",
+    ),
+    Rule(
         ("data.max_bad",),
         lambda run: run.quarantine is None,
         "the first bad sample ends the run (data.bad_samples=stop)",
@@ -129,6 +135,19 @@ RULES = (
         ("model.head",),
         _is_head_unused,
         "no weights are loaded, it has as many outputs as the data has classes, and nothing treats it apart",
+    ),
+    Rule(
+        ("optimizer.no_weight_decay",),
+        lambda run: not named_by_model(run.module),
+        "the model has no no_weight_decay() that names a parameter",
+    ),
+    Rule(
+        ("optimizer.no_weight_decay",),
+        lambda run: (
+            run.config.optimizer.no_weight_decay == "ignore"
+            and run.config.optimizer.decay_norm_and_bias
+        ),
+        "auto spares nothing either (optimizer.decay_norm_and_bias=true)",
     ),
     Rule(
         ("schedule.warmup_start",),

@@ -16,7 +16,8 @@ from typing import Any
 
 from trainer.config.evaluation_sets import key_of_set
 from trainer.config.import_paths import ImportPath, import_paths
-from trainer.config.load import load, override_keys
+from trainer.config.load import load_resolved
+from trainer.config.overrides import override_keys
 from trainer.config.registry import resolve
 from trainer.config.schema import Config
 from trainer.core.known_components import (
@@ -55,7 +56,7 @@ def read_trusted_config(
     Raises `ConfigError` that names every import path which is neither known nor trusted.
     """
     file = config_file(run, directory)
-    config = load(file, overrides)
+    config = load_resolved(file, overrides)
     content = file.read_bytes()
     known = trust_in(run, content)
     packages = known.packages | _package_names(trust)

@@ -20,6 +20,7 @@ from trainer.config.evaluation_sets import validation_sets
 from trainer.config.registry import build, resolve
 from trainer.config.schema import DataConfig
 from trainer.data.folder import image_folders
+from trainer.data.labelled_images import labelled_images
 from trainer.data.parts import check_part, shared_class_names
 from trainer.errors import ConfigError, DataError, UnreadableError, may_pass
 from trainer.exact.seeding import numpy_generator
@@ -130,7 +131,8 @@ def build_datasets(
             cache=section.cache,
             max_pixels=section.max_pixels,
             bad_samples=section.bad_samples,
-            needs_val=needs_own_part(section),
+            needs_val=section.val_fraction is None and needs_own_part(section),
+            is_split=section.val_fraction is not None,
         )
         return data
 
@@ -183,21 +185,53 @@ def folder(
     cache: float = 0.0,
     max_pixels: int | None = None,
     bad_samples: str = "stop",
+    *,
     needs_val: bool = True,
+    is_split: bool = False,
+    train_folder: str | None = None,
+    val_folder: str = "val",
+    labels: str | dict[str, Any] | None = None,
 ) -> Datasets:
-    """Images in class folders, `root/train/<class>/…` and `root/val/<class>/…`: see `trainer.data.folder`.
+    """Images in class folders, `root/train/<class>/…` and `root/val/<class>/…`, or those that a label file names.
 
-    Up to `cache` GiB of them are decoded at once and kept in memory, those to train from first. An image of more than
-    `max_pixels` pixels is not decoded.
+    Args:
+        cache: up to so many GiB of images are decoded at once and kept in memory, those to train from first.
+        max_pixels: an image of more is not decoded.
+        bad_samples: quarantine keeps images that cannot be decoded out of the cache, and goes on.
+        needs_val: whether validation images are looked for.
+        is_split: whether validation images are taken out of the training images.
+        train_folder: folder below root with the class folders to train on; null = train, or with data.val_fraction
+            root itself where it holds no train/.
+        val_folder: the same for validation.
+        labels: a CSV file with the columns path, label and split, or {file: a.csv, label: breed, kind: classes, …}.
     """
+    place = Path(root).expanduser()
     leaves_out = bad_samples == "quarantine"
-    train, val, classes, note = image_folders(
-        Path(root).expanduser(), max_pixels, leaves_out, needs_val=needs_val
-    )
+    names: list[str] | None
+    if labels is None:
+        if train_folder is None:
+            is_whole = is_split and place.is_dir() and not (place / "train").is_dir()
+            train_folder = "." if is_whole else "train"
+        train, val, names, note = image_folders(
+            place,
+            max_pixels,
+            leaves_out,
+            folders=(train_folder, val_folder),
+            needs_val=needs_val,
+        )
+    else:
+        if train_folder is not None or val_folder != "val":
+            key = "val_folder" if train_folder is None else "train_folder"
+            raise ConfigError(
+                f"data.{key}", "says nothing beside data.labels, which names each image"
+            )
+        train, val, names, note = labelled_images(
+            place, labels, max_pixels, leaves_out, needs_val=needs_val
+        )
     bytes_left = train.cache_first(round(cache * 2**30))
     if val is not None:
         val.cache_first(bytes_left)
-    return Datasets(train, val, classes, "folder", note)
+    return Datasets(train, val, names, "folder", note)
 
 
 def cifar10(root: str, download: bool = False) -> Datasets:
@@ -329,6 +363,8 @@ def _imported_parts(
                 "leave it out: it is set once for training, once for validation",
             )
         train = build("data", target, section.args, **root, **{keyword: train_value})
+        if section.val_fraction is not None:
+            return train, None  # it is taken out of the training part
         val = build("data", target, section.args, **root, **{keyword: val_value})
         return train, val
     data = build("data", target, section.args, **root)

@@ -24,9 +24,12 @@ from trainer.data.datasets import (
     evaluation_part,
 )
 from trainer.data.folder import evaluation_folder
+from trainer.data.labelled_images import labelled_part
 from trainer.data.parts import check_part, class_names, shared_class_names
 from trainer.errors import ConfigError
 
+# The arguments of data.name=folder with the names of its folders.
+FOLDERS = {"train": "train_folder", "val": "val_folder"}
 MainFirst = Callable[[], AbstractContextManager[None]]
 
 
@@ -73,6 +76,8 @@ def _set(
             )
         return data.val, ""
     own = _section_of_set(section, item)
+    if own.name == "folder" and own.args.get("labels") is not None:
+        return _labelled(own, data, place, item)
     if own.name == "folder":
         return _folder(own, data, place, item)
     if item.folder is not None:
@@ -96,6 +101,7 @@ def _section_of_set(section: DataConfig, item: EvaluationSetConfig) -> DataConfi
         root=item.root if item.root is not None or not is_same else section.root,
         args=section.args | item.args if is_same else item.args,
         cache=0.0,
+        val_fraction=None,
         val={},
         test=None,
     )
@@ -104,7 +110,7 @@ def _section_of_set(section: DataConfig, item: EvaluationSetConfig) -> DataConfi
 def _folder(
     own: DataConfig, data: Datasets, place: str, item: EvaluationSetConfig
 ) -> tuple[MapDataset, str]:
-    for name in own.args:
+    for name in own.args.keys() - {"labels", *FOLDERS.values()}:
         raise ConfigError(f"{place}.{name}", "folder has no such argument")
     if own.root is None:
         raise ConfigError(f"{place}.root", "is not set; folder needs a folder")
@@ -114,11 +120,32 @@ def _folder(
             f"{data.name} has no class names, by which class folders are matched",
         )
     root = Path(own.root).expanduser()
-    part = item.folder or item.part or "val"
+    own_part = item.part or "val"
+    part = item.folder or own.args.get(FOLDERS[own_part]) or own_part
     leaves_out = own.bad_samples == "quarantine"
     return evaluation_folder(
         root, part, data.classes, own.max_pixels, leaves_out, key=place
     )
+
+
+def _labelled(
+    own: DataConfig, data: Datasets, place: str, item: EvaluationSetConfig
+) -> tuple[MapDataset, str]:
+    if item.folder is not None:
+        raise ConfigError(
+            f"{place}.folder", "says nothing beside labels, which name each image"
+        )
+    if own.root is None:
+        raise ConfigError(f"{place}.root", "is not set; folder needs a folder")
+    root = Path(own.root).expanduser()
+    leaves_out = own.bad_samples == "quarantine"
+    try:
+        return labelled_part(
+            root, own.args["labels"], data.classes, own.max_pixels, leaves_out
+        )
+    except ConfigError as error:
+        inner = error.key.removeprefix("data")
+        raise ConfigError(f"{place}{inner}", error.message) from None
 
 
 def _another(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from trainer.data.bad_samples import is_bad_sample
 from trainer.data.decoding import IMAGE_TYPES, decode
 from trainer.data.names import check_utf8, normal_form
-from trainer.errors import DataError, data_error, may_pass, nearest
+from trainer.errors import ConfigError, DataError, data_error, may_pass, nearest
 
 # Images decoded before it is known whether they fit into the cache.
 DECODED_AT_ONCE = 64
@@ -34,7 +36,7 @@ class ImageFolder:
         self,
         root: Path,
         paths: list[str],
-        targets: list[int],
+        targets: list[Any],
         max_pixels: int | None = None,
         leaves_out: bool = False,
     ) -> None:
@@ -49,12 +51,12 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         """The image, uint8 `(3, H, W)`, turned upright by its EXIF data, and its class id.
 
         Raises `DataError` if the file cannot be decoded: a sample is never replaced by another.
         """
-        target = self.targets[index]
+        target = self._target(index)
         cached = self._cached[index] if 0 <= index < len(self._cached) else None
         if cached is not None:
             # A transform may write into its input.
@@ -87,6 +89,18 @@ class ImageFolder:
                 return None
             raise
 
+    def select(self, ids: Sequence[int]) -> ImageFolder:
+        """The images of some ids, in ascending order; those of them that are cached stay so."""
+        chosen = copy.copy(self)
+        chosen.paths = [self.paths[index] for index in ids]
+        chosen.targets = [self.targets[index] for index in ids]
+        count = len(self._cached)
+        chosen._cached = [self._cached[index] for index in ids if index < count]
+        return chosen
+
+    def _target(self, index: int) -> Any:
+        return self.targets[index]
+
     def _decode(self, path: str) -> torch.Tensor:
         return decode(self.root / path, max_pixels=self._max_pixels)
 
@@ -98,32 +112,33 @@ def image_folders(
     max_pixels: int | None = None,
     leaves_out: bool = False,
     *,
+    folders: tuple[str, str] = ("train", "val"),
     needs_val: bool = True,
 ) -> tuple[ImageFolder, ImageFolder | None, list[str], str]:
-    """Training and validation images, class names (train/'s folders, sorted), and a note on the files left out.
+    """Training and validation images, class names (the training folders, sorted), and a note on the files left out.
 
-    Without `needs_val`, no validation images are looked for.
+    Both `folders` are below `root`, "." for `root` itself. Without `needs_val`, no validation images are looked for.
     """
-    if not root.is_dir():
-        raise DataError(
-            f"data.root={root} is not a folder; set it to the one that holds train/ and val/"
-        )
+    train_folder, val_folder = folders
+    check_root(root, f"{train_folder}/ and {val_folder}/")
+    _check_below_root("train_folder", train_folder)
+    _check_below_root("val_folder", val_folder)
     left_out = _nothing_left_out()
-    train = _list_part(root, "train", left_out)
+    train = _list_part(root, train_folder, left_out)
     for name, paths in train.items():
         if not paths:
             raise DataError(
-                f"{root / 'train' / name} holds no {_types()}; add images or remove the folder"
+                f"{root / train_folder / name} holds no {_types()}; add images or remove the folder"
             )
     classes = list(train)
     val = None
     if needs_val:
-        val = _list_part(root, "val", left_out)
+        val = _list_part(root, val_folder, left_out)
         for name in val:
             if name not in train:
                 raise DataError(
-                    f"{root / 'val' / name} is a class that train/ lacks{nearest(name, train)}; "
-                    f"add {root / 'train' / name} or remove the folder"
+                    f"{root / val_folder / name} is a class that {train_folder}/ lacks{nearest(name, train)}; "
+                    f"add {root / train_folder / name} or remove the folder"
                 )
     return (
         _image_folder(root, train, classes, max_pixels, leaves_out),
@@ -176,6 +191,20 @@ def _notes(left_out: dict[str, list[str]]) -> str:
     )
 
 
+def _check_below_root(key: str, name: str) -> None:
+    """Raise `ConfigError` for the name of a folder that leads out of `data.root`."""
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"data.{key}", f'"{name}" is no folder below data.root')
+
+
+def check_root(root: Path, holds: str) -> None:
+    """Raise `DataError` unless `data.root` is a folder."""
+    if not root.is_dir():
+        raise DataError(
+            f"data.root={root} is not a folder; set it to the one that holds {holds}"
+        )
+
+
 def _image_folder(
     root: Path,
     paths_by_class: dict[str, list[str]],
@@ -199,7 +228,8 @@ def _list_part(
     folder = root / part
     if not folder.is_dir():
         raise DataError(
-            f"{folder} is missing; data.root must hold train/ and val/, each with class folders"
+            f"{folder} is missing; data.root must hold a folder with class folders for each part, train/ and val/ by "
+            f"default (data.train_folder, data.val_folder; or data.val_fraction for one folder alone)"
         )
     paths_by_class: dict[str, list[str]] = {}
     for entry in sorted(folder.iterdir(), key=_sort_key):

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from trainer.components.learning_rates import describe_layers
 from trainer.components.models import count_parameters
 from trainer.components.optimizer import named_state
+from trainer.components.parameter_groups import describe_groups
 from trainer.components.schedule import Schedule
 from trainer.config.schema import BestConfig, TrainConfig
 from trainer.core.build import Run
@@ -26,6 +27,7 @@ from trainer.storage.checkpoint import Progress
 from trainer.storage.sha256 import tensors_sha256
 
 MAX_LISTED_RANKS = 8
+MAX_LISTED_GROUPS = 12
 
 
 def header(
@@ -36,6 +38,7 @@ def header(
     *,
     directory: Path,
     proof: Proof,
+    optimizer: Optimizer,
 ) -> list[tuple[str, str]]:
     """What a person wants to see before a run begins."""
     config = run.config
@@ -56,6 +59,7 @@ def header(
         ("batch", batch_arithmetic(plan, fuse)),
         ("mix", "" if run.forward.mix is None else run.forward.mix.describe()),
         ("optimizer", _describe_optimizer(run)),
+        *(("optimizer", line) for line in _describe_groups(run, optimizer)),
         ("schedule", schedule.describe()),
         ("length", length),
         ("evaluation", _describe_evaluations(config.train)),
@@ -94,6 +98,14 @@ def _describe_evaluations(section: TrainConfig) -> str:
     every = section.evaluate_every
     epochs = "each epoch" if every == 1 else f"every {every:,} epochs"
     return f"every {section.evaluate_every_steps:,} steps, and after {epochs}"
+
+
+def _describe_groups(run: Run, optimizer: Optimizer) -> list[str]:
+    whole = ModelAndLoss(run.module, run.task)
+    lines = list(describe_groups(run.config.optimizer, optimizer, whole))
+    if len(lines) <= MAX_LISTED_GROUPS:
+        return lines
+    return [*lines[:MAX_LISTED_GROUPS], f"and {len(lines) - MAX_LISTED_GROUPS} more"]
 
 
 def _describe_best(best: BestConfig) -> str:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from uuid import uuid4
 
 from trainer.config.fields import current_path
-from trainer.config.load import load
+from trainer.config.load import load_resolved
 from trainer.config.schema import Config, RunConfig
 from trainer.config.secrets import holds_secret, redacted_value
 from trainer.config.yaml_dump import to_yaml
@@ -199,7 +199,7 @@ def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     It may be from elsewhere, so nothing is built of it: `core.trust` reads what may be. Raises `ConfigError` as
     `config_file` does.
     """
-    return load(config_file(run), overrides)
+    return load_resolved(config_file(run), overrides)
 
 
 def config_file(run: Path, directory: Path | None = None) -> Path:

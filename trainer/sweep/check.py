@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from trainer.config.load import load
@@ -78,9 +79,12 @@ def _try_components(config: Config, sections: set[str]) -> None:
     if "optimizer" in sections:
         from trainer.components.optimizer import build_optimizer
 
+        # The patterns are of the real model's names.
+        groups = [{**group, "match": ""} for group in config.optimizer.groups]
         # With BatchNorm, because settings such as weight decay may split its parameters off.
         build_optimizer(
-            config.optimizer, nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+            replace(config.optimizer, groups=groups),
+            nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)),
         )
     if "schedule" in sections:
         from trainer.components.schedule import build_schedule
