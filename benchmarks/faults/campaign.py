@@ -34,7 +34,9 @@ KINDS: dict[str, Callable[[Scene], str]] = {
     "two starts at once": file_faults.two_starts,
     "a stranger's run directory": file_faults.stranger,
     "damaged image": file_faults.damaged_image,
+    "damaged image, quarantine": file_faults.quarantined_image,
 }
+OF_IMAGES = ("damaged image", "damaged image, quarantine")
 
 
 @dataclass
@@ -137,7 +139,7 @@ class Campaign:
         return Scene(directory, dict(expected), draw, settings)
 
     def _one(self, number: int, kind: str) -> None:
-        has_images = KINDS[kind] is file_faults.damaged_image
+        has_images = kind in OF_IMAGES
         expected = self._expected[has_images]
         scene = self._scene(str(number), expected, number, has_images)
         started = time.monotonic()

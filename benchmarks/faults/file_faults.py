@@ -143,6 +143,29 @@ def damaged_image(scene: Scene) -> str:
     return scene.go_on()
 
 
+def quarantined_image(scene: Scene) -> str:
+    """The same with data.bad_samples=quarantine: left out, listed, and the same run on 1 and 2 processes."""
+    root = scene.directory / "images"
+    make_images(root)
+    image = scene.draw.choice(sorted((root / "train").rglob("*.png")))
+    damage_file(image, scene.draw, scene.draw.choice(["flip", "cut"]))
+    changes = [f"data.root={root}", "data.bad_samples=quarantine"]
+    scene.settings = [*scene.settings, *changes]
+    hashes = []
+    for ranks in (1, 2):
+        name = f"quarantine{ranks}"
+        end = scene.end(scene.start(f"run.name={name}", ranks=ranks))
+        if end.status:
+            raise Failed("wrong", f"it ended: {end.errors}")
+        listed = (scene.directory / name / "bad_samples.txt").read_text()
+        if image.name not in listed:
+            raise Failed("wrong", f"{image.name} is not listed: {listed}")
+        hashes.append(scene.hashes(name))
+    if hashes[0] != hashes[1]:
+        raise Failed("wrong", f"not the same on 1 and 2 processes: {hashes}")
+    return "survived"
+
+
 def make_images(root: Path) -> None:
     """Two classes of random PNG files, always the same."""
     import numpy
