@@ -26,7 +26,6 @@ from subprocess import CompletedProcess, TimeoutExpired
 
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.preload"])
 # Seconds from SIGTERM to SIGKILL for the ranks that outlive a failed one; torchrun's own.
 KILL_DELAY = 30.0
 
@@ -81,6 +80,8 @@ class Program:
                 str(self._errors),
             )
             self._processes.append(SERVER.Process(target=_become_program, args=work))
+        # Where it does not run yet. A benchmark that was imported may have named what its own server imports.
+        SERVER.set_forkserver_preload(["tests.preload"])
         for process in self._processes:
             process.start()
 

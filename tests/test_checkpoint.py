@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,13 +165,14 @@ def test_a_failed_write_leaves_what_was_there(
         assert checkpoint.load(tmp_path / "step_00000005").progress.step == 5
 
 
-def save_best(run: Path, step: int) -> None:
+def save_best(run: Path, step: int, **more: Any) -> None:
     checkpoint.save_best(
         run,
         {"w": torch.tensor([float(step)])},
         "run: {}\n",
         {"step": step, "val/loss": 1 / step},
         {},
+        **more,
     )
 
 
@@ -196,6 +198,15 @@ def test_best_is_replaced_whole_and_goes_back_with_the_run(tmp_path: Path) -> No
     assert checkpoint.load_best(tmp_path)[1]["step"] == 10
     with pytest.raises(LockstepError, match="has no best model yet"):
         checkpoint.load_best(tmp_path / "elsewhere")
+
+
+def test_the_best_model_of_the_newest_checkpoint_stays(tmp_path: Path) -> None:
+    """However many better ones follow it before the next checkpoint."""
+    for step in (10, 20, 30, 40):
+        save_best(tmp_path, step, saved_best_step=10)
+    assert checkpoint.load_best(tmp_path)[1]["step"] == 40
+    checkpoint.restore_best(tmp_path, 10)
+    assert checkpoint.load_best(tmp_path)[1]["step"] == 10
 
 
 def test_a_flipped_bit_of_the_best_model_is_noticed(tmp_path: Path) -> None:

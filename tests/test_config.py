@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from trainer.config.load import command_line, find_config, help_text, load
+from trainer.config.load import command_line, help_text, load
 from trainer.config.registry import build, build_observers, resolve
 from trainer.config.schema import (
     BatchConfig,
@@ -35,6 +35,7 @@ from trainer.config.schema import (
     TrainConfig,
 )
 from trainer.config.secrets import redacted, redacted_arguments, redacted_message
+from trainer.config.yaml_file import find_config
 from trainer.errors import ConfigError
 from trainer.storage.run_directory import check_same_run, config_yaml
 
@@ -383,6 +384,7 @@ def test_a_written_config_reads_back_the_same(config: Config) -> None:
         max_size=2,
     ),
 )
+@example("a", [{"name": "\x85"}, {"name": "a\u2028b"}])  # line breaks to YAML alone
 def test_text_that_looks_like_an_interpolation_is_kept_literally(
     text: str, transforms: Any
 ) -> None:

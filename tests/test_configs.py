@@ -30,13 +30,13 @@ SHORT = ["train.max_steps=2", "wandb.mode=disabled", "data.workers=0"]
 
 def image_folder(root: Path) -> list[str]:
     draw = torch.Generator().manual_seed(0)
-    for part, count in (("train", 9), ("val", 3)):
+    for part, count in (("train", 5), ("val", 2)):
         for label in ("ants", "bees"):
             (root / part / label).mkdir(parents=True)
             for i in range(count):
                 image = torch.randint(256, (3, 60, 50), generator=draw).to(torch.uint8)
                 write_jpeg(image, str(root / part / label / f"{i}.jpg"))
-    return [f"data.root={root}", "batch.size=8", "batch.micro_size=4"]
+    return [f"data.root={root}", "batch.size=4", "batch.micro_size=2"]
 
 
 def substitutes(path: Path, directory: Path) -> list[str]:

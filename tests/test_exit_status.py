@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.programs import run_program
+from tests.test_directory_gone import start
 from trainer.config.load import load
 from trainer.config.registry import build
 from trainer.data.decoding import decode
@@ -142,3 +146,21 @@ def test_a_run_on_data_that_cannot_be_read(
     assert line.startswith("error: ")
     assert f"sample 5: {type(OSError(number, '')).__name__}" in line
     assert "Traceback" not in end.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_pressed_again_and_again_is_no_traceback(
+    tmp_path: Path, ranks: int
+) -> None:
+    program, _ = start(tmp_path, ranks)
+    while program.is_running():
+        for pid in program.pids:
+            with suppress(ProcessLookupError):  # one may end before the other
+                os.kill(pid, signal.SIGINT)
+        time.sleep(0.02)
+    end = program.wait(60)
+    # A rank may notice first that the other one has gone.
+    assert 128 + signal.SIGINT in program.exit_statuses
+    assert {*program.exit_statuses} <= {1, 128 + signal.SIGINT}
+    (line,) = end.stderr.strip().splitlines()
+    assert line.startswith(("interrupted; ", "stopped by signal 2 "))

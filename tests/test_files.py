@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,18 @@ def test_one_process_has_the_lock(tmp_path: Path) -> None:
     second = lock_directory(tmp_path)
     assert second is not None
     second.close()
+
+
+def test_a_directory_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
+    """A run's, deleted between two looks at it, when it writes a checkpoint."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with new_directory(run / "checkpoints" / "step_1"):
+        pass
+    shutil.rmtree(run)
+    with (
+        pytest.raises(FileNotFoundError),
+        new_directory(run / "checkpoints" / "step_2"),
+    ):
+        pass
+    assert not run.exists()

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 USELESS: dict[str, dict[str, Any]] = {
     "run.resume_changes has": {"run__resume_changes": "allow"},
+    "data.split_seed has": {"data__split_seed": 3},
     "data.prefetch has": {"data__prefetch": 2},
     "data.epoch_samples has": {"data__epoch_samples": 103},
     "batch_norm.mode, batch_norm.momentum have": {
@@ -35,8 +36,15 @@ USELESS: dict[str, dict[str, Any]] = {
         "train__evaluate_every": 2,
     },
     "data.max_bad has": {"data__max_bad": 3},
+    "train.evaluate_every_steps has": {"train__evaluate_every_steps": 2},
+    "train.checkpoint_every, train.checkpoint_every_epochs have": {
+        "train__checkpoint_every": 2,
+        "train__checkpoint_every_epochs": 2,
+        "train__keep_checkpoints": 0,
+    },
     "batch.fuse has": {"batch__fuse": 2},
     "model.head has": {"model__head": "2"},
+    "optimizer.no_weight_decay has": {"optimizer__no_weight_decay": "honour"},
     "schedule.warmup_start has": {"schedule__warmup_start": 0.1},
     "schedule.per has": {"schedule__per": "step"},
     "early_stop.metric, early_stop.min_delta, early_stop.mode have": {
@@ -70,6 +78,8 @@ USEFUL: list[dict[str, Any]] = [
     {"batch_norm__momentum_per": "step", "batch__micro_size": 7},
     {"batch_norm__recalibrate": 2, "batch_norm__recalibrate_at": "end"},
     {"batch__eval_size": 8, "train__evaluate_every": 2},
+    {"train__evaluate_every_steps": 8, "train__checkpoint_every": 2},
+    {"train__checkpoint_every_epochs": 2},
     {"model__head": "4", "model__freeze": "backbone"},
     {"model__head": "4", "model__num_classes": 7},
     {"schedule__warmup": 1, "schedule__warmup_start": 0.1, "schedule__per": "step"},
@@ -88,7 +98,20 @@ USEFUL: list[dict[str, Any]] = [
         "ema__warmup": True,
         "ema__evaluate": "instead",
     },
+    {"optimizer__no_weight_decay": "honour"},
+    {"data__val_fraction": 0.2, "data__split_seed": 3},
 ]
+
+
+def data_for(changes: dict[str, Any]) -> list[Images]:
+    return [Images()] if "data__val_fraction" in changes else [Images(), Images()]
+
+
+def spared_net() -> nn.Module:
+    """A model that asks for no weight decay of a parameter."""
+    model = conv_net()
+    model.no_weight_decay = lambda: {"0.bias"}  # type: ignore[assignment]
+    return model
 
 
 def lines(settings: Config, model: nn.Module | None, *data: Any) -> list[str]:
@@ -111,7 +134,7 @@ def test_useless_keys_are_named(tmp_path: Path) -> None:
 def test_useful_keys_are_not(tmp_path: Path) -> None:
     def all_lines() -> list[list[str]]:
         return [
-            lines(config(tmp_path, **changes), conv_net(), Images(), Images())
+            lines(config(tmp_path, **changes), spared_net(), *data_for(changes))
             for changes in USEFUL
         ]
 

@@ -231,11 +231,15 @@ class Stream(IterableDataset[Any]):
 DATA = TensorDataset(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
 
 
+class Parts(dict[str, Any]):
+    """As a library returns all parts of a data set; a plain dict would be validation sets by name."""
+
+
 @pytest.mark.parametrize(
     ("data", "text"),
     [
         (DataLoader(DATA), "Give the loader's data set, `loader.dataset`"),
-        ({"train": DATA, "test": DATA}, "Give one of its entries ('train', 'test')"),
+        (Parts(train=DATA, test=DATA), "Give one of its entries ('train', 'test')"),
         (Stream(), "reads any sample by its number"),
         ((torch.zeros(4, 3), torch.zeros(4)), "TensorDataset(inputs, targets)"),
         ("images/", "name one in data.name with its data.root"),

@@ -139,6 +139,16 @@ ATTACKS: dict[str, dict[str, Any]] = {
 FURTHER_ATTACKS: dict[str, dict[str, Any]] = {
     "data": {"data": {"name": "evil_code.build"}},
     "pickled data": {"data": {"name": "torchvision.datasets.LSUN", "root": "MARKER"}},
+    "a validation set": {
+        "data": {"name": "digits", "val": {"other": {"name": "evil_code.build"}}}
+    },
+    "a test set": {"data": {"name": "digits", "test": {"name": "os.system", **TOUCH}}},
+    "a transform of a validation set": {
+        "data": {
+            "name": "digits",
+            "val": {"other": {"transforms": [{"name": "os.system", **TOUCH}]}},
+        }
+    },
     "a transform": {
         "data": {
             "name": "digits",

@@ -47,6 +47,12 @@ def sweep_file(
         f"run.dir={directory / 'runs'}",
         "run.figures=false",
         "wandb.mode=online",
+        # Made up: no import of scikit-learn in each of the processes.
+        "data.name=fake",
+        "data.size=640",
+        "data.val_size=64",
+        "data.image_size=8",
+        "data.num_classes=10",
         *shared,
     ]
     start = [

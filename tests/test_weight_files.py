@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -148,18 +153,137 @@ def test_shards_are_put_together(kind: str, tmp_path: Path) -> None:
 
 
 class Settings:
-    """A class that no other program knows."""
+    """A class that no other program knows, and that must not be made."""
+
+    made: ClassVar[list[object]] = []
+
+    def __setstate__(self, state: object) -> None:
+        self.made.append(state)
+
+    def __reduce__(self) -> Any:
+        return settings_of, (1,), {"a": 1}
 
 
-def test_a_file_with_code_in_it_is_explained(tmp_path: Path) -> None:
+def settings_of(value: int) -> Settings:
+    Settings.made.append(value)
+    return Settings()
+
+
+class Slotted:
+    """Its state is a tuple."""
+
+    __slots__ = ("a",)
+
+    def __init__(self) -> None:
+        self.a = 1
+
+
+class Options(dict[str, int]):
+    """As Lightning keeps its hyperparameters."""
+
+
+class Run:
+    """A file that would run a program."""
+
+    def __init__(self, function: Any, argument: str) -> None:
+        self.call = function, (argument,)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def of_torchvision() -> dict[str, Any]:
+    """A checkpoint of torchvision's training scripts: the optimizer's and the schedule's states, and the arguments."""
+    optimizer = torch.optim.SGD(net().parameters(), lr=0.1, momentum=0.9)
+    schedules = [
+        torch.optim.lr_scheduler.LinearLR(optimizer),
+        torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 4]),
+    ]
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, schedules, [5])
+    arguments = argparse.Namespace(output_dir=Path("a"), device=torch.device("cpu"))
+    return {
+        "model": source(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": schedule.state_dict(),
+        "args": arguments,
+        "epoch": 3,
+    }
+
+
+CHECKPOINTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "torchvision": of_torchvision,
+    "timm": lambda: {
+        "arch": "resnet18",
+        "state_dict": source(),
+        "args": argparse.Namespace(lr=0.1),
+        "amp_scaler": {"scale": 1.0},
+        "metric": np.float64(3.5),
+        "curve": np.arange(3),
+    },
+    "lightning": lambda: {
+        "state_dict": prefixed("model."),
+        "hyper_parameters": Options(a=1),
+        "callbacks": {"a": np.float32(1), "b": Settings()},
+        "lists": [deque([1]), defaultdict(list, a=[1]), {1, 2}, Counter("ab")],
+    },
+    "slots": lambda: {"state_dict": source(), "settings": [Slotted(), Settings()]},
+}
+
+
+@pytest.mark.parametrize("is_archive", [True, False])
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_what_a_checkpoint_holds_beside_weights_is_not_made(
+    kind: str, is_archive: bool, tmp_path: Path
+) -> None:
     path = tmp_path / "a.ckpt"
-    torch.save({"state_dict": source(), "settings": Settings()}, path)
+    torch.save(CHECKPOINTS[kind](), path, _use_new_zipfile_serialization=is_archive)
+    Settings.made.clear()
+    model = net()
+    load_weights(model, path, "2")
+    assert_loaded(model)
+    assert not Settings.made
+
+
+def test_a_file_with_code_in_it_is_explained_and_runs_nothing(tmp_path: Path) -> None:
+    path, mark = tmp_path / "a.ckpt", tmp_path / "ran"
+    for function, argument in (
+        (os.system, f"touch {mark}"),
+        (eval, f"open({str(mark)!r}, 'w')"),
+        (Path.touch, mark),
+    ):
+        with suppress(ConfigError):
+            torch.save({"state_dict": source(), "x": Run(function, argument)}, path)
+            load_weights(net(), path, "2")
+        assert not mark.exists()
+    # A whole model has no weights that could be read by themselves.
+    torch.save({"model": net()}, path)
     with pytest.raises(ConfigError) as caught:
         load_weights(net(), path, "2")
     message = str(caught.value)
-    assert f"(a {__name__}.Settings)" in message
-    assert f"add_safe_globals([{__name__}.Settings])" in message
+    name = "torch.nn.modules.container.Sequential"
+    assert f"(a {name})" in message or "(a torch.nn.modules." in message
+    assert "add_safe_globals([torch.nn.modules." in message
     assert "\n" not in message
+
+
+def test_a_prefix_is_stripped_by_name(tmp_path: Path) -> None:
+    """As MoCo's two encoders, one of which is meant."""
+    path = tmp_path / "a.pth"
+    other = {n: t for n, t in source(2).items() if not n.startswith("2.")}
+    tensors = prefixed("module.encoder_q.")
+    tensors |= {f"module.encoder_k.{name}": tensor for name, tensor in other.items()}
+    torch.save({"state_dict": tensors, "epoch": 3}, path)
+    for key, seed in (
+        ("state_dict.module.encoder_q", 1),
+        ("module.encoder_k", 2),
+        ("encoder_k.", 2),
+        ("encoder_q", 1),
+    ):
+        model = net()
+        note = load_weights(model, path, "2", key)
+        for name, tensor in (other if seed == 2 else source()).items():
+            assert torch.equal(model.state_dict()[name], tensor)
+        assert 'names without "module.encoder_' in note
 
 
 def test_a_file_of_another_model_is_one_message(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 lockstep COMMAND …               `python -m trainer COMMAND …` is the same, also where the package is not installed
 lockstep COMMAND --help          what a command takes, with examples
+lockstep --help optimizer.adamw  the keys of a section, or the arguments of a component
 torchrun --nproc_per_node 2 -m trainer COMMAND …      on several processes: train, check and evaluate
 """
 
@@ -33,6 +34,8 @@ def main(arguments: list[str]) -> int:
     remember_argument_secrets(arguments)
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
+        if rest:
+            return int(import_module("trainer.commands.train").print_topics(rest))
         print_help()
         return 0
     try:

@@ -27,7 +27,12 @@ from trainer.config.schema import Config
 from trainer.core.build import build_run, settings_of
 from trainer.core.ema import build_average
 from trainer.core.ending import Ending
-from trainer.core.evaluated_weights import best_is_average, evaluated_phases
+from trainer.core.evaluated_weights import (
+    best_is_average,
+    evaluated_phase,
+    evaluated_phases,
+)
+from trainer.core.evaluation import OnBatch
 from trainer.core.finite_watch import FiniteWatch
 from trainer.core.further import (
     restore_modes_of,
@@ -49,11 +54,12 @@ from trainer.core.stateful import (
     load_states,
     read_states,
 )
+from trainer.core.test_set import FinalResult, evaluate_test_set
+from trainer.core.timetable import Timetable
 from trainer.core.try_out import explained, try_out
 from trainer.data.datasets import MapDataset
 from trainer.data.left_out import train_loader
 from trainer.data.loading import TrainLoader
-from trainer.data.samples import Ids
 from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.model_and_loss import ModelAndLoss
@@ -96,6 +102,9 @@ class Trainer:
 
         Trainer(Config(), model=net, train_data=train, val_data=val).fit()
 
+    `val_data` may be a dict of validation sets by name. `test_data` is evaluated once, at the end of the run, with the
+    best weights.
+
     `observers` see every step. `stateful` objects are saved in every checkpoint, each under its name, and so are a
     subclass's own attributes that have `state_dict` and `load_state_dict`. A resume loads those that exist by the
     time of `start`. See docs/extending.md.
@@ -111,7 +120,8 @@ class Trainer:
         *,
         model: nn.Module | None = None,
         train_data: MapDataset | None = None,
-        val_data: MapDataset | None = None,
+        val_data: MapDataset | Mapping[str, MapDataset] | None = None,
+        test_data: MapDataset | None = None,
         task: Task | nn.Module | None = None,
         observers: Sequence[Observer] = (),
         stateful: Mapping[str, Stateful] | None = None,
@@ -120,7 +130,12 @@ class Trainer:
         attributes_before = frozenset(vars(self))
         with settings_of(config), watching(config.run.timeout):
             self.run = build_run(
-                config, model=model, train_data=train_data, val_data=val_data, task=task
+                config,
+                model=model,
+                train_data=train_data,
+                val_data=val_data,
+                test_data=test_data,
+                task=task,
             )
             self.optimizer = build_optimizer(
                 self.config.optimizer,
@@ -137,6 +152,11 @@ class Trainer:
                 find_unused_parameters=self.config.train.find_unused_parameters,
                 loss=self.run.task,
             )
+        self.timetable = Timetable(
+            self.config.train,
+            self.plan,
+            has_validation=self.run.evaluator is not None,
+        )
         self.saved_state = SavedState(self.run, self.optimizer, self.reduction)
         self.observers = Observers(
             [
@@ -164,6 +184,7 @@ class Trainer:
         self._further_restored: Mapping[str, Any] = {}
         self._statistics_are_read = False  # after each step, by an observer or its like
         self._saved_step: int | None = None  # of the checkpoint last read or written
+        self._saved_best_step = 0  # the best model's, as that checkpoint knows it
         # Of a run that is resumed on the same data; None where it is to be made.
         self._data_record: DataRecord | None = None
         self._data_note = ""  # what run.resume_changes=allow let pass
@@ -193,9 +214,7 @@ class Trainer:
     @property
     def last_step(self) -> int:
         """The step after which this session ends: the run's last, or `train.stop_after` if that comes first."""
-        stop_after = self.config.train.stop_after
-        total = self.plan.total_steps
-        return total if stop_after is None else min(total, stop_after)
+        return self.timetable.last_step
 
     # ---------------------------------------------------------------- the run
 
@@ -278,6 +297,7 @@ class Trainer:
     def _introduce(self) -> None:
         """Show what will run, and its first samples."""
         journal = self.journal
+        journal.console.name_sets(list(self.run.data.named))
         header = report.header(
             self.run,
             self.schedule,
@@ -285,6 +305,7 @@ class Trainer:
             self.fuse_note,
             directory=journal.directory,
             proof=self.proof,
+            optimizer=self.optimizer,
         )
         if self._rate_note:
             header.append(("resumed", self._rate_note))
@@ -381,17 +402,13 @@ class Trainer:
         """End the loader processes. If they were left to the interpreter's exit, they would count as killed."""
         if self._batches is not None:
             self._batches.close()
-        if self.run.evaluator is not None:
-            self.run.evaluator.close()
+        self.run.end_evaluations()
 
     def _loop(self, stop: StopRequest) -> None:
         if self._ending.was_before(self.progress, self.journal.console.note):
             return
-        if self.progress.epoch_end_is_due:
-            step = self.plan.step(self.progress.step - 1)
-            self.end_epoch(step)
-            if self._end_early(step):
-                return
+        if self._evaluate_where_due() and self._end_early():
+            return
         for step in self.plan.steps(self.progress.step, self.last_step):
             self.train_step(step)
             activity.is_first_step = False
@@ -399,24 +416,41 @@ class Trainer:
             if is_bad or self._is_logged(step):
                 self.log(step)
             self.progress.epoch_end_is_due = step.last_in_epoch
+            self.progress.evaluation_is_due = self.timetable.is_evaluated_within_epoch(
+                step
+            )
             # Before the evaluation, which may fail on a sample that training never saw.
-            if step.last_in_epoch or self._is_checkpointed(step):
+            if self.timetable.is_checkpointed(step):
                 self.save()
-            if step.last_in_epoch:
-                self.end_epoch(step)
+            is_evaluated = self._evaluate_where_due()
             self.journal.advance(step.number)
             if stop.agreed():
                 self._stop(stop.signal_number)
-            if self._end_early(step):
+            # Ranks meet at rows.
+            if (is_evaluated or self._is_logged(step)) and self._end_early():
                 return
 
-    def _end_early(self, step: Step) -> bool:
-        """True if the run ends here because `early_stop` or an observer asked for it. A collective at logged steps."""
-        reason = self._ending.reason_after(step) if self._is_logged(step) else ""
+    def _end_early(self) -> bool:
+        """True if the run ends here because `early_stop` or an observer asked for it. A collective."""
+        reason = self._ending.reason_after(self.plan.step(self.progress.step - 1))
         if not reason:
             return False
         self.progress.stopped_by = reason
         self.save()
+        return True
+
+    def _evaluate_where_due(self) -> bool:
+        """What follows the last step: its epoch's end, or an evaluation within the epoch; False if it was neither.
+
+        A run that resumes from that step's checkpoint, which was written before, does it again.
+        """
+        progress = self.progress
+        if progress.epoch_end_is_due:
+            self.end_epoch(self.plan.step(progress.step - 1))
+        elif progress.evaluation_is_due:
+            self._evaluate_within_epoch(self.plan.step(progress.step - 1))
+        else:
+            return False
         return True
 
     def train_step(self, step: Step) -> None:
@@ -510,7 +544,7 @@ class Trainer:
     # ---------------------------------------------------------------- what is logged
 
     def _is_logged(self, step: Step) -> bool:
-        return step.number % self.config.train.log_every == 0 or step.last_in_epoch
+        return self.timetable.is_logged(step)
 
     def measure(self, step: Step) -> Row:
         """A row of the steps since the last row. A collective; only here does training wait for the device."""
@@ -556,16 +590,22 @@ class Trainer:
 
     def end_epoch(self, step: Step) -> None:
         """Log the epoch's row: means over its samples, and an evaluation every `train.evaluate_every` epochs."""
+        self._check_unsaved()
         means = _with_prefix("train/epoch_", self.epoch_totals.means())
         self.epoch_totals = Totals()
-        self._log_epoch(step, means, evaluate=self._is_evaluated(step))
+        self._log_epoch(step, means, evaluate=self.timetable.is_evaluated(step))
         self.progress.epoch_end_is_due = False
 
-    def _is_evaluated(self, step: Step) -> bool:
-        """True if the run evaluates after `step`, wherever this session ends."""
-        is_last = step.number == self.plan.total_steps
-        is_due = (step.epoch + 1) % self.config.train.evaluate_every == 0
-        return step.last_in_epoch and (is_last or is_due)
+    def _evaluate_within_epoch(self, step: Step) -> None:
+        """Log a row of an evaluation alone. It counts as an epoch's does: for the best model and for `plateau`."""
+        self._check_unsaved()
+        self._log_epoch(step, {}, evaluate=True)
+        self.progress.evaluation_is_due = False
+
+    def _check_unsaved(self) -> None:
+        """Check the run's state where no checkpoint of this step was written, which does so."""
+        if self._saved_step != self.progress.step:
+            self._check_state()
 
     def _log_epoch(self, step: Step, means: Row, *, evaluate: bool) -> None:
         row = {"step": step.number, "epoch": step.epoch + 1, **means}
@@ -579,8 +619,14 @@ class Trainer:
         is_best = self._save_if_best(row)
         if self.progress.best is not None:
             row[f"best/{self.config.best.metric}"] = self.progress.best
-        self.journal.epoch(row, is_best)
-        self.observers.epoch(step, row)
+        is_within_epoch = self.progress.evaluation_is_due
+        self.journal.epoch(
+            row,
+            is_best,
+            steps_per_epoch=self.plan.steps_per_epoch if is_within_epoch else None,
+        )
+        if not is_within_epoch:
+            self.observers.epoch(step, row)
         self._ending.take_note(row)
         if is_evaluated and self.config.run.figures and self.observers.draw_figures:
             self.ranks.on_main(partial(self._draw_of_observers, step))
@@ -588,21 +634,32 @@ class Trainer:
         self.stopwatch.mark(self.progress.samples_seen)
 
     def _check_evaluation(self, row: Row) -> None:
-        """Raise `LockstepError` if the validation loss is not finite. The epoch's weights are, and are kept."""
-        loss = row.get("val/loss", 0.0)
-        if not math.isfinite(loss):
-            with self._weights(is_average=evaluated_phases(self.config.ema)["val"]):
-                raise validation_not_finite(self.run, loss)
+        """Raise `LockstepError` if a validation loss is not finite. The weights are, and are kept."""
+        is_average = evaluated_phases(self.config.ema)["val"]
+        for item in self.run.validation:
+            loss = row.get(f"{item.phase}/loss", 0.0)
+            if not math.isfinite(loss):
+                with self._weights(is_average=is_average):
+                    raise validation_not_finite(item, loss, self._saved_step)
 
     def _evaluations(self, step: Step) -> Row:
         """The columns of all evaluations after `step`: of the weights, of their average, or of both. A collective."""
         row: Row = {}
         for name, is_average in evaluated_phases(self.config.ema).items():
             with self._weights(is_average=is_average):
-                metrics = self.evaluate(self.observers.watch(name))
-                self.observers.evaluation(name, step, metrics)
+                metrics = self.evaluate(partial(self.observers.watch, name))
+                self._show_observers(name, step, metrics)
             row |= _with_prefix(f"{name}/", metrics)
         return row
+
+    def _show_observers(self, name: str, step: Step, metrics: Row) -> None:
+        """Give observers the metrics of each validation set, by its own name."""
+        for item in self.run.validation:
+            of_set = {}
+            for metric, value in metrics.items():
+                if metric.startswith(item.prefix):
+                    of_set[metric.removeprefix(item.prefix)] = value
+            self.observers.evaluation(evaluated_phase(item.phase, name), step, of_set)
 
     def _weights(self, *, is_average: bool) -> AbstractContextManager[None]:
         """A context in which the model holds the average of its weights, or its own. A collective."""
@@ -611,7 +668,7 @@ class Trainer:
         self.reduction.gather()
         return self._average.in_place()
 
-    def evaluate(self, on_batch: Callable[[Ids, Any, Any], None] | None = None) -> Row:
+    def evaluate(self, watch: Callable[[str], OnBatch | None] | None = None) -> Row:
         """The loss and metrics over all validation samples, with the present weights. A collective.
 
         It may be called before, after and without `fit`; `end_loading` then ends its loader processes. Raises
@@ -621,7 +678,7 @@ class Trainer:
             self.reduction.gather()
             if self.config.batch_norm.recalibrate_at == "evaluation":
                 recalibrate_statistics(self.run, self.progress.step)
-            return self.run.evaluate(on_batch)
+            return self.run.evaluate(watch)
 
     def load_best(self) -> Row:
         """Load the best weights so far on every rank; returns the row that was saved with them."""
@@ -654,14 +711,11 @@ class Trainer:
 
     def _write_best(self, row: Row) -> None:
         self.journal.check_directory()
-        self.saved_state.write_best(self.journal.directory, row)
+        self.saved_state.write_best(
+            self.journal.directory, row, saved_best_step=self._saved_best_step
+        )
 
     # ---------------------------------------------------------------- checkpoints
-
-    def _is_checkpointed(self, step: Step) -> bool:
-        every = self.config.train.checkpoint_every
-        is_due = every is not None and step.number % every == 0
-        return is_due or step.number == self.last_step
 
     def save(self) -> None:
         """Write a checkpoint of the present step boundary. A collective.
@@ -669,9 +723,7 @@ class Trainer:
         Raises `LockstepError` if the run is not finite: no checkpoint holds NaN or an infinity.
         """
         activity.mark(SAVING)
-        self._check_finite()
-        self.reduction.gather()
-        check_same_weights(self.run, self.progress.step)
+        self._check_state()
         self._read_meter()
         self.stopwatch.stop(self.progress)
         self.progress.interval = self.interval_totals.sums
@@ -679,11 +731,18 @@ class Trainer:
         self.progress.scaler = self.run.precision.state()
         self.left_out.save(self.progress)
         states = read_states(self._stateful_objects(), self.ranks)
-        self._tell_late_buffers()
         self.ranks.on_main(lambda: self._write_checkpoint(states))
         self._saved_step = self.progress.step
+        self._saved_best_step = self.progress.best_step
         activity.mark(UPDATING)
         self.stopwatch.mark(self.progress.samples_seen)
+
+    def _check_state(self) -> None:
+        """Raise `LockstepError` if the run is not finite, or the ranks' weights are not the same. A collective."""
+        self._check_finite()
+        self.reduction.gather()
+        check_same_weights(self.run, self.progress.step)
+        self._tell_late_buffers()
 
     def _tell_late_buffers(self) -> None:
         """Name the buffers that moved first after the first step: until now they followed no rule."""
@@ -750,6 +809,7 @@ class Trainer:
         self.progress = content.progress
         self._saved_step = content.progress.step
         self.left_out.restore(self.progress)
+        self._saved_best_step = content.progress.best_step
         self.interval_totals = Totals(content.progress.interval)
         self.epoch_totals = Totals(content.progress.epoch)
         self.schedule = self._build_schedule()
@@ -819,14 +879,17 @@ class Trainer:
                 recalibrate_statistics(self.run, self.progress.step)
         if not self._is_logged(last):
             self.log(last)
-        if is_changed or not self._is_evaluated(last):
+        if is_changed or not self.timetable.is_evaluated(last):
             self._log_epoch(last, {}, evaluate=True)
         activity.mark(ENDING)
         self.stopwatch.stop(self.progress)
         self.finite.check_end(self.progress)
+        test = self._log_test(last)
         summary = report.summary(
             self.run, self.progress, self.optimizer, self.proof, self._average.tensors()
         )
+        if test is not None:
+            summary |= {**test.row, "test_step": test.step}
         self.journal.keep_summary(summary)
         self.journal.finish(
             summary,
@@ -835,6 +898,20 @@ class Trainer:
         )
         self.observers.end(summary)
         return summary
+
+    def _log_test(self, last: Step) -> FinalResult | None:
+        """Evaluate the test set and log its row, the run's last; None without one, or if the run is to go on."""
+        is_stopped = self.last_step <= last.number < self.plan.total_steps
+        goes_on = is_stopped and not self.progress.stopped_by
+        if self.run.test is None or goes_on:
+            return None
+        with evaluation_weights(self.optimizer):
+            result = evaluate_test_set(self.run, self.run.test, self.progress)
+        activity.mark(ENDING)
+        if result.note:
+            self.journal.console.note(result.note)
+        self.journal.test({"step": last.number, "epoch": last.epoch + 1, **result.row})
+        return result
 
     def _draw_figures(self) -> dict[str, Path]:
         """Draw the figures of the finished run. A full disk or a damaged best model costs them, never the summary."""

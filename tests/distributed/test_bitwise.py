@@ -127,9 +127,9 @@ def test_the_same_bits_on_any_number_of_ranks(tmp_path: Path, variant: str) -> N
     """M = 10, and 1 in a last step of 2 samples, on 1 to 8 ranks, with 0 to 2 workers and 1 or 2 threads."""
     (reference,) = on_ranks(1, run, tmp_path / "1", **VARIANTS[variant])
     cases = (
-        [(2, 1, 2), (3, 0, 1), (8, 0, 1)]
+        [(2, 1, 2), (5, 0, 1)]
         if variant != "sgd"
-        else [(1, 2, 2), (2, 2, 1), (3, 1, 2), (4, 0, 1), (5, 0, 1), (8, 0, 1)]
+        else [(1, 2, 2), (3, 1, 2), (4, 2, 1), (8, 0, 1)]
     )
     for ranks, workers, threads in cases:
         directory = tmp_path / f"{ranks}-{workers}"

@@ -455,3 +455,65 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         trainer_of(tmp_path, **changes)
+
+
+class Phases(Observer):
+    """The evaluations that it is told of, and how many samples it saw in each."""
+
+    def __init__(self) -> None:
+        self.samples: dict[str, int] = {}
+        self.ended: list[str] = []
+
+    def evaluation_batch(
+        self, evaluation: str, ids: Any, output: Any, targets: Any
+    ) -> None:
+        self.samples[evaluation] = self.samples.get(evaluation, 0) + len(ids)
+
+    def evaluation(
+        self, evaluation: str, step: Step, metrics: dict[str, float]
+    ) -> None:
+        self.ended.append(f"{evaluation} {step.number} {sorted(metrics)}")
+
+
+def test_named_sets_and_a_test_set_are_evaluated_with_the_average(
+    tmp_path: Path,
+) -> None:
+    def fit() -> None:
+        phases = Phases()
+        trainer = Trainer(
+            config(
+                tmp_path,
+                ema__decay=0.5,
+                best__metric="val_ema/other/loss",
+                train__evaluate_every_steps=1,
+                early_stop__patience=1,
+                early_stop__min_delta=10,
+            ),
+            model=conv_net(),
+            train_data=images(),
+            val_data={"same": images(), "other": Images(30)},
+            test_data=Images(40),
+            observers=[phases],
+        )
+        summary = trainer.fit()
+        # Ended by the second evaluation, which is the first epoch's end.
+        assert (
+            summary["steps"] == 2
+            and "early_stop: val_ema/other/loss" in summary["stopped_by"]
+        )
+        names = ["val/same", "val/other", "val_ema/same", "val_ema/other"]
+        assert phases.samples == dict(zip(names, (112, 60, 112, 60), strict=True))
+        assert phases.ended == [
+            f"{name} {step} ['accuracy', 'loss']" for step in (1, 2) for name in names
+        ]
+        last = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+        average = trainer._average.tensors()
+        row = trainer.load_best()
+        best = trainer.module.state_dict()
+        if row["step"] == 2:
+            assert all(torch.equal(best[name], average[name]) for name in average)
+        assert trainer.evaluate()["other/loss"] == row["val_ema/other/loss"]
+        assert trainer.run.test is not None
+        assert trainer.run.test.evaluator.evaluate()["loss"] == last["test/loss"]
+
+    on_ranks(1, fit)

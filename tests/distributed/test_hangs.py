@@ -173,7 +173,7 @@ def test_a_killed_rank_is_one_sentence(tmp_path: Path) -> None:
         wait_until(lambda: rows.exists() and len(rows.read_text().splitlines()) > 10)
         os.kill(running.pids[1], signal.SIGKILL)
         result = running.wait(60)
-    check_message(result.stderr, "error: rank 1 on ", " ended without an error of")
+    check_message(result.stderr, "error: rank 1 on ", "killed")
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.test_directory_gone import start
+from trainer.process.peers import Peers
+
+# The parent of the tests' programs asks for a status at once, after which nobody can know the signal.
+UNKNOWN = "ended without an error of its own"
 
 
 @pytest.mark.parametrize(("killed", "ranks"), [(0, 2), (1, 2), (0, 3)])
@@ -20,6 +27,22 @@ def test_a_killed_rank_is_named_once(killed: int, ranks: int, tmp_path: Path) ->
     lines = [line for line in end.stderr.splitlines() if line]
     (line,) = lines
     assert line.startswith(f"error: rank {killed} on ")
-    assert "ended without an error of its own" in line
+    assert UNKNOWN in line or "was killed by SIGKILL" in line
     others = [status for i, status in enumerate(program.exit_statuses) if i != killed]
     assert others == [1] * (ranks - 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_signal_is_known_until_the_parent_asks() -> None:
+    programs = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
+    peers = Peers({rank: program.pid for rank, program in enumerate(programs)})
+    programs[0].send_signal(signal.SIGKILL)
+    programs[2].send_signal(signal.SIGSEGV)
+    end = time.monotonic() + 10
+    while len(peers.signals) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    programs[1].kill()
+    for program in programs:
+        program.wait()
+    assert peers.describe(0) == "was killed by SIGKILL"
+    assert peers.describe(2) == "was killed by SIGSEGV"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import run_program
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, signal, sys
@@ -36,6 +38,12 @@ ARGUMENTS = [
 ]
 ARGUMENTS += [
     "wandb.mode=disabled",
+    # No import of scikit-learn in each of the processes.
+    "data.name=fake",
+    "data.size=1280",
+    "data.val_size=64",
+    "data.image_size=8",
+    "data.num_classes=10",
     "run.reproducibility=bitwise",
     "batch.micro_size=16",
 ]
@@ -54,20 +62,8 @@ def test_a_rank_that_dies_is_restarted_and_changes_nothing(tmp_path: Path) -> No
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    undisturbed = [
-        sys.executable,
-        "train.py",
-        *ARGUMENTS,
-        f"run.dir={tmp_path / 'undisturbed'}",
-    ]
-    subprocess.run(
-        undisturbed,
-        cwd=ROOT,
-        env=environment,
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    undisturbed = ["train.py", *ARGUMENTS, f"run.dir={tmp_path / 'undisturbed'}"]
+    assert run_program(undisturbed).returncode == 0
     torchrun = [
         str(Path(sys.executable).parent / "torchrun"),
         "--standalone",

@@ -13,7 +13,14 @@ import torch
 from torch import nn
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import CLASSES, Images, config, conv_net
+from tests.distributed.small import (
+    CLASSES,
+    Images,
+    config,
+    conv_net,
+    largest_difference,
+    state,
+)
 from trainer import ConfigError, Trainer
 from trainer.data.loading import TrainLoader
 
@@ -151,3 +158,46 @@ def test_each_occurrence_is_augmented_anew_and_the_first_as_without_repeats(
         differing += sum(not torch.equal(crop, crops[0]) for crop in crops[1:])
     # A crop has nine places, so one in nine is the first's by chance.
     assert differing > 2 * 13 * 2 * 0.7
+
+
+class DamagedImages(LabelledImages):
+    """Two of its samples cannot be read."""
+
+    def __getitem__(self, i: int) -> Any:
+        if i in (3, 17):
+            raise ValueError("damaged")
+        return super().__getitem__(i)
+
+
+def left_out(directory: Path) -> Any:
+    """What repeats and mixing make of micro-batches that lack a sample, or all of theirs."""
+    results: list[Any] = []
+    for name, fuse, mode in (("bits", 1, "bitwise"), ("fused", 3, "standard")):
+        trainer = Trainer(
+            settings(
+                directory / name,
+                {"name": "repeated", "repeats": 6},
+                run__reproducibility=mode,
+                data__bad_samples="quarantine",
+                train__mix={"mixup": 0.4, "cutmix": 1.0},
+                batch__fuse=fuse,
+                train__max_steps=12,
+            ),
+            model=conv_net(),
+            train_data=DamagedImages(),
+        )
+        summary = trainer.fit()
+        results.append((summary["samples_seen"], summary["weights_sha256"]))
+        results.append(state(trainer))
+    return results
+
+
+def test_repeats_and_mixing_of_what_a_quarantine_leaves(tmp_path: Path) -> None:
+    (of_one,) = on_ranks(1, left_out, tmp_path / "one")
+    bits, exact, _, fused = of_one
+    assert bits[0] < 12 * 25
+    assert largest_difference(fused, exact) < 1e-12
+    for of_rank in on_ranks(2, left_out, tmp_path / "two"):
+        assert of_rank[0] == bits
+        assert of_rank[2][0] == bits[0]
+        assert largest_difference(of_rank[3], exact) < 1e-12

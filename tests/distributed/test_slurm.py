@@ -107,6 +107,12 @@ def test_a_job_stops_with_a_checkpoint_and_the_same_line_goes_on(
         "run.figures=false",
         "wandb.mode=disabled",
         "data.workers=0",
+        # Made up: no import of scikit-learn in each of the processes.
+        "data.name=fake",
+        "data.size=640",
+        "data.val_size=64",
+        "data.image_size=8",
+        "data.num_classes=10",
     ]
     last = tmp_path / "digits/checkpoints/last"
     job = Job(tmp_path, *line)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer.config.load import DEFAULT_CONFIG, load
+from trainer.config.overrides import is_unset
 from trainer.config.schema import Config
 from trainer.errors import ConfigError, nearest
 from trainer.process.exit import end_on_closed_pipe
@@ -101,9 +102,9 @@ class CommandParser(argparse.ArgumentParser):
         return options
 
     def _is_override(self, argument: str) -> bool:
-        """True for `key=value` and `--section.key=value`, unless it is a path."""
+        """True for `key=value`, `--section.key=value` and `~section.key`, unless it is a path."""
         name, equals, _ = argument.partition("=")
-        if self._is_path is None or not equals:
+        if self._is_path is None or not (equals or is_unset(argument)):
             return False
         if argument.startswith("--"):
             return "." in name  # else it is an option of the command, as in --step=7

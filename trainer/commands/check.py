@@ -46,6 +46,7 @@ def main(arguments: list[str]) -> None:
             trainer.fuse_note,
             directory=run_path(config.run),
             proof=trainer.proof,
+            optimizer=trainer.optimizer,
         )
         console.header(facts)
         start = perf_counter()

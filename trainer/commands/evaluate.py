@@ -4,11 +4,13 @@ lockstep evaluate runs/digits
 lockstep evaluate runs/digits data.root=PATH batch.eval_size=256
 torchrun --nproc_per_node 2 -m trainer evaluate runs/digits
 
+Every validation set is evaluated, and the test set if there is one.
 Classes are matched by name: other data may have some of the run's classes, in any order.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from trainer.process.memory import keep_freed_memory
 if TYPE_CHECKING:
     from trainer.config.schema import Config
     from trainer.core.build import Run
+    from trainer.core.metrics import Row
 
 
 def main(arguments: list[str]) -> None:
@@ -31,7 +34,6 @@ def main(arguments: list[str]) -> None:
     options = parser.parse(arguments)
 
     from trainer.core.build import build_run, settings_of
-    from trainer.core.evaluated_weights import best_evaluation
     from trainer.core.trust import read_trusted_config
     from trainer.storage import checkpoint, signature
     from trainer.storage.shared_config import read_config_on_all, read_on_main
@@ -50,7 +52,9 @@ def main(arguments: list[str]) -> None:
         run = build_run(config, classes=trained_on.classes)
         keep_freed_memory(run.ranks.device.type)
         logged = run.load_best(options.run)
-        metrics = run.evaluate() if run.evaluator is not None else {}
+        metrics = _evaluate(run)
+        run.end_evaluations()
+    logged |= _logged_at_end(options.run) if run.ranks.is_main else {}
     run.ranks.close()
     if run.ranks.is_main:
         print(
@@ -61,12 +65,31 @@ def main(arguments: list[str]) -> None:
             print(f"  note  not the data that the run was validated on: {changes}")
         for bad in run.quarantine.samples if run.quarantine else []:
             print(f"  note  left out: {bad.name()}: {bad.reason}")
-        evaluation = best_evaluation(config)
         for name, value in metrics.items():
-            column = f"{evaluation}/{name}"
-            print(
-                f"  {column}  {value:.6f}  (logged as {logged.get(column, math.nan):.6f})"
-            )
+            before = logged.get(name, math.nan)
+            print(f"  {name}  {value:.6f}  (logged as {before:.6f})")
+
+
+def _evaluate(run: Run) -> Row:
+    """The metrics of every set, by the names under which a run logs them. A collective."""
+    from trainer.core.evaluated_weights import best_evaluation, evaluated_phase
+
+    metrics: Row = {}
+    for item in run.evaluation_sets:
+        for name, value in item.evaluator.evaluate().items():
+            # The best model may be the average, whose metrics have names of their own.
+            phase = evaluated_phase(item.phase, best_evaluation(run.config))
+            metrics[f"{phase}/{name}"] = value
+    return metrics
+
+
+def _logged_at_end(directory: Path) -> Row:
+    """The metrics of the test set, which are in the summary of a run that has ended."""
+    path = directory / "summary.json"
+    if not path.is_file():
+        return {}
+    values = json.loads(path.read_text())
+    return {name: value for name, value in values.items() if name.startswith("test/")}
 
 
 def _without_training(config: Config) -> Config:
@@ -79,10 +102,13 @@ def _without_training(config: Config) -> Config:
 
 
 def _changes_of_data(directory: Path, run: Run) -> str:
-    """What differs between the validation samples of the run in `directory` and those of `run`; "" for nothing."""
-    from trainer.storage.data_record import describe_part, read_record
+    """What differs between the samples that the run in `directory` was evaluated on and `run`'s; "" for nothing."""
+    from trainer.storage.data_record import describe_part, pairs_of_sets, read_record
 
     record = read_record(directory)
     if record is None:
         return ""
-    return describe_part("val", record.val, run.data.val, run.data.classes)
+    changes = []
+    for phase, was, is_now in pairs_of_sets(record, run.data):
+        changes.append(describe_part(phase, was, is_now, run.data.classes))
+    return "; ".join(filter(None, changes))

@@ -4,6 +4,7 @@ lockstep train                                        configs/digits.yaml, on on
 lockstep train configs/cifar10.yaml batch.size=256    another config, one key changed
 lockstep train run.resume=auto                        go on where the run stopped
 torchrun --nproc_per_node 8 -m trainer train          the same run on eight GPUs
+lockstep train --help optimizer.adamw                 the arguments of a component, or a section's keys
 
 `python train.py` and `python -m trainer train` take the same arguments.
 """
@@ -13,9 +14,34 @@ from __future__ import annotations
 from trainer.commands.arguments import CommandParser, load_config
 from trainer.config.load import help_text
 from trainer.config.secrets import remember_argument_secrets
-from trainer.process.exit import report_error
+from trainer.errors import ConfigError
+from trainer.process.exit import (
+    end_on_closed_pipe,
+    report_error,
+    report_interrupt,
+)
 from trainer.process.memory import keep_freed_memory
 from trainer.process.parent import end_with_launcher, record_failure, with_trial_name
+
+
+def print_topics(topics: list[str]) -> int:
+    """Print the help on sections, keys or components of a config; returns the exit status."""
+    # Imports what is asked about, such as torch's optimizers.
+    from trainer.commands.component_help import topic_help
+
+    end_on_closed_pipe()
+    try:
+        print("\n\n".join(map(topic_help, topics)))
+    except ConfigError as error:
+        return report_error(error)
+    return 0
+
+
+def _help_topics(arguments: list[str]) -> list[str]:
+    """What stands after `--help`, such as `optimizer.adamw`."""
+    flags = [index for index, word in enumerate(arguments) if word in ("-h", "--help")]
+    after = arguments[flags[-1] + 1 :]
+    return [word for word in after if "=" not in word and not word.endswith(".yaml")]
 
 
 def main(arguments: list[str]) -> int:
@@ -23,6 +49,8 @@ def main(arguments: list[str]) -> int:
     parser = CommandParser("train", __doc__)
     parser.add_config()
     if {"-h", "--help"} & set(arguments):
+        if topics := _help_topics(arguments):
+            return print_topics(topics)
         parser.epilog = f"keys of the config, with their types, defaults and meanings:\n{help_text()}"
         parser.print_help()
         return 0
@@ -37,6 +65,8 @@ def main(arguments: list[str]) -> int:
         keep_freed_memory(trainer.ranks.device.type)
         trainer.fit()
         trainer.ranks.close()
+    except KeyboardInterrupt:
+        return report_interrupt()
     except Exception as error:
         status = report_error(error)
         record_failure(error)

@@ -31,6 +31,10 @@ def direction_of(metric: str, task: object = None) -> Direction | None:
     directions: Any = getattr(task, "directions", None) or {}
     if isinstance(directions, Mapping) and name in directions:
         return _checked(name, directions[name])
+    # The name of a validation set stands before that of the metric.
+    name = name.rpartition("/")[2]
+    if isinstance(directions, Mapping) and name in directions:
+        return _checked(name, directions[name])
     last_word = name.lower().rpartition("_")[2]
     if last_word in LESS_IS_BETTER:
         return "min"

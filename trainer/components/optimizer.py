@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainer.components.layers import NORMS
-from trainer.components.learning_rates import base_rates
 from trainer.components.optimizer_check import check_optimizer
 from trainer.components.optimizer_parts import inner_optimizers, remember_as_built
 from trainer.components.optimizer_state import load_named_state, named_state
+from trainer.components.parameter_groups import (
+    IMPLEMENTATIONS,
+    Group,
+    check_options,
+    parameter_groups,
+)
 from trainer.config.registry import build, refuse_other_class, resolve
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError
@@ -34,9 +37,6 @@ OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
 }
 
-# Arguments that choose how torch updates.
-IMPLEMENTATIONS = {"fused", "foreach", "capturable", "differentiable"}
-
 
 def build_optimizer(
     section: OptimizerConfig,
@@ -49,11 +49,12 @@ def build_optimizer(
 
     Parameters of one learning rate (see `base_rates`; `head` is `model.head`) form a group. With
     `decay_norm_and_bias: false`, biases, other parameters of at most one dimension and all parameters of norm layers
-    form further groups without weight decay. Each group keeps its base rate as `initial_lr`. A group with
-    `optimizer.lr` comes first, if there is one.
+    form further groups without weight decay; so do parameters that the model names in `no_weight_decay()`, if it is
+    honoured. `groups` give further options (see `parameter_groups`). Each group keeps its base rate as `initial_lr`.
+    A group with `optimizer.lr` comes first, if there is one.
     """
     whole = ModelAndLoss(model, loss)
-    groups = _groups(section, whole, head)
+    groups = parameter_groups(section, whole, head)
     if not groups:
         raise ConfigError(
             "model",
@@ -64,23 +65,39 @@ def build_optimizer(
     supplied = {"fused": True} if _can_be_fused(target, section.args, whole) else {}
     arguments = {**supplied, "lr": section.lr}
 
-    def make() -> Any:
+    def make(of: list[Group], options: Mapping[str, Any]) -> Any:
         # Copies: optimizers add entries to the groups that they are given.
-        own = [dict(group) for group in groups]
-        return build("optimizer", target, section.args, own, **arguments)
+        own = [dict(group) for group in of]
+        rate = {"lr": options["lr"]} if "lr" in options else {}
+        others = {name: value for name, value in options.items() if name != "lr"}
+        own_arguments = {**section.args, **others}
+        return build("optimizer", target, own_arguments, own, **(arguments | rate))
 
-    check_optimizer(section, whole, make)
-    optimizer: Optimizer = make()
+    check_optimizer(section, whole, lambda: make(groups, {}))
+    optimizer: Optimizer = make(groups, {})
     remember_as_built(optimizer)
-    if not section.decay_norm_and_bias and not _has_weight_decay(optimizer):
-        raise ConfigError(
-            "optimizer.decay_norm_and_bias",
-            f'"{section.name}" has no weight_decay; leave it true',
-        )
+    if section.groups:
+        check_options(section, optimizer, groups, make)
+    _check_weight_decay(section, optimizer)
     for group in _all_groups(optimizer):
         if "lr" in group:
             group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def _check_weight_decay(section: OptimizerConfig, optimizer: Optimizer) -> None:
+    if _has_weight_decay(optimizer):
+        return
+    if not section.decay_norm_and_bias:
+        raise ConfigError(
+            "optimizer.decay_norm_and_bias",
+            f'"{section.name}" has no weight_decay; leave it true',
+        )
+    if section.no_weight_decay == "honour":
+        raise ConfigError(
+            "optimizer.no_weight_decay",
+            f'"{section.name}" has no weight_decay; leave it auto',
+        )
 
 
 def _has_weight_decay(optimizer: Optimizer) -> bool:
@@ -102,27 +119,6 @@ def _can_be_fused(target: Any, arguments: dict[str, Any], model: ModelAndLoss) -
     return all(
         parameter.is_cuda and parameter.is_floating_point() for parameter in trained
     )
-
-
-def _groups(
-    section: OptimizerConfig, model: ModelAndLoss, head: str | None
-) -> list[dict[str, Any]]:
-    """Parameter groups: those with weight decay first, then by rate: `optimizer.lr`, then from high to low."""
-    rates = base_rates(section, model.model, head)
-    without_decay = set() if section.decay_norm_and_bias else _norms_and_biases(model)
-    groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        rate = rates.get(name, section.lr)  # a loss's own have the head's
-        # The first group's rate is logged as `lr`. Checkpoints do not depend on the order: state is kept by name.
-        order = (name in without_decay, rate != section.lr, -rate)
-        if order not in groups:
-            groups[order] = {"params": [], "lr": rate}
-            if name in without_decay:
-                groups[order]["weight_decay"] = 0.0
-        groups[order]["params"].append(parameter)
-    return [groups[order] for order in sorted(groups)]
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
@@ -147,34 +143,3 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
         for number, group in enumerate(groups):
             rates[f"lr/{group.get('name', number)}"] = group["lr"]
     return rates
-
-
-def _norms_and_biases(model: ModelAndLoss) -> set[str]:
-    """Names of the parameters that are commonly spared weight decay, and of those that the model names itself."""
-    in_norms: set[nn.Parameter] = set()
-    for module in model.modules():
-        if isinstance(module, NORMS):
-            in_norms.update(module.parameters())
-    names: set[str] = set()
-    for name, parameter in model.named_parameters():
-        is_bias = name.rpartition(".")[2] == "bias"
-        if is_bias or parameter.ndim <= 1 or parameter in in_norms:
-            names.add(name)
-    return names | _named_by_model(model.model)
-
-
-def _named_by_model(model: nn.Module) -> set[str]:
-    """What `no_weight_decay()` of timm's models names, wildcards allowed, and Swin's `no_weight_decay_keywords()`."""
-    patterns: set[str] = set()
-    for method, pattern in (
-        ("no_weight_decay", "{}"),
-        ("no_weight_decay_keywords", "*{}*"),
-    ):
-        names = getattr(model, method, None)
-        if callable(names):
-            patterns.update(pattern.format(name) for name in names())
-    return {
-        name
-        for name, _ in model.named_parameters()
-        if any(fnmatchcase(name, pattern) for pattern in patterns)
-    }

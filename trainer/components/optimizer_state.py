@@ -18,6 +18,7 @@ from trainer.components.optimizer_parts import (
     own_attributes,
     set_attribute,
 )
+from trainer.components.parameter_groups import FROM_CONFIG
 from trainer.components.state_tree import (
     Decoder,
     Encoder,
@@ -35,7 +36,7 @@ ATTRIBUTES = "attributes"
 INNER = "inner"
 ODD_KEYS = "$odd"  # state of a parameter under keys that are no text, or have a dot
 # A group's entries that come from the config.
-CONFIG_ENTRIES = {"params", "lr", "initial_lr", "weight_decay"}
+CONFIG_ENTRIES = {"params", "lr", "initial_lr", "weight_decay", FROM_CONFIG}
 
 
 def named_state(
@@ -289,10 +290,10 @@ def trained_names(optimizer: Optimizer, model: nn.Module | ModelAndLoss) -> list
 
 def _changed_entries(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     """The entries of a group that come neither from the config nor from the optimizer's defaults."""
-    defaults = getattr(optimizer, "defaults", {})
+    built = {**getattr(optimizer, "defaults", {}), **group.get(FROM_CONFIG, {})}
     changed = {}
     for key, value in group.items():
-        if key not in CONFIG_ENTRIES and not _same(value, defaults.get(key)):
+        if key not in CONFIG_ENTRIES and not _same(value, built.get(key)):
             changed[key] = value
     return changed
 

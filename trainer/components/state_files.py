@@ -5,19 +5,16 @@ Only tensors are read: no code in a file can run.
 
 from __future__ import annotations
 
-import argparse
 import json
-import pathlib
 import pickle
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from trainer.components.unpickling import UNSUPPORTED, load_tensors
 from trainer.errors import ConfigError, config_error
 
 FILE_TYPES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".index.json")
@@ -26,9 +23,6 @@ IN_DIRECTORY = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-# Plain records of settings, which checkpoints often hold beside the weights.
-HARMLESS: list[Any] = [argparse.Namespace, pathlib.PosixPath]
-UNSUPPORTED = re.compile(r"GLOBAL ([\w.]+)")
 DEPTH = 3  # of mappings in a file that are looked into
 Tensors = Mapping[str, Tensor]
 
@@ -39,10 +33,12 @@ def read_state_dicts(path: Path) -> dict[str, Tensors]:
         path = _file_in(path)
     if path.name.endswith(".json"):
         return {"": _read_shards(path)}
-    tree = _read(path)
+    tree, blanks = _read(path)
     if path.suffix == ".safetensors":
         return {"": tree}
     found = dict(_state_dicts(tree, "", 0))
+    if not found and blanks:
+        raise ConfigError("model.weights", _explain(path, blanks[0]))
     if not found:
         raise ConfigError(
             "model.weights",
@@ -89,18 +85,21 @@ def _read_shards(path: Path) -> Tensors:
         ) from None
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(names)):
-        tensors.update(_read(path.with_name(str(name))))
+        tensors.update(_read(path.with_name(str(name)))[0])
     return tensors
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> tuple[Any, list[str]]:
+    """What is in a file, and the classes of it that were not read."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path), []
+        return load_tensors(path)
     except pickle.UnpicklingError as error:
-        raise ConfigError("model.weights", _explain(path, error)) from None
+        match = UNSUPPORTED.search(str(error))
+        raise ConfigError(
+            "model.weights", _explain(path, match[1] if match else "")
+        ) from None
     except Exception as error:
         # Anything: a file that is no checkpoint leads its readers anywhere.
         reason = getattr(error, "strerror", None) or str(error) or "it is empty"
@@ -112,14 +111,13 @@ def _read(path: Path) -> Any:
         ) from None
 
 
-def _explain(path: Path, error: Exception) -> str:
-    """Why torch reads a file only with pickle's powers, and what to do."""
-    match = UNSUPPORTED.search(str(error))
-    what = f" (a {match.group(1)})" if match else ""
+def _explain(path: Path, name: str) -> str:
+    """Why torch reads a file only with pickle's powers, and what to do; `name` is a class in it, if one is known."""
+    what = f" (a {name})" if name else ""
     advice = "save the model's state_dict() alone"
-    if match:
+    if name:
         advice += (
             f"; if you trust the file, allow it in Python with "
-            f"torch.serialization.add_safe_globals([{match.group(1)}]), or load it there with weights_only=False"
+            f"torch.serialization.add_safe_globals([{name}]), or load it there with weights_only=False"
         )
     return f"{path} holds more than tensors{what}, which is not read, because it could run code; {advice}"

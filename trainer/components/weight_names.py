@@ -37,7 +37,8 @@ def match_names(
     """
     matches: list[Match] = []
     for name, tensors in candidates.items():
-        matches += _readings(name, tensors, own)
+        # A prefix that is asked for need not be the one that fits best.
+        matches += _readings(name, tensors, own, best_only=key is None)
     if key is not None:
         return _chosen(matches, path, key)
     best = max(match.fitting for match in matches)
@@ -53,9 +54,12 @@ def match_names(
 
 
 def _chosen(matches: list[Match], path: str, key: str) -> Match:
-    chosen = [match for match in matches if match.place == key]
-    # A key of the file alone, whatever prefix its names have.
-    chosen += [match for match in matches if match.place.startswith(f"{key}.")]
+    name = key.removesuffix(".")
+    chosen = [match for match in matches if match.place == name]
+    # A key of the file alone, whatever prefix its names have; else the end of a prefix.
+    chosen += [match for match in matches if match.place.startswith(f"{name}.")]
+    if not chosen:
+        chosen = [match for match in matches if match.place.endswith(f".{name}")]
     if not chosen:
         places = [match.place for match in matches if match.place]
         raise ConfigError(
@@ -65,7 +69,9 @@ def _chosen(matches: list[Match], path: str, key: str) -> Match:
     return max(chosen, key=lambda match: match.fitting)
 
 
-def _readings(name: str, tensors: Tensors, own: Tensors) -> list[Match]:
+def _readings(
+    name: str, tensors: Tensors, own: Tensors, *, best_only: bool
+) -> list[Match]:
     """The names as they are, and without or with a prefix, where more tensors fit that way."""
     notes = [f"{name} of the file"] if name else []
     if any(COMPILED in key for key in tensors) and not any(COMPILED in k for k in own):
@@ -93,6 +99,8 @@ def _readings(name: str, tensors: Tensors, own: Tensors) -> list[Match]:
     others = [match for match in readings[1:] if match.fitting > plain.fitting]
     if not others:
         return [plain]
+    if not best_only:
+        return others
     best = max(match.fitting for match in others)
     return [match for match in others if match.fitting == best]
 

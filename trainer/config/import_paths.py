@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+from trainer.config.evaluation_sets import (
+    EvaluationSetConfig,
+    test_set,
+    validation_sets,
+)
 from trainer.config.schema import Config
 
 Role = Literal[
@@ -45,6 +50,13 @@ def _all_names(config: Config) -> Iterator[ImportPath]:
     yield from _sampler(config.data.sampler)
     for key in ("train_transforms", "val_transforms"):
         yield from _transforms(f"data.{key}", getattr(config.data, key))
+    for place, section in _evaluation_sets(config):
+        if section.name:
+            yield ImportPath("data", place, section.name, section.args)
+        elif section.args:
+            # They go to the data set of `data`.
+            yield ImportPath("data", place, config.data.name, section.args)
+        yield from _transforms(f"{place}.transforms", section.transforms)
     for index, observer in enumerate(config.observers):
         yield ImportPath(
             "observer", f"observers[{index}]", observer.name, observer.args
@@ -56,6 +68,15 @@ def _sampler(sampler: Mapping[str, Any]) -> Iterator[ImportPath]:
     if isinstance(name, str):
         arguments = {key: value for key, value in sampler.items() if key != "name"}
         yield ImportPath("sampler", "data.sampler", name, arguments)
+
+
+def _evaluation_sets(config: Config) -> Iterator[tuple[str, EvaluationSetConfig]]:
+    """Each with the key that it stands at."""
+    for name, section in validation_sets(config.data.val).items():
+        yield f"data.val.{name}", section
+    test = test_set(config.data.test)
+    if test is not None:
+        yield "data.test", test
 
 
 def _transforms(key: str, tree: Any) -> Iterator[ImportPath]:

@@ -7,10 +7,18 @@ built.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from trainer.config.evaluation_sets import (
+    EvaluationSetConfig,
+    key_of_set,
+    test_set,
+    validation_sets,
+)
 from trainer.config.fields import (
     ComponentSection,
     Section,
@@ -96,6 +104,17 @@ class DataConfig(ComponentSection):
         unit="samples",
         minimum=1,
     )
+    val_fraction: float | None = key(
+        None,
+        "validate on this share of the training samples, the same of each class where they are known; null = on the "
+        "data set's own validation part",
+        minimum=0,
+    )
+    split_seed: int = key(
+        0,
+        "determines which samples data.val_fraction takes; run.seed does not",
+        minimum=0,
+    )
     workers: int = key(
         0, "loader processes of each rank; 0 loads in the rank itself", minimum=0
     )
@@ -116,6 +135,14 @@ class DataConfig(ComponentSection):
         "torchvision v2 transforms of training images, in order: {name: RandomCrop, size: 32}",
     )
     val_transforms: list[dict[str, Any]] = key([], "the same for validation images")
+    val: dict[str, Any] = key(
+        {},
+        "validation sets by name, each as data unless it says otherwise: {clean: {}, shifted: {root: PATH}}",
+    )
+    test: dict[str, Any] | None = key(
+        None,
+        "a set that the best weights are evaluated on once, at the end: {folder: test}",
+    )
     mean: list[float] | None = key(
         None, "subtracted from each channel of the image scaled to [0, 1]"
     )
@@ -130,6 +157,11 @@ class DataConfig(ComponentSection):
                 f"{show(self.sampler)} is a name alone; write {{name: {self.sampler}}}, or data.sampler.name",
             )
         super().__post_init__()
+        validation_sets(self.val)
+        test_set(self.test)
+        # An empty mapping would be no key of a flat list of keys, by which runs are compared.
+        sets = {name: entry or {"part": "val"} for name, entry in self.val.items()}
+        object.__setattr__(self, "val", sets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +276,21 @@ class OptimizerConfig(ComponentSection):
     decay_norm_and_bias: bool = key(
         True, "apply weight_decay to biases and to the weights of norm layers too"
     )
+    no_weight_decay: Literal["auto", "honour", "ignore"] = key(
+        "auto",
+        "parameters that the model names in no_weight_decay(), as timm's do: auto spares them weight_decay where "
+        "decay_norm_and_bias is false, honour always, ignore never",
+    )
+    groups: list[dict[str, Any]] = key(
+        [],
+        "options of the parameters in whose names a regular expression is found, those of a later group over those of "
+        'an earlier: [{match: "norm|bias", weight_decay: 0}, {match: head, lr: 0.01}]',
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for index, group in enumerate(self.groups):
+            _check_group(f"optimizer.groups[{index}]", group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,14 +388,28 @@ class TrainConfig(Section):
     )
     log_every: int = key(50, "steps between logged rows", unit="steps", minimum=1)
     evaluate_every: int = key(1, "epochs between evaluations", unit="epochs", minimum=1)
-    checkpoint_every: int | None = key(
+    evaluate_every_steps: int | None = key(
         None,
-        "steps between checkpoints, in addition to one at the end of each epoch",
+        "steps between evaluations within epochs, in addition to those of train.evaluate_every",
         unit="steps",
         minimum=1,
     )
+    checkpoint_every: int | None = key(
+        None,
+        "steps between checkpoints, in addition to those at the ends of epochs",
+        unit="steps",
+        minimum=1,
+    )
+    checkpoint_every_epochs: int = key(
+        1,
+        "epochs between checkpoints at the ends of epochs; the run's last step always has one",
+        unit="epochs",
+        minimum=1,
+    )
     keep_checkpoints: int = key(
-        2, "how many of the newest checkpoints to keep", minimum=1
+        2,
+        "how many of the newest checkpoints to keep; 0 writes one only where the run is stopped before its end",
+        minimum=0,
     )
 
     def __post_init__(self) -> None:
@@ -582,6 +643,11 @@ class Config:
                 "ema.decay",
                 f"{self.ema.decay:g} is not below 1, and the average would never move; 0.999 is a usual value",
             )
+        fraction = self.data.val_fraction
+        if fraction is not None and not 0 < fraction < 1:
+            raise ConfigError(
+                "data.val_fraction", f"{fraction:g} is not above 0 and below 1"
+            )
         if self.train.max_grad_norm == 0:
             raise ConfigError(
                 "train.max_grad_norm",
@@ -620,6 +686,8 @@ class Config:
                 values[name] = _read_observers(section)
             elif name in SECTIONS:
                 values[name] = read_section(SECTIONS[name], section)
+            elif name == "base":
+                raise ConfigError("base", "is read in a YAML file alone")
             else:
                 hint = nearest(str(name), [*SECTIONS, "observers"])
                 raise ConfigError(str(name), f"no such section{hint}")
@@ -640,9 +708,36 @@ class Config:
         return document
 
 
+def _check_group(key: str, group: dict[str, Any]) -> None:
+    """Raise `ConfigError` unless one of `optimizer.groups` has a pattern, and options that a group can have."""
+    pattern = group.get("match")
+    if not isinstance(pattern, str):
+        raise ConfigError(
+            f"{key}.match",
+            f"{show(pattern)} is not text; write a regular expression: {{match: head, lr: 0.01}}",
+        )
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"{key}.match", f'"{pattern}" is no regular expression: {error}'
+        ) from None
+    if len(group) == 1:
+        raise ConfigError(key, "gives no option beside match, such as weight_decay: 0")
+    if "params" in group:
+        raise ConfigError(f"{key}.params", "is what match finds; leave it out")
+    rate = group.get("lr", 0)
+    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if not is_number or not 0 <= rate < math.inf:
+        raise ConfigError(f"{key}.lr", f"{show(rate)} is not a number, 0 or more")
+
+
 def _is_setting(path: tuple[Any, ...]) -> bool:
     """True for the path of a key that a section declares; False for what is within a component's arguments."""
     section, *rest = path
+    if rest and section == "data" and rest[0] in ("val", "test"):
+        inner = key_of_set(".".join(map(str, path))).partition(".")[0]
+        return inner in declared_keys(EvaluationSetConfig) and inner != "transforms"
     return (
         bool(rest)
         and rest[0] in keys_of(section)

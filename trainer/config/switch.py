@@ -1,4 +1,4 @@
-"""What an override replaces besides its own key: a component's name takes the old component's arguments with it.
+"""What a change replaces besides its own key: a component's name takes the old component's arguments with it.
 
 A file says `optimizer: {name: sgd, momentum: 0.9}`. `optimizer.name=adamw` means another optimizer, and not "AdamW with
 a momentum". What is given beside the new name, in the same overrides, stays and is checked.
@@ -17,8 +17,10 @@ from trainer.config.trees import Tree
 SHORT_NAMED = ("torch.optim.", "torchvision.models.")
 
 
-def replace_components(tree: Tree, changes: Mapping[str, Any]) -> list[str]:
-    """Remove from `tree`, a file's config, what belongs to a component or metric that `changes` replace.
+def replace_components(
+    tree: Tree, changes: Mapping[str, Any], source: str
+) -> list[str]:
+    """Remove from `tree`, the config of `source`, what belongs to a component or metric that `changes` replace.
 
     Returns a line for each that says what was left out.
     """
@@ -28,13 +30,15 @@ def replace_components(tree: Tree, changes: Mapping[str, Any]) -> list[str]:
         if not isinstance(section, dict) or not isinstance(change, Mapping):
             continue
         if name == "best":
-            notes += _replace_metric(section, change)
+            notes += _replace_metric(section, change, source)
         elif issubclass(cls, ComponentSection):
-            notes += _replace_component(cls, section, change)
+            notes += _replace_component(cls, section, change, source)
     return notes
 
 
-def _replace_component(cls: Any, section: Tree, change: Mapping[str, Any]) -> list[str]:
+def _replace_component(
+    cls: Any, section: Tree, change: Mapping[str, Any], source: str
+) -> list[str]:
     keys = declared_keys(cls)
     before = section.get("name", keys["name"].default)
     now = change.get("name", before)
@@ -47,11 +51,11 @@ def _replace_component(cls: Any, section: Tree, change: Mapping[str, Any]) -> li
     if not left_out:
         return []
     return [
-        f"{cls.SECTION}.name={now} replaces {before}, whose arguments in the file are left out: {', '.join(left_out)}"
+        f"{cls.SECTION}.name={now} replaces {before}, whose arguments in {source} are left out: {', '.join(left_out)}"
     ]
 
 
-def _replace_metric(section: Tree, change: Mapping[str, Any]) -> list[str]:
+def _replace_metric(section: Tree, change: Mapping[str, Any], source: str) -> list[str]:
     """The mode of a metric says nothing of another one."""
     before = section.get("metric", declared_keys(SECTIONS["best"])["metric"].default)
     now = change.get("metric", before)
@@ -59,7 +63,7 @@ def _replace_metric(section: Tree, change: Mapping[str, Any]) -> list[str]:
         return []
     mode = section.pop("mode")
     return [
-        f"best.metric={now} replaces {before}, whose best.mode={mode} in the file is left out"
+        f"best.metric={now} replaces {before}, whose best.mode={mode} in {source} is left out"
     ]
 
 

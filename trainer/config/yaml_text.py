@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
+from trainer.config.evaluation_sets import EvaluationSetConfig, key_of_set
 from trainer.config.fields import declared_keys, is_union
 from trainer.config.schema import SECTIONS, ObserverConfig
 from trainer.errors import ConfigError
@@ -128,14 +129,19 @@ def _hint_of(name: str) -> Any:
         return str if rest == "name" else None
     if section not in SECTIONS:
         return None
+    cls = SECTIONS[section]
+    if key_of_set(name):
+        cls, rest = EvaluationSetConfig, key_of_set(name)
     key, bracket, after = rest.partition("[")
-    item = declared_keys(SECTIONS[section]).get(key)
+    item = declared_keys(cls).get(key)
     if item is None:
         return None
     if not bracket:
         return item.hint
     # A transform is a mapping whose `name` is text.
     if after.endswith("].name") and key.endswith("transforms"):
+        return declared_keys(ObserverConfig)["name"].hint
+    if after.endswith("].match") and key == "groups":
         return declared_keys(ObserverConfig)["name"].hint
     return _item_hint(item.hint) if after.endswith("]") else None
 

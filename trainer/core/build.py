@@ -5,7 +5,7 @@ The `Trainer` builds what only training needs: an optimizer and a reduction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,8 +24,8 @@ from trainer.components.task import Task, as_task, loss_arguments
 from trainer.components.weights import start_from_weights, weights_file
 from trainer.config.schema import BestConfig, Config
 from trainer.core.early_stop import with_early_stop_metric
-from trainer.core.evaluated_weights import evaluated_phases
-from trainer.core.evaluation import Evaluator
+from trainer.core.evaluated_weights import logged_phases
+from trainer.core.evaluation import EvaluationSet, Evaluator, OnBatch
 from trainer.core.features import Features
 from trainer.core.first_samples import check_classes, first_inputs
 from trainer.core.forward import Forward
@@ -37,11 +37,17 @@ from trainer.core.preflight import RankFacts, check_data, check_order, check_ran
 from trainer.data.bad_samples import Quarantine
 from trainer.data.classes import with_classes
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
+from trainer.data.evaluation_loaders import evaluation_loaders, loader_as_files
+from trainer.data.evaluation_sets import (
+    passed_sets,
+    refuse_sets_of_config,
+    with_evaluation_sets,
+)
 from trainer.data.loading import Loader, build_loaders
 from trainer.data.parts import check_part, shared_class_names
 from trainer.data.sampler import DrawnOrder
 from trainer.data.samplers import build_order
-from trainer.data.samples import Ids
+from trainer.data.split import with_split
 from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import configure, refuse_cumulative_average
 from trainer.exact.determinism import run_settings
@@ -75,7 +81,6 @@ class Run:
     data: Datasets
     plan: Plan
     train_loader: Loader
-    val_loader: Loader | None
     signature: Signature
     module: nn.Module
     weights_note: str
@@ -83,9 +88,25 @@ class Run:
     loss_state: LossState
     forward: Forward
     freezing: Freezing
-    evaluator: Evaluator | None
+    validation: list[EvaluationSet]
+    test: EvaluationSet | None
     quarantine: Quarantine | None = None  # with data.bad_samples=quarantine
     stop_reason: str = ""  # why the run is to end before its last step
+
+    @property
+    def evaluator(self) -> Evaluator | None:
+        """That of the first validation set."""
+        return self.validation[0].evaluator if self.validation else None
+
+    @property
+    def val_loader(self) -> Loader | None:
+        """That of the first validation set."""
+        return self.validation[0].loader if self.validation else None
+
+    @property
+    def evaluation_sets(self) -> list[EvaluationSet]:
+        """The validation sets, then the test set."""
+        return [*self.validation, *([] if self.test is None else [self.test])]
 
     @property
     def bitwise(self) -> bool:
@@ -113,15 +134,21 @@ class Run:
             )
         self.stop_reason = self.stop_reason or reason
 
-    def evaluate(self, on_batch: Callable[[Ids, Any, Any], None] | None = None) -> Row:
+    def evaluate(self, watch: Callable[[str], OnBatch | None] | None = None) -> Row:
         """The loss and metrics over all validation samples. A collective.
 
-        `on_batch` is called with the ids, the output and the targets of each of this rank's batches. Raises
-        `ConfigError` where there are no validation samples.
+        Of named sets, each under its name, as in `clean/loss`. `watch` gives, for a set's phase, what is called with
+        the ids, the output and the targets of each of this rank's batches. Raises `ConfigError` where there are no
+        validation samples.
         """
-        if self.evaluator is None:
+        if not self.validation:
             raise ConfigError("data.name", f"{self.data.name} has no validation data")
-        return self.evaluator.evaluate(on_batch)
+        row: Row = {}
+        for item in self.validation:
+            on_batch = None if watch is None else watch(item.phase)
+            means = item.evaluator.evaluate(on_batch)
+            row |= {f"{item.prefix}{name}": value for name, value in means.items()}
+        return row
 
     def load_best(self, directory: Path | None = None) -> Row:
         """Load the best weights of the run in `directory` (this one's) on every rank; returns their row. A collective.
@@ -145,8 +172,13 @@ class Run:
 
     def forget_features(self) -> None:
         """Discard cached features: the weights have changed by something other than a training step."""
-        if self.evaluator is not None:
-            self.evaluator.forget()
+        for item in self.evaluation_sets:
+            item.evaluator.forget()
+
+    def end_evaluations(self) -> None:
+        """End the loader processes of all evaluations; another evaluation starts them again."""
+        for item in self.evaluation_sets:
+            item.evaluator.close()
 
 
 def settings_of(config: Config) -> AbstractContextManager[None]:
@@ -161,11 +193,14 @@ def build_run(
     *,
     model: nn.Module | None = None,
     train_data: MapDataset | None = None,
-    val_data: MapDataset | None = None,
+    val_data: MapDataset | Mapping[str, MapDataset] | None = None,
+    test_data: MapDataset | None = None,
     task: Task | nn.Module | None = None,
     classes: Sequence[str] | None = None,
 ) -> Run:
     """Build what `config` describes; a model, data or a task that is passed replaces the config's.
+
+    `val_data` is one set, or a dict of sets by name.
 
     With `classes`, those that a model was trained on, the data's class ids become the model's, matched by name.
     A collective: every rank of a run calls it with the same config. Raises `ConfigError` or `DataError`.
@@ -176,7 +211,7 @@ def build_run(
     facts_of_ranks = check_ranks(config, ranks)
     precision = Precision(config.train.precision, ranks.device)
 
-    data = ranks.on_each(lambda: _data(config, ranks, train_data, val_data))
+    data = ranks.on_each(lambda: _data(config, ranks, train_data, val_data, test_data))
     if classes is not None:
         data = with_classes(data, classes)
     if data.val is None and config.data.val_transforms:
@@ -187,21 +222,23 @@ def build_run(
     order = ranks.on_each(lambda: build_order(config.data, data, seed=config.run.seed))
     plan = _plan(config, ranks, len(data.train), order)
     check_order(plan, ranks, epoch=0)
-    train_loader, val_loader = build_loaders(
-        config.data,
-        data,
-        seed=config.run.seed,
-        device=ranks.device,
-        dtype=precision.dtype,
-    )
+    place: dict[str, Any] = {
+        "seed": config.run.seed,
+        "device": ranks.device,
+        "dtype": precision.dtype,
+    }
+    train_loader, val_loader = build_loaders(config.data, data, **place)
+    loaders = evaluation_loaders(config.data, data, val_loader, **place)
 
     if order is not None:
         # Sample 0 may be one that it leaves out, because it is damaged.
         train_loader.first_id = int(plan.permutation(0)[0])
-    inputs = ranks.on_each(partial(first_inputs, train_loader, val_loader))
+    inputs = ranks.on_each(partial(first_inputs, train_loader, loaders))
     num_classes = _num_classes(config, data)
     signature = signature_of_samples(
-        val_loader or train_loader, num_classes=num_classes, classes=data.classes
+        loader_as_files(config.data, loaders) or train_loader,
+        num_classes=num_classes,
+        classes=data.classes,
     )
     build_module = partial(
         _module,
@@ -218,7 +255,7 @@ def build_run(
     the_task = _task(config, task, num_classes, module)
     the_task.to(ranks.device, precision.dtype)
     check_classes(the_task, num_classes, data)
-    config = _with_best_metric(config, the_task, has_validation=val_loader is not None)
+    config = _with_best_metric(config, the_task, list(data.validation()))
 
     mix = ranks.on_each(partial(_mix, config, the_task, train_loader, plan))
     forward = Forward(the_task, precision, ranks.device, config.run.seed, mix)
@@ -226,16 +263,19 @@ def build_run(
     quarantine = None
     if config.data.bad_samples == "quarantine":
         quarantine = Quarantine(ranks, config.data.max_bad)
-    evaluator = _evaluator(
-        config,
-        ranks,
-        data=data,
-        loader=val_loader,
-        module=module,
-        forward=forward,
-        freezing=freezing,
-        quarantine=quarantine,
-    )
+    sets = {}
+    for phase, dataset in data.evaluated().items():
+        evaluator = _evaluator(
+            config,
+            ranks,
+            dataset=dataset,
+            loader=loaders[phase],
+            module=module,
+            forward=forward,
+            freezing=freezing,
+            quarantine=quarantine,
+        )
+        sets[phase] = EvaluationSet(phase, dataset, loaders[phase], evaluator)
     return Run(
         config=config,
         ranks=ranks,
@@ -244,7 +284,6 @@ def build_run(
         data=data,
         plan=plan,
         train_loader=train_loader,
-        val_loader=val_loader,
         signature=signature,
         module=module,
         weights_note=weights_note,
@@ -252,7 +291,8 @@ def build_run(
         loss_state=LossState(module, the_task),
         forward=forward,
         freezing=freezing,
-        evaluator=evaluator,
+        validation=[sets[phase] for phase in data.validation()],
+        test=sets.get("test"),
         quarantine=quarantine,
     )
 
@@ -276,24 +316,36 @@ def _with_names(config: Config, **objects: object) -> Config:
 
 
 def _data(
-    config: Config, ranks: Ranks, train: MapDataset | None, val: MapDataset | None
+    config: Config,
+    ranks: Ranks,
+    train: MapDataset | None,
+    val: MapDataset | Mapping[str, MapDataset] | None,
+    test: MapDataset | None,
 ) -> Datasets:
     if train is None:
-        if val is not None:
-            raise ConfigError(
-                "val_data",
-                "is given without train_data, and would replace half of the data that the config names; give both",
-            )
-        return build_datasets(config.data, ranks.main_first)
+        for key, given in (("val_data", val), ("test_data", test)):
+            if given is not None:
+                raise ConfigError(
+                    key,
+                    "is given without train_data, and would replace half of the data that the config names; give both",
+                )
+        data = build_datasets(config.data, ranks.main_first)
+        data = with_split(config.data, data)
+        return with_evaluation_sets(config.data, data, ranks.main_first)
+    refuse_sets_of_config(config.data)
     if config.data.cache:
         raise ConfigError(
             "data.cache",
             "keeps the images of data.name=folder, not of a train_data that is passed; leave it out",
         )
     check_part(type(train).__name__, "training", train, key="train_data")
-    if val is not None:
-        check_part(type(val).__name__, "validation", val, key="val_data")
-    return Datasets(train, val, shared_class_names(train, val), config.data.name)
+    if val is not None and config.data.val_fraction is not None:
+        raise ConfigError(
+            "data.val_fraction",
+            "takes validation samples out of train_data, and val_data is given; leave one out",
+        )
+    data = Datasets(train, None, shared_class_names(train, None), config.data.name)
+    return passed_sets(with_split(config.data, data), val, test)
 
 
 def _plan(config: Config, ranks: Ranks, samples: int, order: DrawnOrder | None) -> Plan:
@@ -398,15 +450,16 @@ def _mix(config: Config, task: Task, loader: Loader, plan: Plan) -> Mix | None:
     )
 
 
-def _with_best_metric(config: Config, task: Task, *, has_validation: bool) -> Config:
-    """The config with the metric that decides which model is best, and its mode.
+def _with_best_metric(config: Config, task: Task, validation: list[str]) -> Config:
+    """The config with the metric that decides which model is best, and its mode; `validation` are the sets' phases.
 
-    By default the metric is the loss, of validation if there is any. Raises `ConfigError` where the run logs no such
-    metric, or nobody knows whether less or more of it is better.
+    By default the metric is the loss, of the first validation set if there is any. Raises `ConfigError` where the run
+    logs no such metric, or nobody knows whether less or more of it is better.
     """
-    if config.best.metric == BestConfig().metric and not has_validation:
-        config = replace(config, best=replace(config.best, metric="train/loss"))
-    phases = (*evaluated_phases(config.ema), "train") if has_validation else ("train",)
+    phases = [*logged_phases(config.ema, validation), "train"]
+    if config.best.metric == BestConfig().metric:
+        metric = f"{phases[0]}/loss"
+        config = replace(config, best=replace(config.best, metric=metric))
     metrics = [
         f"{phase}/{name}" for phase in phases for name in ("loss", *task.metrics)
     ]
@@ -432,21 +485,19 @@ def _evaluator(
     config: Config,
     ranks: Ranks,
     *,
-    data: Datasets,
-    loader: Loader | None,
+    dataset: MapDataset,
+    loader: Loader,
     module: nn.Module,
     forward: Forward,
     freezing: Freezing,
     quarantine: Quarantine | None,
-) -> Evaluator | None:
-    if data.val is None or loader is None:
-        return None
+) -> Evaluator:
     return Evaluator(
         module,
         forward,
         loader,
         ranks,
-        samples=len(data.val),
+        samples=len(dataset),
         batch_size=config.batch.eval_size,
         exact=config.run.reproducibility == "bitwise",
         features=Features(

@@ -14,6 +14,21 @@ def evaluated_phases(section: EmaConfig) -> dict[str, bool]:
     return {"val": False, "val_ema": True}
 
 
+def evaluated_phase(phase: str, evaluation: str) -> str:
+    """The phase of a set in an evaluation: `val_ema/clean` of `val/clean` in that of the average, `val_ema`."""
+    name, slash, rest = phase.partition("/")
+    return f"{evaluation if name == 'val' else name}{slash}{rest}"
+
+
+def logged_phases(section: EmaConfig, validation: list[str]) -> list[str]:
+    """The phases of all evaluations of validation sets, `validation` by theirs."""
+    return [
+        evaluated_phase(phase, evaluation)
+        for evaluation in evaluated_phases(section)
+        for phase in validation
+    ]
+
+
 def best_evaluation(config: Config) -> str:
     """The evaluation that the best model had, `val` or `val_ema`."""
     return "val_ema" if config.best.metric.startswith("val_ema/") else "val"

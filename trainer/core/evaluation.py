@@ -17,18 +17,24 @@ from trainer.core.metrics import Meter
 from trainer.core.misfit import explained
 from trainer.core.samples import rows_not_finite
 from trainer.data.bad_samples import Quarantine
+from trainer.data.datasets import MapDataset
 from trainer.data.loading import Loader, whole_requests
 from trainer.data.passes import passes
-from trainer.data.samples import Ids, MicroBatch, Request
+from trainer.data.samples import MicroBatch, Request
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import preserved_modes
 from trainer.exact.moving_buffers import preserved_buffers
+from trainer.exact.plan import Ids
 from trainer.exact.seeding import preserved_generators
 from trainer.process.activity import EVALUATING, FIRST_EVALUATION, activity
 from trainer.process.ranks import Ranks
 
 # Spread over a rank's share: images of another size or a broken file are seldom alone.
 SAMPLES_TO_REHEARSE = 8
+
+
+# Called with sample ids, output and targets.
+OnBatch = Callable[[Ids, Any, Any], None]
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,22 @@ class Decision:
     predicted: int
     true: int
     confidence: float
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A set that a run is evaluated on. `phase` begins the names of its metrics: `val`, `val/<name>` or `test`."""
+
+    phase: str
+    dataset: MapDataset
+    loader: Loader
+    evaluator: Evaluator
+
+    @property
+    def prefix(self) -> str:
+        """What the phase adds to `val/`: nothing, or the set's name and a slash."""
+        name = self.phase.partition("/")[2]
+        return f"{name}/" if name else ""
 
 
 class Evaluator:
@@ -75,9 +97,7 @@ class Evaluator:
         self._phase = FIRST_EVALUATION  # until the first batch
 
     @torch.no_grad()
-    def evaluate(
-        self, on_batch: Callable[[Ids, Any, Any], None] | None = None
-    ) -> dict[str, float]:
+    def evaluate(self, on_batch: OnBatch | None = None) -> dict[str, float]:
         """The mean loss and metrics over all samples. A collective.
 
         `on_batch` is called with the sample ids, the output and the targets of each of this rank's batches.

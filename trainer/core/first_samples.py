@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from trainer.components.models import input_channels
@@ -11,21 +12,21 @@ from trainer.data.loading import Loader
 from trainer.errors import ConfigError, DataError
 
 
-def first_inputs(train: Loader, val: Loader | None) -> Any:
+def first_inputs(train: Loader, evaluated: Mapping[str, Loader]) -> Any:
     """The first training input as the model sees it, as a batch of one.
 
     Raises `ConfigError` or `DataError` where a sample cannot be used, or the parts' images differ in their channels.
     """
     inputs = train.peek([train.first_id]).inputs
-    if val is None:
-        return inputs
     channels = input_channels(inputs)
-    channels_of_val = input_channels(val.peek([0]).inputs)
-    if channels != channels_of_val and channels and channels_of_val:
-        raise DataError(
-            f"training images have {channels} channels and validation images {channels_of_val}; give both as many, as "
-            f"{{name: RGB}} or {{name: Grayscale}} in data.train_transforms and data.val_transforms do"
-        )
+    for phase, loader in evaluated.items():
+        others = input_channels(loader.peek([loader.first_id]).inputs)
+        if channels != others and channels and others:
+            name = "validation" if phase == "val" else phase
+            raise DataError(
+                f"training images have {channels} channels and {name} images {others}; give both as many, as "
+                f"{{name: RGB}} or {{name: Grayscale}} in data.train_transforms and data.val_transforms do"
+            )
     return inputs
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trainer.components.parameter_groups import named_by_model
 from trainer.config.fields import declared_keys
 from trainer.config.schema import SECTIONS, Config
 from trainer.core.build import Run
@@ -58,8 +59,8 @@ def _has_one_micro_batch(run: Run) -> bool:
 
 
 def _is_in_memory(run: Run) -> bool:
-    loaders = [run.train_loader, run.val_loader]
-    return not any(loader.dataset.draws for loader in loaders if loader is not None)
+    loaders = [run.train_loader, *(part.loader for part in run.evaluation_sets)]
+    return not any(loader.dataset.draws for loader in loaders)
 
 
 def _is_never_averaged(run: Run) -> bool:
@@ -83,6 +84,11 @@ RULES = (
         ("data.prefetch",),
         lambda run: run.config.data.workers == 0,
         "there are no loader processes (data.workers=0)",
+    ),
+    Rule(
+        ("data.split_seed",),
+        lambda run: run.config.data.val_fraction is None,
+        "nothing is split (data.val_fraction=null)",
     ),
     Rule(
         ("data.max_bad",),
@@ -122,8 +128,8 @@ RULES = (
         "there are no validation data",
     ),
     Rule(
-        ("batch.eval_size", "train.evaluate_every"),
-        lambda run: run.evaluator is None,
+        ("batch.eval_size", "train.evaluate_every", "train.evaluate_every_steps"),
+        lambda run: not run.evaluation_sets,
         "there are no validation data",
     ),
     Rule(
@@ -155,6 +161,19 @@ RULES = (
         ("model.head",),
         _is_head_unused,
         "no weights are loaded, it has as many outputs as the data has classes, and nothing treats it apart",
+    ),
+    Rule(
+        ("optimizer.no_weight_decay",),
+        lambda run: not named_by_model(run.module),
+        "the model has no no_weight_decay() that names a parameter",
+    ),
+    Rule(
+        ("optimizer.no_weight_decay",),
+        lambda run: (
+            run.config.optimizer.no_weight_decay == "ignore"
+            and run.config.optimizer.decay_norm_and_bias
+        ),
+        "auto spares nothing either (optimizer.decay_norm_and_bias=true)",
     ),
     Rule(
         ("schedule.warmup_start",),
@@ -189,6 +208,16 @@ RULES = (
             end - start == 1 for start, end in run.plan.step(0).micro_batches
         ),
         "a micro-batch is one sample (batch.micro_size), which has no partner",
+    ),
+    Rule(
+        ("train.evaluate_every_steps",),
+        lambda run: _ends_before(run.config.train.evaluate_every_steps, run),
+        "the run ends before",
+    ),
+    Rule(
+        ("train.checkpoint_every", "train.checkpoint_every_epochs"),
+        lambda run: run.config.train.keep_checkpoints == 0,
+        "no checkpoint is kept (train.keep_checkpoints=0)",
     ),
     Rule(
         ("train.channels_last",),

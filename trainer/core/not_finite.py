@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from trainer.core.build import Run
+from trainer.core.evaluation import EvaluationSet
 from trainer.core.samples import name_samples, rows_not_finite
 from trainer.errors import LockstepError
 from trainer.exact.finite import BadSteps, first_not_finite
@@ -72,15 +73,20 @@ def _describe_samples(run: Run, step: Step) -> str:
     return f"its samples: {name_samples(run.data.train, ids.tolist())}"
 
 
-def validation_not_finite(run: Run, loss: float) -> LockstepError:
+def validation_not_finite(
+    item: EvaluationSet, loss: float, saved_step: int | None
+) -> LockstepError:
     """The error for a validation loss that is not finite. A collective."""
-    assert run.evaluator is not None
-    bad = run.evaluator.samples_not_finite()
+    kept = f"the checkpoint of step {saved_step} is kept"
+    if not saved_step:
+        kept = "no checkpoint was written yet"
+    name = "validation" if item.phase == "val" else item.phase
+    bad = item.evaluator.samples_not_finite()
     samples = "no batch by itself has such a loss, so their sum is too large"
     if bad:
-        samples = f"it is of validation samples {name_samples(run.data.val, bad)}"
+        samples = f"it is of {name} samples {name_samples(item.dataset, bad)}"
     return LockstepError(
-        f"the validation loss is {loss}: {samples}; the weights are finite, and the epoch's checkpoint is kept. "
+        f"the {name} loss is {loss}: {samples}; the weights are finite, and {kept}. "
         f"Correct the data, or the loss where it is not defined"
     )
 

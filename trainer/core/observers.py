@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from trainer.components.task import WeightedSum
 from trainer.core.build import Run
+from trainer.core.evaluated_weights import evaluated_phase
+from trainer.core.evaluation import OnBatch
 from trainer.core.metrics import Row
-from trainer.data.samples import Ids, MicroBatch
+from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
-from trainer.exact.plan import Step
+from trainer.exact.plan import Ids, Step
 
 
 class Observer:
@@ -162,15 +164,16 @@ class Observers:
         for observer in self._observers:
             observer.step(step)
 
-    def watch(self, evaluation: str) -> Callable[[Ids, Any, Any], None] | None:
-        """What an evaluation calls after each batch; None if no observer looks at them."""
+    def watch(self, evaluation: str, phase: str) -> OnBatch | None:
+        """What `evaluation` calls after each batch of the set of `phase`; None if no observer looks at them."""
         watchers = self._with_own("evaluation_batch")
+        name = evaluated_phase(phase, evaluation)
         if not watchers:
             return None
 
         def see(ids: Ids, output: Any, targets: Any) -> None:
             for observer in watchers:
-                observer.evaluation_batch(evaluation, ids, output, targets)
+                observer.evaluation_batch(name, ids, output, targets)
 
         return see
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.config.evaluation_sets import key_of_set
 from trainer.config.schema import Config
 from trainer.data.datasets import Datasets
 from trainer.data.sampler import DrawnOrder
@@ -78,17 +79,18 @@ def check_data(data: Datasets, ranks: Ranks) -> None:
     """Raise `DataError` unless every rank has the same samples, as far as can be told at once. A collective."""
     if ranks.count == 1:
         return
-    own: dict[str, tuple[int, str] | None] = {}
-    for name, part in (("train", data.train), ("val", data.val)):
-        own[name] = None if part is None else (len(part), quick_fingerprint(part))
+    own: dict[str, tuple[int, str]] = {}
+    for name, part in (("train", data.train), *data.evaluated().items()):
+        own[name] = len(part), quick_fingerprint(part)
     of_ranks = ranks.gather([own])
     for rank, other in enumerate(of_ranks):
-        for name in own:
-            if other[name] != of_ranks[0][name]:
+        for name in sorted({*other, *of_ranks[0]}):
+            here, on_main = other.get(name), of_ranks[0].get(name)
+            if here != on_main:
                 raise DataError(
                     f"the {name} samples of {data.name} on rank {rank} ({ranks.machines[rank]}) are not those of rank "
-                    f"0 ({ranks.machines[0]}): {_count(other[name])} and {_count(of_ranks[0][name])}; give every "
-                    f"machine the same files in the same folders"
+                    f"0 ({ranks.machines[0]}): {_count(here)} and {_count(on_main)}; give every machine the same "
+                    f"files in the same folders"
                 )
 
 
@@ -150,7 +152,7 @@ def _binding_keys(config: Config) -> dict[str, Any]:
     return {
         name: value
         for name, (_, value) in changes.items()
-        if not (is_free(name) or name in OF_EACH_DISK)
+        if not (is_free(name) or name in OF_EACH_DISK or key_of_set(name) == "root")
     }
 
 

@@ -32,8 +32,8 @@ def _rehearse(run: Run) -> None:
         # SyncBatchNorm's forward is a collective, which a rank whose sample fails would miss.
         if run.config.batch_norm.mode != "sync":
             _run_shortest_micro_batch(run)
-        if run.evaluator is not None:
-            run.evaluator.rehearse()
+        for item in run.evaluation_sets:
+            item.evaluator.rehearse()
 
 
 def _run_shortest_micro_batch(run: Run) -> None:

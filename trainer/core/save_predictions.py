@@ -21,9 +21,8 @@ from trainer.components.answers import Answer
 from trainer.core.build import Run
 from trainer.core.metrics import Row
 from trainer.core.observers import Observer
-from trainer.data.samples import Ids
 from trainer.errors import ConfigError
-from trainer.exact.plan import Step
+from trainer.exact.plan import Ids, Step
 from trainer.storage.files import new_file, write_text
 from trainer.storage.run_directory import run_path
 from trainer.storage.stateful import write_tensors

@@ -53,10 +53,15 @@ class SavedState:
             config.to_dict(digests=True),
             stateful=states,
         )
-        checkpoint.save(directory, content, keep=config.train.keep_checkpoints)
+        # One that is written is kept, even by keep_checkpoints=0: a stopped run goes on from it.
+        keep = max(1, config.train.keep_checkpoints)
+        checkpoint.save(directory, content, keep=keep)
 
-    def write_best(self, directory: Path, row: Row) -> None:
-        """Write the model into the run's `directory` as the best one, with the `row` of its evaluation."""
+    def write_best(self, directory: Path, row: Row, *, saved_best_step: int) -> None:
+        """Write the model into the run's `directory` as the best one, with the `row` of its evaluation.
+
+        `saved_best_step` is the step of the best model that the newest checkpoint knows.
+        """
         with evaluation_weights(self._optimizer):
             tensors = checkpoint.snapshot(self._run.module)
         checkpoint.save_best(
@@ -66,6 +71,7 @@ class SavedState:
             row,
             self._run.signature.to_dict(),
             further=of_best(self._further()),
+            saved_best_step=saved_best_step,
         )
 
     def restore(self, content: Checkpoint) -> tuple[Mapping[str, Any], dict[str, Any]]:

@@ -14,8 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from trainer.config.evaluation_sets import key_of_set
 from trainer.config.import_paths import ImportPath, import_paths
-from trainer.config.load import load, override_keys
+from trainer.config.load import load_resolved
+from trainer.config.overrides import override_keys
 from trainer.config.registry import resolve
 from trainer.config.schema import Config
 from trainer.core.known_components import (
@@ -54,7 +56,7 @@ def read_trusted_config(
     Raises `ConfigError` that names every import path which is neither known nor trusted.
     """
     file = config_file(run, directory)
-    config = load(file, overrides)
+    config = load_resolved(file, overrides)
     content = file.read_bytes()
     known = trust_in(run, content)
     packages = known.packages | _package_names(trust)
@@ -74,13 +76,18 @@ def refuse_environment(
     """
     for path, reference in config.references.items():
         key = ".".join(map(str, path))
-        if not _is_below(key, keys) or _is_below(key, typed) or path in PATH_KEYS:
+        if not _is_below(key, keys) or _is_below(key, typed) or _is_path(path):
             continue
         raise ConfigError(
             key,
             f"is {reference.text}: {run} was not made here, and would get that variable of yours; if it should, put "
             f"{key}='{reference.text}' on the command line",
         )
+
+
+def _is_path(path: Sequence[object]) -> bool:
+    key = ".".join(map(str, path))
+    return tuple(path) in PATH_KEYS or key_of_set(key) == "root"
 
 
 def refuse_foreign_settings(run: Path, config: Config) -> None:

@@ -12,6 +12,7 @@ import torch
 from trainer.data.conversion import as_pair
 from trainer.data.datasets import Datasets, ImageArrays, MapDataset
 from trainer.data.folder import ImageFolder
+from trainer.data.labelled_images import LabelledImages
 from trainer.data.names import normal_form
 from trainer.errors import ConfigError, DataError, nearest
 
@@ -38,11 +39,17 @@ def with_classes(data: Datasets, classes: Sequence[str]) -> Datasets:
             "the model's class names are not unique, so those of the data cannot be matched to them",
         )
     new_ids = [known.index(name) for name in own]
+
+    def relabel(part: MapDataset) -> MapDataset:
+        return _relabel(part, new_ids, len(known))
+
     return replace(
         data,
-        train=_relabel(data.train, new_ids),
-        val=None if data.val is None else _relabel(data.val, new_ids),
+        train=relabel(data.train),
+        val=None if data.val is None else relabel(data.val),
         classes=list(classes),
+        named={name: relabel(part) for name, part in data.named.items()},
+        test=None if data.test is None else relabel(data.test),
     )
 
 
@@ -70,10 +77,19 @@ class Relabelled:
             ) from None
 
 
-def _relabel(dataset: MapDataset, new_ids: list[int]) -> MapDataset:
+def _new(target: Any, new_ids: list[int]) -> Any:
+    """A class id, or a list of them, of the model's."""
+    if isinstance(target, list):
+        return [new_ids[item] for item in target]
+    return new_ids[target]
+
+
+def _relabel(dataset: MapDataset, new_ids: list[int], class_count: int) -> MapDataset:
     if isinstance(dataset, ImageFolder):
         relabelled = copy.copy(dataset)
-        relabelled.targets = [new_ids[target] for target in dataset.targets]
+        relabelled.targets = [_new(target, new_ids) for target in dataset.targets]
+        if isinstance(relabelled, LabelledImages) and relabelled.class_count:
+            relabelled.class_count = class_count
         return relabelled
     if isinstance(dataset, ImageArrays) and dataset.targets.dim() == 1:
         return replace(dataset, targets=torch.tensor(new_ids)[dataset.targets])

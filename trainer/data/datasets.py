@@ -7,18 +7,20 @@ A sample's id is its position in the set. What a set holds depends on its own ar
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from trainer.config.evaluation_sets import validation_sets
 from trainer.config.registry import build, resolve
 from trainer.config.schema import DataConfig
 from trainer.data.folder import image_folders
+from trainer.data.labelled_images import labelled_images
 from trainer.data.parts import check_part, shared_class_names
 from trainer.errors import ConfigError, DataError, UnreadableError, may_pass
 from trainer.exact.seeding import numpy_generator
@@ -34,13 +36,29 @@ class MapDataset(Protocol):
 
 @dataclass(frozen=True)
 class Datasets:
-    """The two parts of a data set. `val` is None only if an import path names a set without one."""
+    """What a run trains on and is evaluated on. `val` is None only if an import path names a set without one.
+
+    Where there are named validation sets, `named` holds all of them, and `val` is the first.
+    """
 
     train: MapDataset
     val: MapDataset | None
     classes: list[str] | None  # names, by class id; None for regression or if unknown
     name: str
     note: str = ""  # what the user should know about it, such as files left out
+    named: Mapping[str, MapDataset] = field(default_factory=dict)
+    test: MapDataset | None = None
+
+    def validation(self) -> dict[str, MapDataset]:
+        """The validation sets, by the first part of their metrics' names: `val`, or `val/<name>` of named ones."""
+        if self.named:
+            return {f"val/{name}": part for name, part in self.named.items()}
+        return {} if self.val is None else {"val": self.val}
+
+    def evaluated(self) -> dict[str, MapDataset]:
+        """The same, and `test` if there is such a set."""
+        test = {} if self.test is None else {"test": self.test}
+        return self.validation() | test
 
 
 @dataclass(frozen=True)
@@ -113,8 +131,16 @@ def build_datasets(
             cache=section.cache,
             max_pixels=section.max_pixels,
             bad_samples=section.bad_samples,
+            needs_val=section.val_fraction is None and needs_own_part(section),
+            is_split=section.val_fraction is not None,
         )
         return data
+
+
+def needs_own_part(section: DataConfig) -> bool:
+    """True unless all validation sets that `section` names are others than its data set's own part."""
+    sets = validation_sets(section.val)
+    return not sets or any(item.is_plain for item in sets.values())
 
 
 def _check_section(section: DataConfig, parameters: set[str]) -> None:
@@ -159,19 +185,53 @@ def folder(
     cache: float = 0.0,
     max_pixels: int | None = None,
     bad_samples: str = "stop",
+    *,
+    needs_val: bool = True,
+    is_split: bool = False,
+    train_folder: str | None = None,
+    val_folder: str = "val",
+    labels: str | dict[str, Any] | None = None,
 ) -> Datasets:
-    """Images in class folders, `root/train/<class>/…` and `root/val/<class>/…`: see `trainer.data.folder`.
+    """Images in class folders, `root/train/<class>/…` and `root/val/<class>/…`, or those that a label file names.
 
-    Up to `cache` GiB of them are decoded at once and kept in memory, those to train from first. An image of more than
-    `max_pixels` pixels is not decoded.
+    Args:
+        cache: up to so many GiB of images are decoded at once and kept in memory, those to train from first.
+        max_pixels: an image of more is not decoded.
+        bad_samples: quarantine keeps images that cannot be decoded out of the cache, and goes on.
+        needs_val: whether validation images are looked for.
+        is_split: whether validation images are taken out of the training images.
+        train_folder: folder below root with the class folders to train on; null = train, or with data.val_fraction
+            root itself where it holds no train/.
+        val_folder: the same for validation.
+        labels: a CSV file with the columns path, label and split, or {file: a.csv, label: breed, kind: classes, …}.
     """
+    place = Path(root).expanduser()
     leaves_out = bad_samples == "quarantine"
-    train, val, classes, note = image_folders(
-        Path(root).expanduser(), max_pixels, leaves_out
-    )
+    names: list[str] | None
+    if labels is None:
+        if train_folder is None:
+            is_whole = is_split and place.is_dir() and not (place / "train").is_dir()
+            train_folder = "." if is_whole else "train"
+        train, val, names, note = image_folders(
+            place,
+            max_pixels,
+            leaves_out,
+            folders=(train_folder, val_folder),
+            needs_val=needs_val,
+        )
+    else:
+        if train_folder is not None or val_folder != "val":
+            key = "val_folder" if train_folder is None else "train_folder"
+            raise ConfigError(
+                f"data.{key}", "says nothing beside data.labels, which names each image"
+            )
+        train, val, names, note = labelled_images(
+            place, labels, max_pixels, leaves_out, needs_val=needs_val
+        )
     bytes_left = train.cache_first(round(cache * 2**30))
-    val.cache_first(bytes_left)
-    return Datasets(train, val, classes, "folder", note)
+    if val is not None:
+        val.cache_first(bytes_left)
+    return Datasets(train, val, names, "folder", note)
 
 
 def cifar10(root: str, download: bool = False) -> Datasets:
@@ -303,10 +363,37 @@ def _imported_parts(
                 "leave it out: it is set once for training, once for validation",
             )
         train = build("data", target, section.args, **root, **{keyword: train_value})
+        if section.val_fraction is not None:
+            return train, None  # it is taken out of the training part
         val = build("data", target, section.args, **root, **{keyword: val_value})
         return train, val
     data = build("data", target, section.args, **root)
     return data if isinstance(data, tuple) and len(data) == 2 else (data, None)
+
+
+def evaluation_part(
+    section: DataConfig, target: Callable[..., Any], *, is_train: bool = False
+) -> Any:
+    """The validation part alone (or the training part) of the data set of an import path, as `_imported_parts`.
+
+    Where its arguments say which part it is, or it is made as one set, it is that set.
+    """
+    parameters = _parameters(target)
+    root: dict[str, Any] = {} if section.root is None else {"root": section.root}
+    value_of: dict[str, Any] = {
+        "train": is_train,
+        "split": "train" if is_train else "val",
+    }
+    for keyword, value in value_of.items():
+        if keyword in section.args:
+            break
+        if keyword in parameters:
+            root = {**root, keyword: value}
+            break
+    data = build("data", target, section.args, **root)
+    if isinstance(data, tuple) and len(data) == 2:
+        return data[0] if is_train else data[1]
+    return data
 
 
 def _parameters(target: Callable[..., Any]) -> set[str]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from trainer.data.bad_samples import is_bad_sample
 from trainer.data.decoding import IMAGE_TYPES, decode
 from trainer.data.names import check_utf8, normal_form
-from trainer.errors import DataError, data_error, may_pass, nearest
+from trainer.errors import ConfigError, DataError, data_error, may_pass, nearest
 
 # Images decoded before it is known whether they fit into the cache.
 DECODED_AT_ONCE = 64
@@ -34,7 +36,7 @@ class ImageFolder:
         self,
         root: Path,
         paths: list[str],
-        targets: list[int],
+        targets: list[Any],
         max_pixels: int | None = None,
         leaves_out: bool = False,
     ) -> None:
@@ -49,12 +51,12 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         """The image, uint8 `(3, H, W)`, turned upright by its EXIF data, and its class id.
 
         Raises `DataError` if the file cannot be decoded: a sample is never replaced by another.
         """
-        target = self.targets[index]
+        target = self._target(index)
         cached = self._cached[index] if 0 <= index < len(self._cached) else None
         if cached is not None:
             # A transform may write into its input.
@@ -87,6 +89,18 @@ class ImageFolder:
                 return None
             raise
 
+    def select(self, ids: Sequence[int]) -> ImageFolder:
+        """The images of some ids, in ascending order; those of them that are cached stay so."""
+        chosen = copy.copy(self)
+        chosen.paths = [self.paths[index] for index in ids]
+        chosen.targets = [self.targets[index] for index in ids]
+        count = len(self._cached)
+        chosen._cached = [self._cached[index] for index in ids if index < count]
+        return chosen
+
+    def _target(self, index: int) -> Any:
+        return self.targets[index]
+
     def _decode(self, path: str) -> torch.Tensor:
         return decode(self.root / path, max_pixels=self._max_pixels)
 
@@ -94,35 +108,101 @@ class ImageFolder:
 # Not `torchvision.datasets.ImageFolder`: it puts the files of subfolders last, takes hidden folders for classes, skips
 # folders that it may not read, and says nothing of the files that it leaves out. Sample ids depend on the order here.
 def image_folders(
-    root: Path, max_pixels: int | None = None, leaves_out: bool = False
-) -> tuple[ImageFolder, ImageFolder, list[str], str]:
-    """Training and validation images, class names (train/'s folders, sorted), and a note on the files left out."""
-    if not root.is_dir():
-        raise DataError(
-            f"data.root={root} is not a folder; set it to the one that holds train/ and val/"
-        )
-    left_out: dict[str, list[str]] = {OTHER_TYPE: [], NO_CLASS: [], LINK_UPWARDS: []}
-    train = _list_part(root, "train", left_out)
+    root: Path,
+    max_pixels: int | None = None,
+    leaves_out: bool = False,
+    *,
+    folders: tuple[str, str] = ("train", "val"),
+    needs_val: bool = True,
+) -> tuple[ImageFolder, ImageFolder | None, list[str], str]:
+    """Training and validation images, class names (the training folders, sorted), and a note on the files left out.
+
+    Both `folders` are below `root`, "." for `root` itself. Without `needs_val`, no validation images are looked for.
+    """
+    train_folder, val_folder = folders
+    check_root(root, f"{train_folder}/ and {val_folder}/")
+    _check_below_root("train_folder", train_folder)
+    _check_below_root("val_folder", val_folder)
+    left_out = _nothing_left_out()
+    train = _list_part(root, train_folder, left_out)
     for name, paths in train.items():
         if not paths:
             raise DataError(
-                f"{root / 'train' / name} holds no {_types()}; add images or remove the folder"
-            )
-    val = _list_part(root, "val", left_out)
-    for name in val:
-        if name not in train:
-            raise DataError(
-                f"{root / 'val' / name} is a class that train/ lacks{nearest(name, train)}; "
-                f"add {root / 'train' / name} or remove the folder"
+                f"{root / train_folder / name} holds no {_types()}; add images or remove the folder"
             )
     classes = list(train)
-    notes = [_note(reason, files) for reason, files in left_out.items() if files]
+    val = None
+    if needs_val:
+        val = _list_part(root, val_folder, left_out)
+        for name in val:
+            if name not in train:
+                raise DataError(
+                    f"{root / val_folder / name} is a class that {train_folder}/ lacks{nearest(name, train)}; "
+                    f"add {root / train_folder / name} or remove the folder"
+                )
     return (
         _image_folder(root, train, classes, max_pixels, leaves_out),
-        _image_folder(root, val, classes, max_pixels, leaves_out),
+        None
+        if val is None
+        else _image_folder(root, val, classes, max_pixels, leaves_out),
         classes,
-        "; ".join(notes),
+        _notes(left_out),
     )
+
+
+def evaluation_folder(
+    root: Path,
+    part: str,
+    classes: list[str],
+    max_pixels: int | None,
+    leaves_out: bool,
+    *,
+    key: str,
+) -> tuple[ImageFolder, str]:
+    """The images of `root/part/<class>/…` under the class ids of `classes`, and a note on the files left out.
+
+    `key` is the set's in the config, for messages. Raises `DataError`.
+    """
+    folder = root / part
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder} is missing; set {key}.root and {key}.folder to the folder that holds the set's class folders "
+            f"(folder: . if root itself does)"
+        )
+    left_out = _nothing_left_out()
+    paths = _list_part(root, part, left_out)
+    for name in paths:
+        if name not in classes:
+            raise DataError(
+                f"{folder / name} is a class that the training data lack{nearest(name, classes)}; remove or rename "
+                f"the folder"
+            )
+    images = _image_folder(root, paths, classes, max_pixels, leaves_out)
+    return images, _notes(left_out)
+
+
+def _nothing_left_out() -> dict[str, list[str]]:
+    return {OTHER_TYPE: [], NO_CLASS: [], LINK_UPWARDS: []}
+
+
+def _notes(left_out: dict[str, list[str]]) -> str:
+    return "; ".join(
+        _note(reason, files) for reason, files in left_out.items() if files
+    )
+
+
+def _check_below_root(key: str, name: str) -> None:
+    """Raise `ConfigError` for the name of a folder that leads out of `data.root`."""
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"data.{key}", f'"{name}" is no folder below data.root')
+
+
+def check_root(root: Path, holds: str) -> None:
+    """Raise `DataError` unless `data.root` is a folder."""
+    if not root.is_dir():
+        raise DataError(
+            f"data.root={root} is not a folder; set it to the one that holds {holds}"
+        )
 
 
 def _image_folder(
@@ -148,7 +228,8 @@ def _list_part(
     folder = root / part
     if not folder.is_dir():
         raise DataError(
-            f"{folder} is missing; data.root must hold train/ and val/, each with class folders"
+            f"{folder} is missing; data.root must hold a folder with class folders for each part, train/ and val/ by "
+            f"default (data.train_folder, data.val_folder; or data.val_fraction for one folder alone)"
         )
     paths_by_class: dict[str, list[str]] = {}
     for entry in sorted(folder.iterdir(), key=_sort_key):

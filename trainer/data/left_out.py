@@ -34,7 +34,7 @@ class RemainingTrainLoader(TrainLoader):
         quarantine: Quarantine,
     ) -> None:
         self._quarantine = quarantine
-        self._part = loader.dataset.purpose
+        self._part = loader.dataset.label
         # What is asked for in each step, decided when it is first needed: what is found later is not in it.
         self._asked: dict[int, list[Request]] = {}
         self._awaited_request: Request | None = None
@@ -156,7 +156,7 @@ def remaining_steps(
     loader: Loader, plan: Plan, steps: Sequence[Step], rank: int, quarantine: Quarantine
 ) -> list[Step]:
     """`steps` without their bad samples, those of steps to come included; only steps with samples. A collective."""
-    part = loader.dataset.purpose
+    part = loader.dataset.label
     known = quarantine.ids(part)
     to_come = [step for step in steps if step.number > quarantine.step]
     if to_come:

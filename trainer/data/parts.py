@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
-
 from trainer.data.conversion import target_key
 from trainer.data.names import normal_form
+from trainer.data.streams import way_out
 from trainer.errors import ConfigError, DataError, config_error
 
 
@@ -54,7 +53,7 @@ def check_part(source: str, part: str, data: Any, key: str = "data.name") -> Non
         raise ConfigError(
             key,
             f"the {part} part of {source} is of type {type(data).__name__}; samples are read by their id, so it must "
-            f"have __len__ and __getitem__ and be no IterableDataset{remedy}",
+            f"have __len__ and __getitem__ and be no stream{remedy}",
         )
     try:
         length = len(data)
@@ -70,18 +69,16 @@ def check_part(source: str, part: str, data: Any, key: str = "data.name") -> Non
 
 def _remedy_for(data: Any) -> str:
     """What to give instead of something that is no data set, though it may look like one; "" for a data set."""
-    if isinstance(data, DataLoader):
-        return (
-            ". Give the loader's data set, `loader.dataset`: batch.size, data.workers and run.seed do what the loader "
-            "would"
-        )
-    if isinstance(data, IterableDataset):
-        return ". Give a data set that reads any sample by its number"
+    advice = way_out(data)
+    if advice:
+        return f". {advice}"
     if isinstance(data, Mapping):
         names = ", ".join(repr(name) for name in list(data)[:4])
         return f". Give one of its entries ({names}) as each part"
     if isinstance(data, tuple) and any(hasattr(part, "shape") for part in data):
         return ". Give torch.utils.data.TensorDataset(inputs, targets)"
+    if callable(data) and not hasattr(data, "__getitem__"):
+        return ". Give what it returns, by calling it"
     if isinstance(data, str | bytes | Path):
         return ". Give a data set, or name one in data.name with its data.root"
     return ""

@@ -51,7 +51,7 @@ class RemainingPasses(Passes):
     ) -> None:
         super().__init__(loader, requests)
         self._quarantine = quarantine
-        self._part = loader.dataset.purpose
+        self._part = loader.dataset.label
         self._items: Generator[Loaded, None, None] | None = None
         self._bad: list[BadSample] = []  # of this rank, in this pass
 

@@ -116,7 +116,8 @@ class KeyedDataset(Dataset[Any]):
             else SampleTransform(transform, self._transforms_key)
         )
         self._seed = seed
-        self.purpose = purpose
+        self._purpose = purpose
+        self.label = purpose  # in messages and lists
         # In-memory data without transforms has nothing random: a micro-batch is one look-up.
         self._batch = (
             dataset.batch
@@ -126,6 +127,11 @@ class KeyedDataset(Dataset[Any]):
         self.draws = self._batch is None
         # Set in a loader process: told of each sample before it is loaded.
         self.at_sample: Callable[[int], None] | None = None
+
+    def call(self, label: str, transforms_key: str) -> None:
+        """What messages call the samples and the key of their transforms; the draws stay as they are."""
+        self.label = label
+        self._transforms_key = transforms_key
 
     def __getitem__(self, request: Request) -> MicroBatch | Loaded | DataError:
         if self.leaves_out:
@@ -181,7 +187,7 @@ class KeyedDataset(Dataset[Any]):
         path = "" if paths is None else printable(str(paths[sample_id]))
         # One line, without the name.
         reason = " ".join(str(error).split()).removeprefix(f"{self.name(sample_id)}: ")
-        return BadSample(self.purpose, sample_id, path, reason)
+        return BadSample(self.label, sample_id, path, reason)
 
     def sample(
         self, epoch: int, sample_id: int, occurrence: int = 0
@@ -189,7 +195,7 @@ class KeyedDataset(Dataset[Any]):
         """The input and target of one sample, transformed. It seeds the CPU's generators."""
         position = (epoch, sample_id, occurrence) if occurrence else (epoch, sample_id)
         # All that a data set or transform may draw from; the caller restores the rank's generators (`draws`).
-        seed_cpu(key(self._seed, self.purpose, *position))
+        seed_cpu(key(self._seed, self._purpose, *position))
         if self.at_sample is not None:
             self.at_sample(sample_id)
         try:
@@ -214,7 +220,7 @@ class KeyedDataset(Dataset[Any]):
         # Nearly every sample is one, and nothing more is to be found out about it.
         if type(sample) is tuple and len(sample) == 2:
             return sample
-        return as_pair(sample, f"{self.purpose} sample {sample_id}")
+        return as_pair(sample, f"{self.label} sample {sample_id}")
 
     def _transformed(self, image: Any, target: Any, sample_id: int) -> tuple[Any, Any]:
         assert self._transform is not None
@@ -250,7 +256,7 @@ class KeyedDataset(Dataset[Any]):
                 default_collate(values)
             except Exception as reason:
                 return self._misfit_of_part(part, values, ids, reason)
-        return DataError(f"{self.purpose} samples make no batch: {error}")
+        return DataError(f"{self.label} samples make no batch: {error}")
 
     def _misfit_of_part(
         self, part: str, values: list[Any], ids: Ids, error: Exception
@@ -276,13 +282,13 @@ class KeyedDataset(Dataset[Any]):
             else "pad each to one length in the data set, and leave the padding out of the loss"
         )
         return DataError(
-            f"{self.purpose} samples do not fit into one batch: the {part} of sample {ids[0]} is {descriptions[0]}, "
+            f"{self.label} samples do not fit into one batch: the {part} of sample {ids[0]} is {descriptions[0]}, "
             f"that of sample {ids[other]} {descriptions[other]}; {remedy}"
         )
 
     def name(self, sample_id: int) -> str:
         """What a message calls a sample: its number, and its path if it has one."""
-        name = f"{self.purpose} sample {sample_id}"
+        name = f"{self.label} sample {sample_id}"
         paths = getattr(self.dataset, "paths", None)
         return name if paths is None else f"{name} ({printable(str(paths[sample_id]))})"
 

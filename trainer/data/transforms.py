@@ -70,22 +70,26 @@ def _build(key: str, item: Any) -> Callable[..., Any]:
 
 
 def _resolve(key: str, name: str) -> Any:
-    from torchvision.transforms import v2
-
     if "." in name:
         return resolve(key, name, {})
-    target = getattr(v2, name, None)
-    if isinstance(target, type) and issubclass(target, v2.Transform):
-        return target
-    names = [
-        n
-        for n, member in vars(v2).items()
-        if isinstance(member, type) and issubclass(member, v2.Transform)
-    ]
+    known = transforms_by_name()
+    if name in known:
+        return known[name]
     raise ConfigError(
         f"{key}.name",
-        f'"{name}" is no v2 transform, nor an import path{nearest(name, names)}',
+        f'"{name}" is no v2 transform, nor an import path{nearest(name, known)}',
     )
+
+
+def transforms_by_name() -> dict[str, type]:
+    """torchvision's v2 transforms."""
+    from torchvision.transforms import v2
+
+    return {
+        name: member
+        for name, member in vars(v2).items()
+        if isinstance(member, type) and issubclass(member, v2.Transform)
+    }
 
 
 def _value(key: str, argument: str, value: Any) -> Any:

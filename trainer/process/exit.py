@@ -8,8 +8,11 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NoReturn
 
@@ -43,6 +46,11 @@ def report_error(error: BaseException) -> int:
     A `LockstepError` is printed as its message, any other error with its traceback. When one rank fails, the
     others fail soon after because it is gone. Only the first rank to get here prints, so its message is the cause.
     """
+    with _interrupts_ignored():
+        return _report(error)
+
+
+def _report(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError) and _discard_unread_output():
         return CLOSED_PIPE_STATUS
     status = error.exit_status if isinstance(error, LockstepError) else 1
@@ -62,6 +70,12 @@ def report_error(error: BaseException) -> int:
     return status
 
 
+def report_interrupt() -> int:
+    """Report a Ctrl-C that acted at once, as one before the training or a second one does; returns the exit status."""
+    message = "interrupted; run.resume=auto goes on from the newest checkpoint"
+    return report_error(Stopped(message, signal.SIGINT))
+
+
 def exit_process(status: int) -> NoReturn:
     """End the process with `status`. One rank of several skips the interpreter's shutdown.
 
@@ -69,6 +83,7 @@ def exit_process(status: int) -> NoReturn:
     gloo's thread needs the interpreter to release the last collective's tensors, and during shutdown it aborts the
     whole process instead ("terminate called without an active exception").
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as while an error is reported
     sys.stdout.flush()
     sys.stderr.flush()
     if launcher.world_size() > 1:
@@ -95,6 +110,19 @@ def delay_exit_for_gloo() -> None:
     Registered once a process, however often it is called.
     """
     atexit.register(time.sleep, SECONDS_FOR_GLOO)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """The end is near, and bounded: a further Ctrl-C would only put a traceback in place of the message."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _discard_unread_output() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from torch import Tensor, distributed
 
 from trainer.errors import HangError, LockstepError, MainRankLost, OtherRankFailed
 from trainer.process.activity import activity
+from trainer.process.peers import watch_peers
 from trainer.process.rank_states import RankStates
 from trainer.process.stacks import error_position
 from trainer.process.store import StoreSilentError, ask_store, value_of
@@ -69,7 +71,17 @@ class HostGroup:
             self._group = distributed.new_group(
                 backend="gloo", timeout=timedelta(seconds=timeout)
             )
-            self.machines = self.gather(socket.gethostname())
+            self._meet_others()
+
+    def _meet_others(self) -> None:
+        """Learn where each rank is, and watch those of this machine."""
+        places = self.gather((socket.gethostname(), os.getpid()))
+        self.machines = [machine for machine, _ in places]
+        peers = []
+        for rank, (machine, process) in enumerate(places):
+            if rank != self.rank and machine == self.machines[self.rank]:
+                peers.append((rank, process))
+        self._peers = watch_peers(frozenset(peers))
 
     # ---------------------------------------------------------------- collective operations
 
@@ -277,18 +289,26 @@ class HostGroup:
         """What a rank raises where the store has ended with rank 0, unless that has said why."""
         if activity.is_main_lost is None or not activity.is_main_lost():
             return None
-        return MainRankLost(_ended_without_error([f"rank 0 on {self.machines[0]}"]))
+        return MainRankLost(self._describe_losses([0]))
 
     def _describe_ended(self, states: RankStates) -> LockstepError | None:
         """What a rank raises whose connection was lost, unless the rank that ended has said why, and is heard first."""
         ended = states.find_ended(self.machines[self.rank], SECONDS_TO_FIND_ENDED)
         if not ended:
             return None
-        return OtherRankFailed(
-            _ended_without_error(
-                [f"rank {rank} on {self.machines[rank]}" for rank in ended]
-            )
-        )
+        return OtherRankFailed(self._describe_losses(ended))
+
+    def _describe_losses(self, ranks: Sequence[int]) -> str:
+        """How ranks ended that said nothing, and what to do."""
+        losses = []
+        for rank in ranks:
+            loss = self._peers.describe(rank)
+            losses.append(f"rank {rank} on {self.machines[rank]} {loss}")
+        text = ", ".join(losses)
+        signals = [self._peers.signals.get(rank) for rank in ranks]
+        if signal.SIGKILL in signals or None in signals:
+            text += ", perhaps because memory ran out (the system's log says so)"
+        return f"{text}; run.resume=auto goes on from the newest checkpoint"
 
     def _report(self, states: RankStates) -> HangError:
         """What all ranks raise where a wait has timed out; the first of them writes it."""
@@ -357,13 +377,6 @@ def _to_send(error: Exception, rank: int, machines: list[str]) -> LockstepError:
 
 def _to_bytes(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-
-
-def _ended_without_error(names: Sequence[str]) -> str:
-    return (
-        f"{', '.join(names)} ended without an error of its own: it crashed or was killed, perhaps because memory ran "
-        f"out (the system's log says so); run.resume=auto goes on from the newest checkpoint"
-    )
 
 
 def _from_bytes(data: Tensor) -> Any:

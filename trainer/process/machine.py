@@ -6,6 +6,7 @@ import platform
 import shutil
 import socket
 import time
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,16 @@ def describe_rank(device: torch.device, directory: Path) -> dict[str, Any]:
 
 def package_versions() -> dict[str, str | None]:
     """The versions of Python and of what computes; None for a package that is not installed."""
-    values: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            values[package] = version(package)
-        except PackageNotFoundError:
-            values[package] = None
-    return values
+    versions = {package: _version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **versions}
+
+
+@cache  # reading a package's metadata takes 10 ms, and a run asks twice
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -33,6 +33,7 @@ LAUNCHER_VARIABLES = (
     "ACCELERATE_MIXED_PRECISION",
 )
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+STATUS_FIELD = 52  # of /proc/PID/stat, counted from 1
 # Seconds to connect, and again to send, when a failure is recorded.
 WANDB_TIMEOUT = 10.0
 
@@ -106,6 +107,19 @@ def has_ended(process: int) -> bool:
     except OSError:
         return True
     return state == "Z"
+
+
+def fatal_signal(process: int) -> int | None:
+    """The signal that ended a process whose parent has not yet asked for its status; else None. For Linux only."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2]
+    except OSError:
+        return None
+    state, *fields = text.split()
+    if state != "Z":
+        return None
+    # The status that the parent will get. The state is field 3, so `fields` begins with field 4.
+    return int(fields[STATUS_FIELD - 4]) & 0x7F or None
 
 
 def _was_started_with(process: int, variable: str) -> bool:

@@ -85,10 +85,17 @@ class Console:
         """Take the latest logged numbers; the next drawing of the bar shows them."""
         self._latest_row = row
 
+    def name_sets(self, names: Sequence[str]) -> None:
+        """The names of the validation sets, each a column of the epochs' lines."""
+        self._epochs.name_sets(names)
+
     def epoch(
-        self, epoch: int, epochs: int, row: Row, seconds: float, best: bool
+        self, epoch: int | str, epochs: int, row: Row, seconds: float, best: bool
     ) -> None:
-        """Print the line of epoch `epoch` of `epochs`, counted from 1; `best` marks it as the best so far."""
+        """Print the line of epoch `epoch` of `epochs`, counted from 1; `best` marks it as the best so far.
+
+        Within an epoch `epoch` is a text, such as 2.50 for two and a half epochs done.
+        """
         if not self._active:
             return
         width = self._rich.width if self._on_terminal else sys.maxsize

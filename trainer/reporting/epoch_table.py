@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.text import Text
@@ -13,6 +13,7 @@ from trainer.reporting.formats import (
     GAP,
     GOOD,
     MUTED,
+    NUMBER_WIDTH,
     column,
     format_duration,
     format_learning_rate,
@@ -20,8 +21,9 @@ from trainer.reporting.formats import (
     number_style,
 )
 
-# The first part of a column's name, and its heading.
-PHASES = {"train": "train", "val": "val", "val_ema": "val ema"}
+# What the names of metrics begin with, and what the columns are called.
+TRAIN = {"train": "train"}
+VAL = {"val": "val", "val_ema": "val ema"}
 HEADING_EVERY = 25  # epoch lines
 STAR = f"{GAP}★"
 
@@ -33,7 +35,7 @@ class _Group:
     """The columns of one metric: one for each phase in which it was logged."""
 
     name: str
-    phases: list[str]
+    phases: dict[str, str]  # with their columns' headings
 
     @property
     def columns_width(self) -> int:
@@ -50,14 +52,15 @@ class _Group:
         return GAP + name.center(room, "─")
 
     def subtitle(self) -> str:
-        return "".join(column(PHASES[phase]) for phase in self.phases).rjust(self.width)
+        headings = [heading[:NUMBER_WIDTH] for heading in self.phases.values()]
+        return "".join(map(column, headings)).rjust(self.width)
 
     def values(self, row: Row, best: bool) -> Text:
         text = Text(" " * (self.width - self.columns_width))
         for phase in self.phases:
             value = row.get(f"{phase}/{self.name}")
             number = ABSENT if value is None else format_metric(self.name, value)
-            colour = GOOD if best and phase != "train" else ""
+            colour = GOOD if best and phase.startswith("val") else ""
             text.append(column(number), number_style(number, colour))
         return text
 
@@ -66,14 +69,23 @@ class EpochTable:
     """Remembers the metrics logged so far, so that the columns of all lines are aligned."""
 
     def __init__(self) -> None:
+        self._headings_of_phases = TRAIN | VAL
         # By metric; the loss always comes first.
         self._phases: dict[str, set[str]] = {"loss": set()}
+        self._label_width = len("epoch")
         self._headings: list[Text] = []
         self._lines_below = 0  # epoch lines since the last heading
 
+    def name_sets(self, names: Sequence[str]) -> None:
+        """Give each named validation set a column of its own, in this order."""
+        of_sets = {f"val/{name}": name for name in names}
+        of_sets |= {f"val_ema/{name}": f"{name} ema" for name in names}
+        # Last `val`, for what has no set's name.
+        self._headings_of_phases = TRAIN | of_sets | VAL
+
     def lines(
         self,
-        epoch: int,
+        epoch: int | str,
         epochs: int,
         row: Row,
         *,
@@ -83,11 +95,15 @@ class EpochTable:
     ) -> list[Text]:
         """The line of an epoch with the metrics that fit in `width` characters, below a heading where one is due."""
         self._add_metrics(row)
-        label_width = max(len("epoch"), len(f"{epochs}/{epochs}"))
+        label = f"{epoch}/{epochs}"
+        self._label_width = max(
+            self._label_width, len(label), len(f"{epochs}/{epochs}")
+        )
+        label_width = self._label_width
         groups = self._fitting_groups(
             width - label_width - 2 * COLUMN_WIDTH - len(STAR)
         )
-        line = Text(f"{epoch}/{epochs}".rjust(label_width))
+        line = Text(label.rjust(label_width))
         for group in groups:
             line.append_text(group.values(row, best))
         rate = format_learning_rate(row["lr"]) if "lr" in row else ABSENT
@@ -98,16 +114,22 @@ class EpochTable:
 
     def _add_metrics(self, row: Row) -> None:
         for key in row:
-            phase, _, name = key.partition("/")
-            if phase in PHASES:
-                self._phases.setdefault(name, set()).add(phase)
+            for phase in self._headings_of_phases:
+                if key.startswith(f"{phase}/"):
+                    name = key.removeprefix(f"{phase}/")
+                    self._phases.setdefault(name, set()).add(phase)
+                    break
 
     def _fitting_groups(self, room: int) -> list[_Group]:
         """The metrics that fit in `room` characters."""
         # A metric that does not fit is left out whole: half of its columns would be misread.
         groups = []
         for name, logged in self._phases.items():
-            group = _Group(name, [phase for phase in PHASES if phase in logged])
+            phases = {}
+            for phase, heading in self._headings_of_phases.items():
+                if phase in logged:
+                    phases[phase] = heading
+            group = _Group(name, phases)
             room -= group.width
             if group.phases and room >= 0:
                 groups.append(group)

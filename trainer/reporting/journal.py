@@ -242,10 +242,13 @@ class Journal:
         self._ranks.on_main(partial(self._write, {**row, "digest": digest}))
         self.console.log(row)
 
-    def epoch(self, row: Row, is_best: bool) -> None:
+    def epoch(
+        self, row: Row, is_best: bool, *, steps_per_epoch: int | None = None
+    ) -> None:
         """Log and show the row of an epoch's end, or of the run's. A collective.
 
-        The epoch's time is all since the last such row: steps, evaluation and checkpoints.
+        With `steps_per_epoch`, that of an evaluation within an epoch: its place is shown in epochs done, as 2.50. The
+        time is all since the last such row: steps, evaluation and checkpoints.
         """
         self._ranks.on_main(partial(self._write, row))
         now = monotonic()
@@ -255,9 +258,14 @@ class Journal:
         columns = {
             name.replace("train/epoch_", "train/"): value for name, value in row.items()
         }
-        self.console.epoch(
-            int(row["epoch"]), self._config.train.epochs, columns, seconds, is_best
-        )
+        place = str(int(row["epoch"]))
+        if steps_per_epoch is not None:
+            place = f"{row['step'] / steps_per_epoch:.2f}"
+        self.console.epoch(place, self._config.train.epochs, columns, seconds, is_best)
+
+    def test(self, row: Row) -> None:
+        """Log the row of the test set; the summary shows it. A collective."""
+        self._ranks.on_main(partial(self._write, row))
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self.check_directory()

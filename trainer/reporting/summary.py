@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from trainer.components.learning_rates import describe_layers
 from trainer.components.models import count_parameters
 from trainer.components.optimizer import named_state
+from trainer.components.parameter_groups import describe_groups
 from trainer.components.schedule import Schedule
-from trainer.config.schema import BestConfig
+from trainer.config.schema import BestConfig, TrainConfig
 from trainer.core.build import Run
 from trainer.core.early_stop import describe_early_stop
 from trainer.core.evaluated_weights import describe_average
@@ -30,6 +31,7 @@ from trainer.storage.checkpoint import Progress
 from trainer.storage.sha256 import tensors_sha256
 
 MAX_LISTED_RANKS = 8
+MAX_LISTED_GROUPS = 12
 
 
 def header(
@@ -40,6 +42,7 @@ def header(
     *,
     directory: Path,
     proof: Proof,
+    optimizer: Optimizer,
 ) -> list[tuple[str, str]]:
     """What a person wants to see before a run begins."""
     config = run.config
@@ -60,8 +63,10 @@ def header(
         ("batch", batch_arithmetic(plan, fuse)),
         ("mix", "" if run.forward.mix is None else run.forward.mix.describe()),
         ("optimizer", _describe_optimizer(run)),
+        *(("optimizer", line) for line in _describe_groups(run, optimizer)),
         ("schedule", schedule.describe()),
         ("length", length),
+        ("evaluation", _describe_evaluations(config.train)),
         ("best", _describe_best(config.best)),
         ("average", describe_average(config)),
         ("early stop", describe_early_stop(config.early_stop)),
@@ -90,6 +95,23 @@ def _describe_optimizer(run: Run) -> str:
     layers = describe_layers(section, run.module, run.config.model.head)
     decay = f" · layer_decay {section.layer_decay:g}: {layers}" if layers else ""
     return f"{section.name} · lr {section.lr:g}{decay}"
+
+
+def _describe_evaluations(section: TrainConfig) -> str:
+    """Only for evaluations within epochs: those at their ends are what one expects."""
+    if section.evaluate_every_steps is None:
+        return ""
+    every = section.evaluate_every
+    epochs = "each epoch" if every == 1 else f"every {every:,} epochs"
+    return f"every {section.evaluate_every_steps:,} steps, and after {epochs}"
+
+
+def _describe_groups(run: Run, optimizer: Optimizer) -> list[str]:
+    whole = ModelAndLoss(run.module, run.task)
+    lines = list(describe_groups(run.config.optimizer, optimizer, whole))
+    if len(lines) <= MAX_LISTED_GROUPS:
+        return lines
+    return [*lines[:MAX_LISTED_GROUPS], f"and {len(lines) - MAX_LISTED_GROUPS} more"]
 
 
 def _describe_best(best: BestConfig) -> str:
@@ -122,8 +144,8 @@ def _describe_sampler(plan: Plan) -> str:
 def _describe_data(run: Run) -> str:
     data = run.data
     parts = [data.name, f"{len(data.train):,} train"]
-    if data.val is not None:
-        parts.append(f"{len(data.val):,} val")
+    for phase, dataset in data.evaluated().items():
+        parts.append(f"{len(dataset):,} {phase}")
     if data.classes:
         parts.append(f"{len(data.classes)} classes")
     return " · ".join(parts)
@@ -179,9 +201,13 @@ def summary(
         stopped["planned_steps"] = run.plan.total_steps
         if progress.stopped_by:
             stopped["stopped_by"] = progress.stopped_by
+    # Elsewhere the epoch says it.
+    is_within_epochs = run.config.train.evaluate_every_steps is not None
+    best_step = {"best_step": progress.best_step} if is_within_epochs else {}
     values = {
         "best": progress.best,
         "best_epoch": progress.best_epoch,
+        **best_step,
         "best_metric": run.config.best.metric,
         "steps": progress.step,
         **stopped,
@@ -211,6 +237,8 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     best = "none"
     if values["best"] is not None:
         best = f"{values['best_metric']} {values['best']:.4f} in epoch {values['best_epoch']}"
+        if "best_step" in values:
+            best += f", step {values['best_step']:,}"
     steps = f"{values['steps']:,} steps"
     if "planned_steps" in values:
         steps = (
@@ -223,6 +251,7 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     elapsed = f"{minutes:.0f} min {seconds:.1f} s" if minutes else f"{seconds:.1f} s"
     return [
         ("best", best),
+        *_describe_test(values),
         ("elapsed", elapsed),
         (
             "trained",
@@ -231,4 +260,16 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
         *([("ended by", values["stopped_by"])] if "stopped_by" in values else []),
         ("weights", values["weights_sha256"][:16]),
         ("files", str(directory)),
+    ]
+
+
+def _describe_test(values: dict[str, Any]) -> list[tuple[str, str]]:
+    metrics = []
+    for name, value in values.items():
+        if name.startswith("test/"):
+            metrics.append(f"{name.removeprefix('test/')} {value:.4f}")
+    if not metrics:
+        return []
+    return [
+        ("test", f"{' · '.join(metrics)} (weights of step {values['test_step']:,})")
     ]

@@ -76,6 +76,8 @@ class Progress:
     # At an epoch's last step: its evaluation and its row are still to come.
     epoch_end_is_due: bool = False
     stopped_by: str = ""  # why the run has ended before its last step
+    # At a step within an epoch: its evaluation is still to come.
+    evaluation_is_due: bool = False
     rows: int = 0  # lines of metrics.jsonl
     wandb_id: str | None = None
 
@@ -230,10 +232,13 @@ def save_best(
     signature: Mapping[str, Any],
     *,
     further: Mapping[str, Any] | None = None,
+    saved_best_step: int | None = None,
 ) -> None:
     """Replace `best/`; `further` is state that is not among the model's tensors, such as a loss's own.
 
-    The one before becomes `.best.previous`, which `restore_best` needs after an interruption."""
+    The one before becomes `.best.previous`, which `restore_best` needs after an interruption. If `.best.previous` is of
+    `saved_best_step`, the best model that the newest checkpoint knows, it stays.
+    """
     best, previous, following = run / "best", run / ".best.previous", run / ".best.next"
     with new_directory(following) as partial:
         write_tensors(partial / MODEL_FILE, model)
@@ -248,8 +253,11 @@ def save_best(
             save_state(partial, FURTHER, further)
         _write_manifest(partial, int(metrics["step"]))
     if best.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        best.rename(previous)
+        if saved_best_step and _best_step(previous) == saved_best_step:
+            shutil.rmtree(best)
+        else:
+            shutil.rmtree(previous, ignore_errors=True)
+            best.rename(previous)
     following.rename(best)
 
 

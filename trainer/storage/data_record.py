@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class DataRecord:
     """Attributes: class names by class id, the fingerprint of each part, and of the file of `model.weights`.
 
     `order` is the digest of the first epoch's sample ids, where `data.sampler` chooses them.
+    `sets` are the named validation sets, as `val/clean`, and `test`; then `val` is None unless there is an unnamed one.
     """
 
     classes: list[str] | None
@@ -39,18 +40,26 @@ class DataRecord:
     val: Fingerprint | None
     weights: str | None = None
     order: str | None = None
+    sets: dict[str, Fingerprint] = field(default_factory=dict)
+
+    def evaluated(self) -> dict[str, Fingerprint]:
+        """By the first part of their metrics' names: `val` or `val/<name>`, and `test`."""
+        val = {} if self.val is None else {"val": self.val}
+        return val | self.sets
 
 
 def record_data(
     data: Datasets, weights: Path | None = None, order: str | None = None
 ) -> DataRecord:
     """The record of a run on `data` that starts from the file `weights`, in the `order` of that digest."""
+    sets = {phase: fingerprint(part) for phase, part in data.evaluated().items()}
     return DataRecord(
         data.classes,
         fingerprint(data.train),
-        None if data.val is None else fingerprint(data.val),
+        sets.pop("val", None),
         None if weights is None else file_fingerprint(weights),
         order,
+        sets,
     )
 
 
@@ -77,6 +86,10 @@ def read_record(run: Path) -> DataRecord | None:
             None if values["val"] is None else Fingerprint(**values["val"]),
             values["weights"],
             values.get("order"),  # unknown to earlier versions
+            {
+                phase: Fingerprint(**fields)
+                for phase, fields in values.get("sets", {}).items()
+            },
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LockstepError(
@@ -97,7 +110,7 @@ def check_same_data(
         return None, ""
     changes = describe_changes(before, data)
     if not changes:
-        return before, ""
+        return _with_test_set(before, data), ""
     if section.resume_changes == "allow":
         return None, f"the data have changed since the run began: {changes}"
     new_run = "start a new run with run.resume=never, " if resumes else ""
@@ -105,6 +118,16 @@ def check_same_data(
         f"the data of {data.name} are not those of the run in {run}: {changes}. Restore them, {new_run}"
         f"or accept the change with run.resume_changes=allow"
     )
+
+
+def _with_test_set(record: DataRecord, data: Datasets) -> DataRecord:
+    """The record, if a test set came or went with that one."""
+    sets = dict(record.sets)
+    if data.test is None:
+        sets.pop("test", None)
+    elif "test" not in sets:
+        sets["test"] = fingerprint(data.test)
+    return replace(record, sets=sets)
 
 
 def check_same_weights(run: Path, weights: Path | None) -> None:
@@ -135,8 +158,20 @@ def describe_changes(before: DataRecord, data: Datasets) -> str:
     """What differs between the data of a record and `data`, in one line; "" for nothing."""
     changes = [_class_changes(before.classes, data.classes)]
     changes.append(describe_part("train", before.train, data.train, data.classes))
-    changes.append(describe_part("val", before.val, data.val, data.classes))
+    for phase, was, is_now in pairs_of_sets(before, data):
+        # Training never sees a test set: one may be named, or left out, later.
+        if phase != "test" or (was is not None and is_now is not None):
+            changes.append(describe_part(phase, was, is_now, data.classes))
     return "; ".join(change for change in changes if change)
+
+
+def pairs_of_sets(
+    before: DataRecord, data: Datasets
+) -> Iterator[tuple[str, Fingerprint | None, MapDataset | None]]:
+    """Each evaluated set of either, as it was and as it is."""
+    was, is_now = before.evaluated(), data.evaluated()
+    for phase in dict.fromkeys([*was, *is_now]):
+        yield phase, was.get(phase), is_now.get(phase)
 
 
 def describe_part(
@@ -237,4 +272,5 @@ def plain_values(record: DataRecord) -> dict[str, Any]:
     return {
         "train": record.train.sha256,
         "val": None if record.val is None else record.val.sha256,
+        **{phase: part.sha256 for phase, part in record.sets.items()},
     }

@@ -67,7 +67,9 @@ def new_directory(path: Path) -> Iterator[Path]:
     # Of a process that was killed while it wrote.
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
-    partial.mkdir(parents=True)
+    # No more than the folder that holds it: a run's own directory that was deleted is not to come back, empty.
+    path.parent.mkdir(exist_ok=True)
+    partial.mkdir()
     try:
         yield partial
         for file in partial.iterdir():

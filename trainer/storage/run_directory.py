@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from uuid import uuid4
 
 from trainer.config.fields import current_path
-from trainer.config.load import load
+from trainer.config.load import load_resolved
 from trainer.config.schema import Config, RunConfig
 from trainer.config.secrets import holds_secret, redacted_value
 from trainer.config.yaml_dump import to_yaml
@@ -51,6 +51,7 @@ FREE_KEYS = (
     "train.stop_after",
     "train.log_every",
     "train.checkpoint_every",
+    "train.checkpoint_every_epochs",
     "train.keep_checkpoints",
     "early_stop",
     "wandb",
@@ -200,7 +201,7 @@ def read_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     It may be from elsewhere, so nothing is built of it: `core.trust` reads what may be. Raises `ConfigError` as
     `config_file` does.
     """
-    return load(config_file(run), overrides)
+    return load_resolved(config_file(run), overrides)
 
 
 def config_file(run: Path, directory: Path | None = None) -> Path:
@@ -266,7 +267,9 @@ def check_same_run(before: Mapping[str, Any], now: Config, section: RunConfig) -
 def is_free(name: str) -> bool:
     """True if a key may change when a run is resumed, because it does not change the run's mathematics."""
     section = name.partition(".")[0]
-    return name in FREE_KEYS or section in FREE_KEYS
+    # Training never sees the test set.
+    is_of_test = name == "data.test" or name.startswith("data.test.")
+    return name in FREE_KEYS or section in FREE_KEYS or is_of_test
 
 
 def _with_defaults(before: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from trainer.config.load import load
-from trainer.config.schema import Config
-from trainer.core.evaluated_weights import evaluated_phases
+from trainer.config.schema import BestConfig, Config
+from trainer.core.evaluated_weights import logged_phases
 from trainer.core.metrics import TIMINGS
 from trainer.errors import ConfigError, DataError, nearest
 from trainer.sweep.description import Sweep, format_overrides
@@ -79,9 +80,12 @@ def _try_components(config: Config, sections: set[str]) -> None:
     if "optimizer" in sections:
         from trainer.components.optimizer import build_optimizer
 
+        # The patterns are of the real model's names.
+        groups = [{**group, "match": ""} for group in config.optimizer.groups]
         # With BatchNorm, because settings such as weight decay may split its parameters off.
         build_optimizer(
-            config.optimizer, nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+            replace(config.optimizer, groups=groups),
+            nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)),
         )
     if "schedule" in sections:
         from trainer.components.schedule import build_schedule
@@ -117,23 +121,34 @@ def _list_metrics(config: Config) -> list[str]:
     return ["loss", *build_task(config.loss, config.model.num_classes).metrics]
 
 
+def _validation_phases(config: Config) -> list[str]:
+    return [f"val/{name}/" for name in config.data.val] or ["val/"]
+
+
 def _check_metric(sweep: Sweep, config: Config) -> None:
     """Refuse a metric that no run logs, and early stopping at a rung that no run reaches."""
     names = _list_metrics(config)
-    evaluated = [f"{evaluation}/" for evaluation in evaluated_phases(config.ema)]
+    evaluated = logged_phases(config.ema, _validation_phases(config))
     logged = [
         f"{phase}{name}"
         for phase in (*evaluated, "train/", "train/epoch_")
         for name in names
     ]
-    logged.append(f"best/{config.best.metric}")
+    best = config.best.metric
+    if best == BestConfig().metric:
+        best = f"{_validation_phases(config)[0]}loss"
+    logged.append(f"best/{best}")
+    if config.data.test is not None:
+        logged += [f"test/{name}" for name in names]
     if sweep.metric not in [*logged, *ROW_VALUES]:
         suggestion = nearest(sweep.metric, logged)
         raise ConfigError(
             "metric.name",
             f'"{sweep.metric}" is not logged{suggestion}; a run logs {", ".join(logged)} ({sweep.file})',
         )
-    if sweep.hyperband is None or not sweep.metric.startswith(tuple(evaluated)):
+    is_by_epochs = config.train.evaluate_every_steps is None
+    is_of_evaluations = sweep.metric.startswith(tuple(evaluated)) and is_by_epochs
+    if sweep.hyperband is None or not is_of_evaluations:
         return
     evaluations = math.ceil(config.train.epochs / config.train.evaluate_every)
     if sweep.hyperband.min_iter > evaluations:

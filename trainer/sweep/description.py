@@ -14,7 +14,8 @@ import yaml
 
 from trainer.components.directions import direction_of
 from trainer.config.fields import show
-from trainer.config.load import command_line, parser_reason
+from trainer.config.load import command_line
+from trainer.config.yaml_file import parser_reason
 from trainer.errors import ConfigError, nearest
 from trainer.sweep.source_text import check_source
 from trainer.sweep.space import Parameter, Values, read_number, read_parameters

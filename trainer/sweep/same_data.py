@@ -18,7 +18,7 @@ def describe_other_data(sweep: Sweep, directory: Path) -> str:
         record = read_record(run)
         if record is None:
             continue
-        data = (record.classes, record.train, record.val)
+        data = (record.classes, record.train, record.evaluated())
         if first is None:
             first = run.name, data
         elif data != first[1]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainer.core.evaluated_weights import evaluated_phase
 from trainer.reporting.figures.style import (
     BLUE,
     FAINT,
@@ -28,16 +29,22 @@ Rows = Sequence[Mapping[str, float]]
 
 PANEL_HEIGHT = 2.5  # inches
 RATE_PANEL_HEIGHT = 1.2
+# Of Okabe and Ito's palette, as those of the rest.
+COLOURS_OF_SETS = (VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = {"val": "-", "val_ema": "--"}  # of the weights, and of their average
 EPOCH_MARKS: dict[str, Any] = {"marker": "o", "markevery": 1}
 
 
-def draw_curves(rows: Rows, path: Path) -> None:
+def draw_curves(rows: Rows, path: Path, sets: Sequence[str] = ()) -> None:
     """Draw the rows of `metrics.jsonl`: a panel for the loss, one for each other metric, and one for `lr`.
+
+    `sets` are the names of validation sets: `val/<name>/x` is a line of its own in the panel of `x`.
 
     `train/x` is a thin line, because it is the mean of few samples; `train/epoch_x` and `val/x` have a mark for each
     epoch, as has `val_ema/x`, dashed. A metric without finite values gets an empty panel that says so.
     """
-    names = _metric_names(rows)
+    phases = [f"val/{name}" for name in sets] or ["val"]
+    names = _metric_names(rows, phases)
     heights = [PANEL_HEIGHT] * len(names) + [RATE_PANEL_HEIGHT]
     figure = new_figure(7.5, PANEL_HEIGHT * len(names) + 1.6)
     *panels, rate_panel = figure.subplots(
@@ -62,25 +69,20 @@ def draw_curves(rows: Rows, path: Path) -> None:
             linewidth=1.6,
             **EPOCH_MARKS,
         )
-        _plot(
-            axes,
-            rows,
-            f"val/{name}",
-            label="val",
-            color=VERMILION,
-            linewidth=1.6,
-            **EPOCH_MARKS,
-        )
-        _plot(
-            axes,
-            rows,
-            f"val_ema/{name}",
-            label="val, average",
-            color=VERMILION,
-            linewidth=1.6,
-            linestyle="--",
-            **EPOCH_MARKS,
-        )
+        for index, phase in enumerate(phases):
+            colour = COLOURS_OF_SETS[index % len(COLOURS_OF_SETS)]
+            for evaluation, line in LINES.items():
+                evaluated = evaluated_phase(phase, evaluation)
+                _plot(
+                    axes,
+                    rows,
+                    f"{evaluated}/{name}",
+                    label=evaluated,
+                    color=colour,
+                    linewidth=1.6,
+                    linestyle=line,
+                    **EPOCH_MARKS,
+                )
         _style_panel(axes, name)
         _add_legend(axes)
     _plot(rate_panel, rows, "lr", color=GREY, linewidth=1.4)
@@ -91,15 +93,16 @@ def draw_curves(rows: Rows, path: Path) -> None:
     write(figure, path)
 
 
-def _metric_names(rows: Rows) -> list[str]:
+def _metric_names(rows: Rows, phases: Sequence[str]) -> list[str]:
     """The metrics of the rows in the order in which they appear, the loss first."""
     names = ["loss"]
     for row in rows:
         for key in row:
-            phase, _, name = key.partition("/")
-            name = name.removeprefix("epoch_")
-            if phase in ("train", "val") and name not in names:
-                names.append(name)
+            for phase in ("train", *phases):
+                if key.startswith(f"{phase}/"):
+                    name = key.removeprefix(f"{phase}/").removeprefix("epoch_")
+                    if name not in names:
+                        names.append(name)
     return names
 
 

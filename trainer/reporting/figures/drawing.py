@@ -41,7 +41,10 @@ def draw(run: Run, directory: Path, *, has_best: bool) -> dict[str, Path]:
     """
     # Drawing is slow. The others wait for it here, on the host.
     folder = directory / "figures"
-    paths: dict[str, Path] = run.ranks.on_main(lambda: _draw_metrics(directory, folder))
+    sets = list(run.data.named)
+    paths: dict[str, Path] = run.ranks.on_main(
+        lambda: _draw_metrics(directory, folder, sets)
+    )
     if run.evaluator is not None and has_best:
         # The best model is loaded into the run's own module, so the last state must come back afterwards.
         last = checkpoint.snapshot(run.module)
@@ -53,10 +56,10 @@ def draw(run: Run, directory: Path, *, has_best: bool) -> dict[str, Path]:
     return paths if run.ranks.is_main else {}
 
 
-def _draw_metrics(directory: Path, folder: Path) -> dict[str, Path]:
+def _draw_metrics(directory: Path, folder: Path, sets: list[str]) -> dict[str, Path]:
     folder.mkdir(exist_ok=True)
     path = folder / "curves.png"
-    draw_curves(read_rows(directory / "metrics.jsonl"), path)
+    draw_curves(read_rows(directory / "metrics.jsonl"), path, sets)
     return {"curves": path}
 
 

@@ -1,0 +1,269 @@
+"""`--help optimizer`, `--help optimizer.adamw`: the keys and names of a section, the arguments of a component."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from trainer.commands.docstrings import (
+    ArgumentNote,
+    argument_notes,
+    passed_on_to,
+    plain,
+    summary,
+)
+from trainer.config.fields import (
+    ComponentSection,
+    Key,
+    current_path,
+    declared_keys,
+    show,
+    type_name,
+)
+from trainer.config.registry import resolve
+from trainer.config.schema import SECTIONS, ObserverConfig
+from trainer.errors import ConfigError, nearest
+
+WIDTH = 110
+MODULE_OF_NAME = re.compile(r"\b(?:\w+\.)+(\w+)")
+MAX_TYPE_LETTERS = 80
+
+
+class Place(NamedTuple):
+    """Where a config names components of a kind.
+
+    `names` are the short ones; of the arguments, the first `positional` and those called `supplied` come from the run.
+    """
+
+    names: Callable[[], Mapping[str, Any]]
+    positional: int = 0
+    supplied: tuple[str, ...] = ()
+
+
+def _optimizers() -> Mapping[str, Any]:
+    from trainer.components.optimizer import OPTIMIZERS
+
+    return OPTIMIZERS
+
+
+def _schedules() -> Mapping[str, Any]:
+    from trainer.components.schedule import CURVES
+
+    return CURVES
+
+
+def _losses() -> Mapping[str, Any]:
+    from trainer.components.task import TASKS
+
+    return TASKS
+
+
+def _models() -> Mapping[str, Any]:
+    from torchvision import models
+
+    from trainer.components.models import small_cnn
+
+    builders = {name: models.get_model_builder(name) for name in models.list_models()}
+    return {"small_cnn": small_cnn, **builders}
+
+
+def _data_sets() -> Mapping[str, Any]:
+    from trainer.data.datasets import MAKERS
+
+    return MAKERS
+
+
+def _samplers() -> Mapping[str, Any]:
+    from trainer.data.samplers import SAMPLERS
+
+    return SAMPLERS
+
+
+def _transforms() -> Mapping[str, Any]:
+    from trainer.data.transforms import transforms_by_name
+
+    return transforms_by_name()
+
+
+def _none() -> Mapping[str, Any]:
+    return {}
+
+
+PLACES = {
+    "data": Place(_data_sets, supplied=("train", "split", "needs_val", "is_split")),
+    "data.sampler": Place(_samplers, positional=1),
+    "data.train_transforms": Place(_transforms),
+    "data.val_transforms": Place(_transforms),
+    "model": Place(_models),
+    "loss": Place(_losses, supplied=("num_classes",)),
+    "optimizer": Place(_optimizers, positional=1),
+    "schedule": Place(_schedules, positional=1),
+    "observers": Place(_none),
+}
+
+
+def topic_help(topic: str) -> str:
+    """The help on a section, a key or a component: `optimizer`, `optimizer.lr`, `optimizer.torch.optim.RMSprop`.
+
+    Raises `ConfigError`, with the nearest name, for what is none of them.
+    """
+    section, _, rest = topic.partition(".")
+    if section not in SECTIONS and section not in PLACES:
+        hint = nearest(section, [*SECTIONS, *PLACES])
+        raise ConfigError(topic, f"no such section; --help lists them{hint}")
+    keys = _keys_of(section)
+    # Of `data.train_transforms.RandomCrop` the place is the longest.
+    for place in sorted(PLACES, key=len, reverse=True):
+        if (
+            topic.startswith(f"{place}.")
+            and topic.removeprefix(f"{place}.") not in keys
+        ):
+            return "\n".join(_component_lines(place, topic.removeprefix(f"{place}.")))
+    if not rest:
+        return "\n".join(_section_lines(section, keys))
+    if rest not in keys:
+        raise ConfigError(topic, f"no such key{nearest(rest, keys)}")
+    lines = list(_key_lines(section, rest, keys[rest]))
+    return "\n".join([*lines, *_name_lines(topic)])
+
+
+def _keys_of(section: str) -> dict[str, Key]:
+    if section in SECTIONS:
+        return declared_keys(SECTIONS[section])
+    return declared_keys(ObserverConfig)
+
+
+def _section_lines(section: str, keys: Mapping[str, Key]) -> Iterator[str]:
+    yield section
+    for name, key in keys.items():
+        yield from _key_lines(section, name, key)
+    yield from _name_lines(section)
+    if issubclass(SECTIONS.get(section, ObserverConfig), ComponentSection):
+        yield f"\n--help {section}.NAME shows the arguments of one of them, or of an import path"
+
+
+def _name_lines(place: str) -> Iterator[str]:
+    names = PLACES[place].names() if place in PLACES else {}
+    if names:
+        yield "\nnames"
+        yield textwrap.fill(
+            ", ".join(names), WIDTH, initial_indent="  ", subsequent_indent="  "
+        )
+
+
+def _key_lines(section: str, name: str, key: Key) -> Iterator[str]:
+    unit = f" [{key.unit}]" if key.unit else ""
+    yield f"  {section}.{name}={show(key.default)}  ({type_name(key.hint)})"
+    yield textwrap.fill(
+        f"{key.meaning}{unit}",
+        WIDTH,
+        initial_indent="      ",
+        subsequent_indent="      ",
+    )
+
+
+def _component_lines(place: str, name: str) -> Iterator[str]:
+    kind = PLACES[place]
+    target = _find(place, name)
+    home = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+    is_own = home.startswith("trainer.")
+    yield f"{place}.{name}" if is_own or home == name else f"{place}.{name}  ({home})"
+    for paragraph in summary(target, whole=is_own).splitlines():
+        yield textwrap.fill(
+            paragraph, WIDTH, initial_indent="  ", subsequent_indent="  "
+        )
+    section = place.partition(".")[0]
+    hidden = {*kind.supplied, *(_keys_of(section) if place == section else ())}
+    # A schedule of one's own is given the position and the run's length.
+    positional = 2 if place == "schedule" and "." in name else kind.positional
+    lines = list(_argument_lines(place, target, positional, hidden))
+    yield "\narguments" if lines else "\nIt takes no arguments."
+    yield from lines
+    if place == section and section in SECTIONS:
+        keys = ", ".join(_keys_of(section))
+        yield f"\nkeys of the section, whatever the name (--help {section})"
+        yield textwrap.fill(keys, WIDTH, initial_indent="  ", subsequent_indent="  ")
+
+
+def _find(place: str, name: str) -> Any:
+    names = PLACES[place].names()
+    if name not in names and "." not in name:
+        keys = _keys_of(place) if place in SECTIONS else {}
+        raise ConfigError(
+            f"{place}.{name}",
+            f"neither one of the names that --help {place} lists nor an import path{nearest(name, [*names, *keys])}",
+        )
+    return resolve(place, current_path(name), names)
+
+
+def _argument_lines(
+    place: str, target: Any, positional: int, hidden: set[str]
+) -> Iterator[str]:
+    """A line for each argument that a config may give, and one for what is said of it."""
+    notes = argument_notes(target)
+    try:
+        parameters = list(inspect.signature(target).parameters.values())[positional:]
+    except (TypeError, ValueError):
+        yield "  …  it does not say which arguments it takes"
+        return
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            yield from _passed_on_lines(place, target, hidden)
+            continue
+        is_by_name = parameter.kind is not parameter.VAR_POSITIONAL
+        if is_by_name and parameter.name not in hidden:
+            yield from _parameter_lines(place, parameter, notes)
+
+
+def _passed_on_lines(place: str, target: Any, hidden: set[str]) -> Iterator[str]:
+    """The arguments that a function passes on to a class: those with a default, as it gives the others itself."""
+    path = passed_on_to(target)
+    other = None
+    # A docstring may be wrong about it, as that of torchvision's SqueezeNet is.
+    with suppress(ConfigError):
+        other = None if path is None else resolve(place, path, {})
+    if other is None:
+        yield "  …  any further key is passed on"
+        return
+    notes = argument_notes(other)
+    for parameter in inspect.signature(other).parameters.values():
+        if parameter.default is not parameter.empty and parameter.name not in hidden:
+            yield from _parameter_lines(place, parameter, notes)
+
+
+def _parameter_lines(
+    place: str, parameter: inspect.Parameter, notes: Mapping[str, ArgumentNote]
+) -> Iterator[str]:
+    note = notes.get(parameter.name, ArgumentNote("", ""))
+    # An argument of a list's item has no dotted key.
+    name = f"{place}.{parameter.name}" if place in SECTIONS else parameter.name
+    is_needed = parameter.default is parameter.empty
+    value = " is needed" if is_needed else f"={show(_writable(parameter.default))}"
+    kind = _annotation(parameter) or note.type
+    yield f"  {name}{value}" + (f"  ({kind})" if kind else "")
+    if note.text:
+        yield textwrap.fill(
+            plain(note.text), WIDTH, initial_indent="      ", subsequent_indent="      "
+        )
+
+
+def _writable(value: Any) -> Any:
+    """A default as YAML would give it: a tuple as a list."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _annotation(parameter: inspect.Parameter) -> str:
+    if parameter.annotation is parameter.empty:
+        return ""
+    annotation = parameter.annotation
+    text = (
+        annotation
+        if isinstance(annotation, str)
+        else inspect.formatannotation(annotation)
+    )
+    text = MODULE_OF_NAME.sub(r"\1", text).replace("NoneType", "None")
+    return text if len(text) <= MAX_TYPE_LETTERS else f"{text[:MAX_TYPE_LETTERS]}…"

@@ -1,0 +1,58 @@
+"""After which steps a run evaluates and writes checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.config.schema import TrainConfig
+from trainer.exact.plan import Plan, Step
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """A pure function of the config and the plan, so every rank and every session has the same.
+
+    Without validation data, nothing happens at the steps of `train.evaluate_every_steps`.
+    """
+
+    section: TrainConfig
+    plan: Plan
+    has_validation: bool
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this session ends: the run's last, or `train.stop_after` if that comes first."""
+        stop_after = self.section.stop_after
+        total = self.plan.total_steps
+        return total if stop_after is None else min(total, stop_after)
+
+    def is_logged(self, step: Step) -> bool:
+        """True if the row of an interval ends with `step`."""
+        return step.number % self.section.log_every == 0 or step.last_in_epoch
+
+    def is_evaluated(self, step: Step) -> bool:
+        """True if the run evaluates after `step`, wherever this session ends."""
+        if self._is_evaluated_by_steps(step):
+            return True
+        is_last = step.number == self.plan.total_steps
+        is_due = (step.epoch + 1) % self.section.evaluate_every == 0
+        return step.last_in_epoch and (is_last or is_due)
+
+    def is_evaluated_within_epoch(self, step: Step) -> bool:
+        """True if `step` is no epoch's last and has an evaluation, whose row is its own."""
+        return not step.last_in_epoch and self._is_evaluated_by_steps(step)
+
+    def _is_evaluated_by_steps(self, step: Step) -> bool:
+        every = self.section.evaluate_every_steps
+        return self.has_validation and every is not None and not step.number % every
+
+    def is_checkpointed(self, step: Step) -> bool:
+        """True if a checkpoint is written after `step`."""
+        is_last = step.number == self.last_step
+        if not self.section.keep_checkpoints:
+            # Of a run that stops before its end, there must be something to go on from.
+            return is_last and step.number < self.plan.total_steps
+        every = self.section.checkpoint_every
+        is_due = every is not None and step.number % every == 0
+        is_epoch_due = (step.epoch + 1) % self.section.checkpoint_every_epochs == 0
+        return is_last or is_due or (step.last_in_epoch and is_epoch_due)

@@ -1,0 +1,81 @@
+"""A loader for each set that a run is evaluated on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from trainer.config.evaluation_sets import (
+    EvaluationSetConfig,
+    test_set,
+    validation_sets,
+)
+from trainer.config.schema import DataConfig
+from trainer.data.datasets import Datasets
+from trainer.data.loading import Loader, build_loaders
+from trainer.errors import ConfigError
+
+
+def evaluation_loaders(
+    section: DataConfig,
+    data: Datasets,
+    val_loader: Loader | None,
+    *,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Loader]:
+    """The loaders by `val` or `val/<name>`, and `test`; `val_loader` is that of a single validation set.
+
+    What transforms draw for a sample depends on its id alone, so samples of one id in several sets get the same.
+    """
+    loaders: dict[str, Loader] = {}
+    sections = _sections(section)
+    for phase, dataset in data.evaluated().items():
+        if phase == "val" and val_loader is not None:
+            loaders[phase] = val_loader
+            continue
+        own = sections.get(phase)
+        transforms, key = section.val_transforms, "data.val_transforms"
+        if own is not None and own.transforms is not None:
+            transforms, key = (
+                own.transforms,
+                f"data.{phase.replace('/', '.')}.transforms",
+            )
+        try:
+            _, loader = build_loaders(
+                replace(section, val_transforms=transforms),
+                replace(data, val=dataset),
+                seed=seed,
+                device=device,
+                dtype=dtype,
+            )
+        except ConfigError as error:
+            place = error.key.replace("data.val_transforms", key, 1)
+            raise ConfigError(place, error.message) from None
+        assert loader is not None
+        loader.dataset.call(phase, key)
+        loaders[phase] = loader
+    return loaders
+
+
+def loader_as_files(
+    section: DataConfig, loaders: Mapping[str, Loader]
+) -> Loader | None:
+    """A validation loader with `data.val_transforms`, which files to predict go through; else the first; else None."""
+    validation = {phase: loaders[phase] for phase in loaders if phase != "test"}
+    sections = _sections(section)
+    for phase, loader in validation.items():
+        if phase not in sections or sections[phase].transforms is None:
+            return loader
+    return next(iter(validation.values()), None)
+
+
+def _sections(section: DataConfig) -> dict[str, EvaluationSetConfig]:
+    sections = {}
+    for name, item in validation_sets(section.val).items():
+        sections[f"val/{name}"] = item
+    test = test_set(section.test)
+    return sections if test is None else sections | {"test": test}
