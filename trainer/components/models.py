@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainer.components.pooling import AdaptiveAvgPool2d
+from trainer.components.small_models import small_detector, small_segmenter
 from trainer.components.weights import torchvision_weights
 from trainer.config.registry import build, refuse_other_class, resolve
 from trainer.config.schema import ModelConfig
@@ -43,6 +44,13 @@ def small_cnn(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Seq
         nn.Flatten(),
         nn.Linear(8 * width, num_classes),
     )
+
+
+SMALL_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "small_cnn": small_cnn,
+    "small_segmenter": small_segmenter,
+    "small_detector": small_detector,
+}
 
 
 def build_model(
@@ -94,8 +102,8 @@ def _constructor(
     section: ModelConfig, supplied: dict[str, Any]
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """What makes the model, and what to supply it with."""
-    if section.name == "small_cnn":
-        return small_cnn, supplied
+    if section.name in SMALL_MODELS:
+        return SMALL_MODELS[section.name], supplied
     if "." not in section.name:
         return _torchvision_builder(section, supplied)
     constructor: Callable[..., Any] = resolve("model", section.name, {})
@@ -127,7 +135,7 @@ def _torchvision_builder(
     try:
         builder: Callable[..., Any] = models.get_model_builder(name)
     except ValueError:
-        known = ["small_cnn", *models.list_models()]
+        known = [*SMALL_MODELS, *models.list_models()]
         raise ConfigError(
             "model.name",
             f'"{name}" is neither small_cnn, a torchvision model nor an import path{nearest(name, known)}',

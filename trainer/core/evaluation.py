@@ -14,7 +14,7 @@ from trainer.core.features import Features
 from trainer.core.forward import Forward
 from trainer.core.metrics import Meter
 from trainer.core.misfit import explained
-from trainer.core.samples import rows_not_finite
+from trainer.core.samples import samples_not_finite
 from trainer.data.bad_samples import Quarantine
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import Loader, whole_requests
@@ -131,10 +131,9 @@ class Evaluator:
             batch = self._loader.peek(request.ids)
             _, loss = self._forward(self._model, batch, None)
             if not loss.total.isfinite():
-                values = (batch.inputs, batch.targets)
-                rows = rows_not_finite(values, len(request.ids))
-                samples: list[int] = request.ids[rows or slice(None)].tolist()
-                return samples
+                bad = samples_not_finite(self._loader, batch, request.ids, 0)
+                every: list[int] = request.ids.tolist()
+                return bad or every
         return []
 
     @torch.no_grad()

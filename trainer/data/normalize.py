@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trainer.data.conversion import describe
 from trainer.errors import ConfigError, DataError
+from trainer.exact.structures import map_tensors
 
 LARGEST_UINT16 = 65535
 # Whole numbers of other widths. Ids, which models embed, are int64.
@@ -19,12 +20,21 @@ class Normalize(nn.Module):
     """Images on the device: bytes are scaled to [0, 1], cast to the run's dtype, then `(x - mean) / std` per channel.
 
     uint16 is scaled by its range too. Images of other whole numbers are refused: their range says nothing of theirs.
+
+    With `collated` (`data.collate`), a list of images is treated image by image, and floats anywhere in the inputs are
+    cast.
     """
 
     def __init__(
-        self, mean: list[float] | None, std: list[float] | None, dtype: torch.dtype
+        self,
+        mean: list[float] | None,
+        std: list[float] | None,
+        dtype: torch.dtype,
+        *,
+        collated: bool = False,
     ) -> None:
         super().__init__()
+        self._collated = collated
         self._dtype = dtype
         self._shifts = mean is not None or std is not None
         self.scale: Tensor
@@ -44,8 +54,10 @@ class Normalize(nn.Module):
         Raises `ConfigError` where a mean or std would have no effect or does not fit, `DataError` for whole numbers.
         """
         if not isinstance(images, Tensor):
+            if self._collated and are_images(images):
+                return [self.forward(image) for image in images]
             self._check_effect(images)
-            return images
+            return map_tensors(self._cast, images) if self._collated else images
         if images.dtype == torch.uint8:
             images = images * self.scale  # one operation both casts and scales
         elif images.is_floating_point():
@@ -63,12 +75,15 @@ class Normalize(nn.Module):
         self._check_channels(images)
         return (images - self.mean) / self.std
 
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(self._dtype) if value.is_floating_point() else value
+
     def _check_effect(self, inputs: Any) -> None:
         if self._shifts:
             raise ConfigError(
                 "data.mean",
                 f"and data.std have no effect on inputs that are {describe(inputs)}: they are for one tensor of "
-                f"images; leave them out, and normalise by {{name: Normalize, mean: …, std: …}} in "
+                f"images, or a list of them; leave them out, and normalise by {{name: Normalize, mean: …, std: …}} in "
                 f"data.train_transforms and data.val_transforms, or in the model",
             )
 
@@ -91,3 +106,10 @@ class Normalize(nn.Module):
         if self._shifts:
             images = images * self.std + self.mean
         return images.float().clamp(0, 1).cpu()
+
+
+def are_images(inputs: Any) -> bool:
+    """True for a list of images `(C, H, W)`, not always of one size."""
+    if not isinstance(inputs, list | tuple) or not inputs:
+        return False
+    return all(isinstance(image, Tensor) and image.dim() == 3 for image in inputs)

@@ -55,7 +55,7 @@ class Predictor:
     ) -> None:
         config_file(run)  # the error for a directory that is no run
         best = checkpoint.best_directory(run)
-        imports = ["loss", "data.val_transforms"]
+        imports = ["loss", "data.val_transforms", "data.collate"]
         if model is None:
             imports.append("model")
         self.config = read_trusted_config(

@@ -49,7 +49,7 @@ def check_moved(trial: Trial) -> list[Finding]:
             name
             for name in changed
             if name not in parameters and name not in buffers
-            if not _is_of_lockstep(whole, name)
+            if not _is_of_lockstep(whole, name) and not _is_set_once(whole, name)
         ]
         read = attributes
         if attributes and not any(_is_counted(whole, name) for name in attributes):
@@ -121,6 +121,13 @@ def _is_of_lockstep(whole: ModelAndLoss, name: str) -> bool:
     """True for what a task of ours notes in its first forwards, such as whether a weight was checked."""
     owner, _ = _owner(whole, name)
     return type(owner).__module__.startswith("trainer.components.")
+
+
+def _is_set_once(whole: ModelAndLoss, name: str) -> bool:
+    """True for the strides of its backbone, powers of two, that torchvision's detectors find in the first forward."""
+    owner, key = _owner(whole, name)
+    is_pooling = type(owner).__name__ == "MultiScaleRoIAlign"
+    return is_pooling and key in ("scales", "map_levels")
 
 
 def _owner(whole: ModelAndLoss, name: str) -> tuple[nn.Module, str]:
