@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +109,8 @@ def _constructor(
         return _torchvision_builder(section, supplied)
     constructor: Callable[..., Any] = resolve("model", section.name, {})
     refuse_other_class("model", section.name, constructor, nn.Module)
+    if _is_of_transformers(constructor):
+        return _from_configuration(constructor), _in_its_words(supplied)
     if section.name.endswith(".from_pretrained"):
         # It passes any argument on to a configuration, which has other words or none.
         supplied = _named_by_signature(constructor, supplied)
@@ -117,6 +120,40 @@ def _constructor(
     if section.name.startswith("timm.") and "in_channels" in supplied:
         supplied["in_chans"] = supplied.pop("in_channels")  # timm's word for it
     return constructor, supplied
+
+
+def _is_of_transformers(constructor: Any) -> bool:
+    """True for a class whose models are built of a configuration, such as `transformers.ViTForImageClassification`."""
+    base = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
+    if base is None or not isinstance(constructor, type):
+        return False
+    return issubclass(constructor, base)
+
+
+def _in_its_words(supplied: dict[str, Any]) -> dict[str, Any]:
+    words = {"num_classes": "num_labels", "in_channels": "num_channels"}
+    return {words[name]: value for name, value in supplied.items()}
+
+
+def _from_configuration(model_class: Any) -> Callable[..., Any]:
+    """A function that makes a model of transformers with random weights, of its configuration's arguments.
+
+    The function raises `TypeError` for a name that the configuration does not have: it would keep it, and nothing would
+    read it.
+    """
+    config_class = model_class.config_class
+    known = config_class()
+
+    def make(**arguments: Any) -> Any:
+        for name in arguments:
+            if not hasattr(known, name):
+                raise TypeError(
+                    f"{config_class.__name__} got an unexpected keyword argument '{name}'"
+                )
+        return model_class(config_class(**arguments))
+
+    make.__name__ = model_class.__name__
+    return make
 
 
 def _named_by_signature(

@@ -184,7 +184,10 @@ def build_loaders(
     """The loaders of training and validation samples."""
     collation = build_collation(section.collate)
     normalize = Normalize(
-        section.mean, section.std, dtype, collated=collation is not None
+        section.mean,
+        section.std,
+        dtype,
+        structured=collation is not None or section.columns is not None,
     ).to(device)
 
     def loader(

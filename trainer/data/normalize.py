@@ -21,8 +21,8 @@ class Normalize(nn.Module):
 
     uint16 is scaled by its range too. Images of other whole numbers are refused: their range says nothing of theirs.
 
-    With `collated` (`data.collate`), a list of images is treated image by image, and floats anywhere in the inputs are
-    cast.
+    With `structured` (`data.collate` or `data.columns`), a list of images is treated image by image; in other structures
+    bytes `(N, C, H, W)` are scaled, and floats cast.
     """
 
     def __init__(
@@ -31,10 +31,10 @@ class Normalize(nn.Module):
         std: list[float] | None,
         dtype: torch.dtype,
         *,
-        collated: bool = False,
+        structured: bool = False,
     ) -> None:
         super().__init__()
-        self._collated = collated
+        self._structured = structured
         self._dtype = dtype
         self._shifts = mean is not None or std is not None
         self.scale: Tensor
@@ -54,10 +54,7 @@ class Normalize(nn.Module):
         Raises `ConfigError` where a mean or std would have no effect or does not fit, `DataError` for whole numbers.
         """
         if not isinstance(images, Tensor):
-            if self._collated and are_images(images):
-                return [self.forward(image) for image in images]
-            self._check_effect(images)
-            return map_tensors(self._cast, images) if self._collated else images
+            return self._structure(images)
         if images.dtype == torch.uint8:
             images = images * self.scale  # one operation both casts and scales
         elif images.is_floating_point():
@@ -75,7 +72,15 @@ class Normalize(nn.Module):
         self._check_channels(images)
         return (images - self.mean) / self.std
 
-    def _cast(self, value: Tensor) -> Tensor:
+    def _structure(self, inputs: Any) -> Any:
+        if self._structured and are_images(inputs):
+            return [self.forward(image) for image in inputs]
+        self._check_effect(inputs)
+        return map_tensors(self._part, inputs) if self._structured else inputs
+
+    def _part(self, value: Tensor) -> Tensor:
+        if value.dtype == torch.uint8 and value.dim() == 4:
+            return value * self.scale
         return value.to(self._dtype) if value.is_floating_point() else value
 
     def _check_effect(self, inputs: Any) -> None:

@@ -251,6 +251,8 @@ def describe(tensor: Tensor) -> str:
     """A tensor of many numbers in one line: its shape, its least and its largest value."""
     shape = " × ".join(map(str, tensor.shape))
     dtype = str(tensor.dtype).removeprefix("torch.")
+    if not tensor.numel():
+        return f"{dtype} {shape}"
     values = tensor.double()
     return f"{dtype} {shape}, {values.min():g} to {values.max():g}"
 

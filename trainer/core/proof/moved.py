@@ -26,6 +26,11 @@ REMEDY_OF_ATTRIBUTE = (
     "keep it in a buffer (register_buffer), which every micro-batch finds as the step began with it, or change it "
     "after the step, in an observer"
 )
+# Of torchvision's detectors: the strides of the backbone, and anchors in the dtype of the images.
+SET_ONCE = {
+    "MultiScaleRoIAlign": ("scales", "map_levels"),
+    "AnchorGenerator": ("cell_anchors",),
+}
 # What a step may do to a weight. At the run's start a teacher is a copy of its student, and to follow moves nothing.
 NUDGE = 1.01
 REMEDY_OF_PARAMETER = "change it after the step, in an observer, or make it a buffer"
@@ -124,10 +129,9 @@ def _is_of_lockstep(whole: ModelAndLoss, name: str) -> bool:
 
 
 def _is_set_once(whole: ModelAndLoss, name: str) -> bool:
-    """True for the strides of its backbone, powers of two, that torchvision's detectors find in the first forward."""
+    """True for what torchvision's detectors note in the first forward, and what every forward would find the same."""
     owner, key = _owner(whole, name)
-    is_pooling = type(owner).__name__ == "MultiScaleRoIAlign"
-    return is_pooling and key in ("scales", "map_levels")
+    return key in SET_ONCE.get(type(owner).__name__, ())
 
 
 def _owner(whole: ModelAndLoss, name: str) -> tuple[nn.Module, str]:

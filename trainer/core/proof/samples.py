@@ -88,17 +88,17 @@ def _compare_in_process(
 
 
 def _compare_batches(trial: Trial, ids: Sequence[int]) -> Finding | None:
-    """The batch that `data.collate` makes of some samples, before and after another one."""
+    """The batch that `data.collate` makes of some samples: twice, and once more after another one."""
     loader = trial.run.train_loader
     assert loader.dataset.collation is not None
     epoch = trial.step.epoch
+    batches = []
     with preserved_in(loader.dataset):
-        batch = loader.fetch(ids, epoch=epoch)
-        loader.fetch(ids[-1:], epoch=epoch)
-        batch_again = loader.fetch(ids, epoch=epoch)
-    parts = _differing_parts(
-        (batch.inputs, batch.targets), (batch_again.inputs, batch_again.targets)
-    )
+        for some_ids in (ids, ids, ids[-1:], ids):
+            batch = loader.fetch(some_ids, epoch=epoch)
+            batches.append((batch.inputs, batch.targets))
+    first, second, _, third = batches
+    parts = _differing_parts(first, second) or _differing_parts(first, third)
     if not parts:
         return None
     return Finding(
