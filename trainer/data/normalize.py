@@ -21,7 +21,7 @@ class Normalize(nn.Module):
 
     uint16 is scaled by its range too. Images of other whole numbers are refused: their range says nothing of theirs.
 
-    With `structured` (`data.collate` or `data.columns`), a list of images is treated image by image; in other structures
+    With `structured` (`data.collate` or `data.columns`), a list of images is treated image by image; in other ones
     bytes `(N, C, H, W)` are scaled, and floats cast.
     """
 
