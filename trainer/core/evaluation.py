@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.components.answers import Answer
 from trainer.core.features import Features
 from trainer.core.forward import Forward
 from trainer.core.metrics import Meter
@@ -146,6 +148,20 @@ class Evaluator:
             self._passes.agree()
         decisions = self._ranks.gather(decisions)
         return sorted(decisions, key=lambda decision: decision.sample_id)
+
+    @torch.no_grad()
+    def answers(self, ids: list[int]) -> tuple[Any, Any, list[Answer]]:
+        """Inputs and targets of some samples as model and loss take them, and an answer for each, if the task has any.
+
+        Not a collective.
+        """
+        task = self._forward.task
+        with preserved_generators(), self._eval_mode():
+            batch = self._loader.peek(ids)
+            output = self._forward.predict(self._model, batch)
+            targets = task.convert_targets(output, batch.targets)
+            answer = task.answer(output)
+        return batch.inputs, targets, [] if answer is None else answer.samples()
 
     def _decide(
         self, request: Request, model: nn.Module, batch: MicroBatch
