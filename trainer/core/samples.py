@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from trainer.data.loading import Loader
 from trainer.data.names import printable
-from trainer.data.samples import Ids, MicroBatch
+from trainer.data.samples import MicroBatch
 from trainer.errors import listed
+from trainer.exact.plan import Ids
 
 NAMED_SAMPLES = 8
 
