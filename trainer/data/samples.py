@@ -269,7 +269,7 @@ class KeyedDataset(Dataset[Any]):
         pairs = request.pairs()
         ids = [sample_id for sample_id, _ in pairs]
         place = (request.epoch, *pairs[0], len(pairs))
-        seed_cpu(key(self._seed, f"{self.purpose} batch", *place))
+        seed_cpu(key(self._seed, f"{self._purpose} batch", *place))
         try:
             return collation(samples)
         except DataError:
@@ -279,7 +279,7 @@ class KeyedDataset(Dataset[Any]):
                 raise
             # Anything: the function is other people's code.
             message = (
-                f"data.collate={collation.name} failed on the {self.purpose} samples {describe_ids(ids)}: "
+                f"data.collate={collation.name} failed on the {self.label} samples {describe_ids(ids)}: "
                 f"{type(error).__name__}: {error} ({_last_line(error)})"
             )
             raise data_error(message, error) from error
