@@ -19,14 +19,18 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 from torch import Tensor
 
+from trainer.components.schedule import build_schedule
+from trainer.config.schema import ScheduleConfig
 from trainer.reporting.figures.confusion import draw_confusion_matrix
 from trainer.reporting.figures.curves import draw_curves
+from trainer.reporting.figures.drawing import rates_by_step
 from trainer.reporting.figures.images import (
     PredictionGroup,
     draw_batch_grid,
     draw_predictions,
     draw_saliency,
 )
+from trainer.reporting.figures.overlays import on_one_size, with_boxes, with_classes
 from trainer.reporting.figures.style import DPI
 
 
@@ -362,3 +366,70 @@ def test_no_global_state(tmp_path: Path) -> None:
     draw_confusion_matrix(np.eye(2, dtype=np.int64), ["a", "b"], tmp_path / "c.png")
     assert dict(matplotlib.rcParams) == settings
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
+
+
+def test_losses_of_many_sizes_have_a_logarithmic_axis(
+    figures: list[Figure], tmp_path: Path
+) -> None:
+    def rows(*losses: float) -> list[dict[str, float]]:
+        values = enumerate(losses, start=1)
+        return [{"step": i, "train/loss": v, "train/mae": v} for i, v in values]
+
+    scales = []
+    for losses in ((8.0, 1.0, 0.1), (2.0, 1.5, 1.0), (1.0, 0.1, -0.5)):
+        draw_curves(rows(*losses), tmp_path / "c.png")
+        loss, mae, _ = figures[-1].axes
+        scales.append(loss.get_yscale())
+        assert mae.get_yscale() == "linear"
+    assert scales == ["log", "linear", "linear"]
+
+
+def test_an_epochs_mean_stands_in_its_middle_and_its_evaluation_at_its_end(
+    figures: list[Figure], tmp_path: Path
+) -> None:
+    rows: list[dict[str, float]] = [
+        {"step": 10 * epoch, "train/epoch_loss": 1.0, "val/loss": 2.0}
+        for epoch in (1, 2, 3)
+    ]
+    draw_curves(rows, tmp_path / "c.png")
+    lines = panels(figures[0])["loss"]
+    np.testing.assert_array_equal(lines["train, epoch"].get_xdata(), [5, 15, 25])
+    np.testing.assert_array_equal(lines["val"].get_xdata(), [10, 20, 30])
+
+
+def test_the_schedule_is_drawn_step_by_step_where_the_rows_follow_it(
+    figures: list[Figure], tmp_path: Path
+) -> None:
+    schedule = build_schedule(
+        ScheduleConfig(name="step", args={"step_size": 2, "gamma": 0.5}),
+        total_steps=12,
+        steps_per_epoch=3,
+        history=[],
+        mode="min",
+    )
+    rows: list[dict[str, float]] = [{"step": 5, "lr": 0.1}, {"step": 10, "lr": 0.05}]
+    rates = rates_by_step(rows, schedule)
+    assert rates == [(step, 0.1 if step <= 6 else 0.05) for step in range(1, 11)]
+    draw_curves(rows, tmp_path / "c.png", rates=rates)
+    (line,) = panels(figures[0])["learning rate"].values()
+    assert line.get_drawstyle() == "steps-post"
+    assert list(line.get_ydata()) == [rate for _, rate in rates]
+    # After a resume with another rate.
+    assert rates_by_step([*rows, {"step": 12, "lr": 0.3}], schedule) is None
+
+
+def test_boxes_and_classes_are_drawn_where_they_are() -> None:
+    image = torch.zeros(1, 40, 80)
+    picture = with_boxes(image, [(torch.tensor([[10.0, 5, 30, 25]]), "#FF0000")])
+    assert picture.shape == (3, 80, 160)
+    rows, columns = (picture[0] == 1).any(1), (picture[0] == 1).any(0)
+    assert rows.nonzero().flatten()[[0, -1]].tolist() == [10, 49]
+    assert columns.nonzero().flatten()[[0, -1]].tolist() == [20, 59]
+    classes = torch.zeros(40, 80, dtype=torch.long)
+    classes[3:5, 7] = 2
+    drawn = with_classes(image, classes, shows_first=False)
+    assert torch.equal(drawn.sum(0) > 0, classes > 0)
+    assert (with_classes(image, classes, shows_first=True).sum(0) > 0).all()
+    several = on_one_size([drawn, torch.zeros(3, 10, 90)])
+    assert several.shape == (2, 3, 40, 90)
+    assert (several[1, :, 10:] == 1).all() and (several[0, :, :, 80:] == 1).all()

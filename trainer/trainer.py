@@ -919,7 +919,12 @@ class Trainer:
             return {}
         has_best = self.progress.best is not None
         try:
-            return drawing.draw(self.run, self.journal.directory, has_best=has_best)
+            return drawing.draw(
+                self.run,
+                self.journal.directory,
+                has_best=has_best,
+                schedule=self.schedule,
+            )
         except LockstepError as error:
             self.journal.console.note(f"the figures are not complete: {error}")
             return {}

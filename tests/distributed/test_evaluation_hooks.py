@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import CLASSES, Points, config, mlp
 from trainer import ConfigError, Observer, Run, Step, Task, Trainer
+from trainer.components.answers import Answer
 from trainer.config.schema import Config
 from trainer.core.metrics import Row
 from trainer.core.save_predictions import SavePredictions
@@ -189,9 +190,15 @@ class Pixels(Task):
         )
 
     def answer(self, output: Tensor) -> Any:
-        from trainer.components.answers import Answer
-
         return Answer("class_map", output.reshape(-1, 2, 1, CLASSES // 2))
+
+
+class Boxes(Pixels):
+    """Finds as many objects in a sample as its label says."""
+
+    def answer(self, output: Tensor) -> Any:
+        tables = [row.new_ones(int(row.argmax()), 6) for row in output]
+        return Answer("boxes", tables)
 
 
 class Nested(Pixels):
@@ -221,6 +228,15 @@ def test_what_has_no_place_in_a_file_is_refused(tmp_path: Path) -> None:
     assert fit(SavePredictions(format="safetensors"), Pixels()) == ""
     path = tmp_path / "run" / "predictions" / "val" / "step_00000001.safetensors"
     assert load_file(path)["classes"].shape == (SAMPLES, 1, 2)
+    assert fit(SavePredictions(), Boxes()) == ""
+    lines = path.with_suffix(".csv").read_text().splitlines()
+    assert lines[0] == "id,x1,y1,x2,y2,score,class"
+    net = mlp().double()
+    best = tmp_path / "run" / "best" / "model.safetensors"
+    net.load_state_dict(load_file(best))
+    found = net(Points(SAMPLES, ignored=False).points).argmax(1).tolist()
+    ids = [int(line.partition(",")[0]) for line in lines[1:]]
+    assert ids == [i for i, count in enumerate(found) for _ in range(count)]
     assert "is not known" in fit(SavePredictions(), Nested())
     wrong: list[dict[str, Any]] = [{"every": 0}, {"format": "parquet"}]
     for arguments in wrong:

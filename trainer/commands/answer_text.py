@@ -23,6 +23,7 @@ HEADINGS: dict[AnswerKind, tuple[str, ...]] = {
     "labels": ("labels", "probabilities"),
     "values": ("values",),
     "class_map": ("classes by their share of the pixels",),
+    "boxes": ("objects, the surest first",),
 }
 
 
@@ -41,6 +42,28 @@ class Candidate:
 
     def to_text(self) -> str:
         return f"{self.name} {100 * self.share:.1f} %"
+
+
+@dataclass(frozen=True)
+class FoundObject:
+    """A box (x1, y1, x2, y2) in pixels, its class, and how sure the model is."""
+
+    name: str
+    class_id: int
+    score: float
+    box: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "class": self.name,
+            "class_id": self.class_id,
+            "score": self.score,
+            "box": self.box,
+        }
+
+    def to_text(self) -> str:
+        corners = ", ".join(f"{side:.0f}" for side in self.box)
+        return f"{self.name} {100 * self.score:.0f} % ({corners})"
 
 
 def describe(answer: Answer, name: ClassName, top: int) -> dict[str, Any]:
@@ -64,6 +87,8 @@ def describe(answer: Answer, name: ClassName, top: int) -> dict[str, Any]:
                 for candidate in _pixel_shares(answer.values, name)
             ]
             return {"shape": list(answer.values.shape[1:]), "classes": shares}
+        case "boxes":
+            return {"boxes": [found.to_dict() for found in _objects(answer, name)]}
 
 
 def row(answer: Answer, name: ClassName, top: int) -> list[Text]:
@@ -81,6 +106,9 @@ def row(answer: Answer, name: ClassName, top: int) -> list[Text]:
             return [Text(_format_numbers(answer.values.flatten().tolist()))]
         case "class_map":
             return [Text(_join(_pixel_shares(answer.values, name)[:top]))]
+        case "boxes":
+            found = [found.to_text() for found in _objects(answer, name)[:top]]
+            return [Text(" · ".join(found) or "none")]
 
 
 def _largest(probabilities: Tensor, name: ClassName, top: int) -> list[Candidate]:
@@ -107,6 +135,14 @@ def _pixel_shares(probabilities: Tensor, name: ClassName) -> list[Candidate]:
         if count:
             candidates.append(Candidate(name(class_id), class_id, count / len(classes)))
     return sorted(candidates, key=lambda candidate: -candidate.share)
+
+
+def _objects(answer: Answer, name: ClassName) -> list[FoundObject]:
+    """The objects of one image, the surest first."""
+    objects = []
+    for *box, score, class_id in answer.values.tolist():
+        objects.append(FoundObject(name(int(class_id)), int(class_id), score, box))
+    return sorted(objects, key=lambda found: -found.score)
 
 
 def _format_numbers(numbers: list[float]) -> str:

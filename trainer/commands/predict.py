@@ -3,6 +3,7 @@
 lockstep predict runs/digits images/                    a table; JSON lines if the output is no terminal
 lockstep predict runs/digits 'scans/*.png' --top 5
 lockstep predict runs/discs images/ --masks masks/      a PNG for each file, with the class of each pixel
+lockstep predict runs/detection images/ --json          the boxes in each file, with classes and scores
 lockstep predict runs/digits --export onnx              writes runs/digits/best.onnx
 
 The run's data are not needed.

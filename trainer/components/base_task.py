@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from trainer.components.answers import Answer
+from trainer.components.calling import call_model, scores_of
 from trainer.errors import ConfigError
 
 
@@ -99,13 +100,27 @@ class Task(nn.Module):
     targets_are_classes: bool = False
     # Targets with this value are not counted; None: every target is.
     ignore_index: int | None = None
+    # What `data.collate` is where the config does not say; None: torch's default.
+    collate: str | None = None
+    # False where the model gives no loss in eval mode: an evaluation then logs the metrics alone.
+    validates_loss: bool = True
 
     def __init__(self) -> None:  # nn.Module's own takes any keyword, and refuses each
         super().__init__()
 
     def predict(self, model: nn.Module, inputs: Any) -> Any:
-        """The model's output for a micro-batch. Override it for models that return more than one tensor."""
-        return model(inputs)
+        """The model's output for a micro-batch. Override it for models that return more than one tensor.
+
+        By default `model(inputs)`, and `model(**inputs)` for a dict whose keys are names of the forward's parameters.
+        """
+        return call_model(model, inputs)
+
+    def predict_with_targets(self, model: nn.Module, inputs: Any, targets: Any) -> Any:
+        """The output that `loss_sum` and `metric_sums` get. Override it for models that take the targets, too.
+
+        By default that of `predict`.
+        """
+        return self.predict(model, inputs)
 
     def convert_targets(self, output: Any, targets: Any) -> Any:
         """The targets of a batch in the form that the loss takes, such as int64 class ids; here as they are."""
@@ -132,6 +147,25 @@ class Task(nn.Module):
         """What `predict` and an exported program answer; None where that is not known. By default `probabilities`."""
         probabilities = self.probabilities(output)
         return None if probabilities is None else Answer("class", probabilities)
+
+
+class ScoresTask(Task):
+    """A task whose loss takes one tensor of scores, which some models wrap: see `scores_of`."""
+
+    def predict(self, model: nn.Module, inputs: Any) -> Any:
+        output = super().predict(model, inputs)
+        if isinstance(output, Tensor) or not self._has_own_loss():
+            return output
+        return scores_of(output)
+
+    def _has_own_loss(self) -> bool:
+        """True if `loss_sum` is Lockstep's. A subclass's own may read the model's whole output."""
+        return type(self).loss_sum.__module__.startswith("trainer.")
+
+
+def has_plain_predict(task: Task) -> bool:
+    """True if the task's output for a tensor is the model's."""
+    return type(task).predict in (Task.predict, ScoresTask.predict)
 
 
 def metrics_add_up(task: Task) -> bool:

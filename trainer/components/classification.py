@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.components.answers import Answer
-from trainer.components.base_task import Task, WeightedSum
+from trainer.components.base_task import ScoresTask, WeightedSum
 from trainer.components.targets import as_class_targets, check_output
 from trainer.errors import ConfigError, DataError
 
@@ -18,7 +18,7 @@ from trainer.errors import ConfigError, DataError
 NO_LABEL = -(2**31)
 
 
-class CrossEntropy(Task):
+class CrossEntropy(ScoresTask):
     """Classification of samples `(N, C)` or pixels `(N, C, H, W)`; targets are class ids, or probabilities.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainer.components.answers import Answer
-from trainer.components.base_task import Task, WeightedSum
+from trainer.components.base_task import ScoresTask, WeightedSum
 from trainer.components.classification import as_weights
 from trainer.components.divisor import Divisor, count_elements, find_divisor
 from trainer.components.targets import check_output, check_range
@@ -21,7 +21,7 @@ from trainer.components.torch_losses import (
 from trainer.process.device import sum_dtype
 
 
-class ElementLoss(Task):
+class ElementLoss(ScoresTask):
     """A loss `loss(output, targets)` that gives a 0-dim sum, divided and measured as its `rule` says.
 
     If the rule does not know what the sum is divided by, it is found on the first samples, by comparing it with

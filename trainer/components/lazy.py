@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
+from trainer.components.calling import call_model
 from trainer.errors import ConfigError
 from trainer.exact.modes import preserved_modes
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
@@ -25,7 +26,7 @@ def give_lazy_layers_sizes(model: nn.Module, inputs: Any, seed: int) -> None:
     try:
         with preserved_modes(model), preserved_cpu_generators(), torch.no_grad():
             seed_cpu(key(seed, "lazy weights"))
-            model.eval()(tree_map(_as_model_takes_it, inputs))
+            call_model(model.eval(), tree_map(_as_model_takes_it, inputs))
     except Exception as error:
         # Anything: the model is other people's code.
         raise ConfigError(

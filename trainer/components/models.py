@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from trainer.components.pooling import AdaptiveAvgPool2d
+from trainer.components.small_models import small_detector, small_segmenter
 from trainer.components.weights import torchvision_weights
 from trainer.config.registry import build, refuse_other_class, resolve
 from trainer.config.schema import ModelConfig
@@ -43,6 +45,13 @@ def small_cnn(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Seq
         nn.Flatten(),
         nn.Linear(8 * width, num_classes),
     )
+
+
+SMALL_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "small_cnn": small_cnn,
+    "small_segmenter": small_segmenter,
+    "small_detector": small_detector,
+}
 
 
 def build_model(
@@ -94,12 +103,14 @@ def _constructor(
     section: ModelConfig, supplied: dict[str, Any]
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """What makes the model, and what to supply it with."""
-    if section.name == "small_cnn":
-        return small_cnn, supplied
+    if section.name in SMALL_MODELS:
+        return SMALL_MODELS[section.name], supplied
     if "." not in section.name:
         return _torchvision_builder(section, supplied)
     constructor: Callable[..., Any] = resolve("model", section.name, {})
     refuse_other_class("model", section.name, constructor, nn.Module)
+    if _is_of_transformers(constructor):
+        return _from_configuration(constructor), _in_its_words(supplied)
     if section.name.endswith(".from_pretrained"):
         # It passes any argument on to a configuration, which has other words or none.
         supplied = _named_by_signature(constructor, supplied)
@@ -109,6 +120,40 @@ def _constructor(
     if section.name.startswith("timm.") and "in_channels" in supplied:
         supplied["in_chans"] = supplied.pop("in_channels")  # timm's word for it
     return constructor, supplied
+
+
+def _is_of_transformers(constructor: Any) -> bool:
+    """True for a class whose models are built of a configuration, such as `transformers.ViTForImageClassification`."""
+    base = getattr(sys.modules.get("transformers"), "PreTrainedModel", None)
+    if base is None or not isinstance(constructor, type):
+        return False
+    return issubclass(constructor, base)
+
+
+def _in_its_words(supplied: dict[str, Any]) -> dict[str, Any]:
+    words = {"num_classes": "num_labels", "in_channels": "num_channels"}
+    return {words[name]: value for name, value in supplied.items()}
+
+
+def _from_configuration(model_class: Any) -> Callable[..., Any]:
+    """A function that makes a model of transformers with random weights, of its configuration's arguments.
+
+    The function raises `TypeError` for a name that the configuration does not have: it would keep it, and nothing would
+    read it.
+    """
+    config_class = model_class.config_class
+    known = config_class()
+
+    def make(**arguments: Any) -> Any:
+        for name in arguments:
+            if not hasattr(known, name):
+                raise TypeError(
+                    f"{config_class.__name__} got an unexpected keyword argument '{name}'"
+                )
+        return model_class(config_class(**arguments))
+
+    make.__name__ = model_class.__name__
+    return make
 
 
 def _named_by_signature(
@@ -127,7 +172,7 @@ def _torchvision_builder(
     try:
         builder: Callable[..., Any] = models.get_model_builder(name)
     except ValueError:
-        known = ["small_cnn", *models.list_models()]
+        known = [*SMALL_MODELS, *models.list_models()]
         raise ConfigError(
             "model.name",
             f'"{name}" is neither small_cnn, a torchvision model nor an import path{nearest(name, known)}',

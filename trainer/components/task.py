@@ -12,6 +12,7 @@ from trainer.components.base_task import (
     Task,
     WeightedSum,
     as_weighted_sum,
+    has_plain_predict,
     metrics_add_up,
 )
 from trainer.components.classification import (
@@ -20,6 +21,7 @@ from trainer.components.classification import (
     as_weights,
     check_class_weights,
 )
+from trainer.components.detection import Detection
 from trainer.components.element_losses import (
     MSE,
     BCEWithLogits,
@@ -42,6 +44,7 @@ __all__ = [
     "MSE",
     "BCEWithLogits",
     "CrossEntropy",
+    "Detection",
     "ElementLoss",
     "NegativeLogLikelihood",
     "Regression",
@@ -50,6 +53,8 @@ __all__ = [
     "as_task",
     "as_weighted_sum",
     "build_task",
+    "collate_of",
+    "has_plain_predict",
     "loss_arguments",
     "metrics_add_up",
 ]
@@ -58,6 +63,7 @@ TASKS: Mapping[str, Callable[..., Task]] = {
     "cross_entropy": CrossEntropy,
     "mse": MSE,
     "bce_with_logits": BCEWithLogits,
+    "detection": Detection,
 }
 
 
@@ -115,6 +121,14 @@ def build_task(section: LossConfig, num_classes: int | None) -> Task:
             f'"{section.name}" is neither a trainer.Task nor a loss module of torch.nn',
         )
     return as_task(task, num_classes)
+
+
+def collate_of(loss: object) -> str | None:
+    """The `data.collate` that a task, or what a `LossConfig` names, takes its batches by; None for torch's default."""
+    if isinstance(loss, LossConfig):
+        loss = resolve("loss", loss.name, TASKS)
+    collate = getattr(loss, "collate", None)
+    return collate if isinstance(collate, str) else None
 
 
 def _build_module(

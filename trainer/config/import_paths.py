@@ -13,7 +13,15 @@ from trainer.config.evaluation_sets import (
 from trainer.config.schema import Config
 
 Role = Literal[
-    "model", "data", "sampler", "transform", "loss", "optimizer", "schedule", "observer"
+    "model",
+    "data",
+    "sampler",
+    "transform",
+    "collate",
+    "loss",
+    "optimizer",
+    "schedule",
+    "observer",
 ]
 # Roles whose sections are named after them.
 SECTIONS: tuple[Role, ...] = ("model", "data", "loss", "optimizer", "schedule")
@@ -29,7 +37,7 @@ class ImportPath(NamedTuple):
 
     @property
     def key(self) -> str:
-        return f"{self.section}.name"
+        return self.section if self.role == "collate" else f"{self.section}.name"
 
     @property
     def package(self) -> str:
@@ -57,6 +65,8 @@ def _all_names(config: Config) -> Iterator[ImportPath]:
             # They go to the data set of `data`.
             yield ImportPath("data", place, config.data.name, section.args)
         yield from _transforms(f"{place}.transforms", section.transforms)
+    if config.data.collate is not None:
+        yield ImportPath("collate", "data.collate", config.data.collate, {})
     for index, observer in enumerate(config.observers):
         yield ImportPath(
             "observer", f"observers[{index}]", observer.name, observer.args

@@ -79,7 +79,7 @@ class DataConfig(ComponentSection):
 
     name: str = key(
         "digits",
-        "digits, folder, cifar10, mnist, fake, or an import path to a map-style dataset",
+        "digits, folder, cifar10, mnist, fake, shapes, or an import path to a map-style dataset",
     )
     root: str | None = key(None, "folder that holds the data set, where it has files")
     cache: float = key(
@@ -143,6 +143,16 @@ class DataConfig(ComponentSection):
         None,
         "a set that the best weights are evaluated on once, at the end: {folder: test}",
     )
+    columns: list[list[str] | str] | None = key(
+        None,
+        "of rows with named columns, the input's and the target's: [image, label]; several inputs by name: "
+        "[[image, age], label]; null = guessed where there is one of each",
+    )
+    collate: str | None = key(
+        None,
+        "what makes a batch of samples: lists (each by itself), or an import path to a function "
+        "[(input, target), …] → (inputs, targets); null = as the loss takes them, else torch's default_collate",
+    )
     mean: list[float] | None = key(
         None, "subtracted from each channel of the image scaled to [0, 1]"
     )
@@ -194,7 +204,7 @@ class ModelConfig(ComponentSection):
 
     name: str = key(
         "small_cnn",
-        "small_cnn, a torchvision model, or an import path to a class or function",
+        "small_cnn, small_segmenter, small_detector, a torchvision model, or an import path to a class or function",
     )
     num_classes: int | None = key(
         None, "outputs of the model; null = as many as the data has classes", minimum=1
@@ -250,8 +260,8 @@ class LossConfig(ComponentSection):
 
     name: str = key(
         "cross_entropy",
-        "cross_entropy, mse, bce_with_logits, or an import path to a Task or a loss of torch.nn; loss.reduction=mean "
-        "and sum give the same run, because a step always divides by its number of targets",
+        "cross_entropy, mse, bce_with_logits, detection, or an import path to a Task or a loss of torch.nn; "
+        "loss.reduction=mean and sum give the same run, because a step always divides by its number of targets",
     )
 
 
@@ -667,6 +677,11 @@ class Config:
             return "cannot be combined with batch_norm.mode=sync, whose statistics span micro-batches of all processes"
         if self.train.compile:
             return "cannot be combined with train.compile=true: a compiled model cannot be intercepted layer by layer"
+        if self.data.collate is not None:
+            return (
+                f"cannot be combined with data.collate={self.data.collate}: the batch that it makes of several "
+                f"micro-batches need not be theirs side by side"
+            )
         return None
 
     @classmethod

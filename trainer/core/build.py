@@ -20,7 +20,13 @@ from trainer.components.directions import direction_of
 from trainer.components.freezing import Freezing
 from trainer.components.lazy import give_lazy_layers_sizes
 from trainer.components.models import build_model, compile_model, input_channels
-from trainer.components.task import Task, as_task, loss_arguments
+from trainer.components.task import (
+    Task,
+    as_task,
+    collate_of,
+    has_plain_predict,
+    loss_arguments,
+)
 from trainer.components.weights import start_from_weights, weights_file
 from trainer.config.schema import BestConfig, Config
 from trainer.core.early_stop import with_early_stop_metric
@@ -41,10 +47,12 @@ from trainer.data.evaluation_loaders import evaluation_loaders, loader_as_files
 from trainer.data.evaluation_sets import (
     passed_sets,
     refuse_sets_of_config,
+    with_columns,
     with_evaluation_sets,
 )
 from trainer.data.loading import Loader, build_loaders
 from trainer.data.parts import check_part, shared_class_names
+from trainer.data.rows import as_pairs
 from trainer.data.sampler import DrawnOrder
 from trainer.data.samplers import build_order
 from trainer.data.split import with_split
@@ -206,6 +214,7 @@ def build_run(
     A collective: every rank of a run calls it with the same config. Raises `ConfigError` or `DataError`.
     """
     config = _with_names(config, model=model, data=train_data, loss=task)
+    config = _with_collate(config, task)
     ranks = Ranks(config.train.precision, config.run.timeout)
     check_reproducibility(ranks.device.type, config.run.reproducibility)
     facts_of_ranks = check_ranks(config, ranks)
@@ -315,6 +324,14 @@ def _with_names(config: Config, **objects: object) -> Config:
     return config
 
 
+def _with_collate(config: Config, task: Task | nn.Module | None) -> Config:
+    """The config with the `data.collate` that its loss needs, where it does not say itself."""
+    collate = collate_of(config.loss if task is None else task)
+    if config.data.collate is not None or collate is None:
+        return config
+    return replace(config, data=replace(config.data, collate=collate))
+
+
 def _data(
     config: Config,
     ranks: Ranks,
@@ -344,8 +361,10 @@ def _data(
             "data.val_fraction",
             "takes validation samples out of train_data, and val_data is given; leave one out",
         )
+    train = as_pairs(train, config.data.columns)
     data = Datasets(train, None, shared_class_names(train, None), config.data.name)
-    return passed_sets(with_split(config.data, data), val, test)
+    data = with_columns(passed_sets(data, val, test), config.data.columns)
+    return with_split(config.data, data)
 
 
 def _plan(config: Config, ranks: Ranks, samples: int, order: DrawnOrder | None) -> Plan:
@@ -453,16 +472,19 @@ def _mix(config: Config, task: Task, loader: Loader, plan: Plan) -> Mix | None:
 def _with_best_metric(config: Config, task: Task, validation: list[str]) -> Config:
     """The config with the metric that decides which model is best, and its mode; `validation` are the sets' phases.
 
-    By default the metric is the loss, of the first validation set if there is any. Raises `ConfigError` where the run
-    logs no such metric, or nobody knows whether less or more of it is better.
+    By default the metric is the loss, of the first validation set if there is any, or the task's first metric where an
+    evaluation has no loss. Raises `ConfigError` where the run logs no such metric, or nobody knows whether less or more
+    of it is better.
     """
     phases = [*logged_phases(config.ema, validation), "train"]
-    if config.best.metric == BestConfig().metric:
-        metric = f"{phases[0]}/loss"
-        config = replace(config, best=replace(config.best, metric=metric))
     metrics = [
         f"{phase}/{name}" for phase in phases for name in ("loss", *task.metrics)
     ]
+    if not task.validates_loss:
+        without_loss = [f"{phase}/loss" for phase in phases if phase != "train"]
+        metrics = [name for name in metrics if name not in without_loss]
+    if config.best.metric == BestConfig().metric:
+        config = replace(config, best=replace(config.best, metric=metrics[0]))
     metric = config.best.metric
     if metric not in metrics:
         raise ConfigError(
@@ -511,5 +533,6 @@ def _head_of_fixed_features(
     config: Config, task: Task, freezing: Freezing
 ) -> nn.Module | None:
     """The head, if running it on cached features gives what running the model gives; else None."""
-    has_plain_predict = type(task).predict is Task.predict
-    return freezing.head if has_plain_predict and not config.train.compile else None
+    return (
+        freezing.head if has_plain_predict(task) and not config.train.compile else None
+    )

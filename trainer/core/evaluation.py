@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.components.answers import Answer
 from trainer.core.features import Features
 from trainer.core.forward import Forward
 from trainer.core.metrics import Meter
 from trainer.core.misfit import explained
-from trainer.core.samples import rows_not_finite
+from trainer.core.samples import samples_not_finite
 from trainer.data.bad_samples import Quarantine
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import Loader, whole_requests
@@ -142,10 +143,9 @@ class Evaluator:
             batch = self._loader.peek(request.ids)
             _, loss = self._forward(self._model, batch, None)
             if not loss.total.isfinite():
-                values = (batch.inputs, batch.targets)
-                rows = rows_not_finite(values, len(request.ids))
-                samples: list[int] = request.ids[rows or slice(None)].tolist()
-                return samples
+                bad = samples_not_finite(self._loader, batch, request.ids, 0)
+                every: list[int] = request.ids.tolist()
+                return bad or every
         return []
 
     @torch.no_grad()
@@ -158,6 +158,20 @@ class Evaluator:
             self._passes.agree()
         decisions = self._ranks.gather(decisions)
         return sorted(decisions, key=lambda decision: decision.sample_id)
+
+    @torch.no_grad()
+    def answers(self, ids: list[int]) -> tuple[Any, Any, list[Answer]]:
+        """Inputs and targets of some samples as model and loss take them, and an answer for each, if the task has any.
+
+        Not a collective.
+        """
+        task = self._forward.task
+        with preserved_generators(), self._eval_mode():
+            batch = self._loader.peek(ids)
+            output = self._forward.predict(self._model, batch)
+            targets = task.convert_targets(output, batch.targets)
+            answer = task.answer(output)
+        return batch.inputs, targets, [] if answer is None else answer.samples()
 
     def _decide(
         self, request: Request, model: nn.Module, batch: MicroBatch

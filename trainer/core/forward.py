@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class Forward:
     def predict(self, model: nn.Module, batch: MicroBatch) -> Any:
         """The model's output outside of training, as an evaluation of the same batch sees it."""
         self._seed_evaluation(batch)
-        return self.output(model, batch)
+        return self._output(model, batch, self._predict)
 
     def _key(self, step: Step, index: int) -> int:
         return mix_key(self._base_key, step.number, index)
@@ -114,7 +114,7 @@ class Forward:
     def _output_and_loss(
         self, model: nn.Module, batch: MicroBatch
     ) -> tuple[Any, WeightedSum]:
-        output = self.output(model, batch)
+        output = self._output(model, batch, self._predict_with_targets)
         try:
             if batch.blend is None:
                 loss = self.task.loss_sum(output, batch.targets)
@@ -191,17 +191,33 @@ class Forward:
         fused.finish()
         return result
 
-    def output(self, model: nn.Module, batch: MicroBatch) -> Any:
+    def _output(
+        self,
+        model: nn.Module,
+        batch: MicroBatch,
+        predict: Callable[[nn.Module, MicroBatch], Any],
+    ) -> Any:
         """The model's output in the run's dtype: a loss summed in autocast's dtype would lose digits."""
         if not self._precision.autocasts:
-            return self._predict(model, batch)
+            return self._explained(model, batch, predict)
         with self._precision.autocast():
-            output = self._predict(model, batch)
+            output = self._explained(model, batch, predict)
         return self._precision.without_autocast(output)
 
     def _predict(self, model: nn.Module, batch: MicroBatch) -> Any:
+        return self.task.predict(model, batch.inputs)
+
+    def _predict_with_targets(self, model: nn.Module, batch: MicroBatch) -> Any:
+        return self.task.predict_with_targets(model, batch.inputs, batch.targets)
+
+    def _explained(
+        self,
+        model: nn.Module,
+        batch: MicroBatch,
+        predict: Callable[[nn.Module, MicroBatch], Any],
+    ) -> Any:
         try:
-            return self.task.predict(model, batch.inputs)
+            return predict(model, batch)
         except KINDS as error:
             if isinstance(error, ValueError) and TOO_FEW_VALUES in str(error):
                 raise ConfigError(
@@ -218,7 +234,9 @@ class Forward:
 
 
 def count_samples(batch: MicroBatch) -> int | None:
-    """The number of samples in a batch; None where it has no tensor with a row for each."""
+    """The number of samples in a batch; None where nobody says and it has no tensor with a row for each."""
+    if batch.samples is not None:
+        return batch.samples
     for part in (batch.inputs, batch.targets):
         if isinstance(part, Tensor):
             return len(part) if part.dim() else None

@@ -40,7 +40,7 @@ def choose_fuse(run: Run) -> tuple[int, str]:
     """
     fuse = run.config.batch.fuse
     if fuse == 1 or run.config.fuse_refusal():
-        return 1, ""
+        return 1, _note_on_collate(run) if fuse == "auto" else ""
     if run.ranks.device.type not in ("cpu", *KINDS_WITH_STREAMS):
         if fuse == "auto":
             return 1, ""
@@ -62,6 +62,11 @@ def choose_fuse(run: Run) -> tuple[int, str]:
         [_answer_of_this_rank(run, step, first, end)]
     )
     return min(answers)
+
+
+def _note_on_collate(run: Run) -> str:
+    collate = run.config.data.collate
+    return "" if collate is None else f"data.collate={collate} makes each batch anew"
 
 
 def _answer_of_this_rank(run: Run, step: Step, first: int, end: int) -> tuple[int, str]:

@@ -71,6 +71,7 @@ WANTED: Mapping[Role, str] = {
     "data": "a data set class of torchvision.datasets",
     "sampler": "a sampler of Lockstep's own",
     "transform": "a class of torchvision.transforms",
+    "collate": "a collate function of Lockstep's own",
     "loss": "a trainer.Task or a loss class of torch.nn",
     "optimizer": "a torch.optim.Optimizer class",
     "schedule": "a schedule of Lockstep's own",
@@ -100,6 +101,8 @@ def is_of_kind(role: Role, target: Any) -> bool:
         return callable(target)
     if role in ("schedule", "sampler"):
         return False
+    if role == "collate":
+        return False  # a class makes no batch
     if role in ("data", "transform"):
         return True
     base, _ = CLASSES[role]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainer.core.build import Run
 from trainer.core.evaluation import EvaluationSet
-from trainer.core.samples import name_samples, rows_not_finite
+from trainer.core.samples import name_samples, samples_not_finite
 from trainer.errors import LockstepError
 from trainer.exact.finite import BadSteps, first_not_finite
 from trainer.exact.model_and_loss import ModelAndLoss
@@ -57,7 +57,7 @@ def describe_step(
 def _describe_samples(run: Run, step: Step) -> str:
     """The samples of `step` whose inputs or targets are not finite; else its first ones."""
     bad = []
-    for index, (first, end) in enumerate(step.micro_batches):
+    for index, (_, end) in enumerate(step.micro_batches):
         if end > SAMPLES_TO_READ:
             break
         ids = run.plan.sample_ids(step, index)
@@ -65,8 +65,7 @@ def _describe_samples(run: Run, step: Step) -> str:
         batch = run.train_loader.fetch(
             ids, index, epoch=step.epoch, occurrences=occurrences
         )
-        for row in rows_not_finite((batch.inputs, batch.targets), end - first):
-            bad.append(int(ids[row]))
+        bad += samples_not_finite(run.train_loader, batch, ids, step.epoch)
     if bad:
         return f"of its samples, not finite already in the data: {name_samples(run.data.train, bad)}"
     ids = run.plan.sample_ids(step, 0, len(step.micro_batches))

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from trainer.data.loading import Loader
 from trainer.data.names import printable
+from trainer.data.samples import MicroBatch
 from trainer.errors import listed
+from trainer.exact.plan import Ids
 
 NAMED_SAMPLES = 8
 
@@ -22,6 +25,27 @@ def rows_not_finite(values: Any, count: int) -> list[int]:
         if is_batch and leaf.is_floating_point():
             is_bad |= ~leaf.cpu().isfinite().reshape(count, -1).all(1)
     return is_bad.nonzero().flatten().tolist()
+
+
+def samples_not_finite(
+    loader: Loader, batch: MicroBatch, ids: Ids, epoch: int
+) -> list[int]:
+    """The samples of a batch that are not finite already in the data, after the transforms."""
+    if loader.dataset.collation is None:
+        rows = rows_not_finite((batch.inputs, batch.targets), len(ids))
+        return [int(ids[row]) for row in rows]
+    # Which part of the batch is which sample's is known to `data.collate` alone.
+    bad = []
+    for sample_id in ids.tolist():
+        leaves = tree_leaves(loader.sample(sample_id, epoch))
+        if not all(map(_is_finite, leaves)):
+            bad.append(sample_id)
+    return bad
+
+
+def _is_finite(leaf: Any) -> bool:
+    is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return not is_float or bool(leaf.isfinite().all())
 
 
 def name_samples(dataset: Any, ids: list[int]) -> str:

@@ -38,7 +38,9 @@ COLUMNS = {
     "probabilities": "probability",
     "values": "value",
     "output": "output",
+    "boxes": "box",
 }
+BOX = ["x1", "y1", "x2", "y2", "score", "class"]
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -47,7 +49,8 @@ class SavePredictions(Observer):
     """Writes the answers of every `every`-th evaluation, by sample id, each once: the same on any number of ranks.
 
     `format` is `csv`, a line for each sample (of a classifier the class and its probability), or `safetensors`, with
-    `ids`, `targets` and all probabilities or values. The classes of pixels need the latter.
+    `ids`, `targets` and all probabilities or values. The classes of pixels need the latter. Of a detector, a line is an
+    object: a sample has as many as were found.
     """
 
     may_stop = False
@@ -89,9 +92,12 @@ class SavePredictions(Observer):
         part: Arrays = {"ids": ids}
         task = self._run.task
         converted = task.convert_targets(output, targets)
-        if isinstance(converted, Tensor) and len(converted) == len(ids):
+        if _is_by_sample(converted, len(ids)):
             part["targets"] = _to_numpy(converted)
-        return part | _answers(task.answer(output), output, len(ids))
+        answer = task.answer(output)
+        if answer is not None and answer.kind == "boxes":
+            return _boxes(ids, answer.values)
+        return part | _answers(answer, output, len(ids))
 
     def evaluation(self, evaluation: str, step: Step, metrics: Row) -> None:
         if self._is_due(evaluation):
@@ -133,7 +139,7 @@ SHORT_NAMES = {"save_predictions": SavePredictions}
 def _answers(answer: Answer | None, output: Any, samples: int) -> Arrays:
     """What is kept of a batch's output."""
     if answer is None:
-        if isinstance(output, Tensor) and output.dim() and len(output) == samples:
+        if _is_by_sample(output, samples):
             return {"output": _to_numpy(output)}
         raise ConfigError(
             "observers",
@@ -149,6 +155,17 @@ def _answers(answer: Answer | None, output: Any, samples: int) -> Arrays:
         kept["predicted"] = _to_numpy(predicted)
         kept["probability"] = _to_numpy(probability)
     return kept
+
+
+def _is_by_sample(value: Any, samples: int) -> bool:
+    """True for a tensor with a row for each sample."""
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == samples
+
+
+def _boxes(ids: Ids, tables: list[Tensor]) -> Arrays:
+    """A row for each object, `(K, 6)` of each sample, with the sample's id."""
+    counts = [len(table) for table in tables]
+    return {"ids": np.repeat(ids, counts), "boxes": _to_numpy(torch.cat(tables))}
 
 
 def _to_numpy(tensor: Tensor) -> npt.NDArray[Any]:
@@ -174,7 +191,8 @@ def _join(parts: list[Arrays]) -> Arrays:
     order = np.argsort(columns["ids"], kind="stable")
     columns = {name: array[order] for name, array in columns.items()}
     # One that `data.bad_samples=quarantine` leaves out is missing.
-    assert len(np.unique(columns["ids"])) == len(order), "a sample is there twice"
+    is_unique = len(np.unique(columns["ids"])) == len(order)
+    assert is_unique or "boxes" in columns, "a sample is there twice"
     return columns
 
 
@@ -192,7 +210,7 @@ def _as_csv(arrays: Arrays) -> str:
         if table.shape[1] > MOST_COLUMNS:
             raise _too_wide(f"its {table.shape[1]:,} {name}")
         tables.append(table)
-        headings += _headings(COLUMNS[name], arrays[name].ndim > 1, table.shape[1])
+        headings += _headings(name, arrays[name].ndim > 1, table.shape[1])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(headings)
@@ -203,7 +221,12 @@ def _as_csv(arrays: Arrays) -> str:
 
 
 def _headings(name: str, has_several: bool, count: int) -> list[str]:
-    return [f"{name}_{index}" for index in range(count)] if has_several else [name]
+    if name == "boxes":
+        return BOX
+    heading = COLUMNS[name]
+    if not has_several:
+        return [heading]
+    return [f"{heading}_{index}" for index in range(count)]
 
 
 def _too_wide(what: str) -> ConfigError:

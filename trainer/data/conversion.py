@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -48,8 +48,9 @@ def _pair_of_row(row: Mapping[Any, Any], name: str) -> tuple[Any, Any]:
     if len(images) == 1 and len(targets) == 1:
         return row[images[0]], row[targets[0]]
     raise DataError(
-        f"{name} is a row of {', '.join(map(str, row))}, which does not say what is input and what is target; return a "
-        f"pair (input, target), or a row with one of {', '.join(IMAGE_KEYS)} and one of {', '.join(TARGET_KEYS)}"
+        f"{name} is a row of {', '.join(map(str, row))}, which does not say what is input and what is target; name the "
+        f"two columns in data.columns, or return a pair (input, target), or a row with one of {', '.join(IMAGE_KEYS)} "
+        f"and one of {', '.join(TARGET_KEYS)}"
     )
 
 
@@ -78,7 +79,7 @@ def input_as_tensor(value: Any) -> Any:
         return _pil_as_tensor(value if mode is None else value.convert(mode))
     if is_numeric_array(value):
         return array_as_tensor(value)
-    return value
+    return _with_pil_as_tensors(value, input_as_tensor)
 
 
 def array_as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
@@ -106,7 +107,14 @@ def target_as_tensor(value: Any) -> Any:
         return tensor[0] if len(tensor) == 1 else tensor
     if is_numeric_array(value):
         return _from_numpy(value)
-    return value
+    return _with_pil_as_tensors(value, target_as_tensor)
+
+
+def _with_pil_as_tensors(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """A dict with every PIL image in it converted; anything else as it is."""
+    if not isinstance(value, Mapping) or not any(map(is_pil, value.values())):
+        return value
+    return {key: convert(v) if is_pil(v) else v for key, v in value.items()}
 
 
 def _pil_as_tensor(image: Any) -> Tensor:

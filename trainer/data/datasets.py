@@ -1,4 +1,4 @@
-"""Data sets by name: digits, folder, cifar10, mnist, fake, or an import path to a map-style data set.
+"""Data sets by name: digits, folder, cifar10, mnist, fake, shapes, or an import path to a map-style data set.
 
 A sample's id is its position in the set. What a set holds depends on its own arguments and files. It never depends on
 `run.seed`, on the number of processes, or on the order in which a file system lists its files.
@@ -22,8 +22,16 @@ from trainer.config.schema import DataConfig
 from trainer.data.folder import image_folders
 from trainer.data.labelled_images import labelled_images
 from trainer.data.parts import check_part, shared_class_names
+from trainer.data.rows import as_pairs
+from trainer.data.shapes import Shapes, check_target
+from trainer.data.shapes import class_names as class_names_of_shapes
 from trainer.errors import ConfigError, DataError, UnreadableError, may_pass
 from trainer.exact.seeding import numpy_generator
+
+SMALLEST_SHAPES = 32  # pixels of a side
+LARGEST_VARIATION = 0.5
+# Names of parts, the first that there is.
+VALIDATION_PARTS = ("validation", "val", "valid", "test")
 
 
 class MapDataset(Protocol):
@@ -278,12 +286,34 @@ def fake(
     return Datasets(train, val, [str(name) for name in range(num_classes)], "fake")
 
 
+def shapes(
+    size: int = 400,
+    val_size: int = 100,
+    image_size: int = 64,
+    target: str = "mask",
+    vary: float = 0.0,
+) -> Datasets:
+    """Made-up images of squares, discs and crosses, for detection, segmentation, labels or regression: see `Shapes`."""
+    check_target(target)
+    _check_positive(size=size, val_size=val_size, image_size=image_size)
+    if image_size < SMALLEST_SHAPES:
+        raise ConfigError(
+            "data.image_size", f"{image_size} is less than {SMALLEST_SHAPES}"
+        )
+    if not 0 <= vary <= LARGEST_VARIATION:
+        raise ConfigError("data.vary", f"{vary} is not from 0 to {LARGEST_VARIATION}")
+    train = Shapes("train", size, image_size, target, vary)
+    val = Shapes("val", val_size, image_size, target, vary)
+    return Datasets(train, val, class_names_of_shapes(target), "shapes")
+
+
 MAKERS: dict[str, Callable[..., Datasets]] = {
     "digits": digits,
     "folder": folder,
     "cifar10": cifar10,
     "mnist": mnist,
     "fake": fake,
+    "shapes": shapes,
 }
 
 
@@ -338,6 +368,8 @@ def _imported(
     check_part(section.name, "training", train)
     if val is not None:
         check_part(section.name, "validation", val)
+    train = as_pairs(train, section.columns)
+    val = as_pairs(val, section.columns)
     return Datasets(train, val, shared_class_names(train, val), section.name)
 
 
@@ -347,15 +379,18 @@ def _imported_parts(
     """Training and validation part; the second is None if there is none.
 
     A target with a parameter `train` is called with `train=True`, then `train=False`; else one with a parameter
-    `split`, with `split="train"`, then `split="val"`. Any other is called once and returns the pair `(train, val)`, or
-    a training set alone. `data.root`, if set, is passed as `root`.
+    `split`, with `split="train"`, then `split="val"`. Any other, and Hugging Face's `datasets`, is called once and
+    returns the pair `(train, val)`, a mapping of named parts, or a training set alone. `data.root`, if set, is passed
+    as `root`.
     """
     root = {} if section.root is None else {"root": section.root}
+    is_of_datasets = section.name.startswith("datasets.")
     for keyword, train_value, val_value in (
         ("train", True, False),
         ("split", "train", "val"),
     ):
-        if keyword not in parameters:
+        # Of a `DatasetDict` the parts are taken by their names, which are not always those.
+        if keyword not in parameters or is_of_datasets:
             continue
         if keyword in section.args:
             raise ConfigError(
@@ -368,6 +403,8 @@ def _imported_parts(
         val = build("data", target, section.args, **root, **{keyword: val_value})
         return train, val
     data = build("data", target, section.args, **root)
+    if isinstance(data, Mapping) and "train" in data:
+        return data["train"], _validation_part(data)
     return data if isinstance(data, tuple) and len(data) == 2 else (data, None)
 
 
@@ -387,13 +424,21 @@ def evaluation_part(
     for keyword, value in value_of.items():
         if keyword in section.args:
             break
-        if keyword in parameters:
+        if keyword in parameters and not section.name.startswith("datasets."):
             root = {**root, keyword: value}
             break
     data = build("data", target, section.args, **root)
+    if isinstance(data, Mapping) and "train" in data:
+        return data["train"] if is_train else _validation_part(data)
     if isinstance(data, tuple) and len(data) == 2:
         return data[0] if is_train else data[1]
     return data
+
+
+def _validation_part(parts: Mapping[str, Any]) -> Any:
+    """Of several named parts, as Hugging Face's `DatasetDict` has them, the one to validate on."""
+    names = [name for name in VALIDATION_PARTS if name in parts]
+    return parts[names[0]] if names else None
 
 
 def _parameters(target: Callable[..., Any]) -> set[str]:

@@ -26,6 +26,7 @@ from trainer.data.datasets import (
 from trainer.data.folder import evaluation_folder
 from trainer.data.labelled_images import labelled_part
 from trainer.data.parts import check_part, class_names, shared_class_names
+from trainer.data.rows import as_pairs
 from trainer.errors import ConfigError
 
 # The arguments of data.name=folder with the names of its folders.
@@ -161,6 +162,7 @@ def _another(
         target = resolve("data", own.name, MAKERS)
         part = evaluation_part(own, target, is_train=item.part == "train")
         check_part(own.name, "evaluated", part)
+        part = as_pairs(part, own.columns)
         classes = class_names(part)
     assert part is not None
     if data.classes is None or classes is None:
@@ -187,6 +189,16 @@ def passed_sets(data: Datasets, val: Any, test: Any) -> Datasets:
         _check_passed(data, "test_data", test)
         data = replace(data, test=test)
     return data
+
+
+def with_columns(data: Datasets, columns: list[Any] | None) -> Datasets:
+    """The sets of rows as sets of pairs (see `trainer.data.rows`)."""
+    return replace(
+        data,
+        val=as_pairs(data.val, columns),
+        named={name: as_pairs(part, columns) for name, part in data.named.items()},
+        test=as_pairs(data.test, columns),
+    )
 
 
 def _check_passed(data: Datasets, key: str, part: Any) -> None:

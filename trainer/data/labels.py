@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset, Subset
 from trainer.data.classes import Relabelled
 from trainer.data.conversion import target_key
 from trainer.data.datasets import FakeImages
+from trainer.data.rows import Rows
 
 Labels = npt.NDArray[np.int64]
 
@@ -37,11 +38,16 @@ def find_labels(dataset: Any) -> Labels | None:
     if isinstance(dataset, Relabelled):
         labels = find_labels(dataset.dataset)
         return None if labels is None else np.asarray(dataset.new_ids)[labels]
+    if isinstance(dataset, Rows):
+        column = _column(dataset.dataset, dataset.columns[1])
+        return _as_labels(column, len(dataset))
     for name in ATTRIBUTES:
         labels = _as_labels(getattr(dataset, name, None), len(dataset))
         if labels is not None:
             return labels
-    return _as_labels(_column(dataset), len(dataset))
+    features = getattr(dataset, "features", None)
+    key = target_key(features) if isinstance(features, Mapping) else None
+    return _as_labels(_column(dataset, key), len(dataset))
 
 
 def _joined(parts: list[Labels | None]) -> Labels | None:
@@ -49,11 +55,9 @@ def _joined(parts: list[Labels | None]) -> Labels | None:
     return np.concatenate(known) if len(known) == len(parts) else None
 
 
-def _column(dataset: Any) -> Any:
-    """The column of labels of a data set of Hugging Face, which reads no image."""
-    features = getattr(dataset, "features", None)
-    key = target_key(features) if isinstance(features, Mapping) else None
-    if key is None:
+def _column(dataset: Any, key: object) -> Any:
+    """The column `key` of a data set of Hugging Face, which reads no image."""
+    if not isinstance(getattr(dataset, "features", None), Mapping):
         return None
     with suppress(Exception):  # of other people's code: the labels are then not known
         return list(dataset[key])

@@ -14,6 +14,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data._utils.pin_memory import pin_memory  # what a DataLoader pins with
 
 from trainer.config.schema import DataConfig
+from trainer.data.collation import build_collation
 from trainer.data.datasets import Datasets, MapDataset
 from trainer.data.normalize import Normalize
 from trainer.data.samples import KeyedDataset, Loaded, MicroBatch, Request
@@ -126,8 +127,8 @@ class Loader:
             batches = self._copy(batches)
         # Without what Module.__call__ does for hooks: there are none.
         normalize = self.normalize.forward
-        for first, inputs, targets, fused, _ in batches:
-            yield MicroBatch(first, normalize(inputs), targets, fused)
+        for first, inputs, targets, fused, blend, samples in batches:
+            yield MicroBatch(first, normalize(inputs), targets, fused, blend, samples)
 
     def _load_here(self, requests: Iterable[Request]) -> Iterator[MicroBatch | Loaded]:
         for request in requests:
@@ -181,7 +182,13 @@ def build_loaders(
     dtype: torch.dtype,
 ) -> tuple[Loader, Loader | None]:
     """The loaders of training and validation samples."""
-    normalize = Normalize(section.mean, section.std, dtype).to(device)
+    collation = build_collation(section.collate)
+    normalize = Normalize(
+        section.mean,
+        section.std,
+        dtype,
+        structured=collation is not None or section.columns is not None,
+    ).to(device)
 
     def loader(
         dataset: MapDataset, purpose: str, items: list[dict[str, Any]]
@@ -194,6 +201,7 @@ def build_loaders(
                 seed=seed,
                 purpose=purpose,
                 leaves_out=section.bad_samples == "quarantine",
+                collation=collation,
             ),
             section,
             device,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trainer.data.conversion import describe
 from trainer.errors import ConfigError, DataError
+from trainer.exact.structures import map_tensors
 
 LARGEST_UINT16 = 65535
 # Whole numbers of other widths. Ids, which models embed, are int64.
@@ -19,12 +20,21 @@ class Normalize(nn.Module):
     """Images on the device: bytes are scaled to [0, 1], cast to the run's dtype, then `(x - mean) / std` per channel.
 
     uint16 is scaled by its range too. Images of other whole numbers are refused: their range says nothing of theirs.
+
+    With `structured` (`data.collate` or `data.columns`), a list of images is treated image by image; in other ones
+    bytes `(N, C, H, W)` are scaled, and floats cast.
     """
 
     def __init__(
-        self, mean: list[float] | None, std: list[float] | None, dtype: torch.dtype
+        self,
+        mean: list[float] | None,
+        std: list[float] | None,
+        dtype: torch.dtype,
+        *,
+        structured: bool = False,
     ) -> None:
         super().__init__()
+        self._structured = structured
         self._dtype = dtype
         self._shifts = mean is not None or std is not None
         self.scale: Tensor
@@ -44,8 +54,7 @@ class Normalize(nn.Module):
         Raises `ConfigError` where a mean or std would have no effect or does not fit, `DataError` for whole numbers.
         """
         if not isinstance(images, Tensor):
-            self._check_effect(images)
-            return images
+            return self._structure(images)
         if images.dtype == torch.uint8:
             images = images * self.scale  # one operation both casts and scales
         elif images.is_floating_point():
@@ -63,12 +72,23 @@ class Normalize(nn.Module):
         self._check_channels(images)
         return (images - self.mean) / self.std
 
+    def _structure(self, inputs: Any) -> Any:
+        if self._structured and are_images(inputs):
+            return [self.forward(image) for image in inputs]
+        self._check_effect(inputs)
+        return map_tensors(self._part, inputs) if self._structured else inputs
+
+    def _part(self, value: Tensor) -> Tensor:
+        if value.dtype == torch.uint8 and value.dim() == 4:
+            return value * self.scale
+        return value.to(self._dtype) if value.is_floating_point() else value
+
     def _check_effect(self, inputs: Any) -> None:
         if self._shifts:
             raise ConfigError(
                 "data.mean",
                 f"and data.std have no effect on inputs that are {describe(inputs)}: they are for one tensor of "
-                f"images; leave them out, and normalise by {{name: Normalize, mean: …, std: …}} in "
+                f"images, or a list of them; leave them out, and normalise by {{name: Normalize, mean: …, std: …}} in "
                 f"data.train_transforms and data.val_transforms, or in the model",
             )
 
@@ -91,3 +111,10 @@ class Normalize(nn.Module):
         if self._shifts:
             images = images * self.std + self.mean
         return images.float().clamp(0, 1).cpu()
+
+
+def are_images(inputs: Any) -> bool:
+    """True for a list of images `(C, H, W)`, not always of one size."""
+    if not isinstance(inputs, list | tuple) or not inputs:
+        return False
+    return all(isinstance(image, Tensor) and image.dim() == 3 for image in inputs)

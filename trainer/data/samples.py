@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from trainer.data.bad_samples import BadSample, is_bad_sample
+from trainer.data.collation import Collation, describe_ids
 from trainer.data.conversion import (
     as_pair,
     describe_parts,
@@ -40,6 +41,7 @@ class MicroBatch(NamedTuple):
     fused: int = 1
     # How `train.mix` blended it, where it did (`trainer.core.mix.Blend`): the loss is of two targets for each sample.
     blend: Any = None
+    samples: int | None = None  # how many there are, where that is known
 
     @property
     def indices(self) -> IndexRange:
@@ -104,9 +106,11 @@ class KeyedDataset(Dataset[Any]):
         seed: int,
         purpose: str,
         leaves_out: bool = False,
+        collation: Collation | None = None,
     ) -> None:
         self.dataset = dataset
         self.leaves_out = leaves_out
+        self.collation = collation
         # Files to predict go through the transforms of validation.
         part = "val" if purpose == "predict" else purpose
         self._transforms_key = f"data.{part}_transforms"
@@ -121,7 +125,9 @@ class KeyedDataset(Dataset[Any]):
         # In-memory data without transforms has nothing random: a micro-batch is one look-up.
         self._batch = (
             dataset.batch
-            if isinstance(dataset, ImageArrays) and transform is None
+            if isinstance(dataset, ImageArrays)
+            and transform is None
+            and collation is None
             else None
         )
         self.draws = self._batch is None
@@ -138,13 +144,22 @@ class KeyedDataset(Dataset[Any]):
             return self.load_readable(request)
         if self._batch is not None:
             inputs, targets = self._batch(torch.from_numpy(request.ids))
-            return MicroBatch(request.first, inputs, targets, request.fused)
+            count = len(request.ids)
+            return MicroBatch(
+                request.first, inputs, targets, request.fused, None, count
+            )
         try:
-            samples = self._samples(request)
-            inputs, targets = self._collate(samples, request.ids)
+            return self._batch_of(self._samples(request), request)
         except DataError as error:
             return error
-        return MicroBatch(request.first, inputs, targets, request.fused)
+
+    def _batch_of(self, samples: list[tuple[Any, Any]], request: Request) -> MicroBatch:
+        if self.collation is None:
+            inputs, targets = self._collate(samples, request.ids)
+        else:
+            inputs, targets = self._collate_by(self.collation, samples, request)
+        count = len(samples)
+        return MicroBatch(request.first, inputs, targets, request.fused, None, count)
 
     def _samples(self, request: Request) -> list[tuple[Any, Any]]:
         epoch = request.epoch
@@ -159,7 +174,10 @@ class KeyedDataset(Dataset[Any]):
         """What there is of a request; an error where what can be read makes no batch, or the machine fails."""
         if self._batch is not None:
             inputs, targets = self._batch(torch.from_numpy(request.ids))
-            batch = MicroBatch(request.first, inputs, targets, request.fused)
+            count = len(request.ids)
+            batch = MicroBatch(
+                request.first, inputs, targets, request.fused, None, count
+            )
             return Loaded(batch if len(request.ids) else None, request, [])
         samples = []
         places = []
@@ -176,11 +194,9 @@ class KeyedDataset(Dataset[Any]):
             readable = request.only(places)
             if not samples:
                 return Loaded(None, readable, bad)
-            inputs, targets = self._collate(samples, readable.ids)
+            return Loaded(self._batch_of(samples, readable), readable, bad)
         except DataError as error:
             return error
-        batch = MicroBatch(request.first, inputs, targets, request.fused)
-        return Loaded(batch, readable, bad)
 
     def _describe_bad(self, sample_id: int, error: DataError) -> BadSample:
         paths = getattr(self.dataset, "paths", None)
@@ -246,6 +262,28 @@ class KeyedDataset(Dataset[Any]):
             raise self._misfit(samples, ids, error) from error
         return inputs, targets
 
+    def _collate_by(
+        self, collation: Collation, samples: list[tuple[Any, Any]], request: Request
+    ) -> tuple[Any, Any]:
+        """The batch that `data.collate` makes. What it draws is keyed by the epoch and the batch's first sample."""
+        pairs = request.pairs()
+        ids = [sample_id for sample_id, _ in pairs]
+        place = (request.epoch, *pairs[0], len(pairs))
+        seed_cpu(key(self._seed, f"{self._purpose} batch", *place))
+        try:
+            return collation(samples)
+        except DataError:
+            raise
+        except Exception as error:
+            if self.at_sample is not None and is_limit(error):
+                raise
+            # Anything: the function is other people's code.
+            message = (
+                f"data.collate={collation.name} failed on the {self.label} samples {describe_ids(ids)}: "
+                f"{type(error).__name__}: {error} ({_last_line(error)})"
+            )
+            raise data_error(message, error) from error
+
     def _misfit(
         self, samples: list[tuple[Any, Any]], ids: Ids, error: Exception
     ) -> DataError:
@@ -274,12 +312,13 @@ class KeyedDataset(Dataset[Any]):
             reason = str(error).splitlines()[0]
             return DataError(
                 f"{self.name(int(ids[0]))}: its {part} is {descriptions[0]}, of which no batch can be made "
-                f"({reason}); {remedy}"
+                f"({reason}); {remedy}, or name a function in data.collate that makes the batch"
             )
         remedy = (
             f"set {self._transforms_key} to give all one shape, as {{name: Resize, size: [224, 224]}} does"
             if part == "input" and isinstance(values[0], Tensor)
-            else "pad each to one length in the data set, and leave the padding out of the loss"
+            else "pad each to one length in the data set, and leave the padding out of the loss, or name a function in "
+            "data.collate that makes the batch (data.collate=lists keeps each sample by itself)"
         )
         return DataError(
             f"{self.label} samples do not fit into one batch: the {part} of sample {ids[0]} is {descriptions[0]}, "

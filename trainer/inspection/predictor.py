@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -20,6 +21,7 @@ from trainer.core.forward import Forward
 from trainer.core.further import LossState, restore_evaluated
 from trainer.core.precision import Precision
 from trainer.core.trust import read_trusted_config
+from trainer.data.collation import Collation, build_collation
 from trainer.data.decoding import decode
 from trainer.data.normalize import Normalize
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
@@ -30,6 +32,7 @@ from trainer.process import launcher
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint, signature
 from trainer.storage.run_directory import config_file
+from trainer.storage.signature import Signature
 
 
 class Predictor:
@@ -55,7 +58,7 @@ class Predictor:
     ) -> None:
         config_file(run)  # the error for a directory that is no run
         best = checkpoint.best_directory(run)
-        imports = ["loss", "data.val_transforms"]
+        imports = ["loss", "data.val_transforms", "data.collate"]
         if model is None:
             imports.append("model")
         self.config = read_trusted_config(
@@ -77,7 +80,13 @@ class Predictor:
             LossState(self.module, self.task),
         )
         data = self.config.data
-        self.normalize = Normalize(data.mean, data.std, precision.dtype).to(self.device)
+        self._collation = build_collation(data.collate)
+        self.normalize = Normalize(
+            data.mean,
+            data.std,
+            precision.dtype,
+            structured=data.collate is not None or data.columns is not None,
+        ).to(self.device)
         self._forward = Forward(self.task, precision, self.device, self.config.run.seed)
 
     def classify(
@@ -123,15 +132,60 @@ class Predictor:
         for path, item in zip(paths, items, strict=True):
             checked.append(self._check_image(path, item))
         images = [image for image in checked if isinstance(image, Tensor)]
-        found = iter(self._answers(torch.cat(images)) if images else [])
+        found = iter(self._answer_images(images))
         answers: list[Answer | DataError] = []
         for image in checked:
             answers.append(image if isinstance(image, DataError) else next(found))
         return answers
 
-    def _answers(self, images: Tensor) -> list[Answer]:
-        """`(N, C, H, W)` → an answer for each."""
-        inputs = self.normalize(images.to(self.device))
+    def _answer_images(self, images: list[Tensor]) -> list[Answer]:
+        """An answer for each image `(1, C, H, W)`."""
+        # A detector pads images to the largest of their batch: by itself, each has an answer of its own.
+        is_one_by_one = self.signature.form == "list"
+        size = 1 if is_one_by_one else max(1, len(images))
+        answers: list[Answer] = []
+        for start in range(0, len(images), size):
+            answers += self._answers_for(self._batch(images[start : start + size]))
+        return answers
+
+    def answer(self, inputs: Any) -> list[Answer]:
+        """An answer for each sample of a batch of inputs, as transforms and `data.collate` leave them.
+
+        For models that take more than an image: `{"image": (N, C, H, W), "age": (N,)}`. Raises `ConfigError` if it is
+        not known what the run's task answers.
+        """
+        with settings_of(self.config), torch.inference_mode():
+            return self._answers_for(inputs)
+
+    def _batch(self, images: list[Tensor]) -> Any:
+        """Images `(1, C, H, W)` as the batch that the run would make of them."""
+        if self._collation is not None:
+            return self._collate(self._collation, images)
+        if self.signature.form != "named":
+            return torch.cat(images)
+        names = list(self.signature.parts or {})
+        if len(names) > 1:
+            raise ConfigError(
+                "PATH",
+                f"the model takes {', '.join(names)}, and a file is one of them; give all of them to "
+                f"trainer.Predictor(run).answer(inputs) in Python",
+            )
+        return {names[0]: torch.cat(images)}
+
+    def _collate(self, collation: Collation, images: list[Tensor]) -> Any:
+        try:
+            inputs, _ = collation([(image[0], None) for image in images])
+        except Exception as error:
+            # Anything: the function is other people's code, made for samples with targets.
+            raise ConfigError(
+                "data.collate",
+                f"{collation.name} makes no batch of files, whose targets are None ({type(error).__name__}: {error}); "
+                f"give inputs to trainer.Predictor(run).answer(inputs) in Python",
+            ) from error
+        return inputs
+
+    def _answers_for(self, inputs: Any) -> list[Answer]:
+        inputs = self.normalize(send_to_device(inputs, self.device))
         output = self._forward.predict(self.module, MicroBatch(0, inputs, None))
         answer = self.task.answer(output)
         if answer is None:
@@ -201,12 +255,12 @@ class Predictor:
             return item
         image: Tensor = item.inputs
         dtype = str(image.dtype).removeprefix("torch.")
-        if dtype != self.signature.dtype:
+        expected_dtype, expected = _image_of(self.signature)
+        if dtype != (expected_dtype or dtype):
             return DataError(
-                f"{path} is {dtype} after data.val_transforms, and the model was validated on {self.signature.dtype}; "
+                f"{path} is {dtype} after data.val_transforms, and the model was validated on {expected_dtype}; "
                 f"set data.val_transforms to give that, as {{name: ToDtype, dtype: float32, scale: true}} does"
             )
-        expected = self.signature.shape
         shape = list(image.shape[1:])
         if expected is not None and shape != expected:
             return DataError(
@@ -215,6 +269,16 @@ class Predictor:
                 f"{{name: Resize, size: {expected[1:]}}} does"
             )
         return image
+
+
+def _image_of(signature: Signature) -> tuple[str | None, list[int] | None]:
+    """The dtype and the shape that an image must have, each None where any will do."""
+    if signature.form == "list":
+        return signature.dtype, None
+    parts = list((signature.parts or {}).values())
+    if len(parts) == 1:
+        return parts[0]["dtype"], parts[0]["shape"]
+    return signature.dtype, signature.shape
 
 
 class _ImageFiles:

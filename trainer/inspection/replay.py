@@ -222,6 +222,9 @@ def _samples(watch: StepWatch, step: Step) -> list[dict[str, Any]]:
 
 def _target(targets: Any, row: int, classes: list[str] | None) -> Any:
     """The name of the target's class if it has one, else its plain value; a description of many values."""
+    if isinstance(targets, list) and isinstance(targets[row], Mapping):
+        parts = targets[row].items()  # of a detector, say
+        return {n: describe(v) for n, v in parts if isinstance(v, Tensor)}
     if not isinstance(targets, Tensor):
         return None
     target = targets[row]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trainer.components.task import Task, WeightedSum
+from trainer.core.metrics import detach
 from trainer.core.mix import blended_loss
 from trainer.core.observers import Observer
 from trainer.data.samples import MicroBatch
@@ -157,10 +158,8 @@ class StepWatch(Observer):
     def micro_batch(
         self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum
     ) -> None:
-        if isinstance(output, Tensor):
-            output = output.detach()
         record = MicroBatchRecord(
-            batch, output, loss_sum=loss.total.item(), weight=float(loss.weight)
+            batch, detach(output), loss_sum=loss.total.item(), weight=float(loss.weight)
         )
         self.records.append(record)
 
@@ -252,6 +251,8 @@ def describe(tensor: Tensor) -> str:
     """A tensor of many numbers in one line: its shape, its least and its largest value."""
     shape = " × ".join(map(str, tensor.shape))
     dtype = str(tensor.dtype).removeprefix("torch.")
+    if not tensor.numel():
+        return f"{dtype} {shape}"
     values = tensor.double()
     return f"{dtype} {shape}, {values.min():g} to {values.max():g}"
 

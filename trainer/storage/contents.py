@@ -16,6 +16,7 @@ from trainer.data.bad_samples import is_bad_sample
 from trainer.data.datasets import FakeImages, ImageArrays
 from trainer.data.folder import ImageFolder
 from trainer.data.names import normal_form
+from trainer.data.shapes import Shapes
 from trainer.errors import DataError, data_error, may_pass
 from trainer.storage.sha256 import raw_bytes
 
@@ -40,6 +41,9 @@ def columns(dataset: Any, depth: int = 0) -> list[Column]:
         return []
     if isinstance(dataset, FakeImages):
         arguments = f"{dataset.part} {dataset.shape} {dataset.num_classes}".encode()
+        return [lambda first, end: arguments]
+    if isinstance(dataset, Shapes):
+        arguments = f"{dataset.part} {dataset.image_size} {dataset.target} {dataset.vary}".encode()
         return [lambda first, end: arguments]
     if isinstance(dataset, ImageFolder):
         return [lambda first, end: _file_lines(dataset, first, end)]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from trainer.data.conversion import input_as_tensor
 from trainer.data.loading import Loader
+from trainer.data.normalize import are_images
 from trainer.errors import LockstepError
 
 FILE = "signature.json"
@@ -21,9 +23,12 @@ class Signature:
     """Attributes:
 
     - `channels`: of an image as the data set gives it, before any transform; None if it is no image.
-    - `shape` and `dtype`: of an input after the validation transforms, without the batch; None if it is no tensor.
+    - `shape` and `dtype`: of an input after the validation transforms, without the batch; None if it is no tensor. Of
+      images in a list (`form`), those of the first one.
     - `num_classes`: outputs of the model.
     - `classes`: names of the first classes, None if the data has none.
+    - `form`: what a batch of inputs is: one tensor, a list of images, tensors by name, or anything else.
+    - `parts`: of named tensors, the shape and dtype of each, without the batch.
     """
 
     channels: int | None
@@ -31,6 +36,8 @@ class Signature:
     dtype: str | None
     num_classes: int | None
     classes: list[str] | None
+    form: Literal["tensor", "list", "named", "other"] = "tensor"
+    parts: dict[str, dict[str, Any]] | None = None
 
     def name(self, class_id: int) -> str:
         """The name of a class, or its number if it has none."""
@@ -47,12 +54,33 @@ def signature_of_samples(
 ) -> Signature:
     """The signature of a model for the samples of `loader`, read off the first of them."""
     inputs = loader.fetch([loader.first_id]).inputs
-    shape = dtype = None
+    known: dict[str, Any] = {"num_classes": num_classes, "classes": classes}
+    known["channels"] = _count_channels(loader.raw(loader.first_id))
     if isinstance(inputs, Tensor):
-        shape = list(inputs.shape[1:])
-        dtype = str(inputs.dtype).removeprefix("torch.")
-    channels = _count_channels(loader.raw(loader.first_id))
-    return Signature(channels, shape, dtype, num_classes, classes)
+        return Signature(**known, **_of_rows(inputs), form="tensor")
+    nothing: dict[str, Any] = {"shape": None, "dtype": None}
+    if are_images(inputs) and loader.dataset.collation is not None:
+        return Signature(**known, **_of_rows(inputs[0][None]), form="list")
+    if isinstance(inputs, Mapping) and _are_named_rows(inputs):
+        parts = {name: _of_rows(value) for name, value in inputs.items()}
+        return Signature(**known, **nothing, form="named", parts=parts)
+    return Signature(**known, **nothing, form="other")
+
+
+def _of_rows(rows: Tensor) -> dict[str, Any]:
+    """Shape and dtype of one row."""
+    dtype = str(rows.dtype).removeprefix("torch.")
+    return {"shape": list(rows.shape[1:]), "dtype": dtype}
+
+
+def _are_named_rows(inputs: Mapping[Any, Any]) -> bool:
+    """True for tensors with a row for each sample, by names."""
+    for name, value in inputs.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            return False
+        if not value.dim():
+            return False
+    return bool(inputs)
 
 
 def read(best: Path) -> Signature:
@@ -82,7 +110,11 @@ def _first_few(names: list[str]) -> str:
 
 
 def _count_channels(image: Any) -> int | None:
-    """Channels of a tensor `(C, H, W)` or `(H, W)`, an array or a PIL image; None for anything else."""
+    """Channels of a tensor `(C, H, W)` or `(H, W)`, an array, a PIL image, or the only one in a dict; else None."""
+    if isinstance(image, Mapping):
+        tensors = [input_as_tensor(value) for value in image.values()]
+        images = [t for t in tensors if isinstance(t, Tensor) and t.dim() == 3]
+        return images[0].shape[0] if len(images) == 1 else None
     image = input_as_tensor(image)
     if isinstance(image, Tensor) and image.dim() == 3:
         return image.shape[0]

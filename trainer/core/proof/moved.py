@@ -26,6 +26,11 @@ REMEDY_OF_ATTRIBUTE = (
     "keep it in a buffer (register_buffer), which every micro-batch finds as the step began with it, or change it "
     "after the step, in an observer"
 )
+# Of torchvision's detectors: the strides of the backbone, and anchors in the dtype of the images.
+SET_ONCE = {
+    "MultiScaleRoIAlign": ("scales", "map_levels"),
+    "AnchorGenerator": ("cell_anchors",),
+}
 # What a step may do to a weight. At the run's start a teacher is a copy of its student, and to follow moves nothing.
 NUDGE = 1.01
 REMEDY_OF_PARAMETER = "change it after the step, in an observer, or make it a buffer"
@@ -49,7 +54,7 @@ def check_moved(trial: Trial) -> list[Finding]:
             name
             for name in changed
             if name not in parameters and name not in buffers
-            if not _is_of_lockstep(whole, name)
+            if not _is_of_lockstep(whole, name) and not _is_set_once(whole, name)
         ]
         read = attributes
         if attributes and not any(_is_counted(whole, name) for name in attributes):
@@ -121,6 +126,12 @@ def _is_of_lockstep(whole: ModelAndLoss, name: str) -> bool:
     """True for what a task of ours notes in its first forwards, such as whether a weight was checked."""
     owner, _ = _owner(whole, name)
     return type(owner).__module__.startswith("trainer.components.")
+
+
+def _is_set_once(whole: ModelAndLoss, name: str) -> bool:
+    """True for what torchvision's detectors note in the first forward, and what every forward would find the same."""
+    owner, key = _owner(whole, name)
+    return key in SET_ONCE.get(type(owner).__name__, ())
 
 
 def _owner(whole: ModelAndLoss, name: str) -> tuple[nn.Module, str]:

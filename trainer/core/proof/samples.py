@@ -55,6 +55,8 @@ def check_samples(trial: Trial) -> list[Finding]:
                 break
         backwards = [loader.sample(sample_id, epoch) for sample_id in reversed(ids)]
     finding = _compare_in_process(trial, ids, forwards, backwards[::-1])
+    if finding is None and loader.dataset.collation is not None:
+        finding = _compare_batches(trial, ids)
     if finding is None and trial.batches is not None and not trial.is_idle:
         # Started now, with the data set as it was.
         finding = _compare_with_loader_process(trial, ids)
@@ -85,6 +87,27 @@ def _compare_in_process(
     return None
 
 
+def _compare_batches(trial: Trial, ids: Sequence[int]) -> Finding | None:
+    """The batch that `data.collate` makes of some samples: twice, and once more after another one."""
+    loader = trial.run.train_loader
+    assert loader.dataset.collation is not None
+    epoch = trial.step.epoch
+    batches = []
+    with preserved_in(loader.dataset):
+        for some_ids in (ids, ids, ids[-1:], ids):
+            batch = loader.fetch(some_ids, epoch=epoch)
+            batches.append((batch.inputs, batch.targets))
+    first, second, _, third = batches
+    parts = _differing_parts(first, second) or _differing_parts(first, third)
+    if not parts:
+        return None
+    return Finding(
+        CHECK,
+        f"data.collate={loader.dataset.collation.name} makes another {parts} of the same samples each time",
+        f"let it depend on its samples alone, not on earlier calls: {REMEDY}",
+    )
+
+
 def _compare_with_loader_process(trial: Trial, ids: Sequence[int]) -> Finding | None:
     """The first batch that the run's own loader processes made against the same samples made here."""
     assert trial.batches is not None
@@ -93,14 +116,18 @@ def _compare_with_loader_process(trial: Trial, ids: Sequence[int]) -> Finding | 
         return None  # a sample of it will be left out
     start, _ = trial.step.micro_batches[batch.first]
     _, stop = trial.step.micro_batches[batch.indices[1] - 1]
-    ids = ids[: stop - start]
     occurrences = trial.run.plan.occurrences(trial.step, *batch.indices)
-    here = trial.peek(ids, None if occurrences is None else occurrences[: len(ids)])
-    parts = _differing_parts(
-        _first_samples(here, len(ids)),
-        _first_samples(batch, len(ids)),
-        None if trial.exact else TOLERANCE,
-    )
+    if trial.run.train_loader.dataset.collation is not None:
+        # A batch may be made in any way of its samples: only whole ones can be compared.
+        ids = trial.run.plan.sample_ids(trial.step, *batch.indices).tolist()
+        here = trial.peek(ids, occurrences)
+        samples, theirs = (here.inputs, here.targets), (batch.inputs, batch.targets)
+    else:
+        ids = ids[: stop - start]
+        here = trial.peek(ids, None if occurrences is None else occurrences[: len(ids)])
+        samples = _first_samples(here, len(ids))
+        theirs = _first_samples(batch, len(ids))
+    parts = _differing_parts(samples, theirs, None if trial.exact else TOLERANCE)
     if not parts:
         return None
     return Finding(

@@ -24,25 +24,36 @@ from trainer.reporting.figures.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 Rows = Sequence[Mapping[str, float]]
+Points = Sequence[tuple[float, float]]  # steps and values
 
 PANEL_HEIGHT = 2.5  # inches
 RATE_PANEL_HEIGHT = 1.2
+LEAST_RATIO = 4  # of the largest loss to the least, for a logarithmic axis
 # Of Okabe and Ito's palette, as those of the rest.
 COLOURS_OF_SETS = (VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = {"val": "-", "val_ema": "--"}  # of the weights, and of their average
 EPOCH_MARKS: dict[str, Any] = {"marker": "o", "markevery": 1}
 
 
-def draw_curves(rows: Rows, path: Path, sets: Sequence[str] = ()) -> None:
+def draw_curves(
+    rows: Rows,
+    path: Path,
+    sets: Sequence[str] = (),
+    rates: Points | None = None,
+) -> None:
     """Draw the rows of `metrics.jsonl`: a panel for the loss, one for each other metric, and one for `lr`.
 
     `sets` are the names of validation sets: `val/<name>/x` is a line of its own in the panel of `x`.
 
     `train/x` is a thin line, because it is the mean of few samples; `train/epoch_x` and `val/x` have a mark for each
-    epoch, as has `val_ema/x`, dashed. A metric without finite values gets an empty panel that says so.
+    epoch, the former in its middle, as it is a mean over the epoch, the latter at its end; `val_ema/x` is dashed.
+    Losses of many sizes have a logarithmic axis. `rates` are learning rates by step, drawn in place of the rows' few. A
+    metric without finite values gets an empty panel that says so.
     """
+    rows = _with_middles(rows)
     phases = [f"val/{name}" for name in sets] or ["val"]
     names = _metric_names(rows, phases)
     heights = [PANEL_HEIGHT] * len(names) + [RATE_PANEL_HEIGHT]
@@ -84,13 +95,55 @@ def draw_curves(rows: Rows, path: Path, sets: Sequence[str] = ()) -> None:
                     **EPOCH_MARKS,
                 )
         _style_panel(axes, name)
+        if name.endswith("loss"):
+            _scale_by_factors(axes)
         _add_legend(axes)
-    _plot(rate_panel, rows, "lr", color=GREY, linewidth=1.4)
+    if rates is None:
+        _plot(rate_panel, rows, "lr", color=GREY, linewidth=1.4)
+    else:
+        steps, values = np.array(rates, dtype=float).reshape(-1, 2).T
+        rate_panel.step(steps, values, where="post", color=GREY, linewidth=1.4)
     _style_panel(rate_panel, "learning rate")
     # A constant rate would otherwise fill a tiny range around itself.
     rate_panel.set_ylim(bottom=0)
     _style_step_axis(rate_panel)
     write(figure, path)
+
+
+def _with_middles(rows: Rows) -> Rows:
+    """The rows with those of epochs split: what is a mean over the epoch stands at its middle, the rest at its end."""
+    split: list[Mapping[str, float]] = []
+    start = 0.0
+    for row in rows:
+        means = {k: v for k, v in row.items() if k.startswith("train/epoch_")}
+        if not means:
+            split.append(row)
+            continue
+        split.append({"step": (start + row["step"]) / 2, **means})
+        split.append({k: v for k, v in row.items() if k not in means})
+        start = row["step"]
+    return split
+
+
+def _scale_by_factors(axes: Axes) -> None:
+    """A logarithmic axis, if all values are above 0 and the largest is several times the least."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    values = np.array([value for line in axes.lines for value in _values_of(line)])
+    values = values[np.isfinite(values)]
+    if not len(values) or values.min() <= 0:
+        return
+    if values.max() < LEAST_RATIO * values.min():
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _values_of(line: Line2D) -> list[float]:
+    values: list[float] = np.asarray(line.get_ydata(), dtype=float).tolist()
+    return values
 
 
 def _metric_names(rows: Rows, phases: Sequence[str]) -> list[str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from trainer.components.schedule import Schedule
 from trainer.core.build import Run
 from trainer.core.evaluation import Decision
 from trainer.exact.plan import count_occurrences
+from trainer.reporting.figures.answers import draw_answers, images_in, true_boxes
 from trainer.reporting.figures.confusion import (
     class_table,
     count_decisions,
@@ -23,6 +27,12 @@ from trainer.reporting.figures.images import (
     draw_predictions,
     draw_saliency,
 )
+from trainer.reporting.figures.overlays import (
+    TRUE,
+    as_colour,
+    on_one_size,
+    with_boxes,
+)
 from trainer.reporting.figures.saliency_maps import compute_saliency
 from trainer.reporting.jsonl import read_rows
 from trainer.storage import checkpoint
@@ -32,18 +42,22 @@ from trainer.storage.files import write_text
 MAX_WRONG = 8
 MAX_RIGHT = 4
 MAX_MAPS = 6
+MAX_RATES = 2000  # points of the learning rate's curve
 
 
-def draw(run: Run, directory: Path, *, has_best: bool) -> dict[str, Path]:
+def draw(
+    run: Run, directory: Path, *, has_best: bool, schedule: Schedule | None = None
+) -> dict[str, Path]:
     """Draw the figures of a finished run, with its best model. A collective.
 
+    `schedule` is the run's, whose learning rates are drawn step by step.
     Returns the paths by the figures' names on the main process; empty on the others. The run's model stays as it is.
     """
     # Drawing is slow. The others wait for it here, on the host.
     folder = directory / "figures"
     sets = list(run.data.named)
     paths: dict[str, Path] = run.ranks.on_main(
-        lambda: _draw_metrics(directory, folder, sets)
+        lambda: _draw_metrics(directory, folder, sets, schedule)
     )
     if run.evaluator is not None and has_best:
         # The best model is loaded into the run's own module, so the last state must come back afterwards.
@@ -52,15 +66,42 @@ def draw(run: Run, directory: Path, *, has_best: bool) -> dict[str, Path]:
         decisions = run.evaluator.decisions()
         if decisions:
             paths |= run.ranks.on_main(lambda: _draw_decisions(run, decisions, folder))
+        else:
+            paths |= run.ranks.on_main(lambda: draw_answers(run, folder))
         run.module.load_state_dict(last)
     return paths if run.ranks.is_main else {}
 
 
-def _draw_metrics(directory: Path, folder: Path, sets: list[str]) -> dict[str, Path]:
+def _draw_metrics(
+    directory: Path, folder: Path, sets: list[str], schedule: Schedule | None
+) -> dict[str, Path]:
     folder.mkdir(exist_ok=True)
     path = folder / "curves.png"
-    draw_curves(read_rows(directory / "metrics.jsonl"), path, sets)
+    rows = read_rows(directory / "metrics.jsonl")
+    rates = None if schedule is None else rates_by_step(rows, schedule)
+    draw_curves(rows, path, sets, rates)
     return {"curves": path}
+
+
+def rates_by_step(
+    rows: Sequence[Mapping[str, float]], schedule: Schedule
+) -> list[tuple[float, float]] | None:
+    """The learning rate of every step, or of enough of them; None where the rows are not those of the schedule.
+
+    They are not where a resume has changed the rate or the schedule.
+    """
+    logged = [(int(row["step"]), row["lr"]) for row in rows if "lr" in row]
+    factors = [schedule.factor(step - 1) for step, _ in logged]
+    bases = [rate / f for (_, rate), f in zip(logged, factors, strict=True) if f]
+    if not bases:
+        return None
+    base = bases[0]
+    for (_, rate), factor in zip(logged, factors, strict=True):
+        if not math.isclose(rate, base * factor, rel_tol=1e-6, abs_tol=1e-12):
+            return None
+    last = max(step for step, _ in logged)
+    every = max(1, last // MAX_RATES)
+    return [(s, base * schedule.factor(s - 1)) for s in range(1, last + 1, every)]
 
 
 def _draw_decisions(
@@ -76,12 +117,32 @@ def draw_batch(run: Run, directory: Path) -> dict[str, Path]:
     path = directory / "figures" / "batch.png"
     ids = run.plan.permutation(0)[: min(64, run.plan.batch_size)]
     batch = run.train_loader.peek(ids, occurrences=count_occurrences(ids))
-    if not _are_images(batch.inputs):
+    images = images_in(run, batch.inputs)
+    if images is None:
         return {}
     path.parent.mkdir(exist_ok=True)
-    labels = [_label(target, run.data.classes) for target in batch.targets]
-    draw_batch_grid(run.train_loader.normalize.undo(batch.inputs), labels, path)
+    pictures = images
+    by_sample = isinstance(batch.targets, Tensor | list | tuple)
+    targets = batch.targets if by_sample else [None] * len(images)
+    if any(true_boxes(target) is not None for target in targets):
+        pictures = [
+            _with_true_boxes(*pair) for pair in zip(images, targets, strict=True)
+        ]
+    labels = [_label(target, run.data.classes) for target in targets]
+    draw_batch_grid(_as_one(pictures), labels, path)
     return {"batch": path}
+
+
+def _with_true_boxes(image: Tensor, target: Any) -> Tensor:
+    boxes = true_boxes(target)
+    return with_boxes(image, [] if boxes is None else [(boxes, TRUE)])
+
+
+def _as_one(images: list[Tensor]) -> Tensor:
+    """Images as one tensor; those of several sizes in colour, with white beside them."""
+    if len({image.shape for image in images}) == 1:
+        return torch.stack(images)
+    return on_one_size([as_colour(image) for image in images])
 
 
 def split_by_correctness(

@@ -54,6 +54,24 @@ def draw_batch_grid(images: Tensor, labels: Sequence[str], path: Path) -> None:
     _draw_grid([block], path, columns=columns, cell=cell)
 
 
+def draw_pictures(
+    heading: str,
+    images: Tensor,
+    titles: Sequence[str],
+    colours: Sequence[str],
+    path: Path,
+) -> None:
+    """Draw images, float `(N, C, H, W)` in [0, 1], under one heading, each below its title in its colour."""
+    cell = 1.8 if images.shape[-1] <= 1.5 * images.shape[-2] else 3.0
+    room = fitting_characters(cell)
+    shortened = []
+    for title in titles:
+        lines = [shorten(line, room) for line in title.split("\n")]
+        shortened.append("\n".join(lines))
+    block = _Block(heading, _to_pictures(images), shortened, colours)
+    _draw_grid([block], path, columns=4 if cell < 3 else 3, cell=cell)
+
+
 def draw_predictions(groups: Sequence[PredictionGroup], path: Path) -> None:
     """Draw images with their predictions, one group below the other."""
     cell = 1.8

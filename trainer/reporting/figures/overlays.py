@@ -1,0 +1,93 @@
+"""Boxes and classes of pixels drawn over images: float `(3, H, W)` in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.reporting.figures.style import BLUE, VERMILION
+
+# Okabe and Ito's palette (2008), the two that stand for true and predicted left out.
+PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#999999")
+LEAST_SIDE = 160  # pixels of a picture, so that lines are thin beside it
+OPACITY = 0.75
+TRUE, PREDICTED = BLUE, VERMILION
+
+
+def as_colour(image: Tensor) -> Tensor:
+    """An image `(C, H, W)` in [0, 1] as `(3, H, W)`; of other than three channels the first."""
+    image = image.detach().float().cpu().nan_to_num().clamp(0, 1)
+    return image if len(image) == 3 else image[:1].expand(3, -1, -1)
+
+
+def enlarge(image: Tensor) -> tuple[Tensor, int]:
+    """The image in whole multiples of its pixels, at least 160 on the longer side, and the multiple."""
+    factor = max(1, -(-LEAST_SIDE // max(image.shape[-2:])))
+    rows = image.repeat_interleave(factor, -2)
+    return rows.repeat_interleave(factor, -1), factor
+
+
+def with_boxes(image: Tensor, groups: Sequence[tuple[Tensor, str]]) -> Tensor:
+    """The image, enlarged, with each group of boxes `(K, 4)` in its colour."""
+    picture, factor = enlarge(as_colour(image))
+    picture = picture.clone()
+    for boxes, colour in groups:
+        for box in (boxes.cpu() * factor).round().int().tolist():
+            _draw_box(picture, box, _rgb(colour))
+    return picture
+
+
+def _draw_box(picture: Tensor, box: Sequence[int], colour: Tensor) -> None:
+    """A frame two pixels wide, within the picture."""
+    _, height, width = picture.shape
+    x1, x2 = (min(max(side, 0), width) for side in (box[0], box[2]))
+    y1, y2 = (min(max(side, 0), height) for side in (box[1], box[3]))
+    for rows, columns in (
+        (slice(y1, y1 + 2), slice(x1, x2)),
+        (slice(max(y2 - 2, 0), y2), slice(x1, x2)),
+        (slice(y1, y2), slice(x1, x1 + 2)),
+        (slice(y1, y2), slice(max(x2 - 2, 0), x2)),
+    ):
+        picture[:, rows, columns] = colour[:, None, None]
+
+
+def with_classes(image: Tensor, classes: Tensor, shows_first: bool) -> Tensor:
+    """The image with the class of each pixel `(H, W)` in its colour; class 0 has none unless `shows_first`."""
+    picture = as_colour(image).clone()
+    if classes.shape != picture.shape[-2:]:
+        # A model may answer at another size than that of its input.
+        size = classes.float()[None, None]
+        classes = F.interpolate(size, tuple(picture.shape[-2:]))[0, 0].long()
+    for class_id in torch.unique(classes).tolist():
+        if class_id == 0 and not shows_first:
+            continue
+        colour = _rgb(PALETTE[(class_id - (not shows_first)) % len(PALETTE)])
+        inside = classes == class_id
+        blended = (1 - OPACITY) * picture[:, inside] + OPACITY * colour[:, None]
+        picture[:, inside] = blended
+    return picture
+
+
+def side_by_side(left: Tensor, right: Tensor) -> Tensor:
+    """Two pictures of one size with white between them."""
+    _, height, width = left.shape
+    gap = torch.ones(3, height, max(1, width // 24))
+    return torch.cat([left, gap, right], 2)
+
+
+def on_one_size(pictures: Sequence[Tensor]) -> Tensor:
+    """Pictures of any sizes as `(N, 3, H, W)`, with white beside the smaller ones."""
+    height = max(picture.shape[1] for picture in pictures)
+    width = max(picture.shape[2] for picture in pictures)
+    padded = torch.ones(len(pictures), 3, height, width)
+    for place, picture in zip(padded, pictures, strict=True):
+        place[:, : picture.shape[1], : picture.shape[2]] = picture
+    return padded
+
+
+def _rgb(colour: str) -> Tensor:
+    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    return torch.tensor(parts)
