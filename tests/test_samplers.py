@@ -459,7 +459,13 @@ def test_the_header_and_the_paths_of_a_config_name_the_sampler(tmp_path: Path) -
     settings = config(tmp_path, data__sampler=sampler)
     trainer = Trainer(settings, model=mlp(), train_data=Points(ignored=False))
     facts = header(
-        trainer.run, trainer.schedule, 1, "", directory=tmp_path, proof=Proof(off="")
+        trainer.run,
+        trainer.schedule,
+        1,
+        "",
+        directory=tmp_path,
+        proof=Proof(off=""),
+        optimizer=trainer.optimizer,
     )
     assert dict(facts)["sampler"] == f"{sampler['name']} · 103 samples an epoch"
     # What a run from elsewhere may not call unasked.

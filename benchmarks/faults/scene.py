@@ -60,7 +60,7 @@ class End:
     def sentence(self) -> str:
         """The one message of a refusal. Raises `Failed` for none or several."""
         message = self.errors.strip()
-        if message.count("error: ") != 1 or not message.startswith("error: "):
+        if not message.startswith("error: ") or _messages(message) != 1:
             raise Failed("traceback", f"not one message: {message}")
         return message
 
@@ -159,7 +159,7 @@ class Scene:
         errors = running.files.with_suffix(".err").read_text()
         if not is_over:
             raise Failed("hang", errors or output[-500:])
-        if "Traceback" in errors or errors.count("error: ") > 1:
+        if "Traceback" in errors or _messages(errors) > 1:
             raise Failed("traceback", errors)
         return End(next((s for s in statuses if s), 0), output, errors)
 
@@ -181,6 +181,10 @@ class Scene:
     def hashes(self, name: str = "digits") -> dict[str, str]:
         summary = json.loads((self.directory / name / "summary.json").read_text())
         return {name: summary[name] for name in HASHED}
+
+
+def _messages(errors: str) -> int:
+    return sum(line.startswith("error: ") for line in errors.splitlines())
 
 
 def _wait(running: Running, patience: float) -> bool:
