@@ -19,6 +19,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from trainer.components.directions import direction_of
 from trainer.components.freezing import Freezing
 from trainer.components.lazy import give_lazy_layers_sizes
+from trainer.components.metrics import (
+    Metrics,
+    NamedMetric,
+    column_of,
+    direction_among,
+)
 from trainer.components.models import build_model, compile_model, input_channels
 from trainer.components.task import (
     Task,
@@ -30,6 +36,7 @@ from trainer.components.task import (
 from trainer.components.weights import start_from_weights, weights_file
 from trainer.config.schema import BestConfig, Config
 from trainer.core.evaluation import EvaluationSet, Evaluator
+from trainer.core.evaluation_metrics import EvaluationMetrics
 from trainer.core.features import Features
 from trainer.core.first_samples import check_classes, first_inputs
 from trainer.core.forward import Forward
@@ -38,6 +45,7 @@ from trainer.core.metrics import Row
 from trainer.core.mix import Mix, build_mix
 from trainer.core.precision import Precision
 from trainer.core.preflight import RankFacts, check_data, check_order, check_ranks
+from trainer.core.run_metrics import run_metrics
 from trainer.data.bad_samples import Quarantine
 from trainer.data.classes import with_classes
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
@@ -94,6 +102,7 @@ class Run:
     loss_state: LossState
     forward: Forward
     freezing: Freezing
+    metrics: EvaluationMetrics
     validation: list[EvaluationSet]
     test: EvaluationSet | None
     quarantine: Quarantine | None = None  # with data.bad_samples=quarantine
@@ -188,11 +197,14 @@ def build_run(
     val_data: MapDataset | Mapping[str, MapDataset] | None = None,
     test_data: MapDataset | None = None,
     task: Task | nn.Module | None = None,
+    metrics: Metrics = (),
     classes: Sequence[str] | None = None,
 ) -> Run:
     """Build what `config` describes; a model, data or a task that is passed replaces the config's.
 
     `val_data` is one set, or a dict of sets by name.
+
+    `metrics`, a list of torchmetrics' objects or a mapping of names to them, come after those of the config.
 
     With `classes`, those that a model was trained on, the data's class ids become the model's, matched by name.
     A collective: every rank of a run calls it with the same config. Raises `ConfigError` or `DataError`.
@@ -248,7 +260,18 @@ def build_run(
     the_task = _task(config, task, num_classes, module)
     the_task.to(ranks.device, precision.dtype)
     check_classes(the_task, num_classes, data)
-    config = _with_best_metric(config, the_task, list(data.validation()))
+    # A machine may lack what a metric needs.
+    config, named_metrics = ranks.on_each(
+        partial(
+            run_metrics,
+            config,
+            metrics,
+            the_task,
+            val_loader or loaders.get("test"),
+            num_classes,
+        )
+    )
+    config = _with_best_metric(config, the_task, named_metrics, list(data.validation()))
 
     mix = ranks.on_each(partial(_mix, config, the_task, train_loader, plan))
     forward = Forward(the_task, precision, ranks.device, config.run.seed, mix)
@@ -256,6 +279,15 @@ def build_run(
     quarantine = None
     if config.data.bad_samples == "quarantine":
         quarantine = Quarantine(ranks, config.data.max_bad)
+    evaluation_metrics = EvaluationMetrics(
+        named_metrics,
+        the_task,
+        ranks,
+        classes=data.classes or (),
+        seed=config.run.seed,
+        precision=precision.dtype,
+        best_metric=config.best.metric,
+    )
     sets = {}
     for phase, dataset in data.evaluated().items():
         evaluator = _evaluator(
@@ -267,6 +299,7 @@ def build_run(
             forward=forward,
             freezing=freezing,
             quarantine=quarantine,
+            metrics=evaluation_metrics,
         )
         sets[phase] = EvaluationSet(phase, dataset, loaders[phase], evaluator)
     return Run(
@@ -284,6 +317,7 @@ def build_run(
         loss_state=LossState(module, the_task),
         forward=forward,
         freezing=freezing,
+        metrics=evaluation_metrics,
         validation=[sets[phase] for phase in data.validation()],
         test=sets.get("test"),
         quarantine=quarantine,
@@ -453,7 +487,9 @@ def _mix(config: Config, task: Task, loader: Loader, plan: Plan) -> Mix | None:
     )
 
 
-def _with_best_metric(config: Config, task: Task, validation: list[str]) -> Config:
+def _with_best_metric(
+    config: Config, task: Task, named: Sequence[NamedMetric], validation: list[str]
+) -> Config:
     """The config with the metric that decides which model is best, and its mode; `validation` are the sets' phases.
 
     By default the metric is the loss, of the first validation set if there is any, or the task's first metric where an
@@ -469,14 +505,19 @@ def _with_best_metric(config: Config, task: Task, validation: list[str]) -> Conf
         metrics = [name for name in metrics if name not in without_loss]
     if config.best.metric == BestConfig().metric:
         config = replace(config, best=replace(config.best, metric=metrics[0]))
+    metrics += [f"{phase}/{item.name}" for phase in validation for item in named]
     metric = config.best.metric
-    if metric not in metrics:
+    # One of several values of a metric: only its result tells whether it gives that.
+    column = column_of(metric)
+    is_of_validation = metric.removesuffix(f"/{column}") in validation
+    may_be_given = is_of_validation and any(item.owns(column) for item in named)
+    if metric not in metrics and not may_be_given:
         raise ConfigError(
             "best.metric",
             f'"{metric}" is not logged by this run{nearest(metric, metrics)}; it logs {", ".join(metrics)}',
         )
     if config.best.mode is None:
-        mode = direction_of(metric, task)
+        mode = direction_among(named, metric) or direction_of(metric, task)
         if mode is None:
             raise ConfigError(
                 "best.mode",
@@ -497,6 +538,7 @@ def _evaluator(
     forward: Forward,
     freezing: Freezing,
     quarantine: Quarantine | None,
+    metrics: EvaluationMetrics,
 ) -> Evaluator:
     return Evaluator(
         module,
@@ -510,6 +552,7 @@ def _evaluator(
             partial(_head_of_fixed_features, config, forward.task, freezing)
         ),
         quarantine=quarantine,
+        metrics=metrics,
     )
 
 
