@@ -25,6 +25,7 @@ from trainer.data.collation import build_collation, lists
 from trainer.data.datasets import Datasets, build_datasets
 from trainer.data.loading import build_loaders
 from trainer.data.rows import as_pairs
+from trainer.data.samples import KeyedDataset, Loaded, Request
 from trainer.data.shapes import Shapes
 
 HERE = "tests.test_collate"
@@ -402,3 +403,49 @@ def test_shapes_say_the_same_by_every_target() -> None:
 
 def test_build_collation_is_none_for_torchs_default() -> None:
     assert build_collation(None) is None
+
+
+class OneBad:
+    """Images of two sizes, one of which cannot be read."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        if index == 2:
+            raise DataError("a.png is damaged")
+        return torch.zeros(3, 4 + index, 4), {"boxes": [], "labels": []}
+
+
+def test_a_bad_sample_is_left_out_of_a_batch_of_any_kind() -> None:
+    keyed = KeyedDataset(
+        OneBad(),
+        None,
+        seed=0,
+        purpose="train",
+        leaves_out=True,
+        collation=build_collation("lists"),
+    )
+    loaded = keyed[Request(0, 0, np.arange(4))]
+    assert isinstance(loaded, Loaded) and loaded.batch is not None
+    assert [bad.id for bad in loaded.bad] == [2]
+    assert loaded.batch.samples == len(loaded.batch.inputs) == 3
+    assert [image.shape[1] for image in loaded.batch.inputs] == [4, 5, 7]
+
+
+def test_mean_average_precision_takes_what_detection_gives() -> None:
+    pytest.importorskip("pycocotools")
+    detection = pytest.importorskip("torchmetrics.detection")
+    task = Detection()
+    target = {"boxes": torch.tensor([[0, 0, 10, 10]]), "labels": torch.tensor([1])}
+    answer = {
+        "boxes": torch.tensor([[0.0, 0, 10, 10]]),
+        "labels": torch.tensor([1]),
+        "scores": torch.tensor([0.9]),
+    }
+    inputs = task.metric_inputs([answer], [target])
+    assert inputs is not None
+    metric = detection.MeanAveragePrecision()
+    metric.update(*inputs)
+    assert float(metric.compute()["map"]) == pytest.approx(1.0)
+    assert task.metric_inputs({"loss": torch.ones(())}, [target]) is None

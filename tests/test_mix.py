@@ -324,7 +324,13 @@ def test_the_header_says_how_images_are_mixed(tmp_path: Path) -> None:
     settings = config(tmp_path, train__mix={**BOTH, "off_after": 0.5, "prob": 0.8})
     trainer = Trainer(settings, model=conv_net(), train_data=Images())
     facts = header(
-        trainer.run, trainer.schedule, 1, "", directory=tmp_path, proof=Proof(off="")
+        trainer.run,
+        trainer.schedule,
+        1,
+        "",
+        directory=tmp_path,
+        proof=Proof(off=""),
+        optimizer=trainer.optimizer,
     )
     assert dict(facts)["mix"] == (
         "MixUp 0.4 or CutMix 1 (50%) in 80% of the micro-batches, up to step 4 · "

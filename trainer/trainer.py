@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trainer.components.metrics import Metrics
 from trainer.components.optimizer import (
     build_optimizer,
     learning_rates,
@@ -105,6 +106,8 @@ class Trainer:
     `val_data` may be a dict of validation sets by name. `test_data` is evaluated once, at the end of the run, with the
     best weights.
 
+    `metrics` are torchmetrics' objects, in a list or by the names to log them under; see docs/metrics.md.
+
     `observers` see every step. `stateful` objects are saved in every checkpoint, each under its name, and so are a
     subclass's own attributes that have `state_dict` and `load_state_dict`. A resume loads those that exist by the
     time of `start`. See docs/extending.md.
@@ -123,6 +126,7 @@ class Trainer:
         val_data: MapDataset | Mapping[str, MapDataset] | None = None,
         test_data: MapDataset | None = None,
         task: Task | nn.Module | None = None,
+        metrics: Metrics = (),
         observers: Sequence[Observer] = (),
         stateful: Mapping[str, Stateful] | None = None,
     ) -> None:
@@ -136,6 +140,7 @@ class Trainer:
                 val_data=val_data,
                 test_data=test_data,
                 task=task,
+                metrics=metrics,
             )
             self.optimizer = build_optimizer(
                 self.config.optimizer,
@@ -613,6 +618,8 @@ class Trainer:
         if is_evaluated:
             row |= self._evaluations(step)
             activity.mark(LOGGING)
+            for note in self.run.metrics.take_notes():
+                self.journal.console.note(note)
         row |= learning_rates(self.optimizer)
         row |= self.left_out.count()
         self.observers.row(row)

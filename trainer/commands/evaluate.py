@@ -33,13 +33,14 @@ def main(arguments: list[str]) -> None:
     parser.add_overrides("changes a key of the run's config")
     options = parser.parse(arguments)
 
+    from trainer.config.schema import BestConfig
     from trainer.core.build import build_run, settings_of
     from trainer.core.trust import read_trusted_config
     from trainer.storage import checkpoint, signature
     from trainer.storage.shared_config import read_config_on_all, read_on_main
 
     def read() -> Config:
-        imports = ("model", "data", "loss")
+        imports = ("model", "data", "loss", "metrics")
         return read_trusted_config(
             options.run, options.overrides, options.trust, imports=imports
         )
@@ -49,6 +50,8 @@ def main(arguments: list[str]) -> None:
         lambda: signature.read(checkpoint.best_directory(options.run))
     )
     with settings_of(config):
+        # What was best is known: its metric may be one that was passed in Python.
+        config = replace(config, best=BestConfig())
         run = build_run(config, classes=trained_on.classes)
         keep_freed_memory(run.ranks.device.type)
         logged = run.load_best(options.run)
@@ -65,6 +68,8 @@ def main(arguments: list[str]) -> None:
             print(f"  note  not the data that the run was validated on: {changes}")
         for bad in run.quarantine.samples if run.quarantine else []:
             print(f"  note  left out: {bad.name()}: {bad.reason}")
+        for note in run.metrics.take_notes():
+            print(f"  note  {note}")
         for name, value in metrics.items():
             before = logged.get(name, math.nan)
             print(f"  {name}  {value:.6f}  (logged as {before:.6f})")

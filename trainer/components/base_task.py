@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer.components.answers import Answer
 from trainer.components.calling import call_model, scores_of
+from trainer.components.metric_inputs import as_metric_inputs
 from trainer.errors import ConfigError
 
 
@@ -138,6 +139,18 @@ class Task(nn.Module):
     ) -> Mapping[str, tuple[Tensor, Tensor | int]]:
         """A `WeightedSum` for each of `metrics`, by name. `output` is detached."""
         return {}
+
+    def metric_inputs(self, output: Any, targets: Any) -> Any:
+        """What the run's `metrics` are updated with: `(predictions, targets)`, or a mapping by their parameters' names.
+
+        By default what `answer` gives and the targets of the loss, without ignored ones (see `as_metric_inputs`); for
+        a task without an answer, the output and the targets as they are. `output` is detached.
+        """
+        targets = self.convert_targets(output, targets)
+        answer = self.answer(output)
+        if answer is None:
+            return output, targets
+        return as_metric_inputs(answer, targets, self.ignore_index)
 
     def probabilities(self, output: Any) -> Tensor | None:
         """For a classifier of whole samples, the probability of each class, `(N, C)`; None for other tasks."""

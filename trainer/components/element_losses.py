@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainer.components.answers import Answer
+from trainer.components.answers import Answer, AnswerKind
 from trainer.components.base_task import ScoresTask, WeightedSum
 from trainer.components.classification import as_weights
 from trainer.components.divisor import Divisor, count_elements, find_divisor
@@ -45,6 +45,11 @@ class ElementLoss(ScoresTask):
         self.metrics = () if rule.metric is None else (rule.metric,)
         # Only what is right or wrong has an accuracy.
         self.targets_are_classes = rule.metric == "accuracy"
+
+    @property
+    def answer_kind(self) -> AnswerKind | None:
+        """What a model that was trained with this loss answers; None where that is not known."""
+        return self._rule.answer_kind
 
     def convert_targets(self, output: Tensor, targets: Any) -> Tensor:
         check_output(output, "this loss")

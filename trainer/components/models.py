@@ -146,7 +146,8 @@ def _from_configuration(model_class: Any) -> Callable[..., Any]:
 
     def make(**arguments: Any) -> Any:
         for name in arguments:
-            if not hasattr(known, name):
+            # What begins with "_" is not meant to be set: it may choose which code runs.
+            if name.startswith("_") or not hasattr(known, name):
                 raise TypeError(
                     f"{config_class.__name__} got an unexpected keyword argument '{name}'"
                 )

@@ -21,6 +21,7 @@ Role = Literal[
     "loss",
     "optimizer",
     "schedule",
+    "metric",
     "observer",
 ]
 # Roles whose sections are named after them.
@@ -67,6 +68,8 @@ def _all_names(config: Config) -> Iterator[ImportPath]:
         yield from _transforms(f"{place}.transforms", section.transforms)
     if config.data.collate is not None:
         yield ImportPath("collate", "data.collate", config.data.collate, {})
+    for index, metric in enumerate(config.metrics):
+        yield ImportPath("metric", f"metrics[{index}]", metric.name, metric.args)
     for index, observer in enumerate(config.observers):
         yield ImportPath(
             "observer", f"observers[{index}]", observer.name, observer.args

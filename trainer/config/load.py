@@ -22,7 +22,12 @@ from trainer.errors import ConfigError
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
 
-OBSERVERS_HELP = """
+LISTS_HELP = """
+
+metrics
+  metrics=[]  (list of mappings)
+      computed over all validation samples at once: [{name: torchmetrics.classification.MulticlassF1Score}]; the other
+      keys are its arguments, and log_as its column, val/<log_as>, by default val/f1_score; see docs/metrics.md
 
 observers
   observers=[]  (list of mappings)
@@ -112,7 +117,7 @@ def help_text() -> str:
             lines.append(
                 f"  …  any further key is an argument of the component that `name` names: --help {name}.NAME lists them"
             )
-    return "\n".join(lines) + OBSERVERS_HELP
+    return "\n".join(lines) + LISTS_HELP
 
 
 def _check_types(path: Any, overrides: Any) -> None:

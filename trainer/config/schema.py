@@ -1,8 +1,8 @@
 """Every key of a config, declared once: its type, default, meaning, unit and least value.
 
-A section that names a component (`data`, `model`, `loss`, `optimizer`, `schedule`, and each of `observers`) keeps the
-keys it does not declare in `args`: they are the component's own arguments, checked against its signature when it is
-built.
+A section that names a component (`data`, `model`, `loss`, `optimizer`, `schedule`, and each of `observers` and
+`metrics`) keeps the keys it does not declare in `args`: they are the component's own arguments, checked against its
+signature when it is built.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from trainer.config.evaluation_sets import (
     EvaluationSetConfig,
@@ -30,6 +30,9 @@ from trainer.config.fields import (
 from trainer.config.interpolation import References, escape, resolve, restore_references
 from trainer.config.trees import Tree, map_leaves
 from trainer.errors import ConfigError, nearest
+
+# Of a metric, without its phase.
+COLUMN_NAME = re.compile(r"[\w.@-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -534,6 +537,7 @@ class ObserverConfig(ComponentSection):
     """One of `observers`."""
 
     SECTION = "observers"
+    EXAMPLE: ClassVar[str] = "MyObserver"
 
     name: str = key("", "save_predictions, or an import path to an observer")
 
@@ -544,6 +548,34 @@ class ObserverConfig(ComponentSection):
                 f"{self.SECTION}.name",
                 f'"{self.name}" is not an import path, nor one of {", ".join(OBSERVERS)}'
                 f"{nearest(self.name, OBSERVERS)}; write {{name: my_package.MyObserver, argument: value}}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricConfig(ComponentSection):
+    """One of `metrics`."""
+
+    SECTION = "metrics"
+    EXAMPLE: ClassVar[str] = "MyMetric"
+
+    name: str = key("", "import path to a torchmetrics.Metric")
+    log_as: str | None = key(
+        None,
+        "its column, val/<log_as>; null = its class in small letters: f1_score for MulticlassF1Score",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "." not in self.name:
+            raise ConfigError(
+                f"{self.SECTION}.name",
+                f'"{self.name}" is not an import path; write '
+                f"{{name: torchmetrics.classification.MulticlassF1Score, average: macro}}",
+            )
+        if self.log_as is not None and not COLUMN_NAME.fullmatch(self.log_as):
+            raise ConfigError(
+                f"{self.SECTION}.log_as",
+                f'"{self.log_as}" is no name of a column; use letters, digits and _ - . @',
             )
 
 
@@ -564,6 +596,8 @@ _SECTION_CLASSES = (
 )
 # In the order of --help and config.yaml.
 SECTIONS: dict[str, Any] = {cls.SECTION: cls for cls in _SECTION_CLASSES}
+# Lists, not sections: several observers can watch one run.
+LISTS: dict[str, Any] = {cls.SECTION: cls for cls in (MetricConfig, ObserverConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -587,7 +621,7 @@ class Config:
     early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    # A list, not a section: several observers can watch one run.
+    metrics: tuple[MetricConfig, ...] = ()
     observers: tuple[ObserverConfig, ...] = ()
     # How values from the environment were written. A field, so that it survives `dataclasses.replace`.
     references: References = field(default_factory=dict, repr=False, compare=False)
@@ -603,19 +637,24 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, cls):
                 raise ConfigError(name, f"is a {cls.__name__}, not {_describe(value)}")
-        if not isinstance(self.observers, list | tuple):
+        for name, cls in LISTS.items():
+            self._check_list(name, cls)
+
+    def _check_list(self, name: str, cls: type) -> None:
+        items = getattr(self, name)
+        article = "an" if cls.__name__[0] in "AEIO" else "a"
+        if not isinstance(items, list | tuple):
             raise ConfigError(
-                "observers",
-                f"is a list of ObserverConfig, not {_describe(self.observers)}",
+                name, f"is a list of {cls.__name__}, not {_describe(items)}"
             )
-        for index, observer in enumerate(self.observers):
-            if not isinstance(observer, ObserverConfig):
+        for index, item in enumerate(items):
+            if not isinstance(item, cls):
                 raise ConfigError(
-                    f"observers[{index}]",
-                    f"is an ObserverConfig, not {_describe(observer)}",
+                    f"{name}[{index}]",
+                    f"is {article} {cls.__name__}, not {_describe(item)}",
                 )
         # A list could be changed unchecked.
-        object.__setattr__(self, "observers", tuple(self.observers))
+        object.__setattr__(self, name, tuple(items))
 
     def _check_combinations(self) -> None:
         """Check what takes more than one key to judge, or more than a key's type and least value."""
@@ -697,14 +736,14 @@ class Config:
         values: Tree = {}
         resolved, references = resolve(tree, _is_setting)
         for name, section in resolved.items():
-            if name == "observers":
-                values[name] = _read_observers(section)
+            if name in LISTS:
+                values[name] = _read_list(LISTS[name], section)
             elif name in SECTIONS:
                 values[name] = read_section(SECTIONS[name], section)
             elif name == "base":
                 raise ConfigError("base", "is read in a YAML file alone")
             else:
-                hint = nearest(str(name), [*SECTIONS, "observers"])
+                hint = nearest(str(name), [*SECTIONS, *LISTS])
                 raise ConfigError(str(name), f"no such section{hint}")
         return cls(**values, references=references)
 
@@ -717,7 +756,8 @@ class Config:
         values: Tree = {}
         for name in SECTIONS:
             values[name] = getattr(self, name).to_dict()
-        values["observers"] = [observer.to_dict() for observer in self.observers]
+        for name in LISTS:
+            values[name] = [item.to_dict() for item in getattr(self, name)]
         document: Tree = map_leaves(values, escape)
         restore_references(document, self.references, digests=digests)
         return document
@@ -760,23 +800,24 @@ def _is_setting(path: tuple[Any, ...]) -> bool:
     )
 
 
-def _read_observers(items: Any) -> tuple[ObserverConfig, ...]:
+def _read_list(cls: Any, items: Any) -> tuple[Any, ...]:
+    """The components of a list, each of the class `cls`."""
     if items is None:
         return ()
     if not isinstance(items, list | tuple):
         raise ConfigError(
-            "observers",
-            f"{show(items)} is not a list such as [{{name: my_package.MyObserver}}]",
+            cls.SECTION,
+            f"{show(items)} is not a list such as [{{name: my_package.{cls.EXAMPLE}}}]",
         )
-    observers = []
+    sections = []
     for index, item in enumerate(items):
         try:
-            observers.append(read_section(ObserverConfig, item))
+            sections.append(read_section(cls, item))
         except ConfigError as error:
             # A section does not know its place in the list.
-            place = error.key.replace("observers", f"observers[{index}]", 1)
+            place = error.key.replace(cls.SECTION, f"{cls.SECTION}[{index}]", 1)
             raise ConfigError(place, error.message) from None
-    return tuple(observers)
+    return tuple(sections)
 
 
 def _describe(value: Any) -> str:

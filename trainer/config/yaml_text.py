@@ -15,7 +15,7 @@ import yaml
 
 from trainer.config.evaluation_sets import EvaluationSetConfig, key_of_set
 from trainer.config.fields import declared_keys, is_union
-from trainer.config.schema import SECTIONS, ObserverConfig
+from trainer.config.schema import LISTS, SECTIONS, ObserverConfig
 from trainer.errors import ConfigError
 
 STRING_TAG = "tag:yaml.org,2002:str"
@@ -125,8 +125,10 @@ def _scalars(node: yaml.Node | None, name: str) -> Iterator[Scalar]:
 def _hint_of(name: str) -> Any:
     """The type of a dotted key, of a list's item for `wandb.tags[0]`; None for what no section declares."""
     section, _, rest = name.partition(".")
-    if section.startswith("observers["):
-        return str if rest == "name" else None
+    list_name = section.partition("[")[0]
+    if list_name != section and list_name in LISTS:
+        item = declared_keys(LISTS[list_name]).get(rest)
+        return None if item is None else item.hint
     if section not in SECTIONS:
         return None
     cls = SECTIONS[section]

@@ -16,9 +16,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from trainer.components.directions import direction_of
+from trainer.components.directions import Direction, direction_of
 from trainer.components.freezing import Freezing
 from trainer.components.lazy import give_lazy_layers_sizes
+from trainer.components.metrics import (
+    Metrics,
+    NamedMetric,
+    column_of,
+    direction_among,
+)
 from trainer.components.models import build_model, compile_model, input_channels
 from trainer.components.task import (
     Task,
@@ -32,6 +38,7 @@ from trainer.config.schema import BestConfig, Config
 from trainer.core.early_stop import with_early_stop_metric
 from trainer.core.evaluated_weights import logged_phases
 from trainer.core.evaluation import EvaluationSet, Evaluator, OnBatch
+from trainer.core.evaluation_metrics import EvaluationMetrics
 from trainer.core.features import Features
 from trainer.core.first_samples import check_classes, first_inputs
 from trainer.core.forward import Forward
@@ -40,6 +47,7 @@ from trainer.core.metrics import Row
 from trainer.core.mix import Mix, build_mix
 from trainer.core.precision import Precision
 from trainer.core.preflight import RankFacts, check_data, check_order, check_ranks
+from trainer.core.run_metrics import run_metrics
 from trainer.data.bad_samples import Quarantine
 from trainer.data.classes import with_classes
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
@@ -96,6 +104,7 @@ class Run:
     loss_state: LossState
     forward: Forward
     freezing: Freezing
+    metrics: EvaluationMetrics
     validation: list[EvaluationSet]
     test: EvaluationSet | None
     quarantine: Quarantine | None = None  # with data.bad_samples=quarantine
@@ -204,11 +213,14 @@ def build_run(
     val_data: MapDataset | Mapping[str, MapDataset] | None = None,
     test_data: MapDataset | None = None,
     task: Task | nn.Module | None = None,
+    metrics: Metrics = (),
     classes: Sequence[str] | None = None,
 ) -> Run:
     """Build what `config` describes; a model, data or a task that is passed replaces the config's.
 
     `val_data` is one set, or a dict of sets by name.
+
+    `metrics`, a list of torchmetrics' objects or a mapping of names to them, come after those of the config.
 
     With `classes`, those that a model was trained on, the data's class ids become the model's, matched by name.
     A collective: every rank of a run calls it with the same config. Raises `ConfigError` or `DataError`.
@@ -264,7 +276,18 @@ def build_run(
     the_task = _task(config, task, num_classes, module)
     the_task.to(ranks.device, precision.dtype)
     check_classes(the_task, num_classes, data)
-    config = _with_best_metric(config, the_task, list(data.validation()))
+    # A machine may lack what a metric needs.
+    config, named_metrics = ranks.on_each(
+        partial(
+            run_metrics,
+            config,
+            metrics,
+            the_task,
+            val_loader or loaders.get("test"),
+            num_classes,
+        )
+    )
+    config = _with_best_metric(config, the_task, named_metrics, list(data.validation()))
 
     mix = ranks.on_each(partial(_mix, config, the_task, train_loader, plan))
     forward = Forward(the_task, precision, ranks.device, config.run.seed, mix)
@@ -272,6 +295,15 @@ def build_run(
     quarantine = None
     if config.data.bad_samples == "quarantine":
         quarantine = Quarantine(ranks, config.data.max_bad)
+    evaluation_metrics = EvaluationMetrics(
+        named_metrics,
+        the_task,
+        ranks,
+        classes=data.classes or (),
+        seed=config.run.seed,
+        precision=precision.dtype,
+        best_metric=config.best.metric,
+    )
     sets = {}
     for phase, dataset in data.evaluated().items():
         evaluator = _evaluator(
@@ -283,6 +315,7 @@ def build_run(
             forward=forward,
             freezing=freezing,
             quarantine=quarantine,
+            metrics=evaluation_metrics,
         )
         sets[phase] = EvaluationSet(phase, dataset, loaders[phase], evaluator)
     return Run(
@@ -300,6 +333,7 @@ def build_run(
         loss_state=LossState(module, the_task),
         forward=forward,
         freezing=freezing,
+        metrics=evaluation_metrics,
         validation=[sets[phase] for phase in data.validation()],
         test=sets.get("test"),
         quarantine=quarantine,
@@ -469,30 +503,42 @@ def _mix(config: Config, task: Task, loader: Loader, plan: Plan) -> Mix | None:
     )
 
 
-def _with_best_metric(config: Config, task: Task, validation: list[str]) -> Config:
+def _with_best_metric(
+    config: Config, task: Task, named: Sequence[NamedMetric], validation: list[str]
+) -> Config:
     """The config with the metric that decides which model is best, and its mode; `validation` are the sets' phases.
 
     By default the metric is the loss, of the first validation set if there is any, or the task's first metric where an
     evaluation has no loss. Raises `ConfigError` where the run logs no such metric, or nobody knows whether less or more
     of it is better.
     """
-    phases = [*logged_phases(config.ema, validation), "train"]
+    evaluated = logged_phases(config.ema, validation)
+    phases = [*evaluated, "train"]
     metrics = [
         f"{phase}/{name}" for phase in phases for name in ("loss", *task.metrics)
     ]
     if not task.validates_loss:
-        without_loss = [f"{phase}/loss" for phase in phases if phase != "train"]
+        without_loss = [f"{phase}/loss" for phase in evaluated]
         metrics = [name for name in metrics if name not in without_loss]
     if config.best.metric == BestConfig().metric:
         config = replace(config, best=replace(config.best, metric=metrics[0]))
+    metrics += [f"{phase}/{item.name}" for phase in evaluated for item in named]
     metric = config.best.metric
-    if metric not in metrics:
+
+    def direction(name: str) -> Direction | None:
+        return direction_among(named, name) or direction_of(name, task)
+
+    # One of several values of a metric: only its result tells whether it gives that.
+    column = column_of(metric)
+    is_of_validation = metric.removesuffix(f"/{column}") in evaluated
+    may_be_given = is_of_validation and any(item.owns(column) for item in named)
+    if metric not in metrics and not may_be_given:
         raise ConfigError(
             "best.metric",
             f'"{metric}" is not logged by this run{nearest(metric, metrics)}; it logs {", ".join(metrics)}',
         )
     if config.best.mode is None:
-        mode = direction_of(metric, task)
+        mode = direction(metric)
         if mode is None:
             raise ConfigError(
                 "best.mode",
@@ -500,7 +546,7 @@ def _with_best_metric(config: Config, task: Task, validation: list[str]) -> Conf
                 f"say so in `directions`)",
             )
         config = replace(config, best=replace(config.best, mode=mode))
-    return with_early_stop_metric(config, metrics, task)
+    return with_early_stop_metric(config, metrics, direction)
 
 
 def _evaluator(
@@ -513,6 +559,7 @@ def _evaluator(
     forward: Forward,
     freezing: Freezing,
     quarantine: Quarantine | None,
+    metrics: EvaluationMetrics,
 ) -> Evaluator:
     return Evaluator(
         module,
@@ -526,6 +573,7 @@ def _evaluator(
             partial(_head_of_fixed_features, config, forward.task, freezing)
         ),
         quarantine=quarantine,
+        metrics=metrics,
     )
 
 

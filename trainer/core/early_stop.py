@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from trainer.components.directions import direction_of
+from trainer.components.directions import Direction
 from trainer.config.schema import Config, EarlyStopConfig
 from trainer.core.metrics import Row
 from trainer.errors import ConfigError, nearest
@@ -68,7 +68,9 @@ class EarlyStop:
             self._waited = state["waited"]
 
 
-def with_early_stop_metric(config: Config, metrics: list[str], task: object) -> Config:
+def with_early_stop_metric(
+    config: Config, metrics: list[str], direction_of: Callable[[str], Direction | None]
+) -> Config:
     """The config with the metric that early stopping watches, and its mode; as it is without `patience`.
 
     `metrics` are those that the run logs. Raises `ConfigError` where the metric is none of them, or nobody knows
@@ -78,13 +80,13 @@ def with_early_stop_metric(config: Config, metrics: list[str], task: object) -> 
     if section.patience is None:
         return config
     metric = section.metric or config.best.metric
-    if metric not in metrics:
+    if metric not in [*metrics, config.best.metric]:
         raise ConfigError(
             "early_stop.metric",
             f'"{metric}" is not logged by this run{nearest(metric, metrics)}; it logs {", ".join(metrics)}',
         )
     of_best = config.best.mode if metric == config.best.metric else None
-    mode = section.mode or of_best or direction_of(metric, task)
+    mode = section.mode or of_best or direction_of(metric)
     if mode is None:
         raise ConfigError(
             "early_stop.mode",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.components.answers import Answer
+from trainer.core.evaluation_metrics import EvaluationMetrics
 from trainer.core.features import Features
 from trainer.core.forward import Forward
-from trainer.core.metrics import Meter
+from trainer.core.mean_iou import MeanIoU, add_counts
+from trainer.core.metrics import Meter, detach
 from trainer.core.misfit import explained
 from trainer.core.samples import samples_not_finite
 from trainer.data.bad_samples import Quarantine
@@ -85,11 +88,13 @@ class Evaluator:
         batch_size: int,
         exact: bool,
         features: Features,
+        metrics: EvaluationMetrics,
         quarantine: Quarantine | None = None,
     ) -> None:
         self._model = model
         self._forward = forward
         self._features = features
+        self._metrics = metrics
         self._ranks = ranks
         self._exact = exact
         requests = list(whole_requests(samples, batch_size, ranks.rank, ranks.count))
@@ -105,15 +110,21 @@ class Evaluator:
         """
         task = self._forward.task
         meter = Meter(task, self._ranks, exact=self._exact)
+        self._metrics.begin()
         with preserved_modes(task), preserved_generators():
             task.eval()  # until the last metric is measured
             for request, model, batch in self._in_eval_mode():
                 output, loss = self._forward(model, batch, None)
                 meter.add(batch, output, loss)
+                if self._metrics:
+                    self._metrics.add(detach(output), batch.targets)
                 if on_batch is not None:
                     on_batch(request.ids, output, batch.targets)
             self._passes.agree()
-            return meter.read().means()
+            row = meter.read().means()
+            if self._metrics:
+                row |= self._metrics.finish()
+            return row
 
     @torch.no_grad()
     def rehearse(self) -> None:
@@ -130,6 +141,8 @@ class Evaluator:
             output, _ = self._forward(self._model, batch, None)
             with explained(task, "metric_sums", output, batch.targets):
                 task.metric_sums(output, batch.targets)
+            if self._metrics:
+                self._metrics.rehearse(output, batch.targets)
 
     @torch.no_grad()
     def samples_not_finite(self) -> list[int]:
@@ -172,6 +185,23 @@ class Evaluator:
             targets = task.convert_targets(output, batch.targets)
             answer = task.answer(output)
         return batch.inputs, targets, [] if answer is None else answer.samples()
+
+    @torch.no_grad()
+    def pixel_counts(self) -> Tensor:
+        """Of a segmentation, how often each class (row) is predicted as each (column), `(C, C)`. A collective.
+
+        Only the main process has the counts; those of the others are empty.
+        """
+        task = self._forward.task
+        own = MeanIoU(task.ignore_index)
+        with preserved_generators():
+            for _, model, batch in self._in_eval_mode():
+                output = self._forward.predict(model, batch)
+                own.add(task.metric_inputs(output, batch.targets))
+            self._passes.agree()
+        of_ranks = self._ranks.gather_on_main(own.parts())
+        none = torch.zeros(0, 0, dtype=torch.int64)
+        return add_counts([none, *chain.from_iterable(of_ranks)])
 
     def _decide(
         self, request: Request, model: nn.Module, batch: MicroBatch

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from trainer.config.import_paths import Role
 from trainer.core.observers import Observer
 
-LIBRARIES = ("trainer", "torch", "torchvision", "timm", "transformers")
+LIBRARIES = ("trainer", "torch", "torchvision", "timm", "transformers", "torchmetrics")
 
 # Modules whose classes a role may take, and what these must be.
 CLASSES: Mapping[Role, tuple[type, tuple[str, ...]]] = {
@@ -39,6 +39,20 @@ CLASSES: Mapping[Role, tuple[type, tuple[str, ...]]] = {
     ),
     "data": (Dataset, ("torchvision.datasets",)),
     "transform": (object, ("torchvision.transforms", "timm.data", "trainer.data")),
+    # Not those that download a network: of images, texts and both together.
+    "metric": (
+        nn.Module,
+        (
+            "torchmetrics.aggregation",
+            "torchmetrics.classification",
+            "torchmetrics.clustering",
+            "torchmetrics.detection",
+            "torchmetrics.nominal",
+            "torchmetrics.regression",
+            "torchmetrics.retrieval",
+            "torchmetrics.segmentation",
+        ),
+    ),
     "observer": (Observer, ("trainer",)),
 }
 # Modules that are imported to look at what a config names in them.
@@ -48,6 +62,7 @@ HARMLESS = (
     "torchvision",
     "timm",
     "transformers",
+    "torchmetrics",
     "trainer",
 )
 # Their files are pickles that are not verified.
@@ -75,6 +90,7 @@ WANTED: Mapping[Role, str] = {
     "loss": "a trainer.Task or a loss class of torch.nn",
     "optimizer": "a torch.optim.Optimizer class",
     "schedule": "a schedule of Lockstep's own",
+    "metric": "a class of torchmetrics for classes, labels, values, boxes or retrieval",
     "observer": "a trainer.Observer class",
 }
 

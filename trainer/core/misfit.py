@@ -58,6 +58,23 @@ def loss_misfit(
     )
 
 
+def metric_misfit(
+    key: str, metric: Any, method: str, inputs: Any, error: Exception
+) -> ConfigError:
+    """The message for an error of a metric's `update`, whose `inputs` they were, or of its `compute`."""
+    name = type(metric).__name__
+    if method == "compute":
+        return ConfigError(
+            key,
+            f"{name}.compute failed over all validation samples: {_reason(error)}",
+        )
+    return ConfigError(
+        key,
+        f"{name}.update failed on {describe_tensors(inputs)}: {_reason(error)}; change its arguments, or what it is "
+        f"given, by a trainer.Task with `metric_inputs` (see docs/metrics.md)",
+    )
+
+
 def model_misfit(model: Any, inputs: Any, error: Exception) -> ConfigError:
     """The message for an error of the model's forward."""
     return ConfigError(

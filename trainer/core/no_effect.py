@@ -237,6 +237,8 @@ def keys_without_effect(run: Run) -> list[str]:
             unexplained -= set(keys)
             verb = "has" if len(keys) == 1 else "have"
             lines.append(f"{', '.join(keys)} {verb} no effect: {rule.reason}")
+    if run.config.metrics and not run.evaluation_sets:
+        lines.append("metrics have no effect: there are no validation data")
     return lines
 
 

@@ -35,7 +35,7 @@ from trainer.storage.run_directory import config_file
 from trainer.storage.trusted_runs import remember_trusted, trust_in
 
 # The parts of a config that name what is imported.
-ALL = ("model", "data", "loss", "optimizer", "schedule", "observers")
+ALL = ("model", "data", "loss", "optimizer", "schedule", "metrics", "observers")
 # Which files are opened here may depend on the environment; what is passed on may not.
 PATH_KEYS = (("data", "root"), ("model", "weights"))
 

@@ -102,6 +102,23 @@ class HostGroup:
             for part, size in zip(parts, sizes, strict=True)
         ]
 
+    def to_main(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on rank 0 alone; an empty list on the others."""
+        if self.count == 1:
+            return [value]
+        data = _to_bytes(value)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        self._run(partial(distributed.all_gather, sizes, torch.tensor([len(data)])))
+        padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8)
+        padded[: len(data)] = data
+        is_main = self.rank == 0
+        parts = [torch.empty_like(padded) for _ in sizes] if is_main else None
+        self._run(partial(distributed.gather, padded, parts, 0))
+        return [
+            _from_bytes(part[: int(size)])
+            for part, size in zip(parts or [], sizes, strict=False)
+        ]
+
     def from_main(self, action: Callable[[], Any]) -> Any:
         """What `action` returns on rank 0, on every rank. The others wait for as long as it takes."""
         if self.count == 1:

@@ -197,6 +197,10 @@ class Ranks:
             return items
         return list(chain.from_iterable(self._host.gather(items)))
 
+    def gather_on_main(self, item: Any) -> list[Any]:
+        """Every rank's `item`, in rank order, on the main process alone; an empty list on the others."""
+        return self._host.to_main(item)
+
     def barrier(self) -> None:
         """Wait on the host until every rank is here: before the device's group starts to count the seconds."""
         self._host.any_async(False)()

@@ -58,6 +58,7 @@ def header(
         ("model", f"{config.model.name} · {_describe_parameters(run)}"),
         ("weights", run.weights_note),
         ("loss", _describe_loss(run)),
+        ("metrics", _describe_metrics(run)),
         ("data", _describe_data(run)),
         ("sampler", _describe_sampler(plan)),
         ("batch", batch_arithmetic(plan, fuse)),
@@ -139,6 +140,14 @@ def _describe_loss(run: Run) -> str:
 def _describe_sampler(plan: Plan) -> str:
     order = plan.order
     return order.description if isinstance(order, DrawnOrder) else ""
+
+
+def _describe_metrics(run: Run) -> str:
+    """Those that are computed over whole evaluations."""
+    parts = []
+    for item in run.metrics.named:
+        parts.append(f"val/{item.name} ({type(item.metric).__name__})")
+    return " · ".join(parts)
 
 
 def _describe_data(run: Run) -> str:

@@ -88,6 +88,23 @@ def class_table(
     return text.getvalue()
 
 
+def pixel_table(counts: Counts, names: Sequence[str]) -> str:
+    """As CSV: IoU, precision, recall and pixels of every class that is predicted or true somewhere."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("class", "iou", "precision", "recall", "pixels"))
+    predicted, true = counts.sum(axis=0), counts.sum(axis=1)
+    for i, right in enumerate(counts.diagonal().tolist()):
+        union = predicted[i] + true[i] - right
+        if union:
+            scores = (
+                right / union,
+                *(right / max(n, 1) for n in (predicted[i], true[i])),
+            )
+            table.writerow([names[i], *np.round(scores, 6), true[i]])
+    return text.getvalue()
+
+
 def _columns(decisions: Sequence[Decision]) -> tuple[list[int], list[int]]:
     """The true and the predicted classes."""
     true = [decision.true for decision in decisions]
@@ -95,8 +112,10 @@ def _columns(decisions: Sequence[Decision]) -> tuple[list[int], list[int]]:
     return true, predicted
 
 
-def draw_confusion_matrix(counts: Counts, classes: Sequence[str], path: Path) -> None:
-    """Draw counts `(C, C)`, a row for each true class; the colour is the share of the row."""
+def draw_confusion_matrix(
+    counts: Counts, classes: Sequence[str], path: Path, counted: str = "samples"
+) -> None:
+    """Draw counts `(C, C)`, a row for each true class; the colour is the share of the row. `counted` is what of."""
     from matplotlib.colors import PowerNorm
 
     size = len(counts)
@@ -115,7 +134,7 @@ def draw_confusion_matrix(counts: Counts, classes: Sequence[str], path: Path) ->
     total = counts.sum()
     accuracy = counts.trace() / max(total, 1)
     axes.set_title(
-        f"{total:,} samples · accuracy {accuracy:.4f}",
+        f"{total:,} {counted} · accuracy {accuracy:.4f}",
         loc="left",
         fontsize=TITLE,
         color=INK,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,9 +17,11 @@ from trainer.core.evaluation import Decision
 from trainer.exact.plan import count_occurrences
 from trainer.reporting.figures.answers import draw_answers, images_in, true_boxes
 from trainer.reporting.figures.confusion import (
+    Counts,
     class_table,
     count_decisions,
     draw_confusion_matrix,
+    pixel_table,
 )
 from trainer.reporting.figures.curves import draw_curves
 from trainer.reporting.figures.images import (
@@ -63,7 +66,11 @@ def draw(
         # The best model is loaded into the run's own module, so the last state must come back afterwards.
         last = checkpoint.snapshot(run.module)
         run.load_best()
-        decisions = run.evaluator.decisions()
+        is_segmentation = run.metrics.count_pixels
+        decisions = [] if is_segmentation else run.evaluator.decisions()
+        if is_segmentation:
+            counts = run.evaluator.pixel_counts().numpy()
+            paths |= run.ranks.on_main(lambda: _draw_pixels(counts, run, folder))
         if decisions:
             paths |= run.ranks.on_main(lambda: _draw_decisions(run, decisions, folder))
         else:
@@ -172,6 +179,18 @@ def _draw_confusion(
     labels = [_label(i, names) for i in range(len(counts))]
     draw_confusion_matrix(counts, labels, matrix_path)
     write_text(table_path, class_table(decisions, counts, labels))
+    return {"confusion_matrix": matrix_path, "per_class": table_path}
+
+
+def _draw_pixels(counts: Counts, run: Run, folder: Path) -> dict[str, Path]:
+    """The confusion matrix of a segmentation, and the table of its classes."""
+    matrix_path = folder / "confusion_matrix.png"
+    table_path = folder / "per_class.csv"
+    missing = max(0, len(run.data.classes or []) - len(counts))
+    counts = np.pad(counts, (0, missing))  # classes that are nowhere
+    labels = [_label(i, run.data.classes) for i in range(len(counts))]
+    draw_confusion_matrix(counts, labels, matrix_path, counted="pixels")
+    write_text(table_path, pixel_table(counts, labels))
     return {"confusion_matrix": matrix_path, "per_class": table_path}
 
 
