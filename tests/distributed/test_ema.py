@@ -16,7 +16,7 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.small import CLASSES, Images, config, conv_net, mlp
 from tests.distributed.small import Points as AllPoints
 from trainer import ConfigError, LockstepError, Observer, Run, Step, Task, Trainer
-from trainer.config.schema import EmaConfig
+from trainer.config.schema import Config, EmaConfig
 from trainer.core.ema import WeightAverage
 from trainer.reporting.jsonl import read_rows
 
@@ -515,5 +515,27 @@ def test_named_sets_and_a_test_set_are_evaluated_with_the_average(
         assert trainer.evaluate()["other/loss"] == row["val_ema/other/loss"]
         assert trainer.run.test is not None
         assert trainer.run.test.evaluator.evaluate()["loss"] == last["test/loss"]
+
+    on_ranks(1, fit)
+
+
+def test_a_named_metric_of_the_average_may_decide(tmp_path: Path) -> None:
+    def fit() -> None:
+        tree = config(
+            tmp_path,
+            ema__decay=0.5,
+            best__metric="val_ema/f1_score",
+            early_stop__patience=9,
+        ).to_dict()
+        name = "torchmetrics.classification.MulticlassF1Score"
+        tree["metrics"] = [{"name": name, "average": "macro"}]
+        settings = Config.from_dict(tree)
+        parts: dict[str, Any] = {"train_data": images(), "val_data": images()}
+        trainer = Trainer(settings, model=conv_net(), **parts)
+        assert trainer.config.best.mode == trainer.config.early_stop.mode == "max"
+        best = trainer.fit()["best"]
+        row = trainer.load_best()
+        assert row["val_ema/f1_score"] == best
+        assert trainer.evaluate()["f1_score"] == best
 
     on_ranks(1, fit)
