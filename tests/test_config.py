@@ -650,11 +650,11 @@ def test_observers_are_a_list_of_components(tmp_path: Path) -> None:
         ),
         (
             "observers=[{name: a.B},{every: 1}]",
-            'observers[1].name: "" is not an import path; write {name: my_package',
+            'observers[1].name: "" is not an import path, nor one of save_predictions; write {name: my_package',
         ),
         (
             "observers=[{name: Counting}]",
-            'observers[0].name: "Counting" is not an import path; write {name: my_',
+            'observers[0].name: "Counting" is not an import path, nor one of save_predictions; write {name: my_',
         ),
         (
             "observers=[{name: [a.B]}]",

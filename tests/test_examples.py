@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from examples.bring_your_own.task import Segmentation
 from examples.extending.averaged_weights import AveragedWeights
 from examples.extending.focal_loss import FocalLoss
 from examples.extending.lookahead import LookaheadTrainer
+from examples.extending.swa import StochasticWeightAverage
+from examples.extending.time_limit import TimeLimit
 from examples.extending.update_size import UpdateSize
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import largest_difference, state
@@ -233,6 +236,53 @@ def test_averaged_weights_by_hand(tmp_path: Path) -> None:
             assert torch.allclose(
                 average, (first[name] + second[name]) / 2, rtol=1e-6, atol=1e-8
             )
+
+    on_ranks(1, fit)
+
+
+def with_swa(directory: Path, *more: str) -> tuple[dict[str, float], bytes]:
+    """Two steps an epoch, of which the last two epochs are averaged."""
+    settings = [
+        *("batch.size=720", "batch.micro_size=180", "train.epochs=3", "run.proof=off"),
+        *("run.reproducibility=bitwise", "run.resume=auto", *more),
+    ]
+    observer = StochasticWeightAverage(start_epoch=2)
+    digits(directory, *settings, observers=[observer])
+    row = read_rows(directory / "digits" / "metrics.jsonl")[-1]
+    file = directory / "digits" / "swa.safetensors"
+    return row, file.read_bytes() if file.exists() else b""
+
+
+def test_stochastic_weight_averaging_by_hand(tmp_path: Path) -> None:
+    ((row, file),) = on_ranks(1, with_swa, tmp_path / "1")
+    on_ranks(1, with_swa, tmp_path / "cut", "train.stop_after=5")
+    for other_row, other_file in on_ranks(2, with_swa, tmp_path / "cut"):
+        assert other_row["swa/loss"] == row["swa/loss"] and other_file == file
+
+    checkpoints = sorted((tmp_path / "1" / "digits" / "checkpoints").glob("step_*"))
+    second, third = (load_file(path / "model.safetensors") for path in checkpoints)
+    data = Trainer(load(ROOT / "configs" / "digits.yaml")).run
+    net = data.module
+    for name, parameter in net.named_parameters():
+        parameter.data.copy_((second[name] + third[name]) / 2)
+    ids = data.plan.permutation(0)
+    batches = [ids[first : first + 256] for first in range(0, len(ids), 256)]
+    update_bn([data.train_loader.peek(batch).inputs for batch in batches], net)
+    weights = load_file(tmp_path / "1" / "digits" / "swa.safetensors")
+    for name, value in net.state_dict().items():
+        assert torch.allclose(weights[name], value, rtol=1e-5, atol=1e-7)
+    net.load_state_dict(weights)
+    metrics = data.evaluate()
+    assert row["swa/loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+    assert row["swa/accuracy"] == pytest.approx(metrics["accuracy"], rel=1e-6)
+    assert row["swa/loss"] != row["val/loss"]
+
+
+def test_a_time_limit(tmp_path: Path) -> None:
+    def fit() -> None:
+        trainer = digits(tmp_path, observers=[TimeLimit(minutes=0)])
+        assert trainer.progress.stopped_by == "the limit of 0 minutes"
+        assert trainer.progress.step == 1
 
     on_ranks(1, fit)
 

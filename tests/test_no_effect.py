@@ -47,6 +47,22 @@ USELESS: dict[str, dict[str, Any]] = {
     "optimizer.no_weight_decay has": {"optimizer__no_weight_decay": "honour"},
     "schedule.warmup_start has": {"schedule__warmup_start": 0.1},
     "schedule.per has": {"schedule__per": "step"},
+    "early_stop.metric, early_stop.min_delta, early_stop.mode have": {
+        "early_stop__metric": "train/loss",
+        "early_stop__min_delta": 0.1,
+        "early_stop__mode": "min",
+    },
+    "ema.start, ema.every, ema.warmup, ema.evaluate have": {
+        "ema__start": 1,
+        "ema__every": 2,
+        "ema__warmup": True,
+        "ema__evaluate": "none",
+    },
+    "ema.decay, ema.start, ema.every have": {
+        "ema__decay": 0.5,
+        "ema__start": 7,
+        "ema__every": 5,
+    },
     "train.max_steps has": {"train__max_steps": 9},
     "train.stop_after has": {"train__stop_after": 9},
     "train.channels_last has": {"train__channels_last": True},
@@ -69,6 +85,19 @@ USEFUL: list[dict[str, Any]] = [
     {"schedule__warmup": 1, "schedule__warmup_start": 0.1, "schedule__per": "step"},
     {"schedule__name": "cosine", "schedule__per": "step"},
     {"train__max_steps": 8, "train__stop_after": 8, "train__mix": {"cutmix": 1}},
+    {
+        "early_stop__patience": 2,
+        "early_stop__metric": "val/accuracy",
+        "early_stop__min_delta": 0.1,
+        "early_stop__mode": "max",
+    },
+    {
+        "ema__decay": 0.5,
+        "ema__start": 3,
+        "ema__every": 4,
+        "ema__warmup": True,
+        "ema__evaluate": "instead",
+    },
     {"optimizer__no_weight_decay": "honour"},
     {"data__val_fraction": 0.2, "data__split_seed": 3},
 ]

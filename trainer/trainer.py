@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,14 @@ from trainer.components.weights import weights_file
 from trainer.config.registry import build_observers
 from trainer.config.schema import Config
 from trainer.core.build import build_run, settings_of
+from trainer.core.ema import build_average
+from trainer.core.ending import Ending
+from trainer.core.evaluated_weights import (
+    best_is_average,
+    evaluated_phase,
+    evaluated_phases,
+)
+from trainer.core.evaluation import OnBatch
 from trainer.core.finite_watch import FiniteWatch
 from trainer.core.further import (
     restore_modes_of,
@@ -39,6 +47,7 @@ from trainer.core.proof.prove import Proof, prove
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.rehearsal import check_states
 from trainer.core.same_weights import check_same_weights
+from trainer.core.save_predictions import SHORT_NAMES
 from trainer.core.saved_state import SavedState, is_best
 from trainer.core.stateful import (
     StatefulObjects,
@@ -155,8 +164,13 @@ class Trainer:
         )
         self.saved_state = SavedState(self.run, self.optimizer, self.reduction)
         self.observers = Observers(
-            [*build_observers(self.config.observers, Observer), *observers]
+            [
+                *build_observers(self.config.observers, Observer, SHORT_NAMES),
+                *observers,
+            ]
         )
+        self._average = build_average(self.run, self.optimizer)
+        self._ending = Ending(self.run)
         self.stateful: dict[str, Stateful] = dict(stateful or {})
         self.progress = Progress()
         self.schedule = self._build_schedule()
@@ -339,14 +353,19 @@ class Trainer:
         self._further_restored = {}
         self.run.loss_state.begin()
         begin_training(self.optimizer)
+        self._average.begin()
         self.observers.begin(self.run)
         if self._restored_states is not None:
             self.resume_notes += load_states(stateful, self._restored_states)
             self._restored_states = None
         check_states(stateful, self.run)
+        # The average asks for them itself, at its own steps.
+        others = {n: v for n, v in stateful.items() if v is not self._average}
         self._statistics_are_read = self.observers.read_statistics or keeps_statistics(
-            stateful
+            others
         )
+        is_subclass = type(self) is not Trainer
+        self._ending.begin(code_may_stop=self.observers.may_stop or is_subclass)
 
     def _has_checkpoint(self) -> bool:
         """True if there is a checkpoint to resume from. A collective."""
@@ -391,7 +410,10 @@ class Trainer:
         self.run.end_evaluations()
 
     def _loop(self, stop: StopRequest) -> None:
-        self._evaluate_where_due()
+        if self._ending.was_before(self.progress, self.journal.console.note):
+            return
+        if self._evaluate_where_due() and self._end_early():
+            return
         for step in self.plan.steps(self.progress.step, self.last_step):
             self.train_step(step)
             activity.is_first_step = False
@@ -405,13 +427,25 @@ class Trainer:
             # Before the evaluation, which may fail on a sample that training never saw.
             if self.timetable.is_checkpointed(step):
                 self.save()
-            self._evaluate_where_due()
+            is_evaluated = self._evaluate_where_due()
             self.journal.advance(step.number)
             if stop.agreed():
                 self._stop(stop.signal_number)
+            # Ranks meet at rows.
+            if (is_evaluated or self._is_logged(step)) and self._end_early():
+                return
 
-    def _evaluate_where_due(self) -> None:
-        """What follows the last step: its epoch's end, or an evaluation within the epoch.
+    def _end_early(self) -> bool:
+        """True if the run ends here because `early_stop` or an observer asked for it. A collective."""
+        reason = self._ending.reason_after(self.plan.step(self.progress.step - 1))
+        if not reason:
+            return False
+        self.progress.stopped_by = reason
+        self.save()
+        return True
+
+    def _evaluate_where_due(self) -> bool:
+        """What follows the last step: its epoch's end, or an evaluation within the epoch; False if it was neither.
 
         A run that resumes from that step's checkpoint, which was written before, does it again.
         """
@@ -420,6 +454,9 @@ class Trainer:
             self.end_epoch(self.plan.step(progress.step - 1))
         elif progress.evaluation_is_due:
             self._evaluate_within_epoch(self.plan.step(progress.step - 1))
+        else:
+            return False
+        return True
 
     def train_step(self, step: Step) -> None:
         """One optimizer update on the step's samples, over all ranks. Never waits for the device.
@@ -431,6 +468,7 @@ class Trainer:
         if step.first_in_epoch:
             check_order(self.plan, self.ranks, epoch=step.epoch)
             self._freeze(step.epoch)
+            self._average.follow_thawing()
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
         step = self.batches.prepare(step)
         if not step.size:
@@ -470,8 +508,11 @@ class Trainer:
         self.optimizer.zero_grad()
         self.progress.step = step.number
         self.progress.samples_seen += step.size
-        if self._statistics_are_read:
+        is_averaged = self._average.is_due(step)
+        if self._statistics_are_read or is_averaged:
             reduction.gather_statistics()
+        if is_averaged and not is_held_back:
+            self._average.update(self.finite.gradient_flag)
         self.observers.step(step)
 
     def _pass_over(self, step: Step) -> None:
@@ -573,8 +614,9 @@ class Trainer:
 
     def _log_epoch(self, step: Step, means: Row, *, evaluate: bool) -> None:
         row = {"step": step.number, "epoch": step.epoch + 1, **means}
-        if evaluate and self.run.evaluator is not None:
-            row |= _with_prefix("val/", self.evaluate())
+        is_evaluated = evaluate and self.run.evaluator is not None
+        if is_evaluated:
+            row |= self._evaluations(step)
             activity.mark(LOGGING)
             for note in self.run.metrics.take_notes():
                 self.journal.console.note(note)
@@ -592,17 +634,48 @@ class Trainer:
         )
         if not is_within_epoch:
             self.observers.epoch(step, row)
+        self._ending.take_note(row)
+        if is_evaluated and self.config.run.figures and self.observers.draw_figures:
+            self.ranks.on_main(partial(self._draw_of_observers, step))
         self._check_evaluation(row)
         self.stopwatch.mark(self.progress.samples_seen)
 
     def _check_evaluation(self, row: Row) -> None:
         """Raise `LockstepError` if a validation loss is not finite. The weights are, and are kept."""
+        is_average = evaluated_phases(self.config.ema)["val"]
         for item in self.run.validation:
             loss = row.get(f"{item.phase}/loss", 0.0)
             if not math.isfinite(loss):
-                raise validation_not_finite(item, loss, self._saved_step)
+                with self._weights(is_average=is_average):
+                    raise validation_not_finite(item, loss, self._saved_step)
 
-    def evaluate(self) -> Row:
+    def _evaluations(self, step: Step) -> Row:
+        """The columns of all evaluations after `step`: of the weights, of their average, or of both. A collective."""
+        row: Row = {}
+        for name, is_average in evaluated_phases(self.config.ema).items():
+            with self._weights(is_average=is_average):
+                metrics = self.evaluate(partial(self.observers.watch, name))
+                self._show_observers(name, step, metrics)
+            row |= _with_prefix(f"{name}/", metrics)
+        return row
+
+    def _show_observers(self, name: str, step: Step, metrics: Row) -> None:
+        """Give observers the metrics of each validation set, by its own name."""
+        for item in self.run.validation:
+            of_set = {}
+            for metric, value in metrics.items():
+                if metric.startswith(item.prefix):
+                    of_set[metric.removeprefix(item.prefix)] = value
+            self.observers.evaluation(evaluated_phase(item.phase, name), step, of_set)
+
+    def _weights(self, *, is_average: bool) -> AbstractContextManager[None]:
+        """A context in which the model holds the average of its weights, or its own. A collective."""
+        if not is_average:
+            return nullcontext()
+        self.reduction.gather()
+        return self._average.in_place()
+
+    def evaluate(self, watch: Callable[[str], OnBatch | None] | None = None) -> Row:
         """The loss and metrics over all validation samples, with the present weights. A collective.
 
         It may be called before, after and without `fit`; `end_loading` then ends its loader processes. Raises
@@ -612,7 +685,7 @@ class Trainer:
             self.reduction.gather()
             if self.config.batch_norm.recalibrate_at == "evaluation":
                 recalibrate_statistics(self.run, self.progress.step)
-            return self.run.evaluate()
+            return self.run.evaluate(watch)
 
     def load_best(self) -> Row:
         """Load the best weights so far on every rank; returns the row that was saved with them."""
@@ -635,7 +708,11 @@ class Trainer:
         progress.best_epoch = int(row["epoch"])
         activity.mark(SAVING)
         self.reduction.gather()
-        self.ranks.on_main(partial(self._write_best, row))
+        is_average = best_is_average(self.config)
+        if is_average:
+            self._average.refuse_not_finite(progress.best_step)
+        with self._weights(is_average=is_average):
+            self.ranks.on_main(partial(self._write_best, row))
         activity.mark(LOGGING)
         return True
 
@@ -690,7 +767,12 @@ class Trainer:
             f"{fact}: up to here it may depend on the number of processes"
         )
 
+    def _draw_of_observers(self, step: Step) -> None:
+        figures = self.observers.figures(step, self.journal.directory / "figures")
+        self.journal.figures(figures, step.number)
+
     def _write_checkpoint(self, states: dict[str, dict[str, Any]]) -> None:
+        self._average.refuse_not_finite(self.progress.step)
         self.journal.sync()
         self.progress.rows = self.journal.rows
         self.progress.wandb_id = self.journal.wandb_id
@@ -769,6 +851,10 @@ class Trainer:
             if name not in self._attributes_of_trainer and id(value) not in model_parts:
                 attributes[name] = value
         objects = StatefulObjects()
+        if self._average.is_on:
+            objects.add_named({"ema": self._average})
+        if self._ending.early_stop is not None:
+            objects.add_named({"early_stop": self._ending.early_stop})
         objects.add_named(self.stateful)
         objects.add_attributes(attributes)
         objects.add_observers(self.observers)
@@ -795,6 +881,9 @@ class Trainer:
         is_changed = recalibrate and recalibrate_statistics(
             self.run, self.progress.step
         )
+        if is_changed and self._average.is_on:
+            with self._weights(is_average=True):
+                recalibrate_statistics(self.run, self.progress.step)
         if not self._is_logged(last):
             self.log(last)
         if is_changed or not self.timetable.is_evaluated(last):
@@ -803,7 +892,9 @@ class Trainer:
         self.stopwatch.stop(self.progress)
         self.finite.check_end(self.progress)
         test = self._log_test(last)
-        summary = report.summary(self.run, self.progress, self.optimizer, self.proof)
+        summary = report.summary(
+            self.run, self.progress, self.optimizer, self.proof, self._average.tensors()
+        )
         if test is not None:
             summary |= {**test.row, "test_step": test.step}
         self.journal.keep_summary(summary)
@@ -817,7 +908,8 @@ class Trainer:
 
     def _log_test(self, last: Step) -> FinalResult | None:
         """Evaluate the test set and log its row, the run's last; None without one, or if the run is to go on."""
-        goes_on = self.last_step <= last.number < self.plan.total_steps
+        is_stopped = self.last_step <= last.number < self.plan.total_steps
+        goes_on = is_stopped and not self.progress.stopped_by
         if self.run.test is None or goes_on:
             return None
         with evaluation_weights(self.optimizer):

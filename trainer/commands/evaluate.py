@@ -77,10 +77,14 @@ def main(arguments: list[str]) -> None:
 
 def _evaluate(run: Run) -> Row:
     """The metrics of every set, by the names under which a run logs them. A collective."""
+    from trainer.core.evaluated_weights import best_evaluation, evaluated_phase
+
     metrics: Row = {}
     for item in run.evaluation_sets:
         for name, value in item.evaluator.evaluate().items():
-            metrics[f"{item.phase}/{name}"] = value
+            # The best model may be the average, whose metrics have names of their own.
+            phase = evaluated_phase(item.phase, best_evaluation(run.config))
+            metrics[f"{phase}/{name}"] = value
     return metrics
 
 

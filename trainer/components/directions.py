@@ -15,7 +15,10 @@ MORE_IS_BETTER = {
     *("accuracy", "precision", "recall", "f1", "iou", "dice"),
     *("auc", "auroc", "psnr", "ssim"),
 }
-PHASES = ("val/", "train/epoch_", "train/", "best/val/", "best/train/")
+PHASES = (
+    *("val/", "val_ema/", "train/epoch_", "train/"),
+    *("best/val/", "best/val_ema/", "best/train/"),
+)
 
 
 def direction_of(metric: str, task: object = None) -> Direction | None:

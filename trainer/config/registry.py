@@ -104,7 +104,11 @@ def build(
         raise config_error(section, message, error) from error
 
 
-def build_observers(sections: Sequence[ObserverConfig], base: type[T]) -> list[T]:
+def build_observers(
+    sections: Sequence[ObserverConfig],
+    base: type[T],
+    short_names: Mapping[str, Any] | None = None,
+) -> list[T]:
     """Import and build the observers of a config, in order. Each must be an instance of `base`.
 
     Raises `ConfigError` naming the observer by its index, as in `observers[0].name`.
@@ -112,7 +116,7 @@ def build_observers(sections: Sequence[ObserverConfig], base: type[T]) -> list[T
     observers = []
     for index, section in enumerate(sections):
         place = f"observers[{index}]"
-        target = resolve(place, section.name, {})
+        target = resolve(place, section.name, short_names or {})
         refuse_other_class(place, section.name, target, base)
         observer = build(place, target, section.args)
         if not isinstance(observer, base):

@@ -49,8 +49,10 @@ class RunConfig(Section):
         "determines initial weights, sample order, augmentation and dropout",
         minimum=0,
     )
-    resume: Literal["never", "auto"] = key(
-        "never", "auto resumes from the run's newest complete checkpoint"
+    resume: Literal["never", "auto", "continue"] = key(
+        "never",
+        "auto resumes from the run's newest complete checkpoint; continue also goes on with a run that early_stop or "
+        "an observer has ended",
     )
     resume_changes: Literal["refuse", "allow"] = key(
         "refuse",
@@ -441,6 +443,55 @@ class BestConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyStopConfig(Section):
+    SECTION = "early_stop"
+
+    metric: str | None = key(
+        None, "the logged value that must get better; null = best.metric"
+    )
+    patience: int | None = key(
+        None,
+        "end the run after so many evaluations in a row without a better value; null = never; schedules keep their "
+        "length",
+        unit="evaluations",
+        minimum=1,
+    )
+    min_delta: float = key(
+        0.0, "a value counts as better if it is so by more than this", minimum=0
+    )
+    mode: Literal["min", "max"] | None = key(
+        None, "whether lower or higher values are better; null = as for best.mode"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig(Section):
+    SECTION = "ema"
+
+    decay: float | None = key(
+        None,
+        "keep an exponential moving average of the weights: average = decay × average + (1 - decay) × weights; null = "
+        "none",
+        minimum=0,
+    )
+    start: int = key(
+        0,
+        "steps before the first update, which copies the weights",
+        unit="steps",
+        minimum=0,
+    )
+    every: int = key(1, "steps between updates", unit="steps", minimum=1)
+    warmup: bool = key(
+        False,
+        "after n updates use min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten",
+    )
+    evaluate: Literal["beside", "instead", "none"] = key(
+        "beside",
+        "beside: evaluate the average too, as val_ema/…; instead: in place of the weights, as val/…; none: not at all",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class WandbConfig(Section):
     SECTION = "wandb"
 
@@ -478,6 +529,9 @@ class WandbConfig(Section):
     )
 
 
+OBSERVERS = ("save_predictions",)  # those that come with Lockstep
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObserverConfig(ComponentSection):
     """One of `observers`."""
@@ -485,14 +539,15 @@ class ObserverConfig(ComponentSection):
     SECTION = "observers"
     EXAMPLE: ClassVar[str] = "MyObserver"
 
-    name: str = key("", "import path to an observer")
+    name: str = key("", "save_predictions, or an import path to an observer")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "." not in self.name:
+        if "." not in self.name and self.name not in OBSERVERS:
             raise ConfigError(
                 f"{self.SECTION}.name",
-                f'"{self.name}" is not an import path; write {{name: my_package.MyObserver, argument: value}}',
+                f'"{self.name}" is not an import path, nor one of {", ".join(OBSERVERS)}'
+                f"{nearest(self.name, OBSERVERS)}; write {{name: my_package.MyObserver, argument: value}}",
             )
 
 
@@ -535,6 +590,8 @@ _SECTION_CLASSES = (
     ScheduleConfig,
     TrainConfig,
     BestConfig,
+    EarlyStopConfig,
+    EmaConfig,
     WandbConfig,
 )
 # In the order of --help and config.yaml.
@@ -561,6 +618,8 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     best: BestConfig = field(default_factory=BestConfig)
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     metrics: tuple[MetricConfig, ...] = ()
     observers: tuple[ObserverConfig, ...] = ()
@@ -627,6 +686,11 @@ class Config:
         if batch_norm.momentum is not None and batch_norm.momentum > 1:
             raise ConfigError(
                 "batch_norm.momentum", f"{batch_norm.momentum} is more than 1"
+            )
+        if self.ema.decay is not None and self.ema.decay >= 1:
+            raise ConfigError(
+                "ema.decay",
+                f"{self.ema.decay:g} is not below 1, and the average would never move; 0.999 is a usual value",
             )
         fraction = self.data.val_fraction
         if fraction is not None and not 0 < fraction < 1:

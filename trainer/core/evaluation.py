@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -28,12 +28,17 @@ from trainer.data.samples import MicroBatch, Request
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import preserved_modes
 from trainer.exact.moving_buffers import preserved_buffers
+from trainer.exact.plan import Ids
 from trainer.exact.seeding import preserved_generators
 from trainer.process.activity import EVALUATING, FIRST_EVALUATION, activity
 from trainer.process.ranks import Ranks
 
 # Spread over a rank's share: images of another size or a broken file are seldom alone.
 SAMPLES_TO_REHEARSE = 8
+
+
+# Called with sample ids, output and targets.
+OnBatch = Callable[[Ids, Any, Any], None]
 
 
 @dataclass(frozen=True)
@@ -98,18 +103,23 @@ class Evaluator:
         self._phase = FIRST_EVALUATION  # until the first batch
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """The mean loss and metrics over all samples. A collective."""
+    def evaluate(self, on_batch: OnBatch | None = None) -> dict[str, float]:
+        """The mean loss and metrics over all samples. A collective.
+
+        `on_batch` is called with the sample ids, the output and the targets of each of this rank's batches.
+        """
         task = self._forward.task
         meter = Meter(task, self._ranks, exact=self._exact)
         self._metrics.begin()
         with preserved_modes(task), preserved_generators():
             task.eval()  # until the last metric is measured
-            for _, model, batch in self._in_eval_mode():
+            for request, model, batch in self._in_eval_mode():
                 output, loss = self._forward(model, batch, None)
                 meter.add(batch, output, loss)
                 if self._metrics:
                     self._metrics.add(detach(output), batch.targets)
+                if on_batch is not None:
+                    on_batch(request.ids, output, batch.targets)
             self._passes.agree()
             row = meter.read().means()
             if self._metrics:

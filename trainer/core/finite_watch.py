@@ -36,6 +36,8 @@ class FiniteWatch:
         self._flags = FiniteFlags(run.ranks.device)
         self._bad_steps = BadSteps()
         self.is_held_back = False
+        # Of the last step, on the device, `(1,)`: 1 if its gradient is not finite, so that fp16 leaves the step out.
+        self.gradient_flag: Tensor | None = None
         overflows = run.precision.skips_overflow
         self.leaves_out = run.config.train.non_finite == "skip" and not overflows
         # Where asking costs nothing, so that the weights stay as they were before the step.
@@ -54,6 +56,7 @@ class FiniteWatch:
             self.is_held_back = False
             return False
         of_loss, of_gradient = self._flags.mark(step, losses, gradients)
+        self.gradient_flag = of_gradient
         if self.leaves_out:
             is_bad = bool(of_loss) or bool(of_gradient)
             [self.is_held_back] = self._run.ranks.any_rank_each([is_bad])

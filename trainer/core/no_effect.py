@@ -63,6 +63,12 @@ def _is_in_memory(run: Run) -> bool:
     return not any(loader.dataset.draws for loader in loaders)
 
 
+def _is_never_averaged(run: Run) -> bool:
+    section = run.config.ema
+    last_update = run.plan.total_steps // section.every * section.every
+    return last_update <= section.start
+
+
 def _ends_before(steps: int | None, run: Run) -> bool:
     return steps is not None and steps > run.plan.total_steps
 
@@ -100,6 +106,26 @@ RULES = (
             not run.config.data.sampler and run.plan.samples == len(run.data.train)
         ),
         "it is the number of training samples",
+    ),
+    Rule(
+        ("early_stop.metric", "early_stop.min_delta", "early_stop.mode"),
+        lambda run: run.config.early_stop.patience is None,
+        "there is no early stopping (early_stop.patience=null)",
+    ),
+    Rule(
+        ("ema.start", "ema.every", "ema.warmup", "ema.evaluate"),
+        lambda run: run.config.ema.decay is None,
+        "there is no average (ema.decay=null)",
+    ),
+    Rule(
+        ("ema.decay", "ema.start", "ema.every", "ema.warmup"),
+        _is_never_averaged,
+        "no step of the run updates the average (ema.start, ema.every)",
+    ),
+    Rule(
+        ("ema.evaluate",),
+        lambda run: run.evaluator is None,
+        "there are no validation data",
     ),
     Rule(
         ("batch.eval_size", "train.evaluate_every", "train.evaluate_every_steps"),

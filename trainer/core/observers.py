@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from trainer.components.task import WeightedSum
 from trainer.core.build import Run
+from trainer.core.evaluated_weights import evaluated_phase
+from trainer.core.evaluation import OnBatch
 from trainer.core.metrics import Row
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
-from trainer.exact.plan import Step
+from trainer.exact.plan import Ids, Step
 
 
 class Observer:
@@ -30,6 +33,9 @@ class Observer:
     # holds its share of them then, unless some observer asks for the whole.
     reads_statistics = False
 
+    # False for one that never calls `run.stop`. Where no observer may, ranks need not agree on it at every row.
+    may_stop = True
+
     def begin(self, run: Run) -> None:
         """Before the first step of this session. `run` holds model, data and plan.
 
@@ -46,6 +52,29 @@ class Observer:
 
     def step(self, step: Step) -> None:
         """After the update."""
+
+    def evaluation_batch(
+        self, evaluation: str, ids: Ids, output: Any, targets: Any
+    ) -> None:
+        """After each batch of an evaluation, on the rank that ran it.
+
+        `evaluation` is the first part of its columns: `val`, or `val_ema` for the averaged weights. `ids`, `(N,)`, are
+        the samples' indices in the validation data: over all ranks and batches each comes once. `output` is the
+        model's, `targets` the data's.
+        """
+
+    def evaluation(self, evaluation: str, step: Step, metrics: Row) -> None:
+        """After the last batch of an evaluation, on every rank, with its means over all samples.
+
+        `run.module` holds the weights that were evaluated. `row` comes next, which may add columns.
+        """
+
+    def figures(self, step: Step, directory: Path) -> Mapping[str, Path]:
+        """After an evaluation's row was logged, on the main process, with `run.figures`: draw into `directory`.
+
+        Returns the PNG and CSV files by the names under which W&B is to have them.
+        """
+        return {}
 
     def row(self, row: Row) -> None:
         """Before a row is logged: add columns of your own to it.
@@ -95,12 +124,22 @@ class Observers:
         self._observers.remove(observer)
 
     @property
+    def may_stop(self) -> bool:
+        """True if one of them may ask for the run's end."""
+        return any(observer.may_stop for observer in self._observers)
+
+    @property
     def look_at_gradients(self) -> bool:
         """True if one of them overrides `gradient`: then fp16's gradients must be unscaled in every step."""
-        return any(
-            type(observer).gradient is not Observer.gradient
+        return bool(self._with_own("gradient"))
+
+    def _with_own(self, method: str) -> list[Observer]:
+        """Those that override a method."""
+        return [
+            observer
             for observer in self._observers
-        )
+            if getattr(type(observer), method) is not getattr(Observer, method)
+        ]
 
     @property
     def read_statistics(self) -> bool:
@@ -124,6 +163,38 @@ class Observers:
     def step(self, step: Step) -> None:
         for observer in self._observers:
             observer.step(step)
+
+    def watch(self, evaluation: str, phase: str) -> OnBatch | None:
+        """What `evaluation` calls after each batch of the set of `phase`; None if no observer looks at them."""
+        watchers = self._with_own("evaluation_batch")
+        name = evaluated_phase(phase, evaluation)
+        if not watchers:
+            return None
+
+        def see(ids: Ids, output: Any, targets: Any) -> None:
+            for observer in watchers:
+                observer.evaluation_batch(name, ids, output, targets)
+
+        return see
+
+    def evaluation(self, evaluation: str, step: Step, metrics: Row) -> None:
+        for observer in self._observers:
+            observer.evaluation(evaluation, step, dict(metrics))
+
+    def figures(self, step: Step, directory: Path) -> dict[str, Path]:
+        """The files that they have drawn. On the main process."""
+        files: dict[str, Path] = {}
+        for observer in self._with_own("figures"):
+            directory.mkdir(exist_ok=True)
+            drawn = observer.figures(step, directory)
+            _check_figures(observer, drawn)
+            files |= drawn
+        return files
+
+    @property
+    def draw_figures(self) -> bool:
+        """True if one of them draws."""
+        return bool(self._with_own("figures"))
 
     def row(self, row: Row) -> None:
         for observer in self._observers:
@@ -158,6 +229,18 @@ def _check_row(observer: Observer, before: Row, after: Row) -> None:
                 "observers",
                 f'{kind}.row gives "{name}" a {type(value).__name__}; give it a number',
             )
+
+
+def _check_figures(observer: Observer, files: Any) -> None:
+    """Raise `ConfigError` where an observer's figures are not files by name."""
+    is_named = isinstance(files, Mapping) and all(isinstance(n, str) for n in files)
+    if is_named and all(isinstance(p, Path) and p.is_file() for p in files.values()):
+        return
+    raise ConfigError(
+        "observers",
+        f"{type(observer).__qualname__}.figures returns {files!r}; return the paths of the files that it has drawn, "
+        f'by name: {{"scatter": directory / "scatter.png"}}',
+    )
 
 
 def check_observer(observer: object) -> None:

@@ -23,7 +23,7 @@ from trainer.reporting.formats import (
 
 # What the names of metrics begin with, and what the columns are called.
 TRAIN = {"train": "train"}
-VAL = {"val": "val"}
+VAL = {"val": "val", "val_ema": "val ema"}
 HEADING_EVERY = 25  # epoch lines
 STAR = f"{GAP}★"
 
@@ -79,6 +79,7 @@ class EpochTable:
     def name_sets(self, names: Sequence[str]) -> None:
         """Give each named validation set a column of its own, in this order."""
         of_sets = {f"val/{name}": name for name in names}
+        of_sets |= {f"val_ema/{name}": f"{name} ema" for name in names}
         # Last `val`, for what has no set's name.
         self._headings_of_phases = TRAIN | of_sets | VAL
 

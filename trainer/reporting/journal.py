@@ -274,7 +274,7 @@ class Journal:
         if self.wandb is not None:
             self.wandb.log(row)
 
-    def figures(self, figures: Mapping[str, Path]) -> None:
-        """Send the figures that were drawn before the first step."""
+    def figures(self, figures: Mapping[str, Path], step: int = 0) -> None:
+        """Send the figures that were drawn after a step, or before the first one."""
         if self.wandb is not None:
-            self.wandb.log_figures(0, figures)
+            self.wandb.log_figures(step, figures)

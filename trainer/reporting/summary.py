@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from trainer.components.learning_rates import describe_layers
@@ -14,6 +16,8 @@ from trainer.components.parameter_groups import describe_groups
 from trainer.components.schedule import Schedule
 from trainer.config.schema import BestConfig, TrainConfig
 from trainer.core.build import Run
+from trainer.core.early_stop import describe_early_stop
+from trainer.core.evaluated_weights import describe_average
 from trainer.core.no_effect import keys_without_effect
 from trainer.core.proof.prove import Proof
 from trainer.data.sampler import DrawnOrder
@@ -65,6 +69,8 @@ def header(
         ("length", length),
         ("evaluation", _describe_evaluations(config.train)),
         ("best", _describe_best(config.best)),
+        ("average", describe_average(config)),
+        ("early stop", describe_early_stop(config.early_stop)),
         ("device", device),
         ("fuse", f"1: {fuse_note}" if fuse_note else ""),
         ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
@@ -186,15 +192,24 @@ def _describe_fuse(plan: Plan, fuse: int) -> str:
 
 
 def summary(
-    run: Run, progress: Progress, optimizer: Optimizer, proof: Proof
+    run: Run,
+    progress: Progress,
+    optimizer: Optimizer,
+    proof: Proof,
+    average: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """What `summary.json` holds."""
     optimizer_state, _ = named_state(optimizer, ModelAndLoss(run.module, run.task))
     of_loss = ModelAndLoss(run.module, run.task).trained_loss_parameters()
     hashes = {"loss_sha256": tensors_sha256(of_loss)} if of_loss else {}
-    planned_steps = run.plan.total_steps
-    # Only a run that `train.stop_after` has stopped has steps left here.
-    stopped = {"planned_steps": planned_steps} if progress.step < planned_steps else {}
+    if average:
+        hashes["ema_sha256"] = tensors_sha256(dict(average))
+    stopped: dict[str, Any] = {}
+    # Only a run that `train.stop_after` has stopped, or that ended by `stopped_by`, has steps left here.
+    if progress.step < run.plan.total_steps:
+        stopped["planned_steps"] = run.plan.total_steps
+        if progress.stopped_by:
+            stopped["stopped_by"] = progress.stopped_by
     # Elsewhere the epoch says it.
     is_within_epochs = run.config.train.evaluate_every_steps is not None
     best_step = {"best_step": progress.best_step} if is_within_epochs else {}
@@ -239,6 +254,8 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
             f"{values['steps']:,} of {values['planned_steps']:,} steps, stopped by train.stop_after; "
             f"run.resume=auto goes on"
         )
+    if "stopped_by" in values:
+        steps = f"{values['steps']:,} of {values['planned_steps']:,} steps"
     minutes, seconds = divmod(values["seconds"], 60)
     elapsed = f"{minutes:.0f} min {seconds:.1f} s" if minutes else f"{seconds:.1f} s"
     return [
@@ -249,6 +266,7 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
             "trained",
             f"{steps} · {values['samples_seen']:,} samples{_describe_bad(values)}",
         ),
+        *([("ended by", values["stopped_by"])] if "stopped_by" in values else []),
         ("weights", values["weights_sha256"][:16]),
         ("files", str(directory)),
     ]

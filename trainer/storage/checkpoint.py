@@ -75,6 +75,7 @@ class Progress:
     bad_samples: list[list[Any]] = field(default_factory=list)
     # At an epoch's last step: its evaluation and its row are still to come.
     epoch_end_is_due: bool = False
+    stopped_by: str = ""  # why the run has ended before its last step
     # At a step within an epoch: its evaluation is still to come.
     evaluation_is_due: bool = False
     rows: int = 0  # lines of metrics.jsonl

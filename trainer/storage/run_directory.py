@@ -53,6 +53,7 @@ FREE_KEYS = (
     "train.checkpoint_every",
     "train.checkpoint_every_epochs",
     "train.keep_checkpoints",
+    "early_stop",
     "wandb",
     "observers",
 )
@@ -70,11 +71,12 @@ class RunDirectory:
         self.path = run_path(section)
         self.resume_from: list[Path] = []
         self.moved_to: Path | None = None
-        if section.resume == "auto":
+        resumes = section.resume != "never"
+        if resumes:
             # Before the lock, so that nothing is locked where this raises.
             refuse_links_outside(self.path)
         self._lock: TextIO | None = self._make_and_lock()
-        if section.resume == "auto":
+        if resumes:
             self.resume_from = checkpoint.newest_first(self.path / "checkpoints")
         if not self.resume_from and self._holds_a_run():
             self._move_away()

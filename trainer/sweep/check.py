@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trainer.config.load import load
 from trainer.config.schema import BestConfig, Config
+from trainer.core.evaluated_weights import logged_phases
 from trainer.core.metrics import TIMINGS
 from trainer.errors import ConfigError, DataError, nearest
 from trainer.sweep.description import Sweep, format_overrides
@@ -127,9 +128,10 @@ def _validation_phases(config: Config) -> list[str]:
 def _check_metric(sweep: Sweep, config: Config) -> None:
     """Refuse a metric that no run logs, and early stopping at a rung that no run reaches."""
     names = _list_metrics(config)
+    evaluated = logged_phases(config.ema, _validation_phases(config))
     logged = [
         f"{phase}{name}"
-        for phase in (*_validation_phases(config), "train/", "train/epoch_")
+        for phase in (*evaluated, "train/", "train/epoch_")
         for name in names
     ]
     best = config.best.metric
@@ -145,7 +147,7 @@ def _check_metric(sweep: Sweep, config: Config) -> None:
             f'"{sweep.metric}" is not logged{suggestion}; a run logs {", ".join(logged)} ({sweep.file})',
         )
     is_by_epochs = config.train.evaluate_every_steps is None
-    is_of_evaluations = sweep.metric.startswith("val/") and is_by_epochs
+    is_of_evaluations = sweep.metric.startswith(tuple(evaluated)) and is_by_epochs
     if sweep.hyperband is None or not is_of_evaluations:
         return
     evaluations = math.ceil(config.train.epochs / config.train.evaluate_every)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainer.core.evaluated_weights import evaluated_phase
 from trainer.reporting.figures.style import (
     BLUE,
     FAINT,
@@ -33,6 +34,7 @@ RATE_PANEL_HEIGHT = 1.2
 LEAST_RATIO = 4  # of the largest loss to the least, for a logarithmic axis
 # Of Okabe and Ito's palette, as those of the rest.
 COLOURS_OF_SETS = (VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = {"val": "-", "val_ema": "--"}  # of the weights, and of their average
 EPOCH_MARKS: dict[str, Any] = {"marker": "o", "markevery": 1}
 
 
@@ -47,9 +49,9 @@ def draw_curves(
     `sets` are the names of validation sets: `val/<name>/x` is a line of its own in the panel of `x`.
 
     `train/x` is a thin line, because it is the mean of few samples; `train/epoch_x` and `val/x` have a mark for each
-    epoch, the former in its middle, as it is a mean over the epoch, the latter at its end. Losses of many sizes have a
-    logarithmic axis. `rates` are learning rates by step, drawn in place of the rows' few. A metric without finite
-    values gets an empty panel that says so.
+    epoch, the former in its middle, as it is a mean over the epoch, the latter at its end; `val_ema/x` is dashed.
+    Losses of many sizes have a logarithmic axis. `rates` are learning rates by step, drawn in place of the rows' few. A
+    metric without finite values gets an empty panel that says so.
     """
     rows = _with_middles(rows)
     phases = [f"val/{name}" for name in sets] or ["val"]
@@ -79,15 +81,19 @@ def draw_curves(
             **EPOCH_MARKS,
         )
         for index, phase in enumerate(phases):
-            _plot(
-                axes,
-                rows,
-                f"{phase}/{name}",
-                label=phase,
-                color=COLOURS_OF_SETS[index % len(COLOURS_OF_SETS)],
-                linewidth=1.6,
-                **EPOCH_MARKS,
-            )
+            colour = COLOURS_OF_SETS[index % len(COLOURS_OF_SETS)]
+            for evaluation, line in LINES.items():
+                evaluated = evaluated_phase(phase, evaluation)
+                _plot(
+                    axes,
+                    rows,
+                    f"{evaluated}/{name}",
+                    label=evaluated,
+                    color=colour,
+                    linewidth=1.6,
+                    linestyle=line,
+                    **EPOCH_MARKS,
+                )
         _style_panel(axes, name)
         if name.endswith("loss"):
             _scale_by_factors(axes)
@@ -194,7 +200,7 @@ def _add_legend(axes: Axes) -> None:
         return
     legend = axes.legend(
         loc="lower right",
-        ncols=3,
+        ncols=4,
         frameon=False,
         fontsize=SMALL,
         labelcolor=INK,

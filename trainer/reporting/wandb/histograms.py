@@ -21,6 +21,8 @@ class HistogramObserver(Observer):
     It waits for the device in those steps, and only in those.
     """
 
+    may_stop = False
+
     def __init__(self, module: nn.Module, run: WandbRun, every: int) -> None:
         self._module = module
         self._run = run
