@@ -16,14 +16,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from trainer.components.directions import Direction, direction_of
 from trainer.components.freezing import Freezing
 from trainer.components.lazy import give_lazy_layers_sizes
 from trainer.components.metrics import (
     Metrics,
-    NamedMetric,
-    column_of,
-    direction_among,
 )
 from trainer.components.models import build_model, compile_model, input_channels
 from trainer.components.task import (
@@ -43,6 +39,7 @@ from trainer.core.features import Features
 from trainer.core.first_samples import check_classes, first_inputs
 from trainer.core.forward import Forward
 from trainer.core.further import LossState, restore_evaluated
+from trainer.core.logged_metrics import LoggedMetrics
 from trainer.core.metrics import Row
 from trainer.core.mix import Mix, build_mix
 from trainer.core.precision import Precision
@@ -64,7 +61,7 @@ from trainer.data.rows import as_pairs
 from trainer.data.sampler import DrawnOrder
 from trainer.data.samplers import build_order
 from trainer.data.split import with_split
-from trainer.errors import ConfigError, nearest
+from trainer.errors import ConfigError
 from trainer.exact.batch_norm import configure, refuse_cumulative_average
 from trainer.exact.determinism import run_settings
 from trainer.exact.model_and_loss import ModelAndLoss
@@ -287,7 +284,9 @@ def build_run(
             num_classes,
         )
     )
-    config = _with_best_metric(config, the_task, named_metrics, list(data.validation()))
+    evaluated = logged_phases(config.ema, list(data.validation()))
+    logged = LoggedMetrics(the_task, named_metrics, evaluated)
+    config = with_early_stop_metric(_with_best_metric(config, logged), logged)
 
     mix = ranks.on_each(partial(_mix, config, the_task, train_loader, plan))
     forward = Forward(the_task, precision, ranks.device, config.run.seed, mix)
@@ -503,50 +502,15 @@ def _mix(config: Config, task: Task, loader: Loader, plan: Plan) -> Mix | None:
     )
 
 
-def _with_best_metric(
-    config: Config, task: Task, named: Sequence[NamedMetric], validation: list[str]
-) -> Config:
-    """The config with the metric that decides which model is best, and its mode; `validation` are the sets' phases.
-
-    By default the metric is the loss, of the first validation set if there is any, or the task's first metric where an
-    evaluation has no loss. Raises `ConfigError` where the run logs no such metric, or nobody knows whether less or more
-    of it is better.
-    """
-    evaluated = logged_phases(config.ema, validation)
-    phases = [*evaluated, "train"]
-    metrics = [
-        f"{phase}/{name}" for phase in phases for name in ("loss", *task.metrics)
-    ]
-    if not task.validates_loss:
-        without_loss = [f"{phase}/loss" for phase in evaluated]
-        metrics = [name for name in metrics if name not in without_loss]
-    if config.best.metric == BestConfig().metric:
-        config = replace(config, best=replace(config.best, metric=metrics[0]))
-    metrics += [f"{phase}/{item.name}" for phase in evaluated for item in named]
-    metric = config.best.metric
-
-    def direction(name: str) -> Direction | None:
-        return direction_among(named, name) or direction_of(name, task)
-
-    # One of several values of a metric: only its result tells whether it gives that.
-    column = column_of(metric)
-    is_of_validation = metric.removesuffix(f"/{column}") in evaluated
-    may_be_given = is_of_validation and any(item.owns(column) for item in named)
-    if metric not in metrics and not may_be_given:
-        raise ConfigError(
-            "best.metric",
-            f'"{metric}" is not logged by this run{nearest(metric, metrics)}; it logs {", ".join(metrics)}',
-        )
-    if config.best.mode is None:
-        mode = direction(metric)
-        if mode is None:
-            raise ConfigError(
-                "best.mode",
-                f"is needed for {metric}: set min if less of it is better, max if more is (a task of your own may "
-                f"say so in `directions`)",
-            )
-        config = replace(config, best=replace(config.best, mode=mode))
-    return with_early_stop_metric(config, metrics, direction)
+def _with_best_metric(config: Config, logged: LoggedMetrics) -> Config:
+    """The config with the metric that decides which model is best, and its mode."""
+    best = config.best
+    if best.metric == BestConfig().metric:
+        best = replace(best, metric=logged.default)
+    logged.check("best.metric", best.metric)
+    if best.mode is None:
+        best = replace(best, mode=logged.direction("best.mode", best.metric))
+    return replace(config, best=best)
 
 
 def _evaluator(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from trainer.components.directions import Direction
 from trainer.config.schema import Config, EarlyStopConfig
+from trainer.core.logged_metrics import LoggedMetrics
 from trainer.core.metrics import Row
-from trainer.errors import ConfigError, nearest
 
 
 class EarlyStop:
@@ -68,30 +67,21 @@ class EarlyStop:
             self._waited = state["waited"]
 
 
-def with_early_stop_metric(
-    config: Config, metrics: list[str], direction_of: Callable[[str], Direction | None]
-) -> Config:
+def with_early_stop_metric(config: Config, logged: LoggedMetrics) -> Config:
     """The config with the metric that early stopping watches, and its mode; as it is without `patience`.
 
-    `metrics` are those that the run logs. Raises `ConfigError` where the metric is none of them, or nobody knows
-    whether less or more of it is better.
+    Raises `ConfigError` where the run logs no such metric, or nobody knows whether less or more of it is better.
     """
     section = config.early_stop
     if section.patience is None:
         return config
     metric = section.metric or config.best.metric
-    if metric not in [*metrics, config.best.metric]:
-        raise ConfigError(
-            "early_stop.metric",
-            f'"{metric}" is not logged by this run{nearest(metric, metrics)}; it logs {", ".join(metrics)}',
-        )
-    of_best = config.best.mode if metric == config.best.metric else None
-    mode = section.mode or of_best or direction_of(metric)
+    logged.check("early_stop.metric", metric)
+    mode = section.mode
+    if mode is None and metric == config.best.metric:
+        mode = config.best.mode
     if mode is None:
-        raise ConfigError(
-            "early_stop.mode",
-            f"is needed for {metric}: set min if less of it is better, max if more is",
-        )
+        mode = logged.direction("early_stop.mode", metric)
     return replace(config, early_stop=replace(section, metric=metric, mode=mode))
 
 
