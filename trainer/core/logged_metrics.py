@@ -1,4 +1,4 @@
-"""Which metrics a run logs, and of which less or more is better: what `best.metric` and `early_stop.metric` may name."""
+"""The metrics that a run logs, and their directions: what `best.metric` and `early_stop.metric` may name."""
 
 from __future__ import annotations
 
