@@ -1,4 +1,4 @@
-"""Which metrics a run logs, and of which less or more is better: what `best.metric` and `early_stop.metric` may name."""
+"""Which metrics a run logs, and of which less or more is better: what `best` and `early_stop` may watch."""
 
 from __future__ import annotations
 
