@@ -149,33 +149,31 @@ def test_an_exported_detector_finds_the_same_boxes(
 ) -> None:
     pytest.importorskip("onnxruntime")
 
-    def run() -> tuple[Tensor, Tensor, Tensor, Any, bool]:
+    def run() -> tuple[Tensor, Tensor, Any, bool]:
+        import onnxruntime
         from torchvision.ops import boxes
 
         predictor = Predictor(detector / "detection")
         before = boxes.batched_nms
-        path = export(predictor, "torch", tmp_path / "best.pt2")
-        program, signature = program_of(path)
+        # Which traces the same program as torch's own format.
+        path = export(predictor, "onnx", tmp_path / "best.onnx")
+        session = onnxruntime.InferenceSession(str(path))
+        metadata = session.get_modelmeta().custom_metadata_map
         image, _ = Shapes("val", 5, 64, "boxes", 0.25)[0]
-        expected = direct(predictor, image)
-        import onnxruntime
-
-        onnx = export(predictor, "onnx", tmp_path / "best.onnx")
-        session = onnxruntime.InferenceSession(str(onnx))
         [table] = session.run(["boxes"], {"image": image.numpy()})
         is_restored = boxes.batched_nms is before
+        expected = direct(predictor, image)
         return (
             expected,
-            program(image),
             torch.from_numpy(table),
-            signature,
+            json.loads(metadata["signature"]),
             is_restored,
         )
 
-    expected, found, by_onnx, signature, is_restored = on_ranks(1, run)[0]
+    expected, found, signature, is_restored = on_ranks(1, run)[0]
     assert is_restored
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(by_onnx, expected, rtol=1e-3, atol=1e-3)
+    assert len(expected)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     image, _ = Shapes("val", 5, 64, "boxes", 0.25)[0]
     assert signature["answer"] == "boxes"
     assert signature["inputs"] == {
