@@ -32,7 +32,11 @@ FIGURES = {
     "waves": {"confusion_matrix.png", "curves.png", "per_class.csv"},
 }
 # Packages that a config needs and an installation may lack.
-NEEDS = {"timm": "timm", "transformers": "transformers"}
+NEEDS = {
+    "detection": "pycocotools",
+    "timm": "timm",
+    "transformers": "transformers",
+}
 SHORT = ["train.max_steps=2", "wandb.mode=disabled", "data.workers=0"]
 
 
