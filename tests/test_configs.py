@@ -27,7 +27,13 @@ FIGURES = {
     "discs": {"batch.png", "curves.png"},
     "parabola": {"curves.png"},
     "detection": {"batch.png", "curves.png", "predictions.png"},
-    "segmentation": {"batch.png", "curves.png", "predictions.png"},
+    "segmentation": {
+        "batch.png",
+        "confusion_matrix.png",
+        "curves.png",
+        "per_class.csv",
+        "predictions.png",
+    },
     "multi_label": {"batch.png", "curves.png", "predictions.png"},
     "waves": {"confusion_matrix.png", "curves.png", "per_class.csv"},
 }
