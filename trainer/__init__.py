@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trainer.errors import ConfigError, DataError, LockstepError, Stopped
     from trainer.exact.plan import Step
     from trainer.inspection.predictor import Predictor
+    from trainer.reporting.trackers.base import Tracker
     from trainer.trainer import Trainer
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Step",
     "Stopped",
     "Task",
+    "Tracker",
     "Trainer",
     "WeightedSum",
     "load",
@@ -49,6 +51,7 @@ HOMES = {
     "Step": "exact.plan",
     "Stopped": "errors",
     "Task": "components.task",
+    "Tracker": "reporting.trackers.base",
     "Trainer": "trainer",
     "WeightedSum": "components.task",
     "load": "config.load",
