@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trainer.errors import ConfigError, DataError, LockstepError, Stopped
     from trainer.exact.plan import Step
     from trainer.inspection.predictor import Predictor
+    from trainer.process.launch import launch
     from trainer.reporting.trackers.base import Tracker
     from trainer.trainer import Trainer
 
@@ -34,6 +35,7 @@ __all__ = [
     "Tracker",
     "Trainer",
     "WeightedSum",
+    "launch",
     "load",
 ]
 
@@ -54,6 +56,7 @@ HOMES = {
     "Tracker": "reporting.trackers.base",
     "Trainer": "trainer",
     "WeightedSum": "components.task",
+    "launch": "process.launch",
     "load": "config.load",
 }
 

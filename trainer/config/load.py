@@ -23,7 +23,6 @@ from trainer.errors import ConfigError
 DEFAULT_CONFIG = Path("configs/digits.yaml")
 
 LISTS_HELP = """
-
 metrics
   metrics=[]  (list of mappings)
       computed over all validation samples at once: [{name: torchmetrics.classification.MulticlassF1Score}]; the other
@@ -116,7 +115,7 @@ def help_text() -> str:
             lines.append(
                 f"  …  any further key is an argument of the component that `name` names: --help {name}.NAME lists them"
             )
-    lines.append(LISTS_HELP.removeprefix("\n"))
+    lines.append(LISTS_HELP)
     lines += _describe_keys(TrackerConfig, "    ")
     return "\n".join(lines)
 
