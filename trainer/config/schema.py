@@ -1,8 +1,8 @@
 """Every key of a config, declared once: its type, default, meaning, unit and least value.
 
-A section that names a component (`data`, `model`, `loss`, `optimizer`, `schedule`, and each of `metrics`,
-`observers` and `trackers`) keeps the keys it does not declare in `args`: they are the component's own arguments, checked against its
-signature when it is built.
+A section that names a component (`data`, `model`, `loss`, `optimizer`, `schedule`, and each of `metrics`, `observers`
+and `trackers`) keeps the keys it does not declare in `args`: they are the component's own arguments, checked against
+its signature when it is built.
 """
 
 from __future__ import annotations
