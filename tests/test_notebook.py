@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -17,6 +18,7 @@ from nbclient.exceptions import CellExecutionError
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Points, config, mlp
 from trainer import ConfigError, LockstepError, Stopped, Trainer, launch
+from trainer.reporting.notebook import NotebookTable
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,3 +117,29 @@ def test_a_run_outside_a_notebook_imports_no_ipython(tmp_path: Path) -> None:
         return loaded == ("IPython.core.display_functions" in sys.modules)
 
     assert on_ranks(1, run) == [True]
+
+
+def test_the_table_has_every_metric_beside_its_like() -> None:
+    table = NotebookTable()
+    sent: list[Any] = []
+    table._handle = SimpleNamespace(update=lambda content, raw: sent.append(content))
+    row = {"train/loss": 1.5, "train/f1": 0.5, "val/clean/loss": 2.0, "lr": 0.1}
+    table.add("1/2", row, 3.0, False)
+    table.add("2/2", {**row, "val_ema/loss": 1.0, "step": 3}, 3.0, True)
+    table.show("half & half")
+    (content,) = sent
+    assert content["text/html"].startswith("<pre>half &amp; half</pre><table>")
+    heading, first, second = content["text/plain"].splitlines()[1:]
+    names = ["train/loss", "val/clean/loss", "val_ema/loss", "train/f1"]
+    assert heading.split() == ["epoch", *names, "lr", "time"]
+    assert first.split() == [
+        "1/2",
+        "1.5000",
+        "2.0000",
+        "–",
+        "0.5000",
+        "0.1",
+        "3.0",
+        "s",
+    ]
+    assert second.endswith("★")

@@ -46,9 +46,8 @@ class Console:
         self._interval = BAR_INTERVAL if self._on_terminal else LINE_INTERVAL
         if self._in_notebook:
             self._interval = TABLE_INTERVAL
-        self._table: NotebookTable | None = (
-            None  # of a run that has begun in a notebook
-        )
+        # Of a run that has begun in a notebook.
+        self._table: NotebookTable | None = None
         self._progress: RunProgress | None = None  # of a run that has begun
         self._live: Live | None = None
         # When to draw the bar, or to print a progress line, next. Infinity outside a run and on inactive consoles

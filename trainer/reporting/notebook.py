@@ -16,7 +16,8 @@ from trainer.reporting.formats import (
 )
 
 MAX_EPOCHS = 30  # shown; the whole table is sent again with every update
-PHASES = ("train/", "val/")
+# What the names of metrics begin with; a set of its own has another part in between: val/clean/accuracy.
+PHASES = ("train", "val", "val_ema")
 
 
 def is_notebook() -> bool:
@@ -39,8 +40,9 @@ class NotebookTable:
 
     def show(self, progress: str) -> None:
         """Show the table below a line of `progress`, in the place where it was shown first."""
-        from IPython.display import display
+        import IPython.display
 
+        display: Any = IPython.display.display
         lines = self._lines()
         content = {
             "text/html": _as_html(progress, lines),
@@ -59,7 +61,7 @@ class NotebookTable:
             cells = [label]
             for name in names:
                 value = row.get(name)
-                short = name.partition("/")[2]
+                short = name.rpartition("/")[2]
                 cells.append(ABSENT if value is None else format_metric(short, value))
             cells.append(format_learning_rate(row["lr"]) if "lr" in row else ABSENT)
             lines.append([*cells, format_duration(seconds), "★" if best else ""])
@@ -67,19 +69,15 @@ class NotebookTable:
 
 
 def _metric_names(rows: Iterable[Row]) -> list[str]:
-    """The metrics' names in the order in which they came, `train/` and `val/` of each side by side."""
-    metrics: dict[str, set[str]] = {}
+    """The metrics' names in the order in which they came, those of one metric side by side."""
+    metrics: dict[str, dict[str, None]] = {}
     for row in rows:
         for name in row:
-            for phase in PHASES:
-                if name.startswith(phase):
-                    metrics.setdefault(name.removeprefix(phase), set()).add(phase)
-    return [
-        phase + metric
-        for metric, phases in metrics.items()
-        for phase in PHASES
-        if phase in phases
-    ]
+            phase, _, rest = name.partition("/")
+            if phase in PHASES:
+                metric = rest.rpartition("/")[2]
+                metrics.setdefault(metric, {})[name] = None
+    return [name for names in metrics.values() for name in names]
 
 
 def _as_html(progress: str, lines: Sequence[Sequence[str]]) -> str:
