@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,15 @@ BOTH = [{"name": "tensorboard"}, {"name": "csv"}, {"name": f"{HERE}.Own"}]
 class Own(Tracker):
     """One of a user's own: appends rows to a file, and cannot take any back."""
 
-    def __init__(self, broken_at: int | None = None, delay: float = 0.0) -> None:
+    def __init__(
+        self,
+        broken_at: int | None = None,
+        delay: float = 0.0,
+        api_key: str = "",
+        server: str = "",
+    ) -> None:
         self.broken_at = broken_at
+        self.api_key = api_key
         self.delay = delay
 
     def begin(self, session: Any) -> None:
@@ -127,7 +135,7 @@ class Own(Tracker):
     def log(self, row: Mapping[str, Any]) -> None:
         time.sleep(self.delay)
         if row["step"] == self.broken_at:
-            raise RuntimeError("no room")
+            raise RuntimeError(f"no room {self.api_key}")
         with self.path.open("a") as file:
             file.write(json.dumps(dict(row)) + "\n")
 
@@ -193,7 +201,7 @@ def output_of(function: Callable[[], Any], capfd: Any) -> str:
 
 def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, capfd: Any) -> None:
     """It fails, or it hangs; the run goes on, and after a resume it gets what it lacks."""
-    failing = {"name": f"{HERE}.Own", "broken_at": 3}
+    failing = {"name": f"{HERE}.Own", "broken_at": 3, "api_key": SECRET}
 
     def run() -> None:
         fit(tmp_path / "a", [failing, {"name": "csv"}])
@@ -203,7 +211,7 @@ def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, capfd: Any) -> None
         assert time.monotonic() - start < 20
 
     text = output_of(run, capfd)
-    assert text.count(f"tracker {HERE}.Own failed (no room") == 1
+    assert text.count(f"tracker {HERE}.Own failed (no room <redacted>") == 1
     assert text.count("no answer within 0.2 s, trackers[0].timeout") == 1
     assert f"{HERE}.Own: file own.jsonl" in text
     assert len(read_csv(tmp_path / "a" / "run" / "metrics.csv")) == 10
@@ -216,7 +224,7 @@ def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, capfd: Any) -> None
     on_ranks(2, strict)
 
     def again() -> None:
-        mended = [{"name": f"{HERE}.Own"}]
+        mended = [{"name": "csv"}, {"name": f"{HERE}.Own"}]
         fit(tmp_path / "a", mended, run__resume="auto", train__epochs=3)
 
     on_ranks(1, again)
@@ -227,10 +235,11 @@ def test_a_tracker_that_fails_is_one_warning(tmp_path: Path, capfd: Any) -> None
 def test_secrets_stay_out(tmp_path: Path) -> None:
     tree = config(tmp_path).to_dict()
     tree["data"] = {"name": "digits", "api_key": SECRET}
-    tree["trackers"] = [{"name": "tensorboard"}]
+    login = f"https://me:{SECRET}@example.org"
+    own = {"name": f"{HERE}.Own", "api_key": SECRET, "server": login}
+    tree["trackers"] = [{"name": "tensorboard"}, own]
     made = Config.from_dict(tree)
-    (tracker,) = build_trackers(made)
-    trackers = Trackers([tracker], made, print)
+    trackers = Trackers(build_trackers(made), made, print)
     trackers.begin(tmp_path, 0, [])
     for file in (tmp_path / "tensorboard").iterdir():
         content = file.read_bytes()
@@ -243,7 +252,10 @@ def test_secrets_stay_out(tmp_path: Path) -> None:
     [
         ("[{name: tensorbord}]", 'trackers[0].name: "tensorbord" is not one of tensor'),
         ("[{name: csv},{strict: 1}]", "trackers[1].strict: 1 is not a boolean"),
-        ("{name: csv}", "trackers: {name: csv} is not a list such as [{name: my_package.MyTr"),
+        (
+            "{name: csv}",
+            "trackers: {name: csv} is not a list such as [{name: my_package.MyTr",
+        ),
     ],
 )
 def test_mistakes_in_the_config(override: str, message: str) -> None:
@@ -314,7 +326,9 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("trackio")
+    # Not imported here: trackio reads the variable once, and each process below imports it anew.
+    if find_spec("trackio") is None:
+        pytest.skip("needs trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trackers = [{"name": "trackio", "project": "small"}]
     on_ranks(1, stop_inside_a_step, tmp_path, trackers)
@@ -327,6 +341,7 @@ def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return logs
 
     (logs,) = on_ranks(1, read)
+    assert (tmp_path / "trackio" / "small.db").exists()
     rows = rows_of(tmp_path)
     logged = [entry for entry in logs if "epoch" in entry]
     assert [entry["step"] for entry in logged] == [row["step"] for row in rows]

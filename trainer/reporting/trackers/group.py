@@ -67,6 +67,15 @@ def _import(place: str, name: str, tracker: Tracker) -> None:
         ) from None
 
 
+def _state_files(labels: Sequence[str]) -> list[str]:
+    """A file name for each: the first of a name keeps it where a resume adds others."""
+    files: list[str] = []
+    for index, label in enumerate(labels):
+        number = labels[:index].count(label) + 1
+        files.append(f"{label}.json" if number == 1 else f"{label}.{number}.json")
+    return files
+
+
 class Trackers:
     """The trackers of a run, on its main process."""
 
@@ -93,10 +102,10 @@ class Trackers:
             rows=rows,
         )
         lines = []
-        for index, worker in enumerate(self._workers):
-            name = worker.label.rpartition(".")[2]
-            file = directory / DIRECTORY / f"{index}-{name}.json"
-            lines.append(f"{worker.label}: {worker.begin(session, file)}")
+        files = _state_files([worker.label for worker in self._workers])
+        for worker, file in zip(self._workers, files, strict=True):
+            place = worker.begin(session, directory / DIRECTORY / file)
+            lines.append(f"{worker.label}: {place}")
         return lines
 
     def log(self, row: Row) -> None:
