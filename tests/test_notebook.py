@@ -36,7 +36,7 @@ def test_the_example_notebook(tmp_path: Path) -> None:
     mistake = 'from trainer import load\nload(None, ["train.epochss=1"])'
     notebook.cells.append(nbformat.v4.new_code_cell(mistake))
     client = NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
     )
     with pytest.raises(CellExecutionError):
         client.execute()

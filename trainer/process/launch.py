@@ -76,7 +76,7 @@ def _check_processes(processes: int | None) -> int:
 
 def _pickled(train: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
     try:
-        import cloudpickle  # type: ignore[import-untyped]
+        import cloudpickle
     except ImportError:
         raise LockstepError(
             "launch needs the package cloudpickle; install it: pip install cloudpickle"
