@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from trainer.errors import ConfigError, DataError, LockstepError, Stopped
     from trainer.exact.plan import Step
     from trainer.inspection.predictor import Predictor
+    from trainer.process.launch import launch
+    from trainer.reporting.trackers.base import Tracker
     from trainer.trainer import Trainer
 
 __all__ = [
@@ -30,8 +32,10 @@ __all__ = [
     "Step",
     "Stopped",
     "Task",
+    "Tracker",
     "Trainer",
     "WeightedSum",
+    "launch",
     "load",
 ]
 
@@ -49,8 +53,10 @@ HOMES = {
     "Step": "exact.plan",
     "Stopped": "errors",
     "Task": "components.task",
+    "Tracker": "reporting.trackers.base",
     "Trainer": "trainer",
     "WeightedSum": "components.task",
+    "launch": "process.launch",
     "load": "config.load",
 }
 

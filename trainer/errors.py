@@ -12,6 +12,10 @@ class LockstepError(Exception):
 
     exit_status = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: in a notebook too, a user's mistake is one message without a traceback."""
+        return [f"error: {self}"]
+
 
 class ConfigError(LockstepError, ValueError):
     """A wrong key, type, value or combination in the config. `key` is the dotted name. Exit status 2."""
@@ -65,6 +69,9 @@ class Stopped(LockstepError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message, signal_number)
         self.exit_status = 128 + signal_number
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
 
     def __str__(self) -> str:
         return str(self.args[0])

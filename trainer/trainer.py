@@ -81,6 +81,8 @@ from trainer.process.watchdog import watching
 from trainer.reporting import summary as report
 from trainer.reporting.figures import drawing
 from trainer.reporting.journal import Journal
+from trainer.reporting.trackers.base import Tracker
+from trainer.reporting.trackers.group import build_trackers
 from trainer.reporting.wandb.histograms import HistogramObserver
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint, Progress
@@ -238,13 +240,14 @@ class Trainer:
             watching(self.config.run.timeout),
             explained(self.run, self._position),
         ):
+            trackers = self._build_trackers()
             self.try_out()
             is_resumed = self._has_checkpoint()
             if not is_resumed:
                 self.prove()  # a refused run leaves an earlier run's directory where it is
             with (
                 StopRequest(self.ranks) as stop,
-                Journal(self.config, self.ranks) as self._journal,
+                Journal(self.config, self.ranks, trackers) as self._journal,
             ):
                 activity.directory = self._journal.directory
                 self._resume(self._journal.resume_from)
@@ -261,6 +264,12 @@ class Trainer:
                 finally:
                     activity.leave(sys.exception())
                     self.end_loading()
+
+    def _build_trackers(self) -> list[Tracker]:
+        """The trackers of the config, on the main process; the others need no packages for them."""
+        trackers: list[Tracker] = []
+        self.ranks.on_main(lambda: trackers.extend(build_trackers(self.config)))
+        return trackers
 
     def _position(self) -> tuple[int, int]:
         return self.fuse, self.progress.step + 1

@@ -30,10 +30,13 @@ def main(arguments: list[str]) -> None:
     from trainer.core.try_out import explained
     from trainer.reporting.console import Console
     from trainer.reporting.summary import header
+    from trainer.reporting.trackers.group import build_trackers
     from trainer.storage.run_directory import run_path
     from trainer.trainer import Trainer
 
     trainer = Trainer(config)
+    # Whether their packages are there.
+    trainer.ranks.on_main(lambda: len(build_trackers(config)))
     keep_freed_memory(trainer.ranks.device.type)
     console = Console(active=trainer.ranks.is_main)
     with trainer.run.settings(), explained(trainer.run, lambda: (trainer.fuse, 1)):

@@ -6,7 +6,7 @@ Errors name the key, where it was set (file and line, or the command line), and 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from trainer.config.base import BASE, Origins, read_with_bases
 from trainer.config.changes import lay_over
 from trainer.config.fields import ComponentSection, declared_keys, show, type_name
 from trainer.config.overrides import TOO_DEEP, Overrides, is_unset, read_overrides
-from trainer.config.schema import SECTIONS, Config
+from trainer.config.schema import SECTIONS, Config, TrackerConfig
 from trainer.config.trees import Tree
 from trainer.config.yaml_file import find_config, read_yaml_file
 from trainer.errors import ConfigError
@@ -23,7 +23,6 @@ from trainer.errors import ConfigError
 DEFAULT_CONFIG = Path("configs/digits.yaml")
 
 LISTS_HELP = """
-
 metrics
   metrics=[]  (list of mappings)
       computed over all validation samples at once: [{name: torchmetrics.classification.MulticlassF1Score}]; the other
@@ -31,7 +30,11 @@ metrics
 
 observers
   observers=[]  (list of mappings)
-      called in every step, in this order: [{name: my_package.MyObserver, argument: value}]"""
+      called in every step, in this order: [{name: my_package.MyObserver, argument: value}]
+
+trackers
+  trackers=[]  (list of mappings)
+      where rows go besides metrics.jsonl and W&B: [{name: tensorboard}, {name: csv}], each with (docs/trackers.md)"""
 
 
 def load(
@@ -107,17 +110,21 @@ def help_text() -> str:
     ]
     for name, cls in SECTIONS.items():
         lines.append(f"\n{name}")
-        for key_name, item in declared_keys(cls).items():
-            unit = f" [{item.unit}]" if item.unit else ""
-            lines.append(
-                f"  {name}.{key_name}={show(item.default)}  ({type_name(item.hint)})"
-            )
-            lines.append(f"      {item.meaning}{unit}")
+        lines += _describe_keys(cls, f"{name}.")
         if issubclass(cls, ComponentSection):
             lines.append(
                 f"  …  any further key is an argument of the component that `name` names: --help {name}.NAME lists them"
             )
-    return "\n".join(lines) + LISTS_HELP
+    lines.append(LISTS_HELP)
+    lines += _describe_keys(TrackerConfig, "    ")
+    return "\n".join(lines)
+
+
+def _describe_keys(cls: Any, prefix: str) -> Iterator[str]:
+    for name, item in declared_keys(cls).items():
+        unit = f" [{item.unit}]" if item.unit else ""
+        yield f"  {prefix}{name}={show(item.default)}  ({type_name(item.hint)})"
+        yield f"      {item.meaning}{unit}"
 
 
 def _check_types(path: Any, overrides: Any) -> None:

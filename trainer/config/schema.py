@@ -1,8 +1,8 @@
 """Every key of a config, declared once: its type, default, meaning, unit and least value.
 
-A section that names a component (`data`, `model`, `loss`, `optimizer`, `schedule`, and each of `observers` and
-`metrics`) keeps the keys it does not declare in `args`: they are the component's own arguments, checked against its
-signature when it is built.
+A section that names a component (`data`, `model`, `loss`, `optimizer`, `schedule`, and each of `metrics`, `observers`
+and `trackers`) keeps the keys it does not declare in `args`: they are the component's own arguments, checked against
+its signature when it is built.
 """
 
 from __future__ import annotations
@@ -579,6 +579,39 @@ class MetricConfig(ComponentSection):
             )
 
 
+TRACKERS = ("tensorboard", "mlflow", "trackio", "csv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerConfig(ComponentSection):
+    """One of `trackers`."""
+
+    SECTION = "trackers"
+    EXAMPLE: ClassVar[str] = "MyTracker"
+
+    name: str = key(
+        "",
+        "tensorboard, mlflow, trackio, csv, or an import path to a trainer.Tracker or a tracker of Accelerate's",
+    )
+    strict: bool = key(
+        False, "stop the run with an error when the tracker fails, instead of a warning"
+    )
+    timeout: float = key(
+        30.0,
+        "how long to wait for the tracker at the start, at a checkpoint and at the end",
+        unit="seconds",
+        minimum=0.1,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "." not in self.name and self.name not in TRACKERS:
+            raise ConfigError(
+                f"{self.SECTION}.name",
+                f'"{self.name}" is not one of {", ".join(TRACKERS)}, nor an import path{nearest(self.name, TRACKERS)}',
+            )
+
+
 _SECTION_CLASSES = (
     RunConfig,
     DataConfig,
@@ -597,7 +630,9 @@ _SECTION_CLASSES = (
 # In the order of --help and config.yaml.
 SECTIONS: dict[str, Any] = {cls.SECTION: cls for cls in _SECTION_CLASSES}
 # Lists, not sections: several observers can watch one run.
-LISTS: dict[str, Any] = {cls.SECTION: cls for cls in (MetricConfig, ObserverConfig)}
+LISTS: dict[str, Any] = {
+    cls.SECTION: cls for cls in (MetricConfig, ObserverConfig, TrackerConfig)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -623,6 +658,7 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     metrics: tuple[MetricConfig, ...] = ()
     observers: tuple[ObserverConfig, ...] = ()
+    trackers: tuple[TrackerConfig, ...] = ()
     # How values from the environment were written. A field, so that it survives `dataclasses.replace`.
     references: References = field(default_factory=dict, repr=False, compare=False)
     # What the run's header says of how the config was read.

@@ -1,5 +1,7 @@
 """What a run says on stdout: rich, with a live bar, on a terminal; elsewhere plain lines with the same columns.
 
+In a notebook, a table takes the place of bar and epoch lines.
+
 The training loop's own thread draws the bar, at most every `BAR_INTERVAL` seconds; no thread runs in the background.
 """
 
@@ -21,9 +23,11 @@ from rich.text import Text
 from trainer.config.secrets import redacted_output
 from trainer.reporting.epoch_table import EpochTable
 from trainer.reporting.formats import GAP, MUTED
+from trainer.reporting.notebook import NotebookTable, is_notebook
 from trainer.reporting.progress_bar import RunProgress
 
 BAR_INTERVAL = 0.1  # seconds between drawings of the bar
+TABLE_INTERVAL = 1.0  # seconds between those of a notebook's table, each of which is sent to a browser
 LINE_INTERVAL = 30.0  # seconds between progress lines where there is no bar
 
 Facts = Sequence[tuple[str, str]]
@@ -35,10 +39,15 @@ class Console:
 
     def __init__(self, *, active: bool) -> None:
         self._active = active
-        # In a notebook rich would draw HTML widgets; plain lines suit its output better than a bar.
+        # In a notebook rich would draw HTML widgets; header and notes are plain lines there.
         self._rich = rich.console.Console(force_jupyter=False)
         self._on_terminal = active and sys.stdout.isatty() and self._rich.is_interactive
+        self._in_notebook = active and not self._on_terminal and is_notebook()
         self._interval = BAR_INTERVAL if self._on_terminal else LINE_INTERVAL
+        if self._in_notebook:
+            self._interval = TABLE_INTERVAL
+        # Of a run that has begun in a notebook.
+        self._table: NotebookTable | None = None
         self._progress: RunProgress | None = None  # of a run that has begun
         self._live: Live | None = None
         # When to draw the bar, or to print a progress line, next. Infinity outside a run and on inactive consoles
@@ -65,6 +74,8 @@ class Console:
         if not self._active:
             return
         self._progress = RunProgress(total_steps, steps_per_epoch, first_step)
+        if self._in_notebook:
+            self._table = NotebookTable()
         if self._on_terminal:
             # Without auto_refresh rich starts no thread, which would compete with the loop for the interpreter.
             self._live = Live(
@@ -97,6 +108,10 @@ class Console:
         Within an epoch `epoch` is a text, such as 2.50 for two and a half epochs done.
         """
         if not self._active:
+            return
+        if self._table is not None:
+            self._table.add(f"{epoch}/{epochs}", row, seconds, best)
+            self._next_drawing = 0.0
             return
         width = self._rich.width if self._on_terminal else sys.maxsize
         self._print(
@@ -135,6 +150,9 @@ class Console:
         if self._live is not None:
             self._live.stop()
             self._live = None
+        if self._table is not None:
+            self._table.show("")
+            self._table = None
         self._progress = None
 
     def _print(self, *lines: Text) -> None:
@@ -159,6 +177,8 @@ class Console:
         is_first = self._progress.update(step_number, self._latest_row)
         if self._live is not None:
             self._live.refresh()
+        elif self._table is not None:
+            self._table.show(self._progress.line().plain)
         elif not is_first:
             # A line after the very first step could not say how long the run will take.
             self._print(self._progress.line())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+Row = Mapping[str, float]
+
 NUMBER_WIDTH = 8  # characters
 GAP = "  "  # on the left of each column
 COLUMN_WIDTH = len(GAP) + NUMBER_WIDTH

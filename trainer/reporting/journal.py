@@ -1,4 +1,4 @@
-"""Everything a run reports of itself, from its main process: console, `metrics.jsonl`, W&B, the run directory."""
+"""Everything a run reports of itself, from its main process: console, `metrics.jsonl`, trackers, the run directory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 from trainer.config.schema import Config
 from trainer.data.bad_samples import BadSample, Quarantine
@@ -17,6 +17,8 @@ from trainer.process.parent import failure_reason
 from trainer.process.ranks import Ranks
 from trainer.reporting.console import Console
 from trainer.reporting.jsonl import MetricsFile, readable_rows
+from trainer.reporting.trackers.base import Ending, Tracker
+from trainer.reporting.trackers.group import Trackers
 from trainer.reporting.wandb.run import WandbRun, start_wandb
 from trainer.storage import bad_samples
 from trainer.storage.checkpoint import Progress
@@ -40,10 +42,14 @@ class Journal:
     None on every other process, where W&B is disabled, and before `begin`.
     """
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
+    def __init__(
+        self, config: Config, ranks: Ranks, trackers: Sequence[Tracker] = ()
+    ) -> None:
         self.directory = run_path(config.run)
         self.console = Console(active=ranks.is_main)
         self.wandb: WandbRun | None = None
+        # Of the main process; the others have none.
+        self._trackers = Trackers(trackers, config, self.console.note)
         self._config = config
         self._ranks = ranks
         self._run_directory: RunDirectory | None = None
@@ -51,6 +57,7 @@ class Journal:
         self._epoch_start = 0.0
         self._final_step = 0
         self._final_figures: dict[str, Path] = {}
+        self._summary: Mapping[str, Any] = {}
 
     # ---------------------------------------------------------------- begin and end
 
@@ -109,8 +116,11 @@ class Journal:
         write_record(self.directory, record)
         write_json(self.directory / "environment.json", environment(record))
         self._open_metrics(progress)
-        tracking = "W&B disabled" if self.wandb is None else self.wandb.describe()
-        self.console.header([*header, ("tracking", tracking)])
+        tracking = [
+            "W&B disabled" if self.wandb is None else self.wandb.describe(),
+            *self._begin_trackers(progress),
+        ]
+        self.console.header([*header, *(("tracking", line) for line in tracking)])
         if self._run_directory.moved_to is not None:
             self.console.note(
                 f"{self.directory} held an earlier run, which is now {self._run_directory.moved_to}"
@@ -141,6 +151,13 @@ class Journal:
             valid_rows=progress.rows,
         )
 
+    def _begin_trackers(self, progress: Progress) -> list[str]:
+        """Begin the trackers, each with the rows that the checkpoint counted; returns a line for each."""
+        rows = []
+        if self._config.trackers and progress.rows:
+            rows = readable_rows(self.directory / "metrics.jsonl")
+        return self._trackers.begin(self.directory, progress.step, rows)
+
     def start_clock(
         self, plan: Plan, first_step: int, last_step: int | None = None
     ) -> None:
@@ -165,8 +182,9 @@ class Journal:
     def finish(
         self, summary: Mapping[str, Any], facts: Facts, figures: Mapping[str, Path]
     ) -> None:
-        """Show the results, and send `figures` to W&B when the journal closes."""
-        # W&B gets the figures last of all, when the journal closes: it may take seconds, and it may fail.
+        """Show the results, and send `figures` to W&B and the trackers when the journal closes."""
+        # They get the figures last of all, when the journal closes: it may take seconds, and it may fail.
+        self._summary = summary
         self._final_step = summary["steps"]
         self._final_figures = dict(figures)
         self.console.summary(facts)
@@ -180,6 +198,8 @@ class Journal:
         try:
             if self.wandb is not None:
                 self._finish_wandb(self.wandb, error)
+            self._trackers.figures(self._final_step, self._final_figures)
+            self._trackers.finish(_ending(error, self._summary))
         finally:
             if self._run_directory is not None:
                 self._run_directory.close()
@@ -233,6 +253,7 @@ class Journal:
         self.check_directory()
         if self._metrics is not None:
             self._metrics.sync()
+        self._trackers.sync()
 
     def advance(self, step_number: int) -> None:
         self.console.advance(step_number)
@@ -273,8 +294,19 @@ class Journal:
             self._metrics.log(row)
         if self.wandb is not None:
             self.wandb.log(row)
+        self._trackers.log(row)
 
     def figures(self, figures: Mapping[str, Path], step: int = 0) -> None:
         """Send the figures that were drawn after a step, or before the first one."""
         if self.wandb is not None:
             self.wandb.log_figures(step, figures)
+        self._trackers.figures(step, figures)
+
+
+def _ending(error: BaseException | None, summary: Mapping[str, Any]) -> Ending:
+    if error is None:
+        return Ending("finished", summary, "")
+    status: Literal["stopped", "failed"] = (
+        "stopped" if isinstance(error, Stopped) else "failed"
+    )
+    return Ending(status, {}, failure_reason(error))

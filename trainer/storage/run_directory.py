@@ -56,6 +56,7 @@ FREE_KEYS = (
     "early_stop",
     "wandb",
     "observers",
+    "trackers",
 )
 
 
