@@ -68,6 +68,7 @@ from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import modes_of_others, restore_modes
 from trainer.exact.plan import Plan, Step
+from trainer.exact.reduction import Reduction
 from trainer.exact.standard import StandardReduction
 from trainer.process.activity import (
     ENDING,
@@ -151,14 +152,7 @@ class Trainer:
                 loss=self.run.task,
             )
             self.run.freezing.apply(epoch=0)
-            kind = BitwiseReduction if self.run.bitwise else StandardReduction
-            self.reduction = kind(
-                self.module,
-                self.config.batch_norm,
-                self.ranks,
-                find_unused_parameters=self.config.train.find_unused_parameters,
-                loss=self.run.task,
-            )
+            self.reduction = self.reduction_for(self.module, loss=self.run.task)
         self.timetable = Timetable(
             self.config.train,
             self.plan,
@@ -221,6 +215,23 @@ class Trainer:
     @property
     def plan(self) -> Plan:
         return self.run.plan
+
+    def reduction_for(
+        self, module: nn.Module, *, loss: nn.Module | None = None
+    ) -> Reduction:
+        """What makes one gradient of those of all micro-batches and ranks, in the run's mode. A collective.
+
+        For a step of your own that trains another module beside the model: drive it as `train_step` does `reduction`,
+        with the parameters that require a gradient now. Every rank must have built the module with the same weights.
+        """
+        kind = BitwiseReduction if self.run.bitwise else StandardReduction
+        return kind(
+            module,
+            self.config.batch_norm,
+            self.ranks,
+            find_unused_parameters=self.config.train.find_unused_parameters,
+            loss=loss,
+        )
 
     @property
     def last_step(self) -> int:

@@ -101,13 +101,8 @@ SETTINGS = {
     "batch.size": 128,
     "batch.micro_size": 16,
     "best.metric": "val/partner",
-    "best.mode": "max",
 }
 
 if __name__ == "__main__":
-    Trainer(
-        load(
-            "configs/digits.yaml",
-            [*(f"{k}={v}" for k, v in SETTINGS.items()), *sys.argv[1:]],
-        )
-    ).fit()
+    overrides = [f"{key}={value}" for key, value in SETTINGS.items()]
+    Trainer(load("configs/digits.yaml", overrides + sys.argv[1:])).fit()
