@@ -229,6 +229,10 @@ class SumOfOutputs(Task):
         """As the task does."""
         return self.task.predict(model, inputs)
 
+    def predict_with_targets(self, model: nn.Module, inputs: Any, targets: Any) -> Any:
+        """As the task does."""
+        return self.task.predict_with_targets(model, inputs, targets)
+
     def loss_sum(self, output: Any, targets: Any) -> WeightedSum:
         """Each value counts by its place within its sample."""
         terms = []
