@@ -435,6 +435,19 @@ def test_it_is_the_same_run_on_two_processes_and_after_a_resume(
             assert torch.equal(tensors[name], tensor), name
 
 
+def test_the_gan_in_standard_mode(tmp_path: Path) -> None:
+    changes = {"train.max_steps": 3, "train.precision": "fp64"}
+
+    def run(name: str) -> dict[str, Tensor]:
+        return of_example(tmp_path / name, gan.SETTINGS, GanTrainer, **changes)[0]
+
+    (reference,) = on_ranks(1, run, "one")
+    for tensors in on_ranks(2, run, "two"):
+        # Its gradient before the BatchNorm is rounding noise.
+        tensors["0.bias"] = reference["0.bias"]
+        assert largest_difference(tensors, reference) < 1e-9
+
+
 def test_both_networks_of_the_gan_learn(tmp_path: Path) -> None:
     """The discriminator tells real images from made ones, and the generator's images come to fool it more often."""
 

@@ -222,7 +222,7 @@ class Trainer:
         """What makes one gradient of those of all micro-batches and ranks, in the run's mode. A collective.
 
         For a step of your own that trains another module beside the model: drive it as `train_step` does `reduction`,
-        with the parameters that require a gradient now. Every rank must have built the module with the same weights.
+        with the parameters that require a gradient now. Every rank goes on with rank 0's weights.
         """
         kind = BitwiseReduction if self.run.bitwise else StandardReduction
         return kind(

@@ -233,6 +233,26 @@ def test_what_cannot_be_joined_is_refused_by_name(tmp_path: Path, ranks: int) ->
         assert "loss_sum uses parameters of the model itself (0.weight)" in of_model
 
 
+class ByMicroBatch(Pairs):
+    whole_step = False
+
+
+def test_the_header_says_which_samples_are_compared(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def start(task: Task) -> None:
+        settings = config(tmp_path, batch__micro_size=7, train__max_steps=1)
+        Trainer(settings, model=mlp(), train_data=Points(), task=task).fit()
+
+    on_ranks(1, start, Pairs())
+    assert "over all outputs of a step at once" in " ".join(
+        capfd.readouterr().out.split()
+    )
+    on_ranks(1, start, ByMicroBatch())
+    out = " ".join(capfd.readouterr().out.split())
+    assert "compares the samples of a micro-batch (7 at most) and no others" in out
+
+
 def test_mixing_is_refused(tmp_path: Path) -> None:
     def build() -> str:
         settings = config(tmp_path, batch__size=BATCH, train__mix={"mixup": 0.2})
