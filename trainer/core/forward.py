@@ -97,7 +97,7 @@ class Forward:
         self._seed_device(value)
         host_draws = self._host_draws_of(model)
         watched = host_draws.begin(value)
-        loss = self._loss(output, MicroBatch(0, None, targets))
+        loss = self._loss(output, MicroBatch(0, None, targets, samples=step.size))
         host_draws.end(watched)
         return loss
 

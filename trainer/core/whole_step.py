@@ -68,7 +68,7 @@ class WholeStep:
         self._output = join_step(self._run.ranks, step, outputs)
         whole_targets = join_step(self._run.ranks, step, targets)
         activity.mark(COMPUTING)
-        whole = MicroBatch(first=0, inputs=None, targets=whole_targets)
+        whole = MicroBatch(0, None, whole_targets, samples=step.size)
         self._loss = self._differentiate(whole)
         if self._run.ranks.is_main:  # which runs the step's first micro-batch
             self._meter.add(whole, self._output, self._loss)
