@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from examples.bring_your_own.task import Segmentation
+from examples.extending import contrastive, gan
 from examples.extending.averaged_weights import AveragedWeights
 from examples.extending.focal_loss import FocalLoss
+from examples.extending.gan import GanTrainer
 from examples.extending.lookahead import LookaheadTrainer
 from examples.extending.swa import StochasticWeightAverage
 from examples.extending.time_limit import TimeLimit
@@ -22,7 +25,7 @@ from examples.extending.update_size import UpdateSize
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import largest_difference, state
 from tests.programs import run_program
-from trainer import Task, Trainer
+from trainer import Config, ConfigError, Task, Trainer
 from trainer.components.task import build_task
 from trainer.config.load import load
 from trainer.config.schema import LossConfig
@@ -375,3 +378,107 @@ def test_lookahead_runs_as_a_program(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "digits" / "summary.json").is_file()
+
+
+# ---------------------------------------------------------------- a loss of a whole step, and two optimizers
+
+
+def of_example(
+    directory: Path,
+    settings: Mapping[str, object],
+    trainer: type[Trainer],
+    **changes: object,
+) -> tuple[dict[str, Tensor], Any]:
+    """The state after a run of an example, its loss's and a second optimizer's too, and the best metric."""
+    overrides = {
+        **settings,
+        "run.dir": str(directory),
+        "run.figures": False,
+        "run.resume": "auto",
+        "wandb.mode": "disabled",
+        "batch.size": 64,
+        "batch.micro_size": 16,
+        **changes,
+    }
+    a_trainer = trainer(load(ROOT / "configs" / "digits.yaml", overrides))
+    summary = a_trainer.fit()
+    tensors = state(a_trainer)
+    for name, tensor in a_trainer.run.task.state_dict().items():
+        tensors[f"loss/{name}"] = tensor.clone()
+    if isinstance(a_trainer, GanTrainer):
+        for number, values in a_trainer.second_optimizer.state_dict()["state"].items():
+            for name, tensor in values.items():
+                tensors[f"second_optimizer/{number}.{name}"] = tensor.clone()
+    return tensors, summary["best"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "trainer"),
+    [(contrastive.SETTINGS, Trainer), (gan.SETTINGS, GanTrainer)],
+    ids=["contrastive", "gan"],
+)
+def test_it_is_the_same_run_on_two_processes_and_after_a_resume(
+    tmp_path: Path, settings: Mapping[str, object], trainer: type[Trainer]
+) -> None:
+    """Cut within the second epoch, of 22 steps."""
+    bits = {"run.reproducibility": "bitwise"}
+
+    def run(name: str, steps: int) -> tuple[dict[str, Tensor], Any]:
+        changes = {**bits, "train.max_steps": steps}
+        return of_example(tmp_path / name, settings, trainer, **changes)
+
+    ((reference, best),) = on_ranks(1, run, "straight", 24)
+    on_ranks(1, run, "cut", 23)
+    for tensors, other_best in on_ranks(2, run, "cut", 24):
+        assert other_best == best
+        for name, tensor in reference.items():
+            assert torch.equal(tensors[name], tensor), name
+
+
+def test_the_gan_in_standard_mode(tmp_path: Path) -> None:
+    changes = {"train.max_steps": 3, "train.precision": "fp64"}
+
+    def run(name: str) -> dict[str, Tensor]:
+        return of_example(tmp_path / name, gan.SETTINGS, GanTrainer, **changes)[0]
+
+    (reference,) = on_ranks(1, run, "one")
+    for tensors in on_ranks(2, run, "two"):
+        # Its gradient before the BatchNorm is rounding noise.
+        tensors["0.bias"] = reference["0.bias"]
+        assert largest_difference(tensors, reference) < 1e-9
+
+
+def test_both_networks_of_the_gan_learn(tmp_path: Path) -> None:
+    """The discriminator tells real images from made ones, and the generator's images come to fool it more often."""
+
+    def fit() -> list[dict[str, Any]]:
+        changes = {"train.epochs": 6, "optimizer.lr": 0.002}
+        of_example(tmp_path, gan.SETTINGS, GanTrainer, **changes)
+        return read_rows(tmp_path / "gan" / "metrics.jsonl")
+
+    (rows,) = on_ranks(1, fit)
+    epochs = [row for row in rows if "val/fooled" in row]
+    assert epochs[-1]["val/recognized"] > 0.5
+    fooled = [row["train/fooled"] for row in rows if "train/fooled" in row]
+    assert max(fooled[5:]) > min(fooled) + 0.1
+
+
+def test_views_find_their_partners(tmp_path: Path) -> None:
+    def fit() -> list[dict[str, Any]]:
+        of_example(tmp_path, contrastive.SETTINGS, Trainer, **{"train.epochs": 2})
+        return read_rows(tmp_path / "contrastive" / "metrics.jsonl")
+
+    (rows,) = on_ranks(1, fit)
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert losses[-1] < losses[0] - 0.5
+    assert rows[-1]["val/partner"] > 0.1
+
+
+def test_several_optimizers_in_a_config_are_refused_with_the_way_out() -> None:
+    several = [{"name": "adam"}, {"name": "sgd"}]
+    for attempt in (
+        lambda: load(ROOT / "configs" / "digits.yaml", {"optimizer": several}),
+        lambda: Config.from_dict({"optimizer": several}),
+    ):
+        with pytest.raises(ConfigError, match=r"optimizer.*docs/extending\.md"):
+            attempt()

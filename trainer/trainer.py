@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from trainer.components.optimizer import (
 from trainer.components.optimizer_modes import begin_training, evaluation_weights
 from trainer.components.rate_change import describe_rate_change
 from trainer.components.schedule import Schedule, build_schedule
-from trainer.components.task import Task
+from trainer.components.task import Task, WeightedSum
 from trainer.components.weights import weights_file
 from trainer.config.registry import build_observers
 from trainer.config.schema import Config
@@ -58,14 +58,17 @@ from trainer.core.stateful import (
 from trainer.core.test_set import FinalResult, evaluate_test_set
 from trainer.core.timetable import Timetable
 from trainer.core.try_out import explained, try_out
+from trainer.core.whole_step import WholeStep
 from trainer.data.datasets import MapDataset
 from trainer.data.left_out import train_loader
 from trainer.data.loading import TrainLoader
+from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import modes_of_others, restore_modes
 from trainer.exact.plan import Plan, Step
+from trainer.exact.reduction import Reduction
 from trainer.exact.standard import StandardReduction
 from trainer.process.activity import (
     ENDING,
@@ -151,14 +154,7 @@ class Trainer:
                 loss=self.run.task,
             )
             self.run.freezing.apply(epoch=0)
-            kind = BitwiseReduction if self.run.bitwise else StandardReduction
-            self.reduction = kind(
-                self.module,
-                self.config.batch_norm,
-                self.ranks,
-                find_unused_parameters=self.config.train.find_unused_parameters,
-                loss=self.run.task,
-            )
+            self.reduction = self.reduction_for(self.module, loss=self.run.task)
         self.timetable = Timetable(
             self.config.train,
             self.plan,
@@ -177,6 +173,10 @@ class Trainer:
         self.progress = Progress()
         self.schedule = self._build_schedule()
         self.meter = Meter(self.run.task, self.ranks, exact=self.run.bitwise)
+        # For a task whose loss is of a whole step at once.
+        self.whole_step: WholeStep | None = None
+        if self.run.task.whole_step:
+            self.whole_step = WholeStep(self.run, self.reduction, self.meter)
         self.finite = FiniteWatch(self.run)
         self.left_out = LeftOut(self.run)
         self.interval_totals = Totals()
@@ -217,6 +217,23 @@ class Trainer:
     @property
     def plan(self) -> Plan:
         return self.run.plan
+
+    def reduction_for(
+        self, module: nn.Module, *, loss: nn.Module | None = None
+    ) -> Reduction:
+        """What makes one gradient of those of all micro-batches and ranks, in the run's mode. A collective.
+
+        For a step of your own that trains another module beside the model: drive it as `train_step` does `reduction`,
+        with the parameters that require a gradient now. Every rank goes on with rank 0's weights.
+        """
+        kind = BitwiseReduction if self.run.bitwise else StandardReduction
+        return kind(
+            module,
+            self.config.batch_norm,
+            self.ranks,
+            find_unused_parameters=self.config.train.find_unused_parameters,
+            loss=loss,
+        )
 
     @property
     def last_step(self) -> int:
@@ -485,19 +502,22 @@ class Trainer:
             return
 
         undo = self._undo_of_step() if self.finite.leaves_out else None
+        # This rank's micro-batches, on the device.
+        batches: Iterable[MicroBatch] = self.batches.step(step)
+        if self.whole_step is not None:
+            batches = self.whole_step.begin(step, batches)
         reduction.begin(step)
         losses = []
-        # This rank's micro-batches, on the device.
-        for loaded in self.batches.step(step):
+        for loaded in batches:
             batch = run.forward.mixed(loaded, step)
             with reduction.micro_batch(step, batch.indices) as model:
-                output, loss = run.forward(model, batch, step)
-                run.precision.backward(
-                    loss.total, reduction.loss_scale(step, batch.indices, *loss)
-                )
+                output, loss = self._forward_and_backward(model, batch, step)
             losses.append(loss.total)
-            self.meter.add(batch, output, loss)
+            if self.whole_step is None:
+                self.meter.add(batch, output, loss)
             self.observers.micro_batch(step, batch, output, loss)
+        if self.whole_step is not None:
+            self.whole_step.finish()
         activity.mark(EXCHANGING)
         reduction.finish(step)
         activity.mark(UPDATING)
@@ -523,6 +543,17 @@ class Trainer:
         if is_averaged and not is_held_back:
             self._average.update(self.finite.gradient_flag)
         self.observers.step(step)
+
+    def _forward_and_backward(
+        self, model: nn.Module, batch: MicroBatch, step: Step
+    ) -> tuple[Any, WeightedSum]:
+        """Add a micro-batch's share of the step's gradient; returns its output and its loss."""
+        if self.whole_step is not None:
+            return self.whole_step.forward_and_backward(model, batch)
+        output, loss = self.run.forward(model, batch, step)
+        scale = self.reduction.loss_scale(step, batch.indices, *loss)
+        self.run.precision.backward(loss.total, scale)
+        return output, loss
 
     def _pass_over(self, step: Step) -> None:
         """A step of which no sample can be read changes nothing but the run's position."""

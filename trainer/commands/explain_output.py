@@ -98,8 +98,13 @@ def _explain_loss(report: Report, most_rows: int | None) -> list[Part]:
         weight += part["weight"]
         rows.append((index, part["loss_sum"], part["weight"], part["mean"]))
     mean = format_cell(loss["mean"])
+    gives = (
+        "gives one sum for all outputs of the step (whole_step), shown with the first micro-batch"
+        if loss["whole_step"]
+        else "gives a sum for each micro-batch"
+    )
     return [
-        f"{loss['name']} gives a sum for each micro-batch. The step divides once, by the weight of all its targets:",
+        f"{loss['name']} {gives}. The step divides once, by the weight of all its targets:",
         _table(
             ("micro-batch", "Σ loss", "÷ weight of its targets", "= mean"),
             rows,

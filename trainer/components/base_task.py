@@ -99,6 +99,11 @@ class Task(nn.Module):
     metrics_add_up: bool = False
     # True: a sample's target is a class, or a set of labels, so that `train.mix` may blend two of them.
     targets_are_classes: bool = False
+    # True: the loss is of all outputs of a step at once, whatever the micro-batches and ranks, as a contrastive one is:
+    # `loss_sum` and `metric_sums` then see every sample of the step, in order. The step takes two forwards.
+    whole_step: bool = False
+    # True: the loss compares the samples that it sees. Without `whole_step`, the run's header says which those are.
+    compares_samples: bool = False
     # Targets with this value are not counted; None: every target is.
     ignore_index: int | None = None
     # What `data.collate` is where the config does not say; None: torch's default.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from trainer.config.fields import show
 from trainer.config.interpolation import as_config_error
+from trainer.config.several_optimizers import refuse_several_optimizers
 from trainer.config.switch import replace_components
 from trainer.config.trees import Tree
 from trainer.errors import ConfigError, nearest
@@ -53,6 +54,7 @@ def lay_over(tree: Tree, changes: Changes, source: str) -> tuple[Tree, list[str]
         _unset(tree, key, source, must_be_set)
     notes = replace_components(tree, changes.tree, source)
     changed = _with_whole_lists(tree, changes.tree, "")
+    refuse_several_optimizers(changed.get("optimizer"))
     _check_kinds(tree, changed)
     try:
         config: Any = OmegaConf.create(tree, flags={"allow_objects": True})

@@ -28,6 +28,7 @@ from trainer.config.fields import (
     show,
 )
 from trainer.config.interpolation import References, escape, resolve, restore_references
+from trainer.config.several_optimizers import refuse_several_optimizers
 from trainer.config.trees import Tree, map_leaves
 from trainer.errors import ConfigError, nearest
 
@@ -775,6 +776,8 @@ class Config:
             if name in LISTS:
                 values[name] = _read_list(LISTS[name], section)
             elif name in SECTIONS:
+                if name == "optimizer":
+                    refuse_several_optimizers(section)
                 values[name] = read_section(SECTIONS[name], section)
             elif name == "base":
                 raise ConfigError("base", "is read in a YAML file alone")

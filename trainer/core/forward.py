@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from trainer.exact.structures import tensors_in
 
 # As torch's BatchNorm says it.
 TOO_FEW_VALUES = "Expected more than 1 value per channel when training"
+T = TypeVar("T")
 
 
 class Forward:
@@ -52,6 +53,7 @@ class Forward:
         self._precision = precision
         self._base_key = key(seed, "device")
         self._evaluation_key = key(seed, "evaluation")
+        self._whole_key = key(seed, "whole step")
         self._device = device
         self._seed_device = device_seeder(device)
         # (weight, samples) of the first micro-batch whose weight is an int.
@@ -78,20 +80,49 @@ class Forward:
             self._seed_evaluation(batch)
             return self._output_and_loss(model, batch)
         batch = self.mixed(batch, step)
-        if self.host_draws is None:
-            self.host_draws = HostDraws(model, self.task)
-        if batch.fused > 1:
-            result = self._fuse(model, batch, step, self.host_draws)
-        else:
-            value = self._key(step, batch.first)
-            self._seed_device(value)
-            watched = self.host_draws.begin(value)
-            result = self._output_and_loss(model, batch)
-            self.host_draws.end(watched)
-        output, loss = result
+        output, loss = self._keyed(self._output_and_loss, model, batch, step)
         if torch.is_grad_enabled():
             loss = self._checked(batch, loss)
         return output, loss
+
+    def train_output(self, model: nn.Module, batch: MicroBatch, step: Step) -> Any:
+        """The model's output in training, without its loss: what it draws is what a call for the same batch draws."""
+        return self._keyed(self._output_for_loss, model, batch, step)
+
+    def whole_loss(
+        self, model: nn.Module, output: Any, targets: Any, step: Step
+    ) -> WeightedSum:
+        """The loss of the joined outputs of all micro-batches of a step. What it draws is keyed by the step."""
+        value = mix_key(self._whole_key, step.number, 0)
+        self._seed_device(value)
+        host_draws = self._host_draws_of(model)
+        watched = host_draws.begin(value)
+        loss = self._loss(output, MicroBatch(0, None, targets, samples=step.size))
+        host_draws.end(watched)
+        return loss
+
+    def _keyed(
+        self,
+        compute: Callable[[nn.Module, MicroBatch], T],
+        model: nn.Module,
+        batch: MicroBatch,
+        step: Step,
+    ) -> T:
+        """What `compute` makes of a batch in training: its draws are keyed by the step and the micro-batch."""
+        host_draws = self._host_draws_of(model)
+        if batch.fused > 1:
+            return self._fuse(compute, model, batch, step, host_draws)
+        value = self._key(step, batch.first)
+        self._seed_device(value)
+        watched = host_draws.begin(value)
+        result = compute(model, batch)
+        host_draws.end(watched)
+        return result
+
+    def _host_draws_of(self, model: nn.Module) -> HostDraws:
+        if self.host_draws is None:
+            self.host_draws = HostDraws(model, self.task)
+        return self.host_draws
 
     def mixed(self, batch: MicroBatch, step: Step) -> MicroBatch:
         """The batch as the model sees it in training: mixed, where `train.mix` asks for it."""
@@ -114,7 +145,13 @@ class Forward:
     def _output_and_loss(
         self, model: nn.Module, batch: MicroBatch
     ) -> tuple[Any, WeightedSum]:
-        output = self._output(model, batch, self._predict_with_targets)
+        output = self._output_for_loss(model, batch)
+        return output, self._loss(output, batch)
+
+    def _output_for_loss(self, model: nn.Module, batch: MicroBatch) -> Any:
+        return self._output(model, batch, self._predict_with_targets)
+
+    def _loss(self, output: Any, batch: MicroBatch) -> WeightedSum:
         try:
             if batch.blend is None:
                 loss = self.task.loss_sum(output, batch.targets)
@@ -126,7 +163,7 @@ class Forward:
             raise loss_misfit(
                 self.task, "loss_sum", output, batch.targets, error
             ) from error
-        return output, as_weighted_sum(loss)
+        return as_weighted_sum(loss)
 
     def expect_weights_like(self, weight: Tensor | int) -> None:
         """Before the first micro-batch: the kind of weight that the task returns, the same on every rank."""
@@ -171,11 +208,12 @@ class Forward:
 
     def _fuse(
         self,
+        compute: Callable[[nn.Module, MicroBatch], T],
         model: nn.Module,
         batch: MicroBatch,
         step: Step,
         host_draws: HostDraws,
-    ) -> tuple[Any, WeightedSum]:
+    ) -> T:
         first, end = batch.indices
         start, _ = step.micro_batches[first]
         _, stop = step.micro_batches[end - 1]
@@ -187,7 +225,7 @@ class Forward:
             host_draws.refused(),
             Fused(model, generator, seeds, samples, self.task) as fused,
         ):
-            result = self._output_and_loss(model, batch)
+            result = compute(model, batch)
         fused.finish()
         return result
 

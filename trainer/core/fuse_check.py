@@ -14,6 +14,7 @@ from trainer.core.forward import Forward
 from trainer.core.joint_loss import loss_adds_up
 from trainer.core.precision import Precision, check_gradient
 from trainer.core.proof.state import without_trace
+from trainer.core.whole_step import loss_by_sample
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import REMEDY
@@ -114,7 +115,8 @@ def _check_two_micro_batches(run: Run, step: Step, first: int) -> None:
     precision = Precision(
         "fp64" if dtype == torch.float64 else "fp32", run.ranks.device
     )
-    forward = Forward(run.task, precision, run.ranks.device, run.config.run.seed)
+    task = loss_by_sample(run.task)
+    forward = Forward(task, precision, run.ranks.device, run.config.run.seed)
     expected = _results(run, forward, small_step, one_by_one)
     try:
         actual = _results(run, forward, small_step, at_once)

@@ -220,6 +220,12 @@ def build_mix(
 
 
 def _check_task(task: Task) -> None:
+    if task.whole_step:
+        raise ConfigError(
+            KEY,
+            f"blends the loss of two targets within a micro-batch, and this loss ({type(task).__name__}) is of a whole "
+            f"step at once (whole_step); leave it out",
+        )
     if not task.targets_are_classes:
         raise ConfigError(
             KEY,

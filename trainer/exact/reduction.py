@@ -126,10 +126,17 @@ class Reduction(ABC):
             _, stop = step.micro_batches[end - 1]
             # Every sample has as many targets as those of this micro-batch.
             factor = self._ranks_averaged_over * (stop - start) / (step.size * weight)
+        return self._scale(factor, loss)
+
+    def share_scale(self, share: Tensor) -> Tensor:
+        """The factor of a share of the step's mean itself, which `finish` leaves as it is, a 0-dim tensor."""
+        return self._scale(float(self._ranks_averaged_over), share)
+
+    def _scale(self, factor: float, like: Tensor) -> Tensor:
         scale = self._scales.get(factor)
         if scale is None:
             scale = self._scales[factor] = torch.tensor(
-                factor, dtype=loss.dtype, device=loss.device
+                factor, dtype=like.dtype, device=like.device
             )
         return scale
 

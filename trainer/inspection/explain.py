@@ -192,6 +192,7 @@ class Dissection:
         last = plan.step(plan.steps_per_epoch - 1)
         return {
             "name": self.trainer.config.loss.name,
+            "whole_step": self.trainer.run.task.whole_step,
             "micro_batches": lesson.losses(),
             "mean": self.trainer.meter.read().means().get("loss"),
             "epoch": {

@@ -20,6 +20,7 @@ from trainer.core.early_stop import describe_early_stop
 from trainer.core.evaluated_weights import describe_average
 from trainer.core.no_effect import keys_without_effect
 from trainer.core.proof.prove import Proof
+from trainer.core.whole_step import describe_scope
 from trainer.data.sampler import DrawnOrder
 from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.exchange_cost import describe_exchange
@@ -127,14 +128,14 @@ def _describe_parameters(run: Run) -> str:
 
 
 def _describe_loss(run: Run) -> str:
-    """Only for a loss that is trained: what most losses are is in the config."""
+    """Only for a loss that is trained or compares samples: what most losses are is in the config."""
     parameters = ModelAndLoss(run.module, run.task).trained_loss_parameters()
     count = sum(parameter.numel() for parameter in parameters.values())
-    return (
-        f"{run.config.loss.name} · {count:,} parameters, trained with the model's"
-        if count
-        else ""
-    )
+    facts = [describe_scope(run)]
+    if count:
+        facts.append(f"{count:,} parameters, trained with the model's")
+    text = " · ".join(filter(None, facts))
+    return f"{run.config.loss.name} · {text}" if text else ""
 
 
 def _describe_sampler(plan: Plan) -> str:
