@@ -19,7 +19,7 @@ from trainer import Observer
 from trainer.commands.explain import main
 from trainer.commands.explain_output import print_lesson
 from trainer.config.load import load
-from trainer.core.build import Run
+from trainer.core.run import Run
 from trainer.errors import ConfigError
 from trainer.exact.plan import Step
 from trainer.inspection.autograd_chain import chain

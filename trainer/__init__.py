@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from trainer.components.task import Task, WeightedSum
     from trainer.config.load import load
     from trainer.config.schema import Config
-    from trainer.core.build import Run
     from trainer.core.observers import Observer, Stateful
+    from trainer.core.run import Run
     from trainer.data.datasets import MapDataset
     from trainer.data.samples import MicroBatch
     from trainer.errors import ConfigError, DataError, LockstepError, Stopped
@@ -48,7 +48,7 @@ HOMES = {
     "MicroBatch": "data.samples",
     "Observer": "core.observers",
     "Predictor": "inspection.predictor",
-    "Run": "core.build",
+    "Run": "core.run",
     "Stateful": "core.observers",
     "Step": "exact.plan",
     "Stopped": "errors",

@@ -25,7 +25,7 @@ from trainer.components.task import Task, WeightedSum
 from trainer.components.weights import weights_file
 from trainer.config.registry import build_observers
 from trainer.config.schema import Config
-from trainer.core.build import build_run, settings_of
+from trainer.core.build import build_run
 from trainer.core.ema import build_average
 from trainer.core.ending import Ending
 from trainer.core.evaluated_weights import (
@@ -46,6 +46,7 @@ from trainer.core.preflight import check_order, notes_on, order_digest
 from trainer.core.proof.prove import Proof, prove
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.rehearsal import check_states
+from trainer.core.run import settings_of
 from trainer.core.same_weights import check_same_weights
 from trainer.core.save_predictions import SHORT_NAMES
 from trainer.core.saved_state import SavedState, is_best

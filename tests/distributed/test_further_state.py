@@ -25,7 +25,7 @@ from tests.distributed.small import (
 )
 from tests.distributed.test_norm_modes import Net
 from trainer import ConfigError, Observer, Trainer
-from trainer.core.build import Run
+from trainer.core.run import Run
 from trainer.exact.plan import Step
 
 SAMPLES, MICRO = 86, 7

@@ -20,7 +20,7 @@ from tests.distributed.small import (
     state,
 )
 from trainer import ConfigError, LockstepError, Observer, Trainer
-from trainer.core.build import Run
+from trainer.core.run import Run
 from trainer.exact.plan import Plan, Step
 
 # 3 × 28 + 2: with micro-batches of 7, two ranks of three have nothing to do in a last step.

@@ -17,8 +17,8 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Points, config, mlp, state
 from trainer import ConfigError, LockstepError, Observer, Trainer, WeightedSum
 from trainer.config.schema import ObserverConfig
-from trainer.core.build import Run
 from trainer.core.metrics import Row
+from trainer.core.run import Run
 from trainer.data.samples import MicroBatch
 from trainer.exact.plan import Step
 from trainer.reporting.jsonl import read_rows

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
 from trainer import LockstepError, Observer, Trainer
-from trainer.core.build import Run
+from trainer.core.run import Run
 from trainer.exact.plan import Step
 
 PARTS_AT = 6  # the second step of the second epoch

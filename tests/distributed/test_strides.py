@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config
 from trainer import Observer, Trainer
-from trainer.core.build import Run
+from trainer.core.run import Run
 from trainer.exact.plan import Step
 
 Strides = list[tuple[int, ...]]

@@ -25,7 +25,7 @@ from tests.distributed.small import (
     mlp,
 )
 from trainer import Observer, Task, Trainer, WeightedSum
-from trainer.core.build import Run
+from trainer.core.run import Run
 from trainer.exact.plan import Plan
 
 SAMPLES = 86  # 3 × 28 + 2: two ranks of three have nothing to do in a last step

@@ -21,8 +21,8 @@ from trainer.process.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from trainer.config.schema import Config
-    from trainer.core.build import Run
     from trainer.core.metrics import Row
+    from trainer.core.run import Run
 
 
 def main(arguments: list[str]) -> None:
@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse(arguments)
 
     from trainer.config.schema import BestConfig
-    from trainer.core.build import build_run, settings_of
+    from trainer.core.build import build_run
+    from trainer.core.run import settings_of
     from trainer.core.trust import read_trusted_config
     from trainer.storage import checkpoint, signature
     from trainer.storage.shared_config import read_config_on_all, read_on_main

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from trainer.components.optimizer_modes import is_switched
 from trainer.config.schema import EmaConfig
-from trainer.core.build import Run
+from trainer.core.run import Run
 from trainer.errors import ConfigError, LockstepError
 from trainer.exact.finite import first_not_finite
 from trainer.exact.model_and_loss import ModelAndLoss

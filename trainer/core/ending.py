@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from trainer.core.build import Run
 from trainer.core.early_stop import EarlyStop
 from trainer.core.metrics import Row
+from trainer.core.run import Run
 from trainer.exact.plan import Step
 from trainer.storage.checkpoint import Progress
 

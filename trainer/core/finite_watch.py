@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trainer.core.build import Run
 from trainer.core.metrics import Row
 from trainer.core.not_finite import (
     all_skipped,
@@ -14,6 +13,7 @@ from trainer.core.not_finite import (
     first_bad_step,
     skipped_in_a_row,
 )
+from trainer.core.run import Run
 from trainer.exact.finite import BadSteps, FiniteFlags
 from trainer.storage.checkpoint import Progress
 

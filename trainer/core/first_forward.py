@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from trainer.core.build import Run
 from trainer.core.forward import Forward
 from trainer.core.metrics import Meter
 from trainer.core.proof.state import without_trace
+from trainer.core.run import Run
 
 FEW = 4  # samples: what does not fit does not fit for four
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from trainer.core.build import Run
 from trainer.core.forward import Forward
 from trainer.core.joint_loss import loss_adds_up
 from trainer.core.precision import Precision, check_gradient
 from trainer.core.proof.state import without_trace
+from trainer.core.run import Run
 from trainer.core.whole_step import loss_by_sample
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from trainer.core.build import Run
 from trainer.core.metrics import Row
+from trainer.core.run import Run
 from trainer.data.bad_samples import BadSample, Quarantine
 from trainer.storage import bad_samples
 from trainer.storage.checkpoint import Progress

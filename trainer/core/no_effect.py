@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from trainer.components.parameter_groups import named_by_model
 from trainer.config.fields import declared_keys
 from trainer.config.schema import SECTIONS, Config
-from trainer.core.build import Run
+from trainer.core.run import Run
 from trainer.exact.batch_norm import is_held, norm_layers
 
 STATISTICS = (

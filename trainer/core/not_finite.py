@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trainer.core.build import Run
 from trainer.core.evaluation import EvaluationSet
+from trainer.core.run import Run
 from trainer.core.samples import name_samples, samples_not_finite
 from trainer.errors import LockstepError
 from trainer.exact.finite import BadSteps, first_not_finite

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from trainer.components.task import WeightedSum
-from trainer.core.build import Run
 from trainer.core.evaluated_weights import evaluated_phase
 from trainer.core.evaluation import OnBatch
 from trainer.core.metrics import Row
+from trainer.core.run import Run
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.plan import Ids, Step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trainer.core.build import Run
+from trainer.core.run import Run
 from trainer.errors import LockstepError
 from trainer.process.device import device_name
 

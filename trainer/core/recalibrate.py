@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from trainer.core.build import Run
+from trainer.core.run import Run
 from trainer.data.left_out import remaining_steps
 from trainer.data.loading import step_requests
 from trainer.data.samples import Request

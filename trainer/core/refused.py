@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from trainer.core.build import Run
 from trainer.core.metrics import detach
 from trainer.core.proof.state import without_trace
+from trainer.core.run import Run
 from trainer.errors import ConfigError
 from trainer.exact.determinism import deterministic_algorithms
 from trainer.exact.refused import RefusedOperations

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from trainer.core.build import Run
 from trainer.core.observers import Stateful
 from trainer.core.proof.state import without_trace
+from trainer.core.run import Run
 from trainer.errors import ConfigError
 from trainer.exact.plan import Step
 from trainer.process.machine import free_bytes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trainer.core.build import Run
 from trainer.core.preflight import compute_alike
+from trainer.core.run import Run
 from trainer.errors import LockstepError
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.moving_buffers import NORM_BUFFERS, other_buffers

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from trainer.components.answers import Answer
-from trainer.core.build import Run
 from trainer.core.metrics import Row
 from trainer.core.observers import Observer
+from trainer.core.run import Run
 from trainer.errors import ConfigError
 from trainer.exact.plan import Ids, Step
 from trainer.storage.files import new_file, write_text

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from trainer.components.optimizer import load_named_state, named_state
 from trainer.components.optimizer_modes import evaluation_weights
 from trainer.config.schema import Config
-from trainer.core.build import Run
 from trainer.core.further import of_best, read_further, restore_evaluated
 from trainer.core.metrics import Row
 from trainer.core.not_finite import refuse_not_finite
+from trainer.core.run import Run
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.reduction import Reduction
 from trainer.storage import checkpoint

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from trainer.core.build import Run
 from trainer.core.evaluation import EvaluationSet
 from trainer.core.metrics import Row
 from trainer.core.proof.state import without_trace
+from trainer.core.run import Run
 from trainer.errors import LockstepError
 from trainer.storage.checkpoint import Progress
 

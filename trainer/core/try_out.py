@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from trainer.core.build import Run
 from trainer.core.first_forward import check_first_forward
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.misfit import optimizer_misfit
 from trainer.core.out_of_memory import explain_out_of_memory
 from trainer.core.refused import refuse_nondeterministic
 from trainer.core.rehearsal import check_disk, rehearse
+from trainer.core.run import Run
 from trainer.errors import LockstepError
 from trainer.exact.determinism import refused_operation
 

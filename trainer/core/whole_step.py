@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.components.task import Task, WeightedSum
-from trainer.core.build import Run
 from trainer.core.metrics import Meter
 from trainer.core.precision import check_gradient
+from trainer.core.run import Run
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.model_and_loss import ModelAndLoss

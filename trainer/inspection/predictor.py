@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 from trainer.components.answers import Answer
 from trainer.components.models import build_model
 from trainer.components.task import build_task
-from trainer.core.build import settings_of
 from trainer.core.forward import Forward
 from trainer.core.further import LossState, restore_evaluated
 from trainer.core.precision import Precision
+from trainer.core.run import settings_of
 from trainer.core.trust import read_trusted_config
 from trainer.data.collation import Collation, build_collation
 from trainer.data.decoding import decode

@@ -15,11 +15,11 @@ from trainer.components.optimizer import named_state
 from trainer.components.parameter_groups import describe_groups
 from trainer.components.schedule import Schedule
 from trainer.config.schema import BestConfig, TrainConfig
-from trainer.core.build import Run
 from trainer.core.early_stop import describe_early_stop
 from trainer.core.evaluated_weights import describe_average
 from trainer.core.no_effect import keys_without_effect
 from trainer.core.proof.prove import Proof
+from trainer.core.run import Run
 from trainer.core.whole_step import describe_scope
 from trainer.data.sampler import DrawnOrder
 from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trainer.core.build import Run
 from trainer.core.observers import Stateful
 from trainer.core.proof.finding import Finding
 from trainer.core.proof.generators import preserved_in
@@ -25,6 +24,7 @@ from trainer.core.proof.repeat import check_repeat
 from trainer.core.proof.samples import check_samples
 from trainer.core.proof.state import without_trace
 from trainer.core.proof.trial import MICRO_BATCHES, Trial
+from trainer.core.run import Run
 from trainer.data.loading import TrainLoader
 from trainer.errors import ConfigError, LockstepError
 from trainer.exact.modes import preserved_modes

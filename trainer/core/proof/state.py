@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from trainer.core.build import Run
 from trainer.core.proof.generators import preserved, preserved_in
+from trainer.core.run import Run
 from trainer.exact.seeding import device_generator, preserved_cpu_generators
 
 # Attributes of `nn.Module` itself, whose parts are looked at one by one.

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from trainer.components.task import WeightedSum
-from trainer.core.build import Run
 from trainer.core.observers import Stateful
+from trainer.core.run import Run
 from trainer.data.loading import TrainLoader
 from trainer.data.samples import MicroBatch
 from trainer.exact.plan import Ids, Step, split_evenly

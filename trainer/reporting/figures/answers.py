@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.components.answers import Answer
-from trainer.core.build import Run
+from trainer.core.run import Run
 from trainer.data.normalize import are_images
 from trainer.reporting.figures.images import draw_pictures
 from trainer.reporting.figures.overlays import (

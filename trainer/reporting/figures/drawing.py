@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from trainer.components.schedule import Schedule
-from trainer.core.build import Run
 from trainer.core.evaluation import Decision
+from trainer.core.run import Run
 from trainer.exact.plan import count_occurrences
 from trainer.reporting.figures.answers import draw_answers, images_in, true_boxes
 from trainer.reporting.figures.confusion import (

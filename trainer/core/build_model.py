@@ -1,0 +1,85 @@
+"""The model and the loss of a run, with their initial weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from trainer.components.lazy import give_lazy_layers_sizes
+from trainer.components.models import build_model, compile_model, input_channels
+from trainer.components.task import (
+    Task,
+    as_task,
+)
+from trainer.components.weights import start_from_weights, weights_file
+from trainer.config.schema import Config
+from trainer.exact.batch_norm import configure, refuse_cumulative_average
+from trainer.exact.model_and_loss import ModelAndLoss
+from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
+from trainer.process.ranks import Ranks
+from trainer.storage.signature import (
+    describe_other_classes,
+)
+
+
+def run_model(
+    config: Config,
+    ranks: Ranks,
+    *,
+    dtype: torch.dtype,
+    model: nn.Module | None,
+    inputs: Any,
+    num_classes: int | None,
+    classes: list[str] | None,
+) -> tuple[nn.Module, str]:
+    """The model with its initial weights, on its device and in its dtype; and a note on the weights."""
+    weights = weights_file(config.model, ranks.main_first)
+    if model is None:
+        model = build_model(
+            config.model,
+            seed=config.run.seed,
+            num_classes=num_classes,
+            in_channels=input_channels(inputs),
+        )
+    give_lazy_layers_sizes(model, inputs, config.run.seed)
+    weights_note = start_from_weights(
+        weights, model, config.model, num_classes, config.run.seed
+    )
+    if weights is not None:
+        weights_note += describe_other_classes(weights, classes)
+    model = configure(model, config.batch_norm, ranks=ranks.count, device=ranks.device)
+    model.to(ranks.device, dtype)
+    if config.train.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        compile_model(model, bitwise=config.run.reproducibility == "bitwise")
+    return model, weights_note
+
+
+def run_task(
+    config: Config,
+    task: Task | nn.Module | None,
+    num_classes: int | None,
+    module: nn.Module,
+) -> Task:
+    """The loss and its metrics. Weights of its own are a function of `run.seed`, or those that it comes with.
+
+    A part of it in eval mode is a fixed one, such as the network of a perceptual loss: its parameters are not trained.
+    """
+    if task is None:
+        # The caller's own draws go on as if nothing had been built.
+        with preserved_cpu_generators():
+            seed_cpu(key(config.run.seed, "loss"))
+            the_task = as_task(config.loss, num_classes)
+    else:
+        the_task = as_task(task, num_classes)
+    for name, part in ModelAndLoss(module, the_task).named_loss_modules():
+        if isinstance(part, _NormBase) and part.training:
+            refuse_cumulative_average(name, part)
+        if not part.training:
+            for parameter in part.parameters(recurse=False):
+                parameter.requires_grad_(False)
+    return the_task
