@@ -219,7 +219,7 @@ from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
 def find_installed(name, path=None, target=None):
     return None if name.split(".")[0] in {!r} else find_spec(name, path, target)
-PathFinder.find_spec = find_installed
+PathFinder.find_spec = staticmethod(find_installed)  # some call it on an object
 """
 
 
