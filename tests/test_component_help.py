@@ -95,6 +95,11 @@ def factory(size: int, *, names: Sequence[str] = ("a",), **kwargs: object) -> No
             ["  every=1  (int)\n", "  format=csv  (str)\n", "keys of each item"],
             ["observers.every"],
         ),
+        (
+            "trackers.mlflow",
+            ["  experiment=lockstep  (str)", "--help trackers)\n  name, strict, timeout"],
+            [],
+        ),
         ("observers", ["\nnames\n  save_predictions\n"], []),
         (
             "metrics.torchmetrics.classification.MulticlassF1Score",

@@ -79,6 +79,12 @@ def _observers() -> Mapping[str, Any]:
     return SHORT_NAMES
 
 
+def _trackers() -> Mapping[str, Any]:
+    from trainer.reporting.trackers.group import KINDS
+
+    return KINDS
+
+
 def _metrics() -> Mapping[str, Any]:
     """The metrics of torchmetrics by import path, without those that take another metric as an object."""
     from torchmetrics import Metric
@@ -123,4 +129,5 @@ PLACES = {
         filled=("num_classes", "num_labels", "task", "ignore_index", "input_format"),
     ),
     "observers": Place(_observers),
+    "trackers": Place(_trackers),
 }
