@@ -97,7 +97,10 @@ def factory(size: int, *, names: Sequence[str] = ("a",), **kwargs: object) -> No
         ),
         (
             "trackers.mlflow",
-            ["  experiment=lockstep  (str)", "--help trackers)\n  name, strict, timeout"],
+            [
+                "  experiment=lockstep  (str)",
+                "--help trackers)\n  name, strict, timeout",
+            ],
             [],
         ),
         ("observers", ["\nnames\n  save_predictions\n"], []),
