@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import trainer.__main__ as program
-from trainer.commands.component_help import PLACES, topic_help
+from trainer.commands.component_help import topic_help
+from trainer.commands.component_places import PLACES
 from trainer.commands.docstrings import argument_notes
 from trainer.config.fields import declared_keys
-from trainer.config.schema import SECTIONS
+from trainer.config.schema import LISTS, SECTIONS
 from trainer.errors import ConfigError
 
 
@@ -82,6 +83,38 @@ def factory(size: int, *, names: Sequence[str] = ("a",), **kwargs: object) -> No
         ("data.val_transforms", ["list of mappings", "RandomCrop, "], []),
         ("train", ["  train.epochs=10  (integer)"], ["\nnames\n"]),
         (
+            "train.mix",
+            ["\nits keys\n  train.mix.mixup=0.0  (number)\n      Beta's parameter"],
+            [],
+        ),
+        ("train.mix.off_after", ["  train.mix.off_after=1.0  (number)"], ["cutmix"]),
+        ("early_stop", ["  early_stop.patience=null  (integer|null)"], []),
+        ("ema", ["  ema.decay=null  (number|null)\n      keep an exponential"], []),
+        (
+            "observers.save_predictions",
+            ["  every=1  (int)\n", "  format=csv  (str)\n", "keys of each item"],
+            ["observers.every"],
+        ),
+        (
+            "trackers.mlflow",
+            [
+                "  experiment=lockstep  (str)",
+                "--help trackers)\n  name, strict, timeout",
+            ],
+            [],
+        ),
+        ("observers", ["\nnames\n  save_predictions\n"], []),
+        (
+            "metrics.torchmetrics.classification.MulticlassF1Score",
+            [
+                "  num_classes from the run, unless given  (int)\n      Integer",
+                "  average=macro  (",
+                "(--help metrics)\n  name, log_as",
+            ],
+            ["is needed"],
+        ),
+        ("metrics", ["  metrics.log_as=null  (text|null)", "torchmetrics.AUROC,"], []),
+        (
             f"model.{__name__}.factory",
             [
                 "model.size is needed  (int)\n      how *large*: over two lines\n",
@@ -110,6 +143,10 @@ def test_what_a_topic_shows(topic: str, parts: list[str], absent: list[str]) -> 
         ("data.train_transforms.RandomCorp", 'did you mean "RandomCrop"?'),
         ("optimizer.torch.optim.Adamm", '"torch.optim" has no "Adamm"; did you mean'),
         ("train.epoch", 'train.epoch: no such key; did you mean "epochs"?'),
+        ("train.mix.mixupp", 'no such key; did you mean "mixup"?'),
+        ("data.collate.lists", "no such topic; --help data.collate says what"),
+        ("metrics.MulticlassF1", 'did you mean "MulticlassF1Score"?'),
+        ("observers.save_prediction", 'did you mean "save_predictions"?'),
     ],
 )
 def test_a_wrong_topic_is_one_line(
@@ -129,7 +166,7 @@ def test_every_section_and_named_component_has_help(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    topics = list(SECTIONS)
+    topics = [*SECTIONS, *LISTS]
     for place in PLACES:
         topics += [f"{place}.{name}" for name in PLACES[place].names()]
     assert len(topics) > 200
@@ -141,6 +178,12 @@ def test_every_section_and_named_component_has_help(
     assert program.main(["--help", "optimizer", "loss"]) == 0
     output = capfd.readouterr().out
     assert "\nnames\n  sgd, adam, adamw\n" in output and "\n\nloss\n" in output
+
+
+def test_a_metric_is_found_by_its_class_alone() -> None:
+    assert topic_help("metrics.F1Score") == topic_help("metrics.torchmetrics.F1Score")
+    text = topic_help("metrics.MulticlassAUROC")
+    assert text.startswith("metrics.torchmetrics.classification.MulticlassAUROC ")
 
 
 def test_every_argument_of_torchs_optimizers_is_described() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,3 +126,25 @@ def test_the_default_config_learns(tmp_path: Path) -> None:
         return float(Trainer(config).fit()["best"])
 
     assert on_ranks(1, run)[0] >= 0.98
+
+
+def test_mixing_an_average_and_an_early_end_together_are_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    """One process, against one that is stopped and two that go on to the same early end."""
+
+    def run(directory: str, *more: str) -> dict[str, Any]:
+        bitwise = ["run.reproducibility=bitwise", f"run.dir={tmp_path / directory}"]
+        quiet = ["wandb.mode=disabled", "run.figures=false", "train.epochs=6"]
+        path = ROOT / "configs" / "tasks" / "mix_ema.yaml"
+        overrides = [*bitwise, *quiet, "early_stop.patience=1", *more]
+        summary = dict(Trainer(load(path, overrides)).fit())
+        hashes = [name for name in summary if name.endswith("_sha256")]
+        kept = [*hashes, "steps", "best", "stopped_by"]
+        return {name: summary.get(name) for name in kept}
+
+    (whole,) = on_ranks(1, run, "one")
+    assert "early_stop" in whole["stopped_by"] and whole["ema_sha256"]
+    # Steps are 23 an epoch: it stops within the third.
+    on_ranks(1, run, "other", "train.stop_after=60")
+    assert on_ranks(2, run, "other", "run.resume=auto") == [whole, whole]

@@ -24,6 +24,7 @@ GUIDES = [
     README,
     CONTRIBUTING,
     *sorted(DOCS.glob("*.md")),
+    *sorted((DOCS / "from").glob("*.md")),
 ]  # what describes the present, not a past decision
 
 # A mark, then the block: <!-- examples/extending/lookahead.py -->

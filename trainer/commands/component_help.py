@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
+from trainer.commands.component_places import PLACES, metric_path
 from trainer.commands.docstrings import (
     ArgumentNote,
     argument_notes,
@@ -25,85 +26,14 @@ from trainer.config.fields import (
     type_name,
 )
 from trainer.config.registry import resolve
-from trainer.config.schema import SECTIONS, ObserverConfig
+from trainer.config.schema import LISTS, SECTIONS, MixConfig
 from trainer.errors import ConfigError, nearest
 
 WIDTH = 110
 MODULE_OF_NAME = re.compile(r"\b(?:\w+\.)+(\w+)")
 MAX_TYPE_LETTERS = 80
-
-
-class Place(NamedTuple):
-    """Where a config names components of a kind.
-
-    `names` are the short ones; of the arguments, the first `positional` and those called `supplied` come from the run.
-    """
-
-    names: Callable[[], Mapping[str, Any]]
-    positional: int = 0
-    supplied: tuple[str, ...] = ()
-
-
-def _optimizers() -> Mapping[str, Any]:
-    from trainer.components.optimizer import OPTIMIZERS
-
-    return OPTIMIZERS
-
-
-def _schedules() -> Mapping[str, Any]:
-    from trainer.components.schedule import CURVES
-
-    return CURVES
-
-
-def _losses() -> Mapping[str, Any]:
-    from trainer.components.task import TASKS
-
-    return TASKS
-
-
-def _models() -> Mapping[str, Any]:
-    from torchvision import models
-
-    from trainer.components.models import small_cnn
-
-    builders = {name: models.get_model_builder(name) for name in models.list_models()}
-    return {"small_cnn": small_cnn, **builders}
-
-
-def _data_sets() -> Mapping[str, Any]:
-    from trainer.data.datasets import MAKERS
-
-    return MAKERS
-
-
-def _samplers() -> Mapping[str, Any]:
-    from trainer.data.samplers import SAMPLERS
-
-    return SAMPLERS
-
-
-def _transforms() -> Mapping[str, Any]:
-    from trainer.data.transforms import transforms_by_name
-
-    return transforms_by_name()
-
-
-def _none() -> Mapping[str, Any]:
-    return {}
-
-
-PLACES = {
-    "data": Place(_data_sets, supplied=("train", "split", "needs_val", "is_split")),
-    "data.sampler": Place(_samplers, positional=1),
-    "data.train_transforms": Place(_transforms),
-    "data.val_transforms": Place(_transforms),
-    "model": Place(_models),
-    "loss": Place(_losses, supplied=("num_classes",)),
-    "optimizer": Place(_optimizers, positional=1),
-    "schedule": Place(_schedules, positional=1),
-    "observers": Place(_none),
-}
+# Keys that hold keys of their own.
+NESTED = {"train.mix": MixConfig}
 
 
 def topic_help(topic: str) -> str:
@@ -112,29 +42,52 @@ def topic_help(topic: str) -> str:
     Raises `ConfigError`, with the nearest name, for what is none of them.
     """
     section, _, rest = topic.partition(".")
-    if section not in SECTIONS and section not in PLACES:
-        hint = nearest(section, [*SECTIONS, *PLACES])
+    if section not in SECTIONS and section not in LISTS:
+        hint = nearest(section, [*SECTIONS, *LISTS])
         raise ConfigError(topic, f"no such section; --help lists them{hint}")
     keys = _keys_of(section)
+    for place, cls in NESTED.items():
+        if topic.startswith(f"{place}."):
+            inner = topic.removeprefix(f"{place}.")
+            return "\n".join(_key_lines_of(topic, place, inner, declared_keys(cls)))
     # Of `data.train_transforms.RandomCrop` the place is the longest.
     for place in sorted(PLACES, key=len, reverse=True):
         if (
             topic.startswith(f"{place}.")
-            and topic.removeprefix(f"{place}.") not in keys
+            and topic.removeprefix(f"{place}.").partition(".")[0] not in keys
         ):
             return "\n".join(_component_lines(place, topic.removeprefix(f"{place}.")))
     if not rest:
         return "\n".join(_section_lines(section, keys))
-    if rest not in keys:
-        raise ConfigError(topic, f"no such key{nearest(rest, keys)}")
-    lines = list(_key_lines(section, rest, keys[rest]))
-    return "\n".join([*lines, *_name_lines(topic)])
+    lines = list(_key_lines_of(topic, section, rest, keys))
+    return "\n".join([*lines, *_inner_lines(topic), *_name_lines(topic)])
 
 
 def _keys_of(section: str) -> dict[str, Key]:
-    if section in SECTIONS:
-        return declared_keys(SECTIONS[section])
-    return declared_keys(ObserverConfig)
+    return declared_keys((SECTIONS | LISTS)[section])
+
+
+def _key_lines_of(
+    topic: str, section: str, name: str, keys: Mapping[str, Key]
+) -> Iterator[str]:
+    """The help on one key of a section, which `topic` names."""
+    if name in keys:
+        yield from _key_lines(section, name, keys[name])
+        return
+    owner, dot, _ = name.partition(".")
+    if dot and owner in keys:
+        raise ConfigError(
+            topic, f"no such topic; --help {section}.{owner} says what it takes"
+        )
+    raise ConfigError(topic, f"no such key{nearest(name, keys)}")
+
+
+def _inner_lines(topic: str) -> Iterator[str]:
+    """The keys that a key holds, such as those of `train.mix`."""
+    if topic in NESTED:
+        yield "\nits keys"
+        for name, key in declared_keys(NESTED[topic]).items():
+            yield from _key_lines(topic, name, key)
 
 
 def _section_lines(section: str, keys: Mapping[str, Key]) -> Iterator[str]:
@@ -142,7 +95,7 @@ def _section_lines(section: str, keys: Mapping[str, Key]) -> Iterator[str]:
     for name, key in keys.items():
         yield from _key_lines(section, name, key)
     yield from _name_lines(section)
-    if issubclass(SECTIONS.get(section, ObserverConfig), ComponentSection):
+    if issubclass((SECTIONS | LISTS)[section], ComponentSection):
         yield f"\n--help {section}.NAME shows the arguments of one of them, or of an import path"
 
 
@@ -168,6 +121,8 @@ def _key_lines(section: str, name: str, key: Key) -> Iterator[str]:
 
 def _component_lines(place: str, name: str) -> Iterator[str]:
     kind = PLACES[place]
+    if place == "metrics":
+        name = metric_path(name)
     target = _find(place, name)
     home = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
     is_own = home.startswith("trainer.")
@@ -180,28 +135,35 @@ def _component_lines(place: str, name: str) -> Iterator[str]:
     hidden = {*kind.supplied, *(_keys_of(section) if place == section else ())}
     # A schedule of one's own is given the position and the run's length.
     positional = 2 if place == "schedule" and "." in name else kind.positional
-    lines = list(_argument_lines(place, target, positional, hidden))
+    lines = list(_argument_lines(place, target, positional, hidden, kind.filled))
     yield "\narguments" if lines else "\nIt takes no arguments."
     yield from lines
-    if place == section and section in SECTIONS:
+    if place == section:
         keys = ", ".join(_keys_of(section))
-        yield f"\nkeys of the section, whatever the name (--help {section})"
+        owner = "the section" if section in SECTIONS else "each item"
+        yield f"\nkeys of {owner}, whatever the name (--help {section})"
         yield textwrap.fill(keys, WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
 def _find(place: str, name: str) -> Any:
     names = PLACES[place].names()
     if name not in names and "." not in name:
-        keys = _keys_of(place) if place in SECTIONS else {}
+        keys = _keys_of(place) if place in SECTIONS | LISTS else {}
+        # Of a name that is an import path, its last part is what one remembers.
+        known = [*(short.rpartition(".")[2] for short in names), *keys]
         raise ConfigError(
             f"{place}.{name}",
-            f"neither one of the names that --help {place} lists nor an import path{nearest(name, [*names, *keys])}",
+            f"neither one of the names that --help {place} lists nor an import path{nearest(name, known)}",
         )
     return resolve(place, current_path(name), names)
 
 
 def _argument_lines(
-    place: str, target: Any, positional: int, hidden: set[str]
+    place: str,
+    target: Any,
+    positional: int,
+    hidden: set[str],
+    filled: tuple[str, ...],
 ) -> Iterator[str]:
     """A line for each argument that a config may give, and one for what is said of it."""
     notes = argument_notes(target)
@@ -216,7 +178,8 @@ def _argument_lines(
             continue
         is_by_name = parameter.kind is not parameter.VAR_POSITIONAL
         if is_by_name and parameter.name not in hidden:
-            yield from _parameter_lines(place, parameter, notes)
+            is_filled = parameter.name in filled
+            yield from _parameter_lines(place, parameter, notes, is_filled=is_filled)
 
 
 def _passed_on_lines(place: str, target: Any, hidden: set[str]) -> Iterator[str]:
@@ -236,13 +199,19 @@ def _passed_on_lines(place: str, target: Any, hidden: set[str]) -> Iterator[str]
 
 
 def _parameter_lines(
-    place: str, parameter: inspect.Parameter, notes: Mapping[str, ArgumentNote]
+    place: str,
+    parameter: inspect.Parameter,
+    notes: Mapping[str, ArgumentNote],
+    *,
+    is_filled: bool = False,
 ) -> Iterator[str]:
     note = notes.get(parameter.name, ArgumentNote("", ""))
     # An argument of a list's item has no dotted key.
     name = f"{place}.{parameter.name}" if place in SECTIONS else parameter.name
     is_needed = parameter.default is parameter.empty
     value = " is needed" if is_needed else f"={show(_writable(parameter.default))}"
+    if is_filled:
+        value = " from the run, unless given"
     kind = _annotation(parameter) or note.type
     yield f"  {name}{value}" + (f"  ({kind})" if kind else "")
     if note.text:

@@ -1,0 +1,1 @@
+"""What the pages in docs/from/ train, with other trainers and with this one."""
