@@ -95,6 +95,7 @@ def test_an_import_path_gives_one_part_and_its_classes_go_by_name() -> None:
         ({"val": {"a/b": {}}}, "data.val.a/b: a set's name is part of"),
         ({"val": {"a": {"part": "test"}}}, "data.val.a.part: test is not one of"),
         ({"val": {"a": {"sise": 3}}}, "data.val.a.sise: digits has no such argument"),
+        ({"val": {"a": {"workers": 2}}}, "data.val.a.workers: holds for all sets"),
         ({"val": {"a": {"name": "digit"}}}, 'data.val.a.name: "digit" is not one of'),
         ({"val": {"a": {"folder": "x"}}}, "data.val.a.folder: is for data.name=folder"),
         ({"val": {"a": {"name": "folder"}}}, "data.val.a.root: is not set"),

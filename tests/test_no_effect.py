@@ -100,10 +100,19 @@ USEFUL: list[dict[str, Any]] = [
     },
     {"optimizer__no_weight_decay": "honour"},
     {"data__val_fraction": 0.2, "data__split_seed": 3},
+    {"data__val_fraction": 0.2, "data__columns": ["picture", "kind"]},
 ]
 
 
+class ImageRows(Images):
+    def __getitem__(self, i: int) -> Any:
+        image, label = super().__getitem__(i)
+        return {"picture": image, "kind": label}
+
+
 def data_for(changes: dict[str, Any]) -> list[Images]:
+    if "data__columns" in changes:
+        return [ImageRows()]
     return [Images()] if "data__val_fraction" in changes else [Images(), Images()]
 
 
@@ -129,6 +138,13 @@ def test_useless_keys_are_named(tmp_path: Path) -> None:
     (found,) = on_ranks(1, all_lines)
     for start, (line, *others) in found.items():
         assert line.startswith(f"{start} no effect: ") and not others
+
+
+def test_columns_of_samples_that_are_no_rows(tmp_path: Path) -> None:
+    settings = load(overrides=["data.columns=[image, label]", f"run.dir={tmp_path}"])
+    (found,) = on_ranks(1, lines, settings, None)
+    (line,) = found
+    assert line.startswith("data.columns has no effect: ")
 
 
 def test_useful_keys_are_not(tmp_path: Path) -> None:

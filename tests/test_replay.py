@@ -146,16 +146,28 @@ def test_a_run_without_a_finite_loss_says_how_to_look_at_it(tmp_path: Path) -> N
     assert "is not finite already in step" in run_program([*replay_command[1:]]).stdout
 
 
+@pytest.mark.parametrize(
+    ("every_steps", "checkpoint_every", "halvings"), [(None, None, 4), (3, 15, 8)]
+)
 def test_a_plateau_schedule_goes_by_the_evaluations_that_the_run_logged(
     tmp_path: Path,
+    every_steps: int | None,
+    checkpoint_every: int | None,
+    halvings: int,
 ) -> None:
-    """The checkpoints of epochs 1 to 5 are gone, so a replay passes epochs' ends, and evaluates nothing."""
+    """A replay passes evaluations, and evaluates nothing.
+
+    The checkpoints of epochs 1 to 5 are gone; or one is of step 15, whose evaluation within an epoch is still to come.
+    """
 
     def make(directory: Path) -> Trainer:
         settings = config(
             directory,
             train__epochs=6,
-            train__keep_checkpoints=1,
+            train__evaluate_every_steps=every_steps,
+            train__checkpoint_every=checkpoint_every,
+            train__checkpoint_every_epochs=6,
+            train__keep_checkpoints=2,
             schedule__name="plateau",
             schedule__patience=0,
             schedule__factor=0.5,
@@ -166,9 +178,39 @@ def test_a_plateau_schedule_goes_by_the_evaluations_that_the_run_logged(
 
     make(tmp_path).fit()
     result = replay(lambda: make(tmp_path / "again"), tmp_path / "run", 18)
-    assert result.began_after == 0
-    assert result.learning_rate == 0.1 * 0.5**4  # halved at each of four ends of epochs
-    assert len(result.digests) == 18
+    assert result.began_after == (checkpoint_every or 0)
+    assert result.learning_rate == 0.1 * 0.5**halvings  # at each evaluation
+    assert len(result.digests) == 18 - result.began_after
+    assert all(was == now for was, now in result.digests.values())
+
+
+class OneNotFinite(Images):
+    """One sample is NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points[7] = math.nan
+
+
+def test_a_step_after_one_that_the_run_left_out(tmp_path: Path) -> None:
+    """With train.non_finite=skip the run went on, and so does a replay."""
+
+    def make(directory: Path) -> Trainer:
+        settings = config(
+            directory, train__non_finite="skip", train__keep_checkpoints=1
+        )
+        return Trainer(settings, model=conv_net(), train_data=OneNotFinite())
+
+    make(tmp_path).fit()
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    bad_steps = [
+        r["step"] for r in map(json.loads, rows) if r.get("skipped_steps") == 2
+    ]
+    number = bad_steps[0] + 1  # the sample has come twice, once in each epoch
+    result = replay(lambda: make(tmp_path / "again"), tmp_path / "run", number)
+    assert result.step == result.asked == number
+    assert math.isfinite(result.loss)
+    assert len(result.digests) == number
     assert all(was == now for was, now in result.digests.values())
 
 

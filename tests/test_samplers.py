@@ -371,6 +371,8 @@ def test_every_epoch_of_a_function_has_the_same_length() -> None:
         ({"name": "balance"}, "name", 'did you mean "balanced"'),
         ({"name": "balanced", "sample": 5}, "sample", 'did you mean "samples"'),
         ({"name": "balanced", "samples": 2.5}, "samples", "2.5 is not a whole number"),
+        ({"name": "random", "samples": 10**12}, "", "an epoch of 1,000,000,000,000"),
+        ({"name": "repeated", "repeats": 10**9}, "", "an epoch of 28,000,000,000"),
         (
             {"name": "balanced", "replacement": 1},
             "replacement",

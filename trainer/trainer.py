@@ -662,7 +662,7 @@ class Trainer:
             for note in self.run.metrics.take_notes():
                 self.journal.console.note(note)
         row |= learning_rates(self.optimizer)
-        row |= self.left_out.count()
+        row |= self.left_out.count(is_evaluated=is_evaluated)
         self.observers.row(row)
         is_best = self._save_if_best(row)
         if self.progress.best is not None:

@@ -153,9 +153,20 @@ def test_any_number_of_processes_stopped_or_not_has_the_same_average(
     assert all(row["val_ema/loss"] != row["val/loss"] for row in evaluated)
 
 
-def test_standard_mode_averages_whole_statistics(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        {},
+        # The model is prepared anew, and its buffers are other tensors then.
+        {"model__freeze": ["0", "1"], "model__unfreeze": {1: ["1"]}},
+    ],
+)
+def test_standard_mode_averages_whole_statistics(
+    tmp_path: Path, frozen: dict[str, Any]
+) -> None:
     """There each rank holds its share of them, between the steps of updates and evaluations, which are others here."""
     settings: dict[str, Any] = {
+        **frozen,
         "ema__every": 3,
         "ema__evaluate": "instead",
         "best__metric": "val/loss",

@@ -238,7 +238,12 @@ def test_what_has_no_place_in_a_file_is_refused(tmp_path: Path) -> None:
     ids = [int(line.partition(",")[0]) for line in lines[1:]]
     assert ids == [i for i, count in enumerate(found) for _ in range(count)]
     assert "is not known" in fit(SavePredictions(), Nested())
-    wrong: list[dict[str, Any]] = [{"every": 0}, {"format": "parquet"}]
+    wrong: list[dict[str, Any]] = [
+        {"every": 0},
+        {"every": 1.5},
+        {"every": "2"},
+        {"format": "parquet"},
+    ]
     for arguments in wrong:
         with pytest.raises(ConfigError, match="save_predictions"):
             SavePredictions(**arguments)

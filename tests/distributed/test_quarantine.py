@@ -222,6 +222,20 @@ def test_a_resume_leaves_out_the_same(
     results = on_ranks(3, fit, tmp_path, (), bad_val=(), **settings)
     assert [result[0] for result in results] == [summary] * 3
     assert listed(tmp_path) == listed(directory / "exact")
+    assert rows(tmp_path) == rows(directory / "exact")
+
+
+def test_what_the_end_of_a_session_finds_is_found_again(
+    tmp_path: Path, straight: tuple[Path, Any]
+) -> None:
+    """It evaluates once more than the run as a whole."""
+    directory, _ = straight
+    settings = {**BITWISE, "run__resume": "auto"}
+    on_ranks(1, fit, tmp_path, bad_in_training(), train__stop_after=2, **settings)
+    assert "\tval\t" in listed(tmp_path)
+    on_ranks(2, fit, tmp_path, bad_in_training(), **settings)
+    assert listed(tmp_path) == listed(directory / "exact")
+    assert rows(tmp_path) == rows(directory / "exact")
 
 
 def refusal(directory: Path, bad: Collection[int], **changes: Any) -> str:

@@ -62,24 +62,23 @@ class WeightAverage:
     def begin(self) -> None:
         """Before the first step of a session, and before a state is loaded."""
         self._tensors = {}
-        if not self.is_on:
-            return
-        for name, layer in self._whole.named_norm_layers():
-            for key in STATISTICS:
-                self._hold(f"{name}.{key}", getattr(layer, key))
         self.follow_thawing()
 
     def follow_thawing(self) -> None:
         """Hold the parameters that are trained by now. A frozen one was the same in all steps before."""
         if not self.is_on:
             return
+        for name, layer in self._whole.named_norm_layers():
+            for key in STATISTICS:
+                self._hold(f"{name}.{key}", getattr(layer, key))
         for name, parameter in self._whole.named_parameters():
             if parameter.requires_grad:
                 self._hold(name, parameter)
 
     def _hold(self, name: str, tensor: Tensor) -> None:
-        if name not in self._tensors:
-            self._tensors[name] = (tensor, tensor.detach().clone())
+        # The tensor anew: preparing a model for several processes puts others in the place of its buffers.
+        _, average = self._tensors.get(name) or (tensor, tensor.detach().clone())
+        self._tensors[name] = (tensor, average)
 
     # ---------------------------------------------------------------- the step
 
@@ -180,8 +179,8 @@ class WeightAverage:
         return self._updates
 
     def tensors(self) -> dict[str, Tensor]:
-        """The average by the names of what it averages."""
-        return {name: average for name, (_, average) in self._tensors.items()}
+        """The average by the names of what it averages, in their order, whatever was thawed when."""
+        return {name: self._tensors[name][1] for name in sorted(self._tensors)}
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": self.tensors()}

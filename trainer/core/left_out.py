@@ -21,12 +21,19 @@ class LeftOut:
     def __init__(self, run: Run) -> None:
         self._ranks = run.ranks
         self._quarantine = run.quarantine
+        self._closing_step: int | None = None  # see `restore`
 
-    def count(self) -> Row:
-        """The column of a row: how many samples are left out so far."""
+    def count(self, *, is_evaluated: bool = False) -> Row:
+        """The column of a row: how many samples are left out so far, before or after the step's evaluation."""
         if self._quarantine is None:
             return {}
-        return {"quarantined": len(self._quarantine)}
+        # A resumed run knows those that an earlier session found later, too.
+        step = self._quarantine.step
+        found = 0
+        for bad in self._quarantine.samples:
+            last = step if bad.part == "train" or is_evaluated else step - 1
+            found += bad.step <= last
+        return {"quarantined": found}
 
     def list_in(self, directory: Path, keep: Keep) -> None:
         """Have those that are known, and those that are found, listed in `directory`, by `keep`. A collective."""
@@ -47,9 +54,14 @@ class LeftOut:
         if self._quarantine is not None:
             self._quarantine.step = progress.step
             self._quarantine.take_over(bad_samples.from_rows(progress.bad_samples))
+            # What the end of a session finds, it finds after its checkpoint, and the run as a whole does not end there.
+            is_due = progress.epoch_end_is_due or progress.evaluation_is_due
+            self._closing_step = None if is_due else progress.step
 
     def take_over(self, directory: Path) -> None:
         """Leave out what the run in `directory` found after its checkpoint. A collective; rank 0 reads."""
         if self._quarantine is not None:
             listed = self._ranks.on_main(lambda: bad_samples.read(directory))
-            self._quarantine.take_over(listed)
+            self._quarantine.take_over(
+                bad for bad in listed if bad.step != self._closing_step
+            )

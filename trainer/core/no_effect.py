@@ -7,7 +7,7 @@ disabled, which the header says anyway.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,6 +15,7 @@ from trainer.components.parameter_groups import named_by_model
 from trainer.config.fields import declared_keys
 from trainer.config.schema import SECTIONS, Config
 from trainer.core.run import Run
+from trainer.data.rows import Rows
 from trainer.exact.batch_norm import is_held, norm_layers
 
 STATISTICS = (
@@ -63,6 +64,15 @@ def _is_in_memory(run: Run) -> bool:
     return not any(loader.dataset.draws for loader in loaders)
 
 
+def _has_no_rows(run: Run) -> bool:
+    dataset: Any = run.data.train
+    while not isinstance(dataset, Rows):
+        dataset = getattr(dataset, "dataset", None)  # of a part of another
+        if dataset is None:
+            return True
+    return False
+
+
 def _is_never_averaged(run: Run) -> bool:
     section = run.config.ema
     last_update = run.plan.total_steps // section.every * section.every
@@ -99,6 +109,11 @@ RULES = (
         ("data.bad_samples", "data.max_bad"),
         _is_in_memory,
         "the data are in memory and not transformed, so no sample can be bad",
+    ),
+    Rule(
+        ("data.columns",),
+        _has_no_rows,
+        "the samples are no rows with named columns",
     ),
     Rule(
         ("data.epoch_samples",),

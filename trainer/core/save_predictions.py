@@ -56,9 +56,11 @@ class SavePredictions(Observer):
     may_stop = False
 
     def __init__(self, every: int = 1, format: str = "csv") -> None:
-        if every < 1:
+        is_whole = isinstance(every, int) and not isinstance(every, bool)
+        if not is_whole or every < 1:
             raise ConfigError(
-                "observers", f"save_predictions: every={every} is not 1 or more"
+                "observers",
+                f"save_predictions: every={every} is not a whole number of at least 1",
             )
         if format not in FORMATS:
             raise ConfigError(

@@ -13,6 +13,7 @@ from trainer.config.evaluation_sets import (
     test_set,
     validation_sets,
 )
+from trainer.config.fields import declared_keys
 from trainer.config.registry import resolve
 from trainer.config.schema import DataConfig
 from trainer.data.classes import with_classes
@@ -76,6 +77,8 @@ def _set(
                 f"{data.name} has no validation part; name another data set, or give arguments that select one",
             )
         return data.val, ""
+    for name in item.args.keys() & declared_keys(DataConfig).keys():
+        raise ConfigError(f"{place}.{name}", f"holds for all sets, as data.{name}")
     own = _section_of_set(section, item)
     if own.name == "folder" and own.args.get("labels") is not None:
         return _labelled(own, data, place, item)

@@ -14,6 +14,8 @@ from trainer.errors import ConfigError
 from trainer.exact.plan import Ids
 
 KEY = "data.sampler"
+# Of an epoch, whose ids are in memory: 16 GiB of them.
+MOST_SAMPLES = 2**31
 
 
 class Source:
@@ -59,6 +61,12 @@ class DrawnOrder:
     def __init__(
         self, samples: int, draw: Callable[[int], Ids], description: str
     ) -> None:
+        if samples > MOST_SAMPLES:
+            raise ConfigError(
+                KEY,
+                f"an epoch of {samples:,} samples is more than the {MOST_SAMPLES:,} whose order memory can hold; make "
+                f"it shorter, with more of train.epochs",
+            )
         self._samples = samples
         self._draw = draw
         self.description = description

@@ -5,6 +5,7 @@ A sample that comes again in the same epoch draws anew: its draws are keyed by i
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -201,8 +202,9 @@ class KeyedDataset(Dataset[Any]):
     def _describe_bad(self, sample_id: int, error: DataError) -> BadSample:
         paths = getattr(self.dataset, "paths", None)
         path = "" if paths is None else printable(str(paths[sample_id]))
-        # One line, without the name.
+        # One line, without the name, and without addresses in memory, which differ between processes.
         reason = " ".join(str(error).split()).removeprefix(f"{self.name(sample_id)}: ")
+        reason = re.sub(r" at 0x[0-9a-f]+", "", reason)
         return BadSample(self.label, sample_id, path, reason)
 
     def sample(

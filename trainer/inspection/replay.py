@@ -66,7 +66,8 @@ def replay(make_trainer: Callable[[], Trainer], directory: Path, number: int) ->
     """Repeat step `number` (1 is the first) of the run in `directory`, and report its details.
 
     `make_trainer` builds what the run's config describes. If the loss is not finite in an earlier step, that step is
-    reported instead. Raises `ConfigError` if the run has no such step.
+    reported instead, unless the run left it out (`train.non_finite=skip`) and went on. Raises `ConfigError` if the run
+    has no such step.
     """
     trainer = make_trainer()
     if trainer.ranks.count > 1:
@@ -100,15 +101,17 @@ def replay(make_trainer: Callable[[], Trainer], directory: Path, number: int) ->
 
 
 class Logged:
-    """What a run logged: `intervals`, its rows of steps, and `epochs`, those of epochs' ends."""
+    """What a run logged: `intervals`, its rows of steps, and `evaluations`, those of epochs' ends and within epochs."""
 
     def __init__(self, directory: Path) -> None:
         self.intervals: Rows = {}
-        self.epochs: Rows = {}
+        self.evaluations: Rows = {}
         path = directory / "metrics.jsonl"
         for row in read_rows(path) if path.is_file() else []:
-            rows = self.intervals if "train/loss" in row else self.epochs
-            rows[int(row["step"])] = row
+            # Not train/loss: a row of steps that were all left out has none.
+            rows = self.intervals if "digest" in row else self.evaluations
+            # A step may have two: an evaluation, and then the test set's.
+            rows.setdefault(int(row["step"]), {}).update(row)
 
 
 def _restore(trainer: Trainer, directory: Path, logged: Logged, *, before: int) -> int:
@@ -119,8 +122,8 @@ def _restore(trainer: Trainer, directory: Path, logged: Logged, *, before: int) 
             earlier_checkpoints.append(path)
     if earlier_checkpoints:
         trainer.restore(checkpoint.load(max(earlier_checkpoints)))
-        if trainer.progress.epoch_end_is_due:
-            _end_epoch_as_logged(trainer, trainer.progress.step, logged)
+        if trainer.progress.epoch_end_is_due or trainer.progress.evaluation_is_due:
+            _evaluate_as_logged(trainer, trainer.progress.step, logged)
     else:
         check_same_weights(directory, weights_file(trainer.config.model, nullcontext))
     trainer.left_out.take_over(directory)
@@ -129,27 +132,27 @@ def _restore(trainer: Trainer, directory: Path, logged: Logged, *, before: int) 
 
 
 def _advance(trainer: Trainer, to: int, logged: Logged, digests: Digests) -> int | None:
-    """Train up to the step before `to`; returns the first step on the way whose loss is not finite."""
+    """Train up to the step before `to`; returns the first step on the way whose loss is not finite, which ended it."""
     for step in trainer.plan.steps(trainer.progress.step):
         if step.number == to:
             return None
         with StepWatch(trainer, detailed=False) as watch:
             trainer.train_step(step)
-        if not watch.is_finite():
+        if not watch.is_finite() and not trainer.finite.leaves_out:
             return step.number
         _measure_as_logged(trainer, step, logged, digests)
-        if step.last_in_epoch:
-            _end_epoch_as_logged(trainer, step.number, logged)
+        _evaluate_as_logged(trainer, step.number, logged)
     return None
 
 
-def _end_epoch_as_logged(trainer: Trainer, step_number: int, logged: Logged) -> None:
+def _evaluate_as_logged(trainer: Trainer, step_number: int, logged: Logged) -> None:
     """Note the run's evaluation after a step, which a plateau schedule goes by, without doing it over."""
     metric = trainer.config.best.metric.replace("train/", "train/epoch_")
-    row = logged.epochs.get(step_number, {})
+    row = logged.evaluations.get(step_number, {})
     if metric in row:
         trainer.progress.history.append(row[metric])
     trainer.progress.epoch_end_is_due = False
+    trainer.progress.evaluation_is_due = False
 
 
 def _measure_as_logged(
