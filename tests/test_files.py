@@ -10,6 +10,7 @@ import pytest
 from trainer.storage.files import (
     is_locked,
     lock_directory,
+    make_folder,
     new_directory,
     new_file,
     write_json,
@@ -81,15 +82,17 @@ def test_one_process_has_the_lock(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
-    """A run's, deleted between two looks at it, when it writes a checkpoint."""
+    """A run's, deleted between two looks at it, when it writes a checkpoint, the best model or predictions."""
     run = tmp_path / "run"
     run.mkdir()
-    with new_directory(run / "checkpoints" / "step_1"):
+    with new_directory(make_folder(run, "checkpoints") / "step_1"):
         pass
+    assert make_folder(run, "predictions/val/clean").is_dir()
     shutil.rmtree(run)
-    with (
-        pytest.raises(FileNotFoundError),
-        new_directory(run / "checkpoints" / "step_2"),
-    ):
-        pass
+    for path in (run / "checkpoints" / "step_2", run / "best"):
+        with pytest.raises(FileNotFoundError), new_directory(path):
+            pass
+    for name in ("checkpoints", "predictions/val/clean"):
+        with pytest.raises(FileNotFoundError):
+            make_folder(run, name)
     assert not run.exists()

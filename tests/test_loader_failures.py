@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from tests.programs import Program
+from trainer import LockstepError
+from trainer.data.datasets import digits
+from trainer.data.samples import KeyedDataset, Request
+from trainer.data.workers import load_in_workers
 
 PROGRAM = """
 import os, resource, signal, sys, torch
@@ -100,3 +105,20 @@ def test_the_end_of_a_loader_process_is_one_message(
     (message,) = (line for line in done.stderr.splitlines() if line)
     assert message.startswith(f"error: {start}") and message.endswith(end)
     assert done.returncode == 1
+
+
+class Killed:
+    """A process that ends before it has started."""
+
+    def __init__(self, *_: object) -> None:
+        raise EOFError("unexpected EOF")  # as multiprocessing.forkserver has it
+
+
+def test_a_killed_server_of_loader_processes_is_one_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = KeyedDataset(digits().train, None, seed=0, purpose="train")
+    monkeypatch.setattr("multiprocessing.context.Process._Popen", Killed)
+    requests = [Request(0, 0, np.arange(4))]
+    with pytest.raises(LockstepError, match=r"was killed while it started one; .*auto"):
+        next(load_in_workers(data, requests, workers=1, prefetch=2, pin_memory=False))

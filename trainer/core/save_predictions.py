@@ -23,7 +23,7 @@ from trainer.core.observers import Observer
 from trainer.core.run import Run
 from trainer.errors import ConfigError
 from trainer.exact.plan import Ids, Step
-from trainer.storage.files import new_file, write_text
+from trainer.storage.files import make_folder, new_file, write_text
 from trainer.storage.run_directory import run_path
 from trainer.storage.stateful import write_tensors
 
@@ -118,8 +118,9 @@ class SavePredictions(Observer):
 
     def _write(self, evaluation: str, step: Step, parts: list[Arrays]) -> None:
         columns = _join(parts)
-        folder = run_path(self._run.config.run) / "predictions" / evaluation
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(
+            run_path(self._run.config.run), f"predictions/{evaluation}"
+        )
         path = folder / f"step_{step.number:08d}.{self.format}"
         if self.format == "csv":
             write_text(path, _as_csv(columns))

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.data.worker_failure import WorkerNotes, without_sigchld_handler
-from trainer.errors import DataError
+from trainer.errors import DataError, LockstepError
 from trainer.process.loader_worker import begin_loader_process
 
 
@@ -59,8 +59,13 @@ def iterate(loader: DataLoader[Any], dataset: KeyedDataset) -> Iterator[Any]:
             batch = next(batches)
         except StopIteration:
             return
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             failure = notes.failure(error, processes, dataset.name)
+            if failure is None and batches is None and isinstance(error, EOFError):
+                failure = LockstepError(
+                    "the process that starts loader processes was killed while it started one; start the run again, "
+                    "with run.resume=auto"
+                )
             if failure is None:
                 raise
             raise failure from None

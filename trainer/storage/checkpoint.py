@@ -26,7 +26,13 @@ from torch import Tensor, nn
 
 from trainer.config.secrets import holds_secret
 from trainer.errors import ConfigError, LockstepError
-from trainer.storage.files import REPLACED, make_file, new_directory, write_text
+from trainer.storage.files import (
+    REPLACED,
+    make_file,
+    make_folder,
+    new_directory,
+    write_text,
+)
 from trainer.storage.sha256 import file_sha256
 from trainer.storage.stateful import (
     check_name,
@@ -112,7 +118,7 @@ def save(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     checkpoints from before stay as they were.
     """
     step = checkpoint.progress.step
-    path = directory / f"step_{step:08d}"
+    path = make_folder(directory.parent, directory.name) / f"step_{step:08d}"
     with new_directory(path) as partial:
         write_tensors(partial / MODEL_FILE, checkpoint.model)
         write_tensors(partial / OPTIMIZER_FILE, checkpoint.optimizer)

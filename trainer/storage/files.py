@@ -67,8 +67,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     # Of a process that was killed while it wrote.
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
-    # No more than the folder that holds it: a run's own directory that was deleted is not to come back, empty.
-    path.parent.mkdir(exist_ok=True)
+    # Not the folder that holds it: a run's own directory that was deleted is not to come back, empty.
     partial.mkdir()
     try:
         yield partial
@@ -82,6 +81,15 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def make_folder(directory: Path, name: str) -> Path:
+    """The folder `name`, such as `a/b`, below a `directory` that is there: one that was deleted does not come back."""
+    folder = directory
+    for part in Path(name).parts:
+        folder /= part
+        folder.mkdir(exist_ok=True)
+    return folder
 
 
 def sync(path: Path) -> None:
