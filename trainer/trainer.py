@@ -191,6 +191,8 @@ class Trainer:
         self._restored_states: Mapping[str, Any] | None = None
         self._further_restored: Mapping[str, Any] = {}
         self._statistics_are_read = False  # after each step, by an observer or its like
+        # What observers see of the evaluation that is made; `evaluate` may be overridden, and takes no arguments.
+        self._watch: Callable[[str], OnBatch | None] | None = None
         self._saved_step: int | None = None  # of the checkpoint last read or written
         self._saved_best_step = 0  # the best model's, as that checkpoint knows it
         # Of a run that is resumed on the same data; None where it is to be made.
@@ -695,7 +697,11 @@ class Trainer:
         row: Row = {}
         for name, is_average in evaluated_phases(self.config.ema).items():
             with self._weights(is_average=is_average):
-                metrics = self.evaluate(partial(self.observers.watch, name))
+                self._watch = partial(self.observers.watch, name)
+                try:
+                    metrics = self.evaluate()
+                finally:
+                    self._watch = None
                 self._show_observers(name, step, metrics)
             row |= _with_prefix(f"{name}/", metrics)
         return row
@@ -716,7 +722,7 @@ class Trainer:
         self.reduction.gather()
         return self._average.in_place()
 
-    def evaluate(self, watch: Callable[[str], OnBatch | None] | None = None) -> Row:
+    def evaluate(self) -> Row:
         """The loss and metrics over all validation samples, with the present weights. A collective.
 
         It may be called before, after and without `fit`; `end_loading` then ends its loader processes. Raises
@@ -726,7 +732,7 @@ class Trainer:
             self.reduction.gather()
             if self.config.batch_norm.recalibrate_at == "evaluation":
                 recalibrate_statistics(self.run, self.progress.step)
-            return self.run.evaluate(watch)
+            return self.run.evaluate(self._watch)
 
     def load_best(self) -> Row:
         """Load the best weights so far on every rank; returns the row that was saved with them."""

@@ -429,7 +429,8 @@ def evaluation_part(
             break
     data = build("data", target, section.args, **root)
     if isinstance(data, Mapping) and "train" in data:
-        return data["train"] if is_train else _validation_part(data)
+        part = data["train"] if is_train else _validation_part(data)
+        return _only_part(data) if part is None else part
     if isinstance(data, tuple) and len(data) == 2:
         return data[0] if is_train else data[1]
     return data
@@ -439,6 +440,16 @@ def _validation_part(parts: Mapping[str, Any]) -> Any:
     """Of several named parts, as Hugging Face's `DatasetDict` has them, the one to validate on."""
     names = [name for name in VALIDATION_PARTS if name in parts]
     return parts[names[0]] if names else None
+
+
+def _only_part(parts: Mapping[str, Any]) -> Any:
+    """The part of a mapping that has no validation part; raises `ConfigError` where it has several."""
+    if len(parts) > 1:
+        raise ConfigError(
+            "data.name",
+            f"has the parts {', '.join(map(str, parts))}, and none to validate on ({', '.join(VALIDATION_PARTS)})",
+        )
+    return next(iter(parts.values()))
 
 
 def _parameters(target: Callable[..., Any]) -> set[str]:
