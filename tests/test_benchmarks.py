@@ -54,6 +54,7 @@ def run(module: str, *arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_step_time_prints_and_saves_every_line(tmp_path: Path) -> None:
     printed = run(
         "step_time",
@@ -93,6 +94,7 @@ def test_step_time_prints_and_saves_every_line(tmp_path: Path) -> None:
         assert fact in saved
 
 
+@pytest.mark.slow
 def test_fuse_prints_and_saves_every_line(tmp_path: Path) -> None:
     printed = run(
         "fuse",
@@ -224,6 +226,7 @@ PathFinder.find_spec = staticmethod(find_installed)  # some call it on an object
 
 
 @pytest.mark.fresh_process
+@pytest.mark.slow
 def test_gpu_report_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     """Every check that can run does, without what a machine with a GPU may lack, and both files say the same."""
     absent = ("wandb", "omegaconf", "matplotlib", "sklearn")
@@ -256,6 +259,7 @@ def test_gpu_report_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.fresh_process
+@pytest.mark.slow
 def test_gpu_report_says_what_is_not_installed(tmp_path: Path) -> None:
     lacking = gpu("--list", without=("accelerate", "rich"), tmp_path=tmp_path)
     assert lacking[0] == 2
@@ -419,6 +423,7 @@ def test_on_a_gpu(name: str, tmp_path: Path) -> None:
     assert f"- pass {name}" in printed
 
 
+@pytest.mark.slow
 def test_transfer_compares_both_recipes_with_the_script(tmp_path: Path) -> None:
     weights = tmp_path / "weights.pth"
     torch.save(mobilenet_v3_small().state_dict(), weights)
@@ -444,6 +449,7 @@ def test_transfer_compares_both_recipes_with_the_script(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_scale_finds_equal_runs_and_reads_the_peers_rightly() -> None:
     report = json.loads(run("scale", "--quick", "--json"))
     assert report["equal"]

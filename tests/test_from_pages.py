@@ -59,6 +59,7 @@ def test_ours_runs_and_learns(
 
 
 @pytest.mark.parametrize("page", PYTHON_PAGES)
+@pytest.mark.slow
 def test_theirs_runs_where_it_is_installed(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

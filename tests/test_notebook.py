@@ -79,6 +79,7 @@ def test_errors_of_a_launch_are_one_message(capfd: Any) -> None:
         launch(lambda: lock, processes=1)
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_at_a_step_with_a_checkpoint(tmp_path: Path) -> None:
     """Sent once to the program that called `launch`, as a notebook's stop button does."""
     started = tmp_path / "started"

@@ -718,6 +718,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.fresh_process
+@pytest.mark.slow
 def test_a_sweep_needs_no_activated_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -223,6 +223,7 @@ def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(
     assert (runs / f"digits-{last}" / "checkpoints" / "last").exists()
 
 
+@pytest.mark.slow
 def test_a_trial_ends_with_an_agent_that_is_killed(
     tmp_path: Path, server: WandbServer, backend: SweepBackend
 ) -> None:
