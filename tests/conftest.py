@@ -11,6 +11,8 @@ STATE = tempfile.TemporaryDirectory(prefix="lockstep-state-")
 os.environ["XDG_STATE_HOME"] = STATE.name
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_ERROR_REPORTING"] = "false"
+# As `train.py` does before it imports torch, which the programs forked from here have imported.
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 for launcher in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_API_KEY", "WANDB_MODE"):
     os.environ.pop(launcher, None)
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 from trainer.config.secrets import remember_argument_secrets
 from trainer.errors import ConfigError, nearest
 from trainer.process.exit import end_on_closed_pipe, exit_process, report_error
+from trainer.process.launcher import quiet_torch
 
 COMMANDS = (
     "train",
@@ -32,6 +33,7 @@ COMMANDS = (
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit status."""
     remember_argument_secrets(arguments)
+    quiet_torch()
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
         if rest:

@@ -20,6 +20,7 @@ from trainer.process.exit import (
     report_error,
     report_interrupt,
 )
+from trainer.process.launcher import quiet_torch
 from trainer.process.memory import keep_freed_memory
 from trainer.process.parent import end_with_launcher, record_failure, with_trial_name
 
@@ -46,6 +47,7 @@ def _help_topics(arguments: list[str]) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit status. Errors are reported, and recorded in a W&B sweep."""
+    quiet_torch()
     parser = CommandParser("train", __doc__)
     parser.add_config()
     if {"-h", "--help"} & set(arguments):

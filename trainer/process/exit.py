@@ -25,6 +25,7 @@ from trainer.errors import (
     Stopped,
 )
 from trainer.process import launcher
+from trainer.process.activity import activity
 from trainer.process.store import StoreSilentError, ask_store
 
 # In the process group's store: the rank that reports the failure.
@@ -170,7 +171,9 @@ def claim_report() -> bool:
         # Rank 0 holds the store, and hangs.
         return _is_first_without_main()
     except ConnectionError:
-        return False  # the store ended with rank 0, which reported before it ended
+        # The store ended with rank 0, which reported before that, unless it was killed.
+        is_killed = activity.is_main_lost is not None and activity.is_main_lost()
+        return is_killed and _is_first_without_main()
     return reporter == str(rank).encode()
 
 

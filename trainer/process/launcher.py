@@ -8,6 +8,14 @@ from __future__ import annotations
 import os
 
 
+def quiet_torch() -> None:
+    """Hide the warnings of torch's C++ code, unless the user asked for them. To be called before torch is imported.
+
+    Where a rank is lost, each of the others would print a page on its lost connection beside our one sentence.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def rank() -> int:
     """This process's number among all processes of the run; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
