@@ -347,6 +347,9 @@ def test_a_known_name_in_the_run_directory_is_not_the_library(
     (stranger / "timm").mkdir()
     (stranger / "timm/__init__.py").write_text("open('marker', 'w')\n")
     change(stranger, model={"name": "timm.create_model", "model_name": "x"})
+    # Another test of this process may have imported the library.
+    for module in [name for name in sys.modules if name.split(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.chdir(stranger)
     monkeypatch.syspath_prepend(str(stranger))
     assert main(["evaluate", "."]) == 2
