@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,17 +29,14 @@ from trainer.core.ema import build_average
 from trainer.core.ending import Ending
 from trainer.core.evaluated_weights import (
     best_is_average,
-    evaluated_phase,
-    evaluated_phases,
 )
-from trainer.core.evaluation import OnBatch
+from trainer.core.evaluations import Evaluations
 from trainer.core.finite_watch import FiniteWatch
 from trainer.core.further import (
     restore_modes_of,
 )
 from trainer.core.left_out import LeftOut
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
-from trainer.core.not_finite import validation_not_finite
 from trainer.core.observers import Observer, Observers, Stateful
 from trainer.core.preflight import check_order, notes_on, order_digest
 from trainer.core.proof.prove import Proof, prove
@@ -169,6 +165,9 @@ class Trainer:
             ]
         )
         self._average = build_average(self.run, self.optimizer)
+        self.evaluations = Evaluations(
+            self.run, self.optimizer, self.reduction, self._average, self.observers
+        )
         self._ending = Ending(self.run)
         self.stateful: dict[str, Stateful] = dict(stateful or {})
         self.progress = Progress()
@@ -191,8 +190,6 @@ class Trainer:
         self._restored_states: Mapping[str, Any] | None = None
         self._further_restored: Mapping[str, Any] = {}
         self._statistics_are_read = False  # after each step, by an observer or its like
-        # What observers see of the evaluation that is made; `evaluate` may be overridden, and takes no arguments.
-        self._watch: Callable[[str], OnBatch | None] | None = None
         self._saved_step: int | None = None  # of the checkpoint last read or written
         self._saved_best_step = 0  # the best model's, as that checkpoint knows it
         # Of a run that is resumed on the same data; None where it is to be made.
@@ -659,7 +656,8 @@ class Trainer:
         row = {"step": step.number, "epoch": step.epoch + 1, **means}
         is_evaluated = evaluate and self.run.evaluator is not None
         if is_evaluated:
-            row |= self._evaluations(step)
+            # Not `self.evaluations.evaluate`: a subclass may override this one.
+            row |= self.evaluations.columns(step, self.evaluate)
             activity.mark(LOGGING)
             for note in self.run.metrics.take_notes():
                 self.journal.console.note(note)
@@ -680,47 +678,8 @@ class Trainer:
         self._ending.take_note(row)
         if is_evaluated and self.config.run.figures and self.observers.draw_figures:
             self.ranks.on_main(partial(self._draw_of_observers, step))
-        self._check_evaluation(row)
+        self.evaluations.check_finite(row, self._saved_step)
         self.stopwatch.mark(self.progress.samples_seen)
-
-    def _check_evaluation(self, row: Row) -> None:
-        """Raise `LockstepError` if a validation loss is not finite. The weights are, and are kept."""
-        is_average = evaluated_phases(self.config.ema)["val"]
-        for item in self.run.validation:
-            loss = row.get(f"{item.phase}/loss", 0.0)
-            if not math.isfinite(loss):
-                with self._weights(is_average=is_average):
-                    raise validation_not_finite(item, loss, self._saved_step)
-
-    def _evaluations(self, step: Step) -> Row:
-        """The columns of all evaluations after `step`: of the weights, of their average, or of both. A collective."""
-        row: Row = {}
-        for name, is_average in evaluated_phases(self.config.ema).items():
-            with self._weights(is_average=is_average):
-                self._watch = partial(self.observers.watch, name)
-                try:
-                    metrics = self.evaluate()
-                finally:
-                    self._watch = None
-                self._show_observers(name, step, metrics)
-            row |= _with_prefix(f"{name}/", metrics)
-        return row
-
-    def _show_observers(self, name: str, step: Step, metrics: Row) -> None:
-        """Give observers the metrics of each validation set, by its own name."""
-        for item in self.run.validation:
-            of_set = {}
-            for metric, value in metrics.items():
-                if metric.startswith(item.prefix):
-                    of_set[metric.removeprefix(item.prefix)] = value
-            self.observers.evaluation(evaluated_phase(item.phase, name), step, of_set)
-
-    def _weights(self, *, is_average: bool) -> AbstractContextManager[None]:
-        """A context in which the model holds the average of its weights, or its own. A collective."""
-        if not is_average:
-            return nullcontext()
-        self.reduction.gather()
-        return self._average.in_place()
 
     def evaluate(self) -> Row:
         """The loss and metrics over all validation samples, with the present weights. A collective.
@@ -728,11 +687,7 @@ class Trainer:
         It may be called before, after and without `fit`; `end_loading` then ends its loader processes. Raises
         `ConfigError` if there are no validation samples.
         """
-        with self.run.settings(), evaluation_weights(self.optimizer):
-            self.reduction.gather()
-            if self.config.batch_norm.recalibrate_at == "evaluation":
-                recalibrate_statistics(self.run, self.progress.step)
-            return self.run.evaluate(self._watch)
+        return self.evaluations.evaluate(self.progress.step)
 
     def load_best(self) -> Row:
         """Load the best weights so far on every rank; returns the row that was saved with them."""
@@ -758,7 +713,7 @@ class Trainer:
         is_average = best_is_average(self.config)
         if is_average:
             self._average.refuse_not_finite(progress.best_step)
-        with self._weights(is_average=is_average):
+        with self.evaluations.weights(is_average=is_average):
             self.ranks.on_main(partial(self._write_best, row))
         activity.mark(LOGGING)
         return True
@@ -929,7 +884,7 @@ class Trainer:
             self.run, self.progress.step
         )
         if is_changed and self._average.is_on:
-            with self._weights(is_average=True):
+            with self.evaluations.weights(is_average=True):
                 recalibrate_statistics(self.run, self.progress.step)
         if not self._is_logged(last):
             self.log(last)

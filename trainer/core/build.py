@@ -41,10 +41,9 @@ from trainer.core.run import Run
 from trainer.core.run_metrics import run_metrics
 from trainer.data.bad_samples import Quarantine
 from trainer.data.classes import with_classes
-from trainer.data.datasets import MapDataset
+from trainer.data.datasets import Datasets, MapDataset
 from trainer.data.evaluation_loaders import evaluation_loaders, loader_as_files
 from trainer.data.loading import Loader, build_loaders
-from trainer.data.sampler import DrawnOrder
 from trainer.data.samplers import build_order
 from trainer.exact.plan import Plan
 from trainer.process.device import check_reproducibility
@@ -87,10 +86,7 @@ def build_run(
         data = with_classes(data, classes)
     data = with_notes(config, data)
     check_data(data, ranks)
-    # A machine may lack a file that a sampler reads.
-    order = ranks.on_each(lambda: build_order(config.data, data, seed=config.run.seed))
-    plan = _plan(config, ranks, len(data.train), order)
-    check_order(plan, ranks, epoch=0)
+    plan = _plan(config, ranks, data)
     place: dict[str, Any] = {
         "seed": config.run.seed,
         "device": ranks.device,
@@ -99,7 +95,7 @@ def build_run(
     train_loader, val_loader = build_loaders(config.data, data, **place)
     loaders = evaluation_loaders(config.data, data, val_loader, **place)
 
-    if order is not None:
+    if plan.order is not None:
         # Sample 0 may be one that it leaves out, because it is damaged.
         train_loader.first_id = int(plan.permutation(0)[0])
     inputs = ranks.on_each(partial(first_inputs, train_loader, loaders))
@@ -136,8 +132,9 @@ def build_run(
         )
     )
     evaluated = logged_phases(config.ema, list(data.validation()))
-    logged = LoggedMetrics(the_task, named_metrics, evaluated)
-    config = with_early_stop_metric(_with_best_metric(config, logged), logged)
+    config = _with_watched_metrics(
+        config, LoggedMetrics(the_task, named_metrics, evaluated)
+    )
 
     mix = ranks.on_each(partial(_mix, config, the_task, train_loader, plan))
     forward = Forward(the_task, precision, ranks.device, config.run.seed, mix)
@@ -154,21 +151,22 @@ def build_run(
         precision=precision.dtype,
         best_metric=config.best.metric,
     )
-    evaluator_of = partial(
-        _evaluator,
-        config,
-        ranks,
-        module=module,
-        forward=forward,
-        freezing=freezing,
-        quarantine=quarantine,
-        metrics=evaluation_metrics,
-    )
+    head = partial(_head_of_fixed_features, config, the_task, freezing)
     sets = {}
     for phase, dataset in data.evaluated().items():
-        loader = loaders[phase]
-        evaluator = evaluator_of(dataset, loader)
-        sets[phase] = EvaluationSet(phase, dataset, loader, evaluator)
+        evaluator = Evaluator(
+            module,
+            forward,
+            loaders[phase],
+            ranks,
+            samples=len(dataset),
+            batch_size=config.batch.eval_size,
+            exact=config.run.reproducibility == "bitwise",
+            features=Features(head),
+            quarantine=quarantine,
+            metrics=evaluation_metrics,
+        )
+        sets[phase] = EvaluationSet(phase, dataset, loaders[phase], evaluator)
     return Run(
         config=config,
         ranks=ranks,
@@ -217,9 +215,11 @@ def _with_collate(config: Config, task: Task | nn.Module | None) -> Config:
     return replace(config, data=replace(config.data, collate=collate))
 
 
-def _plan(config: Config, ranks: Ranks, samples: int, order: DrawnOrder | None) -> Plan:
-    return Plan(
-        samples=samples if order is None else order.samples,
+def _plan(config: Config, ranks: Ranks, data: Datasets) -> Plan:
+    # A machine may lack a file that a sampler reads.
+    order = ranks.on_each(lambda: build_order(config.data, data, seed=config.run.seed))
+    plan = Plan(
+        samples=len(data.train) if order is None else order.samples,
         batch_size=config.batch.size,
         micro_size=config.batch.micro_size or config.batch.size,
         ranks=ranks.count,
@@ -229,6 +229,8 @@ def _plan(config: Config, ranks: Ranks, samples: int, order: DrawnOrder | None) 
         equal_ranks=config.batch_norm.mode == "sync",
         order=order,
     )
+    check_order(plan, ranks, epoch=0)
+    return plan
 
 
 def _mix(config: Config, task: Task, loader: Loader, plan: Plan) -> Mix | None:
@@ -243,43 +245,15 @@ def _mix(config: Config, task: Task, loader: Loader, plan: Plan) -> Mix | None:
     )
 
 
-def _with_best_metric(config: Config, logged: LoggedMetrics) -> Config:
-    """The config with the metric that decides which model is best, and its mode."""
+def _with_watched_metrics(config: Config, logged: LoggedMetrics) -> Config:
+    """The config with the metrics by which the best model is chosen and a run ends early, and their modes."""
     best = config.best
     if best.metric == BestConfig().metric:
         best = replace(best, metric=logged.default)
     logged.check("best.metric", best.metric)
     if best.mode is None:
         best = replace(best, mode=logged.direction("best.mode", best.metric))
-    return replace(config, best=best)
-
-
-def _evaluator(
-    config: Config,
-    ranks: Ranks,
-    dataset: MapDataset,
-    loader: Loader,
-    *,
-    module: nn.Module,
-    forward: Forward,
-    freezing: Freezing,
-    quarantine: Quarantine | None,
-    metrics: EvaluationMetrics,
-) -> Evaluator:
-    return Evaluator(
-        module,
-        forward,
-        loader,
-        ranks,
-        samples=len(dataset),
-        batch_size=config.batch.eval_size,
-        exact=config.run.reproducibility == "bitwise",
-        features=Features(
-            partial(_head_of_fixed_features, config, forward.task, freezing)
-        ),
-        quarantine=quarantine,
-        metrics=metrics,
-    )
+    return with_early_stop_metric(replace(config, best=best), logged)
 
 
 def _head_of_fixed_features(
