@@ -83,7 +83,7 @@ class Loader:
         request = Request(first, epoch, np.asarray(ids), fused, occurrences)
         if self.leaves_out:
             return _batch_of(self._with_stand_ins(request))
-        return _batch_of(next(self._load_here([request])))
+        return _batch_of(self.load_here(request))
 
     def sample(self, sample_id: int, epoch: int) -> tuple[Any, Any]:
         """A sample's input and target after the transforms alone, as in `epoch`."""
@@ -111,11 +111,14 @@ class Loader:
         """What the data set gives for each of `requests`, on the CPU: with `leaves_out`, also what is bad."""
         if self._section.workers:
             return self._load_in_workers(requests)
-        return self._load_here(requests)
+        return map(self.load_here, requests)
 
     def load_here(self, request: Request) -> MicroBatch | Loaded:
         """The same for one request, in this process."""
-        return next(self._load_here([request]))
+        # Saving the generators costs more than a look-up, so only data that draws from them does it.
+        with preserved_cpu_generators() if self.dataset.draws else nullcontext():
+            batch = self.dataset[request]
+        return _raise_if_error(batch)
 
     def place(self, batches: Iterator[MicroBatch]) -> Generator[MicroBatch, None, None]:
         """Loaded micro-batches on the device, normalised, each copied while the one before it is used."""
@@ -129,13 +132,6 @@ class Loader:
         normalize = self.normalize.forward
         for first, inputs, targets, fused, blend, samples in batches:
             yield MicroBatch(first, normalize(inputs), targets, fused, blend, samples)
-
-    def _load_here(self, requests: Iterable[Request]) -> Iterator[MicroBatch | Loaded]:
-        for request in requests:
-            # Saving the generators costs more than a look-up, so only data that draws from them does it.
-            with preserved_cpu_generators() if self.dataset.draws else nullcontext():
-                batch = self.dataset[request]
-            yield _raise_if_error(batch)
 
     def _with_stand_ins(self, request: Request) -> Loaded:
         with preserved_cpu_generators():

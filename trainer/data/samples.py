@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,12 +62,13 @@ class Request(NamedTuple):
     fused: int = 1
     occurrences: Ids | None = None
 
-    def pairs(self) -> list[tuple[int, int]]:
+    def pairs(self) -> Iterator[tuple[int, int]]:
         """The id and the occurrence of each sample."""
         ids = self.ids.tolist()
-        if self.occurrences is None:
-            return [(sample_id, 0) for sample_id in ids]
-        return list(zip(ids, self.occurrences.tolist(), strict=True))
+        occurrences = (
+            [0] * len(ids) if self.occurrences is None else self.occurrences.tolist()
+        )
+        return zip(ids, occurrences, strict=True)
 
     def only(self, places: npt.ArrayLike) -> Request:
         """The same of the samples at `places` alone: indices, or a mask."""
@@ -144,15 +145,22 @@ class KeyedDataset(Dataset[Any]):
         if self.leaves_out:
             return self.load_readable(request)
         if self._batch is not None:
-            inputs, targets = self._batch(torch.from_numpy(request.ids))
-            count = len(request.ids)
-            return MicroBatch(
-                request.first, inputs, targets, request.fused, None, count
-            )
+            return self._look_up(self._batch, request)
         try:
-            return self._batch_of(self._samples(request), request)
+            samples = [
+                self.sample(request.epoch, sample_id, occurrence)
+                for sample_id, occurrence in request.pairs()
+            ]
+            return self._batch_of(samples, request)
         except DataError as error:
             return error
+
+    def _look_up(
+        self, batch: Callable[[Tensor], tuple[Any, Any]], request: Request
+    ) -> MicroBatch:
+        inputs, targets = batch(torch.from_numpy(request.ids))
+        count = len(request.ids)
+        return MicroBatch(request.first, inputs, targets, request.fused, None, count)
 
     def _batch_of(self, samples: list[tuple[Any, Any]], request: Request) -> MicroBatch:
         if self.collation is None:
@@ -162,39 +170,26 @@ class KeyedDataset(Dataset[Any]):
         count = len(samples)
         return MicroBatch(request.first, inputs, targets, request.fused, None, count)
 
-    def _samples(self, request: Request) -> list[tuple[Any, Any]]:
-        epoch = request.epoch
-        if request.occurrences is None:
-            return [self.sample(epoch, sample_id) for sample_id in request.ids.tolist()]
-        return [
-            self.sample(epoch, sample_id, occurrence)
-            for sample_id, occurrence in request.pairs()
-        ]
-
     def load_readable(self, request: Request) -> Loaded | DataError:
         """What there is of a request; an error where what can be read makes no batch, or the machine fails."""
         if self._batch is not None:
-            inputs, targets = self._batch(torch.from_numpy(request.ids))
-            count = len(request.ids)
-            batch = MicroBatch(
-                request.first, inputs, targets, request.fused, None, count
-            )
-            return Loaded(batch if len(request.ids) else None, request, [])
+            batch = self._look_up(self._batch, request) if len(request.ids) else None
+            return Loaded(batch, request, [])
         samples = []
         places = []
         bad = []
+        for place, (sample_id, occurrence) in enumerate(request.pairs()):
+            try:
+                samples.append(self.sample(request.epoch, sample_id, occurrence))
+                places.append(place)
+            except DataError as error:
+                if not is_bad_sample(error):
+                    return error
+                bad.append(self._describe_bad(sample_id, error))
+        readable = request.only(places)
+        if not samples:
+            return Loaded(None, readable, bad)
         try:
-            for place, (sample_id, occurrence) in enumerate(request.pairs()):
-                try:
-                    samples.append(self.sample(request.epoch, sample_id, occurrence))
-                    places.append(place)
-                except DataError as error:
-                    if not is_bad_sample(error):
-                        raise
-                    bad.append(self._describe_bad(sample_id, error))
-            readable = request.only(places)
-            if not samples:
-                return Loaded(None, readable, bad)
             return Loaded(self._batch_of(samples, readable), readable, bad)
         except DataError as error:
             return error
@@ -211,9 +206,11 @@ class KeyedDataset(Dataset[Any]):
         self, epoch: int, sample_id: int, occurrence: int = 0
     ) -> tuple[Any, Any]:
         """The input and target of one sample, transformed. It seeds the CPU's generators."""
-        position = (epoch, sample_id, occurrence) if occurrence else (epoch, sample_id)
         # All that a data set or transform may draw from; the caller restores the rank's generators (`draws`).
-        seed_cpu(key(self._seed, self._purpose, *position))
+        if occurrence:
+            seed_cpu(key(self._seed, self._purpose, epoch, sample_id, occurrence))
+        else:
+            seed_cpu(key(self._seed, self._purpose, epoch, sample_id))
         if self.at_sample is not None:
             self.at_sample(sample_id)
         try:
@@ -268,7 +265,7 @@ class KeyedDataset(Dataset[Any]):
         self, collation: Collation, samples: list[tuple[Any, Any]], request: Request
     ) -> tuple[Any, Any]:
         """The batch that `data.collate` makes. What it draws is keyed by the epoch and the batch's first sample."""
-        pairs = request.pairs()
+        pairs = list(request.pairs())
         ids = [sample_id for sample_id, _ in pairs]
         place = (request.epoch, *pairs[0], len(pairs))
         seed_cpu(key(self._seed, f"{self._purpose} batch", *place))
