@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from trainer.config.schema import Config, EarlyStopConfig
 from trainer.core.logged_metrics import LoggedMetrics
 from trainer.core.metrics import Row
+from trainer.core.saved_state import is_best
 
 
 class EarlyStop:
@@ -26,11 +26,12 @@ class EarlyStop:
 
     def update(self, row: Row) -> str:
         """Take note of a row; returns why the run is to end, "" if it goes on."""
+        section = self._section
         value = row.get(self._column)
-        patience = self._section.patience
+        patience = section.patience
         if value is None or patience is None:
             return ""
-        if self._is_better(value):
+        if is_best(value, self._best, section.mode, section.min_delta):
             self._best = value
             self._waited = 0
             return ""
@@ -39,17 +40,9 @@ class EarlyStop:
             return ""
         best = "no finite value" if self._best is None else f"{self._best:.6g}"
         return (
-            f"early_stop: {self._section.metric} has not got better than {best} in {self._waited} "
+            f"early_stop: {section.metric} has not got better than {best} in {self._waited} "
             f"evaluation{'s' if self._waited > 1 else ''}"
         )
-
-    def _is_better(self, value: float) -> bool:
-        if not math.isfinite(value):
-            return False
-        if self._best is None:
-            return True
-        gain = value - self._best if self._section.mode == "max" else self._best - value
-        return gain > self._section.min_delta
 
     def wait_anew(self) -> None:
         """The run goes on after its end: it gets `patience` more evaluations."""

@@ -134,7 +134,7 @@ class WeightAverage:
         torch._foreach_add_(averages, parts)
 
     def _weights(self) -> list[Tensor]:
-        return [weight.detach() for weight, _ in self._tensors.values()]
+        return [weight for weight, _ in self._tensors.values()]
 
     def _averages(self) -> list[Tensor]:
         return [average for _, average in self._tensors.values()]

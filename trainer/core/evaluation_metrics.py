@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from trainer.core.metric_states import (
     accumulator_of,
     with_precision,
 )
-from trainer.core.misfit import KINDS, explained, is_misfit, metric_misfit
+from trainer.core.misfit import explained, explained_by, metric_misfit
 from trainer.errors import ConfigError, LockstepError, listed
 from trainer.exact.seeding import key, keyed_draws
 from trainer.process.ranks import Ranks
@@ -92,15 +93,8 @@ class EvaluationMetrics:
             self._check_ignored()
         for item in self._items:
             own = _one_probability(inputs) if item.takes_one_probability else inputs
-            try:
+            with _explained(item.named, "update", own):
                 item.accumulator.add(own)
-            except KINDS as error:
-                if not is_misfit(error):
-                    raise
-                named = item.named
-                raise metric_misfit(
-                    named.key, named.metric, "update", own, error
-                ) from error
 
     def _check_ignored(self) -> None:
         """Raise `ConfigError` for a metric that would count the pixels whose targets are ignored."""
@@ -172,16 +166,12 @@ class EvaluationMetrics:
     ) -> None:
         named = item.named
         before = dict(columns.values)
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                result = item.accumulator.compute(parts)
-        except KINDS as error:
-            if not is_misfit(error):
-                raise
-            raise metric_misfit(
-                named.key, named.metric, "compute", None, error
-            ) from error
+        with (
+            _explained(named, "compute", None),
+            warnings.catch_warnings(record=True) as caught,
+        ):
+            warnings.simplefilter("always")
+            result = item.accumulator.compute(parts)
         columns.add(named.name, result, self._classes)
         for warning in caught:
             notes.append(f"{named.name}: {warning.message}")
@@ -217,11 +207,17 @@ def _prepare(named: NamedMetric, ranks: Ranks, precision: torch.dtype) -> _Item:
     return _Item(named, accumulator_of(metric), _is_binary(metric))
 
 
+def _explained(
+    named: NamedMetric, method: str, inputs: Any
+) -> AbstractContextManager[None]:
+    """A context for a call of the metric's `method`: its errors become a `ConfigError` at the metric's key."""
+    return explained_by(partial(metric_misfit, named.key, named.metric, method, inputs))
+
+
 def _is_binary(metric: Any) -> bool:
     for cls in type(metric).__mro__:
-        if cls.__module__.startswith("torchmetrics.") and cls.__name__.startswith(
-            "Binary"
-        ):
+        is_of_library = cls.__module__.startswith("torchmetrics.")
+        if is_of_library and cls.__name__.startswith("Binary"):
             return True
     return False
 

@@ -41,7 +41,8 @@ class FiniteWatch:
         overflows = run.precision.skips_overflow
         self.leaves_out = run.config.train.non_finite == "skip" and not overflows
         # Where asking costs nothing, so that the weights stay as they were before the step.
-        self._asks_at_once = run.ranks.device.type == "cpu" and not overflows
+        is_on_cpu = run.ranks.device.type == "cpu"
+        self._asks_at_once = is_on_cpu and not overflows and not self.leaves_out
 
     @property
     def counts(self) -> bool:
@@ -51,8 +52,7 @@ class FiniteWatch:
     def mark(self, step: int, losses: list[Tensor], gradients: list[Tensor]) -> bool:
         """Note whether they are finite; returns `is_held_back`. A collective with `leaves_out`."""
         # One operation for nearly every step; only a bad one is looked at more closely.
-        asks = self._asks_at_once and not self.leaves_out
-        if asks and self._flags.are_finite(losses, gradients):
+        if self._asks_at_once and self._flags.are_finite(losses, gradients):
             self.is_held_back = False
             return False
         of_loss, of_gradient = self._flags.mark(step, losses, gradients)

@@ -7,8 +7,9 @@ that raises another kind keeps its traceback.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,21 @@ def is_misfit(error: Exception) -> bool:
 
 
 @contextmanager
-def explained(task: Task, method: str, output: Any, targets: Any) -> Iterator[None]:
-    """A context for a call of the task's `method`: its errors become a `ConfigError` with shapes and dtypes."""
+def explained_by(explain: Callable[[Exception], ConfigError]) -> Iterator[None]:
+    """A context whose misfits become what `explain` makes of them."""
     try:
         yield
     except KINDS as error:
         if not is_misfit(error):
             raise
-        raise loss_misfit(task, method, output, targets, error) from error
+        raise explain(error) from error
+
+
+def explained(
+    task: Task, method: str, output: Any, targets: Any
+) -> AbstractContextManager[None]:
+    """A context for a call of the task's `method`: its errors become a `ConfigError` with shapes and dtypes."""
+    return explained_by(partial(loss_misfit, task, method, output, targets))
 
 
 def loss_misfit(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,9 @@ class SavePredictions(Observer):
             part = self._part(ids, output, targets)
             self._parts.setdefault(evaluation, []).append(part)
         except ConfigError as error:
-            self._problem = error  # other ranks may have no batch, and wait in `gather`
+            self._problem = (
+                error  # other ranks may have no batch, and wait in `evaluation`
+            )
 
     def _part(self, ids: Ids, output: Any, targets: Any) -> Arrays:
         """What is kept of a batch."""
@@ -104,7 +107,9 @@ class SavePredictions(Observer):
     def evaluation(self, evaluation: str, step: Step, metrics: Row) -> None:
         if self._is_due(evaluation):
             self._run.ranks.on_each(self._raise_problem)
-            parts = self._run.ranks.gather(self._parts.pop(evaluation, []))
+            own_parts = self._parts.pop(evaluation, [])
+            of_ranks = self._run.ranks.gather_on_main(own_parts)
+            parts = list(chain.from_iterable(of_ranks))
             self._run.ranks.on_main(lambda: self._write(evaluation, step, parts))
         self._evaluations[evaluation] = self._evaluations.get(evaluation, 0) + 1
 

@@ -92,10 +92,16 @@ class SavedState:
         )
 
 
-def is_best(value: float, before: float | None, mode: str | None) -> bool:
-    """True if a metric's `value` is better than the best `before`; NaN and infinities never are."""
+def is_best(
+    value: float, before: float | None, mode: str | None, min_delta: float = 0.0
+) -> bool:
+    """True if a metric's `value` is better than the best `before`, by more than `min_delta`.
+
+    NaN and infinities never are.
+    """
     if not math.isfinite(value):
         return False
     if before is None:
         return True
-    return value > before if mode == "max" else value < before
+    gain = value - before if mode == "max" else before - value
+    return gain > min_delta

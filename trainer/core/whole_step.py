@@ -101,13 +101,12 @@ class WholeStep:
         """The outputs; every micro-batch starts from the buffers that the step begins with, and those come back."""
         parts = []
         copies = Copies(other_buffers(self._whole, norms=True))
-        try:
-            for batch in batches:
+        for batch in batches:
+            try:
                 output = self._run.forward.train_output(self._run.module, batch, step)
-                parts.append(Part(batch.indices, output))
+            finally:
                 copies.restore()
-        finally:
-            copies.restore()
+            parts.append(Part(batch.indices, output))
         return parts
 
     # ---------------------------------------------------------------- the loss
