@@ -60,6 +60,12 @@ def factory(size: int, *, names: Sequence[str] = ("a",), **kwargs: object) -> No
             ["  model.zero_init_residual=false  (bool)", "  model.width_per_group=64"],
             ["model.block", "model.num_classes=", "kwargs"],
         ),
+        (
+            "model",
+            ["\nnames\n  small_cnn, small_segmenter, small_detector, alexnet"],
+            [],
+        ),
+        ("model.small_segmenter", ["  model.width=16  (int)"], []),
         ("schedule.step", ["  schedule.gamma=0.1  (float)"], ["clock"]),
         ("data.fake", ["  data.val_size=200  (int)"], []),
         (

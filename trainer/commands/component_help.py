@@ -47,16 +47,14 @@ def topic_help(topic: str) -> str:
         raise ConfigError(topic, f"no such section; --help lists them{hint}")
     keys = _keys_of(section)
     for place, cls in NESTED.items():
-        if topic.startswith(f"{place}."):
-            inner = topic.removeprefix(f"{place}.")
+        inner = topic.removeprefix(f"{place}.")
+        if inner != topic:
             return "\n".join(_key_lines_of(topic, place, inner, declared_keys(cls)))
     # Of `data.train_transforms.RandomCrop` the place is the longest.
     for place in sorted(PLACES, key=len, reverse=True):
-        if (
-            topic.startswith(f"{place}.")
-            and topic.removeprefix(f"{place}.").partition(".")[0] not in keys
-        ):
-            return "\n".join(_component_lines(place, topic.removeprefix(f"{place}.")))
+        name = topic.removeprefix(f"{place}.")
+        if name != topic and name.partition(".")[0] not in keys:
+            return "\n".join(_component_lines(place, name))
     if not rest:
         return "\n".join(_section_lines(section, keys))
     lines = list(_key_lines_of(topic, section, rest, keys))
@@ -103,20 +101,13 @@ def _name_lines(place: str) -> Iterator[str]:
     names = PLACES[place].names() if place in PLACES else {}
     if names:
         yield "\nnames"
-        yield textwrap.fill(
-            ", ".join(names), WIDTH, initial_indent="  ", subsequent_indent="  "
-        )
+        yield _wrapped(", ".join(names), "  ")
 
 
 def _key_lines(section: str, name: str, key: Key) -> Iterator[str]:
     unit = f" [{key.unit}]" if key.unit else ""
     yield f"  {section}.{name}={show(key.default)}  ({type_name(key.hint)})"
-    yield textwrap.fill(
-        f"{key.meaning}{unit}",
-        WIDTH,
-        initial_indent="      ",
-        subsequent_indent="      ",
-    )
+    yield _wrapped(f"{key.meaning}{unit}", "      ")
 
 
 def _component_lines(place: str, name: str) -> Iterator[str]:
@@ -128,9 +119,7 @@ def _component_lines(place: str, name: str) -> Iterator[str]:
     is_own = home.startswith("trainer.")
     yield f"{place}.{name}" if is_own or home == name else f"{place}.{name}  ({home})"
     for paragraph in summary(target, whole=is_own).splitlines():
-        yield textwrap.fill(
-            paragraph, WIDTH, initial_indent="  ", subsequent_indent="  "
-        )
+        yield _wrapped(paragraph, "  ")
     section = place.partition(".")[0]
     hidden = {*kind.supplied, *(_keys_of(section) if place == section else ())}
     # A schedule of one's own is given the position and the run's length.
@@ -142,7 +131,7 @@ def _component_lines(place: str, name: str) -> Iterator[str]:
         keys = ", ".join(_keys_of(section))
         owner = "the section" if section in SECTIONS else "each item"
         yield f"\nkeys of {owner}, whatever the name (--help {section})"
-        yield textwrap.fill(keys, WIDTH, initial_indent="  ", subsequent_indent="  ")
+        yield _wrapped(keys, "  ")
 
 
 def _find(place: str, name: str) -> Any:
@@ -215,9 +204,11 @@ def _parameter_lines(
     kind = _annotation(parameter) or note.type
     yield f"  {name}{value}" + (f"  ({kind})" if kind else "")
     if note.text:
-        yield textwrap.fill(
-            plain(note.text), WIDTH, initial_indent="      ", subsequent_indent="      "
-        )
+        yield _wrapped(plain(note.text), "      ")
+
+
+def _wrapped(text: str, indent: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
 def _writable(value: Any) -> Any:

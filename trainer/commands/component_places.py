@@ -49,10 +49,10 @@ def _losses() -> Mapping[str, Any]:
 def _models() -> Mapping[str, Any]:
     from torchvision import models
 
-    from trainer.components.models import small_cnn
+    from trainer.components.models import SMALL_MODELS
 
     builders = {name: models.get_model_builder(name) for name in models.list_models()}
-    return {"small_cnn": small_cnn, **builders}
+    return {**SMALL_MODELS, **builders}
 
 
 def _data_sets() -> Mapping[str, Any]:

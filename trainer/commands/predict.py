@@ -12,6 +12,7 @@ The run's data are not needed.
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from trainer.commands.arguments import CommandParser, one_of, whole_number
@@ -21,8 +22,8 @@ from trainer.process.exit import end_on_closed_pipe
 EXPORT_FORMATS = ("torch", "onnx")
 
 
-def main(arguments: list[str]) -> None:
-    """Answer for the files, export the model, or both."""
+def _parse(arguments: list[str]) -> Namespace:
+    """The command's options. Raises `ConfigError`."""
     parser = CommandParser("predict", __doc__)
     parser.add_run()
     parser.add_trust()
@@ -62,6 +63,12 @@ def main(arguments: list[str]) -> None:
             "PATH",
             "is missing: predict RUN PATH…, where a PATH is an image, a directory or a glob",
         )
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    """Answer for the files, export the model, or both."""
+    options = _parse(arguments)
 
     end_on_closed_pipe()
     from trainer.commands.predict_output import find_images, print_predictions
@@ -72,14 +79,8 @@ def main(arguments: list[str]) -> None:
     predictor = Predictor(options.run, options.overrides, trust=options.trust)
     if options.export is not None:
         # Before the files are read: one that cannot be read must not keep the model from being exported.
-        print(
-            export(
-                predictor,
-                options.export,
-                options.run / f"best{ENDINGS[options.export]}",
-            ),
-            file=sys.stderr,
-        )
+        path = options.run / f"best{ENDINGS[options.export]}"
+        print(export(predictor, options.export, path), file=sys.stderr)
     if files:
         as_json = options.json or not sys.stdout.isatty()
         print_predictions(

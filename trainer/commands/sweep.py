@@ -7,14 +7,15 @@ lockstep sweep configs/sweeps/random.yaml --parallel 4 train.epochs=30
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 from trainer.commands.arguments import CommandParser, whole_number
 from trainer.errors import LockstepError
 
 
-def main(arguments: list[str]) -> None:
-    """Run the sweep's trials, or check them; overrides hold for every trial."""
+def _parse(arguments: list[str]) -> Namespace:
+    """The command's options. Raises `ConfigError`."""
     parser = CommandParser("sweep", __doc__)
     parser.add_argument(
         "file", metavar="SWEEP.yaml", type=Path, help="method, metric and parameters"
@@ -39,7 +40,12 @@ def main(arguments: list[str]) -> None:
         help="draws the trials' values (default: 0)",
     )
     parser.add_overrides("changes a key of every trial's config")
-    options = parser.parse(arguments)
+    return parser.parse(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the sweep's trials, or check them; overrides hold for every trial."""
+    options = _parse(arguments)
 
     from trainer.sweep.check import check
     from trainer.sweep.description import read_sweep

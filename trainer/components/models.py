@@ -11,7 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainer.components.pooling import AdaptiveAvgPool2d
-from trainer.components.small_models import small_detector, small_segmenter
+from trainer.components.small_models import (
+    conv_block,
+    small_detector,
+    small_segmenter,
+)
 from trainer.components.weights import torchvision_weights
 from trainer.config.registry import build, refuse_other_class, resolve
 from trainer.config.schema import ModelConfig
@@ -29,18 +33,10 @@ def small_cnn(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Seq
     """A convolutional net with BatchNorm for small images, `(N, in_channels, H, W)` → `(N, num_classes)`."""
     if width < 1:
         raise ValueError(f"width must be 1 or more, not {width}")
-
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
-        return [
-            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-        ]
-
     return nn.Sequential(
-        *block(in_channels, width),
+        *conv_block(in_channels, width),
         nn.MaxPool2d(2),
-        *block(width, 2 * width),
+        *conv_block(width, 2 * width),
         AdaptiveAvgPool2d(2),
         nn.Flatten(),
         nn.Linear(8 * width, num_classes),

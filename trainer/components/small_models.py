@@ -7,24 +7,29 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def _block(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
-    return [
-        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(),
-    ]
+def conv_block(
+    inputs: int, outputs: int, *, stride: int = 1, dilation: int = 1
+) -> list[nn.Module]:
+    """A 3 × 3 convolution that keeps the image's size (but for `stride`), BatchNorm and ReLU."""
+    convolution = nn.Conv2d(
+        inputs,
+        outputs,
+        3,
+        stride,
+        padding=dilation,
+        dilation=dilation,
+        bias=False,
+    )
+    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
 def small_segmenter(
     num_classes: int, in_channels: int = 3, width: int = 16
 ) -> nn.Sequential:
     """A convolutional net that keeps the image's size, `(N, in_channels, H, W)` → `(N, num_classes, H, W)`."""
-    layers: list[nn.Module] = _block(in_channels, width)
+    layers: list[nn.Module] = conv_block(in_channels, width)
     for dilation in (2, 4, 8):
-        layers.append(
-            nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, bias=False)
-        )
-        layers += [nn.BatchNorm2d(width), nn.ReLU()]
+        layers += conv_block(width, width, dilation=dilation)
     return nn.Sequential(*layers, nn.Conv2d(width, num_classes, 1))
 
 
@@ -63,10 +68,10 @@ def small_detector(
 class _Backbone(nn.Sequential):
     def __init__(self, in_channels: int, width: int) -> None:
         super().__init__(
-            *_block(in_channels, width),
-            *_block(width, width, stride=2),
-            *_block(width, 2 * width, stride=2),
-            *_block(2 * width, 2 * width),
+            *conv_block(in_channels, width),
+            *conv_block(width, width, stride=2),
+            *conv_block(width, 2 * width, stride=2),
+            *conv_block(2 * width, 2 * width),
         )
         self.out_channels = 2 * width
 
