@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from trainer.process.local_ranks import free_port, rank_variables
 
 # Torch is imported once, in a process without threads.
 CLEAN = multiprocessing.get_context("forkserver")
@@ -74,27 +75,6 @@ def on_processes(
         if isinstance(outcome, str):
             raise RuntimeError(f"one of {count} processes failed: {outcome}")
     return [outcome and outcome[0] for outcome in outcomes]
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def rank_variables(rank: int, count: int, port: int) -> dict[str, str]:
-    """What a launcher on this machine puts into the environment of a rank; the ranks meet at `port`."""
-    numbers = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": count,
-        "LOCAL_WORLD_SIZE": count,
-        "MASTER_PORT": port,
-    }
-    variables = {name: str(number) for name, number in numbers.items()}
-    return variables | {"MASTER_ADDR": "127.0.0.1"}
 
 
 def _received(receiver: Connection, deadline: float) -> Any:

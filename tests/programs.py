@@ -14,7 +14,6 @@ import multiprocessing.connection
 import os
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -23,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from io import FileIO, TextIOWrapper
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
+
+from trainer.process.local_ranks import rank_environments
 
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
@@ -71,7 +72,7 @@ class Program:
         self._output.touch()
         self._errors.touch()
         self._processes = []
-        for variables in _rank_environments(environment, ranks):
+        for variables in rank_environments(environment, ranks):
             work = (
                 self.arguments,
                 variables,
@@ -150,27 +151,6 @@ class Program:
                     for other in running.values():
                         other.terminate()
         return status
-
-
-def _rank_environments(environment: dict[str, str], ranks: int) -> list[dict[str, str]]:
-    """The environment of every rank; a single process has none of a launcher's variables."""
-    if ranks == 1:
-        return [environment]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environments = []
-    for rank in range(ranks):
-        variables = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        environments.append(environment | variables)
-    return environments
 
 
 def _become_program(

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from benchmarks.faults.program import Fault, become_command
-from benchmarks.processes import free_port, rank_variables
+from trainer.process.local_ranks import rank_environments
 
 PATIENCE = 120.0  # seconds for a run to end, before it counts as a hang
 STARTS = 4  # of one run; a fault befalls the first alone
@@ -126,12 +126,9 @@ class Scene:
         output = self.directory / f"start{self.starts}"
         output.touch()
         output.with_suffix(".err").touch()
-        port = free_port()
         processes = []
-        for rank in range(ranks):
-            environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-            if ranks > 1:
-                environment |= rank_variables(rank, ranks, port)
+        common = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        for environment in rank_environments(common, ranks):
             work = (arguments, environment, output, fault)
             processes.append(SERVER.Process(target=become_command, args=work))
         for process in processes:

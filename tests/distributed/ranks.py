@@ -6,7 +6,6 @@ import gc
 import io
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,8 @@ import torch
 # Every optimizer imports it: once, here, and not in each rank again.
 import torch._dynamo
 from accelerate.state import AcceleratorState
+
+from trainer.process.local_ranks import free_port, rank_variables
 
 # Torch is imported once, here, and not in each process again.
 FORK = multiprocessing.get_context("fork")
@@ -35,9 +36,7 @@ def on_ranks(
 
     Raises the first rank's failure with its traceback; a rank that does not end in time is killed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pipes = [FORK.Pipe(duplex=False) for _ in range(count)]
     processes = [
         FORK.Process(
@@ -75,14 +74,7 @@ def _child(
     gc.freeze()
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if count > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+        os.environ |= rank_variables(rank, count, port)
     torch.set_num_threads(1)
     # A fork believes its parent's fork server to be its own child, which it cannot wait for.
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]

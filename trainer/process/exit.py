@@ -58,17 +58,24 @@ def _report(error: BaseException) -> int:
     if not _is_first_to_report(error):
         time.sleep(SECONDS_TO_REPORT)
         return status
-    if isinstance(error, LockstepError):
-        prefix = "" if isinstance(error, Stopped) else "error: "
-        report = f"{prefix}{error}"
-    else:
-        report = "".join(traceback.format_exception(error)).rstrip()
-    # The one place where errors are printed, so no message needs to think of secrets by itself.
-    print(redacted_output(report), file=sys.stderr, flush=True)
+    is_mistake = isinstance(error, LockstepError) and not isinstance(error, Stopped)
+    prefix = "error: " if is_mistake else ""
+    # The one place where errors are printed.
+    print(f"{prefix}{describe_error(error)}", file=sys.stderr, flush=True)
     if launcher.world_size() > 1 and launcher.rank() == 0:
         # It may hold the store, which the others ask whether they are to report.
         time.sleep(SECONDS_TO_NOTICE)
     return status
+
+
+def describe_error(error: BaseException) -> str:
+    """The message of a `LockstepError`, of any other error its traceback, without secrets.
+
+    No message needs to think of them by itself.
+    """
+    if isinstance(error, LockstepError):
+        return redacted_output(str(error))
+    return redacted_output("".join(traceback.format_exception(error)).rstrip())
 
 
 def report_interrupt() -> int:

@@ -89,35 +89,32 @@ class HostGroup:
         """Every rank's `value`, in rank order, on every rank."""
         if self.count == 1:
             return [value]
-        data = _to_bytes(value)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
-        self._run(partial(distributed.all_gather, sizes, torch.tensor([len(data)])))
-        largest = max(int(size) for size in sizes)
-        padded = torch.zeros(largest, dtype=torch.uint8)
-        padded[: len(data)] = data
-        parts = [torch.empty_like(padded) for _ in range(self.count)]
+        padded, sizes = self._pad(value)
+        parts = [torch.empty_like(padded) for _ in sizes]
         self._run(partial(distributed.all_gather, parts, padded))
-        return [
-            _from_bytes(part[: int(size)])
-            for part, size in zip(parts, sizes, strict=True)
-        ]
+        return _unpad(parts, sizes)
 
     def to_main(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on rank 0 alone; an empty list on the others."""
         if self.count == 1:
             return [value]
+        padded, sizes = self._pad(value)
+        if self.rank != 0:
+            self._run(partial(distributed.gather, padded, None, 0))
+            return []
+        parts = [torch.empty_like(padded) for _ in sizes]
+        self._run(partial(distributed.gather, padded, parts, 0))
+        return _unpad(parts, sizes)
+
+    def _pad(self, value: Any) -> tuple[Tensor, list[int]]:
+        """`value` as bytes, padded to those of the rank that has the most; and how many each rank has."""
         data = _to_bytes(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
         self._run(partial(distributed.all_gather, sizes, torch.tensor([len(data)])))
-        padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8)
+        lengths = [int(size) for size in sizes]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(data)] = data
-        is_main = self.rank == 0
-        parts = [torch.empty_like(padded) for _ in sizes] if is_main else None
-        self._run(partial(distributed.gather, padded, parts, 0))
-        return [
-            _from_bytes(part[: int(size)])
-            for part, size in zip(parts or [], sizes, strict=False)
-        ]
+        return padded, lengths
 
     def from_main(self, action: Callable[[], Any]) -> Any:
         """What `action` returns on rank 0, on every rank. The others wait for as long as it takes."""
@@ -142,18 +139,8 @@ class HostGroup:
 
     def any_async(self, flag: bool) -> Callable[[], bool]:
         """Start asking whether `flag` is true on any rank. The function returned waits for the answer."""
-        if self.count == 1:
-            return lambda: flag
-        vote = torch.tensor(int(flag))
-        work = distributed.all_reduce(
-            vote, distributed.ReduceOp.MAX, group=self._group, async_op=True
-        )
-
-        def answer() -> bool:
-            self._wait(work)
-            return bool(vote)
-
-        return answer
+        answers = self.any_each_async([flag])
+        return lambda: answers()[0]
 
     def any_each(self, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is true on any rank."""
@@ -390,6 +377,11 @@ def _to_send(error: Exception, rank: int, machines: list[str]) -> LockstepError:
     if isinstance(error, LockstepError):
         return error
     return OtherRankFailed(f"rank {rank} on {machines[rank]} failed: {error}")
+
+
+def _unpad(parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Any]:
+    """The values of all ranks, from what `_pad` made of them."""
+    return [_from_bytes(part[:size]) for part, size in zip(parts, sizes, strict=True)]
 
 
 def _to_bytes(value: Any) -> Tensor:

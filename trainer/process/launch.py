@@ -11,7 +11,6 @@ import os
 import pickle
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.process import launcher
 from trainer.process.launched import ERROR_FILE, RESULT_FILE, WORK_FILE, Failure
+from trainer.process.local_ranks import rank_environments
 
 T = TypeVar("T")
 
@@ -210,23 +210,7 @@ def _describe_status(status: int) -> str:
 
 
 def _environments(count: int) -> list[dict[str, str]]:
-    """The environment of every rank, as torchrun sets it."""
-    common = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if count == 1:
-        return [common]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common.setdefault("OMP_NUM_THREADS", "1")
-    environments = []
-    for rank in range(count):
-        variables = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        environments.append(common | variables)
-    return environments
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if count > 1:
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    return rank_environments(environment, count)

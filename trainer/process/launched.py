@@ -6,15 +6,13 @@ import io
 import os
 import pickle
 import sys
-import traceback
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from trainer.config.secrets import redacted_output
 from trainer.errors import LockstepError
 from trainer.process import launcher
-from trainer.process.exit import exit_process, report_error
+from trainer.process.exit import describe_error, exit_process, report_error
 from trainer.process.parent import end_with_parent
 
 WORK_FILE = "work.pickle"  # the function and its arguments
@@ -75,12 +73,7 @@ def _leave_error(directory: Path, error: Exception) -> int:
     """Leave this rank's failure in a file; returns the exit status."""
     with redirect_stderr(io.StringIO()) as report:
         status = report_error(error)
-    text = (
-        str(error)
-        if isinstance(error, LockstepError)
-        else "".join(traceback.format_exception(error)).rstrip()
-    )
-    failure = Failure(status, redacted_output(text), bool(report.getvalue()))
+    failure = Failure(status, describe_error(error), bool(report.getvalue()))
     path = directory / ERROR_FILE.format(rank=launcher.rank())
     _write(path, pickle.dumps(failure))
     return status

@@ -92,10 +92,15 @@ def _stop_this_process() -> None:
 
 def process_status(process: int) -> tuple[str, int, int]:
     """State, parent and group of a process. Raises `OSError` if it has ended. For Linux only."""
+    state, parent, group, *_ = _status_fields(process)
+    return state, int(parent), int(group)
+
+
+def _status_fields(process: int) -> list[str]:
+    """What the kernel says of a process, from the third field of its status on, the state. Raises `OSError`."""
     # The second field, the program's name in parentheses, may itself hold spaces and parentheses.
     text = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2]
-    state, parent, group, *_ = text.split()
-    return state, int(parent), int(group)
+    return text.split()
 
 
 def has_ended(process: int) -> bool:
@@ -112,14 +117,13 @@ def has_ended(process: int) -> bool:
 def fatal_signal(process: int) -> int | None:
     """The signal that ended a process whose parent has not yet asked for its status; else None. For Linux only."""
     try:
-        text = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2]
+        fields = _status_fields(process)
     except OSError:
         return None
-    state, *fields = text.split()
-    if state != "Z":
+    if fields[0] != "Z":
         return None
-    # The status that the parent will get. The state is field 3, so `fields` begins with field 4.
-    return int(fields[STATUS_FIELD - 4]) & 0x7F or None
+    # The status that the parent will get.
+    return int(fields[STATUS_FIELD - 3]) & 0x7F or None
 
 
 def _was_started_with(process: int, variable: str) -> bool:
