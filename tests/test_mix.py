@@ -12,18 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from tests.distributed.small import CLASSES, Images, Points, config, conv_net, mlp
+from tests.distributed.small import (
+    CLASSES,
+    Images,
+    Points,
+    config,
+    conv_net,
+    header_of,
+    mlp,
+)
 from trainer import Trainer
 from trainer.components.task import Task, WeightedSum, as_task
 from trainer.config.schema import LossConfig, MixConfig
 from trainer.core.mix import Blend, Mix, blended_loss
 from trainer.core.no_effect import keys_without_effect
-from trainer.core.proof.prove import Proof
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.plan import Plan, Step
 from trainer.exact.seeding import numpy_generator
-from trainer.reporting.summary import header
 
 SEED = 5
 BOTH: dict[str, Any] = {"mixup": 0.4, "cutmix": 1.0}
@@ -323,16 +329,7 @@ def test_mixing_that_does_nothing_is_said_so(tmp_path: Path) -> None:
 def test_the_header_says_how_images_are_mixed(tmp_path: Path) -> None:
     settings = config(tmp_path, train__mix={**BOTH, "off_after": 0.5, "prob": 0.8})
     trainer = Trainer(settings, model=conv_net(), train_data=Images())
-    facts = header(
-        trainer.run,
-        trainer.schedule,
-        1,
-        "",
-        directory=tmp_path,
-        proof=Proof(off=""),
-        optimizer=trainer.optimizer,
-    )
-    assert dict(facts)["mix"] == (
+    assert header_of(trainer, tmp_path)["mix"] == (
         "MixUp 0.4 or CutMix 1 (50%) in 80% of the micro-batches, up to step 4 · "
         "train/loss is that of the mixed targets"
     )

@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, RandomSampler, Subset, TensorDataset
 
-from tests.distributed.small import SAMPLES, Points, config, mlp
+from tests.distributed.small import SAMPLES, Points, config, header_of, mlp
 from trainer import Trainer
 from trainer.commands import evaluate
 from trainer.config.import_paths import import_paths
 from trainer.config.load import load
 from trainer.config.schema import Config, DataConfig
 from trainer.core.known_components import is_known
-from trainer.core.proof.prove import Proof
 from trainer.data.classes import Relabelled
 from trainer.data.datasets import Datasets, FakeImages, ImageArrays
 from trainer.data.labels import find_labels
@@ -29,7 +28,6 @@ from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.errors import ConfigError, DataError
 from trainer.exact.plan import Ids, Plan, count_occurrences
 from trainer.exact.seeding import key
-from trainer.reporting.summary import header
 
 # 20 of class a, 5 of b, 1 of c, and 2 of none.
 LABELS = [0] * 20 + [1] * 5 + [2] + [-1] * 2
@@ -460,16 +458,8 @@ def test_the_header_and_the_paths_of_a_config_name_the_sampler(tmp_path: Path) -
     sampler = {"name": f"{__name__}.without_labels"}
     settings = config(tmp_path, data__sampler=sampler)
     trainer = Trainer(settings, model=mlp(), train_data=Points(ignored=False))
-    facts = header(
-        trainer.run,
-        trainer.schedule,
-        1,
-        "",
-        directory=tmp_path,
-        proof=Proof(off=""),
-        optimizer=trainer.optimizer,
-    )
-    assert dict(facts)["sampler"] == f"{sampler['name']} · 103 samples an epoch"
+    said = header_of(trainer, tmp_path)["sampler"]
+    assert said == f"{sampler['name']} · 103 samples an epoch"
     # What a run from elsewhere may not call unasked.
     names = {(path.role, path.name) for path in import_paths(settings)}
     assert ("sampler", sampler["name"]) in names

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from trainer import Config, Trainer
+from trainer.core.proof.prove import Proof
+from trainer.reporting.jsonl import read_rows
+from trainer.reporting.summary import header
 
 SAMPLES, CLASSES, IGNORED = 103, 4, -1
+# Of a run's summary: equal where runs are the same bit for bit.
+HASHES = ("weights_sha256", "buffers_sha256", "optimizer_sha256")
 
 
 class Points:
@@ -82,6 +87,18 @@ def config(directory: Path, **changes: Any) -> Config:
     return Config.from_dict(tree)
 
 
+def bitwise_config(directory: Path, name: str, **changes: Any) -> Config:
+    """The same bits on any number of processes; a second start goes on with the run."""
+    settings = {
+        "run__name": name,
+        "run__reproducibility": "bitwise",
+        "run__resume": "auto",
+        "run__proof": "off",
+        "batch__micro_size": 7,
+    }
+    return config(directory, **(settings | changes))
+
+
 def fitted(settings: Config, model: nn.Module, **more: Any) -> Trainer:
     trainer = Trainer(settings, model=model, **more)
     trainer.fit()
@@ -92,6 +109,39 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
     return {
         name: tensor.clone() for name, tensor in trainer.module.state_dict().items()
     }
+
+
+def tensors_of(model: nn.Module, loss: nn.Module) -> dict[str, Tensor]:
+    """Copies of the weights and buffers of a model and of its loss."""
+    tensors = {}
+    for prefix, root in (("", model), ("loss/", loss)):
+        for name, tensor in root.state_dict().items():
+            tensors[prefix + name] = tensor.detach().clone()
+    return tensors
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """What a run logged, without what depends on the clock."""
+    kept = []
+    for row in read_rows(run / "metrics.jsonl"):
+        for name in ("samples_per_second", "data_wait"):
+            row.pop(name, None)
+        kept.append(row)
+    return kept
+
+
+def header_of(trainer: Trainer, directory: Path) -> dict[str, str]:
+    """The lines that a run begins with, by their titles."""
+    facts = header(
+        trainer.run,
+        trainer.schedule,
+        1,
+        "",
+        directory=directory,
+        proof=Proof(off=""),
+        optimizer=trainer.optimizer,
+    )
+    return dict(facts)
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import CLASSES, Images, config, conv_net, mlp
+from tests.distributed.small import CLASSES, Images, config, conv_net, mlp, rows_of
 from tests.distributed.small import Points as AllPoints
 from trainer import ConfigError, LockstepError, Observer, Run, Step, Task, Trainer
 from trainer.config.schema import Config, EmaConfig
@@ -120,14 +120,10 @@ def run_with_average(directory: Path, **changes: Any) -> dict[str, Any]:
     trainer = trainer_of(directory, batch__micro_size=7, **changes)
     summary = trainer.fit()
     path = directory / "run"
-    rows = read_rows(path / "metrics.jsonl")
-    for row in rows:
-        row.pop("samples_per_second", None)
-        row.pop("data_wait", None)
     names = ("weights_sha256", "buffers_sha256", "ema_sha256", "best", "best_epoch")
     return {
         "hashes": [summary[name] for name in names],
-        "rows": rows,
+        "rows": rows_of(path),
         "best": (path / "best" / "model.safetensors").read_bytes(),
         "average": dict(trainer._average.tensors()),
         "weights": dict(trainer.module.state_dict()),

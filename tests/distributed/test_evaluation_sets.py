@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import Images, config, conv_net
+from tests.distributed.small import (
+    HASHES,
+    Images,
+    bitwise_config,
+    config,
+    conv_net,
+    rows_of,
+)
 from trainer import Observer, Step, Trainer
-from trainer.core.metrics import TIMINGS
-from trainer.reporting.jsonl import read_rows
-
-HASHES = ("weights_sha256", "buffers_sha256", "optimizer_sha256")
 
 
 class Shifted(Images):
@@ -31,14 +34,10 @@ class Shifted(Images):
 
 def fit(directory: Path, name: str, **more: Any) -> dict[str, Any]:
     changes = {key: more.pop(key) for key in list(more) if "__" in key}
-    settings = config(
+    settings = bitwise_config(
         directory,
+        name,
         **{
-            "run__name": name,
-            "run__reproducibility": "bitwise",
-            "run__resume": "auto",
-            "run__proof": "off",
-            "batch__micro_size": 7,
             "batch__eval_size": 8,
             "optimizer__lr": 1.0,
             **changes,
@@ -51,13 +50,6 @@ def fit(directory: Path, name: str, **more: Any) -> dict[str, Any]:
 def with_sets(directory: Path, name: str, **more: Any) -> dict[str, Any]:
     sets = {"clean": Images(50), "shifted": Shifted(33)}
     return fit(directory, name, val_data=sets, test_data=Images(41), **more)
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    kept = []
-    for row in read_rows(run / "metrics.jsonl"):
-        kept.append({name: row[name] for name in row if name not in TIMINGS})
-    return kept
 
 
 def by_hand(file: Path, data: Images) -> tuple[float, float]:
@@ -79,8 +71,10 @@ def test_named_sets_and_a_test_set(tmp_path: Path, capfd: Any) -> None:
 
     # What is evaluated beside changes nothing, and one of several sets is evaluated as if it were the only one.
     assert [plain[key] for key in HASHES] == [named[key] for key in HASHES]
-    last = rows(run)[-1]
-    for row, row_of_plain in zip(rows(run)[:-1], rows(tmp_path / "plain"), strict=True):
+    last = rows_of(run)[-1]
+    for row, row_of_plain in zip(
+        rows_of(run)[:-1], rows_of(tmp_path / "plain"), strict=True
+    ):
         for name in ("val/loss", "val/accuracy"):
             assert row.get(name.replace("/", "/clean/")) == row_of_plain.get(name)
     assert named["best_metric"] == "val/clean/loss"
@@ -109,12 +103,12 @@ def test_named_sets_and_a_test_set(tmp_path: Path, capfd: Any) -> None:
 
     # Cut off, on other numbers of processes; and once more, when all is done.
     on_ranks(2, with_sets, tmp_path, "cut", train__stop_after=4)
-    assert "test/loss" not in rows(tmp_path / "cut")[-1]
+    assert "test/loss" not in rows_of(tmp_path / "cut")[-1]
     for _ in range(2):
         for summary in on_ranks(3, with_sets, tmp_path, "cut"):
             for key in (*HASHES, "best", "test/loss", "test/accuracy", "test_step"):
                 assert summary[key] == named[key]
-        assert rows(tmp_path / "cut") == rows(run)
+        assert rows_of(tmp_path / "cut") == rows_of(run)
 
 
 class LosesBest(Observer):

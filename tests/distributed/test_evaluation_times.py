@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import Images, config, conv_net
+from tests.distributed.small import (
+    HASHES,
+    Images,
+    bitwise_config,
+    conv_net,
+    rows_of,
+)
 from trainer import Observer, Step, Trainer
-from trainer.core.metrics import TIMINGS
 from trainer.errors import Stopped
-from trainer.reporting.jsonl import read_rows
 
-HASHES = ("weights_sha256", "buffers_sha256", "optimizer_sha256", "best", "best_step")
+RESULTS = (*HASHES, "best", "best_step")
 EVERY_3 = {"train__evaluate_every_steps": 3}
 
 
@@ -26,14 +30,10 @@ def fit(
     directory: Path, name: str, observers: Sequence[Observer] = (), **changes: Any
 ) -> dict[str, Any]:
     """The summary of a run of 3 epochs of 4 steps, whose rate and statistics follow its evaluations."""
-    settings = config(
+    settings = bitwise_config(
         directory,
+        name,
         **{
-            "run__name": name,
-            "run__reproducibility": "bitwise",
-            "run__resume": "auto",
-            "run__proof": "off",
-            "batch__micro_size": 7,
             "batch_norm__recalibrate": 2,
             "schedule__name": "plateau",
             "schedule__patience": 0,
@@ -60,15 +60,8 @@ def stopped(directory: Path, name: str, **changes: Any) -> int:
     return caught.value.exit_status - 128
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    kept = []
-    for row in read_rows(run / "metrics.jsonl"):
-        kept.append({name: row[name] for name in row if name not in TIMINGS})
-    return kept
-
-
 def evaluations(run: Path) -> list[dict[str, Any]]:
-    return [row for row in rows(run) if "val/loss" in row]
+    return [row for row in rows_of(run) if "val/loss" in row]
 
 
 def test_a_run_evaluated_every_3_steps(tmp_path: Path, capfd: Any) -> None:
@@ -103,14 +96,14 @@ def test_a_run_evaluated_every_3_steps(tmp_path: Path, capfd: Any) -> None:
         assert on_ranks(1, stopped, tmp_path, name, **more) == [signal.SIGTERM]
         assert evaluations(tmp_path / name) == expected[:1]
         on_ranks(2, fit, tmp_path, name, **more)
-        assert rows(tmp_path / name) == rows(tmp_path / "whole")
+        assert rows_of(tmp_path / name) == rows_of(tmp_path / "whole")
 
     cut = {**EVERY_3, "train__checkpoint_every": 3, "train__checkpoint_every_epochs": 2}
     on_ranks(2, fit, tmp_path, "cut", train__stop_after=3, **cut)
     on_ranks(1, fit, tmp_path, "cut", train__stop_after=5, **cut)
     for summary in on_ranks(3, fit, tmp_path, "cut", **cut):
-        assert [summary[key] for key in HASHES] == [whole[key] for key in HASHES]
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+        assert [summary[key] for key in RESULTS] == [whole[key] for key in RESULTS]
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
     best = [tmp_path / name / "best" / "metrics.json" for name in ("cut", "whole")]
     assert json.loads(best[0].read_text()) == json.loads(best[1].read_text())
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import (
+    HASHES,
     Images,
     config,
     conv_net,
@@ -21,7 +22,6 @@ from trainer.inspection.replay import replay
 
 # Of 8 steps, 5 are mixed: the last step of the first epoch is short, with micro-batches of four and five.
 MIX = {"mixup": 0.4, "cutmix": 1.0, "prob": 0.9, "off_after": 0.7}
-HASHES = ("weights_sha256", "buffers_sha256", "optimizer_sha256")
 
 
 def make(directory: Path, stop: int | None = None, **changes: Any) -> Trainer:

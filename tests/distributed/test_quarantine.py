@@ -14,21 +14,21 @@ from torch.nn import functional as F
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import (
+    HASHES,
     SAMPLES,
     Images,
     config,
     conv_net,
     largest_difference,
+    rows_of,
     state,
 )
 from trainer import DataError, Trainer
 from trainer.exact.plan import Plan
-from trainer.reporting.jsonl import read_rows
 
 SIZE, MICRO, EPOCHS = 28, 4, 2
 # With batches of two, there is one of which no sample remains.
 BAD_VAL = frozenset({0, 1, 20})
-HASHES = ("weights_sha256", "buffers_sha256", "optimizer_sha256")
 RESULTS = (*HASHES, "best", "samples_seen", "bad_samples", "steps")
 
 
@@ -130,15 +130,6 @@ def validation_loss(weights: dict[str, Tensor]) -> float:
     return F.cross_entropy(model.eval()(data.points[good]), data.labels[good]).item()
 
 
-def rows(directory: Path) -> list[dict[str, float]]:
-    kept = []
-    for row in read_rows(directory / "run" / "metrics.jsonl"):
-        for name in ("samples_per_second", "data_wait"):
-            row.pop(name, None)
-        kept.append(row)
-    return kept
-
-
 def listed(directory: Path) -> str:
     return (directory / "run" / "bad_samples.txt").read_text()
 
@@ -170,7 +161,7 @@ def test_equals_a_loop_without_the_bad_samples(straight: tuple[Path, Any]) -> No
     directory, (_, (summary, weights)) = straight
     expected, losses = by_hand(bad_in_training())
     assert largest_difference(weights, expected) < 1e-12
-    logged = rows(directory / "standard")
+    logged = rows_of(directory / "standard" / "run")
     train_losses = [row["train/loss"] for row in logged if "train/loss" in row]
     assert train_losses == pytest.approx(losses, rel=1e-12)
     assert logged[-1]["val/loss"] == pytest.approx(validation_loss(expected))
@@ -185,7 +176,7 @@ def test_a_first_step_without_samples(tmp_path: Path) -> None:
     for summary, weights in on_ranks(2, fit, tmp_path, bad):
         assert largest_difference(weights, expected) < 1e-12
         assert summary["steps"] == 8
-    assert "train/loss" not in rows(tmp_path)[0]
+    assert "train/loss" not in rows_of(tmp_path / "run")[0]
 
 
 @pytest.mark.parametrize(("ranks", "fuse", "workers"), [(2, 2, 0), (3, 1, 1)])
@@ -199,7 +190,7 @@ def test_any_number_of_processes(
         assert exact_summary == summary
         assert all(torch.equal(exact_weights[k], weights[k]) for k in weights)
         assert largest_difference(others, standard_weights) < 1e-12
-    assert rows(tmp_path / "exact") == rows(directory / "exact")
+    assert rows_of(tmp_path / "exact" / "run") == rows_of(directory / "exact" / "run")
     assert listed(tmp_path / "exact") == listed(directory / "exact")
 
 
@@ -222,7 +213,7 @@ def test_a_resume_leaves_out_the_same(
     results = on_ranks(3, fit, tmp_path, (), bad_val=(), **settings)
     assert [result[0] for result in results] == [summary] * 3
     assert listed(tmp_path) == listed(directory / "exact")
-    assert rows(tmp_path) == rows(directory / "exact")
+    assert rows_of(tmp_path / "run") == rows_of(directory / "exact" / "run")
 
 
 def test_what_the_end_of_a_session_finds_is_found_again(
@@ -235,7 +226,7 @@ def test_what_the_end_of_a_session_finds_is_found_again(
     assert "\tval\t" in listed(tmp_path)
     on_ranks(2, fit, tmp_path, bad_in_training(), **settings)
     assert listed(tmp_path) == listed(directory / "exact")
-    assert rows(tmp_path) == rows(directory / "exact")
+    assert rows_of(tmp_path / "run") == rows_of(directory / "exact" / "run")
 
 
 def refusal(directory: Path, bad: Collection[int], **changes: Any) -> str:

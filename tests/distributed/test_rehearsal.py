@@ -19,12 +19,11 @@ from tests.distributed.small import (
     config,
     conv_net,
     mlp,
+    rows_of,
     state,
 )
 from trainer import ConfigError, DataError, LockstepError, Observer, Trainer
-from trainer.core.metrics import TIMINGS
 from trainer.process import launcher
-from trainer.reporting.jsonl import read_rows
 from trainer.storage import checkpoint
 
 
@@ -185,11 +184,6 @@ def fit_broken(directory: Path) -> None:
     assert isinstance(caught.value, DataError) == (launcher.rank() == 0)
 
 
-def rows(directory: Path) -> list[dict[str, Any]]:
-    logged = read_rows(directory / "run" / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in logged]
-
-
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 1), (1, 3)])
 def test_an_epoch_whose_evaluation_failed_is_not_trained_again(
     tmp_path: Path, before: int, after: int
@@ -204,4 +198,4 @@ def test_an_epoch_whose_evaluation_failed_is_not_trained_again(
     resumed = on_ranks(after, fit, broken)[0]
     for name, value in straight.items():
         assert torch.equal(resumed[name], value), name
-    assert rows(broken) == rows(tmp_path / "straight")
+    assert rows_of(broken / "run") == rows_of(tmp_path / "straight" / "run")

@@ -15,6 +15,7 @@ from torch import nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import (
     CLASSES,
+    HASHES,
     Images,
     config,
     conv_net,
@@ -91,8 +92,7 @@ def run(directory: Path, sampler: dict[str, Any], stop: int | None = None) -> An
         whole, model=conv_net(), train_data=LabelledImages(), val_data=Images(20)
     )
     summary = trainer.fit()
-    names = ("weights_sha256", "buffers_sha256", "optimizer_sha256", "samples_seen")
-    return [summary[name] for name in names]
+    return [summary[name] for name in (*HASHES, "samples_seen")]
 
 
 def several(directory: Path, workers: int, stopped: Path | None) -> Any:

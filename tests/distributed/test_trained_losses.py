@@ -23,6 +23,7 @@ from tests.distributed.small import (
     conv_net,
     largest_difference,
     mlp,
+    tensors_of,
 )
 from trainer import Observer, Task, Trainer, WeightedSum
 from trainer.core.run import Run
@@ -92,15 +93,7 @@ def plain(steps: int = 8) -> dict[str, Tensor]:
         clip_grad_norm_(trained, 0.5)
         optimizer.step()
         optimizer.zero_grad()
-    return everything(model, loss)
-
-
-def everything(model: nn.Module, loss: nn.Module) -> dict[str, Tensor]:
-    tensors = {}
-    for prefix, root in (("", model), ("loss/", loss)):
-        for name, tensor in root.state_dict().items():
-            tensors[prefix + name] = tensor.detach().clone()
-    return tensors
+    return tensors_of(model, loss)
 
 
 class Start(Observer):
@@ -135,7 +128,7 @@ def run(
         task=CenterLoss(9 + int(os.environ.get("RANK", "0"))) if given else None,
     )
     summary = trainer.fit()
-    return everything(trainer.module, trainer.run.task), summary, start.centers
+    return tensors_of(trainer.module, trainer.run.task), summary, start.centers
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -238,7 +231,7 @@ def test_a_teacher_in_the_loss(tmp_path: Path, in_eval: bool) -> None:
         )
         trainer.fit()
         is_training = trainer.run.task.teacher.training  # type: ignore[union-attr]
-        return everything(trainer.module, trainer.run.task), is_training  # type: ignore[return-value]
+        return tensors_of(trainer.module, trainer.run.task), is_training  # type: ignore[return-value]
 
     data, model, loss = Images(SAMPLES), conv_net().double(), Teacher(in_eval).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -253,7 +246,7 @@ def test_a_teacher_in_the_loss(tmp_path: Path, in_eval: bool) -> None:
             (loss.loss_sum(output, data.labels[ids])[0] / step.size).backward()
         optimizer.step()
         optimizer.zero_grad()
-    reference = everything(model, loss)
+    reference = tensors_of(model, loss)
     for ranks in (1, 2):
         for result, is_training in on_ranks(ranks, fit, tmp_path / str(ranks)):
             assert is_training != in_eval

@@ -20,6 +20,7 @@ from tests.distributed.small import (
     conv_net,
     largest_difference,
     mlp,
+    tensors_of,
 )
 from trainer import ConfigError, MicroBatch, Observer, Step, Task, Trainer, WeightedSum
 from trainer.exact.plan import Plan
@@ -104,15 +105,7 @@ def plain(kind: str, micro_size: int = MICRO, steps: int = 8) -> dict[str, Tenso
         (total / weight).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return everything(model, task)
-
-
-def everything(model: nn.Module, task: nn.Module) -> dict[str, Tensor]:
-    tensors = {}
-    for prefix, root in (("", model), ("loss/", task)):
-        for name, tensor in root.state_dict().items():
-            tensors[prefix + name] = tensor.detach().clone()
-    return tensors
+    return tensors_of(model, task)
 
 
 class Passes(Observer):
@@ -150,7 +143,7 @@ def fit(directory: Path, kind: str, dropout: float = 0.0, **changes: Any) -> Any
     if kind != "damaged":  # NaN is not equal to itself
         assert all(passes.are_equal)
     facts = [summary.get(key) for key in ("best", "skipped_steps", "bad_samples")]
-    return everything(trainer.module, trainer.run.task), facts
+    return tensors_of(trainer.module, trainer.run.task), facts
 
 
 def several(directory: Path) -> list[Any]:
