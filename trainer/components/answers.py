@@ -29,7 +29,11 @@ class Answer:
 
     def samples(self) -> list[Answer]:
         """Each sample's own answer, float32 or float64 on the CPU."""
-        return [Answer(self.kind, _on_host(value)) for value in self.values]
+        values = self.values
+        # All at once: boxes are a list, whose tables differ in length.
+        if isinstance(values, Tensor):
+            values = _on_host(values)
+        return [Answer(self.kind, _on_host(value)) for value in values]
 
 
 def _on_host(value: Tensor) -> Tensor:

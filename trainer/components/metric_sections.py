@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.components.constructor_arguments import constructor_arguments
 from trainer.components.metrics import NamedMetric
 from trainer.config.fields import PLAIN_TYPES
 from trainer.config.schema import MetricConfig
@@ -33,27 +33,13 @@ def section_of(named: NamedMetric) -> MetricConfig | None:
         return None  # no import finds it
     try:
         section = MetricConfig(
-            name=name, log_as=named.name, args=_arguments_of(named.metric)
+            name=name, log_as=named.name, args=constructor_arguments(named.metric)
         )
         again = cls(**section.args)
     except Exception:
         # Anything: the class is other people's code, and need not take what it keeps.
         return None
     return section if _are_alike(named.metric, again) else None
-
-
-def _arguments_of(metric: Any) -> dict[str, Any]:
-    """The constructor's arguments, read from the attributes of their names, but for defaults."""
-    arguments = {}
-    for name, parameter in inspect.signature(type(metric)).parameters.items():
-        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            continue
-        value = getattr(metric, name, parameter.default)
-        if isinstance(value, Tensor):
-            value = value.tolist()
-        if value != parameter.default:
-            arguments[name] = value
-    return arguments
 
 
 def _are_alike(one: Any, other: Any) -> bool:

@@ -134,7 +134,7 @@ def _build_metric(key: str, section: MetricConfig, supplied: Mapping[str, Any]) 
     target = resolve(key, section.name, {})
     refuse_other_class(key, section.name, target, Metric)
     parameters = _parameters_of(target)
-    _check_names(key, target, parameters, section.args)
+    _refuse_unknown_arguments(key, target, parameters, section.args)
     optional = {name: value for name, value in supplied.items() if name in parameters}
     return build(key, target, section.args, **optional)
 
@@ -146,7 +146,7 @@ def _parameters_of(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter
         return {}
 
 
-def _check_names(
+def _refuse_unknown_arguments(
     key: str,
     target: Any,
     parameters: Mapping[str, inspect.Parameter],

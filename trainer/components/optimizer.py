@@ -10,12 +10,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainer.components.optimizer_check import check_optimizer
-from trainer.components.optimizer_parts import inner_optimizers, remember_as_built
+from trainer.components.optimizer_parts import remember_as_built, with_inner
 from trainer.components.optimizer_state import load_named_state, named_state
 from trainer.components.parameter_groups import (
     IMPLEMENTATIONS,
     Group,
     check_options,
+    options_of,
     parameter_groups,
 )
 from trainer.config.registry import build, refuse_other_class, resolve
@@ -86,7 +87,7 @@ def build_optimizer(
 
 
 def _check_weight_decay(section: OptimizerConfig, optimizer: Optimizer) -> None:
-    if _has_weight_decay(optimizer):
+    if "weight_decay" in options_of(optimizer):
         return
     if not section.decay_norm_and_bias:
         raise ConfigError(
@@ -98,11 +99,6 @@ def _check_weight_decay(section: OptimizerConfig, optimizer: Optimizer) -> None:
             "optimizer.no_weight_decay",
             f'"{section.name}" has no weight_decay; leave it auto',
         )
-
-
-def _has_weight_decay(optimizer: Optimizer) -> bool:
-    parts = (optimizer, *inner_optimizers(optimizer).values())
-    return any("weight_decay" in getattr(part, "defaults", {}) for part in parts)
 
 
 def _can_be_fused(target: Any, arguments: dict[str, Any], model: ModelAndLoss) -> bool:
@@ -130,8 +126,7 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
 
 def _all_groups(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
     """The groups of an optimizer, and of those that it holds: a wrapper may have copies of its own."""
-    yield from optimizer.param_groups
-    for part in inner_optimizers(optimizer).values():
+    for part in with_inner(optimizer):
         yield from part.param_groups
 
 

@@ -35,6 +35,11 @@ def inner_optimizers(optimizer: Optimizer) -> dict[str, Optimizer]:
     return found
 
 
+def with_inner(optimizer: Optimizer) -> tuple[Optimizer, ...]:
+    """The optimizer, and those that it holds."""
+    return (optimizer, *inner_optimizers(optimizer).values())
+
+
 def _collect(
     optimizer: Optimizer, prefix: str, found: dict[str, Optimizer], seen: set[int]
 ) -> None:
@@ -75,7 +80,7 @@ def own_attributes(optimizer: Optimizer) -> dict[str, Any]:
 
 def remember_as_built(optimizer: Optimizer) -> None:
     """Note the plain attributes of a new optimizer, and of those in it; only those that change are state."""
-    for part in (optimizer, *inner_optimizers(optimizer).values()):
+    for part in with_inner(optimizer):
         trees = {}
         for name, value in own_attributes(part).items():
             encoder = Encoder({})

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from trainer.components.layers import NORMS
 from trainer.components.learning_rates import base_rates
-from trainer.components.optimizer_parts import inner_optimizers
+from trainer.components.optimizer_parts import with_inner
 from trainer.config.fields import show
 from trainer.config.schema import OptimizerConfig
 from trainer.config.trees import map_leaves
@@ -109,7 +109,7 @@ def check_options(
 
     `make` builds it for some groups, with arguments over the config's own: torch checks those, and no group's entries.
     """
-    known = _options_of(optimizer)
+    known = options_of(optimizer)
     for index, group in enumerate(section.groups):
         key = f"optimizer.groups[{index}]"
         for name in group.keys() - {"match"}:
@@ -134,9 +134,10 @@ def check_options(
                 ) from None
 
 
-def _options_of(optimizer: Optimizer) -> list[str]:
+def options_of(optimizer: Optimizer) -> list[str]:
+    """The options that each group of the optimizer, or of one that it holds, may have."""
     options: dict[str, None] = {}
-    for part in (optimizer, *inner_optimizers(optimizer).values()):
+    for part in with_inner(optimizer):
         options |= dict.fromkeys(getattr(part, "defaults", {}))
     return [name for name in options if name not in IMPLEMENTATIONS]
 

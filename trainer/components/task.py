@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.components.base_task import (
     Task,
@@ -21,6 +21,7 @@ from trainer.components.classification import (
     as_weights,
     check_class_weights,
 )
+from trainer.components.constructor_arguments import constructor_arguments
 from trainer.components.detection import Detection
 from trainer.components.element_losses import (
     MSE,
@@ -154,15 +155,9 @@ def _build_module(
 
 def loss_arguments(loss: nn.Module) -> dict[str, Any]:
     """What a loss module of torch.nn was made with, as a config names it, defaults and the reduction left out."""
-    arguments: dict[str, Any] = {}
-    for name, parameter in inspect.signature(type(loss)).parameters.items():
-        value = getattr(loss, name, parameter.default)
-        if name in ("size_average", "reduce", "reduction"):
-            continue
-        if isinstance(value, Tensor):
-            value = value.tolist()
-        if value != parameter.default:
-            arguments[name] = value
+    arguments = constructor_arguments(loss)
+    for name in ("size_average", "reduce", "reduction"):
+        arguments.pop(name, None)
     return arguments
 
 

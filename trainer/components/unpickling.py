@@ -87,13 +87,20 @@ def _load(path: Path, names: set[str], blank: type) -> Any:
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError as error:
-                match = UNSUPPORTED.search(str(error))
-                name = match[1] if match and "was not an allowed" in str(error) else ""
-                name = name if "." in name or not name else f"builtins.{name}"
-                if not name or name in names:
+                name = _refused_class(str(error))
+                if name is None or name in names:
                     raise
                 names.add(name)
     raise pickle.UnpicklingError(f"GLOBAL {name}: the file names too many classes")
+
+
+def _refused_class(message: str) -> str | None:
+    """The path of the class for which torch refuses a file; None if it refuses it for something else."""
+    match = UNSUPPORTED.search(message)
+    if match is None or "was not an allowed" not in message:
+        return None
+    name = match[1]
+    return name if "." in name else f"builtins.{name}"
 
 
 def _stand_ins(names: set[str], blank: type) -> list[Any]:

@@ -31,17 +31,31 @@ def read_with_bases(path: Path, origins: Origins) -> tuple[Tree, list[str]]:
     Raises `ConfigError` for a base that is missing or builds on the file again, and for whatever else is wrong with
     one of the files.
     """
-    return _read(path, origins, [])
+    return _lay_over_bases(read_yaml_file(path), origins, [])
 
 
-def _read(path: Path, origins: Origins, above: list[Path]) -> tuple[Tree, list[str]]:
+def read_alone(path: Path, origins: Origins) -> tuple[Tree, list[str]]:
+    """The file at `path`, as `read_with_bases` gives it. Raises `ConfigError` if it has a base."""
     file = read_yaml_file(path)
+    if BASE in file.tree:
+        raise ConfigError(
+            BASE, f"has no place in {path}: the config of a run holds every key itself"
+        )
+    return _lay_over_bases(file, origins, [])
+
+
+def _lay_over_bases(
+    file: YamlFile, origins: Origins, above: list[Path]
+) -> tuple[Tree, list[str]]:
+    path = file.path
     bases = _find_bases(file, [*above, path])
     unset = take_unset(file.tree)
     tree: Tree = {}
     notes = []
     for base in bases:
-        base_tree, base_notes = _read(base, origins, [*above, path])
+        base_tree, base_notes = _lay_over_bases(
+            read_yaml_file(base), origins, [*above, path]
+        )
         # Laid over an earlier base, if there is one.
         tree, switches = lay_over(tree, Changes(base_tree, {}), "an earlier base")
         notes += [*base_notes, *switches]

@@ -6,18 +6,18 @@ Errors name the key, where it was set (file and line, or the command line), and 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainer.config.base import BASE, Origins, read_with_bases
+from trainer.config.base import Origins, read_alone, read_with_bases
 from trainer.config.changes import lay_over
 from trainer.config.fields import ComponentSection, declared_keys, show, type_name
 from trainer.config.overrides import TOO_DEEP, Overrides, is_unset, read_overrides
 from trainer.config.schema import SECTIONS, Config, TrackerConfig
 from trainer.config.trees import Tree
-from trainer.config.yaml_file import find_config, read_yaml_file
+from trainer.config.yaml_file import find_config
 from trainer.errors import ConfigError
 
 DEFAULT_CONFIG = Path("configs/digits.yaml")
@@ -53,13 +53,29 @@ def load(
     Raises `ConfigError` with the key, where it was set and the nearest valid one; `TypeError` for anything else than a
     path and overrides.
     """
+    return _load(path, overrides, read_with_bases)
+
+
+def load_resolved(path: Path, overrides: Overrides = ()) -> Config:
+    """The config that a run has written, which builds on no other file: one from elsewhere must not name files here.
+
+    Raises `ConfigError` as `load` does, and for a base.
+    """
+    return _load(path, overrides, read_alone)
+
+
+def _load(
+    path: str | os.PathLike[str] | None,
+    overrides: Overrides,
+    read: Callable[[Path, Origins], tuple[Tree, list[str]]],
+) -> Config:
     _check_types(path, overrides)
     origins: Origins = {}
     tree: Tree = {}
     notes: list[str] = []
     try:
         if path is not None:
-            tree, notes = read_with_bases(find_config(path), origins)
+            tree, notes = read(find_config(path), origins)
         changes = read_overrides(overrides, origins)
         tree, switches = lay_over(
             tree, changes, "the defaults" if path is None else "the file"
@@ -70,18 +86,6 @@ def load(
         raise _with_origin(error, origins) from None
     except RecursionError:
         raise ConfigError("config" if path is None else str(path), TOO_DEEP) from None
-
-
-def load_resolved(path: Path, overrides: Overrides = ()) -> Config:
-    """The config that a run has written, which builds on no other file: one from elsewhere must not name files here.
-
-    Raises `ConfigError` as `load` does, and for a base.
-    """
-    if BASE in read_yaml_file(path).tree:
-        raise ConfigError(
-            BASE, f"has no place in {path}: the config of a run holds every key itself"
-        )
-    return load(path, overrides)
 
 
 def command_line(arguments: Sequence[str]) -> tuple[Path, list[str]]:

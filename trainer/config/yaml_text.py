@@ -15,7 +15,7 @@ import yaml
 
 from trainer.config.evaluation_sets import EvaluationSetConfig, key_of_set
 from trainer.config.fields import declared_keys, is_union
-from trainer.config.schema import LISTS, SECTIONS, ObserverConfig
+from trainer.config.schema import LISTS, SECTIONS
 from trainer.errors import ConfigError
 
 STRING_TAG = "tag:yaml.org,2002:str"
@@ -140,11 +140,11 @@ def _hint_of(name: str) -> Any:
         return None
     if not bracket:
         return item.hint
-    # A transform is a mapping whose `name` is text.
+    # Lists of mappings: a transform's `name` is text, as is the pattern of a group of parameters.
     if after.endswith("].name") and key.endswith("transforms"):
-        return declared_keys(ObserverConfig)["name"].hint
+        return str
     if after.endswith("].match") and key == "groups":
-        return declared_keys(ObserverConfig)["name"].hint
+        return str
     return _item_hint(item.hint) if after.endswith("]") else None
 
 
