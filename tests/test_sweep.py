@@ -329,6 +329,35 @@ def test_what_no_trial_could_take_is_told_before_the_first(
     assert "\n" not in str(caught.value)
 
 
+F1 = "metrics=[{name: torchmetrics.classification.MulticlassF1Score, average: none}]"
+
+
+@pytest.mark.parametrize(
+    "metric",
+    ["val/f1_score", "val/f1_score_3", "val_ema/f1_score", "val/mean_iou", "val/loss"],
+)
+def test_a_metric_may_be_any_that_a_trial_logs(
+    tmp_path: Path, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    parameters = {"optimizer.lr": {"values": [0.1, 0.2]}}
+    sweep = read_sweep(write(tmp_path, parameters, metric={"name": metric}))
+    check(sweep, [F1, "ema.decay=0.9"])
+    if "f1" in metric:
+        with pytest.raises(ConfigError, match="is not logged"):
+            check(sweep, ["ema.decay=0.9"])
+
+
+def test_a_metric_of_an_evaluation_without_a_loss_is_not_its_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    parameters = {"optimizer.lr": {"values": [0.1, 0.2]}}
+    sweep = read_sweep(write(tmp_path, parameters, metric={"name": "val/loss"}))
+    with pytest.raises(ConfigError, match="is not logged"):
+        check(sweep, ["loss.name=detection"])
+
+
 # ---------------------------------------------------------------- search
 
 

@@ -34,15 +34,17 @@ class LoggedMetrics:
 
     def check(self, key: str, metric: str) -> None:
         """Raise `ConfigError` at `key` where the run logs no such metric."""
-        if metric in self.names or self._may_be_given(metric):
+        if self.may_have(metric):
             return
         raise ConfigError(
             key,
             f'"{metric}" is not logged by this run{nearest(metric, self.names)}; it logs {", ".join(self.names)}',
         )
 
-    def _may_be_given(self, metric: str) -> bool:
-        """True for one of several values of a metric: only its result tells whether it gives that."""
+    def may_have(self, metric: str) -> bool:
+        """False if the run logs no such metric. Of several values of a metric, only its result tells which it gives."""
+        if metric in self.names:
+            return True
         column = column_of(metric)
         is_evaluated = metric.removesuffix(f"/{column}") in self._evaluated
         return is_evaluated and any(item.owns(column) for item in self._named)

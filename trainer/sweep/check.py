@@ -7,13 +7,16 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from trainer.components.task import build_task
 from trainer.config.load import load
 from trainer.config.schema import BestConfig, Config
 from trainer.core.evaluated_weights import logged_phases
+from trainer.core.logged_metrics import LoggedMetrics
+from trainer.core.mean_iou import NAME as MEAN_IOU
 from trainer.core.metrics import TIMINGS
 from trainer.errors import ConfigError, DataError, nearest
 from trainer.sweep.description import Sweep, format_overrides
-from trainer.sweep.goal import with_goal
+from trainer.sweep.goal import named_metrics, with_goal
 from trainer.sweep.space import Values
 
 ROW_VALUES = ("lr", "grad_norm", *TIMINGS)
@@ -98,7 +101,7 @@ def _try_components(config: Config, sections: set[str]) -> None:
             mode=config.best.mode or "min",
         )
     if "loss" in sections:
-        _list_metrics(config)
+        build_task(config.loss, config.model.num_classes)
     if "model" in sections:
         from trainer.components.models import build_model
 
@@ -115,39 +118,35 @@ def _try_components(config: Config, sections: set[str]) -> None:
             build_datasets(config.data, nullcontext)
 
 
-def _list_metrics(config: Config) -> list[str]:
-    from trainer.components.task import build_task
-
-    return ["loss", *build_task(config.loss, config.model.num_classes).metrics]
-
-
-def _validation_phases(config: Config) -> list[str]:
-    return [f"val/{name}/" for name in config.data.val] or ["val/"]
-
-
 def _check_metric(sweep: Sweep, config: Config) -> None:
     """Refuse a metric that no run logs, and early stopping at a rung that no run reaches."""
-    names = _list_metrics(config)
-    evaluated = logged_phases(config.ema, _validation_phases(config))
-    logged = [
-        f"{phase}{name}"
-        for phase in (*evaluated, "train/", "train/epoch_")
-        for name in names
-    ]
+    task = build_task(config.loss, config.model.num_classes)
+    validation = [f"val/{name}" for name in config.data.val] or ["val"]
+    evaluated = logged_phases(config.ema, validation)
+    tested = ["test"] if config.data.test is not None else []
+    metrics = LoggedMetrics(task, named_metrics(config), [*evaluated, *tested])
     best = config.best.metric
     if best == BestConfig().metric:
-        best = f"{_validation_phases(config)[0]}loss"
-    logged.append(f"best/{best}")
-    if config.data.test is not None:
-        logged += [f"test/{name}" for name in names]
-    if sweep.metric not in [*logged, *ROW_VALUES]:
+        best = metrics.default
+    # Means of an epoch have names of their own.
+    of_epochs = [
+        name.replace("train/", "train/epoch_")
+        for name in metrics.names
+        if name.startswith("train/")
+    ]
+    logged = [*metrics.names, *of_epochs, f"best/{best}"]
+    # Whether targets are masks, only the data tell.
+    unasked = [f"{phase}/{MEAN_IOU}" for phase in [*evaluated, *tested]]
+    is_known = metrics.may_have(sweep.metric) or sweep.metric in unasked
+    if not is_known and sweep.metric not in [*logged, *ROW_VALUES]:
         suggestion = nearest(sweep.metric, logged)
         raise ConfigError(
             "metric.name",
             f'"{sweep.metric}" is not logged{suggestion}; a run logs {", ".join(logged)} ({sweep.file})',
         )
     is_by_epochs = config.train.evaluate_every_steps is None
-    is_of_evaluations = sweep.metric.startswith(tuple(evaluated)) and is_by_epochs
+    phases = tuple(f"{phase}/" for phase in evaluated)
+    is_of_evaluations = sweep.metric.startswith(phases) and is_by_epochs
     if sweep.hyperband is None or not is_of_evaluations:
         return
     evaluations = math.ceil(config.train.epochs / config.train.evaluate_every)

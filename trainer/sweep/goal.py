@@ -6,7 +6,12 @@ from dataclasses import replace
 from typing import Literal
 
 from trainer.components.directions import Direction, direction_of
-from trainer.components.metrics import MetricFacts, build_metrics, direction_among
+from trainer.components.metrics import (
+    MetricFacts,
+    NamedMetric,
+    build_metrics,
+    direction_among,
+)
 from trainer.components.task import build_task
 from trainer.config.schema import Config
 from trainer.errors import ConfigError
@@ -26,9 +31,8 @@ def with_goal(sweep: Sweep, config: Config) -> Sweep:
     if sweep.goal is not None:
         return sweep
     task = build_task(config.loss, config.model.num_classes)
-    direction = _direction_of_metric(sweep.metric, config) or direction_of(
-        sweep.metric, task
-    )
+    named = named_metrics(config)
+    direction = direction_among(named, sweep.metric) or direction_of(sweep.metric, task)
     if sweep.metric in (config.best.metric, f"best/{config.best.metric}"):
         direction = config.best.mode or direction
     if direction is None:
@@ -39,14 +43,14 @@ def with_goal(sweep: Sweep, config: Config) -> Sweep:
     return replace(sweep, goal=GOALS[direction])
 
 
-def _direction_of_metric(metric: str, config: Config) -> Direction | None:
-    """The direction of one of the config's `metrics`; None for another."""
+def named_metrics(config: Config) -> list[NamedMetric]:
+    """The config's `metrics`, as far as they are known without data."""
     if not config.metrics:
-        return None
+        return []
     # Of two classes, if the config does not say: the data that would tell is not read here.
     classes = config.model.num_classes or 2
     facts = MetricFacts("class", classes, num_labels=classes, ignore_index=None)
-    return direction_among(build_metrics(config.metrics, facts), metric)
+    return build_metrics(config.metrics, facts)
 
 
 def goal_note(sweep: Sweep) -> str:
