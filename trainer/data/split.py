@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import Subset
 
@@ -19,9 +18,8 @@ from trainer.data.datasets import Datasets, ImageArrays, MapDataset
 from trainer.data.folder import ImageFolder
 from trainer.data.labels import Labels, find_labels
 from trainer.errors import DataError
+from trainer.exact.plan import Ids
 from trainer.exact.seeding import numpy_generator
-
-Ids = npt.NDArray[np.int64]
 
 
 class Part(Subset[Any]):
