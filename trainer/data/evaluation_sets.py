@@ -22,9 +22,9 @@ from trainer.data.datasets import (
     Datasets,
     MapDataset,
     build_datasets,
-    evaluation_part,
 )
 from trainer.data.folder import evaluation_folder
+from trainer.data.imported import evaluation_part
 from trainer.data.labelled_images import labelled_part
 from trainer.data.parts import check_part, class_names, shared_class_names
 from trainer.data.rows import as_pairs
