@@ -16,7 +16,9 @@ from trainer import Config, ConfigError, DataError, Trainer, load
 from trainer.__main__ import main
 from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets, build_datasets
+from trainer.data.evaluation_loaders import evaluation_loaders
 from trainer.data.evaluation_sets import with_evaluation_sets
+from trainer.data.shapes import Shapes
 
 
 def make(**keys: Any) -> Datasets:
@@ -124,6 +126,23 @@ def test_sets_are_plain_values_of_a_config() -> None:
         "a": {"part": "val"},
         "b": {"part": "val"},
     }
+
+
+def test_what_a_sets_transforms_cannot_do_is_said_of_their_own_key() -> None:
+    flip = {"name": "RandomHorizontalFlip", "p": 1.0}
+    section = DataConfig(val={"moved": {"transforms": [flip]}})
+    boxes = Shapes("val", 4, 32, "boxes")
+    loaders = evaluation_loaders(
+        section,
+        Datasets(boxes, boxes, None, "x", named={"moved": boxes}),
+        None,
+        seed=0,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    message = r"^val/moved sample 0: data\.val\.moved\.transforms: RandomH.* would move"
+    with pytest.raises(DataError, match=message):
+        loaders["val/moved"].fetch([0])
 
 
 def test_predict_checks_images_by_a_set_with_the_transforms_that_it_uses() -> None:

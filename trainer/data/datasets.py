@@ -6,7 +6,6 @@ A sample's id is its position in the set. What a set holds depends on its own ar
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from trainer.config.evaluation_sets import validation_sets
 from trainer.config.registry import build, resolve
 from trainer.config.schema import DataConfig
 from trainer.data.folder import image_folders
+from trainer.data.imported import imported_parts, names_of_parameters
 from trainer.data.labelled_images import labelled_images
 from trainer.data.parts import check_part, shared_class_names
 from trainer.data.rows import as_pairs
@@ -30,8 +30,6 @@ from trainer.exact.seeding import numpy_generator
 
 SMALLEST_SHAPES = 32  # pixels of a side
 LARGEST_VARIATION = 0.5
-# Names of parts, the first that there is.
-VALIDATION_PARTS = ("validation", "val", "valid", "test")
 
 
 class MapDataset(Protocol):
@@ -125,7 +123,7 @@ def build_datasets(
     Raises `ConfigError` for a wrong name or argument, `DataError` for files that are missing or of no use.
     """
     target = resolve("data", section.name, MAKERS)
-    parameters = _parameters(target)
+    parameters = names_of_parameters(target)
     _check_section(section, parameters)
     # Without a download nothing is written, so all processes read at once.
     with device_main_first() if section.args.get("download") else nullcontext():
@@ -364,98 +362,10 @@ def _imported(
     section: DataConfig, target: Callable[..., Any], parameters: set[str]
 ) -> Datasets:
     """The data set of an import path, and its class names if it has a list `classes`."""
-    train, val = _imported_parts(section, target, parameters)
+    train, val = imported_parts(section, target, parameters)
     check_part(section.name, "training", train)
     if val is not None:
         check_part(section.name, "validation", val)
     train = as_pairs(train, section.columns)
     val = as_pairs(val, section.columns)
     return Datasets(train, val, shared_class_names(train, val), section.name)
-
-
-def _imported_parts(
-    section: DataConfig, target: Callable[..., Any], parameters: set[str]
-) -> tuple[Any, Any]:
-    """Training and validation part; the second is None if there is none.
-
-    A target with a parameter `train` is called with `train=True`, then `train=False`; else one with a parameter
-    `split`, with `split="train"`, then `split="val"`. Any other, and Hugging Face's `datasets`, is called once and
-    returns the pair `(train, val)`, a mapping of named parts, or a training set alone. `data.root`, if set, is passed
-    as `root`.
-    """
-    root = {} if section.root is None else {"root": section.root}
-    is_of_datasets = section.name.startswith("datasets.")
-    for keyword, train_value, val_value in (
-        ("train", True, False),
-        ("split", "train", "val"),
-    ):
-        # Of a `DatasetDict` the parts are taken by their names, which are not always those.
-        if keyword not in parameters or is_of_datasets:
-            continue
-        if keyword in section.args:
-            raise ConfigError(
-                f"data.{keyword}",
-                "leave it out: it is set once for training, once for validation",
-            )
-        train = build("data", target, section.args, **root, **{keyword: train_value})
-        if section.val_fraction is not None:
-            return train, None  # it is taken out of the training part
-        val = build("data", target, section.args, **root, **{keyword: val_value})
-        return train, val
-    data = build("data", target, section.args, **root)
-    if isinstance(data, Mapping) and "train" in data:
-        return data["train"], _validation_part(data)
-    return data if isinstance(data, tuple) and len(data) == 2 else (data, None)
-
-
-def evaluation_part(
-    section: DataConfig, target: Callable[..., Any], *, is_train: bool = False
-) -> Any:
-    """The validation part alone (or the training part) of the data set of an import path, as `_imported_parts`.
-
-    Where its arguments say which part it is, or it is made as one set, it is that set.
-    """
-    parameters = _parameters(target)
-    root: dict[str, Any] = {} if section.root is None else {"root": section.root}
-    value_of: dict[str, Any] = {
-        "train": is_train,
-        "split": "train" if is_train else "val",
-    }
-    for keyword, value in value_of.items():
-        if keyword in section.args:
-            break
-        if keyword in parameters and not section.name.startswith("datasets."):
-            root = {**root, keyword: value}
-            break
-    data = build("data", target, section.args, **root)
-    if isinstance(data, Mapping) and "train" in data:
-        part = data["train"] if is_train else _validation_part(data)
-        return _only_part(data) if part is None else part
-    if isinstance(data, tuple) and len(data) == 2:
-        return data[0] if is_train else data[1]
-    return data
-
-
-def _validation_part(parts: Mapping[str, Any]) -> Any:
-    """Of several named parts, as Hugging Face's `DatasetDict` has them, the one to validate on."""
-    names = [name for name in VALIDATION_PARTS if name in parts]
-    return parts[names[0]] if names else None
-
-
-def _only_part(parts: Mapping[str, Any]) -> Any:
-    """The part of a mapping that has no validation part; raises `ConfigError` where it has several."""
-    if len(parts) > 1:
-        raise ConfigError(
-            "data.name",
-            f"has the parts {', '.join(map(str, parts))}, and none to validate on ({', '.join(VALIDATION_PARTS)})",
-        )
-    return next(iter(parts.values()))
-
-
-def _parameters(target: Callable[..., Any]) -> set[str]:
-    """The names that `target` takes, with `**` among them if it takes any."""
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except (TypeError, ValueError):  # some built-in callables have no signature
-        return set()
-    return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}

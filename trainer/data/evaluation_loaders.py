@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
@@ -14,8 +13,7 @@ from trainer.config.evaluation_sets import (
 )
 from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets
-from trainer.data.loading import Loader, build_loaders
-from trainer.errors import ConfigError
+from trainer.data.loading import Loader, build_loader
 
 
 def evaluation_loaders(
@@ -37,27 +35,22 @@ def evaluation_loaders(
         if phase == "val" and val_loader is not None:
             loaders[phase] = val_loader
             continue
-        own = sections.get(phase)
         transforms, key = section.val_transforms, "data.val_transforms"
+        own = sections.get(phase)
         if own is not None and own.transforms is not None:
-            transforms, key = (
-                own.transforms,
-                f"data.{phase.replace('/', '.')}.transforms",
-            )
-        try:
-            _, loader = build_loaders(
-                replace(section, val_transforms=transforms),
-                replace(data, val=dataset),
-                seed=seed,
-                device=device,
-                dtype=dtype,
-            )
-        except ConfigError as error:
-            place = error.key.replace("data.val_transforms", key, 1)
-            raise ConfigError(place, error.message) from None
-        assert loader is not None
-        loader.dataset.call(phase, key)
-        loaders[phase] = loader
+            transforms = own.transforms
+            key = f"data.{phase.replace('/', '.')}.transforms"
+        loaders[phase] = build_loader(
+            section,
+            dataset,
+            "val",
+            transforms,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            label=phase,
+            transforms_key=key,
+        )
     return loaders
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from trainer.data.datasets import (
     Datasets,
     MapDataset,
     build_datasets,
-    evaluation_part,
 )
 from trainer.data.folder import evaluation_folder
+from trainer.data.imported import evaluation_part
 from trainer.data.labelled_images import labelled_part
 from trainer.data.parts import check_part, class_names, shared_class_names
 from trainer.data.rows import as_pairs
@@ -88,12 +88,24 @@ def _set(
         raise ConfigError(
             f"{place}.folder", f"is for data.name=folder, not for {own.name}"
         )
-    try:
+    with _keys_within(place):
         return _another(own, data, item, main_first), ""
+
+
+@contextmanager
+def _keys_within(place: str) -> Iterator[None]:
+    """What builds a data set names the keys of `data`; its errors name those of the set at `place`."""
+    try:
+        yield
     except ConfigError as error:
-        # What builds a data set names the keys of `data`.
         inner = error.key.removeprefix("data")
         raise ConfigError(f"{place}{inner}", error.message) from None
+
+
+def _root_of(own: DataConfig, place: str) -> Path:
+    if own.root is None:
+        raise ConfigError(f"{place}.root", "is not set; folder needs a folder")
+    return Path(own.root).expanduser()
 
 
 def _section_of_set(section: DataConfig, item: EvaluationSetConfig) -> DataConfig:
@@ -116,14 +128,12 @@ def _folder(
 ) -> tuple[MapDataset, str]:
     for name in own.args.keys() - {"labels", *FOLDERS.values()}:
         raise ConfigError(f"{place}.{name}", "folder has no such argument")
-    if own.root is None:
-        raise ConfigError(f"{place}.root", "is not set; folder needs a folder")
+    root = _root_of(own, place)
     if data.classes is None:
         raise ConfigError(
             f"{place}.name",
             f"{data.name} has no class names, by which class folders are matched",
         )
-    root = Path(own.root).expanduser()
     own_part = item.part or "val"
     part = item.folder or own.args.get(FOLDERS[own_part]) or own_part
     leaves_out = own.bad_samples == "quarantine"
@@ -139,17 +149,12 @@ def _labelled(
         raise ConfigError(
             f"{place}.folder", "says nothing beside labels, which name each image"
         )
-    if own.root is None:
-        raise ConfigError(f"{place}.root", "is not set; folder needs a folder")
-    root = Path(own.root).expanduser()
+    root = _root_of(own, place)
     leaves_out = own.bad_samples == "quarantine"
-    try:
+    with _keys_within(place):
         return labelled_part(
             root, own.args["labels"], data.classes, own.max_pixels, leaves_out
         )
-    except ConfigError as error:
-        inner = error.key.removeprefix("data")
-        raise ConfigError(f"{place}{inner}", error.message) from None
 
 
 def _another(

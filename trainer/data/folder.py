@@ -131,7 +131,8 @@ def image_folders(
                 f"{root / train_folder / name} holds no {_types()}; add images or remove the folder"
             )
     classes = list(train)
-    val = None
+    train_images = _image_folder(root, train, classes, max_pixels, leaves_out)
+    val_images = None
     if needs_val:
         val = _list_part(root, val_folder, left_out)
         for name in val:
@@ -140,14 +141,8 @@ def image_folders(
                     f"{root / val_folder / name} is a class that {train_folder}/ lacks{nearest(name, train)}; "
                     f"add {root / train_folder / name} or remove the folder"
                 )
-    return (
-        _image_folder(root, train, classes, max_pixels, leaves_out),
-        None
-        if val is None
-        else _image_folder(root, val, classes, max_pixels, leaves_out),
-        classes,
-        _notes(left_out),
-    )
+        val_images = _image_folder(root, val, classes, max_pixels, leaves_out)
+    return train_images, val_images, classes, _notes(left_out)
 
 
 def evaluation_folder(

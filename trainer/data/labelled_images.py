@@ -57,13 +57,7 @@ def labelled_images(
     Raises `ConfigError` for columns and splits that the file lacks, `DataError` for a row that cannot be used, with its
     line.
     """
-    check_root(root, "the images")
-    file = read_settings(root, labels)
-    rows = sorted(read_rows(root, file), key=lambda row: normal_form(row.path))
-    refuse_duplicates(file, rows)
-    by_split: dict[str | None, list[Row]] = {}
-    for row in rows:
-        by_split.setdefault(row.split, []).append(row)
+    file, by_split = _read(root, labels)
     train = _rows_of(file, by_split, file.train, "train")
     val = _rows_of(file, by_split, file.val, "val") if needs_val else []
     classes = _find_classes(file, train)
@@ -96,6 +90,20 @@ def labelled_part(
 
     Those of `val`, or all of them if the file has no column of parts. Raises as `labelled_images`.
     """
+    file, by_split = _read(root, labels)
+    chosen = by_split.get(None) or _rows_of(file, by_split, file.val, "val")
+    images = _images(
+        root, file, chosen, classes, max_pixels=max_pixels, leaves_out=leaves_out
+    )
+    left_out = sum(map(len, by_split.values())) - len(chosen)
+    note = f"{left_out:,} rows of {file.file.name} left out" if left_out else ""
+    return images, note
+
+
+def _read(
+    root: Path, labels: str | dict[str, Any]
+) -> tuple[LabelFile, dict[str | None, list[Row]]]:
+    """What `data.labels` says, and the file's rows, sorted by path, of each part; the part is None without a column."""
     check_root(root, "the images")
     file = read_settings(root, labels)
     rows = sorted(read_rows(root, file), key=lambda row: normal_form(row.path))
@@ -103,13 +111,7 @@ def labelled_part(
     by_split: dict[str | None, list[Row]] = {}
     for row in rows:
         by_split.setdefault(row.split, []).append(row)
-    chosen = by_split.get(None) or _rows_of(file, by_split, file.val, "val")
-    images = _images(
-        root, file, chosen, classes, max_pixels=max_pixels, leaves_out=leaves_out
-    )
-    left_out = len(rows) - len(chosen)
-    note = f"{left_out:,} rows of {file.file.name} left out" if left_out else ""
-    return images, note
+    return file, by_split
 
 
 def _images(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -178,6 +179,29 @@ def build_loaders(
     dtype: torch.dtype,
 ) -> tuple[Loader, Loader | None]:
     """The loaders of training and validation samples."""
+    build = partial(build_loader, section, seed=seed, device=device, dtype=dtype)
+    train = build(data.train, "train", section.train_transforms)
+    if data.val is None:
+        return train, None
+    return train, build(data.val, "val", section.val_transforms)
+
+
+def build_loader(
+    section: DataConfig,
+    dataset: MapDataset,
+    purpose: str,
+    transforms: list[dict[str, Any]],
+    *,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    label: str | None = None,
+    transforms_key: str | None = None,
+) -> Loader:
+    """The loader of one set. Draws are keyed by `purpose`, train or val; messages go by `label` and `transforms_key`.
+
+    Raises `ConfigError` for transforms or a `data.collate` that cannot be built.
+    """
     collation = build_collation(section.collate)
     normalize = Normalize(
         section.mean,
@@ -185,29 +209,18 @@ def build_loaders(
         dtype,
         structured=collation is not None or section.columns is not None,
     ).to(device)
-
-    def loader(
-        dataset: MapDataset, purpose: str, items: list[dict[str, Any]]
-    ) -> Loader:
-        transform = build_transforms(f"data.{purpose}_transforms", items)
-        return Loader(
-            KeyedDataset(
-                dataset,
-                transform,
-                seed=seed,
-                purpose=purpose,
-                leaves_out=section.bad_samples == "quarantine",
-                collation=collation,
-            ),
-            section,
-            device,
-            normalize,
-        )
-
-    train = loader(data.train, "train", section.train_transforms)
-    if data.val is None:
-        return train, None
-    return train, loader(data.val, "val", section.val_transforms)
+    key = transforms_key or f"data.{purpose}_transforms"
+    keyed = KeyedDataset(
+        dataset,
+        build_transforms(key, transforms),
+        seed=seed,
+        purpose=purpose,
+        leaves_out=section.bad_samples == "quarantine",
+        collation=collation,
+        label=label,
+        transforms_key=key,
+    )
+    return Loader(keyed, section, device, normalize)
 
 
 class TrainLoader:

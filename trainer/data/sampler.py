@@ -67,13 +67,9 @@ class DrawnOrder:
                 f"an epoch of {samples:,} samples is more than the {MOST_SAMPLES:,} whose order memory can hold; make "
                 f"it shorter, with more of train.epochs",
             )
-        self._samples = samples
+        self.samples = samples
         self._draw = draw
         self.description = description
-
-    @property
-    def samples(self) -> int:
-        return self._samples
 
     def ids(self, epoch: int) -> Ids:
         return self._draw(epoch)

@@ -98,6 +98,8 @@ class KeyedDataset(Dataset[Any]):
     A sample's random draws are keyed by (seed, purpose, epoch, sample id): they are the same in any process and in any
     order, and new in each epoch. Where a sample comes more than once in an epoch, its second and later occurrences are
     part of the key.
+
+    Messages call the samples `label` (by default `purpose`), and the key of their transforms `transforms_key`.
     """
 
     def __init__(
@@ -109,13 +111,17 @@ class KeyedDataset(Dataset[Any]):
         purpose: str,
         leaves_out: bool = False,
         collation: Collation | None = None,
+        label: str | None = None,
+        transforms_key: str | None = None,
     ) -> None:
         self.dataset = dataset
         self.leaves_out = leaves_out
         self.collation = collation
-        # Files to predict go through the transforms of validation.
-        part = "val" if purpose == "predict" else purpose
-        self._transforms_key = f"data.{part}_transforms"
+        if transforms_key is None:
+            # Files to predict go through the transforms of validation.
+            part = "val" if purpose == "predict" else purpose
+            transforms_key = f"data.{part}_transforms"
+        self._transforms_key = transforms_key
         self._transform = (
             None
             if transform is None
@@ -123,7 +129,7 @@ class KeyedDataset(Dataset[Any]):
         )
         self._seed = seed
         self._purpose = purpose
-        self.label = purpose  # in messages and lists
+        self.label = label or purpose
         # In-memory data without transforms has nothing random: a micro-batch is one look-up.
         self._batch = (
             dataset.batch
@@ -135,11 +141,6 @@ class KeyedDataset(Dataset[Any]):
         self.draws = self._batch is None
         # Set in a loader process: told of each sample before it is loaded.
         self.at_sample: Callable[[int], None] | None = None
-
-    def call(self, label: str, transforms_key: str) -> None:
-        """What messages call the samples and the key of their transforms; the draws stay as they are."""
-        self.label = label
-        self._transforms_key = transforms_key
 
     def __getitem__(self, request: Request) -> MicroBatch | Loaded | DataError:
         if self.leaves_out:

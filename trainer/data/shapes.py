@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,8 @@ from trainer.errors import ConfigError
 from trainer.exact.seeding import numpy_generator
 
 KINDS = ("square", "disc", "cross")
-Target = Literal["boxes", "mask", "labels", "area"]
+# Of classes: the background and the kinds. A shape's number in a mask is its class, plus a multiple of this.
+CLASSES = 1 + len(KINDS)
 TARGETS = ("boxes", "mask", "labels", "area")
 MOST_SHAPES = 3
 LEAST_RADIUS = 5  # pixels
@@ -59,18 +60,18 @@ class Shapes:
         return torch.from_numpy(pixels), self._target(mask)
 
     def _target(self, mask: npt.NDArray[np.int64]) -> Any:
-        # A shape's own number is above its kind's: see `_draw_shape`.
-        kinds = mask % (len(KINDS) + 1)
+        """The sample's target, from a mask that tells single shapes apart (see `_draw_shape`)."""
+        classes = mask % CLASSES
         if self.target == "mask":
-            return torch.from_numpy(kinds)
+            return torch.from_numpy(classes)
         if self.target == "labels":
-            present = [float((kinds == 1 + kind).any()) for kind in range(len(KINDS))]
-            return torch.tensor(present)
+            present = np.isin(np.arange(1, CLASSES), classes)
+            return torch.from_numpy(present).float()
         if self.target == "area":
-            return torch.tensor([(kinds > 0).mean()], dtype=torch.float32)
+            return torch.tensor([(classes > 0).mean()], dtype=torch.float32)
         numbers = [number for number in np.unique(mask).tolist() if number]
         boxes = [_box_of(mask == number) for number in numbers]
-        labels = [number % (len(KINDS) + 1) for number in numbers]
+        labels = [number % CLASSES for number in numbers]
         return {"boxes": torch.tensor(boxes), "labels": torch.tensor(labels)}
 
 
@@ -91,7 +92,7 @@ def _draw_shape(
 ) -> None:
     """Draw one shape over the others, unless it would hide too much of them to be told.
 
-    Its pixels in the mask get a number of its own: 4 times how many there are before it, plus 1, 2 or 3 for its kind.
+    Its pixels in the mask get a number of its own: `CLASSES` times how many there are, plus 1, 2 or 3 for its kind.
     """
     height, width = mask.shape
     largest = max(LEAST_RADIUS + 1, min(height, width) // 5)
@@ -101,18 +102,18 @@ def _draw_shape(
     y = int(draw.integers(radius, height - radius))
     rows, columns = np.ogrid[:height, :width]
     down, across = np.abs(rows - y), np.abs(columns - x)
-    inside = np.maximum(down, across) <= radius
-    if kind == 1:
-        inside = down**2 + across**2 <= radius**2
-    elif kind == 2:
-        inside = inside & (np.minimum(down, across) <= radius // 3)
     around = np.maximum(down, across) <= radius
     if (mask[around] > 0).any():
         return
+    inside = around
+    if KINDS[kind] == "disc":
+        inside = down**2 + across**2 <= radius**2
+    elif KINDS[kind] == "cross":
+        inside = around & (np.minimum(down, across) <= radius // 3)
     colour = draw.integers(120, 256, size=3, dtype=np.uint8)
     pixels[:, inside] = colour[:, None] - pixels[:, inside]
-    before = int(mask.max()) // (len(KINDS) + 1) + 1
-    mask[inside] = before * (len(KINDS) + 1) + 1 + kind
+    before = int(mask.max()) // CLASSES + 1
+    mask[inside] = before * CLASSES + 1 + kind
 
 
 def _box_of(inside: npt.NDArray[np.bool_]) -> list[float]:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import Subset
 
@@ -19,9 +18,8 @@ from trainer.data.datasets import Datasets, ImageArrays, MapDataset
 from trainer.data.folder import ImageFolder
 from trainer.data.labels import Labels, find_labels
 from trainer.errors import DataError
+from trainer.exact.plan import Ids
 from trainer.exact.seeding import numpy_generator
-
-Ids = npt.NDArray[np.int64]
 
 
 class Part(Subset[Any]):
@@ -88,20 +86,25 @@ def _shares(labels: Labels, wanted: int) -> dict[int, int]:
     In whole numbers, which are the same on every machine.
     """
     classes, sizes = np.unique(labels, return_counts=True)
-    most = {int(c): int(size) - 1 for c, size in zip(classes, sizes, strict=True)}
-    wanted = min(wanted, sum(most.values()))
-    exact = {
-        int(c): divmod(wanted * int(size), len(labels))
-        for c, size in zip(classes, sizes, strict=True)
-    }
-    taken = {c: min(quotient, most[c]) for c, (quotient, _) in exact.items()}
+    size_of = dict(zip(classes.tolist(), sizes.tolist(), strict=True))
+    # Each class keeps a sample to train on.
+    wanted = min(wanted, len(labels) - len(size_of))
+    if not wanted:
+        return {}
+    taken: dict[int, int] = {}
+    remainders: dict[int, int] = {}
+    for label, size in size_of.items():
+        quotient, remainders[label] = divmod(wanted * size, len(labels))
+        taken[label] = min(quotient, size - 1)
     # The largest remainder first; of equal ones, the lower class.
-    by_remainder = sorted(exact, key=lambda c: (-exact[c][1], c))
-    while (missing := wanted - sum(taken.values())) > 0:
-        open_classes = [c for c in by_remainder if taken[c] < most[c]]
-        for c in open_classes[:missing]:
-            taken[c] += 1
-    return taken if wanted else {}
+    by_remainder = sorted(size_of, key=lambda label: (-remainders[label], label))
+    missing = wanted - sum(taken.values())
+    while missing:
+        open_classes = [c for c in by_remainder if taken[c] < size_of[c] - 1]
+        for label in open_classes[:missing]:
+            taken[label] += 1
+        missing = wanted - sum(taken.values())
+    return taken
 
 
 def _part(dataset: MapDataset, ids: Ids) -> MapDataset:

@@ -44,7 +44,7 @@ def join_step(ranks: Ranks, step: Step, parts: Sequence[Part]) -> Any:
     """
     reports: list[_Report] = ranks.gather([_report(step, parts)])
     template = _agreed_template(reports)
-    own = [_joined(parts, index) for index in range(_count(template))] if parts else []
+    own = _joined(parts)
     if ranks.count == 1:
         return _filled(template, own)
     layout = [tensor.to(ranks.device) for tensor in tensors_in(template)]
@@ -124,15 +124,15 @@ def _without_rows(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------- joining
 
 
-def _count(template: Any) -> int:
-    return sum(1 for _ in tensors_in(template))
-
-
-def _joined(parts: Sequence[Part], index: int) -> Tensor:
-    """This rank's rows of one tensor of the structure. A copy in memory of its own, whatever the number of parts."""
-    tensors = [list(tensors_in(value))[index].detach() for _, value in parts]
-    rows = torch.cat([tensor.contiguous() for tensor in tensors])
-    return rows.contiguous()
+def _joined(parts: Sequence[Part]) -> list[Tensor]:
+    """This rank's rows of each tensor of the structure, copied into memory of their own; nothing without parts."""
+    if not parts:
+        return []
+    joined = []
+    for tensors in zip(*(tensors_in(part.value) for part in parts), strict=True):
+        rows = [tensor.detach().contiguous() for tensor in tensors]
+        joined.append(torch.cat(rows))
+    return joined
 
 
 def _exchange(
