@@ -200,13 +200,11 @@ def blended_loss(task: Task, output: Any, blend: Blend) -> WeightedSum:
 
 def build_mix(
     section: TrainConfig, task: Task, sample: MicroBatch, *, seed: int, total_steps: int
-) -> Mix | None:
-    """The mixing that `train.mix` asks for; None for none. `sample` is one as the model sees it.
+) -> Mix:
+    """The mixing that `train.mix` asks for. `sample` is one as the model sees it.
 
     Raises `ConfigError` where images cannot be mixed, or targets not blended.
     """
-    if not section.mix:
-        return None
     mix = Mix(read_section(MixConfig, section.mix), seed, total_steps)
     if not mix.is_idle:
         _check_task(task)
