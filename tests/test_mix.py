@@ -198,6 +198,36 @@ def test_ignored_targets_and_several_labels_are_exact_too() -> None:
     assert weight == 16
 
 
+class ScaledCrossEntropy(Task):
+    """Of outputs that have a tensor for all samples beside one with a row for each."""
+
+    targets_are_classes = True
+
+    def loss_sum(self, output: Any, targets: Any) -> WeightedSum:
+        logits = output["logits"] * output["scale"]
+        return WeightedSum(
+            F.cross_entropy(logits, targets, reduction="sum"), len(targets)
+        )
+
+
+def test_a_tensor_for_all_samples_belongs_to_each_micro_batch_at_once() -> None:
+    logits = torch.randn(8, CLASSES, dtype=torch.float64)
+    scale = torch.tensor(3.0, dtype=torch.float64)
+    targets = torch.randint(CLASSES, (8,))
+    task = ScaledCrossEntropy()
+    expected = 0.0
+    for rows, share in ((slice(4), 0.3), (slice(4, 8), 0.8)):
+        own = targets[rows]
+        blend = Blend(own, own.roll(1), (share,))
+        output = {"logits": logits[rows], "scale": scale}
+        expected += float(blended_loss(task, output, blend).total)
+    partners = torch.cat([targets[:4].roll(1), targets[4:].roll(1)])
+    blend = Blend(targets, partners, (0.3, 0.8))
+    total, weight = blended_loss(task, {"logits": logits, "scale": scale}, blend)
+    assert float(total) == pytest.approx(expected, rel=1e-14)
+    assert weight == 8
+
+
 def test_a_run_is_a_plain_loop_with_torchvisions_transforms(tmp_path: Path) -> None:
     """fp64: weights and logged losses of a run whose last third is not mixed."""
     settings = config(

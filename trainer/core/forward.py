@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -90,16 +91,14 @@ class Forward:
         return self._keyed(self._output_for_loss, model, batch, step)
 
     def whole_loss(
-        self, model: nn.Module, output: Any, targets: Any, step: Step
+        self, model: nn.Module, output: Any, whole: MicroBatch, step: Step
     ) -> WeightedSum:
-        """The loss of the joined outputs of all micro-batches of a step. What it draws is keyed by the step."""
+        """The loss of the joined outputs of all micro-batches of a step. What it draws is keyed by the step.
+
+        `whole` has the joined targets.
+        """
         value = mix_key(self._whole_key, step.number, 0)
-        self._seed_device(value)
-        host_draws = self._host_draws_of(model)
-        watched = host_draws.begin(value)
-        loss = self._loss(output, MicroBatch(0, None, targets, samples=step.size))
-        host_draws.end(watched)
-        return loss
+        return self._drawing(value, model, partial(self._loss, output, whole))
 
     def _keyed(
         self,
@@ -109,13 +108,17 @@ class Forward:
         step: Step,
     ) -> T:
         """What `compute` makes of a batch in training: its draws are keyed by the step and the micro-batch."""
-        host_draws = self._host_draws_of(model)
         if batch.fused > 1:
-            return self._fuse(compute, model, batch, step, host_draws)
+            return self._fuse(compute, model, batch, step)
         value = self._key(step, batch.first)
+        return self._drawing(value, model, partial(compute, model, batch))
+
+    def _drawing(self, value: int, model: nn.Module, compute: Callable[[], T]) -> T:
+        """What `compute` returns, whose draws follow from `value`."""
+        host_draws = self._host_draws_of(model)
         self._seed_device(value)
         watched = host_draws.begin(value)
-        result = compute(model, batch)
+        result = compute()
         host_draws.end(watched)
         return result
 
@@ -212,7 +215,6 @@ class Forward:
         model: nn.Module,
         batch: MicroBatch,
         step: Step,
-        host_draws: HostDraws,
     ) -> T:
         first, end = batch.indices
         start, _ = step.micro_batches[first]
@@ -222,7 +224,7 @@ class Forward:
         self._seed_device(seeds[0])
         generator = device_generator(self._device)
         with (
-            host_draws.refused(),
+            self._host_draws_of(model).refused(),
             Fused(model, generator, seeds, samples, self.task) as fused,
         ):
             result = compute(model, batch)

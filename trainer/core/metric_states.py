@@ -235,12 +235,10 @@ def _holds_others(metric: Any) -> bool:
 
 
 def _with_inner(metric: Any) -> list[Any]:
+    """The metric, then those within it."""
     from torchmetrics import Metric
 
-    inner = [part for part in metric.modules() if isinstance(part, Metric)]
-    if metric not in inner:
-        inner.append(metric)
-    return inner
+    return [part for part in metric.modules() if isinstance(part, Metric)]
 
 
 def _keep_from_syncing(metric: Any) -> None:

@@ -16,7 +16,7 @@ from trainer.core.forward import count_samples
 from trainer.core.misfit import explained
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
-from trainer.exact.structures import map_tensors
+from trainer.exact.structures import map_tensors, part_of
 from trainer.process.device import sum_dtype
 from trainer.process.ranks import Ranks
 from trainer.storage.checkpoint import Progress
@@ -260,21 +260,12 @@ def _join_outputs(outputs: list[OutputAndTargets]) -> list[OutputAndTargets]:
 
 
 def split_by_micro_batch(output: Any, batch: MicroBatch) -> list[OutputAndTargets]:
-    """Outputs and targets of the micro-batches that ran in one forward, all of one size.
-
-    Every tensor with a row for each sample is split; others belong to all micro-batches.
-    """
+    """Outputs and targets of the micro-batches that ran in one forward, all of one size."""
     samples = count_samples(batch)
-
-    def part(tensor: Tensor, index: int) -> Tensor:
-        if not samples or tensor.dim() == 0 or len(tensor) % samples:
-            return tensor
-        return tensor.chunk(batch.fused)[index]
-
     parts = []
     for index in range(batch.fused):
-        own = partial(part, index=index)
-        parts.append((map_tensors(own, output), map_tensors(own, batch.targets)))
+        own = partial(part_of, index=index, count=batch.fused, samples=samples)
+        parts.append((own(output), own(batch.targets)))
     return parts
 
 

@@ -26,7 +26,7 @@ from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.plan import Step
 from trainer.exact.seeding import numpy_generator
-from trainer.exact.structures import describe_tensors, map_tensors
+from trainer.exact.structures import describe_tensors, part_of
 
 KEY = "train.mix"
 
@@ -184,7 +184,9 @@ def blended_loss(task: Task, output: Any, blend: Blend) -> WeightedSum:
     total: Tensor | None = None
     weight: Tensor | int = 0
     for index, share in enumerate(blend.shares):
-        part = _part_of(output, index, count)
+        part = output
+        if count > 1:
+            part = part_of(output, index, count=count, samples=len(blend.targets))
         own = as_weighted_sum(task.loss_sum(part, targets[index]))
         loss = own.total
         if share < 1:
@@ -196,22 +198,13 @@ def blended_loss(task: Task, output: Any, blend: Blend) -> WeightedSum:
     return WeightedSum(total, weight)
 
 
-def _part_of(output: Any, index: int, count: int) -> Any:
-    """What of a model's output belongs to one of `count` micro-batches."""
-    if count == 1:
-        return output
-    return map_tensors(lambda tensor: tensor.chunk(count)[index], output)
-
-
 def build_mix(
     section: TrainConfig, task: Task, sample: MicroBatch, *, seed: int, total_steps: int
-) -> Mix | None:
-    """The mixing that `train.mix` asks for; None for none. `sample` is one as the model sees it.
+) -> Mix:
+    """The mixing that `train.mix` asks for. `sample` is one as the model sees it.
 
     Raises `ConfigError` where images cannot be mixed, or targets not blended.
     """
-    if not section.mix:
-        return None
     mix = Mix(read_section(MixConfig, section.mix), seed, total_steps)
     if not mix.is_idle:
         _check_task(task)

@@ -94,14 +94,14 @@ class SavePredictions(Observer):
 
     def _part(self, ids: Ids, output: Any, targets: Any) -> Arrays:
         """What is kept of a batch."""
-        part: Arrays = {"ids": ids}
         task = self._run.task
-        converted = task.convert_targets(output, targets)
-        if _is_by_sample(converted, len(ids)):
-            part["targets"] = _to_numpy(converted)
         answer = task.answer(output)
         if answer is not None and answer.kind == "boxes":
             return _boxes(ids, answer.values)
+        part: Arrays = {"ids": ids}
+        converted = task.convert_targets(output, targets)
+        if _is_by_sample(converted, len(ids)):
+            part["targets"] = _to_numpy(converted)
         return part | _answers(answer, output, len(ids))
 
     def evaluation(self, evaluation: str, step: Step, metrics: Row) -> None:

@@ -119,7 +119,7 @@ class WholeStep:
             leaves.append(tensor.requires_grad_() if is_real else tensor)
         with torch.enable_grad():
             loss = self._run.forward.whole_loss(
-                self._run.module, self._output, whole.targets, self._step
+                self._run.module, self._output, whole, self._step
             )
         check_gradient(loss.total)
         own = self._whole.trained_loss_parameters()

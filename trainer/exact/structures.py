@@ -22,6 +22,20 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return _map(function, value, frozenset())
 
 
+def part_of(value: Any, index: int, *, count: int, samples: int | None) -> Any:
+    """What of `value`, of `samples` samples, belongs to one of the `count` micro-batches of one size that gave it.
+
+    Every tensor with a row for each sample is split; others belong to all micro-batches.
+    """
+
+    def part(tensor: Tensor) -> Tensor:
+        if not samples or tensor.dim() == 0 or len(tensor) % samples:
+            return tensor
+        return tensor.chunk(count)[index]
+
+    return map_tensors(part, value)
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in `value`, in order."""
     found: list[Tensor] = []
