@@ -20,6 +20,7 @@ from tests.distributed.small import (
     conv_net,
     header_of,
     mlp,
+    rows_of,
 )
 from trainer import Trainer
 from trainer.components.task import Task, WeightedSum, as_task
@@ -242,7 +243,7 @@ def test_a_run_is_a_plain_loop_with_torchvisions_transforms(tmp_path: Path) -> N
     net = conv_net().double()
     trainer = Trainer(settings, model=conv_net(), train_data=data)
     trainer.fit()
-    rows = [row for row in read(tmp_path) if "train/loss" in row]
+    rows = [row for row in rows_of(tmp_path / "run") if "train/loss" in row]
 
     # Images of 5 × 5 here; the box is cut by the code under test, which another test compares.
     mixing = Mix(MixConfig(mixup=0.4, cutmix=1.0, off_after=0.67), SEED, 6)
@@ -268,12 +269,6 @@ def test_a_run_is_a_plain_loop_with_torchvisions_transforms(tmp_path: Path) -> N
         trainer.module.parameters(), net.parameters(), strict=True
     ):
         torch.testing.assert_close(parameter, expected, rtol=1e-11, atol=1e-13)
-
-
-def read(directory: Path) -> list[dict[str, float]]:
-    from trainer.reporting.jsonl import read_rows
-
-    return list(read_rows(directory / "run" / "metrics.jsonl"))
 
 
 def test_a_single_sample_is_not_mixed_nor_is_what_comes_after() -> None:

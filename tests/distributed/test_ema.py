@@ -206,13 +206,13 @@ def test_the_best_model_is_the_average_that_was_evaluated(
             best__metric=f"{phase}/loss",
             **recalibration,
         )
-        raw: list[dict[str, Tensor]] = []
-        trainer.observers.add(Snapshot(raw))
+        weights = Weights()
+        trainer.observers.add(weights)
         trainer.fit()
         for name, value in trainer.module.state_dict().items():
             if evaluate == "instead" or not name.startswith("1.running"):
                 # Evaluating the average has left no trace in the model.
-                assert torch.equal(value, raw[-1][name]) or at == "end"
+                assert torch.equal(value, weights.after[-1][name]) or at == "end"
         average = trainer._average.tensors()
         row = trainer.load_best()
         best = trainer.module.state_dict()
@@ -235,18 +235,6 @@ def test_the_best_model_is_the_average_that_was_evaluated(
     on_ranks(1, fit)
 
 
-class Snapshot(Observer):
-    def __init__(self, states: list[dict[str, Tensor]]) -> None:
-        self.states = states
-
-    def begin(self, run: Run) -> None:
-        self.module = run.module
-
-    def step(self, step: Step) -> None:
-        state = self.module.state_dict()
-        self.states.append({name: value.clone() for name, value in state.items()})
-
-
 class FailsOnAverage(Observer):
     """Fails in the evaluation of the average."""
 
@@ -264,15 +252,15 @@ class FailsOnAverage(Observer):
 def test_an_evaluation_that_fails_leaves_the_weights_as_they_were(
     tmp_path: Path,
 ) -> None:
-    states: list[dict[str, Tensor]] = []
+    weights = Weights()
     failing = FailsOnAverage()
-    trainer = trainer_of(
-        tmp_path, ema__decay=0.9, observers=[Snapshot(states), failing]
-    )
+    trainer = trainer_of(tmp_path, ema__decay=0.9, observers=[weights, failing])
     with pytest.raises(LockstepError, match="no"):
         trainer.fit()
     now = trainer.module.state_dict()
-    assert all(torch.equal(now[name], value) for name, value in states[-1].items())
+    assert all(
+        torch.equal(now[name], value) for name, value in weights.after[-1].items()
+    )
     average = trainer._average.tensors()
     assert all(torch.equal(failing.seen[name], average[name]) for name in average)
     assert not torch.equal(now["0.weight"], average["0.weight"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import Points, config, mlp
+from tests.distributed.small import Points, config, mlp, rows_of
 from trainer import ConfigError, Observer, Run, Step, Trainer
 from trainer.config.schema import EarlyStopConfig
 from trainer.core.early_stop import EarlyStop
@@ -85,12 +85,11 @@ def ended(directory: Path, **changes: Any) -> dict[str, Any]:
         "early_stop__min_delta": 0.02,
     }
     summary = trainer_of(directory, **settings | changes).fit()
-    rows = read_rows(directory / "run" / "metrics.jsonl")
-    for row in rows:
-        row.pop("samples_per_second", None)
-        row.pop("data_wait", None)
     kept = ("weights_sha256", "steps", "best", "stopped_by")
-    return {"summary": {name: summary.get(name) for name in kept}, "rows": rows}
+    return {
+        "summary": {name: summary.get(name) for name in kept},
+        "rows": rows_of(directory / "run"),
+    }
 
 
 def test_a_run_ends_early_alike_on_any_number_of_processes_stopped_or_not(

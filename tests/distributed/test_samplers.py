@@ -84,7 +84,7 @@ def loaded(directory: Path, workers: int, sampler: dict[str, Any]) -> dict[Any, 
 
 
 def run(directory: Path, sampler: dict[str, Any], stop: int | None = None) -> Any:
-    """The summary and the logged losses of a run; with `stop` one that is resumed there by whoever comes next."""
+    """The hashes of a run and how many samples it saw; with `stop` one that is resumed there by whoever comes next."""
     whole = settings(directory, sampler, run__resume="auto")
     if stop is not None:
         whole = replace(whole, train=replace(whole.train, stop_after=stop))

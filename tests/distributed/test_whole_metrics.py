@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torchmetrics import classification, detection, regression, retrieval
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import CLASSES, IGNORED, Points, config, fitted, mlp
+from tests.distributed.small import (
+    CLASSES,
+    IGNORED,
+    Points,
+    config,
+    fitted,
+    mlp,
+    rows_of,
+)
 from trainer import Config, Task, Trainer, WeightedSum
 
 SAMPLES = 103
@@ -280,7 +288,7 @@ def test_the_mean_iou_of_a_segmentation(
         assert row["mean_iou"] == rows[1][0]["segmented 7"]["mean_iou"]
 
 
-def trained(directory: Path, stop_after: int | None, resume: str) -> list[str]:
+def trained(directory: Path, stop_after: int | None, resume: str) -> list[Row]:
     """The rows of a run whose schedule and best model follow a metric; with `stop_after`, of its first part."""
     settings = small(
         directory,
@@ -301,23 +309,16 @@ def trained(directory: Path, stop_after: int | None, resume: str) -> list[str]:
     assert trainer.config.best.mode == "max"
     kept = json.loads((trainer.journal.directory / "best/metrics.json").read_text())
     assert trainer.progress.best == kept["val/auroc"]
-    lines = (trainer.journal.directory / "metrics.jsonl").read_text().splitlines()
-    rows = []
-    for line in lines:
-        row = json.loads(line)
-        for timing in ("samples_per_second", "data_wait"):
-            row.pop(timing, None)
-        rows.append(json.dumps(row))
-    return rows
+    return rows_of(trainer.journal.directory)
 
 
 def test_a_metric_decides_alike_on_other_ranks_and_after_a_resume(
     tmp_path: Path,
 ) -> None:
     whole = on_ranks(1, trained, tmp_path / "whole", None, "never")[0]
-    values = [json.loads(row).get("val/auroc") for row in whole]
+    values = [row.get("val/auroc") for row in whole]
     assert len(set(filter(None, values))) > 2
-    assert len({json.loads(row)["lr"] for row in whole}) > 1  # a plateau was seen
+    assert len({row["lr"] for row in whole}) > 1  # a plateau was seen
     on_ranks(2, trained, tmp_path / "parts", 4, "never")
     assert on_ranks(3, trained, tmp_path / "parts", None, "auto")[0] == whole
 
