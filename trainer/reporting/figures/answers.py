@@ -25,14 +25,13 @@ from trainer.reporting.figures.overlays import (
 )
 from trainer.reporting.figures.style import (
     BLUE,
-    FAINT,
     GREY,
     INK,
-    SMALL,
     TEXT,
     TITLE,
     VERMILION,
     new_figure,
+    style_axes,
     write,
 )
 
@@ -225,8 +224,5 @@ def draw_regression(true: Any, predicted: Any, path: Path) -> None:
     )
     axes.set_xlabel("true", fontsize=TEXT, color=INK)
     axes.set_ylabel("predicted", fontsize=TEXT, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=SMALL)
-    axes.grid(color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
+    style_axes(axes, grid="both")
     write(figure, path)
