@@ -15,7 +15,12 @@ from trainer.components.schedule import Schedule
 from trainer.core.evaluation import Decision
 from trainer.core.run import Run
 from trainer.exact.plan import count_occurrences
-from trainer.reporting.figures.answers import draw_answers, images_in, true_boxes
+from trainer.reporting.figures.answers import (
+    draw_answers,
+    images_in,
+    targets_by_sample,
+    true_boxes,
+)
 from trainer.reporting.figures.confusion import (
     Counts,
     class_table,
@@ -129,8 +134,7 @@ def draw_batch(run: Run, directory: Path) -> dict[str, Path]:
         return {}
     path.parent.mkdir(exist_ok=True)
     pictures = images
-    by_sample = isinstance(batch.targets, Tensor | list | tuple)
-    targets = batch.targets if by_sample else [None] * len(images)
+    targets = targets_by_sample(batch.targets, len(images))
     if any(true_boxes(target) is not None for target in targets):
         pictures = [
             _with_true_boxes(*pair) for pair in zip(images, targets, strict=True)
