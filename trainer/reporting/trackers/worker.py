@@ -7,12 +7,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from textwrap import shorten
 from threading import Event, Thread
 from typing import Any
 
 from trainer.config.schema import TrackerConfig
 from trainer.errors import LockstepError
+from trainer.reporting.formats import shorten_error
 from trainer.reporting.trackers.base import Ending, Row, Session, Tracker
 from trainer.reporting.trackers.received import Received
 
@@ -119,7 +119,7 @@ class TrackerWorker:
         if error is None or self._is_reported:
             return
         self._is_reported = True
-        reason = shorten(str(error), 200, placeholder=" …") or type(error).__name__
+        reason = shorten_error(error)
         message = f"tracker {self.label} {what} ({reason}); metrics.jsonl has every row"
         if self._section.strict:
             raise LockstepError(f"{message} ({self._key}.strict)")
