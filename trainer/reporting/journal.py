@@ -16,6 +16,7 @@ from trainer.process.activity import activity
 from trainer.process.parent import failure_reason
 from trainer.process.ranks import Ranks
 from trainer.reporting.console import Console
+from trainer.reporting.formats import Row
 from trainer.reporting.jsonl import MetricsFile, readable_rows
 from trainer.reporting.trackers.base import Ending, Tracker
 from trainer.reporting.trackers.group import Trackers
@@ -32,7 +33,6 @@ from trainer.storage.run_directory import (
 )
 
 Facts = Sequence[tuple[str, str]]
-Row = Mapping[str, float]
 
 
 class Journal:
