@@ -7,13 +7,13 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
 from benchmarks.faults import file_faults, process_faults
-from benchmarks.faults.scene import DIGITS, SERVER, Failed, Scene
+from benchmarks.faults.scene import DIGITS, Failed, Scene
 
 OUTCOMES = ("survived", "refused", "traceback", "hang", "wrong")
 BAD = ("traceback", "hang", "wrong")
@@ -83,7 +83,6 @@ class Campaign:
         self._lock = Lock()
         self._expected: dict[bool, dict[str, str]] = {}
         self.result = Result()
-        SERVER.set_forkserver_preload(["benchmarks.preload"])
 
     def run(self, *, minutes: float, cases: int | None) -> Result:
         """As many cases as begin within `minutes`, or so many."""
@@ -98,11 +97,9 @@ class Campaign:
                     break
                 pending.add(pool.submit(self._one, number, kind))
                 while len(pending) >= self._jobs:
-                    over = {future for future in pending if future.done()}
+                    over, pending = wait(pending, return_when=FIRST_COMPLETED)
                     for future in over:
                         future.result()
-                    pending -= over
-                    time.sleep(0.02)
             for future in pending:
                 future.result()
         self.result.seconds = time.monotonic() - started

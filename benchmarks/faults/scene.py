@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 
 from benchmarks.faults.program import Fault, become_command
+from benchmarks.processes import CLEAN
 from trainer.process.local_ranks import rank_environments
 
 PATIENCE = 120.0  # seconds for a run to end, before it counts as a hang
@@ -36,8 +36,6 @@ DIGITS = (
     "train.log_every=2",
     "wandb.mode=disabled",
 )
-# Torch is imported once, in a process without threads, of which all others are forks.
-SERVER = multiprocessing.get_context("forkserver")
 
 
 class Failed(Exception):
@@ -130,7 +128,7 @@ class Scene:
         common = {**os.environ, "ACCELERATE_USE_CPU": "true"}
         for environment in rank_environments(common, ranks):
             work = (arguments, environment, output, fault)
-            processes.append(SERVER.Process(target=become_command, args=work))
+            processes.append(CLEAN.Process(target=become_command, args=work))
         for process in processes:
             process.start()
         return Running(processes, output)

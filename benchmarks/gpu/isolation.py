@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import processes
+from trainer.process.parent import signal_name
 
 SECONDS_TO_END = 5.0  # after the result is here
 
@@ -95,5 +96,5 @@ def _end(process: Any) -> None:
 
 def _status(code: int | None) -> str:
     if code is not None and code < 0:
-        return signal.Signals(-code).name
+        return signal_name(-code)
     return f"status {code}"

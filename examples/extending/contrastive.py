@@ -64,8 +64,8 @@ class Contrastive(Task):
         return WeightedSum(total, 2 * len(output))
 
     def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, WeightedSum]:
-        found = self.scores(output).argmax(1) == self.partners(output)
-        return {"partner": WeightedSum(found.sum(), len(found))}
+        is_found = self.scores(output).argmax(1) == self.partners(output)
+        return {"partner": WeightedSum(is_found.sum(), len(is_found))}
 
     def scores(self, output: Tensor) -> Tensor:
         """How alike two views are, `(2N, 2N)`: first all first views, then all second ones. None is its own partner."""

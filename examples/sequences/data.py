@@ -41,6 +41,5 @@ def pad(samples: list[tuple[Tensor, int]]) -> tuple[dict[str, Tensor], Tensor]:
     values = [value for value, _ in samples]
     lengths = torch.tensor([len(value) for value in values])
     targets = torch.tensor([target for _, target in samples])
-    return {"values": pad_sequence(values, batch_first=True), "lengths": lengths}, (
-        targets
-    )
+    padded = pad_sequence(values, batch_first=True)
+    return {"values": padded, "lengths": lengths}, targets

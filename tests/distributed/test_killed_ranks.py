@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_directory_gone import start
+from trainer.process.parent import signal_name
 from trainer.process.peers import Peers
 
 # The parent of the tests' programs asks for a status at once, after which nobody can know the signal.
@@ -46,3 +47,8 @@ def test_the_signal_is_known_until_the_parent_asks() -> None:
         program.wait()
     assert peers.describe(0) == "was killed by SIGKILL"
     assert peers.describe(2) == "was killed by SIGSEGV"
+
+
+def test_a_signal_without_a_name_is_told_by_its_number() -> None:
+    assert signal_name(signal.SIGKILL) == "SIGKILL"
+    assert signal_name(signal.SIGRTMIN + 3) == f"signal {signal.SIGRTMIN + 3}"

@@ -16,6 +16,7 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from trainer.errors import LockstepError
+from trainer.process.parent import signal_name
 
 NO_SAMPLE = -1
 REASON_LENGTH = 300  # bytes
@@ -117,7 +118,7 @@ def _first_ended(processes: list[Any]) -> Any:
 
 def _end(exit_status: int) -> str:
     if exit_status < 0:
-        return f"was killed by {signal.Signals(-exit_status).name}"
+        return f"was killed by {signal_name(-exit_status)}"
     return f"ended with status {exit_status}"
 
 

@@ -23,6 +23,7 @@ from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.process import launcher
 from trainer.process.launched import ERROR_FILE, RESULT_FILE, WORK_FILE, Failure
 from trainer.process.local_ranks import rank_environments
+from trainer.process.parent import signal_name
 
 T = TypeVar("T")
 
@@ -205,7 +206,7 @@ class _Processes:
 
 def _describe_status(status: int) -> str:
     if status < 0:
-        return f"was killed by signal {-status} ({signal.Signals(-status).name})"
+        return f"was killed by signal {-status} ({signal_name(-status)})"
     return f"ended with status {status}"
 
 

@@ -126,6 +126,14 @@ def fatal_signal(process: int) -> int | None:
     return int(fields[STATUS_FIELD - 3]) & 0x7F or None
 
 
+def signal_name(number: int) -> str:
+    """The name of a signal, as SIGKILL; a real-time one has none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def _was_started_with(process: int, variable: str) -> bool:
     """True if an environment variable was set when a process of this user was started."""
     try:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from threading import Thread
 
-from trainer.process.parent import fatal_signal
+from trainer.process.parent import fatal_signal, signal_name
 
 
 class Peers:
@@ -42,7 +41,7 @@ class Peers:
         number = self.signals.get(rank)
         if number is None:
             return "ended without an error of its own: it crashed or was killed"
-        return f"was killed by {_signal_name(number)}"
+        return f"was killed by {signal_name(number)}"
 
     def _add(self, rank: int, descriptor: int) -> None:
         self._ranks[descriptor] = rank
@@ -63,10 +62,3 @@ class Peers:
 def watch_peers(processes: frozenset[tuple[int, int]]) -> Peers:
     """The watched `(rank, process id)` pairs."""
     return Peers(dict(processes))
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"  # a real-time one

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from time import monotonic
 
 import rich.console
@@ -22,7 +22,7 @@ from rich.text import Text
 
 from trainer.config.secrets import redacted_output
 from trainer.reporting.epoch_table import EpochTable
-from trainer.reporting.formats import GAP, MUTED
+from trainer.reporting.formats import GAP, MUTED, Row
 from trainer.reporting.notebook import NotebookTable, is_notebook
 from trainer.reporting.progress_bar import RunProgress
 
@@ -31,7 +31,6 @@ TABLE_INTERVAL = 1.0  # seconds between those of a notebook's table, each of whi
 LINE_INTERVAL = 30.0  # seconds between progress lines where there is no bar
 
 Facts = Sequence[tuple[str, str]]
-Row = Mapping[str, float]
 
 
 class Console:

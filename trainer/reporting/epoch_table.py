@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.text import Text
@@ -14,6 +14,7 @@ from trainer.reporting.formats import (
     GOOD,
     MUTED,
     NUMBER_WIDTH,
+    Row,
     column,
     format_duration,
     format_learning_rate,
@@ -26,8 +27,6 @@ TRAIN = {"train": "train"}
 VAL = {"val": "val", "val_ema": "val ema"}
 HEADING_EVERY = 25  # epoch lines
 STAR = f"{GAP}★"
-
-Row = Mapping[str, float]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
-"""Numbers as the console shows them: few characters, right-aligned in columns of `NUMBER_WIDTH`."""
+"""Numbers as the console shows them: few characters, right-aligned in columns of `NUMBER_WIDTH`.
+
+And another library's error, on one line.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import shorten
 
 Row = Mapping[str, float]
 
@@ -72,3 +76,8 @@ def number_style(text: str, default: str = "") -> str:
     if text in ("nan", "inf", "-inf"):
         return BAD
     return default
+
+
+def shorten_error(error: Exception) -> str:
+    """An error's message on one line of at most 200 characters."""
+    return shorten(str(error), 200, placeholder=" …") or type(error).__name__

@@ -16,6 +16,7 @@ from trainer.process.activity import activity
 from trainer.process.parent import failure_reason
 from trainer.process.ranks import Ranks
 from trainer.reporting.console import Console
+from trainer.reporting.formats import Row
 from trainer.reporting.jsonl import MetricsFile, readable_rows
 from trainer.reporting.trackers.base import Ending, Tracker
 from trainer.reporting.trackers.group import Trackers
@@ -32,7 +33,6 @@ from trainer.storage.run_directory import (
 )
 
 Facts = Sequence[tuple[str, str]]
-Row = Mapping[str, float]
 
 
 class Journal:
@@ -115,10 +115,10 @@ class Journal:
         record = record_data()
         write_record(self.directory, record)
         write_json(self.directory / "environment.json", environment(record))
-        self._open_metrics(progress)
+        rows = self._open_metrics(progress)
         tracking = [
             "W&B disabled" if self.wandb is None else self.wandb.describe(),
-            *self._begin_trackers(progress),
+            *self._trackers.begin(self.directory, progress.step, rows),
         ]
         self.console.header([*header, *(("tracking", line) for line in tracking)])
         if self._run_directory.moved_to is not None:
@@ -128,8 +128,8 @@ class Journal:
         if progress.step:
             self.console.note(f"resumed after step {progress.step}")
 
-    def _open_metrics(self, progress: Progress) -> None:
-        """Open `metrics.jsonl` and W&B, each with the rows that the checkpoint counted."""
+    def _open_metrics(self, progress: Progress) -> list[dict[str, Any]]:
+        """Open `metrics.jsonl` and W&B, each with the rows that the checkpoint counted; returns these."""
         # The rows after the checkpoint go from the file, because the resumed run computes them again. They are read
         # before, because W&B may have received them already and must not get them twice.
         path = self.directory / "metrics.jsonl"
@@ -150,13 +150,7 @@ class Journal:
             earlier_rows=earlier_rows,
             valid_rows=progress.rows,
         )
-
-    def _begin_trackers(self, progress: Progress) -> list[str]:
-        """Begin the trackers, each with the rows that the checkpoint counted; returns a line for each."""
-        rows = []
-        if self._config.trackers and progress.rows:
-            rows = readable_rows(self.directory / "metrics.jsonl")
-        return self._trackers.begin(self.directory, progress.step, rows)
+        return earlier_rows[: self._metrics.rows]
 
     def start_clock(
         self, plan: Plan, first_step: int, last_step: int | None = None

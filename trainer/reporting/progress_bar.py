@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from time import monotonic
 
 from rich.text import Text
@@ -12,6 +11,7 @@ from trainer.reporting.formats import (
     ABSENT,
     GAP,
     MUTED,
+    Row,
     format_clock,
     format_learning_rate,
     format_metric,
@@ -19,8 +19,6 @@ from trainer.reporting.formats import (
 )
 
 MAX_WIDTH = 110  # characters of the bar's line
-
-Row = Mapping[str, float]
 
 
 class RunProgress:

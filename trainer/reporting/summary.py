@@ -200,8 +200,9 @@ def summary(
     average: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """What `summary.json` holds."""
-    optimizer_state, _ = named_state(optimizer, ModelAndLoss(run.module, run.task))
-    of_loss = ModelAndLoss(run.module, run.task).trained_loss_parameters()
+    whole = ModelAndLoss(run.module, run.task)
+    optimizer_state, _ = named_state(optimizer, whole)
+    of_loss = whole.trained_loss_parameters()
     hashes = {"loss_sha256": tensors_sha256(of_loss)} if of_loss else {}
     if average:
         hashes["ema_sha256"] = tensors_sha256(dict(average))

@@ -15,7 +15,7 @@ import psutil  # type: ignore[import-untyped]
 
 from trainer.config.fields import show
 from trainer.config.secrets import redacted_output
-from trainer.process.parent import end_with_parent
+from trainer.process.parent import end_with_parent, signal_name
 from trainer.reporting.jsonl import read_rows
 from trainer.sweep.description import Sweep
 from trainer.sweep.study import Trial
@@ -114,7 +114,7 @@ class TrialProcess:
         if message:
             return message
         if status < 0:
-            return f"killed by signal {signal.Signals(-status).name}"
+            return f"killed by signal {signal_name(-status)}"
         return f"ended with status {status}"
 
 

@@ -25,14 +25,13 @@ from trainer.reporting.figures.overlays import (
 )
 from trainer.reporting.figures.style import (
     BLUE,
-    FAINT,
     GREY,
     INK,
-    SMALL,
     TEXT,
     TITLE,
     VERMILION,
     new_figure,
+    style_axes,
     write,
 )
 
@@ -59,8 +58,9 @@ def draw_answers(run: Run, folder: Path) -> dict[str, Path]:
     images = images_in(run, inputs)
     if images is not None:
         pictures = []
-        for image, answer, row in zip(images, answers, range(len(ids)), strict=False):
-            picture = _picture(image, answer, _target_of(targets, row), run)
+        by_sample = targets_by_sample(targets, len(images))
+        for image, answer, target in zip(images, answers, by_sample, strict=False):
+            picture = _picture(image, answer, target, run)
             if picture is not None:
                 pictures.append(picture)
         if pictures:
@@ -85,6 +85,13 @@ def images_in(run: Run, inputs: Any) -> list[Tensor] | None:
     return None
 
 
+def targets_by_sample(targets: Any, samples: int) -> Sequence[Any]:
+    """A batch's targets, one for each of its `samples`; each is None where they are not that."""
+    if isinstance(targets, Tensor | list | tuple) and len(targets) == samples:
+        return list(targets)
+    return [None] * samples
+
+
 def true_boxes(target: Any) -> Tensor | None:
     """The boxes `(K, 4)` of a detector's target."""
     boxes = target.get("boxes") if isinstance(target, Mapping) else None
@@ -94,11 +101,6 @@ def true_boxes(target: Any) -> Tensor | None:
 def _spread(samples: int, most: int) -> list[int]:
     ids = np.linspace(0, samples - 1, min(samples, most)).round().astype(int)
     return sorted(set(ids.tolist()))
-
-
-def _target_of(targets: Any, row: int) -> Any:
-    is_by_sample = isinstance(targets, Tensor | list | tuple)
-    return targets[row] if is_by_sample and row < len(targets) else None
 
 
 def _picture(image: Tensor, answer: Answer, target: Any, run: Run) -> _Picture | None:
@@ -225,8 +227,5 @@ def draw_regression(true: Any, predicted: Any, path: Path) -> None:
     )
     axes.set_xlabel("true", fontsize=TEXT, color=INK)
     axes.set_ylabel("predicted", fontsize=TEXT, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=SMALL)
-    axes.grid(color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
+    style_axes(axes, grid="both")
     write(figure, path)

@@ -97,11 +97,10 @@ def pixel_table(counts: Counts, names: Sequence[str]) -> str:
     for i, right in enumerate(counts.diagonal().tolist()):
         union = predicted[i] + true[i] - right
         if union:
-            scores = (
-                right / union,
-                *(right / max(n, 1) for n in (predicted[i], true[i])),
-            )
-            table.writerow([names[i], *np.round(scores, 6), true[i]])
+            precision = right / max(predicted[i], 1)
+            recall = right / max(true[i], 1)
+            rounded = np.round([right / union, precision, recall], 6)
+            table.writerow([names[i], *rounded, true[i]])
     return text.getvalue()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ import numpy as np
 from trainer.core.evaluated_weights import evaluated_phase
 from trainer.reporting.figures.style import (
     BLUE,
-    FAINT,
     GREY,
     INK,
     SMALL,
@@ -19,6 +19,7 @@ from trainer.reporting.figures.style import (
     TITLE,
     VERMILION,
     new_figure,
+    style_axes,
     write,
 )
 
@@ -35,7 +36,7 @@ LEAST_RATIO = 4  # of the largest loss to the least, for a logarithmic axis
 # Of Okabe and Ito's palette, as those of the rest.
 COLOURS_OF_SETS = (VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = {"val": "-", "val_ema": "--"}  # of the weights, and of their average
-EPOCH_MARKS: dict[str, Any] = {"marker": "o", "markevery": 1}
+EPOCH_LINE: dict[str, Any] = {"linewidth": 1.6, "marker": "o", "markevery": 1}
 
 
 def draw_curves(
@@ -62,52 +63,52 @@ def draw_curves(
         len(heights), 1, sharex=True, squeeze=False, height_ratios=heights
     )[:, 0]
     for axes, name in zip(panels, names, strict=True):
-        _plot(
-            axes,
-            rows,
-            f"train/{name}",
-            label="train",
-            color=BLUE,
-            linewidth=0.9,
-            alpha=0.75,
-        )
-        _plot(
-            axes,
-            rows,
-            f"train/epoch_{name}",
-            label="train, epoch",
-            color=BLUE,
-            linewidth=1.6,
-            **EPOCH_MARKS,
-        )
-        for index, phase in enumerate(phases):
-            colour = COLOURS_OF_SETS[index % len(COLOURS_OF_SETS)]
-            for evaluation, line in LINES.items():
-                evaluated = evaluated_phase(phase, evaluation)
-                _plot(
-                    axes,
-                    rows,
-                    f"{evaluated}/{name}",
-                    label=evaluated,
-                    color=colour,
-                    linewidth=1.6,
-                    linestyle=line,
-                    **EPOCH_MARKS,
-                )
-        _style_panel(axes, name)
-        if name.endswith("loss"):
-            _scale_by_factors(axes)
-        _add_legend(axes)
-    if rates is None:
-        _plot(rate_panel, rows, "lr", color=GREY, linewidth=1.4)
-    else:
-        steps, values = np.array(rates, dtype=float).reshape(-1, 2).T
-        rate_panel.step(steps, values, where="post", color=GREY, linewidth=1.4)
-    _style_panel(rate_panel, "learning rate")
-    # A constant rate would otherwise fill a tiny range around itself.
-    rate_panel.set_ylim(bottom=0)
+        _draw_metric(axes, rows, name, phases)
+    _draw_rates(rate_panel, rows, rates)
     _style_step_axis(rate_panel)
     write(figure, path)
+
+
+def _draw_metric(axes: Axes, rows: Rows, name: str, phases: Sequence[str]) -> None:
+    """The panel of one metric: its lines in training and in each of the `phases`."""
+    train = {"color": BLUE, "linewidth": 0.9, "alpha": 0.75}
+    _plot(axes, rows, f"train/{name}", label="train", **train)
+    _plot(
+        axes,
+        rows,
+        f"train/epoch_{name}",
+        label="train, epoch",
+        color=BLUE,
+        **EPOCH_LINE,
+    )
+    for index, phase in enumerate(phases):
+        colour = COLOURS_OF_SETS[index % len(COLOURS_OF_SETS)]
+        for evaluation, line in LINES.items():
+            evaluated = evaluated_phase(phase, evaluation)
+            _plot(
+                axes,
+                rows,
+                f"{evaluated}/{name}",
+                label=evaluated,
+                color=colour,
+                linestyle=line,
+                **EPOCH_LINE,
+            )
+    _style_panel(axes, name)
+    if name.endswith("loss"):
+        _scale_by_factors(axes)
+    _add_legend(axes)
+
+
+def _draw_rates(axes: Axes, rows: Rows, rates: Points | None) -> None:
+    if rates is None:
+        _plot(axes, rows, "lr", color=GREY, linewidth=1.4)
+    else:
+        steps, values = np.array(rates, dtype=float).reshape(-1, 2).T
+        axes.step(steps, values, where="post", color=GREY, linewidth=1.4)
+    _style_panel(axes, "learning rate")
+    # A constant rate would otherwise fill a tiny range around itself.
+    axes.set_ylim(bottom=0)
 
 
 def _with_middles(rows: Rows) -> Rows:
@@ -149,14 +150,13 @@ def _values_of(line: Line2D) -> list[float]:
 def _metric_names(rows: Rows, phases: Sequence[str]) -> list[str]:
     """The metrics of the rows in the order in which they appear, the loss first."""
     names = ["loss"]
-    for row in rows:
-        for key in row:
-            for phase in ("train", *phases):
-                if key.startswith(f"{phase}/"):
-                    name = key.removeprefix(f"{phase}/").removeprefix("epoch_")
-                    if name not in names:
-                        names.append(name)
-    return names
+    keys = dict.fromkeys(chain.from_iterable(rows))
+    for key in keys:
+        for phase in ("train", *phases):
+            name = key.removeprefix(f"{phase}/")
+            if name != key:
+                names.append(name.removeprefix("epoch_"))
+    return list(dict.fromkeys(names))
 
 
 def _plot(axes: Axes, rows: Rows, key: str, **style: Any) -> None:
@@ -176,11 +176,8 @@ def _plot(axes: Axes, rows: Rows, key: str, **style: Any) -> None:
 
 def _style_panel(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=TITLE, color=INK, parse_math=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    style_axes(axes, grid="y")
     axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=SMALL)
-    axes.grid(axis="y", color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
     axes.yaxis.set_major_formatter("{x:g}")
     if not axes.lines:
         axes.set_yticks([])

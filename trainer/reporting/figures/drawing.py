@@ -15,7 +15,12 @@ from trainer.components.schedule import Schedule
 from trainer.core.evaluation import Decision
 from trainer.core.run import Run
 from trainer.exact.plan import count_occurrences
-from trainer.reporting.figures.answers import draw_answers, images_in, true_boxes
+from trainer.reporting.figures.answers import (
+    draw_answers,
+    images_in,
+    targets_by_sample,
+    true_boxes,
+)
 from trainer.reporting.figures.confusion import (
     Counts,
     class_table,
@@ -129,8 +134,7 @@ def draw_batch(run: Run, directory: Path) -> dict[str, Path]:
         return {}
     path.parent.mkdir(exist_ok=True)
     pictures = images
-    by_sample = isinstance(batch.targets, Tensor | list | tuple)
-    targets = batch.targets if by_sample else [None] * len(images)
+    targets = targets_by_sample(batch.targets, len(images))
     if any(true_boxes(target) is not None for target in targets):
         pictures = [
             _with_true_boxes(*pair) for pair in zip(images, targets, strict=True)
@@ -173,24 +177,28 @@ def split_by_correctness(
 def _draw_confusion(
     decisions: list[Decision], names: list[str] | None, folder: Path
 ) -> dict[str, Path]:
-    matrix_path = folder / "confusion_matrix.png"
-    table_path = folder / "per_class.csv"
     counts = count_decisions(decisions, len(names or []))
     labels = [_label(i, names) for i in range(len(counts))]
-    draw_confusion_matrix(counts, labels, matrix_path)
-    write_text(table_path, class_table(decisions, counts, labels))
-    return {"confusion_matrix": matrix_path, "per_class": table_path}
+    table = class_table(decisions, counts, labels)
+    return _write_confusion(counts, labels, table, folder, counted="samples")
 
 
 def _draw_pixels(counts: Counts, run: Run, folder: Path) -> dict[str, Path]:
     """The confusion matrix of a segmentation, and the table of its classes."""
-    matrix_path = folder / "confusion_matrix.png"
-    table_path = folder / "per_class.csv"
     missing = max(0, len(run.data.classes or []) - len(counts))
     counts = np.pad(counts, (0, missing))  # classes that are nowhere
     labels = [_label(i, run.data.classes) for i in range(len(counts))]
-    draw_confusion_matrix(counts, labels, matrix_path, counted="pixels")
-    write_text(table_path, pixel_table(counts, labels))
+    table = pixel_table(counts, labels)
+    return _write_confusion(counts, labels, table, folder, counted="pixels")
+
+
+def _write_confusion(
+    counts: Counts, labels: list[str], table: str, folder: Path, *, counted: str
+) -> dict[str, Path]:
+    matrix_path = folder / "confusion_matrix.png"
+    table_path = folder / "per_class.csv"
+    draw_confusion_matrix(counts, labels, matrix_path, counted)
+    write_text(table_path, table)
     return {"confusion_matrix": matrix_path, "per_class": table_path}
 
 

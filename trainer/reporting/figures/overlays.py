@@ -34,24 +34,24 @@ def with_boxes(image: Tensor, groups: Sequence[tuple[Tensor, str]]) -> Tensor:
     """The image, enlarged, with each group of boxes `(K, 4)` in its colour."""
     picture, factor = enlarge(as_colour(image))
     picture = picture.clone()
+    _, height, width = picture.shape
+    ends = torch.tensor([width, height, width, height], dtype=torch.int32)
     for boxes, colour in groups:
-        for box in (boxes.cpu() * factor).round().int().tolist():
+        corners = (boxes.cpu() * factor).round().int()
+        within = corners.clamp(min=0).minimum(ends)
+        for box in within.tolist():
             _draw_box(picture, box, _rgb(colour))
     return picture
 
 
 def _draw_box(picture: Tensor, box: Sequence[int], colour: Tensor) -> None:
-    """A frame two pixels wide, within the picture."""
-    _, height, width = picture.shape
-    x1, x2 = (min(max(side, 0), width) for side in (box[0], box[2]))
-    y1, y2 = (min(max(side, 0), height) for side in (box[1], box[3]))
-    for rows, columns in (
-        (slice(y1, y1 + 2), slice(x1, x2)),
-        (slice(max(y2 - 2, 0), y2), slice(x1, x2)),
-        (slice(y1, y2), slice(x1, x1 + 2)),
-        (slice(y1, y2), slice(max(x2 - 2, 0), x2)),
-    ):
-        picture[:, rows, columns] = colour[:, None, None]
+    """A frame two pixels wide."""
+    x1, y1, x2, y2 = box
+    colour = colour[:, None, None]
+    picture[:, y1 : y1 + 2, x1:x2] = colour
+    picture[:, max(y2 - 2, 0) : y2, x1:x2] = colour
+    picture[:, y1:y2, x1 : x1 + 2] = colour
+    picture[:, y1:y2, max(x2 - 2, 0) : x2] = colour
 
 
 def with_classes(image: Tensor, classes: Tensor, shows_first: bool) -> Tensor:
@@ -61,10 +61,11 @@ def with_classes(image: Tensor, classes: Tensor, shows_first: bool) -> Tensor:
         # A model may answer at another size than that of its input.
         size = classes.float()[None, None]
         classes = F.interpolate(size, tuple(picture.shape[-2:]))[0, 0].long()
+    first = 0 if shows_first else 1
     for class_id in torch.unique(classes).tolist():
         if class_id == 0 and not shows_first:
             continue
-        colour = _rgb(PALETTE[(class_id - (not shows_first)) % len(PALETTE)])
+        colour = _rgb(PALETTE[(class_id - first) % len(PALETTE)])
         inside = classes == class_id
         blended = (1 - OPACITY) * picture[:, inside] + OPACITY * colour[:, None]
         picture[:, inside] = blended
@@ -89,5 +90,6 @@ def on_one_size(pictures: Sequence[Tensor]) -> Tensor:
 
 
 def _rgb(colour: str) -> Tensor:
-    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-    return torch.tensor(parts)
+    from matplotlib.colors import to_rgb
+
+    return torch.tensor(to_rgb(colour))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from trainer.reporting.figures.fonts import use_fonts_that_can_write
 from trainer.storage.files import new_file
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Blue and vermilion of Okabe and Ito's palette (2008): distinct in any colour vision, and in greyscale.
@@ -48,6 +49,14 @@ def new_figure(width: float, height: float) -> Figure:
     )
     FigureCanvasAgg(figure)
     return figure
+
+
+def style_axes(axes: Axes, *, grid: Literal["both", "y"]) -> None:
+    """Two spines, small ticks, and behind the data a faint grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=SMALL)
+    axes.grid(axis=grid, color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
 
 
 def write(figure: Figure, path: Path, *, cropped: bool = False) -> None:

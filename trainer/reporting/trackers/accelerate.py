@@ -14,6 +14,7 @@ from trainer.reporting.trackers.base import (
     Tracker,
     flat_config,
     numbers_in,
+    read_pixels,
 )
 
 
@@ -50,13 +51,9 @@ class AccelerateTracker(Tracker):
     def figures(self, step: int, figures: Mapping[str, Path]) -> None:
         if not hasattr(self._tracker, "log_images"):
             return
-        import numpy as np
-        from PIL import Image
-
         for name, path in figures.items():
             if path.suffix != ".csv":
-                with Image.open(path) as image:
-                    pixels = np.array(image.convert("RGB"))[None]
+                pixels = read_pixels(path)[None]
                 self._tracker.log_images({f"figures/{name}": pixels}, step=step)
 
     def finish(self, ending: Ending) -> None:

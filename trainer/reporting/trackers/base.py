@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from trainer.config.fields import show
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 Row = Mapping[str, Any]
 
@@ -75,6 +79,15 @@ class Tracker:
 
     def finish(self, ending: Ending) -> None:
         """After the last row and figure of a session."""
+
+
+def read_pixels(path: Path) -> npt.NDArray[np.uint8]:
+    """The figure in a PNG file, `(H, W, 3)`."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.array(image.convert("RGB"))
 
 
 def numbers_in(row: Row) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,9 +24,7 @@ class CsvTracker(Tracker):
 
     def begin(self, session: Session) -> None:
         self._path: Path = session.directory / self._name
-        self._columns = list(
-            dict.fromkeys(name for row in session.rows for name in row)
-        )
+        self._columns = list(dict.fromkeys(chain.from_iterable(session.rows)))
         self._write_whole(session.rows)
 
     def describe(self) -> str:

@@ -16,6 +16,7 @@ from trainer.reporting.trackers.base import (
     Tracker,
     flat_config,
     numbers_in,
+    read_pixels,
 )
 
 
@@ -65,15 +66,11 @@ class TensorBoardTracker(Tracker):
         self._writer.flush()
 
     def figures(self, step: int, figures: Mapping[str, Path]) -> None:
-        import numpy as np
-        from PIL import Image
-
         for name, path in figures.items():
             if path.suffix == ".csv":
                 self._writer.add_text(f"figures/{name}", _as_table(path), step)
             else:
-                with Image.open(path) as image:
-                    pixels = np.array(image.convert("RGB"))
+                pixels = read_pixels(path)
                 self._writer.add_image(
                     f"figures/{name}", pixels, step, dataformats="HWC"
                 )

@@ -7,12 +7,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from textwrap import shorten
 from threading import Event, Thread
 from typing import Any
 
 from trainer.config.schema import TrackerConfig
 from trainer.errors import LockstepError
+from trainer.reporting.formats import shorten_error
 from trainer.reporting.trackers.base import Ending, Row, Session, Tracker
 from trainer.reporting.trackers.received import Received
 
@@ -38,6 +38,7 @@ class TrackerWorker:
         self._error: Exception | None = None
         self._is_reported = False
         self._received: Received | None = None
+        self._place = "failed"  # where the rows go, once it has begun
 
     def begin(self, session: Session, state_file: Path) -> str:
         """Begin the session; returns where the rows go, in words."""
@@ -45,14 +46,11 @@ class TrackerWorker:
         missing = received.missing(session.rows)
         session = replace(session, missing=missing, id=received.id)
         Thread(target=self._work, daemon=True, name=f"tracker {self.label}").start()
-        description: list[str] = []
-        self._queue.put(partial(self._begin, session, received, description))
+        self._queue.put(partial(self._begin, session, received))
         self._wait("did not start")
-        return description[0] if description else "failed"
+        return self._place
 
-    def _begin(
-        self, session: Session, received: Received, description: list[str]
-    ) -> None:
+    def _begin(self, session: Session, received: Received) -> None:
         self._tracker.begin(session)
         received.id = self._tracker.id
         if self._tracker.cuts:
@@ -61,7 +59,7 @@ class TrackerWorker:
         if not self._tracker.cuts:
             for row in session.missing:
                 self._log(row, received)
-        description.append(self._tracker.describe())
+        self._place = self._tracker.describe()
 
     def log(self, row: Row) -> None:
         """Hand a row over; returns at once. An error of an earlier row is reported now."""
@@ -119,7 +117,7 @@ class TrackerWorker:
         if error is None or self._is_reported:
             return
         self._is_reported = True
-        reason = shorten(str(error), 200, placeholder=" …") or type(error).__name__
+        reason = shorten_error(error)
         message = f"tracker {self.label} {what} ({reason}); metrics.jsonl has every row"
         if self._section.strict:
             raise LockstepError(f"{message} ({self._key}.strict)")

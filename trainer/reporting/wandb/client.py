@@ -7,13 +7,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from textwrap import shorten
 from threading import Thread
 from typing import Any, Literal
 
 from trainer.config.schema import WandbConfig
 from trainer.config.secrets import redacted_arguments
 from trainer.errors import ConfigError, LockstepError
+from trainer.reporting.formats import shorten_error
 
 ENVIRONMENT_MODES = {  # values of WANDB_MODE → values of wandb.mode
     "online": "online",
@@ -181,8 +181,3 @@ def _kill_client() -> None:
     # Private names: there is no public way to the process.
     with suppress(AttributeError):
         wandb_setup.singleton().ensure_service()._proc._process.kill()  # type: ignore[union-attr]
-
-
-def shorten_error(error: Exception) -> str:
-    """An error's message on one line of at most 200 characters."""
-    return shorten(str(error), 200, placeholder=" …") or type(error).__name__

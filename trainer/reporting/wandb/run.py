@@ -11,11 +11,11 @@ from typing import Any
 from trainer.config.schema import WandbConfig
 from trainer.config.secrets import redacted, without_logins
 from trainer.errors import LockstepError
+from trainer.reporting.formats import shorten_error
 from trainer.reporting.wandb.client import (
     ClientMessages,
     effective_mode,
     run_with_timeout,
-    shorten_error,
     start_client,
 )
 from trainer.reporting.wandb.files import (
