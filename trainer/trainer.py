@@ -36,6 +36,7 @@ from trainer.core.further import (
     restore_modes_of,
 )
 from trainer.core.left_out import LeftOut
+from trainer.core.logged_metrics import epoch_column
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.observers import Observer, Observers, Stateful
 from trainer.core.preflight import check_order, notes_on, order_digest
@@ -699,7 +700,7 @@ class Trainer:
         Every rank decides alike, from numbers that are the same on all.
         """
         progress = self.progress
-        value = row.get(self.config.best.metric.replace("train/", "train/epoch_"))
+        value = row.get(epoch_column(self.config.best.metric))
         if value is None:
             return False
         progress.history.append(value)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from trainer.config.schema import Config, EarlyStopConfig
-from trainer.core.logged_metrics import LoggedMetrics
+from trainer.core.logged_metrics import LoggedMetrics, epoch_column
 from trainer.core.metrics import Row
 from trainer.core.saved_state import is_best
 
@@ -20,7 +20,7 @@ class EarlyStop:
 
     def __init__(self, section: EarlyStopConfig) -> None:
         self._section = section
-        self._column = str(section.metric).replace("train/", "train/epoch_")
+        self._column = epoch_column(str(section.metric))
         self._best: float | None = None
         self._waited = 0
 

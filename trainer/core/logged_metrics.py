@@ -10,6 +10,11 @@ from trainer.components.task import Task
 from trainer.errors import ConfigError, nearest
 
 
+def epoch_column(metric: str) -> str:
+    """The column in which an epoch's row has a metric: that of training is a mean there, with a name of its own."""
+    return metric.replace("train/", "train/epoch_")
+
+
 class LoggedMetrics:
     """The loss and the metrics of `task`, and those of the config, by the names that rows have for them.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.components.weights import weights_file
+from trainer.core.logged_metrics import epoch_column
 from trainer.core.metrics import Row
 from trainer.core.preflight import order_digest
 from trainer.errors import ConfigError
@@ -147,7 +148,7 @@ def _advance(trainer: Trainer, to: int, logged: Logged, digests: Digests) -> int
 
 def _evaluate_as_logged(trainer: Trainer, step_number: int, logged: Logged) -> None:
     """Note the run's evaluation after a step, which a plateau schedule goes by, without doing it over."""
-    metric = trainer.config.best.metric.replace("train/", "train/epoch_")
+    metric = epoch_column(trainer.config.best.metric)
     row = logged.evaluations.get(step_number, {})
     if metric in row:
         trainer.progress.history.append(row[metric])

@@ -11,7 +11,7 @@ from trainer.components.task import build_task
 from trainer.config.load import load
 from trainer.config.schema import BestConfig, Config
 from trainer.core.evaluated_weights import logged_phases
-from trainer.core.logged_metrics import LoggedMetrics
+from trainer.core.logged_metrics import LoggedMetrics, epoch_column
 from trainer.core.mean_iou import NAME as MEAN_IOU
 from trainer.core.metrics import TIMINGS
 from trainer.errors import ConfigError, DataError, nearest
@@ -130,9 +130,7 @@ def _check_metric(sweep: Sweep, config: Config) -> None:
         best = metrics.default
     # Means of an epoch have names of their own.
     of_epochs = [
-        name.replace("train/", "train/epoch_")
-        for name in metrics.names
-        if name.startswith("train/")
+        epoch_column(name) for name in metrics.names if name.startswith("train/")
     ]
     logged = [*metrics.names, *of_epochs, f"best/{best}"]
     # Whether targets are masks, only the data tell.
