@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from trainer.exact.exchange_cost import (
 )
 from trainer.exact.plan import Plan
 from trainer.exact.tree import nodes_of_range
+from trainer.process.levels import ranks_per_machine
 from trainer.process.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -145,19 +147,31 @@ def test_bitwise_exchanges_shards_and_flags(
 class OneOfMany(Ranks):
     """A rank of a pretended group, without Accelerate."""
 
-    def __init__(self, rank: int, count: int) -> None:
+    def __init__(self, rank: int, count: int, machines: int = 1) -> None:
         self.rank, self.count, self.device = rank, count, torch.device("cpu")
+        self._a_machine = count // machines
+        self._device_timeout = timedelta(seconds=1)
+
+    @property
+    def machines(self) -> list[str]:
+        return [f"node{rank // self._a_machine}" for rank in range(self.count)]
+
+
+def exchanged_by(ranks: Ranks, plan: Plan, tensor: Tensor) -> Traffic:
+    """What a rank hands over in an exchange of one tensor."""
+    step = plan.step(0)
+    nodes = nodes_of_range(*step.ranks[ranks.rank], len(step.micro_batches))
+    exchange = ShardExchange(ranks, [tensor])
+    with TrafficLog() as log:
+        exchange.sum(step, [[tensor] for _ in nodes])
+    return log.traffic
 
 
 def sent_by(rank: int, plan: Plan, tensor: Tensor) -> float:
     """Bytes that leave a rank in an exchange of one tensor, in those of a ring all-reduce of it."""
-    step = plan.step(0)
-    nodes = nodes_of_range(*step.ranks[rank], len(step.micro_batches))
-    exchange = ShardExchange(OneOfMany(rank, plan.ranks), [tensor])
-    with TrafficLog() as log:
-        exchange.sum(step, [[tensor] for _ in nodes])
+    traffic = exchanged_by(OneOfMany(rank, plan.ranks), plan, tensor)
     others = (plan.ranks - 1) / plan.ranks
-    sent = log.traffic.bytes["alltoall_base"] * others + log.traffic.bytes["send"]
+    sent = traffic.bytes["alltoall_base"] * others + traffic.bytes["send"]
     return sent / (2 * others * tensor.nbytes)
 
 
@@ -176,6 +190,49 @@ def test_the_law_of_the_exchange(world: int) -> None:
                 sent[micro_batches] = most
     for micro_batches in counts:
         assert sent[micro_batches] == exchange_cost(micro_batches, world)
+
+
+@pytest.mark.parametrize(("machines", "a_machine"), [(2, 8), (3, 4)])
+@in_a_fork
+def test_what_a_machine_has_crosses_the_network_once(
+    machines: int, a_machine: int
+) -> None:
+    """Of several machines, a rank sends a whole node within its machine, and its share of a machine's node beyond."""
+    world = machines * a_machine
+    elements = 10 * world
+    tensor = torch.zeros(elements)
+    for micro_batches in (world, 3 * world, 5 * world - 1):
+        most_between = 0.0
+        for rank in range(world):
+            plan = plan_of(micro_batches, 1, world)
+            with one_of(world, rank):
+                traffic = exchanged_by(OneOfMany(rank, world, machines), plan, tensor)
+            ranges = plan.step(0).ranks
+            first = rank - rank % a_machine
+            of_machine = ranges[first][0], ranges[first + a_machine - 1][1]
+            own = len(nodes_of_range(*ranges[rank], micro_batches))
+            shared = len(nodes_of_range(*of_machine, micro_batches))
+            share = tensor.nbytes // a_machine
+            assert traffic.calls["alltoall_base"] == 2
+            assert (
+                traffic.bytes["alltoall_base"] == own * tensor.nbytes + shared * share
+            )
+            assert traffic.bytes["send"] == share // machines * (
+                (machines - 1) + (a_machine - 1) * machines
+            )
+            most_between = max(most_between, (shared + 1) / 2)
+        cost = exchange_cost(micro_batches, world, a_machine)
+        assert cost == max(most_between, exchange_cost(micro_batches, world))
+
+
+@pytest.mark.parametrize(
+    ("machines", "a_machine"),
+    [("aabb", 2), ("aaaa", 4), ("abcd", 1), ("abab", 1), ("aab", 1), ("aabbb", 1)],
+)
+def test_levels_need_as_many_ranks_in_a_row_on_each_machine(
+    machines: str, a_machine: int
+) -> None:
+    assert ranks_per_machine(list(machines)) == a_machine
 
 
 def plan_of(size: int, micro_size: int, ranks: int) -> Plan:

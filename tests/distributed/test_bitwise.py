@@ -15,6 +15,8 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, largest_difference, state
 from trainer import LockstepError, Trainer
 from trainer.core.metrics import TIMINGS
+from trainer.exact.exchange import ShardExchange
+from trainer.process.ranks import Ranks
 from trainer.reporting.jsonl import read_rows
 
 DIGESTS = ("weights_sha256", "buffers_sha256", "optimizer_sha256")
@@ -143,6 +145,38 @@ def test_the_same_bits_on_any_number_of_ranks(tmp_path: Path, variant: str) -> N
         )
         assert results[0] == reference
         assert all(result["digests"] == reference["digests"] for result in results)
+
+
+def run_on_machines(a_machine: int, directory: Path) -> tuple[dict[str, Any], int]:
+    """A run whose ranks believe to be on several machines, and how many levels its exchange has."""
+    levels = []
+
+    def machines(ranks: Ranks) -> list[str]:
+        return [f"node{rank // a_machine}" for rank in range(ranks.count)]
+
+    def exchange_sum(exchange: ShardExchange, *args: Any) -> list[Tensor]:
+        levels.append(len(exchange._ranks.levels))
+        return whole_sum(exchange, *args)
+
+    whole_sum = ShardExchange.sum
+    # This process belongs to the test alone.
+    Ranks.machines = property(machines)  # type: ignore[assignment,method-assign]
+    ShardExchange.sum = exchange_sum  # type: ignore[method-assign]
+    return run(directory), max(levels)
+
+
+@pytest.mark.parametrize(("machines", "a_machine"), [(2, 2), (3, 2)])
+def test_the_same_bits_on_several_machines(
+    tmp_path: Path, machines: int, a_machine: int
+) -> None:
+    """The last step leaves all ranks of all machines but one idle."""
+    (reference,) = on_ranks(1, run, tmp_path / "1")
+    results = on_ranks(
+        machines * a_machine, run_on_machines, a_machine, tmp_path / "many"
+    )
+    assert results[0] == (reference, 2)
+    for result, _ in results:
+        assert result["digests"] == reference["digests"]
 
 
 @pytest.mark.parametrize("stops", [[(2, 5)], [(1, 2), (4, 3), (8, 7)]])

@@ -2,6 +2,10 @@
 
 Every rank gets one shard of every node, finishes the tree on its shard, and all gather the results. Communication
 moves data and never adds, so the additions are those of one process.
+
+On several machines there are two levels: the ranks of a machine finish their part of the tree as far as it goes, and
+then those of the same place on each machine finish the rest. So what a machine has crosses the network once. The
+additions are the same: the tree does not say who makes them.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from torch import Tensor, distributed
 from trainer.errors import ConfigError
 from trainer.exact.plan import Step
 from trainer.exact.tree import Node, TreeSum, nodes_of_range
+from trainer.process.levels import Level
 from trainer.process.ranks import Ranks
 
 
@@ -36,45 +41,72 @@ class ShardExchange:
 
     def sum(self, step: Step, values: Sequence[list[Tensor]]) -> list[Tensor]:
         """The root of the step's tree, from the `values` of this rank's nodes. A collective."""
-        micro_batches = len(step.micro_batches)
-        nodes: list[Node] = []  # of all ranks
-        nodes_by_rank: list[int] = []
-        for first, end in step.ranks:
-            nodes_of_rank = nodes_of_range(first, end, micro_batches)
-            nodes += nodes_of_rank
-            nodes_by_rank.append(len(nodes_of_rank))
-
-        shards = self._exchange_shards(self._pack(values), nodes_by_rank)
-        shard_sum: TreeSum[Tensor] = TreeSum(micro_batches, Tensor.add_)
-        for node, shard in zip(nodes, shards, strict=True):
-            shard_sum.push(node, shard)
-
-        total = self._buffer("total", self._ranks.count, self._shard_size)
-        self._ranks.all_gather_by_sends(shard_sum.root(), total)
+        levels = self._ranks.levels
+        nodes = self._pack(values)
+        for level in levels:
+            nodes = self._finish_part(step, level, nodes)
+        (total,) = nodes  # the root, of which this rank has one shard
+        for level in reversed(levels):
+            members = len(level.members)
+            shards = self._buffer(f"total {level.span}", members, len(total))
+            self._ranks.all_gather_by_sends(total, shards, level)
+            total = shards.view(-1)
         return self._unpack(total)
 
-    def _pack(self, values: Sequence[list[Tensor]]) -> Tensor:
-        """This rank's nodes as rows, `(nodes, ranks, shard size)`. The last shard may have some elements to spare."""
-        ranks = self._ranks.count
-        packed = self._buffer("packed", len(values), ranks * self._shard_size)
+    def _pack(self, values: Sequence[list[Tensor]]) -> list[Tensor]:
+        """This rank's nodes, each of `(ranks · shard size,)`. The last shard may have some elements to spare."""
+        size = self._ranks.count * self._shard_size
+        packed = self._buffer("packed", len(values), size)
         for row, tensors in zip(packed, values, strict=True):
             flat = map(_flatten, tensors, self._layout)
             torch.cat(list(flat), out=row[: self._size])
-        return packed.view(len(values), ranks, self._shard_size)
+        return list(packed)
 
-    def _exchange_shards(self, packed: Tensor, nodes_by_rank: list[int]) -> Tensor:
-        """This rank's shard of every rank's nodes, `(nodes of all ranks, shard size)`, in the order of the ranks."""
-        shard_size = self._shard_size
-        size_sent = len(packed) * shard_size
-        sizes_received = [nodes * shard_size for nodes in nodes_by_rank]
-        received = self._buffer("received", sum(nodes_by_rank), shard_size)
-        # One call for all ranks' shards: the first dimension must be that of the ranks.
-        by_rank = packed.transpose(0, 1).reshape(-1)
+    def _finish_part(
+        self, step: Step, level: Level, nodes: list[Tensor]
+    ) -> list[Tensor]:
+        """What the tree has left once the `nodes` of all members are summed, `(elements / members,)` of each node."""
+        micro_batches = len(step.micro_batches)
+        names: list[Node] = []
+        nodes_by_member = []
+        for member in level.members:
+            first_rank = member - member % level.span
+            first, _ = step.ranks[first_rank]
+            _, end = step.ranks[first_rank + level.span - 1]
+            nodes_of_member = nodes_of_range(first, end, micro_batches)
+            names += nodes_of_member
+            nodes_by_member.append(len(nodes_of_member))
+
+        shards = self._exchange_shards(level, nodes, nodes_by_member)
+        tree_sum: TreeSum[Tensor] = TreeSum(micro_batches, Tensor.add_)
+        for name, shard in zip(names, shards, strict=True):
+            tree_sum.push(name, shard)
+        return [shard for _, shard in tree_sum.nodes]
+
+    def _exchange_shards(
+        self, level: Level, nodes: list[Tensor], nodes_by_member: list[int]
+    ) -> Tensor:
+        """This rank's shard of every member's nodes, `(nodes of all members, shard size)`, in the members' order."""
+        members = len(level.members)
+        width = self._ranks.count * self._shard_size // level.span
+        shard_size = width // members
+        # One call for all members' shards: the first dimension must be that of the members.
+        if len(nodes) == 1:
+            sent = nodes[0]
+        else:
+            sent = self._buffer(f"sent {level.span}", members, len(nodes) * shard_size)
+            shards = [node.view(members, shard_size) for node in nodes]
+            if shards:  # a rank without micro-batches has none
+                torch.cat(shards, dim=1, out=sent)
+        received = self._buffer(
+            f"received {level.span}", sum(nodes_by_member), shard_size
+        )
         distributed.all_to_all_single(
             received.view(-1),
-            by_rank,
-            output_split_sizes=sizes_received,
-            input_split_sizes=[size_sent] * self._ranks.count,
+            sent.view(-1),
+            output_split_sizes=[count * shard_size for count in nodes_by_member],
+            input_split_sizes=[len(nodes) * shard_size] * members,
+            group=level.group,
         )
         return received
 

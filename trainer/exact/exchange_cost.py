@@ -9,6 +9,9 @@ all-reduce sends 2 (N-1)/N P, so the exchange sends (k + 1)/2 times as much.
     M/N = 3·2^j   k = 2     1.5 ×
     any other     at most 2.5 × up to 8 micro-batches a rank, 4.5 × up to 32, and about log2(M/N) × beyond
 
+On several machines the law holds for each of the two levels: within a machine for its ranks, and between the machines
+for what each of them has summed. A machine then sends what one rank alone would send.
+
 Beside them, one byte a parameter between the hosts (which parameters were used).
 """
 
@@ -20,16 +23,21 @@ from trainer.exact.plan import Plan, split_evenly
 from trainer.exact.tree import nodes_of_range
 
 
-def exchange_cost(micro_batches: int, ranks: int) -> float:
-    """The bytes that the busiest rank sends in a step, in those of a ring all-reduce."""
-    nodes = [
-        len(nodes_of_range(first, end, micro_batches))
-        for first, end in split_evenly(micro_batches, ranks)
-    ]
-    return (max(nodes) + 1) / 2
+def exchange_cost(micro_batches: int, ranks: int, a_machine: int = 1) -> float:
+    """The bytes that the busiest rank sends in a step, in those of a ring all-reduce.
+
+    With `a_machine` ranks on each machine, the busiest rank or machine: each among its like.
+    """
+    ranges = split_evenly(micro_batches, ranks)
+    most = 1
+    for span in (1, a_machine):
+        for start in range(0, ranks, span):
+            first, end = ranges[start][0], ranges[start + span - 1][1]
+            most = max(most, len(nodes_of_range(first, end, micro_batches)))
+    return (most + 1) / 2
 
 
-def cheapest_micro_size(plan: Plan) -> int | None:
+def cheapest_micro_size(plan: Plan, a_machine: int = 1) -> int | None:
     """The `batch.micro_size` nearest to the plan's whose exchange costs what a ring does; a smaller one if there is.
 
     None if there is no such size.
@@ -42,18 +50,18 @@ def cheapest_micro_size(plan: Plan) -> int | None:
             micro_batches = math.ceil(samples / size)
             if micro_batches < plan.ranks:
                 continue
-            if exchange_cost(micro_batches, plan.ranks) == 1:
+            if exchange_cost(micro_batches, plan.ranks, a_machine) == 1:
                 return size
     return None
 
 
-def describe_exchange(plan: Plan) -> str:
+def describe_exchange(plan: Plan, a_machine: int = 1) -> str:
     """A line for the header of a bitwise run on several ranks; empty where the exchange costs what a ring does."""
     if plan.ranks == 1:
         return ""
-    cost = exchange_cost(len(plan.step(0).micro_batches), plan.ranks)
+    cost = exchange_cost(len(plan.step(0).micro_batches), plan.ranks, a_machine)
     if cost == 1:
         return ""
     line = f"{cost:g} × the bytes of a ring all-reduce"
-    size = cheapest_micro_size(plan)
+    size = cheapest_micro_size(plan, a_machine)
     return line if size is None else f"{line}; 1 × with batch.micro_size={size}"

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, TypeVar, cast
 
@@ -27,6 +27,7 @@ from trainer.process.flight_recorder import enable_flight_recorder
 from trainer.process.host_group import HostGroup
 from trainer.process.interface import choose_gloo_interface
 from trainer.process.launcher_settings import check_launcher_settings, check_world_size
+from trainer.process.levels import Level, all_ranks, levels_of
 from trainer.process.restart import join_after_restart
 
 DEFAULT_TIMEOUT = 1800.0  # seconds; that of run.timeout
@@ -55,16 +56,15 @@ class Ranks:
         enable_flight_recorder()
         is_on_device = torch.accelerator.is_available()
         # On GPUs the host gives up first, because its message names the ranks that did not come.
-        device_timeout = timeout + (DEVICE_MARGIN if is_on_device else 0)
-        join_after_restart(timedelta(seconds=device_timeout))
+        seconds = timeout + (DEVICE_MARGIN if is_on_device else 0)
+        self._device_timeout = timedelta(seconds=seconds)
+        join_after_restart(self._device_timeout)
         self.accelerator = Accelerator(
             # `Precision` does it, with one code path for every device.
             mixed_precision="no",
             # Without True, torchrun's processes do not join.
             cpu=None if is_on_device else True,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(seconds=device_timeout))
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=self._device_timeout)],
         )
         self.rank: int = self.accelerator.process_index
         self.count: int = self.accelerator.num_processes
@@ -80,6 +80,14 @@ class Ranks:
     def machines(self) -> list[str]:
         """The host names of the ranks' machines, in rank order."""
         return self._host.machines
+
+    @cached_property
+    def levels(self) -> list[Level]:
+        """In which groups the ranks combine tensors: by machine first, where that saves traffic between machines.
+
+        The first use is a collective.
+        """
+        return levels_of(self.machines, self.rank, self._device_timeout)
 
     # ---------------------------------------------------------------- models
 
@@ -168,23 +176,33 @@ class Ranks:
             distributed.all_reduce(tensor)
         return tensor
 
-    def all_gather_by_sends(self, shard: Tensor, whole: Tensor) -> None:
-        """Fill `whole`, `(ranks, n)`, with every rank's `shard`, `(n,)`.
+    def all_gather_by_sends(
+        self, shard: Tensor, whole: Tensor, level: Level | None = None
+    ) -> None:
+        """Fill `whole`, `(members, n)`, with the `shard`, `(n,)`, of every member of the level: of every rank if None.
 
         On the CPU all sends and receives are started at once: on gloo that takes a third of the time of its
         `all_gather`. A GPU's tensors may be on a group that has no point-to-point transfers for them.
         """
+        if level is None:
+            level = all_ranks(self.count)
+        members, group = level.members, level.group
         if self.device.type != "cpu":
-            distributed.all_gather_into_tensor(whole.view(-1), shard)
+            distributed.all_gather_into_tensor(whole.view(-1), shard, group=group)
             return
-        whole[self.rank].copy_(shard)
+        own = members.index(self.rank)
+        whole[own].copy_(shard)
         exchanges = []
-        for distance in range(1, self.count):
-            destination = (self.rank + distance) % self.count
-            source = (self.rank - distance) % self.count
-            exchanges.append(distributed.P2POp(distributed.isend, shard, destination))
+        for distance in range(1, len(members)):
+            to = (own + distance) % len(members)
+            source = (own - distance) % len(members)
             exchanges.append(
-                distributed.P2POp(distributed.irecv, whole[source], source)
+                distributed.P2POp(distributed.isend, shard, members[to], group)
+            )
+            exchanges.append(
+                distributed.P2POp(
+                    distributed.irecv, whole[source], members[source], group
+                )
             )
         for work in distributed.batch_isend_irecv(exchanges):
             work.wait()

@@ -27,6 +27,7 @@ from trainer.exact.exchange_cost import describe_exchange
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Plan
 from trainer.process.device import device_name
+from trainer.process.levels import ranks_per_machine
 from trainer.storage import bad_samples
 from trainer.storage.checkpoint import Progress
 from trainer.storage.sha256 import tensors_sha256
@@ -75,13 +76,19 @@ def header(
         ("device", device),
         ("fuse", f"1: {fuse_note}" if fuse_note else ""),
         ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
-        ("exchange", describe_exchange(plan) if run.bitwise else ""),
+        ("exchange", _describe_exchange(run)),
         ("bad samples", _describe_quarantine(run)),
         ("note", run.data.note),
         *(("note", line) for line in keys_without_effect(run)),
         *proof.facts(),
     ]
     return [(name, text) for name, text in facts if text]
+
+
+def _describe_exchange(run: Run) -> str:
+    if not run.bitwise:
+        return ""
+    return describe_exchange(run.plan, ranks_per_machine(run.ranks.machines))
 
 
 def _describe_quarantine(run: Run) -> str:
