@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,41 +17,28 @@ from trainer.components.optimizer import (
     set_learning_rate,
 )
 from trainer.components.optimizer_modes import begin_training, evaluation_weights
-from trainer.components.rate_change import describe_rate_change
 from trainer.components.schedule import Schedule, build_schedule
 from trainer.components.task import Task, WeightedSum
-from trainer.components.weights import weights_file
 from trainer.config.registry import build_observers
 from trainer.config.schema import Config
 from trainer.core.build import build_run
 from trainer.core.ema import build_average
 from trainer.core.ending import Ending
-from trainer.core.evaluated_weights import (
-    best_is_average,
-)
 from trainer.core.evaluations import Evaluations
 from trainer.core.finite_watch import FiniteWatch
-from trainer.core.further import (
-    restore_modes_of,
-)
 from trainer.core.left_out import LeftOut
-from trainer.core.logged_metrics import epoch_column
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.observers import Observer, Observers, Stateful
-from trainer.core.preflight import check_order, notes_on, order_digest
+from trainer.core.preflight import check_order, notes_on
 from trainer.core.proof.prove import Proof, prove
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.rehearsal import check_states
+from trainer.core.resuming import Resuming
 from trainer.core.run import settings_of
-from trainer.core.same_weights import check_same_weights
 from trainer.core.save_predictions import SHORT_NAMES
-from trainer.core.saved_state import SavedState, is_best
-from trainer.core.stateful import (
-    StatefulObjects,
-    keeps_statistics,
-    load_states,
-    read_states,
-)
+from trainer.core.saved_state import SavedState
+from trainer.core.saving import Saving
+from trainer.core.stateful import StatefulObjects, keeps_statistics
 from trainer.core.test_set import FinalResult, evaluate_test_set
 from trainer.core.timetable import Timetable
 from trainer.core.try_out import explained, try_out
@@ -61,7 +47,7 @@ from trainer.data.datasets import MapDataset
 from trainer.data.left_out import train_loader
 from trainer.data.loading import TrainLoader
 from trainer.data.samples import MicroBatch
-from trainer.errors import ConfigError, LockstepError, Stopped
+from trainer.errors import LockstepError, Stopped
 from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import modes_of_others, restore_modes
@@ -85,18 +71,9 @@ from trainer.reporting.journal import Journal
 from trainer.reporting.trackers.base import Tracker
 from trainer.reporting.trackers.group import build_trackers
 from trainer.reporting.wandb.histograms import HistogramObserver
-from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint, Progress
-from trainer.storage.data_record import (
-    DataRecord,
-    check_same_data,
-    check_same_order,
-    record_data,
-)
 from trainer.storage.digest import digest, hexadecimal
 from trainer.storage.environment import environment
-from trainer.storage.run_directory import check_same_run, run_path
-from trainer.storage.shared_checkpoint import load_on_all
 
 
 class Trainer:
@@ -158,7 +135,6 @@ class Trainer:
             self.plan,
             has_validation=self.run.evaluator is not None,
         )
-        self.saved_state = SavedState(self.run, self.optimizer, self.reduction)
         self.observers = Observers(
             [
                 *build_observers(self.config.observers, Observer, SHORT_NAMES),
@@ -180,23 +156,23 @@ class Trainer:
             self.whole_step = WholeStep(self.run, self.reduction, self.meter)
         self.finite = FiniteWatch(self.run)
         self.left_out = LeftOut(self.run)
+        saved_state = SavedState(self.run, self.optimizer, self.reduction)
+        self.saving = Saving(
+            self.run,
+            saved_state,
+            reduction=self.reduction,
+            average=self._average,
+            evaluations=self.evaluations,
+            finite=self.finite,
+        )
+        self.resuming = Resuming(self.run, saved_state)
         self.interval_totals = Totals()
         self.epoch_totals = Totals()
         self.grad_norm: Tensor | None = None
         self.fuse = 1  # micro-batches in one forward, chosen before training
         self.fuse_note = ""  # why batch.fuse=auto chose 1
         self.proof = Proof(off="not made")  # until `prove`
-        # Checkpoints that are damaged, and stateful objects that the checkpoint or the run lacks.
-        self.resume_notes: list[str] = []
-        self._restored_states: Mapping[str, Any] | None = None
-        self._further_restored: Mapping[str, Any] = {}
         self._statistics_are_read = False  # after each step, by an observer or its like
-        self._saved_step: int | None = None  # of the checkpoint last read or written
-        self._saved_best_step = 0  # the best model's, as that checkpoint knows it
-        # Of a run that is resumed on the same data; None where it is to be made.
-        self._data_record: DataRecord | None = None
-        self._data_note = ""  # what run.resume_changes=allow let pass
-        self._rate_note = ""  # what a resume does to the learning rate
         self._batches: TrainLoader | None = None
         self._journal: Journal | None = None
         self._attributes_of_trainer = frozenset(vars(self)) - attributes_before
@@ -260,7 +236,7 @@ class Trainer:
         ):
             trackers = self._build_trackers()
             self.try_out()
-            is_resumed = self._has_checkpoint()
+            is_resumed = self.resuming.has_checkpoint()
             if not is_resumed:
                 self.prove()  # a refused run leaves an earlier run's directory where it is
             with (
@@ -294,7 +270,7 @@ class Trainer:
 
     def _train(self, stop: StopRequest) -> dict[str, Any]:
         self.start()
-        for note in self.resume_notes:
+        for note in self.resuming.notes:
             self.journal.console.note(note)
         self.journal.start_clock(self.plan, self.progress.step, self.last_step)
         self._loop(stop)
@@ -339,17 +315,17 @@ class Trainer:
             proof=self.proof,
             optimizer=self.optimizer,
         )
-        if self._rate_note:
-            header.append(("resumed", self._rate_note))
+        if self.resuming.rate_note:
+            header.append(("resumed", self.resuming.rate_note))
         facts = journal.with_sharing(self.run.facts_of_ranks)
         journal.begin(
             header,
             self.progress,
-            self._record_data,
+            self.resuming.data_record,
             partial(environment, self.ranks, facts_of_ranks=facts),
         )
-        if self._data_note:
-            journal.console.note(self._data_note)
+        if self.resuming.data_note:
+            journal.note(self.resuming.data_note)
         for note in notes_on(facts):
             journal.console.note(note)
         if self.config.run.figures and not self.progress.step:
@@ -360,15 +336,6 @@ class Trainer:
         if every is not None and journal.wandb is not None:
             self.observers.add(HistogramObserver(self.module, journal.wandb, every))
 
-    def _record_data(self) -> DataRecord:
-        """What the run reads. Only the main process needs it."""
-        if self._data_record is None:
-            weights = weights_file(self.config.model, nullcontext)
-            self._data_record = record_data(
-                self.run.data, weights, order_digest(self.plan)
-            )
-        return self._data_record
-
     def start(self) -> None:
         """Begin at the step after those that are done. A loop of one's own calls it once before `train_step`."""
         stateful = self._stateful_objects()  # refuses now what could not be saved later
@@ -376,15 +343,12 @@ class Trainer:
         if self._batches is None:  # the proof may have started loading
             self.load_from(self.progress.step)
         self.module.train()
-        restore_modes_of(self._further_restored, self.module)
-        self._further_restored = {}
+        self.resuming.restore_modes()
         self.run.loss_state.begin()
         begin_training(self.optimizer)
         self._average.begin()
         self.observers.begin(self.run)
-        if self._restored_states is not None:
-            self.resume_notes += load_states(stateful, self._restored_states)
-            self._restored_states = None
+        self.resuming.load_states(stateful)
         check_states(stateful, self.run)
         # The average asks for them itself, at its own steps.
         others = {n: v for n, v in stateful.items() if v is not self._average}
@@ -393,14 +357,6 @@ class Trainer:
         )
         is_subclass = type(self) is not Trainer
         self._ending.begin(code_may_stop=self.observers.may_stop or is_subclass)
-
-    def _has_checkpoint(self) -> bool:
-        """True if there is a checkpoint to resume from. A collective."""
-        if self.config.run.resume == "never":
-            return False
-        checkpoints = run_path(self.config.run) / "checkpoints"
-        path = self.ranks.on_main(lambda: checkpoint.latest(checkpoints))
-        return path is not None
 
     def load_from(self, steps_done: int) -> None:
         """Load the samples of the step after `steps_done` next."""
@@ -616,14 +572,7 @@ class Trainer:
         row = self.measure(step)
         self.observers.row(row)
         self.journal.log(row, self.digest() if self.ranks.is_main else "")
-        self._check_finite()
-
-    def _check_finite(self) -> None:
-        """Raise `LockstepError`, on every rank, if a step was not finite. Called before anything is kept."""
-        directory = None if self._journal is None else self.journal.directory
-        self.finite.check(
-            self.progress, saved_step=self._saved_step, directory=directory
-        )
+        self.saving.check_finite(self.progress, self.journal.directory)
 
     def digest(self) -> str:
         """The digest of the weights, a loss's own included, which are the same on every rank."""
@@ -636,7 +585,7 @@ class Trainer:
 
     def end_epoch(self, step: Step) -> None:
         """Log the epoch's row: means over its samples, and an evaluation every `train.evaluate_every` epochs."""
-        self._check_unsaved()
+        self.saving.check_unsaved(self.progress, self.journal)
         means = _with_prefix("train/epoch_", self.epoch_totals.means())
         self.epoch_totals = Totals()
         self._log_epoch(step, means, evaluate=self.timetable.is_evaluated(step))
@@ -644,14 +593,9 @@ class Trainer:
 
     def _evaluate_within_epoch(self, step: Step) -> None:
         """Log a row of an evaluation alone. It counts as an epoch's does: for the best model and for `plateau`."""
-        self._check_unsaved()
+        self.saving.check_unsaved(self.progress, self.journal)
         self._log_epoch(step, {}, evaluate=True)
         self.progress.evaluation_is_due = False
-
-    def _check_unsaved(self) -> None:
-        """Check the run's state where no checkpoint of this step was written, which does so."""
-        if self._saved_step != self.progress.step:
-            self._check_state()
 
     def _log_epoch(self, step: Step, means: Row, *, evaluate: bool) -> None:
         row = {"step": step.number, "epoch": step.epoch + 1, **means}
@@ -665,7 +609,7 @@ class Trainer:
         row |= learning_rates(self.optimizer)
         row |= self.left_out.count(is_evaluated=is_evaluated)
         self.observers.row(row)
-        is_best = self._save_if_best(row)
+        is_best = self.saving.write_if_best(row, self.progress, self.journal)
         if self.progress.best is not None:
             row[f"best/{self.config.best.metric}"] = self.progress.best
         is_within_epoch = self.progress.evaluation_is_due
@@ -679,7 +623,7 @@ class Trainer:
         self._ending.take_note(row)
         if is_evaluated and self.config.run.figures and self.observers.draw_figures:
             self.ranks.on_main(partial(self._draw_of_observers, step))
-        self.evaluations.check_finite(row, self._saved_step)
+        self.evaluations.check_finite(row, self.saving.saved_step)
         self.stopwatch.mark(self.progress.samples_seen)
 
     def evaluate(self) -> Row:
@@ -694,37 +638,6 @@ class Trainer:
         """Load the best weights so far on every rank; returns the row that was saved with them."""
         return self.run.load_best()
 
-    def _save_if_best(self, row: Row) -> bool:
-        """Save the model if its row is the best so far, and return whether it is.
-
-        Every rank decides alike, from numbers that are the same on all.
-        """
-        progress = self.progress
-        value = row.get(epoch_column(self.config.best.metric))
-        if value is None:
-            return False
-        progress.history.append(value)
-        if not is_best(value, progress.best, self.config.best.mode):
-            return False
-        progress.best = value
-        progress.best_step = int(row["step"])
-        progress.best_epoch = int(row["epoch"])
-        activity.mark(SAVING)
-        self.reduction.gather()
-        is_average = best_is_average(self.config)
-        if is_average:
-            self._average.refuse_not_finite(progress.best_step)
-        with self.evaluations.weights(is_average=is_average):
-            self.ranks.on_main(partial(self._write_best, row))
-        activity.mark(LOGGING)
-        return True
-
-    def _write_best(self, row: Row) -> None:
-        self.journal.check_directory()
-        self.saved_state.write_best(
-            self.journal.directory, row, saved_best_step=self._saved_best_step
-        )
-
     # ---------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
@@ -733,111 +646,47 @@ class Trainer:
         Raises `LockstepError` if the run is not finite: no checkpoint holds NaN or an infinity.
         """
         activity.mark(SAVING)
-        self._check_state()
+        self.saving.check_state(self.progress, self.journal)
         self._read_meter()
         self.stopwatch.stop(self.progress)
         self.progress.interval = self.interval_totals.sums
         self.progress.epoch = self.epoch_totals.sums
-        self.progress.scaler = self.run.precision.state()
         self.left_out.save(self.progress)
-        states = read_states(self._stateful_objects(), self.ranks)
-        self.ranks.on_main(lambda: self._write_checkpoint(states))
-        self._saved_step = self.progress.step
-        self._saved_best_step = self.progress.best_step
+        self.saving.write_checkpoint(
+            self.progress, self._stateful_objects(), self.journal
+        )
         activity.mark(UPDATING)
         self.stopwatch.mark(self.progress.samples_seen)
-
-    def _check_state(self) -> None:
-        """Raise `LockstepError` if the run is not finite, or the ranks' weights are not the same. A collective."""
-        self._check_finite()
-        self.reduction.gather()
-        check_same_weights(self.run, self.progress.step)
-        self._tell_late_buffers()
-
-    def _tell_late_buffers(self) -> None:
-        """Name the buffers that moved first after the first step: until now they followed no rule."""
-        names = ", ".join(self.reduction.take_late_buffers())
-        if not names:
-            return
-        fact = f"forward moves {names}, which it left alone in the first step"
-        if self.run.bitwise:
-            raise ConfigError(
-                "run.reproducibility",
-                f"bitwise must know in the first step which buffers move, and {fact}; move it in every forward, or in "
-                f"none",
-            )
-        self.journal.console.note(
-            f"{fact}: up to here it may depend on the number of processes"
-        )
 
     def _draw_of_observers(self, step: Step) -> None:
         figures = self.observers.figures(step, self.journal.directory / "figures")
         self.journal.figures(figures, step.number)
 
-    def _write_checkpoint(self, states: dict[str, dict[str, Any]]) -> None:
-        self._average.refuse_not_finite(self.progress.step)
-        self.journal.sync()
-        self.progress.rows = self.journal.rows
-        self.progress.wandb_id = self.journal.wandb_id
-        directory = self.journal.directory / "checkpoints"
-        self.saved_state.write_checkpoint(directory, self.progress, states)
-
     def _resume(self, paths: Sequence[Path]) -> None:
         """Take over the newest of the checkpoints `paths` that can be read, if there are any."""
         if not paths:
             return
-        content, notes = load_on_all(
-            paths, self.module, self.ranks, self._check_resumable
-        )
-        self.resume_notes += notes
+        directory = self.journal.directory
+        content = self.resuming.read(paths, directory)
         self.restore(content)
-        self.left_out.take_over(self.journal.directory)
-        self.ranks.on_main(
-            lambda: checkpoint.restore_best(
-                self.journal.directory, content.progress.best_step
-            )
-        )
-
-    def _check_resumable(self, content: Checkpoint) -> None:
-        check_same_run(content.config, self.config, self.config.run)
-        self._data_record, self._data_note = check_same_data(
-            self.journal.directory, self.run.data, self.config.run
-        )
-        check_same_order(
-            self.journal.directory, order_digest(self.plan), self.config.run
-        )
-        if content.progress.step > self.plan.total_steps:
-            raise ConfigError(
-                "train.max_steps" if self.config.train.max_steps else "train.epochs",
-                f"the run to resume is at step {content.progress.step} and would end at {self.plan.total_steps}; raise "
-                f"it, or start a new run with run.resume=never",
-            )
+        self.left_out.take_over(directory)
+        self.resuming.restore_best(content, directory)
 
     def restore(self, content: Checkpoint) -> None:
         """Take over the state of a checkpoint. Stateful objects take theirs over in `start`."""
-        self._further_restored, states = self.saved_state.restore(content)
+        self.resuming.restore(content)
         self.progress = content.progress
-        self._saved_step = content.progress.step
+        self.saving.go_on_from(self.progress)
         self.left_out.restore(self.progress)
-        self._saved_best_step = content.progress.best_step
         self.interval_totals = Totals(content.progress.interval)
         self.epoch_totals = Totals(content.progress.epoch)
         self.schedule = self._build_schedule()
         if self.progress.step:  # the row of an epoch that ended there shows its rate
             factor = self.schedule.factor(self.progress.step - 1)
             set_learning_rate(self.optimizer, factor)
-        # Loaded by `start`, once observers have seen the model.
-        self._restored_states = states
         self._freeze(self._epoch_to_go_on_in())
         self.run.forget_features()
-        self._rate_note = describe_rate_change(
-            content.config,
-            self.config,
-            self.schedule,
-            plan=self.plan,
-            history=self.progress.history,
-            steps_done=self.progress.step,
-        )
+        self.resuming.describe_rate(content, self.schedule)
 
     def _epoch_to_go_on_in(self) -> int:
         """The epoch of the next step; that of the last one where its epoch has not ended yet."""
@@ -864,7 +713,7 @@ class Trainer:
         return objects.by_name
 
     def _stop(self, signal_number: int) -> None:
-        if self._saved_step != self.progress.step:
+        if self.saving.saved_step != self.progress.step:
             self.save()
         raise Stopped(
             f"stopped by signal {signal_number} after step {self.progress.step}; a checkpoint is kept, "

@@ -249,6 +249,10 @@ class Journal:
             self._metrics.sync()
         self._trackers.sync()
 
+    def note(self, text: str) -> None:
+        """Show a line on the console."""
+        self.console.note(text)
+
     def advance(self, step_number: int) -> None:
         self.console.advance(step_number)
 
