@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,18 +65,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in result.lines:
         tell(line)
     if options.save is not None:
-        options.save.write_text(as_markdown(result, options.seed, options.jobs))
+        options.save.write_text(as_markdown(result, command(options)))
     return int(result.bad() > 0)
 
 
-def as_markdown(result: Result, seed: int, jobs: int) -> str:
+def command(options: argparse.Namespace) -> str:
+    """What runs this campaign again, without where its page goes."""
+    words = f"python -m benchmarks.faults --seed {options.seed} --jobs {options.jobs}"
+    if options.cases is None:
+        words += f" --minutes {options.minutes:g}"
+    else:
+        words += f" --cases {options.cases}"
+    if options.kinds != list(KINDS):
+        words += f" --kinds {shlex.join(options.kinds)}"
+    return words
+
+
+def as_markdown(result: Result, shown_command: str) -> str:
     """The page for docs/results."""
     from benchmarks.step_time import machine
 
     lines = [
         "# Injected faults",
         "",
-        f"`python -m benchmarks.faults --seed {seed} --jobs {jobs}`: {result.seconds / 60:.0f} minutes. {machine(1)}.",
+        f"`{shown_command}`: {result.seconds / 60:.0f} minutes. {machine(1)}.",
         "",
         "*Survived*: started again with `run.resume=auto`, the run ended with the SHA-256 of weights, buffers and",
         "optimizer state of the undisturbed run. *Refused*: one sentence said what is wrong, each time.",

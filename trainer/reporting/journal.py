@@ -148,7 +148,7 @@ class Journal:
             run_id=progress.wandb_id,
             note=self.console.note,
             earlier_rows=earlier_rows,
-            valid_rows=progress.rows,
+            valid_rows=self._metrics.rows,
         )
         return earlier_rows[: self._metrics.rows]
 
