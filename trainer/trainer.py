@@ -17,6 +17,7 @@ from trainer.components.optimizer import (
     set_learning_rate,
 )
 from trainer.components.optimizer_modes import begin_training, evaluation_weights
+from trainer.components.optimizer_step import forget_gradients
 from trainer.components.schedule import Schedule, build_schedule
 from trainer.components.task import Task, WeightedSum
 from trainer.config.registry import build_observers
@@ -491,7 +492,7 @@ class Trainer:
         elif undo is not None:
             undo()
             self.grad_norm = None
-        self.optimizer.zero_grad()
+        forget_gradients(self.optimizer)
         self.progress.step = step.number
         self.progress.samples_seen += step.size
         is_averaged = self._average.is_due(step)

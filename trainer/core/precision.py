@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.components.optimizer_step import update
 from trainer.errors import ConfigError
 from trainer.exact.structures import map_tensors
 
@@ -67,7 +68,7 @@ class Precision:
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Update the weights, unless fp16 overflowed."""
         if self.scaler is None:
-            optimizer.step()
+            update(optimizer)
         else:
             self.scaler.step(optimizer)
             self.scaler.update()

@@ -11,6 +11,7 @@ from time import perf_counter
 
 from trainer.data.bad_samples import BadSample, Quarantine
 from trainer.data.loading import Loader, TrainLoader, step_request, step_requests
+from trainer.data.look_up import LookUpLoader, can_look_up
 from trainer.data.samples import Loaded, MicroBatch, Request
 from trainer.exact.plan import Plan, Step
 from trainer.exact.remaining import remaining_step
@@ -146,7 +147,8 @@ def train_loader(
 ) -> TrainLoader:
     """What trains in a run with this quarantine, or with none; the arguments are those of `TrainLoader`."""
     if quarantine is None:
-        return TrainLoader(loader, plan, rank, first_step, fuse)
+        kind = LookUpLoader if can_look_up(loader, plan) else TrainLoader
+        return kind(loader, plan, rank, first_step, fuse)
     return RemainingTrainLoader(
         loader, plan, rank, first_step, fuse=fuse, quarantine=quarantine
     )

@@ -134,6 +134,12 @@ class Loader:
         for first, inputs, targets, fused, blend, samples in batches:
             yield MicroBatch(first, normalize(inputs), targets, fused, blend, samples)
 
+    @property
+    def is_look_up(self) -> bool:
+        """True if a micro-batch is one look-up in the host's memory, made in this process and used where it is."""
+        is_here = not self._section.workers and self._device.type == "cpu"
+        return is_here and not self.dataset.draws and not self.leaves_out
+
     def _with_stand_ins(self, request: Request) -> Loaded:
         with preserved_cpu_generators():
             return load_with_stand_ins(self.dataset, request, self._section.max_bad)
@@ -268,7 +274,7 @@ class TrainLoader:
         self._seconds_waited = 0.0
         return seconds
 
-    def step(self, step: Step) -> Iterator[MicroBatch]:
+    def step(self, step: Step) -> Iterable[MicroBatch]:
         """This rank's micro-batches of `step`. To be called for every step, in order."""
         for indices in self._groups(step):
             self._awaited = step, indices
