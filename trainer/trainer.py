@@ -401,23 +401,28 @@ class Trainer:
         for step in self.plan.steps(self.progress.step, self.last_step):
             self.train_step(step)
             activity.is_first_step = False
-            is_bad = self.finite.is_held_back and not self.finite.leaves_out
-            if is_bad or self._is_logged(step):
-                self.log(step)
-            self.progress.epoch_end_is_due = step.last_in_epoch
-            self.progress.evaluation_is_due = self.timetable.is_evaluated_within_epoch(
-                step
-            )
-            # Before the evaluation, which may fail on a sample that training never saw.
-            if self.timetable.is_checkpointed(step):
-                self.save()
-            is_evaluated = self._evaluate_where_due()
+            has_row = False
+            if self.finite.is_held_back or not self.timetable.is_quiet(step):
+                has_row = self._write_what_is_due(step)
             self.journal.advance(step.number)
             if stop.agreed():
                 self._stop(stop.signal_number)
             # Ranks meet at rows.
-            if (is_evaluated or self._is_logged(step)) and self._end_early():
+            if has_row and self._end_early():
                 return
+
+    def _write_what_is_due(self, step: Step) -> bool:
+        """Log, save and evaluate where that is due after `step`; True if the plan has a row there."""
+        is_logged = self._is_logged(step)
+        is_bad = self.finite.is_held_back and not self.finite.leaves_out
+        if is_bad or is_logged:
+            self.log(step)
+        self.progress.epoch_end_is_due = step.last_in_epoch
+        self.progress.evaluation_is_due = self.timetable.is_evaluated_within_epoch(step)
+        # Before the evaluation, which may fail on a sample that training never saw.
+        if self.timetable.is_checkpointed(step):
+            self.save()
+        return self._evaluate_where_due() or is_logged
 
     def _end_early(self) -> bool:
         """True if the run ends here because `early_stop` or an observer asked for it. A collective."""
@@ -447,21 +452,21 @@ class Trainer:
 
         Steps are taken in order, after `start`.
         """
-        run, reduction = self.run, self.reduction
+        run, reduction, loader = self.run, self.reduction, self.batches
         activity.step = step.number
         if step.first_in_epoch:
             check_order(self.plan, self.ranks, epoch=step.epoch)
             self._freeze(step.epoch)
             self._average.follow_thawing()
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
-        step = self.batches.prepare(step)
+        step = loader.prepare(step)
         if not step.size:
             self._pass_over(step)
             return
 
         undo = self._undo_of_step() if self.finite.leaves_out else None
         # This rank's micro-batches, on the device.
-        batches: Iterable[MicroBatch] = self.batches.step(step)
+        batches: Iterable[MicroBatch] = loader.step(step)
         if self.whole_step is not None:
             batches = self.whole_step.begin(step, batches)
         reduction.begin(step)
@@ -470,7 +475,7 @@ class Trainer:
             batch = run.forward.mixed(loaded, step)
             with reduction.micro_batch(step, batch.indices) as model:
                 output, loss = self._forward_and_backward(model, batch, step)
-            losses.append(loss.total)
+            losses.append(loss.total.detach())
             if self.whole_step is None:
                 self.meter.add(batch, output, loss)
             self.observers.micro_batch(step, batch, output, loss)
@@ -532,7 +537,9 @@ class Trainer:
 
     def _needs_gradient_norm(self, step: Step) -> bool:
         is_clipped = self.config.train.max_grad_norm is not None
-        return is_clipped or self._is_logged(step) or step.number == self.last_step
+        if is_clipped or self.timetable.is_quiet(step):
+            return is_clipped
+        return self._is_logged(step) or step.number == self.last_step
 
     def _freeze(self, epoch: int) -> None:
         """Freeze and thaw parameters as `epoch` asks for. A collective, at an epoch's first step."""

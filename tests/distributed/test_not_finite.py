@@ -312,7 +312,7 @@ def test_flags(dtype: torch.dtype, value: float) -> None:
     bad = torch.zeros(7, dtype=dtype)
     bad[3] = value
     copies = [tensor.clone() for tensor in good]
-    losses = [torch.tensor(1.0, requires_grad=True) * 2]
+    losses = [torch.tensor(2.0)]
     last = 2 * CAPACITY + 3
     for step in range(1, last + 1):
         gradients = [*good, bad] if step in (2, CAPACITY, last) else good

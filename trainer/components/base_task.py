@@ -55,8 +55,8 @@ def as_weighted_sum(pair: Any) -> WeightedSum:
     if isinstance(weight, Tensor):
         _check_weight(weight)
     elif not isinstance(weight, int):
-        weight = _as_int(weight)
-    return WeightedSum(total, weight)
+        return WeightedSum(total, _as_int(weight))
+    return pair if type(pair) is WeightedSum else WeightedSum(total, weight)
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -171,7 +171,8 @@ class ScoresTask(Task):
     """A task whose loss takes one tensor of scores, which some models wrap: see `scores_of`."""
 
     def predict(self, model: nn.Module, inputs: Any) -> Any:
-        output = super().predict(model, inputs)
+        is_plain = isinstance(inputs, Tensor)
+        output = model(inputs) if is_plain else call_model(model, inputs)
         if isinstance(output, Tensor) or not self._has_own_loss():
             return output
         return scores_of(output)

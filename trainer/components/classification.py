@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.components.answers import Answer
 from trainer.components.base_task import ScoresTask, WeightedSum
-from trainer.components.targets import as_class_targets, check_output
+from trainer.components.targets import as_class_targets, check_output, is_plain_ids
 from trainer.errors import ConfigError, DataError
 
 # An ignore_index that no target has; torch's default of -100 would hide wrong labels.
@@ -57,6 +57,8 @@ class CrossEntropy(ScoresTask):
         self.metrics = ("accuracy", *(f"top{k}_accuracy" for k in self.top_k))
 
     def convert_targets(self, output: Tensor, targets: Any) -> Tensor:
+        if is_plain_ids(output, targets):
+            return targets
         check_output(output, "cross_entropy")
         converted = as_class_targets(
             output,

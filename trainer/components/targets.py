@@ -6,7 +6,7 @@ labels as a list. torch takes one form of each, and its own errors name neither 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -29,6 +29,16 @@ def check_output(output: Any, name: str) -> None:
     )
 
 
+def is_plain_ids(output: Any, targets: Any) -> TypeGuard[Tensor]:
+    """True for class ids in the form that torch takes, with scores in one tensor: what most runs have."""
+    return (
+        isinstance(output, Tensor)
+        and isinstance(targets, Tensor)
+        and targets.dtype == torch.long
+        and targets.dim() == output.dim() - 1
+    )
+
+
 def as_class_targets(
     output: Tensor, targets: Any, *, probabilities: bool, check_values: bool
 ) -> Tensor:
@@ -39,8 +49,7 @@ def as_class_targets(
     which waits for the device.
     """
     labels = _as_tensor(output, targets)
-    # All that most runs pass.
-    if labels.dtype == torch.long and labels.dim() == output.dim() - 1:
+    if is_plain_ids(output, labels):
         return labels
     if output.dim() < 2 or labels.is_complex():
         raise mismatch(output, labels)

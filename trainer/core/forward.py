@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -52,6 +51,7 @@ class Forward:
         self.task = task
         self.mix = mix
         self._precision = precision
+        self._autocasts = precision.autocasts
         self._base_key = key(seed, "device")
         self._evaluation_key = key(seed, "evaluation")
         self._whole_key = key(seed, "whole step")
@@ -80,7 +80,8 @@ class Forward:
         if step is None:
             self._seed_evaluation(batch)
             return self._output_and_loss(model, batch)
-        batch = self.mixed(batch, step)
+        if self.mix is not None:
+            batch = self.mix(batch, step)
         output, loss = self._keyed(self._output_and_loss, model, batch, step)
         if torch.is_grad_enabled():
             loss = self._checked(batch, loss)
@@ -88,7 +89,7 @@ class Forward:
 
     def train_output(self, model: nn.Module, batch: MicroBatch, step: Step) -> Any:
         """The model's output in training, without its loss: what it draws is what a call for the same batch draws."""
-        return self._keyed(self._output_for_loss, model, batch, step)
+        return self._keyed(self._output, model, batch, step)
 
     def whole_loss(
         self, model: nn.Module, output: Any, whole: MicroBatch, step: Step
@@ -98,7 +99,7 @@ class Forward:
         `whole` has the joined targets.
         """
         value = mix_key(self._whole_key, step.number, 0)
-        return self._drawing(value, model, partial(self._loss, output, whole))
+        return self._drawing(value, model, self._loss, output, whole)
 
     def _keyed(
         self,
@@ -110,15 +111,19 @@ class Forward:
         """What `compute` makes of a batch in training: its draws are keyed by the step and the micro-batch."""
         if batch.fused > 1:
             return self._fuse(compute, model, batch, step)
-        value = self._key(step, batch.first)
-        return self._drawing(value, model, partial(compute, model, batch))
+        value = mix_key(self._base_key, step.number, batch.first)
+        return self._drawing(value, model, compute, model, batch)
 
-    def _drawing(self, value: int, model: nn.Module, compute: Callable[[], T]) -> T:
-        """What `compute` returns, whose draws follow from `value`."""
-        host_draws = self._host_draws_of(model)
+    def _drawing(
+        self, value: int, model: nn.Module, compute: Callable[..., T], *arguments: Any
+    ) -> T:
+        """What `compute` makes of the arguments; its draws follow from `value`."""
+        host_draws = self.host_draws or self._host_draws_of(model)
         self._seed_device(value)
+        if not host_draws.may_be_made:
+            return compute(*arguments)
         watched = host_draws.begin(value)
-        result = compute()
+        result = compute(*arguments)
         host_draws.end(watched)
         return result
 
@@ -134,10 +139,7 @@ class Forward:
     def predict(self, model: nn.Module, batch: MicroBatch) -> Any:
         """The model's output outside of training, as an evaluation of the same batch sees it."""
         self._seed_evaluation(batch)
-        return self._output(model, batch, self._predict)
-
-    def _key(self, step: Step, index: int) -> int:
-        return mix_key(self._base_key, step.number, index)
+        return self._output(model, batch, for_loss=False)
 
     def _seed_evaluation(self, batch: MicroBatch) -> None:
         # Batches of an evaluation are cut by the config alone, so this key is the same on any number of ranks.
@@ -148,11 +150,8 @@ class Forward:
     def _output_and_loss(
         self, model: nn.Module, batch: MicroBatch
     ) -> tuple[Any, WeightedSum]:
-        output = self._output_for_loss(model, batch)
+        output = self._output(model, batch)
         return output, self._loss(output, batch)
-
-    def _output_for_loss(self, model: nn.Module, batch: MicroBatch) -> Any:
-        return self._output(model, batch, self._predict_with_targets)
 
     def _loss(self, output: Any, batch: MicroBatch) -> WeightedSum:
         try:
@@ -180,7 +179,8 @@ class Forward:
         if isinstance(weight, int):
             if self._has_tensor_weights:
                 return WeightedSum(total, torch.tensor(weight, device=total.device))
-            self._check_count(batch, weight)
+            if (weight, batch.samples) not in self._checked_counts:
+                self._check_count(batch, weight)
         elif not self._has_tensor_weights:
             raise ConfigError(
                 "loss.name",
@@ -220,7 +220,9 @@ class Forward:
         start, _ = step.micro_batches[first]
         _, stop = step.micro_batches[end - 1]
         samples = stop - start
-        seeds = [self._key(step, index) for index in range(first, end)]
+        seeds = [
+            mix_key(self._base_key, step.number, index) for index in range(first, end)
+        ]
         self._seed_device(seeds[0])
         generator = device_generator(self._device)
         with (
@@ -232,32 +234,22 @@ class Forward:
         return result
 
     def _output(
-        self,
-        model: nn.Module,
-        batch: MicroBatch,
-        predict: Callable[[nn.Module, MicroBatch], Any],
+        self, model: nn.Module, batch: MicroBatch, *, for_loss: bool = True
     ) -> Any:
         """The model's output in the run's dtype: a loss summed in autocast's dtype would lose digits."""
-        if not self._precision.autocasts:
-            return self._explained(model, batch, predict)
+        if not self._autocasts:
+            return self._predict(model, batch, for_loss)
         with self._precision.autocast():
-            output = self._explained(model, batch, predict)
+            output = self._predict(model, batch, for_loss)
         return self._precision.without_autocast(output)
 
-    def _predict(self, model: nn.Module, batch: MicroBatch) -> Any:
-        return self.task.predict(model, batch.inputs)
-
-    def _predict_with_targets(self, model: nn.Module, batch: MicroBatch) -> Any:
-        return self.task.predict_with_targets(model, batch.inputs, batch.targets)
-
-    def _explained(
-        self,
-        model: nn.Module,
-        batch: MicroBatch,
-        predict: Callable[[nn.Module, MicroBatch], Any],
-    ) -> Any:
+    def _predict(self, model: nn.Module, batch: MicroBatch, for_loss: bool) -> Any:
         try:
-            return predict(model, batch)
+            if for_loss:
+                return self.task.predict_with_targets(
+                    model, batch.inputs, batch.targets
+                )
+            return self.task.predict(model, batch.inputs)
         except KINDS as error:
             if isinstance(error, ValueError) and TOO_FEW_VALUES in str(error):
                 raise ConfigError(

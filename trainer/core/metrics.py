@@ -141,7 +141,9 @@ class Meter:
 
     def add(self, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
         """Count one micro-batch: its loss now, its metrics later."""
-        self._losses.append(WeightedSum(loss.total.detach(), loss.weight))
+        if loss.total.requires_grad:
+            loss = WeightedSum(loss.total.detach(), loss.weight)
+        self._losses.append(loss)
         output = detach(output)
         if self._joins or batch.fused == 1:
             self._outputs.append((output, batch.targets))

@@ -110,6 +110,7 @@ class Observers:
         for observer in observers:
             check_observer(observer)
         self._observers = observers
+        self._note_methods()
 
     def __iter__(self) -> Iterator[Observer]:
         return iter(self._observers)
@@ -118,10 +119,16 @@ class Observers:
         """Call `observer` too, from now on."""
         check_observer(observer)
         self._observers.append(observer)
+        self._note_methods()
 
     def remove(self, observer: Observer) -> None:
         """Stop calling `observer`."""
         self._observers.remove(observer)
+        self._note_methods()
+
+    def _note_methods(self) -> None:
+        # Every step asks for it.
+        self._look_at_gradients = bool(self._with_own("gradient"))
 
     @property
     def may_stop(self) -> bool:
@@ -131,7 +138,7 @@ class Observers:
     @property
     def look_at_gradients(self) -> bool:
         """True if one of them overrides `gradient`: then fp16's gradients must be unscaled in every step."""
-        return bool(self._with_own("gradient"))
+        return self._look_at_gradients
 
     def _with_own(self, method: str) -> list[Observer]:
         """Those that override a method."""

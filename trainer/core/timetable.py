@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trainer.config.schema import TrainConfig
 from trainer.exact.plan import Plan, Step
@@ -18,6 +18,10 @@ class Timetable:
     section: TrainConfig
     plan: Plan
     has_validation: bool
+    # Steps that are known to be quiet: the first, and the one past the last.
+    _quiet: list[int] = field(
+        default_factory=lambda: [0, 0], init=False, repr=False, compare=False
+    )
 
     @property
     def last_step(self) -> int:
@@ -25,6 +29,23 @@ class Timetable:
         stop_after = self.section.stop_after
         total = self.plan.total_steps
         return total if stop_after is None else min(total, stop_after)
+
+    def is_quiet(self, step: Step) -> bool:
+        """True if only the next step follows `step`: no row, no evaluation, no checkpoint, and neither end."""
+        first, end = self._quiet
+        if not first <= step.number < end:
+            first, end = self._quiet[:] = step.number, self._next_event(step.number)
+        return step.number < end
+
+    def _next_event(self, number: int) -> int:
+        """The first step from `number` on that is not quiet."""
+        section = self.section
+        intervals = [self.plan.steps_per_epoch, section.log_every]
+        for every in (section.evaluate_every_steps, section.checkpoint_every):
+            if every is not None:
+                intervals.append(every)
+        events = [-(-number // every) * every for every in intervals]
+        return min(*events, max(number, self.last_step))
 
     def is_logged(self, step: Step) -> bool:
         """True if the row of an interval ends with `step`."""

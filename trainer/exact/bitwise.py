@@ -49,7 +49,8 @@ class BitwiseReduction(Reduction):
         index = indices[0]
         node = Node(0, index)
         self._statistics.reset()
-        self._moving.micro_batch()
+        if self._moving.has_candidates:
+            self._moving.micro_batch()
         sibling = self._tree_sum.pop(node.left_sibling) if node.is_right else None
         if sibling is not None:
             self._put_back_gradients(sibling)

@@ -40,7 +40,10 @@ class FiniteFlags:
     def mark(
         self, step: int, losses: list[Tensor], gradients: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Note whether they are finite; returns both flags, `(1,)` each: 1 if the loss, or the gradient, is not."""
+        """Note whether they are finite; returns both flags, `(1,)` each: 1 if the loss, or the gradient, is not.
+
+        `losses` are detached.
+        """
         slot = len(self._steps) % CAPACITY
         if slot == 0 and self._steps:
             self._full.append(self._flags.clone())
@@ -48,17 +51,17 @@ class FiniteFlags:
         self._steps.append(step)
         of_loss: Tensor = self._cells[2 * slot]
         of_gradient: Tensor = self._cells[2 * slot + 1]
-        self._check([loss.detach() for loss in losses], of_loss)
+        self._check(losses, of_loss)
         self._check(gradients, of_gradient)
         return of_loss, of_gradient
 
     def are_finite(self, losses: list[Tensor], gradients: list[Tensor]) -> bool:
         """Whether all of them are, without a note of it. Waits for the device."""
-        self._check([*[loss.detach() for loss in losses], *gradients], self._any)
-        is_finite = not self._any.item()
-        if not is_finite:
-            self._any.zero_()
-        return is_finite
+        self._check([*losses, *gradients], self._any)
+        if not self._any.item():
+            return True
+        self._any.zero_()
+        return False
 
     def read(self) -> BadSteps:
         """The steps since the last read that were not finite. Waits for the device."""

@@ -41,6 +41,11 @@ class HostDraws:
         self.are_made = any(map(mentions_host_generators, modules))
         self.forwards_to_watch = 0 if self.are_made else FORWARDS_TO_WATCH
 
+    @property
+    def may_be_made(self) -> bool:
+        """True where `begin` and `end` have something to do."""
+        return self.are_made or self.forwards_to_watch > 0
+
     def begin(self, value: int) -> Any:
         """Before the forward of a micro-batch: seed the generators by its key if it may draw from them.
 
@@ -48,8 +53,6 @@ class HostDraws:
         """
         if self.are_made:
             seed_host_generators(value)
-            return None
-        if not self.forwards_to_watch:
             return None
         self.forwards_to_watch -= 1
         states_before = host_states()

@@ -149,6 +149,8 @@ def preserved_buffers(model: ModelAndLoss, *, norms: bool = False) -> Iterator[N
 class MovingBuffers:
     """Keeps the rule for the buffers of a model and its loss.
 
+    `has_candidates` is False where there is nothing to keep.
+
     `moving` has those that move. `late` names those that moved first after the first step, and until then followed no
     rule.
     """
@@ -156,6 +158,8 @@ class MovingBuffers:
     def __init__(self, model: ModelAndLoss, ranks: Ranks) -> None:
         self._ranks = ranks
         self._candidates = other_buffers(model)
+        # Where there are none, `begin`, `micro_batch` and `finish` need not be called.
+        self.has_candidates = bool(self._candidates)
         self.moving: list[Buffer] = []
         self.late: list[str] = []
         # The candidates that do not move, once the first step has shown which do.
@@ -167,8 +171,6 @@ class MovingBuffers:
 
     def begin(self, step: Step) -> None:
         """Before the step's micro-batches."""
-        if not self._candidates:
-            return
         self._is_first_forward = True
         self._start = None
         for buffer in self._candidates:
@@ -194,13 +196,9 @@ class MovingBuffers:
             self._start.restore()
         self._is_first_forward = False
 
+    @torch.no_grad()
     def finish(self, step: Step) -> None:
         """After this rank's last micro-batch: what the step's last one left, on every rank. A collective."""
-        if self._candidates:
-            self._finish(step)
-
-    @torch.no_grad()
-    def _finish(self, step: Step) -> None:
         if self._is_first_step and self._start is not None:
             self._note_moves(self._start)
             self._find_moving()

@@ -78,6 +78,8 @@ class Reduction(ABC):
         self._weights: dict[int, Tensor] = {}
         # Whether they are tensors, of the losses so far; all of a run are of one kind.
         self._kinds_of_weights: set[bool] = set()
+        # The scale by the step's samples, the micro-batches and their weight, where that is a number.
+        self._scales_of_counts: dict[tuple[int, IndexRange, int], Tensor] = {}
         self._is_first_step = True
         self._statistics = self._wrap()
 
@@ -96,7 +98,8 @@ class Reduction(ABC):
     def begin(self, step: Step) -> None:
         """Prepare for the step's micro-batches."""
         self._statistics.begin(step)
-        self._moving.begin(step)
+        if self._moving.has_candidates:
+            self._moving.begin(step)
 
     @abstractmethod
     def micro_batch(
@@ -112,21 +115,26 @@ class Reduction(ABC):
         A weight that depends on the targets' values is a tensor, and its total over the step is not known yet: then
         the factor is 1 / (the samples of the step), and `finish` corrects the gradient.
         """
-        first, end = indices
         is_tensor = isinstance(weight, Tensor)
+        if not isinstance(weight, Tensor):
+            scale = self._scales_of_counts.get((step.size, indices, weight))
+            if scale is not None:
+                return scale
+        first, end = indices
         if is_tensor not in self._kinds_of_weights:
             self._kinds_of_weights.add(is_tensor)
             if not self._is_first_step:
                 self._refuse_mixed_weights()
         if isinstance(weight, Tensor):
             self._weights[first] = weight
-            factor = self._ranks_averaged_over / step.size
-        else:
-            start, _ = step.micro_batches[first]
-            _, stop = step.micro_batches[end - 1]
-            # Every sample has as many targets as those of this micro-batch.
-            factor = self._ranks_averaged_over * (stop - start) / (step.size * weight)
-        return self._scale(factor, loss)
+            return self._scale(self._ranks_averaged_over / step.size, loss)
+        start, _ = step.micro_batches[first]
+        _, stop = step.micro_batches[end - 1]
+        # Every sample has as many targets as those of this micro-batch.
+        factor = self._ranks_averaged_over * (stop - start) / (step.size * weight)
+        scale = self._scale(factor, loss)
+        self._scales_of_counts[step.size, indices, weight] = scale
+        return scale
 
     def share_scale(self, share: Tensor) -> Tensor:
         """The factor of a share of the step's mean itself, which `finish` leaves as it is, a 0-dim tensor."""
@@ -143,11 +151,13 @@ class Reduction(ABC):
     def finish(self, step: Step) -> None:
         """Leave the same gradient on every rank: that of the step's loss sum divided by its weight. A collective."""
         self._sum_over_ranks(step)
-        self._moving.finish(step)
+        if self._moving.has_candidates:
+            self._moving.finish(step)
         if self._is_first_step:
             self._check_first_step()
             self._is_first_step = False
-        self._refuse_left_out()
+        if self._left_out:
+            self._refuse_left_out()
         if True in self._kinds_of_weights:
             self._divide_by_weight(step)
 

@@ -98,7 +98,7 @@ class StatisticsShare(RunningStatistics):
     update. All others keep the true statistics on every rank. Which they are is observed in the first step, and again
     whenever a mode has changed: every rank begins that step with the true statistics, and takes what it began with
     out of its share at the end. Under SyncBatchNorm, where torch updates every rank alike, and on one rank, there is
-    nothing to share.
+    nothing to share: `is_on` is False, and `micro_batch` and `finish` need not be called.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class StatisticsShare(RunningStatistics):
             for layer in self._layers
             if not isinstance(layer.module, nn.SyncBatchNorm)
         ]
-        self._is_on = ranks.count > 1 and bool(self._candidates)
+        self.is_on = ranks.count > 1 and bool(self._candidates)
         self._is_compiled = any(
             module._compiled_call_impl is not None for module in model.modules()
         )
@@ -128,13 +128,13 @@ class StatisticsShare(RunningStatistics):
         self._buffers_by_decay: dict[float, list[Tensor]] = {}
 
     def begin(self, step: Step) -> None:
-        if self._is_on:
+        if self.is_on:
             self._follow_modes()
         if self._must_spread_momentum(step):
             self._age(0)  # for the past micro-batches, with the momentum that they had
             self._spread_momentum(step)
             self._buffers_by_decay = {}
-        if not self._is_on or self._observation is not None:
+        if not self.is_on or self._observation is not None:
             return
         first, end = step.ranks[self._ranks.rank]
         if self._is_gathered:
@@ -145,21 +145,18 @@ class StatisticsShare(RunningStatistics):
 
     def micro_batch(self, indices: IndexRange) -> None:
         """Before each of this rank's forwards."""
-        if self._is_on:
-            self._end_micro_batch()
-            self._watch.begin(is_fused=indices[1] - indices[0] > 1)
+        self._end_micro_batch()
+        self._watch.begin(is_fused=indices[1] - indices[0] > 1)
 
     def finish(self, step: Step) -> None:
         """After the step's last micro-batch of this rank. A collective in a step that is observed."""
-        if not self._is_on:
-            return
         self._end_micro_batch()
         if self._observation is not None:
             self._share_what_moved(step, self._observation)
             self._observation = None
 
     def gather(self) -> None:
-        if not self._is_on or self._is_gathered:
+        if not self.is_on or self._is_gathered:
             return
         self._age(0)
         self._sum_over_ranks(self._buffers())

@@ -12,7 +12,7 @@ completes its backward: `trainer.exact.completion`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -22,6 +22,28 @@ from trainer.exact.completion import complete_backward, is_complete
 from trainer.exact.plan import IndexRange, Step
 from trainer.exact.reduction import Reduction
 from trainer.exact.running_statistics import RunningStatistics, StatisticsShare
+
+
+class _Synchronized(AbstractContextManager[nn.Module]):
+    """The context of a rank's last micro-batch, in whose backward DDP adds up the gradients of all ranks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        completes: bool,
+    ) -> None:
+        self._model = model
+        self._parameters = parameters
+        self._completes = completes
+
+    def __enter__(self) -> nn.Module:
+        return self._model
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._completes and not is_complete(self._model):
+            complete_backward(self._model, self._parameters)
 
 
 class StandardReduction(Reduction):
@@ -34,37 +56,43 @@ class StandardReduction(Reduction):
             self._module, find_unused_parameters=self._find_unused_parameters
         )
         self._ranks_averaged_over = self._ranks.count
+        # Contexts, made once. DDP expects no gradients after a forward of the module itself, as in its `no_sync`.
+        self._alone = nullcontext(self._module)
+        self._is_compiled = any(
+            module._compiled_call_impl is not None for module in self._module.modules()
+        )
+        self._in_step_with_others = _Synchronized(
+            self._model,
+            self._parameters,
+            # With find_unused_parameters, DDP itself looks for them.
+            completes=not self._find_unused_parameters,
+        )
         return StatisticsShare(self._module, self._section, self._ranks, self._loss)
 
     def micro_batch(
         self, step: Step, indices: IndexRange
     ) -> AbstractContextManager[nn.Module]:
-        self._statistics.micro_batch(indices)
-        self._moving.micro_batch()
-        if step.has_idle_rank:
-            return nullcontext(self._module)
+        if self._statistics.is_on:
+            self._statistics.micro_batch(indices)
+        if self._moving.has_candidates:
+            self._moving.micro_batch()
         _, end = indices
         _, end_of_rank = step.ranks[self._ranks.rank]
-        if self._ranks.count == 1:
-            return nullcontext(self._model)
+        if step.has_idle_rank or self._ranks.count == 1:
+            return self._alone
         if end == end_of_rank:
-            return self._with_synchronization()
-        return self._without_synchronization()
-
-    @contextmanager
-    def _with_synchronization(self) -> Iterator[nn.Module]:
-        yield self._model
-        # With find_unused_parameters, DDP itself looks for them.
-        if not self._find_unused_parameters and not is_complete(self._model):
-            complete_backward(self._model, self._parameters)
+            return self._in_step_with_others
+        return self._without_synchronization() if self._is_compiled else self._alone
 
     @contextmanager
     def _without_synchronization(self) -> Iterator[nn.Module]:
+        """Of a compiled model: within DDP's forward it is compiled in pieces, whose gradients DDP sends early."""
         with self._ranks.accelerator.no_sync(self._model):
             yield self._model
 
     def finish(self, step: Step) -> None:
-        self._statistics.finish(step)
+        if self._statistics.is_on:
+            self._statistics.finish(step)
         super().finish(step)
 
     def _sum_over_ranks(self, step: Step) -> None:
