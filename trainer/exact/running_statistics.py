@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trainer.config.schema import BatchNormConfig
 from trainer.errors import ConfigError
 from trainer.exact.batch_norm import is_held
+from trainer.exact.joint_sum import sum_together
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.norm_layer import CallWatch, NormLayer
 from trainer.exact.observation import (
@@ -159,8 +160,8 @@ class StatisticsShare(RunningStatistics):
         if not self.is_on or self._is_gathered:
             return
         self._age(0)
-        self._sum_over_ranks(self._buffers())
-        self._sum_over_ranks([layer.counter for layer in self._share])
+        counters = [layer.counter for layer in self._share]
+        sum_together(self._ranks, [*self._buffers(), *counters])
         self._is_gathered = True
 
     def restart(self) -> None:
@@ -248,13 +249,6 @@ class StatisticsShare(RunningStatistics):
             decay = layer.decay()
             if decay != 1.0:
                 self._buffers_by_decay.setdefault(decay, []).extend(layer.buffers)
-
-    def _sum_over_ranks(self, tensors: list[Tensor]) -> None:
-        """Add up some tensors over all ranks, in place, in one operation."""
-        total = self._ranks.sum_(torch.cat([tensor.reshape(-1) for tensor in tensors]))
-        sizes = [tensor.numel() for tensor in tensors]
-        for tensor, part in zip(tensors, torch.split(total, sizes), strict=True):
-            tensor.copy_(part.view_as(tensor))
 
 
 class StatisticsDifferences(RunningStatistics):

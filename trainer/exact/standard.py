@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from trainer.exact.completion import complete_backward, is_complete
+from trainer.exact.joint_sum import sum_together
 from trainer.exact.plan import IndexRange, Step
 from trainer.exact.reduction import Reduction
 from trainer.exact.running_statistics import RunningStatistics, StatisticsShare
@@ -103,10 +104,14 @@ class StandardReduction(Reduction):
         parameters = list(summed_here.values())
         has_gradient = [parameter.grad is not None for parameter in parameters]
         is_used = self._ranks.any_rank_each(has_gradient)
+        gradients = []
         for parameter, used in zip(parameters, is_used, strict=True):
             if not used:
                 continue
             # Every rank takes part in the sum, also one whose micro-batches did not use the parameter.
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            self._ranks.sum_(parameter.grad).div_(self._ranks_averaged_over)
+            gradients.append(parameter.grad)
+        sum_together(self._ranks, gradients)
+        for gradient in gradients:
+            gradient.div_(self._ranks_averaged_over)

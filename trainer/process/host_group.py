@@ -148,16 +148,22 @@ class HostGroup:
 
     def any_each_async(self, flags: list[bool]) -> Callable[[], list[bool]]:
         """Start asking, for each flag, whether it is true on any rank. The function returned waits for the answer."""
+        largest = self.largest_each_async([int(flag) for flag in flags])
+        return lambda: list(map(bool, largest()))
+
+    def largest_each_async(self, values: list[int]) -> Callable[[], list[int]]:
+        """Start asking for the largest of all ranks' values in each place, from 0 to 255. The function waits for it."""
         if self.count == 1:
-            return lambda: flags
-        votes = torch.tensor(flags, dtype=torch.uint8)
+            return lambda: values
+        votes = torch.tensor(values, dtype=torch.uint8)
         work = distributed.all_reduce(
             votes, distributed.ReduceOp.MAX, group=self._group, async_op=True
         )
 
-        def answer() -> list[bool]:
+        def answer() -> list[int]:
             self._wait(work)
-            return [bool(vote) for vote in votes.tolist()]
+            largest: list[int] = votes.tolist()
+            return largest
 
         return answer
 

@@ -235,6 +235,10 @@ class Ranks:
         """Start asking the same. The function returned waits for the other hosts, and gives the answer."""
         return self._host.any_each_async(flags)
 
+    def largest_each_async(self, values: list[int]) -> Callable[[], list[int]]:
+        """Start asking for the largest of all ranks' values, 0 to 255, in each place; the function returned waits."""
+        return self._host.largest_each_async(values)
+
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Run `action` on the main process. Every rank returns its result, or raises the same error if it fails.
 

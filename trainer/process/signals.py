@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
-from trainer.process.ranks import Agreement, Ranks
+from trainer.process.ranks import Ranks
 from trainer.process.watchdog import current_watchdog
 
+SECONDS_BETWEEN_ANSWERS = 0.2
+MOST_STEPS_BETWEEN_ANSWERS = 64
 # SIGHUP comes where a terminal is closed; SIGUSR1 is what Slurm's users ask for before their time is up.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -21,18 +26,23 @@ class StopRequest:
     After it a SIGINT (a second Ctrl-C) acts at once, while further signals change nothing: one stop may bring
     several, as a launcher passes its own on and then ends, and so does the agent above it.
 
-    Ranks are signalled at different moments, so each asks the others once a step. It asks when the step begins and
-    reads the answer when the step ends, which hides the cost behind the step.
+    Ranks are signalled at different moments, so they ask one another. They ask when a step begins and read the answer
+    when it ends, which hides some of the cost behind the step. Where steps are short, that is not done in every one:
+    each answer also says how many steps are to pass before the next, by the clock of rank 0.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._answer: Agreement | None = None
-        if ranks.count > 1:
-            self._answer = ranks.any_rank_async(False)
+        self._is_alone = ranks.count == 1
+        self._steps_to_pass = 0  # before the next question
+        self._interval = 1  # steps from one answer to the next
+        self._time_of_question = -math.inf
+        self._answer: Callable[[], list[int]] | None = None
         self._previous_handlers: dict[int, Any] = {}
         self._hearing: AbstractContextManager[None] = nullcontext()
         self.signal_number = 0
+        if not self._is_alone:
+            self._ask()
 
     def __enter__(self) -> StopRequest:
         # Python allows handlers in no other thread.
@@ -52,7 +62,7 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._answer is not None:
             # Every rank has asked: none may leave while another waits for an answer.
-            self._answer.result()
+            self._answer()
         self._hearing.__exit__(None, None, None)
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
@@ -67,13 +77,35 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """True if all ranks stop after this step. Called by every rank once a step."""
-        if self._answer is None:
+        if self._is_alone:
             return self.signal_number != 0
-        stop = self._answer.result()
-        if not stop:
-            self._answer = self._ranks.any_rank_async(self.signal_number != 0)
-            return False
+        if self._steps_to_pass:
+            self._steps_to_pass -= 1
+        elif self._read_answer():
+            if not self.signal_number:
+                self.signal_number = signal.SIGTERM  # only another rank was signalled
+            return True
+        if not self._steps_to_pass:
+            self._ask()
+        return False
+
+    def _ask(self) -> None:
+        """Ask whether any rank is to stop, and rank 0 for the steps from this answer to the next."""
+        interval = self._next_interval() if self._ranks.is_main else 0
+        is_signalled = self.signal_number != 0
+        self._answer = self._ranks.largest_each_async([is_signalled, interval])
+
+    def _read_answer(self) -> bool:
+        assert self._answer is not None
+        stop, self._interval = self._answer()
         self._answer = None
-        if not self.signal_number:
-            self.signal_number = signal.SIGTERM  # only another rank was signalled
-        return True
+        self._steps_to_pass = self._interval - 1
+        return bool(stop)
+
+    def _next_interval(self) -> int:
+        now = time.monotonic()
+        seconds_a_step = (now - self._time_of_question) / self._interval
+        self._time_of_question = now
+        fitting = int(SECONDS_BETWEEN_ANSWERS / max(seconds_a_step, 1e-6))
+        # Steps may become longer all at once, as where parameters are thawed.
+        return max(1, min(fitting, 2 * self._interval, MOST_STEPS_BETWEEN_ANSWERS))
