@@ -73,7 +73,7 @@ def test_files_decoded_smaller_give_one_run_on_any_processes_and_workers(
 
     # The header says so, and what predicts reads files as the run did.
     trainer = Trainer(settings(tmp_path, "another"))
-    line = header_of(trainer, tmp_path)["images"]
+    line = header_of(trainer, tmp_path)["decoding"]
     assert "no shorter side below 16 pixels" in line
     loader = trainer.run.evaluation_sets[0].loader
     file = tmp_path / "images/val/light/03.jpg"

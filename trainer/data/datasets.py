@@ -18,6 +18,7 @@ import torch
 from trainer.config.evaluation_sets import validation_sets
 from trainer.config.registry import build, resolve
 from trainer.config.schema import DataConfig
+from trainer.data.decode_size import check_decode_size
 from trainer.data.folder import image_folders
 from trainer.data.imported import imported_parts, names_of_parameters
 from trainer.data.labelled_images import labelled_images
@@ -25,7 +26,6 @@ from trainer.data.parts import check_part, shared_class_names
 from trainer.data.rows import as_pairs
 from trainer.data.shapes import Shapes, check_target
 from trainer.data.shapes import class_names as class_names_of_shapes
-from trainer.data.short_side import check_short_side
 from trainer.errors import ConfigError, DataError, UnreadableError, may_pass
 from trainer.exact.seeding import numpy_generator
 
@@ -123,7 +123,7 @@ def build_datasets(
     A download (`data.download=true`) runs within `device_main_first()`, which lets one process go ahead.
     Raises `ConfigError` for a wrong name or argument, `DataError` for files that are missing or of no use.
     """
-    check_short_side(section)
+    check_decode_size(section)
     target = resolve("data", section.name, MAKERS)
     parameters = names_of_parameters(target)
     _check_section(section, parameters)
@@ -239,9 +239,9 @@ def folder(
         train, val, names, note = labelled_images(
             place, labels, max_pixels, leaves_out, needs_val=needs_val
         )
-    train.short_side = decode_short_side
+    train.decode_short_side = decode_short_side
     if val is not None:
-        val.short_side = decode_short_side
+        val.decode_short_side = decode_short_side
     bytes_left = train.cache_first(round(cache * 2**30))
     if val is not None:
         val.cache_first(bytes_left)

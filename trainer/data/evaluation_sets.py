@@ -140,7 +140,7 @@ def _folder(
     images, note = evaluation_folder(
         root, part, data.classes, own.max_pixels, leaves_out, key=place
     )
-    images.short_side = own.decode_short_side
+    images.decode_short_side = own.decode_short_side
     return images, note
 
 
@@ -157,7 +157,7 @@ def _labelled(
         images, note = labelled_part(
             root, own.args["labels"], data.classes, own.max_pixels, leaves_out
         )
-    images.short_side = own.decode_short_side
+    images.decode_short_side = own.decode_short_side
     return images, note
 
 

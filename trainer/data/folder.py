@@ -43,7 +43,7 @@ class ImageFolder:
         self.root = root
         self.leaves_out = leaves_out
         self._max_pixels = max_pixels
-        self.short_side: int | None = None  # `data.decode_short_side`
+        self.decode_short_side: int | None = None  # `data.decode_short_side`
         self.paths = paths
         self.targets = targets
         # The first images, decoded; None for one that cannot be.
@@ -104,7 +104,9 @@ class ImageFolder:
 
     def _decode(self, path: str) -> torch.Tensor:
         return decode(
-            self.root / path, max_pixels=self._max_pixels, short_side=self.short_side
+            self.root / path,
+            max_pixels=self._max_pixels,
+            short_side=self.decode_short_side,
         )
 
 

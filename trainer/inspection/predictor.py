@@ -291,14 +291,14 @@ class _ImageFiles:
         self.paths = paths
         self._channels = channels
         self._max_pixels = section.max_pixels
-        self._short_side = section.decode_short_side
+        self._decode_short_side = section.decode_short_side
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.paths[index]
-        image = decode(path, self._channels, self._max_pixels, self._short_side)
+        image = decode(path, self._channels, self._max_pixels, self._decode_short_side)
         return image, 0  # a target, which every sample must have
 
 

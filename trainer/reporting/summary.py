@@ -62,7 +62,7 @@ def header(
         ("loss", _describe_loss(run)),
         ("metrics", _describe_metrics(run)),
         ("data", _describe_data(run)),
-        ("images", _describe_decoding(run)),
+        ("decoding", _describe_decoding(run)),
         ("sampler", _describe_sampler(plan)),
         ("batch", batch_arithmetic(plan, fuse)),
         ("mix", "" if run.forward.mix is None else run.forward.mix.describe()),

@@ -9,7 +9,7 @@ from trainer.config.schema import DataConfig
 from trainer.errors import ConfigError
 
 
-def check_short_side(section: DataConfig) -> None:
+def check_decode_size(section: DataConfig) -> None:
     """Raise `ConfigError` if images could be decoded smaller than the transforms give them on.
 
     Looked at is every `size` of torchvision's transforms. Those of an import path are their author's.
