@@ -211,19 +211,21 @@ def _pixels(image: Any, data: Tensor, channels: int) -> Tensor:
     from PIL.ImageOps import exif_transpose
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    upright = exif_transpose(image)
+    exif_transpose(image, in_place=True)  # else it is copied, turned or not
     if image.format == "PNG" and channels == 1 and image.mode not in GREY_MODES:
-        return _grey_of_png(upright, data)
-    if upright.mode.startswith("I;16"):
-        grey = _as_bytes(pil_to_tensor(upright).to(torch.uint16))
+        return _grey_of_png(image, data)
+    if image.mode.startswith("I;16"):
+        grey = _as_bytes(pil_to_tensor(image).to(torch.uint16))
         return grey.expand(channels, -1, -1).clone()
-    if upright.mode in ("I", "F"):
+    if image.mode in ("I", "F"):
         raise ValueError(
-            f"its pixels are of Pillow's mode {upright.mode}, whose range is not that of brightness"
+            f"its pixels are of Pillow's mode {image.mode}, whose range is not that of brightness"
         )
     # Of no use without an alpha channel, and Pillow warns of it.
-    upright.info.pop("transparency", None)
-    pixels: Tensor = pil_to_tensor(upright.convert("L" if channels == 1 else "RGB"))
+    image.info.pop("transparency", None)
+    mode = "L" if channels == 1 else "RGB"
+    of_mode = image if image.mode == mode else image.convert(mode)
+    pixels: Tensor = pil_to_tensor(of_mode)
     return pixels
 
 
