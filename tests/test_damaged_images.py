@@ -34,6 +34,7 @@ pytestmark = pytest.mark.filterwarnings(
 # Of each file. For a longer search: LOCKSTEP_IMAGE_DAMAGES=20000 pytest -n0 tests/test_damaged_images.py
 DAMAGES = int(os.environ.get("LOCKSTEP_IMAGE_DAMAGES", "120"))
 SHORT = 64  # every length below, once
+SHORT_SIDE = 8  # to which a JPEG file may be made smaller while it is decoded
 MOST_PIXELS = 1_000_000
 MOST_SECONDS = 5.0  # of the processor, for one file
 MOST_GIB = 1.0  # more than before, for all of them
@@ -77,9 +78,10 @@ def decode_damaged(kind: str, count: int, folder: Path, reports: Connection) -> 
             sealed = kind == "png" and draws.random() < 0.5
             path.write_bytes(with_right_checksums(damaged) if sealed else damaged)
             channels = draws.choice((1, 3, 3))
+            short_side = draws.choice((None, None, SHORT_SIDE))
             start = time.process_time()
             try:
-                image = decode(path, channels, MOST_PIXELS)
+                image = decode(path, channels, MOST_PIXELS, short_side)
             except DataError as error:
                 assert str(path) in str(error) and "\n" not in str(error)
             else:

@@ -15,6 +15,7 @@ from trainer import Trainer
 from trainer.config.load import load
 from trainer.config.schema import Config
 from trainer.core.no_effect import RULES, keys_without_effect
+from trainer.data.folder import ImageFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -36,6 +37,7 @@ USELESS: dict[str, dict[str, Any]] = {
         "train__evaluate_every": 2,
     },
     "data.max_bad has": {"data__max_bad": 3},
+    "data.decode_short_side has": {"data__decode_short_side": 64},
     "train.evaluate_every_steps has": {"train__evaluate_every_steps": 2},
     "train.checkpoint_every, train.checkpoint_every_epochs have": {
         "train__checkpoint_every": 2,
@@ -101,6 +103,7 @@ USEFUL: list[dict[str, Any]] = [
     {"optimizer__no_weight_decay": "honour"},
     {"data__val_fraction": 0.2, "data__split_seed": 3},
     {"data__val_fraction": 0.2, "data__columns": ["picture", "kind"]},
+    {"data__decode_short_side": 64},
 ]
 
 
@@ -110,9 +113,23 @@ class ImageRows(Images):
         return {"picture": image, "kind": label}
 
 
-def data_for(changes: dict[str, Any]) -> list[Images]:
+class ImageFiles(ImageFolder):
+    """As if of files."""
+
+    def __init__(self) -> None:
+        self._images = Images()
+        labels = self._images.labels.tolist()
+        super().__init__(Path(), [str(index) for index in range(len(labels))], labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self._images[index]
+
+
+def data_for(changes: dict[str, Any]) -> list[Any]:
     if "data__columns" in changes:
         return [ImageRows()]
+    if "data__decode_short_side" in changes:
+        return [ImageFiles()]
     return [Images()] if "data__val_fraction" in changes else [Images(), Images()]
 
 

@@ -98,6 +98,13 @@ class DataConfig(ComponentSection):
         unit="pixels",
         minimum=1,
     )
+    decode_short_side: int | None = key(
+        None,
+        "JPEG files are decoded at a half, a quarter or an eighth of their size where their shorter side stays at "
+        "least this long: faster, on other pixels (docs/image-data.md); null = in full",
+        unit="pixels",
+        minimum=1,
+    )
     bad_samples: Literal["stop", "quarantine"] = key(
         "stop",
         "a sample that cannot be read or transformed ends the run, or is left out of it and listed in bad_samples.txt",

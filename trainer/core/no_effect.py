@@ -15,6 +15,7 @@ from trainer.components.parameter_groups import named_by_model
 from trainer.config.fields import declared_keys
 from trainer.config.schema import SECTIONS, Config
 from trainer.core.run import Run
+from trainer.data.folder import ImageFolder
 from trainer.data.rows import Rows
 from trainer.exact.batch_norm import is_held, norm_layers
 
@@ -73,6 +74,17 @@ def _has_no_rows(run: Run) -> bool:
     return False
 
 
+def has_image_files(run: Run) -> bool:
+    """True if any of the run's samples is an image file that Lockstep itself decodes."""
+    return any(map(_has_files, (run.data.train, *run.data.evaluated().values())))
+
+
+def _has_files(dataset: Any) -> bool:
+    while dataset is not None and not isinstance(dataset, ImageFolder):
+        dataset = getattr(dataset, "dataset", None)  # of a part of another
+    return dataset is not None
+
+
 def _is_never_averaged(run: Run) -> bool:
     section = run.config.ema
     last_update = run.plan.total_steps // section.every * section.every
@@ -109,6 +121,11 @@ RULES = (
         ("data.bad_samples", "data.max_bad"),
         _is_in_memory,
         "the data are in memory and not transformed, so no sample can be bad",
+    ),
+    Rule(
+        ("data.decode_short_side",),
+        lambda run: not has_image_files(run),
+        "no sample is an image file that Lockstep decodes",
     ),
     Rule(
         ("data.columns",),

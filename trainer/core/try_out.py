@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from trainer.core.first_forward import check_first_forward
 from trainer.core.fuse_check import choose_fuse
+from trainer.core.loader_limits import check_loader_limits
 from trainer.core.misfit import optimizer_misfit
 from trainer.core.out_of_memory import explain_out_of_memory
 from trainer.core.refused import refuse_nondeterministic
@@ -25,6 +26,7 @@ def try_out(run: Run) -> tuple[int, str]:
     check_first_forward(run)
     chosen = choose_fuse(run)
     rehearse(run)
+    check_loader_limits(run)
     check_disk(run)
     return chosen
 

@@ -18,6 +18,7 @@ import torch
 from trainer.config.evaluation_sets import validation_sets
 from trainer.config.registry import build, resolve
 from trainer.config.schema import DataConfig
+from trainer.data.decode_size import check_decode_size
 from trainer.data.folder import image_folders
 from trainer.data.imported import imported_parts, names_of_parameters
 from trainer.data.labelled_images import labelled_images
@@ -122,6 +123,7 @@ def build_datasets(
     A download (`data.download=true`) runs within `device_main_first()`, which lets one process go ahead.
     Raises `ConfigError` for a wrong name or argument, `DataError` for files that are missing or of no use.
     """
+    check_decode_size(section)
     target = resolve("data", section.name, MAKERS)
     parameters = names_of_parameters(target)
     _check_section(section, parameters)
@@ -136,6 +138,7 @@ def build_datasets(
             root=section.root,
             cache=section.cache,
             max_pixels=section.max_pixels,
+            decode_short_side=section.decode_short_side,
             bad_samples=section.bad_samples,
             needs_val=section.val_fraction is None and needs_own_part(section),
             is_split=section.val_fraction is not None,
@@ -192,6 +195,7 @@ def folder(
     max_pixels: int | None = None,
     bad_samples: str = "stop",
     *,
+    decode_short_side: int | None = None,
     needs_val: bool = True,
     is_split: bool = False,
     train_folder: str | None = None,
@@ -203,6 +207,7 @@ def folder(
     Args:
         cache: up to so many GiB of images are decoded at once and kept in memory, those to train from first.
         max_pixels: an image of more is not decoded.
+        decode_short_side: JPEG files may be decoded smaller, their shorter side no less than this.
         bad_samples: quarantine keeps images that cannot be decoded out of the cache, and goes on.
         needs_val: whether validation images are looked for.
         is_split: whether validation images are taken out of the training images.
@@ -234,6 +239,9 @@ def folder(
         train, val, names, note = labelled_images(
             place, labels, max_pixels, leaves_out, needs_val=needs_val
         )
+    train.decode_short_side = decode_short_side
+    if val is not None:
+        val.decode_short_side = decode_short_side
     bytes_left = train.cache_first(round(cache * 2**30))
     if val is not None:
         val.cache_first(bytes_left)

@@ -1,9 +1,8 @@
-"""Image files as tensors: by torchvision, and by Pillow the kinds that torchvision does not read or not survive."""
+"""Image files as tensors: each looked at first, then decoded by the library that `trainer.data.decoders` has for it."""
 
 from __future__ import annotations
 
 import io
-import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.decoders import GREY, decoder, grey_of_right_png
 from trainer.data.image_checks import (
     GIF_START,
+    JPEG_START,
     PNG_START,
     WEBP_KIND,
     WEBP_START,
     Unusable,
     check_size,
     first_line,
-    png_for_pillow,
+    png_of_pixels,
+    png_size,
     png_with_gamma,
     size_from_header,
 )
@@ -37,30 +39,47 @@ IMAGE_TYPES = (
     ".tiff",
     ".avif",
 )
-# How the files begin that Pillow decodes, and what it calls them.
-BY_PILLOW = {PNG_START: "PNG", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+# How files begin, and what Pillow calls their kind.
+STARTS = {
+    JPEG_START + b"\xff": "JPEG",
+    PNG_START: "PNG",
+    GIF_START: "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
 AVIF = (b"ftypavif", b"ftypavis")  # from byte 4 on
 # An extended WebP file says in byte 20 what it has besides pixels.
 WEBP_EXTENDED = b"VP8X"
 WEBP_HAS_EXIF = 0x08
+WEBP_IS_ANIMATED = 0x02
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
-# The modes of PNG files without colour, of which Pillow and torchvision make the same grey.
+# The modes of PNG files without colour, of which Pillow and libpng make the same grey.
 GREY_MODES = ("1", "L", "LA", "I;16")
 
 
-def decode(path: Path, channels: int = 3, max_pixels: int | None = None) -> Tensor:
+def decode(
+    path: Path,
+    channels: int = 3,
+    max_pixels: int | None = None,
+    short_side: int | None = None,
+) -> Tensor:
     """The image file, uint8 `(channels, H, W)`, in colour (3) or grey (1), turned upright by its EXIF data.
+
+    A JPEG file whose shorter side is at least twice `short_side` is decoded at a half, a quarter or an eighth of its
+    size, whichever is the smallest that is not below `short_side`.
 
     Raises `DataError` if it cannot be decoded, is an animation or has more than `max_pixels` pixels. No file, however
     damaged, ends the process.
     """
     try:
         data = _read(path)
-        check_size(size_from_header(data.numpy().data), max_pixels)
-        kind = _kind_for_pillow(data, channels)
-        if kind is None:
-            return _decode_by_torchvision(data, channels)
-        return _decode_by_pillow(data, kind, channels, max_pixels)
+        size = size_from_header(data.numpy().data)
+        check_size(size, max_pixels)
+        kind = _kind(data)
+        if kind == "JPEG" and _is_shrunk(size, short_side):
+            return _decode_by_pillow(data, kind, channels, max_pixels, short_side)
+        return _decode_in_full(data, kind, channels, max_pixels)
     except Unusable as error:
         cause = error.__cause__
         if isinstance(cause, Exception) and may_pass(cause):
@@ -78,19 +97,38 @@ def _read(path: Path) -> Tensor:
         raise Unusable.damaged(error.strerror or str(error)) from error
 
 
-def _decode_by_torchvision(data: Tensor, channels: int) -> Tensor:
-    from torchvision.io import ImageReadMode, decode_image
+def _kind(data: Tensor) -> str:
+    """What Pillow calls a file of this kind. Raises `Unusable` for one that is not read."""
+    head = data[:12].numpy().tobytes()
+    if head[4:12] in AVIF:
+        return "AVIF"
+    if head[:4] == WEBP_START and head[8:12] == WEBP_KIND:
+        return "WEBP"
+    for start, kind in STARTS.items():
+        if head.startswith(start):
+            return kind
+    if not head:
+        raise Unusable.damaged("it is empty")
+    raise Unusable.damaged("it does not begin as an image file of a kind that is read")
 
-    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-    try:
-        image = decode_image(data, mode=mode, apply_exif_orientation=True)
-    except RuntimeError as error:
-        # Without torchvision's own file and line.
-        reason = re.sub(r"^.*\.cpp:\d+, ", "", first_line(error))
-        raise Unusable.damaged(reason) from error
-    if image.ndim != 3:
-        raise Unusable.animation(len(image))
-    return _as_bytes(image)  # a 16-bit PNG is decoded as uint16
+
+def _is_shrunk(size: tuple[int, int] | None, short_side: int | None) -> bool:
+    """True for a JPEG file large enough to be decoded at a half of its size, or less."""
+    return short_side is not None and size is not None and min(size) >= 2 * short_side
+
+
+def _decode_in_full(
+    data: Tensor, kind: str, channels: int, max_pixels: int | None
+) -> Tensor:
+    decode_whole = decoder(kind, channels)
+    if decode_whole is None or (kind == "WEBP" and _is_for_pillow(data)):
+        return _decode_by_pillow(data, kind, channels, max_pixels)
+    if kind == "PNG":
+        # Nothing but whole chunks that the pixels depend on gets to libpng.
+        file = png_of_pixels(data.numpy().data)
+        check_size(png_size(file), max_pixels)
+        data = torch.frombuffer(bytearray(file), dtype=torch.uint8)
+    return _as_bytes(decode_whole(data))  # a 16-bit PNG is decoded as uint16
 
 
 def _as_bytes(image: Tensor) -> Tensor:
@@ -100,22 +138,15 @@ def _as_bytes(image: Tensor) -> Tensor:
     return pixels
 
 
-def _kind_for_pillow(data: Tensor, channels: int) -> str | None:
-    """What Pillow calls a file that it has to decode; None for those that torchvision decodes."""
-    head = data[:32].numpy().tobytes()
-    if head[4:12] in AVIF:
-        return "AVIF"
-    for start, kind in BY_PILLOW.items():
-        if head.startswith(start):
-            return kind
-    is_webp = head[:4] == WEBP_START and head[8:12] == WEBP_KIND
-    # torchvision makes these two kinds grey in no case.
-    if channels == 1 and (is_webp or head.startswith(GIF_START)):
-        return "WEBP" if is_webp else "GIF"
-    # torchvision heeds the orientation of JPEG files alone.
-    is_extended = is_webp and len(head) > 20 and head[12:16] == WEBP_EXTENDED
-    has_exif = is_extended and head[20] & WEBP_HAS_EXIF
-    return "WEBP" if has_exif and _is_turned(data) else None
+def _is_for_pillow(data: Tensor) -> bool:
+    """True for a WebP file that is an animation, whose images are counted, or turned, which torchvision leaves."""
+    head = data[:21].numpy().tobytes()
+    if len(head) < 21 or head[12:16] != WEBP_EXTENDED:
+        return False
+    flags = head[20]
+    return bool(
+        flags & WEBP_IS_ANIMATED or (flags & WEBP_HAS_EXIF and _is_turned(data))
+    )
 
 
 def _is_turned(data: Tensor) -> bool:
@@ -124,21 +155,27 @@ def _is_turned(data: Tensor) -> bool:
         with _open(io.BytesIO(data.numpy().data), "WEBP") as image:
             return bool(image.getexif().get(ORIENTATION, 1) != 1)
     except Exception:
-        # A damaged file, of which torchvision says what is wrong.
+        # A damaged file, of which the decoder says what is wrong.
         return False
 
 
 def _decode_by_pillow(
-    data: Tensor, kind: str, channels: int, max_pixels: int | None
+    data: Tensor,
+    kind: str,
+    channels: int,
+    max_pixels: int | None,
+    short_side: int | None = None,
 ) -> Tensor:
     content = data.numpy().data
-    file = png_for_pillow(content) if kind == "PNG" else content
+    file = png_of_pixels(content) if kind == "PNG" else content
     try:
         with _open(io.BytesIO(file), kind) as image:
             check_size(image.size, max_pixels)
             images = getattr(image, "n_frames", 1)
             if images > 1:
                 raise Unusable.animation(images)
+            if kind == "JPEG":
+                _set_up_jpeg(image, channels, short_side)
             return _pixels(image, data, channels)
     except Unusable:
         raise
@@ -162,36 +199,44 @@ def _open(file: io.BytesIO, kind: str) -> Any:
         raise Unusable.damaged(reason) from None
 
 
+def _set_up_jpeg(image: Any, channels: int, short_side: int | None) -> None:
+    """Let libjpeg make the image smaller, if that is asked for, and grey, as other libraries have it do."""
+    is_made_grey = channels == GREY and image.mode == "RGB"
+    size = image.size if short_side is None else (short_side, short_side)
+    image.draft("L" if is_made_grey else image.mode, size)
+
+
 def _pixels(image: Any, data: Tensor, channels: int) -> Tensor:
-    """A PIL image's pixels, uint8 `(channels, H, W)`. Transparency is dropped, as torchvision does."""
+    """A PIL image's pixels, uint8 `(channels, H, W)`. Transparency is dropped, as the other libraries do."""
     from PIL.ImageOps import exif_transpose
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    upright = exif_transpose(image)
+    exif_transpose(image, in_place=True)  # else it is copied, turned or not
     if image.format == "PNG" and channels == 1 and image.mode not in GREY_MODES:
-        return _grey_of_png(upright, data)
-    if upright.mode.startswith("I;16"):
-        grey = _as_bytes(pil_to_tensor(upright).to(torch.uint16))
+        return _grey_of_png(image, data)
+    if image.mode.startswith("I;16"):
+        grey = _as_bytes(pil_to_tensor(image).to(torch.uint16))
         return grey.expand(channels, -1, -1).clone()
-    if upright.mode in ("I", "F"):
+    if image.mode in ("I", "F"):
         raise ValueError(
-            f"its pixels are of Pillow's mode {upright.mode}, whose range is not that of brightness"
+            f"its pixels are of Pillow's mode {image.mode}, whose range is not that of brightness"
         )
     # Of no use without an alpha channel, and Pillow warns of it.
-    upright.info.pop("transparency", None)
-    pixels: Tensor = pil_to_tensor(upright.convert("L" if channels == 1 else "RGB"))
+    image.info.pop("transparency", None)
+    mode = "L" if channels == 1 else "RGB"
+    of_mode = image if image.mode == mode else image.convert(mode)
+    pixels: Tensor = pil_to_tensor(of_mode)
     return pixels
 
 
 def _grey_of_png(image: Any, data: Tensor) -> Tensor:
-    """The grey that torchvision makes of a PNG file's colours: it heeds the file's gamma, which Pillow does not.
+    """The grey that libpng makes of a PNG file's colours: it heeds the file's gamma, which Pillow does not.
 
-    It decodes a right file, written of what Pillow has decoded.
+    What decodes it gets a right file, written of what Pillow has decoded.
     """
     image.info.clear()
     file = io.BytesIO()
     image.convert("RGB").save(file, "PNG", compress_level=0)
     whole = png_with_gamma(file.getvalue(), data.numpy().data)
-    return _decode_by_torchvision(
-        torch.frombuffer(bytearray(whole), dtype=torch.uint8), channels=1
-    )
+    data_of_grey = torch.frombuffer(bytearray(whole), dtype=torch.uint8)
+    return _as_bytes(grey_of_right_png()(data_of_grey))

@@ -137,9 +137,11 @@ def _folder(
     own_part = item.part or "val"
     part = item.folder or own.args.get(FOLDERS[own_part]) or own_part
     leaves_out = own.bad_samples == "quarantine"
-    return evaluation_folder(
+    images, note = evaluation_folder(
         root, part, data.classes, own.max_pixels, leaves_out, key=place
     )
+    images.decode_short_side = own.decode_short_side
+    return images, note
 
 
 def _labelled(
@@ -152,9 +154,11 @@ def _labelled(
     root = _root_of(own, place)
     leaves_out = own.bad_samples == "quarantine"
     with _keys_within(place):
-        return labelled_part(
+        images, note = labelled_part(
             root, own.args["labels"], data.classes, own.max_pixels, leaves_out
         )
+    images.decode_short_side = own.decode_short_side
+    return images, note
 
 
 def _another(

@@ -43,6 +43,7 @@ class ImageFolder:
         self.root = root
         self.leaves_out = leaves_out
         self._max_pixels = max_pixels
+        self.decode_short_side: int | None = None  # `data.decode_short_side`
         self.paths = paths
         self.targets = targets
         # The first images, decoded; None for one that cannot be.
@@ -102,7 +103,11 @@ class ImageFolder:
         return self.targets[index]
 
     def _decode(self, path: str) -> torch.Tensor:
-        return decode(self.root / path, max_pixels=self._max_pixels)
+        return decode(
+            self.root / path,
+            max_pixels=self._max_pixels,
+            short_side=self.decode_short_side,
+        )
 
 
 # Not `torchvision.datasets.ImageFolder`: it puts the files of subfolders last, takes hidden folders for classes, skips

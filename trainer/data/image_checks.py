@@ -1,7 +1,7 @@
 """What is asked of an image file before a decoder sees it: whole chunks of a PNG, and a bearable size.
 
-torchvision's decoders allocate what a header asks for, and its PNG decoder kills the process where libpng finds an
-error. So the sizes are read here, and PNG files go to Pillow, which does not look at the checksums of the pixels.
+Decoders allocate what a header asks for, so the sizes are read here. Of PNG files, Pillow does not look at the
+checksums of the pixels, and torchvision's decoder kills the process where libpng finds an error.
 """
 
 from __future__ import annotations
@@ -126,7 +126,14 @@ def _gif_size(data: memoryview) -> tuple[int, int]:
     return size
 
 
-def png_for_pillow(data: memoryview) -> bytes:
+def png_size(file: bytes) -> tuple[int, int]:
+    """`(width, height)` of a PNG file that `png_of_pixels` gave. Raises `Unusable` unless it begins with its header."""
+    if file[12:16] != b"IHDR" or len(file) < PNG_HEADER_END:
+        raise Unusable.damaged("its first chunk is not IHDR")
+    return int.from_bytes(file[16:20], "big"), int.from_bytes(file[20:24], "big")
+
+
+def png_of_pixels(data: memoryview) -> bytes:
     """The PNG file with all that its pixels depend on and nothing else.
 
     Raises `Unusable` if any chunk is cut short or its checksum is wrong.

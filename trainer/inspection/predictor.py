@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from trainer.components.answers import Answer
 from trainer.components.models import build_model
 from trainer.components.task import build_task
+from trainer.config.schema import DataConfig
 from trainer.core.forward import Forward
 from trainer.core.further import LossState, restore_evaluated
 from trainer.core.precision import Precision
@@ -221,7 +222,7 @@ class Predictor:
         """Batches of files. Each file is loaded by itself, so that one that cannot be read does not fail its batch."""
         config = self.config
         transform = build_transforms("data.val_transforms", config.data.val_transforms)
-        files = _ImageFiles(paths, self._file_channels(), config.data.max_pixels)
+        files = _ImageFiles(paths, self._file_channels(), config.data)
         dataset = KeyedDataset(
             files, transform, seed=config.run.seed, purpose="predict"
         )
@@ -284,17 +285,21 @@ def _image_of(signature: Signature) -> tuple[str | None, list[int] | None]:
 class _ImageFiles:
     """Image files as a data set. `KeyedDataset` names a file by `paths` when it cannot be read."""
 
-    def __init__(self, paths: Sequence[Path], channels: int, max_pixels: int) -> None:
+    def __init__(
+        self, paths: Sequence[Path], channels: int, section: DataConfig
+    ) -> None:
         self.paths = paths
         self._channels = channels
-        self._max_pixels = max_pixels
+        self._max_pixels = section.max_pixels
+        self._decode_short_side = section.decode_short_side
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        # A target, which every sample must have.
-        return decode(self.paths[index], self._channels, self._max_pixels), 0
+        path = self.paths[index]
+        image = decode(path, self._channels, self._max_pixels, self._decode_short_side)
+        return image, 0  # a target, which every sample must have
 
 
 def unknown_answer(loss: str) -> str:

@@ -15,7 +15,8 @@ import torch
 
 from trainer.process.device import device_name, total_memory
 
-PACKAGES = ("torch", "torchvision", "accelerate", "numpy")
+# Pillow and TorchCodec decode images.
+PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "pillow", "torchcodec")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 GIB = 2**30
 

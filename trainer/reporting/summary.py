@@ -17,7 +17,7 @@ from trainer.components.schedule import Schedule
 from trainer.config.schema import BestConfig, TrainConfig
 from trainer.core.early_stop import describe_early_stop
 from trainer.core.evaluated_weights import describe_average
-from trainer.core.no_effect import keys_without_effect
+from trainer.core.no_effect import has_image_files, keys_without_effect
 from trainer.core.proof.prove import Proof
 from trainer.core.run import Run
 from trainer.core.whole_step import describe_scope
@@ -62,6 +62,7 @@ def header(
         ("loss", _describe_loss(run)),
         ("metrics", _describe_metrics(run)),
         ("data", _describe_data(run)),
+        ("decoding", _describe_decoding(run)),
         ("sampler", _describe_sampler(plan)),
         ("batch", batch_arithmetic(plan, fuse)),
         ("mix", "" if run.forward.mix is None else run.forward.mix.describe()),
@@ -166,6 +167,13 @@ def _describe_data(run: Run) -> str:
     if data.classes:
         parts.append(f"{len(data.classes)} classes")
     return " · ".join(parts)
+
+
+def _describe_decoding(run: Run) -> str:
+    side = run.config.data.decode_short_side
+    if side is None or not has_image_files(run):
+        return ""
+    return f"JPEG files decoded smaller, no shorter side below {side:,} pixels (data.decode_short_side)"
 
 
 def batch_arithmetic(plan: Plan, fuse: int = 1) -> str:
