@@ -28,7 +28,7 @@ def watch_stop(ranks: Ranks, seconds_a_step: float) -> tuple[int, list[int]]:
         return ask(ranks, values)
 
     ranks.largest_each_async = noted  # type: ignore[method-assign]
-    signals.time = SimpleNamespace(monotonic=lambda: now)  # type: ignore[assignment]
+    signals.time = SimpleNamespace(monotonic=lambda: now)  # type: ignore[attr-defined]
     with StopRequest(ranks) as stop:
         while step < STEPS:
             step += 1
