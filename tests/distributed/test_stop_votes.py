@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ def watch_stop(ranks: Ranks, seconds_a_step: float) -> tuple[int, list[int]]:
         return ask(ranks, values)
 
     ranks.largest_each_async = noted  # type: ignore[method-assign]
-    signals.time = SimpleNamespace(monotonic=lambda: now)  # type: ignore[assignment]
+    signals.time = SimpleNamespace(monotonic=lambda: now)  # type: ignore[attr-defined]
     with StopRequest(ranks) as stop:
         while step < STEPS:
             step += 1
@@ -54,6 +55,6 @@ def test_ranks_ask_by_the_clock_of_rank_0() -> None:
     assert long_end == SIGNALLED_AT + 1
     # Steps of a millisecond: seldom, soon.
     assert short_questions[:6] == [0, 1, 3, 7, 15, 31]
-    gaps = [b - a for a, b in zip(short_questions, short_questions[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(short_questions)]
     assert max(gaps) == MOST_STEPS_BETWEEN_ANSWERS
     assert SIGNALLED_AT < short_end <= SIGNALLED_AT + MOST_STEPS_BETWEEN_ANSWERS + 1

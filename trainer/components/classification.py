@@ -57,7 +57,7 @@ class CrossEntropy(ScoresTask):
         self.metrics = ("accuracy", *(f"top{k}_accuracy" for k in self.top_k))
 
     def convert_targets(self, output: Tensor, targets: Any) -> Tensor:
-        if is_plain_ids(output, targets):
+        if is_plain_ids(targets, output):
             return targets
         check_output(output, "cross_entropy")
         converted = as_class_targets(

@@ -119,9 +119,10 @@ def _can_be_fused(target: Any, arguments: dict[str, Any], model: ModelAndLoss) -
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
     """Give each group `factor` times its base learning rate."""
-    for group in _all_groups(optimizer):
-        if "initial_lr" in group:
-            group["lr"] = group["initial_lr"] * factor
+    for part in with_inner(optimizer):
+        for group in part.param_groups:
+            if "initial_lr" in group:
+                group["lr"] = group["initial_lr"] * factor
 
 
 def _all_groups(optimizer: Optimizer) -> Iterator[dict[str, Any]]:

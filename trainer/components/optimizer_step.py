@@ -43,5 +43,5 @@ def _is_watched(optimizer: Optimizer) -> bool:
         or attributes.get("_optimizer_step_post_hooks", True)
         or torch_optimizer._global_optimizer_pre_hooks
         or torch_optimizer._global_optimizer_post_hooks
-        or torch.autograd._profiler_enabled()
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     )

@@ -29,7 +29,7 @@ def check_output(output: Any, name: str) -> None:
     )
 
 
-def is_plain_ids(output: Any, targets: Any) -> TypeGuard[Tensor]:
+def is_plain_ids(targets: Any, output: Any) -> TypeGuard[Tensor]:
     """True for class ids in the form that torch takes, with scores in one tensor: what most runs have."""
     return (
         isinstance(output, Tensor)
@@ -49,7 +49,7 @@ def as_class_targets(
     which waits for the device.
     """
     labels = _as_tensor(output, targets)
-    if is_plain_ids(output, labels):
+    if is_plain_ids(labels, output):
         return labels
     if output.dim() < 2 or labels.is_complex():
         raise mismatch(output, labels)

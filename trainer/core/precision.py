@@ -53,7 +53,7 @@ class Precision:
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
         # As the gradient of the loss itself, the factor costs less than a product and its backward.
-        loss.backward(loss_scale)  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss, loss_scale)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Bring the gradients to their true size. Call it at most once a step, before anything reads them."""

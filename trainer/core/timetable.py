@@ -31,7 +31,7 @@ class Timetable:
         return total if stop_after is None else min(total, stop_after)
 
     def is_quiet(self, step: Step) -> bool:
-        """True if only the next step follows `step`: no row, no evaluation, no checkpoint, and neither end."""
+        """True only if nothing but the next step follows: no row, no evaluation, no checkpoint, no end of any kind."""
         first, end = self._quiet
         if not first <= step.number < end:
             first, end = self._quiet[:] = step.number, self._next_event(step.number)
