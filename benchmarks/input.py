@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import process_time
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -186,17 +188,18 @@ def with_library(library: str, way: Way) -> Way:
     """`way` with `library` as the best that is there."""
 
     def run() -> None:
-        kept = decoders._torchcodec, decoders._torchvision
-        if library != "torchcodec":
-            decoders._torchcodec = lambda: None
-        if library == "pillow":
-            decoders._torchvision = lambda: None
-        decoders.decoder.cache_clear()
-        try:
-            way()
-        finally:
-            decoders._torchcodec, decoders._torchvision = kept
+        with ExitStack() as changes:
+            if library != "torchcodec":
+                changes.enter_context(
+                    patch.object(decoders, "_torchcodec", lambda: None)
+                )
+            if library == "pillow":
+                changes.enter_context(
+                    patch.object(decoders, "_torchvision", lambda: None)
+                )
             decoders.decoder.cache_clear()
+            way()
+        decoders.decoder.cache_clear()
 
     return run
 

@@ -493,6 +493,16 @@ def test_scale_names_the_runs_that_differ() -> None:
     )
 
 
+@pytest.mark.slow
+def test_input_prints_and_saves_every_way(tmp_path: Path) -> None:
+    page = tmp_path / "input.md"
+    printed = run("input", "--quick", "--save", str(page))
+    for text in (printed, page.read_text()):
+        assert text.count("the tutorials' loader") == 2
+        assert text.count("Lockstep, by pillow") == 5
+        assert text.count("data.decode_short_side=256") == 4
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_benchmark_can_be_imported(name: str) -> None:
     module = importlib.import_module(f"benchmarks.{name}")

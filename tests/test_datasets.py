@@ -25,8 +25,9 @@ from trainer.data.datasets import Datasets, ImageArrays, build_datasets
 from trainer.data.decoding import decode
 from trainer.errors import ConfigError, DataError
 
+# A deprecated decoder would be called.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:The image decoding and encoding:DeprecationWarning"
+    "error:The image decoding and encoding:DeprecationWarning"
 )
 
 

@@ -28,8 +28,9 @@ from trainer.storage.fingerprint import fingerprint
 from trainer.sweep.description import read_sweep
 from trainer.sweep.same_data import describe_other_data
 
+# A deprecated decoder would be called.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:The image decoding and encoding:DeprecationWarning"
+    "error:The image decoding and encoding:DeprecationWarning"
 )
 
 COLOURS = {
