@@ -432,6 +432,13 @@ class TrainConfig(Section):
         "how many of the newest checkpoints to keep; 0 writes one only where the run is stopped before its end",
         minimum=0,
     )
+    profile: int | None = key(
+        None,
+        "trace so many steps with torch's profiler, once each session, and say what holds a step up (docs/profile.md); "
+        "null = none",
+        unit="steps",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

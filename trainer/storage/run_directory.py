@@ -53,6 +53,7 @@ FREE_KEYS = (
     "train.checkpoint_every",
     "train.checkpoint_every_epochs",
     "train.keep_checkpoints",
+    "train.profile",
     "early_stop",
     "wandb",
     "observers",
