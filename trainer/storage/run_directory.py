@@ -46,6 +46,7 @@ FREE_KEYS = (
     "data.prefetch",
     "batch.fuse",
     "batch.eval_size",
+    "train.cudnn_benchmark",
     "train.epochs",
     "train.max_steps",
     "train.stop_after",

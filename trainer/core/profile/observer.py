@@ -48,7 +48,7 @@ class ProfileObserver(Observer):
         self._wait_clock: WaitClock | None = None
         self._ranges: PhaseRanges | None = None
         self._start = 0.0
-        self._seconds = 0.0  # of a step, without the profiler
+        self.seconds = 0.0  # of a step, without the profiler
         self._loading = 0.0
 
     def begin(self, run: Run) -> None:
@@ -95,7 +95,7 @@ class ProfileObserver(Observer):
         assert self._wait_clock is not None
         first, last = self._windows.timed
         count = last - first + 1
-        self._seconds = (perf_counter() - self._start) / count
+        self.seconds = (perf_counter() - self._start) / count
         self._loading = self._wait_clock.seconds / count
         activity.listener = None
 
@@ -115,7 +115,7 @@ class ProfileObserver(Observer):
         first, last = self._windows.traced
         events: Any = profiler.events()  # type: ignore[no-untyped-call]
         traced = measure(spans_of(events), last - first + 1)
-        own = combine(self._seconds, self._loading, traced)
+        own = combine(self.seconds, self._loading, traced)
         run = self._run
         self.profiles = run.ranks.gather([own])
         lines = self._report(step)
