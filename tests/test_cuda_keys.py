@@ -46,7 +46,8 @@ def test_bitwise_rounds_to_tf32_where_standard_does(
 
 def set_by_newer_names() -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    cudnn: Any = torch.backends.cudnn
+    cudnn.conv.fp32_precision = "ieee"
 
 
 def set_by_older_names() -> None:
@@ -138,11 +139,11 @@ def test_results_of_graphs_outlive_the_next_replay(is_kept: bool) -> None:
     memory = {"output": torch.zeros(4, 2), "gradient": torch.zeros(2, 3)}
     batches = [torch.randn(4, 3), torch.randn(4, 3)]
     expected = [batch @ model.weight.T for batch in batches]
-    (expected[0].sum() + expected[1].square().sum()).backward()
+    (expected[0].sum() + expected[1].square().sum()).backward()  # type: ignore[no-untyped-call]
     gradient = model.weight.grad
     model.weight.grad = None
 
-    model._compiled_call_impl = lambda inputs: _GraphedLinear.apply(  # type: ignore[method-assign]
+    model._compiled_call_impl = lambda inputs: _GraphedLinear.apply(
         inputs, model.weight, memory
     )
     if is_kept:
