@@ -71,7 +71,8 @@ def error(*overrides: str, text: str = "", directory: Path | None = None) -> str
         ),
         (
             "train.compile=1",
-            "train.compile: 1 is not a boolean (true or false) (the command line)",
+            "train.compile: 1 is not a boolean (true or false) or default|reduce-overhead|max-autotune (the command "
+            "line)",
         ),
         ("optimizer.lr=fast", "optimizer.lr: fast is not a number (the command line)"),
         ("data.mean=0.5", "data.mean: 0.5 is not a list of numbers (the command line)"),
@@ -127,7 +128,7 @@ def test_a_mistake_is_one_message(override: str, message: str) -> None:
         (lambda: TrainConfig(epochs=2.5), "train.epochs: 2.5 is not an integer"),  # type: ignore[arg-type]
         (
             lambda: TrainConfig(compile=1),
-            "train.compile: 1 is not a boolean (true or false)",
+            "train.compile: 1 is not a boolean (true or false) or default|reduce-overhead|max-autotune",
         ),  # type: ignore[arg-type]
         (lambda: BatchConfig(size=torch.tensor(0)), "batch.size: 0 is less than 1"),  # type: ignore[arg-type]
         (lambda: DataConfig(mean=(0.5, "a")), "data.mean: a is not a number"),  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from tests.distributed.small import Images, config, conv_net
 from trainer import LockstepError, Observer, Trainer
 from trainer.exact.determinism import run_settings
 from trainer.exact.plan import Step
+from trainer.exact.tf32 import tf32_in_use
 from trainer.reporting.jsonl import read_rows
 
 
@@ -28,10 +29,7 @@ def settings() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "benchmark": torch.backends.cudnn.benchmark,
         "deterministic": torch.backends.cudnn.deterministic,
-        "tf32": (
-            torch.backends.cuda.matmul.allow_tf32,
-            torch.backends.cudnn.allow_tf32,
-        ),
+        "tf32": tf32_in_use(),
         "fill": torch.utils.deterministic.fill_uninitialized_memory,
         "environment": {
             name: value
@@ -87,7 +85,6 @@ def test_a_bitwise_run_leaves_its_process_as_it_was(tmp_path: Path, fail: bool) 
             "threads": 1,
             "deterministic": True,
             "fill": False,
-            "tf32": (False, False),
             "environment": before["environment"]
             | {
                 "CUBLAS_WORKSPACE_CONFIG": ":4096:8",

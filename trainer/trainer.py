@@ -31,6 +31,8 @@ from trainer.core.left_out import LeftOut
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.observers import Observer, Observers, Stateful
 from trainer.core.preflight import check_order, notes_on
+from trainer.core.profile.begin import add_profile
+from trainer.core.profile.observer import ProfileObserver
 from trainer.core.proof.prove import Proof, prove
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.rehearsal import check_states
@@ -175,6 +177,7 @@ class Trainer:
         self.proof = Proof(off="not made")  # until `prove`
         self._statistics_are_read = False  # after each step, by an observer or its like
         self._batches: TrainLoader | None = None
+        self._profile: ProfileObserver | None = None
         self._journal: Journal | None = None
         self._attributes_of_trainer = frozenset(vars(self)) - attributes_before
         self._stateful_objects()  # refuses now what could not be saved later
@@ -259,6 +262,8 @@ class Trainer:
                 finally:
                     activity.leave(sys.exception())
                     self.end_loading()
+                    if self._profile is not None:
+                        self._profile.close()
 
     def _build_trackers(self) -> list[Tracker]:
         """The trackers of the config, on the main process; the others need no packages for them."""
@@ -318,6 +323,8 @@ class Trainer:
         )
         if self.resuming.rate_note:
             header.append(("resumed", self.resuming.rate_note))
+        if line := self._begin_profile():
+            header.append(("profile", line))
         facts = journal.with_sharing(self.run.facts_of_ranks)
         journal.begin(
             header,
@@ -336,6 +343,18 @@ class Trainer:
         every = self.config.wandb.log_histograms_every
         if every is not None and journal.wandb is not None:
             self.observers.add(HistogramObserver(self.module, journal.wandb, every))
+
+    def _begin_profile(self) -> str:
+        """Profile what `train.profile` asks for; returns the header's line."""
+        self._profile, line = add_profile(
+            self.observers,
+            self.run,
+            self.timetable,
+            steps_done=self.progress.step,
+            directory=self.journal.directory,
+            note=self.journal.console.note,
+        )
+        return line
 
     def start(self) -> None:
         """Begin at the step after those that are done. A loop of one's own calls it once before `train_step`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks.gpu import equality, images, memory, speed, waiting
+from benchmarks.gpu import equality, images, memory, profiling, speed, waiting
 from benchmarks.gpu.check import Check
 from benchmarks.resnet import resnet18, resnet50
 
@@ -100,6 +100,29 @@ CHECKS: list[Check] = [
         ),
         LONG,
     ),
+    _correctness(
+        "hashes-tf32",
+        "Has a bitwise ResNet-18 with train.tf32=true?",
+        partial(
+            equality.same_hashes,
+            make_model=resnet18,
+            processes=(1, 2),
+            train__tf32=True,
+        ),
+        LONG,
+    ),
+    _correctness(
+        "cudnn-benchmark",
+        "Does a run with train.cudnn_benchmark=true learn?",
+        partial(equality.learns, train__cudnn_benchmark=True),
+        SHORT,
+    ),
+    _correctness(
+        "profile",
+        "Do the parts of a profile add up to a step, with kernels in them?",
+        profiling.profile_of_a_run,
+        SHORT,
+    ),
     _figure(
         "resnet50",
         "ResNet-50, bf16, channels_last: what share of the raw loop's images/s?",
@@ -140,7 +163,7 @@ CHECKS: list[Check] = [
     *(
         _figure(
             f"bitwise-cost-{precision}-{count}",
-            f"ResNet-50, {precision}, M = {count}: bitwise over standard, both without TF32?",
+            f"ResNet-50, {precision}, M = {count}: bitwise over standard?",
             partial(speed.bitwise_cost, precision=precision, micro_batches=count),
             LONG,
         )
@@ -158,6 +181,15 @@ CHECKS: list[Check] = [
         "Does a compiled model learn?",
         partial(equality.learns, train__compile=True),
         LONG,
+    ),
+    *(
+        _correctness(
+            f"compiled-{mode}",
+            f"Is a run with train.compile={mode} the run that nothing compiles, in fp64?",
+            partial(equality.compiled_in, mode=mode),
+            COMPILED,
+        )
+        for mode in ("reduce-overhead", "max-autotune")
     ),
     _figure(
         "resnet50-compiled",

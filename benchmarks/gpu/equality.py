@@ -148,6 +148,21 @@ def resume(setting: Setting) -> Answer:
     )
 
 
+def compiled_in(setting: Setting, *, mode: str) -> Answer:
+    """Four micro-batches a step, compiled in a mode that records CUDA graphs: the run that nothing compiles."""
+    if not setting.on_gpu:
+        raise Unanswered("compiled on a GPU only")
+    run = partial(
+        _end_of,
+        setting,
+        make_model=partial(small_cnn, 10),
+        batch__micro_size=16,
+        train__precision="fp64",
+        train__max_steps=5,
+    )
+    return _compare(run(mode, train__compile=mode), run("eager"))
+
+
 def with_dropout() -> nn.Module:
     return nn.Sequential(small_cnn(64), nn.Dropout(0.3), nn.Linear(64, 10))
 

@@ -202,15 +202,6 @@ def _arguments_for_weights(section: ModelConfig) -> dict[str, Any]:
     return arguments
 
 
-def compile_model(model: nn.Module, *, bitwise: bool) -> None:
-    """Compile a model in place. With `bitwise`, the kernels for a shape depend on that shape alone.
-
-    By default torch.compile makes kernels for any shape once it has seen a second one, and stops making more after a
-    number of shapes. Which shapes a rank sees first depends on the number of ranks.
-    """
-    model.compile(dynamic=False if bitwise else None)
-
-
 def input_channels(inputs: Any) -> int | None:
     """Channels of images `(N, C, H, W)`; None for anything else."""
     return inputs.shape[1] if isinstance(inputs, Tensor) and inputs.dim() == 4 else None

@@ -386,7 +386,20 @@ class TrainConfig(Section):
         False,
         "store weights and activations of images as (N, H, W, C), which is faster for convolutions",
     )
-    compile: bool = key(False, "compile the model with torch.compile")
+    compile: bool | Literal["default", "reduce-overhead", "max-autotune"] = key(
+        False,
+        "compile the model with torch.compile, in one of its modes; true = default (docs/cuda.md)",
+    )
+    tf32: bool | None = key(
+        None,
+        "on CUDA, let fp32 products be rounded to TF32, which is faster: true everywhere, false nowhere; null = in "
+        "convolutions alone, as torch does (docs/cuda.md)",
+    )
+    cudnn_benchmark: bool | None = key(
+        None,
+        "on CUDA, let cuDNN time its algorithms for each new shape and keep the fastest; null = torch's setting, off "
+        "unless you changed it",
+    )
     max_grad_norm: float | None = key(
         None,
         "clip the gradient of the whole step to this L2 norm; null = no clipping",
@@ -432,9 +445,18 @@ class TrainConfig(Section):
         "how many of the newest checkpoints to keep; 0 writes one only where the run is stopped before its end",
         minimum=0,
     )
+    profile: int | None = key(
+        None,
+        "trace so many steps with torch's profiler, once each session, and say what holds a step up (docs/profile.md); "
+        "null = none",
+        unit="steps",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.compile == "default":
+            object.__setattr__(self, "compile", True)  # one name for one thing
         if self.mix:
             read_section(MixConfig, self.mix)  # which checks it
 
@@ -746,10 +768,33 @@ class Config:
                 "train.max_grad_norm",
                 "0 would make every gradient zero; null turns clipping off",
             )
+        if self.run.reproducibility == "bitwise":
+            self._refuse_choice_by_timing()
         if not all(deviation > 0 for deviation in self.data.std or []):
             raise ConfigError(
                 "data.std",
                 f"{self.data.std} is not all above 0: channels are divided by it",
+            )
+
+    def _refuse_choice_by_timing(self) -> None:
+        """Bitwise mode takes no kernel that was the fastest this time, nor one whose bits nobody has compared."""
+        if self.train.cudnn_benchmark:
+            raise ConfigError(
+                "train.cudnn_benchmark",
+                "cannot be combined with run.reproducibility=bitwise: it chooses algorithms by timing them, and the "
+                "choice may change from run to run",
+            )
+        if self.train.compile == "max-autotune":
+            raise ConfigError(
+                "train.compile",
+                "max-autotune cannot be combined with run.reproducibility=bitwise: it chooses kernels by timing them; "
+                "use true",
+            )
+        if self.train.compile == "reduce-overhead":
+            raise ConfigError(
+                "train.compile",
+                "reduce-overhead cannot be combined with run.reproducibility=bitwise: its CUDA graphs have not been "
+                "shown to give the same bits; use true",
             )
 
     def fuse_refusal(self) -> str | None:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from trainer.components.compiling import compile_model
 from trainer.components.lazy import give_lazy_layers_sizes
-from trainer.components.models import build_model, compile_model, input_channels
+from trainer.components.models import build_model, input_channels
 from trainer.components.task import (
     Task,
     as_task,
@@ -55,7 +56,12 @@ def run_model(
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.train.compile:
-        compile_model(model, bitwise=config.run.reproducibility == "bitwise")
+        compile_model(
+            model,
+            config.train.compile,
+            bitwise=config.run.reproducibility == "bitwise",
+            device=ranks.device,
+        )
     return model, weights_note
 
 

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from trainer.components.parameter_groups import named_by_model
 from trainer.config.fields import declared_keys
 from trainer.config.schema import SECTIONS, Config
+from trainer.core.cuda_keys import has_tf32
 from trainer.core.run import Run
 from trainer.data.folder import ImageFolder
 from trainer.data.rows import Rows
@@ -250,6 +251,16 @@ RULES = (
         ("train.checkpoint_every", "train.checkpoint_every_epochs"),
         lambda run: run.config.train.keep_checkpoints == 0,
         "no checkpoint is kept (train.keep_checkpoints=0)",
+    ),
+    Rule(
+        ("train.tf32",),
+        lambda run: not has_tf32(run.config, run.ranks.device),
+        "nothing here can be rounded to TF32, which is for fp32 products on GPUs from Ampere on",
+    ),
+    Rule(
+        ("train.cudnn_benchmark",),
+        lambda run: run.ranks.device.type != "cuda",
+        "there is no cuDNN on this device",
     ),
     Rule(
         ("train.channels_last",),

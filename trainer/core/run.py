@@ -156,5 +156,8 @@ class Run:
 def settings_of(config: Config) -> AbstractContextManager[None]:
     """A context with the process-wide settings of a run with `config`; it restores those before at the end."""
     return run_settings(
-        bitwise=config.run.reproducibility == "bitwise", compiled=config.train.compile
+        bitwise=config.run.reproducibility == "bitwise",
+        compiled=bool(config.train.compile),
+        tf32=config.train.tf32,
+        cudnn_benchmark=config.train.cudnn_benchmark,
     )

@@ -11,8 +11,9 @@ import torch
 
 from trainer.errors import LockstepError
 from trainer.exact.seeding import preserved_generators
+from trainer.exact.tf32 import tf32 as tf32_policy
 
-SUMMARY = "deterministic algorithms · no TF32 · no autotuning · 1 CPU thread a process"
+SUMMARY = "deterministic algorithms · no autotuning · 1 CPU thread a process"
 ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # read when cuBLAS starts
     # train.compile: no kernel is chosen by timing it.
@@ -23,15 +24,28 @@ NO_DETERMINISTIC_KERNEL = "does not have a deterministic implementation"
 
 
 @contextmanager
-def run_settings(*, bitwise: bool, compiled: bool) -> Iterator[None]:
+def run_settings(
+    *,
+    bitwise: bool,
+    compiled: bool,
+    tf32: bool | None = None,
+    cudnn_benchmark: bool | None = None,
+) -> Iterator[None]:
     """A context with the settings that a run needs in its process. Those before come back at the end, also after an
     error; contexts may be nested.
+
+    `tf32` and `cudnn_benchmark` are the keys of `train`. None leaves the process's own setting in standard mode; in
+    bitwise mode it is torch's default, whatever the process had before.
 
     A run seeds the generators of its dropout and data over and over. They come back as well, so that what the caller
     draws after a run does not depend on it.
     """
     with ExitStack() as stack:
         stack.enter_context(preserved_generators())
+        if bitwise or tf32 is not None:
+            stack.enter_context(tf32_policy(tf32))
+        if cudnn_benchmark is not None:
+            stack.enter_context(_cudnn_benchmark(cudnn_benchmark))
         if bitwise:
             stack.enter_context(_deterministic())
             if compiled:
@@ -49,8 +63,6 @@ def _deterministic() -> Iterator[None]:
     flags: list[tuple[Any, str, bool]] = [
         (torch.backends.cudnn, "benchmark", False),
         (torch.backends.cudnn, "deterministic", True),
-        (torch.backends.cudnn, "allow_tf32", False),
-        (torch.backends.cuda.matmul, "allow_tf32", False),
         # Filling what is about to be overwritten changes no bit, and costs a kernel for every tensor.
         (torch.utils.deterministic, "fill_uninitialized_memory", False),
     ]
@@ -66,6 +78,17 @@ def _deterministic() -> Iterator[None]:
             for (owner, name, _), value in zip(flags, before, strict=True):
                 setattr(owner, name, value)
             torch.set_num_threads(threads)
+
+
+@contextmanager
+def _cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    """A context in which cuDNN times its algorithms for each new shape, or does not."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class Activity:
     `waits_for_ranks` while the host waits for other ranks; `samples` describes, when asked, what the loader was asked
     for last; `directory` is the run's, once it is open; `is_main_lost` says, when asked after rank 0 has ended, whether
     it left the run's directory as a killed process does; `error` is what ends the run, `position` where a wait for
-    other ranks failed.
+    other ranks failed; `listener` is told of every mark while steps are profiled.
     """
 
     __slots__ = (
@@ -48,6 +48,7 @@ class Activity:
         "error",
         "is_first_step",
         "is_main_lost",
+        "listener",
         "marks",
         "phase",
         "position",
@@ -71,11 +72,14 @@ class Activity:
         self.samples: Callable[[], str] | None = None
         self.position: str | None = None
         self.error: BaseException | None = None
+        self.listener: Callable[[Phase], None] | None = None
 
     def mark(self, phase: Phase) -> None:
         """Progress was made, and `phase` begins or goes on."""
         self.phase = phase
         self.marks += 1
+        if self.listener is not None:
+            self.listener(phase)
 
     def go_on(self) -> None:
         """Progress was made in the same phase."""

@@ -9,12 +9,14 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trainer.components.compiling import describe_compile
 from trainer.components.learning_rates import describe_layers
 from trainer.components.models import count_parameters
 from trainer.components.optimizer import named_state
 from trainer.components.parameter_groups import describe_groups
 from trainer.components.schedule import Schedule
 from trainer.config.schema import BestConfig, TrainConfig
+from trainer.core.cuda_keys import describe_tf32
 from trainer.core.early_stop import describe_early_stop
 from trainer.core.evaluated_weights import describe_average
 from trainer.core.no_effect import has_image_files, keys_without_effect
@@ -75,6 +77,8 @@ def header(
         ("average", describe_average(config)),
         ("early stop", describe_early_stop(config.early_stop)),
         ("device", device),
+        ("compile", describe_compile(config.train.compile, run.ranks.device.type)),
+        ("tf32", describe_tf32(config, run.ranks.device)),
         ("fuse", f"1: {fuse_note}" if fuse_note else ""),
         ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
         ("exchange", _describe_exchange(run)),

@@ -1,0 +1,173 @@
+"""Where the time of traced steps went, from the events of torch's profiler."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from trainer.core.profile.intervals import (
+    Intervals,
+    contains,
+    intersect,
+    length,
+    subtract,
+    union,
+)
+from trainer.core.profile.phases import RANGE, WAITING
+
+# Convolutions and matrix products: all else that a step computes is bound by memory, not by arithmetic.
+PRODUCT = re.compile(
+    r"convolution|conv\d|gemm|attention|matmul|lstm|gru|rnn"
+    r"|(?<![a-z])(?:add|b|badd)?mm(?![a-z])|(?<![a-z])linear(?![a-z0-9])|triton_tem"
+)
+# Operators of torch or of a package, and code made by torch.compile; not the spans around them.
+OPERATOR = re.compile(r"(?!autograd::|torch::autograd|c10d::)\w+::|## Call CompiledFx")
+COLLECTIVE = re.compile(r"nccl|gloo:|rccl|xccl", re.IGNORECASE)
+COPY = ("Memcpy", "Memset")
+WAITS_FOR_DEVICE = re.compile(r"(?:cuda|hip|xpu)\w*Synchronize$")
+MICROSECONDS = 1e-6
+LARGEST = 5  # operators that are named
+
+Kind = Literal["phase", "operator", "collective", "exchange", "kernel", "copy", "wait"]
+
+
+class Span(NamedTuple):
+    """An event of a trace: a `collective` runs on the device, an `exchange` on the host.
+
+    Seconds; `own` without the operators within, `on_device` of the kernels that it launched."""
+
+    kind: Kind
+    name: str
+    start: float
+    end: float
+    own: float = 0.0
+    on_device: float = 0.0
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """Where the time of one step went under the profiler, on this rank: seconds that add up to `seconds`.
+
+    With `has_device`, `products`, `others` and `communication` are the device's, and `host` is the time in which it
+    waited for the host to launch something. Without, `host` is the time that no operator took: Python, mostly.
+    Communication counts where nothing was computed meanwhile. `launches` are the kernels of a step, `host_waits` how
+    often the host waited for the device. `largest` has the operators that took most, with their shares of the
+    operators' time.
+    """
+
+    seconds: float
+    loading: float
+    products: float
+    others: float
+    communication: float
+    host: float
+    has_device: bool
+    launches: float
+    host_waits: float
+    largest: list[tuple[str, float]]
+
+
+def spans_of(events: Iterable[Any]) -> list[Span]:
+    """The events of a `torch.profiler.profile` that matter here."""
+    spans = []
+    for event in events:
+        kind = _kind(event)
+        if kind is None:
+            continue
+        on_device = sum(kernel.duration for kernel in event.kernels)
+        spans.append(
+            Span(
+                kind,
+                event.name,
+                event.time_range.start * MICROSECONDS,
+                event.time_range.end * MICROSECONDS,
+                event.self_cpu_time_total * MICROSECONDS,
+                on_device * MICROSECONDS,
+            )
+        )
+    return spans
+
+
+def _kind(event: Any) -> Kind | None:
+    name = event.name
+    if event.device_type.name != "CPU":
+        if event.is_user_annotation or name.startswith(RANGE):
+            return None  # the device's copy of a range
+        if COLLECTIVE.search(name):
+            return "collective"
+        return "copy" if name.startswith(COPY) else "kernel"
+    if name.startswith(RANGE):
+        return "phase"
+    if COLLECTIVE.match(name):
+        # Those that are not are the launch of one.
+        return "exchange" if event.is_async else None
+    if WAITS_FOR_DEVICE.match(name):
+        return "wait"
+    return "operator" if OPERATOR.match(name) else None
+
+
+def measure(spans: Sequence[Span], steps: int) -> TracedStep:
+    """One step of the `steps` that were traced, on average. The ranges of their phases must be among the spans."""
+    phases = [span for span in spans if span.kind == "phase"]
+    start = min(span.start for span in phases)
+    end = max(span.end for span in phases)
+    waiting = {RANGE + phase.name for phase in WAITING}
+    loading = _union(span for span in phases if span.name in waiting)
+    window = [(start, end)]
+    has_device = any(span.kind == "kernel" for span in spans)
+    if has_device:
+        computing = _union(span for span in spans if span.kind in ("kernel", "copy"))
+        computing = intersect(computing, window)
+    else:
+        operators = _union(span for span in spans if span.kind == "operator")
+        # What loads samples in this process is no part of the model.
+        computing = subtract(intersect(operators, window), loading)
+    kind = "collective" if has_device else "exchange"
+    collectives = _union(span for span in spans if span.kind == kind)
+    communicating = subtract(intersect(collectives, window), computing)
+    idle = subtract(subtract(window, computing), communicating)
+    if not has_device:
+        communicating = subtract(communicating, loading)
+    waiting_for_data = intersect(idle, loading) if has_device else loading
+    host = subtract(idle, waiting_for_data)
+    largest, product_share = _operators(spans, loading, has_device=has_device)
+    computed = length(computing) / steps
+    return TracedStep(
+        seconds=(end - start) / steps,
+        loading=length(waiting_for_data) / steps,
+        products=computed * product_share,
+        others=computed * (1 - product_share),
+        communication=length(communicating) / steps,
+        host=length(host) / steps,
+        has_device=has_device,
+        launches=sum(span.kind == "kernel" for span in spans) / steps,
+        host_waits=sum(span.kind == "wait" for span in spans) / steps,
+        largest=largest,
+    )
+
+
+def _union(spans: Iterable[Span]) -> Intervals:
+    return union((span.start, span.end) for span in spans)
+
+
+def _operators(
+    spans: Sequence[Span], loading: Intervals, *, has_device: bool
+) -> tuple[list[tuple[str, float]], float]:
+    """The operators that took most time, with their shares of all operators'; and the share of products."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for span in spans:
+        if span.kind != "operator":
+            continue
+        if has_device:
+            seconds[span.name] += span.on_device
+        elif not contains(loading, span.start):
+            seconds[span.name] += span.own
+    total = sum(seconds.values())
+    if not total:
+        return [], 0.0
+    products = sum(value for name, value in seconds.items() if PRODUCT.search(name))
+    ranked = sorted(seconds.items(), key=lambda item: -item[1])[:LARGEST]
+    return [(name, value / total) for name, value in ranked], products / total

@@ -1,0 +1,59 @@
+"""Which steps `train.profile` looks at."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from trainer.core.timetable import Timetable
+from trainer.exact.plan import Plan
+
+# Until then kernels are chosen, code is compiled, and loader processes fill their queues.
+WARM_UP_STEPS = 10
+MAX_SEARCHED = 100_000  # steps; where none fit in so many, none will
+
+
+class Windows(NamedTuple):
+    """`[first, last]` step numbers: those whose time is taken as it is, and those that the profiler traces.
+
+    The profiler slows down what it traces, so how long a step takes is measured without it.
+    """
+
+    timed: tuple[int, int]
+    traced: tuple[int, int]
+
+    def describe(self) -> str:
+        return f"steps {self.timed[0]} to {self.timed[1]} are timed, {self.traced[0]} to {self.traced[1]} traced"
+
+
+def find_windows(
+    plan: Plan, timetable: Timetable | None, *, steps_done: int, count: int
+) -> Windows | None:
+    """Twice `count` steps of this session; None if it has too few.
+
+    Between the steps of a window nothing is evaluated or saved, as `timetable` says; None where nothing ever is.
+    """
+    last = plan.total_steps if timetable is None else timetable.last_step
+    last = min(last, steps_done + MAX_SEARCHED)
+    timed = _uninterrupted(plan, timetable, steps_done + WARM_UP_STEPS, last, count)
+    if timed is None:
+        return None
+    traced = _uninterrupted(plan, timetable, timed[1], last, count)
+    return None if traced is None else Windows(timed, traced)
+
+
+def _uninterrupted(
+    plan: Plan, timetable: Timetable | None, after: int, last: int, count: int
+) -> tuple[int, int] | None:
+    """The first `count` steps in a row after step `after`; only the last of them may be followed by anything."""
+    length = 0
+    for step in plan.steps(after, last):
+        length += 1
+        if length == count:
+            return step.number - count + 1, step.number
+        if timetable is not None and (
+            timetable.is_evaluated(step)
+            or timetable.is_evaluated_within_epoch(step)
+            or timetable.is_checkpointed(step)
+        ):
+            length = 0
+    return None
