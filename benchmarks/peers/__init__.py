@@ -1,0 +1,1 @@
+"""Lockstep's `fit` beside the loops and trainers of others, on the same function."""
