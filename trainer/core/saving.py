@@ -120,6 +120,7 @@ class Saving:
         """
         progress.scaler = self._run.precision.state()
         states = read_states(objects, self._run.ranks)
+        self._state.collect(progress.step)
         write = partial(self._write_checkpoint, progress, states, files)
         self._run.ranks.on_main(write)
         self.go_on_from(progress)
@@ -154,6 +155,7 @@ class Saving:
         if is_average:
             self._average.refuse_not_finite(progress.best_step)
         with self._evaluations.weights(is_average=is_average):
+            self._state.collect_best()
             self._run.ranks.on_main(partial(self._write_best, row, files))
         activity.mark(LOGGING)
         return True
