@@ -53,11 +53,16 @@ class ShardedReduction(Reduction):
         return nullcontext(self._module)
 
     def finish(self, step: Step) -> None:
+        self._statistics.end_micro_batch()
+        self._keep_up(step)
         self._statistics.finish(step)
         super().finish(step)
 
     def _sum_over_ranks(self, step: Step) -> None:
-        """Run as many empty micro-batches as this rank lacks; the backwards have summed everything."""
+        """Nothing to do: the backwards have summed."""
+
+    def _keep_up(self, step: Step) -> None:
+        """Run as many empty micro-batches as this rank lacks, before any other collective."""
         first, end = step.ranks[self._ranks.rank]
         missing = max(stop - start for start, stop in step.ranks) - (end - first)
         if not missing:

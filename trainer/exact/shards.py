@@ -25,6 +25,16 @@ def has_shards(module: nn.Module) -> bool:
     return any(map(is_shard, module.parameters()))
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module's author wrote: `fully_shard` puts a subclass in its place."""
+    kind = type(module)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return kind
+    original: type[nn.Module] = kind.__mro__[2]
+    return original
+
+
 @torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's part, which shares memory with `tensor`."""
