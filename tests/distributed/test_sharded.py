@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+
+# Imported once, here, and not in each rank again.
+import torch.distributed.fsdp
+import torch.distributed.tensor
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,6 +21,7 @@ from tests.distributed.small import (
     Points,
     config,
     fitted,
+    header_of,
     largest_difference,
     mlp,
     rows_of,
@@ -189,3 +194,186 @@ def test_equals_one_process_and_changes_places_with_ddp(tmp_path: Path) -> None:
         assert shards["held"] < 0.4
     for name in ("shards", "to fsdp", "to ddp", "3"):
         assert_same_files(tmp_path / name, tmp_path / "whole")
+
+
+# ---------------------------------------------------------------- other models, and what ends a run
+
+
+class HalfUnused(nn.Module):
+    """The second head is used by micro-batches that hold a negative first input only, and the third by none."""
+
+    def __init__(self, *, has_third: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.always, self.sometimes = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.never = nn.Linear(6, 4) if has_third else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.always(x)
+        return out + self.sometimes(x) if x[0, 0] < 0.4 else out
+
+
+class Scalar(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.scale = nn.Linear(6, 4), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.scale * self.dense(x)
+        return result
+
+
+class TrainedLoss(Task):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(4))
+
+    def loss_sum(self, output: Tensor, targets: Tensor) -> Any:
+        loss = nn.functional.cross_entropy(output + self.bias, targets, reduction="sum")
+        return loss, len(targets)
+
+
+class WholeLoss(Task):
+    whole_step = True
+
+    def loss_sum(self, output: Tensor, targets: Tensor) -> Any:
+        return (output.sum(0) ** 2).sum(), len(targets)
+
+
+def points(sample: int | None = None) -> Points:
+    """60 points, one of which may be no number."""
+    data = Points(60, ignored=False)
+    if sample is not None:
+        data.points[sample] = torch.nan
+    return data
+
+
+def run_points(
+    directory: Path,
+    model: nn.Module,
+    *,
+    bad: int | None = None,
+    bad_in_validation: int | None = None,
+    task: Task | None = None,
+    **changes: Any,
+) -> dict[str, Tensor]:
+    settings = config(
+        directory,
+        run__proof="off",
+        batch__micro_size=4,
+        batch__eval_size=5,
+        train__epochs=1,
+        **changes,
+    )
+    trainer = fitted(
+        settings,
+        model,
+        train_data=points(bad),
+        val_data=points(bad_in_validation),
+        task=task,
+    )
+    return whole_state(trainer)
+
+
+def runs_of_points(directory: Path, parallel: str) -> list[dict[str, Tensor]]:
+    """The second head is used on some ranks and not on others; a model of layers; a step that is left out."""
+    shared = {"train__parallel": parallel}
+    return [
+        run_points(directory / "half", HalfUnused(), **shared),
+        run_points(directory / "layers", mlp(), optimizer__layer_decay=0.5, **shared),
+        run_points(
+            directory / "skip", mlp(), bad=17, train__non_finite="skip", **shared
+        ),
+    ]
+
+
+def test_other_models_are_the_same_as_on_one_process(tmp_path: Path) -> None:
+    (expected,) = on_ranks(1, runs_of_points, tmp_path / "1", "ddp")
+    for actual in on_ranks(3, runs_of_points, tmp_path / "3", "fsdp"):
+        for weights, others in zip(actual, expected, strict=True):
+            assert largest_difference(weights, others) < BOUND
+
+
+def message_of(*args: Any, **more: Any) -> str:
+    try:
+        run_points(*args, train__parallel="fsdp", **more)
+    except (ConfigError, LockstepError) as error:
+        return str(error)
+    return "no error"
+
+
+def refused_runs(directory: Path) -> list[str]:
+    return [
+        message_of(directory / "nan", mlp(), bad=17),
+        message_of(directory / "val", mlp(), bad_in_validation=33),
+        message_of(directory / "unused", HalfUnused(has_third=True)),
+        message_of(directory / "scalar", Scalar()),
+        message_of(directory / "loss", mlp(), task=TrainedLoss()),
+        message_of(directory / "whole", mlp(), task=WholeLoss()),
+    ]
+
+
+def test_what_ends_a_run_ends_it_on_every_rank_with_the_same_message(
+    tmp_path: Path,
+) -> None:
+    first, second = on_ranks(2, refused_runs, tmp_path)
+    assert first == second
+    expected = [
+        "not finite already in the data: 17",
+        "it is of validation samples 33",
+        "2 parameters got no gradient in the first step (never.weight, never.bias)",
+        "train.parallel: fsdp cuts parameters along their first dimension, and scale is a single number",
+        "train.parallel: fsdp shares out the model's parameters, and the loss has some of its own",
+        "train.parallel: fsdp cannot be combined with a loss of the whole step",
+    ]
+    for message, part in zip(first, expected, strict=True):
+        assert part in message
+
+
+OTHER_VALUES = {
+    "run.reproducibility": "bitwise",
+    "run.proof": "strict",
+    "train.precision": "fp16",
+    "train.compile": True,
+    "train.channels_last": True,
+    "train.find_unused_parameters": True,
+    "batch_norm.mode": "sync",
+    "batch_norm.recalibrate": 3,
+    "model.unfreeze": {1: "backbone"},
+    "data.bad_samples": "quarantine",
+    "ema.decay": 0.99,
+    "wandb.log_histograms_every": 10,
+    "batch.fuse": 2,
+}
+
+
+@pytest.mark.parametrize("key", OTHER_VALUES)
+def test_what_cannot_be_combined_is_refused_by_name(tmp_path: Path, key: str) -> None:
+    assert {need.key for need in NEEDS} <= OTHER_VALUES.keys()
+    changes = {key.replace(".", "__"): OTHER_VALUES[key], "train__parallel": "fsdp"}
+    with pytest.raises(
+        ConfigError, match="cannot be combined with train.parallel=fsdp"
+    ):
+        config(tmp_path, **changes)
+
+
+def test_blocks_are_items_of_containers_or_what_the_model_names() -> None:
+    model = Blocks()
+    assert blocks_of(model) == ["blocks.0", "blocks.1", "blocks.2"]
+    nested = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Sequential(model, model.head))
+    # The head is shared by two of the items, so it is no part of a block.
+    assert blocks_of(nested) == ["0"]
+    model._no_split_modules = ["Linear", "Conv2d"]  # type: ignore[assignment]
+    assert blocks_of(model) == [
+        "first",
+        "blocks.0.dense",
+        "blocks.1.dense",
+        "blocks.2.dense",
+        "head",
+    ]
+
+
+def test_one_process_holds_the_whole_model(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, "fsdp")
+    assert not any(map(is_shard, trainer.module.parameters()))
+    assert "one process" in header_of(trainer, tmp_path)["parallel"]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from trainer.errors import ConfigError
+from trainer.exact.shards import original_class
 from trainer.process.ranks import Ranks
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -45,14 +46,14 @@ def _of_classes(
     module: nn.Module, classes: set[str], path: str = ""
 ) -> Iterator[tuple[str, nn.Module]]:
     for key, child in module.named_children():
-        if type(child).__name__ in classes:
+        if original_class(child).__name__ in classes:
             yield path + key, child
         else:
             yield from _of_classes(child, classes, f"{path}{key}.")
 
 
 def _items(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    is_container = type(module) in CONTAINERS
+    is_container = original_class(module) in CONTAINERS
     for key, child in module.named_children():
         # A subclass of a container, such as torchvision's Conv2dNormActivation, is one layer to its author.
         if is_container and type(child) not in CONTAINERS:
