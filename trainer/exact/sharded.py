@@ -130,7 +130,7 @@ class _UseOfParameters:
             if parameter.requires_grad:
                 self._watched.add(name)
                 note = partial(self._note, name)
-                hook = parameter.register_post_accumulate_grad_hook(note)
+                hook = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
                 self._handles.append(hook)
 
     def _note(self, name: str, parameter: Tensor) -> None:

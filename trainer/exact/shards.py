@@ -53,7 +53,7 @@ def first_element(tensor: Tensor) -> int:
     rows = tensor.shape[0]
     mesh = as_shard.device_mesh
     rows_of_a_rank = -(-rows // mesh.size())
-    first_row = min(mesh.get_local_rank() * rows_of_a_rank, rows)
+    first_row: int = min(mesh.get_local_rank() * rows_of_a_rank, rows)
     return first_row * (tensor.numel() // rows)
 
 
