@@ -47,14 +47,14 @@ class SavedState:
         tensors, _ = named_state(self._optimizer, self._whole)
         ranks = self._run.ranks
         ranks.on_each(lambda: refuse_not_finite(self._whole, tensors, step))
-        self._weights = collect(checkpoint.tensors_of(self._run.module), ranks)
+        self._weights = collect(checkpoint.model_tensors(self._run.module), ranks)
         self._optimizer_tensors = collect(tensors, ranks)
 
     def collect_best(self) -> None:
         """The same for `write_best`."""
         if self._run.is_sharded:
             with evaluation_weights(self._optimizer):
-                tensors = checkpoint.tensors_of(self._run.module)
+                tensors = checkpoint.model_tensors(self._run.module)
                 self._weights = collect(tensors, self._run.ranks)
 
     def _take_weights(self) -> dict[str, Tensor]:

@@ -106,11 +106,11 @@ def snapshot(module: nn.Module) -> Tensors:
     # A copy even of CPU tensors: tied weights share memory, which safetensors refuses.
     return {
         name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in tensors_of(module).items()
+        for name, tensor in model_tensors(module).items()
     }
 
 
-def tensors_of(module: nn.Module) -> Tensors:
+def model_tensors(module: nn.Module) -> Tensors:
     """The module's parameters and buffers; what `get_extra_state` returns is kept beside them."""
     state = module.state_dict()
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
