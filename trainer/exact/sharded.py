@@ -48,14 +48,18 @@ class ShardedReduction(Reduction):
     def micro_batch(
         self, step: Step, indices: IndexRange
     ) -> AbstractContextManager[nn.Module]:
-        self._statistics.micro_batch(indices)
-        self._moving.micro_batch()
+        if self._statistics.is_on:
+            self._statistics.micro_batch(indices)
+        if self._moving.has_candidates:
+            self._moving.micro_batch()
         return nullcontext(self._module)
 
     def finish(self, step: Step) -> None:
-        self._statistics.end_micro_batch()
+        if self._statistics.is_on:
+            self._statistics.end_micro_batch()
         self._keep_up(step)
-        self._statistics.finish(step)
+        if self._statistics.is_on:
+            self._statistics.finish(step)
         super().finish(step)
 
     def _sum_over_ranks(self, step: Step) -> None:
