@@ -89,6 +89,9 @@ def trainer_of(directory: Path, parallel: str, **changes: Any) -> Trainer:
         "optimizer__lr": 0.01,
         "optimizer__decay_norm_and_bias": False,
         "loss__class_weights": [1.0, 0.2, 3.0, 0.7],
+        "ema__decay": 0.9,
+        "ema__every": 3,
+        "best__metric": "val_ema/loss",
         "train__mix": {"mixup": 0.4, "prob": 0.5},
     }
     return Trainer(
@@ -168,10 +171,17 @@ def runs_with_shards(directory: Path) -> list[dict[str, Any]]:
     ]
 
 
-def optimizer_state(directory: Path) -> dict[str, Tensor]:
+def last_checkpoint(directory: Path) -> Path:
     checkpoints = directory / "run" / "checkpoints"
-    last = checkpoints / (checkpoints / "last").read_text().strip()
-    return load_file(last / "optimizer.safetensors")
+    return checkpoints / (checkpoints / "last").read_text().strip()
+
+
+def optimizer_state(directory: Path) -> dict[str, Tensor]:
+    return load_file(last_checkpoint(directory) / "optimizer.safetensors")
+
+
+def averages(directory: Path) -> dict[str, Tensor]:
+    return load_file(last_checkpoint(directory) / "ema.safetensors")
 
 
 def best_model(directory: Path) -> dict[str, Tensor]:
@@ -185,13 +195,14 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def assert_same_files(actual: Path, expected: Path) -> None:
-    """Rows, the best model, the optimizer's state and the evaluation of the test set."""
+    """Rows, the best model, the average, the optimizer's state and the evaluation of the test set."""
     pairs = zip(rows_of(actual / "run"), rows_of(expected / "run"), strict=True)
     for row, other in pairs:
         # Of weights that differ in their last bits.
         row.pop("digest", None), other.pop("digest", None)
         assert row == pytest.approx(other, rel=1e-9, abs=BOUND)
     assert largest_difference(best_model(actual), best_model(expected)) < BOUND
+    assert largest_difference(averages(actual), averages(expected)) < BOUND
     states = optimizer_state(actual), optimizer_state(expected)
     assert largest_difference(*states) < 1e-9
     summaries = []
@@ -365,7 +376,6 @@ OTHER_VALUES = {
     "batch_norm.recalibrate": 3,
     "model.unfreeze": {1: "backbone"},
     "data.bad_samples": "quarantine",
-    "ema.decay": 0.99,
     "wandb.log_histograms_every": 10,
     "batch.fuse": 2,
 }

@@ -71,11 +71,6 @@ NEEDS = (
         "stop",
     ),
     Need(
-        "ema.decay",
-        (None,),
-        "an average of parameters of which each process holds a part is not there yet; use null",
-    ),
-    Need(
         "wandb.log_histograms_every",
         (None,),
         "histograms are of whole parameters; use null",

@@ -42,8 +42,6 @@ class SavedState:
 
         Raises `LockstepError` where the weights or the optimizer's state are not finite.
         """
-        if not self._run.is_sharded:
-            return
         tensors, _ = named_state(self._optimizer, self._whole)
         ranks = self._run.ranks
         ranks.on_each(lambda: refuse_not_finite(self._whole, tensors, step))
