@@ -30,7 +30,7 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "set train.compile=true instead"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "start plain processes"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "start plain processes"),
-        ("ACCELERATE_USE_FSDP", "true", "FSDP is not supported"),
+        ("ACCELERATE_USE_FSDP", "true", "set train.parallel=fsdp"),
     ],
 )
 def test_another_decider_is_refused(

@@ -24,6 +24,7 @@ from trainer.config.registry import build_observers
 from trainer.config.schema import Config
 from trainer.core.build import build_run
 from trainer.core.ema import build_average
+from trainer.core.empty_forwards import EmptyForwards
 from trainer.core.ending import Ending
 from trainer.core.evaluations import Evaluations
 from trainer.core.finite_watch import FiniteWatch
@@ -56,6 +57,8 @@ from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import modes_of_others, restore_modes
 from trainer.exact.plan import Plan, Step
 from trainer.exact.reduction import Reduction
+from trainer.exact.sharded import ShardedReduction
+from trainer.exact.shards import has_shards
 from trainer.exact.standard import StandardReduction
 from trainer.process.activity import (
     ENDING,
@@ -75,7 +78,7 @@ from trainer.reporting.trackers.base import Tracker
 from trainer.reporting.trackers.group import build_trackers
 from trainer.reporting.wandb.histograms import HistogramObserver
 from trainer.storage.checkpoint import Checkpoint, Progress
-from trainer.storage.digest import digest, hexadecimal
+from trainer.storage.digest import digest, digest_of_shards, hexadecimal
 from trainer.storage.environment import environment
 
 
@@ -144,6 +147,10 @@ class Trainer:
                 *observers,
             ]
         )
+        if isinstance(self.reduction, ShardedReduction):
+            empty = EmptyForwards(self.run)
+            self.observers.add(empty)
+            self.reduction.run_empty = empty.run
         self._average = build_average(self.run, self.optimizer)
         self.evaluations = Evaluations(
             self.run, self.optimizer, self.reduction, self._average, self.observers
@@ -207,7 +214,11 @@ class Trainer:
         For a step of your own that trains another module beside the model: drive it as `train_step` does `reduction`,
         with the parameters that require a gradient now. Every rank goes on with rank 0's weights.
         """
-        kind = BitwiseReduction if self.run.bitwise else StandardReduction
+        kind: type[Reduction] = StandardReduction
+        if self.run.bitwise:
+            kind = BitwiseReduction
+        elif has_shards(module):
+            kind = ShardedReduction
         return kind(
             module,
             self.config.batch_norm,
@@ -503,7 +514,9 @@ class Trainer:
         activity.mark(EXCHANGING)
         reduction.finish(step)
         activity.mark(UPDATING)
-        is_held_back = self.finite.mark(step.number, losses, reduction.gradients())
+        is_held_back = self.finite.mark(
+            step.number, losses, reduction.gradients_to_check()
+        )
 
         needs_norm = self._needs_gradient_norm(step)
         if needs_norm or self.observers.look_at_gradients:
@@ -598,14 +611,21 @@ class Trainer:
         activity.mark(LOGGING)
         row = self.measure(step)
         self.observers.row(row)
-        self.journal.log(row, self.digest() if self.ranks.is_main else "")
+        # Of shards a digest is a collective.
+        has_digest = self.ranks.is_main or self.run.is_sharded
+        self.journal.log(row, self.digest() if has_digest else "")
         self.saving.check_finite(self.progress, self.journal.directory)
 
     def digest(self) -> str:
-        """The digest of the weights, a loss's own included, which are the same on every rank."""
+        """The digest of the weights, a loss's own included, which is the same on every rank.
+
+        With `train.parallel=fsdp` a collective.
+        """
+        weights: dict[str, Tensor] = dict(self.module.named_parameters())
+        if self.run.is_sharded:
+            return hexadecimal(digest_of_shards(weights, self.ranks))
         whole = ModelAndLoss(self.module, self.run.task)
-        of_loss = whole.trained_loss_parameters()
-        return hexadecimal(digest(dict(self.module.named_parameters()) | of_loss))
+        return hexadecimal(digest(weights | whole.trained_loss_parameters()))
 
     def _read_meter(self) -> None:
         self.interval_totals.add(self.meter.read())

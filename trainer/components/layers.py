@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from trainer.components.heads import parent_names
 from trainer.errors import ConfigError
+from trainer.exact.shards import original_class
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # In a `group_matcher`, the suffix of what belongs to the layer before.
@@ -192,4 +193,4 @@ def _has_parts(module: nn.Module) -> bool:
 
 
 def _is_container(module: nn.Module) -> bool:
-    return type(module) in (nn.Sequential, nn.ModuleList)
+    return original_class(module) in (nn.Sequential, nn.ModuleList)

@@ -27,6 +27,7 @@ from trainer.components.state_tree import (
 )
 from trainer.errors import LockstepError
 from trainer.exact.model_and_loss import LOSS_PREFIX, ModelAndLoss
+from trainer.exact.shards import is_shard, part_like
 
 # By name an int, float, bool, str or None, or a tree (see `state_tree`); under PARAMETERS a list of names.
 Numbers = dict[str, Any]
@@ -137,6 +138,8 @@ class _Reader:
             self._numbers[name] = self._encode(value, name)
             return
         self._tensors[name] = value.detach().contiguous()
+        if is_shard(value):
+            return  # cut along rows, so it is contiguous and its parameter, too
         if owner in self._parameters:
             # Loading gives a tensor the strides of its parameter, or none of its own.
             parameter = self._parameters[owner]
@@ -318,7 +321,12 @@ def _strides_on_loading(value: Tensor, parameter: nn.Parameter) -> tuple[int, ..
 def _copy(
     value: Tensor, parameter: nn.Parameter, device: torch.device | None
 ) -> Tensor:
-    """A copy of `value` on `device`, with its own dtype, and the parameter's strides if it has its shape."""
+    """A copy of `value` on `device`, with its own dtype, and the parameter's strides if it has its shape.
+
+    It is shared out over the ranks as the parameter is.
+    """
+    if is_shard(parameter) and value.shape == parameter.shape:
+        return value.clone() if is_shard(value) else part_like(parameter, value).clone()
     strides_from = parameter if value.shape == parameter.shape else value
     copy = torch.empty_like(
         strides_from, dtype=value.dtype, device=device or value.device

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
 from trainer.config.evaluation_sets import (
@@ -29,6 +30,7 @@ from trainer.config.fields import (
 )
 from trainer.config.interpolation import References, escape, resolve, restore_references
 from trainer.config.several_optimizers import refuse_several_optimizers
+from trainer.config.sharded_parameters import check_needs_of_shards
 from trainer.config.trees import Tree, map_leaves
 from trainer.errors import ConfigError, nearest
 
@@ -400,6 +402,11 @@ class TrainConfig(Section):
         "on CUDA, let cuDNN time its algorithms for each new shape and keep the fastest; null = torch's setting, off "
         "unless you changed it",
     )
+    parallel: Literal["ddp", "fsdp"] = key(
+        "ddp",
+        "what several processes share: ddp, the work alone; fsdp, also parameters, gradients and optimizer state, of "
+        "which each holds its part, for models that do not fit (docs/multi-gpu.md); on one process it changes nothing",
+    )
     max_grad_norm: float | None = key(
         None,
         "clip the gradient of the whole step to this L2 norm; null = no clipping",
@@ -744,6 +751,8 @@ class Config:
                 "quarantine may leave a process without samples in a part of a step, and batch_norm.mode=sync needs "
                 "some of every process; use batch_norm.mode=micro, or data.bad_samples=stop",
             )
+        if self.train.parallel == "fsdp":
+            check_needs_of_shards(lambda key: attrgetter(key)(self))
         refusal = self.fuse_refusal()
         if refusal is not None and batch.fuse not in (1, "auto"):
             raise ConfigError(
@@ -805,6 +814,8 @@ class Config:
             return "cannot be combined with batch_norm.mode=sync, whose statistics span micro-batches of all processes"
         if self.train.compile:
             return "cannot be combined with train.compile=true: a compiled model cannot be intercepted layer by layer"
+        if self.train.parallel == "fsdp":
+            return "cannot be combined with train.parallel=fsdp: its check runs forwards on a process by itself"
         if self.data.collate is not None:
             return (
                 f"cannot be combined with data.collate={self.data.collate}: the batch that it makes of several "

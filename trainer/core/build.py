@@ -24,7 +24,7 @@ from trainer.components.task import (
 )
 from trainer.config.schema import BestConfig, Config
 from trainer.core.build_data import count_classes, run_data, with_notes
-from trainer.core.build_model import run_model, run_task
+from trainer.core.build_model import is_sharded, run_model, run_task, shard_model
 from trainer.core.early_stop import with_early_stop_metric
 from trainer.core.evaluated_weights import logged_phases
 from trainer.core.evaluation import EvaluationSet, Evaluator
@@ -119,6 +119,8 @@ def build_run(
     module, weights_note = ranks.on_each(build_module)
     the_task = run_task(config, task, num_classes, module)
     the_task.to(ranks.device, precision.dtype)
+    if is_sharded(config, ranks):
+        shard_model(module, the_task, ranks)
     check_classes(the_task, num_classes, data)
     # A machine may lack what a metric needs.
     config, named_metrics = ranks.on_each(
@@ -165,6 +167,7 @@ def build_run(
             features=Features(head),
             quarantine=quarantine,
             metrics=evaluation_metrics,
+            is_sharded=is_sharded(config, ranks),
         )
         sets[phase] = EvaluationSet(phase, dataset, loaders[phase], evaluator)
     return Run(
@@ -260,6 +263,6 @@ def _head_of_fixed_features(
     config: Config, task: Task, freezing: Freezing
 ) -> nn.Module | None:
     """The head, if running it on cached features gives what running the model gives; else None."""
-    return (
-        freezing.head if has_plain_predict(task) and not config.train.compile else None
-    )
+    # Parts of a model that is shared out are gathered by a forward of the whole.
+    runs_whole = config.train.compile or config.train.parallel == "fsdp"
+    return freezing.head if has_plain_predict(task) and not runs_whole else None

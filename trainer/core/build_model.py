@@ -17,9 +17,11 @@ from trainer.components.task import (
 )
 from trainer.components.weights import start_from_weights, weights_file
 from trainer.config.schema import Config
+from trainer.errors import ConfigError
 from trainer.exact.batch_norm import configure, refuse_cumulative_average
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
+from trainer.exact.sharding import shard
 from trainer.process.ranks import Ranks
 from trainer.storage.signature import (
     describe_other_classes,
@@ -52,7 +54,10 @@ def run_model(
     if weights is not None:
         weights_note += describe_other_classes(weights, classes)
     model = configure(model, config.batch_norm, ranks=ranks.count, device=ranks.device)
-    model.to(ranks.device, dtype)
+    if is_sharded(config, ranks):
+        model.to(dtype=dtype)  # the whole of it may not fit on the device
+    else:
+        model.to(ranks.device, dtype)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.train.compile:
@@ -63,6 +68,31 @@ def run_model(
             device=ranks.device,
         )
     return model, weights_note
+
+
+def is_sharded(config: Config, ranks: Ranks) -> bool:
+    """True for a run in which each process holds a part of the parameters."""
+    return config.train.parallel == "fsdp" and ranks.count > 1
+
+
+def shard_model(module: nn.Module, task: Task, ranks: Ranks) -> None:
+    """Leave each rank its part of the model (`train.parallel=fsdp`). A collective.
+
+    Raises `ConfigError` for a model or a loss that cannot be trained so.
+    """
+    if task.whole_step:
+        raise ConfigError(
+            "train.parallel",
+            "fsdp cannot be combined with a loss of the whole step (whole_step), whose two passes run other numbers of "
+            "forwards on each process; use ddp",
+        )
+    if ModelAndLoss(module, task).trained_loss_parameters():
+        raise ConfigError(
+            "train.parallel",
+            "fsdp shares out the model's parameters, and the loss has some of its own; make them the model's, or use "
+            "ddp",
+        )
+    shard(module, ranks)
 
 
 def run_task(

@@ -22,6 +22,7 @@ from trainer.errors import ConfigError, LockstepError
 from trainer.exact.finite import first_not_finite
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Step
+from trainer.exact.shards import is_shard, local_part, part_like, whole
 from trainer.process.device import sum_dtype
 
 STATISTICS = ("running_mean", "running_var")
@@ -133,11 +134,12 @@ class WeightAverage:
         torch._foreach_mul_(averages, decay)
         torch._foreach_add_(averages, parts)
 
+    # Where ranks hold parts of the parameters, they hold the same parts of the average.
     def _weights(self) -> list[Tensor]:
-        return [weight for weight, _ in self._tensors.values()]
+        return [local_part(weight) for weight, _ in self._tensors.values()]
 
     def _averages(self) -> list[Tensor]:
-        return [average for _, average in self._tensors.values()]
+        return [local_part(average) for _, average in self._tensors.values()]
 
     def _copy_weights(self) -> None:
         if self._tensors:
@@ -164,7 +166,7 @@ class WeightAverage:
     @torch.no_grad()
     def _exchange(self) -> None:
         # Values, not tensors: DDP, a compiled model and the optimizer know the model's by their addresses.
-        for weight, average in self._tensors.values():
+        for weight, average in zip(self._weights(), self._averages(), strict=True):
             before = weight.detach().clone()
             weight.copy_(average)
             average.copy_(before)
@@ -183,7 +185,11 @@ class WeightAverage:
         return {name: self._tensors[name][1] for name in sorted(self._tensors)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "average": self.tensors()}
+        """Its state, whole: a collective where ranks hold parts of it, which are then copied to the host."""
+        average = {}
+        for name, tensor in self.tensors().items():
+            average[name] = whole(tensor).cpu() if is_shard(tensor) else tensor
+        return {"updates": self.updates, "average": average}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -200,10 +206,10 @@ class WeightAverage:
                     f"the average of {name} is {tuple(value.shape)} in the checkpoint and {tuple(average.shape)} in "
                     f"this run; use the model that the run was started with"
                 )
-            average.copy_(value)
+            average.copy_(part_like(average, value) if is_shard(average) else value)
 
     def refuse_not_finite(self, step: int) -> None:
-        """Raise `LockstepError` if the average holds NaN or an infinity. Waits for the device."""
+        """Raise `LockstepError` if the average, or this rank's part, holds NaN or an infinity. Waits for the device."""
         found = first_not_finite(self.tensors())
         if found is not None:
             raise LockstepError(

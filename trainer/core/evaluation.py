@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.components.answers import Answer
+from trainer.components.task import WeightedSum
 from trainer.core.evaluation_metrics import EvaluationMetrics
 from trainer.core.features import Features
 from trainer.core.forward import Forward
@@ -90,6 +91,7 @@ class Evaluator:
         features: Features,
         metrics: EvaluationMetrics,
         quarantine: Quarantine | None = None,
+        is_sharded: bool = False,
     ) -> None:
         self._model = model
         self._forward = forward
@@ -99,6 +101,12 @@ class Evaluator:
         self._exact = exact
         requests = list(whole_requests(samples, batch_size, ranks.rank, ranks.count))
         self._passes = passes(loader, requests, quarantine)
+        # Where a forward is a collective: the share of rank 0, which is the largest.
+        self._largest_share: list[Request] = []
+        if is_sharded:
+            self._largest_share = list(
+                whole_requests(samples, batch_size, 0, ranks.count)
+            )
         self._loader = loader
         self._phase = FIRST_EVALUATION  # until the first batch
 
@@ -113,8 +121,8 @@ class Evaluator:
         self._metrics.begin()
         with preserved_modes(task), preserved_generators():
             task.eval()  # until the last metric is measured
-            for request, model, batch in self._in_eval_mode():
-                output, loss = self._forward(model, batch, None)
+            for request, model, batch in self._in_eval_mode(self._evaluated):
+                output, loss = self._evaluated(model, batch)
                 meter.add(batch, output, loss)
                 if self._metrics:
                     self._metrics.add(detach(output), batch.targets)
@@ -128,8 +136,11 @@ class Evaluator:
 
     @torch.no_grad()
     def rehearse(self) -> None:
-        """Run a few samples of this rank's share and measure them, as an evaluation would; the result is discarded."""
-        requests = self._passes.requests
+        """Run a few samples of this rank's share and measure them, as an evaluation would; the result is discarded.
+
+        Where a forward is a collective, every rank runs the same ones, so that all fail alike.
+        """
+        requests = self._largest_share or self._passes.requests
         if not requests:
             return
         first, last = requests[0].ids[0], requests[-1].ids[-1]
@@ -152,21 +163,24 @@ class Evaluator:
         return self._ranks.gather(found)
 
     def _own_samples_not_finite(self) -> list[int]:
+        found: list[int] = []
         for request in self._passes.requests:
             batch = self._loader.peek(request.ids)
-            _, loss = self._forward(self._model, batch, None)
-            if not loss.total.isfinite():
+            _, loss = self._evaluated(self._model, batch)
+            if not found and not loss.total.isfinite():
                 bad = samples_not_finite(self._loader, batch, request.ids, 0)
-                every: list[int] = request.ids.tolist()
-                return bad or every
-        return []
+                found = bad or request.ids.tolist()
+            if found and not self._largest_share:
+                break
+        self._keep_up(self._evaluated, None)
+        return found
 
     @torch.no_grad()
     def decisions(self) -> list[Decision]:
         """A classifier's decision for every sample that counts, in order, on every rank; empty for other tasks."""
         decisions: list[Decision] = []
         with preserved_generators():
-            for request, model, batch in self._in_eval_mode():
+            for request, model, batch in self._in_eval_mode(self._forward.predict):
                 decisions += self._decide(request, model, batch)
             self._passes.agree()
         decisions = self._ranks.gather(decisions)
@@ -195,7 +209,7 @@ class Evaluator:
         task = self._forward.task
         own = MeanIoU(task.ignore_index)
         with preserved_generators():
-            for _, model, batch in self._in_eval_mode():
+            for _, model, batch in self._in_eval_mode(self._forward.predict):
                 output = self._forward.predict(model, batch)
                 own.add(task.metric_inputs(output, batch.targets))
             self._passes.agree()
@@ -234,12 +248,37 @@ class Evaluator:
         """Discard what was cached: the model's weights have changed."""
         self._features.clear()
 
-    def _in_eval_mode(self) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
-        """Each batch with what it is run through: the model, or its head where the batch holds the features."""
+    def _evaluated(
+        self, model: nn.Module, batch: MicroBatch
+    ) -> tuple[Any, WeightedSum]:
+        """The output and the loss of a batch."""
+        return self._forward(model, batch, None)
+
+    def _keep_up(
+        self, run: Callable[[nn.Module, MicroBatch], Any], batch: MicroBatch | None
+    ) -> None:
+        """Where a forward is a collective: `run` a batch again until this rank has run as many as the busiest one."""
+        missing = len(self._largest_share) - len(self._passes.requests)
+        if missing > 0 and batch is None:
+            batch = self._loader.peek(self._largest_share[0].ids)
+        for _ in range(missing):
+            assert batch is not None
+            run(self._model, batch)
+
+    def _in_eval_mode(
+        self, run: Callable[[nn.Module, MicroBatch], Any]
+    ) -> Iterator[tuple[Request, nn.Module, MicroBatch]]:
+        """Each batch with what it is run through: the model, or its head where the batch holds the features.
+
+        `run` is what the caller runs for each.
+        """
         with self._eval_mode():
             batches_of_features = self._features.batches()
             if batches_of_features is None:
-                yield from self._loaded_batches()
+                batch = None
+                for request, model, batch in self._loaded_batches():
+                    yield request, model, batch
+                self._keep_up(run, batch)
             else:
                 self.close()
                 for request, (head, batch) in zip(

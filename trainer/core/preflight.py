@@ -40,6 +40,8 @@ OF_EACH_MACHINE = (
     "shares_run_directory",
 )
 
+# A resumed run may change it, and all ranks must agree: else some would wait for others for ever.
+SAME_ON_ALL_RANKS = ("train.parallel",)
 # Keys of the config for where a machine has its files. What the files hold is compared where it matters.
 OF_EACH_DISK = ("data.root", "model.weights")
 
@@ -147,13 +149,15 @@ def compute_alike(facts: Sequence[RankFacts]) -> bool:
 
 
 def _binding_keys(config: Config) -> dict[str, Any]:
-    """The keys that all ranks must share, with their values: all but those that a resumed run may change."""
+    """The keys that all ranks must share, with their values: nearly all but those that a resumed run may change."""
     changes = changed_keys({}, config.to_dict(digests=True))
-    return {
-        name: value
-        for name, (_, value) in changes.items()
-        if not (is_free(name) or name in OF_EACH_DISK or key_of_set(name) == "root")
-    }
+    keys = {}
+    for name, (_, value) in changes.items():
+        is_of_disk = name in OF_EACH_DISK or key_of_set(name) == "root"
+        is_bound = name in SAME_ON_ALL_RANKS or not is_free(name)
+        if is_bound and not is_of_disk:
+            keys[name] = value
+    return keys
 
 
 def _check_configs(config: Config, ranks: Ranks, hashes: list[str]) -> None:

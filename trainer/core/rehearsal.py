@@ -28,6 +28,7 @@ def rehearse(run: Run) -> None:
 
 
 def _rehearse(run: Run) -> None:
+    # With shards every forward is a collective, and here all ranks run the same samples.
     with without_trace(run):
         # SyncBatchNorm's forward is a collective, which a rank whose sample fails would miss.
         if run.config.batch_norm.mode != "sync":

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.components.freezing import Freezing
 from trainer.components.task import (
     Task,
 )
 from trainer.config.schema import Config
+from trainer.core.build_model import is_sharded
 from trainer.core.evaluation import EvaluationSet, Evaluator, OnBatch
 from trainer.core.evaluation_metrics import EvaluationMetrics
 from trainer.core.forward import Forward
@@ -35,6 +36,7 @@ from trainer.storage.run_directory import run_path
 from trainer.storage.signature import (
     Signature,
 )
+from trainer.storage.whole_tensors import spread
 
 
 @dataclass
@@ -84,6 +86,11 @@ class Run:
     def bitwise(self) -> bool:
         return self.config.run.reproducibility == "bitwise"
 
+    @property
+    def is_sharded(self) -> bool:
+        """True if each process holds a part of the parameters: then a forward is a collective."""
+        return is_sharded(self.config, self.ranks)
+
     def remaining(self, step: Step) -> Step:
         """A step of the plan without the samples that are known to be bad: as it was, or will be, trained."""
         if self.quarantine is None:
@@ -128,18 +135,26 @@ class Run:
         Only the main process reads them: no other machine needs to see the run's directory.
         """
         row: Row
+        tensors: dict[str, Tensor] = {}  # on the main process
         row, further = self.ranks.on_main(
-            lambda: self._read_best(directory or run_path(self.config.run))
+            lambda: self._read_best(directory or run_path(self.config.run), tensors)
         )
-        self.ranks.broadcast_parameters(self.module)
+        if self.is_sharded:
+            spread(self.module, tensors, self.ranks)
+        else:
+            self.ranks.broadcast_parameters(self.module)
         restore_evaluated(further, self.module, self.loss_state)
         if directory is not None:
             self.forget_features()
         return row
 
-    def _read_best(self, directory: Path) -> tuple[Row, dict[str, Any]]:
-        tensors, row = checkpoint.load_best(directory)
-        checkpoint.restore_model(self.module, tensors)
+    def _read_best(
+        self, directory: Path, tensors: dict[str, Tensor]
+    ) -> tuple[Row, dict[str, Any]]:
+        """The best model's row and further state; its weights go into the module and into `tensors`."""
+        weights, row = checkpoint.load_best(directory)
+        checkpoint.restore_model(self.module, weights)
+        tensors.update(weights)
         return row, checkpoint.load_best_further(directory)
 
     def forget_features(self) -> None:

@@ -9,6 +9,7 @@ from trainer.core.run import Run
 from trainer.errors import LockstepError
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.moving_buffers import NORM_BUFFERS, other_buffers
+from trainer.exact.shards import is_shard
 from trainer.storage.digest import digest, hexadecimal
 
 MAX_NAMED_RANKS = 8
@@ -50,7 +51,11 @@ def check_same_weights(run: Run, steps_done: int) -> None:
 def _tensors_to_compare(run: Run) -> dict[str, Tensor]:
     """What a checkpoint holds of the model and its loss."""
     whole = ModelAndLoss(run.module, run.task)
-    tensors: dict[str, Tensor] = dict(whole.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in whole.named_parameters():
+        # Of a parameter that is shared out each rank holds another part, and nobody a second one.
+        if not is_shard(parameter):
+            tensors[name] = parameter
     for buffer in other_buffers(whole, norms=True):
         if buffer.is_saved:
             tensors[buffer.name] = buffer.tensor

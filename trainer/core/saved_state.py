@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from trainer.components.optimizer import load_named_state, named_state
@@ -21,6 +22,7 @@ from trainer.exact.reduction import Reduction
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import FURTHER, Checkpoint, Progress
 from trainer.storage.run_directory import config_yaml
+from trainer.storage.whole_tensors import collect
 
 
 class SavedState:
@@ -31,6 +33,43 @@ class SavedState:
         self._optimizer = optimizer
         self._reduction = reduction
         self._whole = ModelAndLoss(run.module, run.task)
+        # With shards, on the main process, from `collect` until they are written.
+        self._weights: dict[str, Tensor] = {}
+        self._optimizer_tensors: dict[str, Tensor] = {}
+
+    def collect(self, step: int) -> None:
+        """Bring what `write_checkpoint` is to write to the main process, where ranks hold parts of it. A collective.
+
+        Raises `LockstepError` where the weights or the optimizer's state are not finite.
+        """
+        tensors, _ = named_state(self._optimizer, self._whole)
+        ranks = self._run.ranks
+        ranks.on_each(lambda: refuse_not_finite(self._whole, tensors, step))
+        self._weights = collect(checkpoint.model_tensors(self._run.module), ranks)
+        self._optimizer_tensors = collect(tensors, ranks)
+
+    def collect_best(self) -> None:
+        """The same for `write_best`."""
+        if self._run.is_sharded:
+            with evaluation_weights(self._optimizer):
+                tensors = checkpoint.model_tensors(self._run.module)
+                self._weights = collect(tensors, self._run.ranks)
+
+    def _take_weights(self) -> dict[str, Tensor]:
+        """A copy of the whole weights on the CPU."""
+        if not self._run.is_sharded:
+            return checkpoint.snapshot(self._run.module)
+        weights, self._weights = self._weights, {}
+        return weights
+
+    def _take_optimizer(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The whole state of the optimizer, which is finite."""
+        tensors, numbers = named_state(self._optimizer, self._whole)
+        if not self._run.is_sharded:
+            refuse_not_finite(self._whole, tensors, step)
+            return tensors, numbers
+        tensors, self._optimizer_tensors = self._optimizer_tensors, {}
+        return tensors, numbers
 
     def write_checkpoint(
         self, directory: Path, progress: Progress, states: dict[str, dict[str, Any]]
@@ -40,13 +79,12 @@ class SavedState:
         Raises `LockstepError` where the weights or the optimizer's state are not finite.
         """
         config: Config = self._run.config
-        tensors, numbers = named_state(self._optimizer, self._whole)
-        refuse_not_finite(self._whole, tensors, progress.step)
+        tensors, numbers = self._take_optimizer(progress.step)
         further = self._further()
         if further:
             states = states | {FURTHER: further}
         content = Checkpoint(
-            checkpoint.snapshot(self._run.module),
+            self._take_weights(),
             tensors,
             numbers,
             progress,
@@ -63,7 +101,7 @@ class SavedState:
         `saved_best_step` is the step of the best model that the newest checkpoint knows.
         """
         with evaluation_weights(self._optimizer):
-            tensors = checkpoint.snapshot(self._run.module)
+            tensors = self._take_weights()
         checkpoint.save_best(
             directory,
             tensors,

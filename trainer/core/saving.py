@@ -120,6 +120,9 @@ class Saving:
         """
         progress.scaler = self._run.precision.state()
         states = read_states(objects, self._run.ranks)
+        if self._run.is_sharded:
+            self._check_average(progress.step)
+            self._state.collect(progress.step)
         write = partial(self._write_checkpoint, progress, states, files)
         self._run.ranks.on_main(write)
         self.go_on_from(progress)
@@ -132,6 +135,10 @@ class Saving:
         progress.rows = files.rows
         progress.wandb_id = files.wandb_id
         self._state.write_checkpoint(files.directory / "checkpoints", progress, states)
+
+    def _check_average(self, step: int) -> None:
+        """Raise `LockstepError`, on every rank, if the average is not finite: a rank may see its own part alone."""
+        self._run.ranks.on_each(lambda: self._average.refuse_not_finite(step))
 
     def write_if_best(self, row: Row, progress: Progress, files: RunFiles) -> bool:
         """Save the model if the `row` of its evaluation is the best so far, and return whether it is. A collective.
@@ -152,8 +159,9 @@ class Saving:
         self._reduction.gather()
         is_average = best_is_average(self._run.config)
         if is_average:
-            self._average.refuse_not_finite(progress.best_step)
+            self._check_average(progress.best_step)
         with self._evaluations.weights(is_average=is_average):
+            self._state.collect_best()
             self._run.ranks.on_main(partial(self._write_best, row, files))
         activity.mark(LOGGING)
         return True

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from trainer.exact.shards import local_part
+
 CAPACITY = 256  # steps between two reads; more of them cost a copy of the flags
 INFINITY = float("inf")
 
@@ -98,13 +100,17 @@ class FiniteFlags:
 
 
 def first_not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds NaN or an infinity; None if none does. Waits for the device."""
+    """The name of the first tensor that holds NaN or an infinity; None if none does. Waits for the device.
+
+    Of tensors that are shared out, this rank looks at its own parts.
+    """
     names = []
     values = []
     for name, tensor in tensors.items():
-        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
+        part = local_part(tensor)
+        if (part.is_floating_point() or part.is_complex()) and part.numel():
             names.append(name)
-            values.append(tensor.detach())
+            values.append(part.detach())
     if not values:
         return None
     are_finite = _are_finite(values).tolist()

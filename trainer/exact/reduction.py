@@ -1,7 +1,7 @@
 """One gradient and one set of BatchNorm statistics from the micro-batches of all ranks.
 
-`Reduction` is what the training step drives. Its two implementations, `trainer.exact.standard` and
-`trainer.exact.bitwise`, differ in how they sum; both compute what one process would.
+`Reduction` is what the training step drives. Its implementations, `trainer.exact.standard`, `trainer.exact.sharded`
+and `trainer.exact.bitwise`, differ in how they sum; all compute what one process would.
 
     reduction.begin(step)
     for batch in batches:
@@ -181,6 +181,10 @@ class Reduction(ABC):
         """The gradients that there are: of the step, after `finish`."""
         return [p.grad for p in self._parameters.values() if p.grad is not None]
 
+    def gradients_to_check(self) -> list[Tensor]:
+        """Tensors that are finite if the step's whole gradient is: the same answer on every rank."""
+        return self.gradients()
+
     # ---------------------------------------------------------------- statistics
 
     def snapshot(self) -> Callable[[], None]:
@@ -258,11 +262,7 @@ class Reduction(ABC):
 
     def _refuse_unused_parameters(self) -> None:
         """A parameter without a gradient would make DDP wait for ever on several ranks, so one refuses it as well."""
-        unused = [
-            name
-            for name, p in self._parameters.items()
-            if p.grad is None and name not in self._loss_parameters
-        ]
+        unused = self._unused_parameters()
         if not unused:
             return
         names = ", ".join(unused[:NAMES_IN_A_MESSAGE])
@@ -272,6 +272,14 @@ class Reduction(ABC):
             f"{len(unused)} parameters got no gradient in the first step ({names}{more}); "
             f"set it to true if that is meant",
         )
+
+    def _unused_parameters(self) -> list[str]:
+        """The model's parameters without a gradient, after the first step's backward."""
+        return [
+            name
+            for name, p in self._parameters.items()
+            if p.grad is None and name not in self._loss_parameters
+        ]
 
     def _leave_out_unused_of_loss(self) -> None:
         """Parameters of the loss without a gradient in the first step are fixed ones, such as a teacher's."""

@@ -146,12 +146,12 @@ class StatisticsShare(RunningStatistics):
 
     def micro_batch(self, indices: IndexRange) -> None:
         """Before each of this rank's forwards."""
-        self._end_micro_batch()
+        self.end_micro_batch()
         self._watch.begin(is_fused=indices[1] - indices[0] > 1)
 
     def finish(self, step: Step) -> None:
         """After the step's last micro-batch of this rank. A collective in a step that is observed."""
-        self._end_micro_batch()
+        self.end_micro_batch()
         if self._observation is not None:
             self._share_what_moved(step, self._observation)
             self._observation = None
@@ -196,7 +196,8 @@ class StatisticsShare(RunningStatistics):
                         f"(as on rank {rank}); change its mode on every rank alike",
                     )
 
-    def _end_micro_batch(self) -> None:
+    def end_micro_batch(self) -> None:
+        """After each of this rank's forwards; called once more it does nothing."""
         name = self._watch.end()
         if name is None:
             return

@@ -43,7 +43,7 @@ SETTINGS = (
     LauncherSetting(
         "ACCELERATE_USE_FSDP",
         ("false",),
-        "FSDP is not supported; start plain processes",
+        "start plain processes, and set train.parallel=fsdp",
     ),
 )
 

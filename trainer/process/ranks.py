@@ -153,20 +153,27 @@ class Ranks:
         """Rank 0's `tensors`, by name, on every rank, on the CPU. The device holds one of them at a time."""
         if self.count == 1:
             return dict(tensors)
+        results: dict[str, Tensor] = {}
+        for name, buffer in self.broadcast_each(tensors):
+            results[name] = tensors[name] if self.is_main else buffer.cpu()
+        return results
+
+    def broadcast_each(
+        self, tensors: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Rank 0's `tensors` on every rank's device, one after the other, with their names."""
         layout = self.on_main(
             lambda: [
                 (name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()
             ]
         )
-        results: dict[str, Tensor] = {}
         for name, shape, dtype in layout:
             if self.is_main:
                 buffer = tensors[name].to(self.device)
             else:
                 buffer = torch.empty(shape, dtype=dtype, device=self.device)
             self.broadcast_tensor(buffer)
-            results[name] = tensors[name] if self.is_main else buffer.cpu()
-        return results
+            yield name, buffer
 
     # ---------------------------------------------------------------- tensors
 

@@ -28,6 +28,7 @@ from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.exchange_cost import describe_exchange
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Plan
+from trainer.exact.sharding import blocks_of
 from trainer.process.device import device_name
 from trainer.process.levels import ranks_per_machine
 from trainer.storage import bad_samples
@@ -79,6 +80,8 @@ def header(
         ("device", device),
         ("compile", describe_compile(config.train.compile, run.ranks.device.type)),
         ("tf32", describe_tf32(config, run.ranks.device)),
+        ("parallel", _describe_parallel(run)),
+        ("figures", _describe_figures(run)),
         ("fuse", f"1: {fuse_note}" if fuse_note else ""),
         ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
         ("exchange", _describe_exchange(run)),
@@ -126,6 +129,29 @@ def _describe_groups(run: Run, optimizer: Optimizer) -> list[str]:
     if len(lines) <= MAX_LISTED_GROUPS:
         return lines
     return [*lines[:MAX_LISTED_GROUPS], f"and {len(lines) - MAX_LISTED_GROUPS} more"]
+
+
+def _describe_parallel(run: Run) -> str:
+    """Only for parameters that are shared out."""
+    if run.config.train.parallel == "ddp":
+        return ""
+    if not run.is_sharded:
+        return "fsdp changes nothing here: one process holds the whole model"
+    parts = (
+        f"fsdp: parameters, gradients and optimizer state in {run.ranks.count} parts"
+    )
+    count = len(blocks_of(run.module))
+    if count:
+        return f"{parts}, gathered in {count} blocks and a rest"
+    return f"{parts}, gathered all at once: the model has no blocks (docs/multi-gpu.md)"
+
+
+def _describe_figures(run: Run) -> str:
+    if not run.is_sharded or not run.config.run.figures:
+        return ""
+    return (
+        "curves alone: with train.parallel=fsdp no process can run the model by itself"
+    )
 
 
 def _describe_best(best: BestConfig) -> str:

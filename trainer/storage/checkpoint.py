@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from trainer.config.secrets import holds_secret
 from trainer.errors import ConfigError, LockstepError
+from trainer.exact.shards import is_shard, part_like
 from trainer.storage.files import (
     REPLACED,
     make_file,
@@ -102,13 +103,17 @@ class Checkpoint:
 
 def snapshot(module: nn.Module) -> Tensors:
     """A copy of the module's parameters and buffers on the CPU."""
-    tensors = {}
-    for name, tensor in module.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            continue  # what `get_extra_state` returns is kept beside the weights
-        # A copy even of CPU tensors: tied weights share memory, which safetensors refuses.
-        tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
-    return tensors
+    # A copy even of CPU tensors: tied weights share memory, which safetensors refuses.
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in model_tensors(module).items()
+    }
+
+
+def model_tensors(module: nn.Module) -> Tensors:
+    """The module's parameters and buffers; what `get_extra_state` returns is kept beside them."""
+    state = module.state_dict()
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def save(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
@@ -221,13 +226,24 @@ def restore_model(module: nn.Module, tensors: Tensors) -> None:
 
 
 def with_extra_state(module: nn.Module, tensors: Tensors) -> dict[str, Any]:
-    """A `state_dict` of `tensors` and of what the module returns by `get_extra_state`, which loading asks for."""
-    extra = {
-        name: value
-        for name, value in module.state_dict().items()
-        if not isinstance(value, Tensor)
-    }
-    return extra | tensors
+    """A `state_dict` of `tensors` and of what the module returns by `get_extra_state`, which loading asks for.
+
+    Of a parameter that is shared out over the ranks it has this rank's part.
+    """
+    values: dict[str, Any] = dict(tensors)
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            values.setdefault(name, value)
+        elif is_shard(value) and name in values:
+            values[name] = _part_of_same(value, values[name])
+    return values
+
+
+def _part_of_same(shard: Tensor, value: Tensor) -> Tensor:
+    """This rank's part of `value`; one of another shape stays as it is, for torch to name it."""
+    if is_shard(value) or value.shape != shard.shape:
+        return value
+    return part_like(shard, value)
 
 
 def save_best(

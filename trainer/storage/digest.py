@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from trainer.exact.shards import first_element, is_shard, local_part
+from trainer.process.ranks import Ranks
+
 CHUNK = 1 << 22  # elements mixed at a time: bounds the temporary memory
 # By the bytes of an element.
 INTEGER_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -31,12 +34,35 @@ def digest(tensors: Mapping[str, Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.int64)
     position = 1
     for bits in _chunks(tensors):
-        mixed = torch.arange(position, position + len(bits), device=bits.device)
-        mixed.mul_(GOLDEN).bitwise_xor_(bits).mul_(MIXER)
-        mixed.bitwise_xor_(mixed >> 32)
-        total = total.to(bits.device) + mixed.sum()
+        total = total.to(bits.device) + _mixed(bits, position).sum()
         position += len(bits)
     return total
+
+
+@torch.no_grad()
+def digest_of_shards(tensors: Mapping[str, Tensor], ranks: Ranks) -> Tensor:
+    """What `digest` gives for the whole of tensors of which each rank holds a part. A collective.
+
+    Each rank adds up its own elements, by their positions in the whole.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=ranks.device)
+    position = 1
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if is_shard(tensor) or ranks.is_main:
+            start = position + first_element(tensor)
+            for piece in torch.split(_bits(local_part(tensor)), CHUNK):
+                total += _mixed(piece.long(), start).sum()
+                start += len(piece)
+        position += tensor.numel()
+    return ranks.sum_(total)
+
+
+def _mixed(bits: Tensor, position: int) -> Tensor:
+    """Each element's bits, int64, mixed with its position, the first one's being `position`."""
+    mixed = torch.arange(position, position + len(bits), device=bits.device)
+    mixed.mul_(GOLDEN).bitwise_xor_(bits).mul_(MIXER)
+    return mixed.bitwise_xor_(mixed >> 32)
 
 
 def hexadecimal(value: Tensor) -> str:

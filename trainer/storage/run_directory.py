@@ -50,6 +50,7 @@ FREE_KEYS = (
     "train.epochs",
     "train.max_steps",
     "train.stop_after",
+    "train.parallel",
     "train.log_every",
     "train.checkpoint_every",
     "train.checkpoint_every_epochs",

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainer.exact.shards import whole
+
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
@@ -26,8 +28,8 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
-    """The elements' bytes in row-major order. Copies to the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    """The elements' bytes in row-major order. Copies to the CPU. A collective for a tensor that is shared out."""
+    flat = whole(tensor).detach().cpu().contiguous().reshape(-1)
     if not flat.numel():
         return b""  # an empty tensor has no view of another dtype
     return flat.view(torch.uint8).numpy().tobytes()

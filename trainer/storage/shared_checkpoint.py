@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trainer.exact.shards import has_shards
 from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint
 from trainer.storage.stateful import join_state, split_state
+from trainer.storage.whole_tensors import spread
 
 
 def load_on_all(
@@ -39,7 +41,11 @@ def load_on_all(
     received, notes = ranks.on_main(read)
     if ranks.count == 1:
         return contents[0], notes
-    ranks.broadcast_parameters(module)
+    own_model = contents[0].model if contents else {}
+    if has_shards(module):
+        spread(module, own_model, ranks)
+    else:
+        ranks.broadcast_parameters(module)
     own = contents[0] if contents else received
     content = replace(
         received,

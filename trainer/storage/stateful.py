@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.errors import LockstepError
+from trainer.exact.shards import is_shard
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Files that every checkpoint has.
@@ -154,6 +155,9 @@ class _Encoder:
         return {ITEMS: items}
 
     def _add_tensor(self, tensor: Tensor, path: str) -> str:
+        if is_shard(tensor):
+            kind = "a part of a tensor, as train.parallel=fsdp shares it out"
+            raise self.unsupported(path, kind, "whole tensors, tensor.full_tensor()")
         if (
             tensor.layout != torch.strided
             or tensor.dtype not in DTYPES

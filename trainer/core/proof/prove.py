@@ -104,6 +104,10 @@ def prove(
     """
     if run.config.run.proof == "off":
         return Proof(off="off: nothing was tried on this model, loss and data")
+    if run.is_sharded:
+        return Proof(
+            off="none: with train.parallel=fsdp no process can run a micro-batch by itself"
+        )
     if run.ranks.device.type not in ("cpu", "cuda"):
         return Proof(off="none: it needs a CPU or a CUDA device")
     if steps_done >= run.plan.total_steps:

@@ -67,7 +67,8 @@ def draw(
     paths: dict[str, Path] = run.ranks.on_main(
         lambda: _draw_metrics(directory, folder, sets, schedule)
     )
-    if run.evaluator is not None and has_best:
+    # Pictures of predictions run the model on the main process alone, which parts of a model do not allow.
+    if run.evaluator is not None and has_best and not run.is_sharded:
         # The best model is loaded into the run's own module, so the last state must come back afterwards.
         last = checkpoint.snapshot(run.module)
         run.load_best()
