@@ -25,6 +25,7 @@ COMMANDS = (
     "replay",
     "explain",
     "compare",
+    "cache",
     "sweep",
     "sync",
 )

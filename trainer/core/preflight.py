@@ -41,7 +41,7 @@ OF_EACH_MACHINE = (
 )
 
 # Keys of the config for where a machine has its files. What the files hold is compared where it matters.
-OF_EACH_DISK = ("data.root", "model.weights")
+OF_EACH_DISK = ("data.root", "data.cache_dir", "model.weights")
 
 
 def check_ranks(config: Config, ranks: Ranks) -> list[RankFacts]:
