@@ -6,7 +6,6 @@ itself it does not see that, and copies the pixels to and fro. What is drawn is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from trainer.data.short_side import resize_uint8
 
 
-def fast_form(transform: Callable[..., Any]) -> Callable[..., Any]:
+def fast_form(transform: Any) -> Any:
     """A transform of an image alone that gives what `transform` gives, faster if it is that one; else `transform`.
 
     Whether the bits are the same is tried, not believed: it depends on the processor and on torchvision's version.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from trainer.data.image_store import ABOUT_FILE, CHANNELS, ImageStore, chunk_pat
 from trainer.data.names import normal_form
 from trainer.errors import DataError
 from trainer.storage.contents import file_size
-from trainer.storage.files import new_file, write_json
+from trainer.storage.files import sync
 
 FORMAT = 1
 SMALLEST_CHUNK = 16  # images
@@ -146,7 +147,7 @@ def is_complete(folder: Path, chunk: int) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     with suppress(OSError):  # a cache that may only be read is hashed every time
-        write_json(table_path, table | {"mtime_ns": state.st_mtime_ns})
+        _replace(table_path, table | {"mtime_ns": state.st_mtime_ns})
     return True
 
 
@@ -159,7 +160,20 @@ def write_about(folder: Path, source: Source) -> None:
     """Write what the cache in `folder` holds, if it does not say so yet."""
     path = folder / ABOUT_FILE
     if not path.is_file():
-        write_json(path, {"root": str(source.root.resolve()), **source.about})
+        _replace(path, {"root": str(source.root.resolve()), **source.about})
+
+
+def _replace(path: Path, value: Any) -> None:
+    """Replace a file's contents by `value` as JSON, as several processes may do at once."""
+    partial = path.with_name(
+        f".partial.{socket.gethostname()}.{os.getpid()}.{path.name}"
+    )
+    try:
+        partial.write_text(json.dumps(value))
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def open_store(folder: Path, source: Source) -> ImageStore:
@@ -181,6 +195,4 @@ def write_table(
         "heights": [height for height, _ in sizes],
         "widths": [width for _, width in sizes],
     }
-    path = chunk_path(folder, chunk, "json")
-    with new_file(path) as partial:
-        partial.write_text(json.dumps(table))
+    _replace(chunk_path(folder, chunk, "json"), table)
