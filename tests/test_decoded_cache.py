@@ -23,6 +23,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from trainer.__main__ import main
+from trainer.config.fields import read_section
 from trainer.config.schema import Config, DataConfig
 from trainer.core.decoded_images import with_decoded_images
 from trainer.data.datasets import Datasets, build_datasets
@@ -37,9 +38,6 @@ from trainer.storage import cache_build
 from trainer.storage.cache_build import open_or_build
 from trainer.storage.decoded_cache import Source
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The image decoding and encoding:DeprecationWarning"
-)
 FORK = multiprocessing.get_context("fork")
 IMAGES = 20  # of each class and part: 80 in all, 5 chunks
 SIDE = 24
@@ -85,7 +83,7 @@ def source(root: Path, decoded: Callable[[str], object] = str, **more: Any) -> S
         return shrink(decode(root / path), SIDE)
 
     paths = sorted(str(path.relative_to(root)) for path in root.rglob("*.jpg"))
-    values = Source(root, paths, SIDE, None, False, decode_small)
+    values = Source(root, paths, SIDE, None, None, False, decode_small)
     return replace(values, **more)
 
 
@@ -177,9 +175,10 @@ def test_a_wrong_key_is_one_clear_message(
         DataConfig(**changes)
 
 
-def test_other_data_sets_refuse_both_keys(tmp_path: Path) -> None:
-    for changes in ({"cache": "decoded", "cache_dir": "x"}, {"short_side": 20}):
-        section = DataConfig(name="digits", **changes)  # type: ignore[arg-type]
+def test_other_data_sets_refuse_both_keys() -> None:
+    cached: dict[str, Any] = {"cache": "decoded", "cache_dir": "x"}
+    for changes in (cached, {"short_side": 20}):
+        section = read_section(DataConfig, {"name": "digits", **changes})
         with pytest.raises(ConfigError, match=r"images of data.name=folder, not"):
             build_datasets(section, Any)  # type: ignore[arg-type]
 
@@ -379,9 +378,7 @@ def test_a_full_disk_is_said_before_and_when_it_fills(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(root)
-    monkeypatch.setattr(
-        cache_build.shutil, "disk_usage", lambda _: usage._replace(free=1000)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ConfigError, match=r"data.cache_dir: .* 0.0 GB free, and the"):
         build(root)
     monkeypatch.undo()
@@ -443,4 +440,4 @@ def test_about_says_what_a_cache_holds(root: Path) -> None:
     about = json.loads((build(root).folder / ABOUT_FILE).read_text())
     assert about["root"] == str(root)
     assert (about["images"], about["short_side"]) == (4 * IMAGES, SIDE)
-    assert set(about["decoded_by"]) == {"torch", "torchvision", "pillow"}
+    assert {"torch", "pillow"} <= set(about["decoded_by"])

@@ -70,9 +70,9 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-@pytest.mark.filterwarnings("ignore:The image decoding and encoding")
 def test_a_run_is_the_same_with_a_cache_and_without(root: Path, tmp_path: Path) -> None:
-    runs, cache = tmp_path / "runs", {"cache": "decoded"}
+    runs = tmp_path / "runs"
+    cache: dict[str, Any] = {"cache": "decoded"}
     here, there = tmp_path / "cache", tmp_path / "another"
     # Of 16 images and two of 16 pixels short: what the transforms need, 16 and 18.
     on_ranks(1, fit, root, runs, "plain", short_side=18)

@@ -61,6 +61,7 @@ def _open_store(
         sorted(paths, key=normal_form),
         first.short_side,
         first.max_pixels,
+        first.decode_short_side,
         first.leaves_out,
         first.decode,
     )

@@ -25,6 +25,7 @@ from trainer.data.conversion import (
     target_as_tensor,
 )
 from trainer.data.datasets import ImageArrays, MapDataset
+from trainer.data.folder import ImageFolder
 from trainer.data.geometry import SampleTransform
 from trainer.data.names import printable
 from trainer.data.worker_failure import is_limit
@@ -237,7 +238,9 @@ class KeyedDataset(Dataset[Any]):
     def _leaves_images_alone(self) -> bool:
         """True if nothing writes into an image before a batch is made of it: then it need not be copied first."""
         may_write = self._transform is not None and self._transform.may_write
-        is_offered = hasattr(self.dataset, "read_only")
+        # Not of a class of somebody's own, which gives other samples.
+        own = getattr(type(self.dataset), "__getitem__", None)
+        is_offered = own is ImageFolder.__getitem__
         return is_offered and not may_write and self.collation is None
 
     def pair(self, sample_id: int) -> tuple[Any, Any]:

@@ -301,7 +301,9 @@ class _ImageFiles:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.paths[index]
         image = decode(path, self._channels, self._max_pixels, self._decode_short_side)
-        return shrink(image, self._short_side), 0  # a target, which every sample must have
+        return shrink(
+            image, self._short_side
+        ), 0  # a target, which every sample must have
 
 
 def unknown_answer(loss: str) -> str:

@@ -14,15 +14,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import PIL
-import torchvision
 from PIL import Image
-from torch import Tensor, __version__
+from torch import Tensor
 
 from trainer.data.bad_samples import is_bad_sample
+from trainer.data.decoders import decoder_name
 from trainer.data.image_store import ABOUT_FILE, CHANNELS, ImageStore, chunk_path
 from trainer.data.names import normal_form
 from trainer.errors import DataError
@@ -47,6 +47,7 @@ class Source:
     paths: Sequence[str]
     short_side: int | None
     max_pixels: int | None
+    decode_short_side: int | None
     leaves_out: bool
     decode: Callable[[str], Tensor]
 
@@ -73,6 +74,7 @@ class Source:
             "chunk_size": self.chunk_size,
             "short_side": self.short_side,
             "max_pixels": self.max_pixels,
+            "decode_short_side": self.decode_short_side,
             "decoded_by": decoder_versions(),
             "files": self._files_sha256(),
         }
@@ -121,11 +123,8 @@ class Source:
 
 def decoder_versions() -> dict[str, str]:
     """What the pixels of a file depend on: its decoders, and torch, which resizes."""
-    return {
-        "torch": __version__,
-        "torchvision": torchvision.__version__,
-        "pillow": PIL.__version__,
-    }
+    libraries = ("torch", "pillow", decoder_name())
+    return {library: version(library) for library in libraries}
 
 
 def is_complete(folder: Path, chunk: int) -> bool:
