@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from torch import nn
 
 from tests.distributed.ranks import on_ranks
@@ -67,6 +68,7 @@ USELESS: dict[str, dict[str, Any]] = {
         "ema__start": 7,
         "ema__every": 5,
     },
+    "data.cache_dir has": {"data__cache_dir": "cache"},
     "train.max_steps has": {"train__max_steps": 9},
     "train.stop_after has": {"train__stop_after": 9},
     "train.channels_last has": {"train__channels_last": True},
@@ -127,7 +129,22 @@ class ImageFiles(ImageFolder):
         return self._images[index]
 
 
+def cached_images(folder: Path) -> dict[str, Any]:
+    """Changes for a folder of images that is decoded into files."""
+    for part in ("train", "val"):
+        for name in "abcd":
+            (folder / part / name).mkdir(parents=True)
+            Image.new("RGB", (5, 5)).save(folder / part / name / "0.png")
+    cache_dir = str(folder / "cache")
+    keys = {"name": "folder", "root": str(folder), "cache_dir": cache_dir}
+    return {f"data__{key}": value for key, value in keys.items()} | {
+        "data__cache": "decoded"
+    }
+
+
 def data_for(changes: dict[str, Any]) -> list[Any]:
+    if "data__cache" in changes:
+        return []
     if "data__columns" in changes:
         return [ImageRows()]
     if "data__decode_short_side" in changes:
@@ -167,15 +184,17 @@ def test_columns_of_samples_that_are_no_rows(tmp_path: Path) -> None:
 
 
 def test_useful_keys_are_not(tmp_path: Path) -> None:
+    useful = [*USEFUL, cached_images(tmp_path / "images")]
+
     def all_lines() -> list[list[str]]:
         return [
             lines(config(tmp_path, **changes), spared_net(), *data_for(changes))
-            for changes in USEFUL
+            for changes in useful
         ]
 
     (found,) = on_ranks(1, all_lines)
-    assert found == [[]] * len(USEFUL)
-    used = {key.replace("__", ".") for changes in USEFUL for key in changes}
+    assert found == [[]] * len(useful)
+    used = {key.replace("__", ".") for changes in useful for key in changes}
     used |= {"train.tf32", "train.cudnn_benchmark"}  # on a CUDA device
     assert used >= {key for rule in RULES for key in rule.keys}
 

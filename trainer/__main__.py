@@ -26,6 +26,7 @@ COMMANDS = (
     "replay",
     "explain",
     "compare",
+    "cache",
     "sweep",
     "sync",
 )

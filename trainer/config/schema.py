@@ -88,11 +88,21 @@ class DataConfig(ComponentSection):
         "digits, folder, cifar10, mnist, fake, shapes, or an import path to a map-style dataset",
     )
     root: str | None = key(None, "folder that holds the data set, where it has files")
-    cache: float = key(
+    cache: float | Literal["decoded"] = key(
         0.0,
-        "memory of each process for decoded images of a folder; the other images are decoded every time",
-        unit="GiB",
+        "memory of each process for decoded images of a folder, in GiB; decoded = all of them in files of "
+        "data.cache_dir, which every process and every later run maps (docs/cache.md)",
         minimum=0,
+    )
+    cache_dir: str | None = key(
+        None, "folder that holds the files of data.cache=decoded"
+    )
+    short_side: int | Literal["auto", "full"] = key(
+        "auto",
+        "larger images of a folder are made so small once they are decoded, before the transforms; full = never; "
+        "auto = with data.cache=decoded what the transforms need, else full",
+        unit="pixels",
+        minimum=1,
     )
     max_pixels: int = key(
         100_000_000,
@@ -180,6 +190,12 @@ class DataConfig(ComponentSection):
                 f"{show(self.sampler)} is a name alone; write {{name: {self.sampler}}}, or data.sampler.name",
             )
         super().__post_init__()
+        if self.cache == "decoded" and self.cache_dir is None:
+            raise ConfigError(
+                "data.cache_dir",
+                "is not set; data.cache=decoded needs a folder for the decoded images, on a fast disk with room for "
+                "them (docs/cache.md says how much)",
+            )
         validation_sets(self.val)
         test_set(self.test)
         # An empty mapping would be no key of a flat list of keys, by which runs are compared.

@@ -45,6 +45,7 @@ from trainer.data.datasets import Datasets, MapDataset
 from trainer.data.evaluation_loaders import evaluation_loaders, loader_as_files
 from trainer.data.loading import Loader, build_loaders
 from trainer.data.samplers import build_order
+from trainer.data.short_side import with_short_side
 from trainer.exact.plan import Plan
 from trainer.process.device import check_reproducibility
 from trainer.process.ranks import Ranks
@@ -74,7 +75,7 @@ def build_run(
     A collective: every rank of a run calls it with the same config. Raises `ConfigError` or `DataError`.
     """
     config = _with_names(config, model=model, data=train_data, loss=task)
-    config = _with_collate(config, task)
+    config = with_short_side(_with_collate(config, task))
     ranks = Ranks(config.train.precision, config.run.timeout)
     check_reproducibility(ranks.device.type, config.run.reproducibility)
     facts_of_ranks = check_ranks(config, ranks)

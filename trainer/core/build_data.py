@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from trainer.config.schema import Config
+from trainer.core.decoded_images import with_decoded_images
 from trainer.data.datasets import Datasets, MapDataset, build_datasets
 from trainer.data.evaluation_sets import (
     passed_sets,
@@ -37,12 +38,18 @@ def run_data(
                 )
         data = build_datasets(config.data, ranks.main_first)
         data = with_split(config.data, data)
-        return with_evaluation_sets(config.data, data, ranks.main_first)
+        data = with_evaluation_sets(config.data, data, ranks.main_first)
+        return with_decoded_images(config.data, ranks, data)
     refuse_sets_of_config(config.data)
     if config.data.cache:
         raise ConfigError(
             "data.cache",
             "keeps the images of data.name=folder, not of a train_data that is passed; leave it out",
+        )
+    if config.data.short_side not in ("auto", "full"):
+        raise ConfigError(
+            "data.short_side",
+            "is for the images of data.name=folder, not for a train_data that is passed; leave it out",
         )
     check_part(type(train).__name__, "training", train, key="train_data")
     if val is not None and config.data.val_fraction is not None:

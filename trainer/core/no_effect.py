@@ -109,6 +109,11 @@ RULES = (
         "there are no loader processes (data.workers=0)",
     ),
     Rule(
+        ("data.cache_dir",),
+        lambda run: run.config.data.cache != "decoded",
+        "no images are kept in files (data.cache is not decoded)",
+    ),
+    Rule(
         ("data.split_seed",),
         lambda run: run.config.data.val_fraction is None,
         "nothing is split (data.val_fraction=null)",

@@ -43,7 +43,7 @@ OF_EACH_MACHINE = (
 # A resumed run may change it, and all ranks must agree: else some would wait for others for ever.
 SAME_ON_ALL_RANKS = ("train.parallel",)
 # Keys of the config for where a machine has its files. What the files hold is compared where it matters.
-OF_EACH_DISK = ("data.root", "model.weights")
+OF_EACH_DISK = ("data.root", "data.cache_dir", "model.weights")
 
 
 def check_ranks(config: Config, ranks: Ranks) -> list[RankFacts]:

@@ -26,6 +26,7 @@ from trainer.data.parts import check_part, shared_class_names
 from trainer.data.rows import as_pairs
 from trainer.data.shapes import Shapes, check_target
 from trainer.data.shapes import class_names as class_names_of_shapes
+from trainer.data.short_side import choose_short_side
 from trainer.errors import ConfigError, DataError, UnreadableError, may_pass
 from trainer.exact.seeding import numpy_generator
 
@@ -55,6 +56,9 @@ class Datasets:
     note: str = ""  # what the user should know about it, such as files left out
     named: Mapping[str, MapDataset] = field(default_factory=dict)
     test: MapDataset | None = None
+    images: str = (
+        ""  # what is done to image files once they are decoded, and where they are kept
+    )
 
     def validation(self) -> dict[str, MapDataset]:
         """The validation sets, by the first part of their metrics' names: `val`, or `val/<name>` of named ones."""
@@ -136,7 +140,8 @@ def build_datasets(
             target,
             section.args,
             root=section.root,
-            cache=section.cache,
+            cache=0.0 if section.cache == "decoded" else section.cache,
+            short_side=choose_short_side(section).pixels,
             max_pixels=section.max_pixels,
             decode_short_side=section.decode_short_side,
             bad_samples=section.bad_samples,
@@ -153,13 +158,18 @@ def needs_own_part(section: DataConfig) -> bool:
 
 
 def _check_section(section: DataConfig, parameters: set[str]) -> None:
-    """Raise a `ConfigError` for a `root` or `cache` that the data set does not take, or a `root` that it lacks."""
+    """Raise a `ConfigError` for a key that the data set does not take, or a `root` that it lacks."""
     if section.root is not None and not {"root", "**"} & parameters:
         raise ConfigError("data.root", f"{section.name} takes no root; leave it out")
     if section.cache and section.name != "folder":
         raise ConfigError(
             "data.cache",
             f"keeps the images of data.name=folder, not of {section.name}; leave it out",
+        )
+    if section.short_side not in ("auto", "full") and section.name != "folder":
+        raise ConfigError(
+            "data.short_side",
+            f"is for the images of data.name=folder, not for {section.name}; leave it out",
         )
     if section.root is None and section.name in MAKERS and "root" in parameters:
         raise ConfigError(
@@ -194,6 +204,7 @@ def folder(
     cache: float = 0.0,
     max_pixels: int | None = None,
     bad_samples: str = "stop",
+    short_side: int | None = None,
     *,
     decode_short_side: int | None = None,
     needs_val: bool = True,
@@ -209,6 +220,7 @@ def folder(
         max_pixels: an image of more is not decoded.
         decode_short_side: JPEG files may be decoded smaller, their shorter side no less than this.
         bad_samples: quarantine keeps images that cannot be decoded out of the cache, and goes on.
+        short_side: larger images are made so small, in pixels.
         needs_val: whether validation images are looked for.
         is_split: whether validation images are taken out of the training images.
         train_folder: folder below root with the class folders to train on; null = train, or with data.val_fraction
@@ -240,8 +252,10 @@ def folder(
             place, labels, max_pixels, leaves_out, needs_val=needs_val
         )
     train.decode_short_side = decode_short_side
+    train.short_side = short_side
     if val is not None:
         val.decode_short_side = decode_short_side
+        val.short_side = short_side
     bytes_left = train.cache_first(round(cache * 2**30))
     if val is not None:
         val.cache_first(bytes_left)

@@ -29,6 +29,11 @@ def check_decode_size(section: DataConfig) -> None:
                     f"{side} is less than the {size} pixels of {place}, so images would be decoded only to be "
                     f"enlarged; set it to {size} or more",
                 )
+    if isinstance(section.short_side, int) and section.short_side > side:
+        raise ConfigError(
+            "data.decode_short_side",
+            f"{side} is less than data.short_side={section.short_side}; set it to that or more",
+        )
 
 
 def sizes_of_transforms(key: str, transforms: Any) -> Iterator[tuple[str, int]]:

@@ -13,7 +13,9 @@ import torch
 
 from trainer.data.bad_samples import is_bad_sample
 from trainer.data.decoding import IMAGE_TYPES, decode
+from trainer.data.image_store import ImageStore
 from trainer.data.names import check_utf8, normal_form
+from trainer.data.short_side import shrink
 from trainer.errors import ConfigError, DataError, data_error, may_pass, nearest
 
 # Images decoded before it is known whether they fit into the cache.
@@ -30,7 +32,13 @@ class ImageFolder:
 
     `paths` are relative to `root`, with forward slashes; `targets` are their class ids. A file of more than
     `max_pixels` pixels is not decoded. With `leaves_out`, nothing but reading a sample itself fails for a bad file.
+    With a `short_side`, larger images are made so small (`trainer.data.short_side`).
     """
+
+    short_side: int | None = None
+    # Decoded images in files, and the number there of each image here.
+    _store: ImageStore | None = None
+    _numbers: Sequence[int] = ()
 
     def __init__(
         self,
@@ -42,7 +50,7 @@ class ImageFolder:
     ) -> None:
         self.root = root
         self.leaves_out = leaves_out
-        self._max_pixels = max_pixels
+        self.max_pixels = max_pixels
         self.decode_short_side: int | None = None  # `data.decode_short_side`
         self.paths = paths
         self.targets = targets
@@ -58,11 +66,30 @@ class ImageFolder:
         Raises `DataError` if the file cannot be decoded: a sample is never replaced by another.
         """
         target = self._target(index)
-        cached = self._cached[index] if 0 <= index < len(self._cached) else None
-        if cached is not None:
-            # A transform may write into its input.
-            return cached.clone(), target
-        return self._decode(self.paths[index]), target
+        image = self._kept(index)
+        if image is None:
+            return self.decode(self.paths[index]), target
+        # A transform may write into its input.
+        return image.clone(), target
+
+    def read_only(self, index: int) -> tuple[torch.Tensor, Any]:
+        """The same for who does not write into the image: it may lie in a cache."""
+        target = self._target(index)
+        image = self._kept(index)
+        return (self.decode(self.paths[index]) if image is None else image), target
+
+    def _kept(self, index: int) -> torch.Tensor | None:
+        """The decoded image of a cache; None if there is none of it."""
+        if self._store is not None:
+            return self._store.image(self._numbers[index])
+        return self._cached[index] if 0 <= index < len(self._cached) else None
+
+    def with_store(self, store: ImageStore) -> ImageFolder:
+        """The same images, read from `store`, which holds them all."""
+        stored = copy.copy(self)
+        stored._store = store
+        stored._numbers = [store.numbers[path] for path in self.paths]
+        return stored
 
     def cache_first(self, bytes_left: int) -> int:
         """Decode and keep as many of the first images as fit into `bytes_left`; returns the bytes still left.
@@ -84,7 +111,7 @@ class ImageFolder:
 
     def _decode_to_keep(self, path: str) -> torch.Tensor | None:
         try:
-            return self._decode(path)
+            return self.decode(path)
         except DataError as error:
             if self.leaves_out and is_bad_sample(error):
                 return None
@@ -97,17 +124,21 @@ class ImageFolder:
         chosen.targets = [self.targets[index] for index in ids]
         count = len(self._cached)
         chosen._cached = [self._cached[index] for index in ids if index < count]
+        if self._store is not None:
+            chosen._numbers = [self._numbers[index] for index in ids]
         return chosen
 
     def _target(self, index: int) -> Any:
         return self.targets[index]
 
-    def _decode(self, path: str) -> torch.Tensor:
-        return decode(
+    def decode(self, path: str) -> torch.Tensor:
+        """The image of a file, as `__getitem__` gives it. Raises `DataError`."""
+        image = decode(
             self.root / path,
-            max_pixels=self._max_pixels,
+            max_pixels=self.max_pixels,
             short_side=self.decode_short_side,
         )
+        return shrink(image, self.short_side)
 
 
 # Not `torchvision.datasets.ImageFolder`: it puts the files of subfolders last, takes hidden folders for classes, skips

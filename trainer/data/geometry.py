@@ -14,6 +14,7 @@ from trainer.data.conversion import (
     is_pil,
     target_as_tensor,
 )
+from trainer.data.fast_crop import fast_form
 from trainer.errors import DataError
 
 # Of v2: they change an image's size alone, so what is measured in shares of it stays.
@@ -42,7 +43,14 @@ class SampleTransform:
             is_v2 = _is_v2(each)
             takes_arrays = not is_v2 or _name(each) in TAKES_ARRAYS
             self._chain.append((each, is_v2, takes_arrays))
+        # The same for an image alone.
+        self._of_image = [
+            (fast_form(each), is_v2, takes_arrays)
+            for each, is_v2, takes_arrays in self._chain
+        ]
         every = [inner for outer in chain for inner in _with_inner(outer)]
+        # torchvision's transforms leave their input alone, unless they are told otherwise.
+        self.may_write = any(map(_may_write, every))
         self._geometric = _names(filter(_is_geometric, every))
         # They move pixels, and take no mask.
         self._image_alone = _names(filter(_moves_image_alone, every))
@@ -64,7 +72,7 @@ class SampleTransform:
         return image, _map_leaves(target, _without_place)
 
     def _transform_image(self, image: Any) -> Any:
-        for transform, is_v2, takes_arrays in self._chain:
+        for transform, is_v2, takes_arrays in self._of_image:
             image = transform(self._input_of(image, is_v2, takes_arrays))
         return image
 
@@ -172,6 +180,14 @@ def _is_v2(transform: Any) -> bool:
     from torchvision.transforms import v2
 
     return isinstance(transform, v2.Transform)
+
+
+def _may_write(transform: Any) -> bool:
+    from torchvision.transforms import v2
+
+    is_known = _module(transform).startswith("torchvision.transforms.v2.")
+    is_others_code = isinstance(transform, v2.Lambda)
+    return not is_known or is_others_code or bool(getattr(transform, "inplace", False))
 
 
 def _name(transform: Any) -> str:

@@ -25,6 +25,7 @@ from trainer.data.conversion import (
     target_as_tensor,
 )
 from trainer.data.datasets import ImageArrays, MapDataset
+from trainer.data.folder import ImageFolder
 from trainer.data.geometry import SampleTransform
 from trainer.data.names import printable
 from trainer.data.worker_failure import is_limit
@@ -139,6 +140,7 @@ class KeyedDataset(Dataset[Any]):
             else None
         )
         self.draws = self._batch is None
+        self._may_read_only = self._leaves_images_alone()
         # Set in a loader process: told of each sample before it is loaded.
         self.at_sample: Callable[[int], None] | None = None
 
@@ -215,7 +217,10 @@ class KeyedDataset(Dataset[Any]):
         if self.at_sample is not None:
             self.at_sample(sample_id)
         try:
-            image, target = self.pair(sample_id)
+            if self._may_read_only:
+                image, target = self.dataset.read_only(sample_id)  # type: ignore[attr-defined]
+            else:
+                image, target = self.pair(sample_id)
             if self._transform is not None:
                 image, target = self._transformed(image, target, sample_id)
             return input_as_tensor(image), target_as_tensor(target)
@@ -229,6 +234,14 @@ class KeyedDataset(Dataset[Any]):
                 _last_line(error),
             )
             raise data_error(f"{name}: {kind}: {error} ({line})", error) from error
+
+    def _leaves_images_alone(self) -> bool:
+        """True if nothing writes into an image before a batch is made of it: then it need not be copied first."""
+        may_write = self._transform is not None and self._transform.may_write
+        # Not of a class of somebody's own, which gives other samples.
+        own = getattr(type(self.dataset), "__getitem__", None)
+        is_offered = own is ImageFolder.__getitem__
+        return is_offered and not may_write and self.collation is None
 
     def pair(self, sample_id: int) -> tuple[Any, Any]:
         """A sample's input and target as the data set gives them. Draws from what generators are there."""

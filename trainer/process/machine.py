@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import socket
@@ -35,6 +36,13 @@ def describe_rank(device: torch.device, directory: Path) -> dict[str, Any]:
     free = free_bytes(directory)
     values["free_disk"] = None if free is None else f"{free / GIB:.1f} GiB"
     return values
+
+
+def usable_processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def package_versions() -> dict[str, str | None]:

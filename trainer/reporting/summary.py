@@ -66,6 +66,7 @@ def header(
         ("metrics", _describe_metrics(run)),
         ("data", _describe_data(run)),
         ("decoding", _describe_decoding(run)),
+        ("images", run.data.images),
         ("sampler", _describe_sampler(plan)),
         ("batch", batch_arithmetic(plan, fuse)),
         ("mix", "" if run.forward.mix is None else run.forward.mix.describe()),

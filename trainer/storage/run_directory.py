@@ -39,6 +39,7 @@ FREE_KEYS = (
     "run.figures",
     "run.timeout",
     "data.cache",
+    "data.cache_dir",
     "data.max_pixels",
     "data.bad_samples",
     "data.max_bad",

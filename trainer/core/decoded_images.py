@@ -1,0 +1,88 @@
+"""`data.short_side` and `data.cache=decoded` for the image folders of a run, whichever of its sets they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from trainer.config.schema import DataConfig
+from trainer.core.cache_progress import BuildProgress, NoProgress
+from trainer.data.datasets import Datasets, MapDataset
+from trainer.data.folder import ImageFolder
+from trainer.data.image_store import ImageStore
+from trainer.data.names import normal_form
+from trainer.data.short_side import choose_short_side
+from trainer.process import launcher
+from trainer.process.machine import usable_processors
+from trainer.process.ranks import Ranks
+from trainer.storage.cache_build import open_or_build
+from trainer.storage.decoded_cache import Source
+
+MB = 10**6
+
+
+def with_decoded_images(section: DataConfig, ranks: Ranks, data: Datasets) -> Datasets:
+    """`data` with images of at most `data.short_side`, read from the cache if there is to be one.
+
+    Every rank calls it: those of a machine make the cache together. Raises `ConfigError`, `DataError`.
+    """
+    side = choose_short_side(section)
+    folders = {id(part): part for part in _parts(data) if isinstance(part, ImageFolder)}
+    if not folders or (side.pixels is None and section.cache != "decoded"):
+        return data
+    small = {}
+    for number, folder in folders.items():
+        small[number] = copy.copy(folder)
+        small[number].short_side = side.pixels
+    parts = [f"short side {side.pixels} (data.short_side)"]
+    if side.pixels is None:
+        parts = [f"as they are: {side.reason}"]
+    if section.cache == "decoded":
+        assert section.cache_dir is not None, "the config is checked"
+        cache_dir = Path(section.cache_dir).expanduser()
+        for root in dict.fromkeys(folder.root for folder in small.values()):
+            of_root = {n: each for n, each in small.items() if each.root == root}
+            store = _open_store(of_root.values(), cache_dir, ranks)
+            small |= {n: each.with_store(store) for n, each in of_root.items()}
+            parts.append(f"decoded in {store.folder}, {store.size / MB:,.0f} MB")
+    return _replaced(data, small, " · ".join(parts))
+
+
+def _open_store(
+    folders: Collection[ImageFolder], cache_dir: Path, ranks: Ranks
+) -> ImageStore:
+    """The cache of all images of one root: how its parts share them out makes no difference."""
+    first = next(iter(folders))
+    paths = {path for folder in folders for path in folder.paths}
+    source = Source(
+        first.root,
+        sorted(paths, key=normal_form),
+        first.short_side,
+        first.max_pixels,
+        first.decode_short_side,
+        first.leaves_out,
+        first.decode,
+    )
+    threads = usable_processors() // launcher.local_world_size()
+    progress = BuildProgress() if ranks.is_main else NoProgress()
+    return open_or_build(cache_dir, source, threads, progress)
+
+
+def _parts(data: Datasets) -> list[MapDataset | None]:
+    return [data.train, data.val, *data.named.values(), data.test]
+
+
+def _replaced(data: Datasets, folders: dict[int, ImageFolder], images: str) -> Datasets:
+    def new(part: MapDataset) -> MapDataset:
+        return folders.get(id(part), part)
+
+    return replace(
+        data,
+        train=new(data.train),
+        val=None if data.val is None else new(data.val),
+        named={name: new(part) for name, part in data.named.items()},
+        test=None if data.test is None else new(data.test),
+        images=images,
+    )

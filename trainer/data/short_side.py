@@ -1,0 +1,162 @@
+"""`data.short_side`: how small an image may be made before the transforms see it, and the making.
+
+It is part of what a run computes: a random crop of a smaller image is another one than of the whole image. So it is a
+key of its own, which gives the same pixels with `data.cache=decoded` and without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.config.evaluation_sets import test_set, validation_sets
+from trainer.config.schema import Config, DataConfig
+
+# A random resized crop of 224 pixels has images of 256: what validation customarily makes of them, too.
+CROP_MARGIN = 8 / 7
+
+# Of v2: what they do to an image does not depend on its size, nor changes it, so a Resize after them may come first.
+SIZELESS = frozenset(
+    {
+        "ToImage",
+        "ToPILImage",
+        "PILToTensor",
+        "ToDtype",
+        "ConvertImageDtype",
+        "RGB",
+        "Grayscale",
+        "RandomGrayscale",
+        "RandomHorizontalFlip",
+        "RandomVerticalFlip",
+        "ColorJitter",
+        "RandomChannelPermutation",
+        "RandomPhotometricDistort",
+        "RandomInvert",
+        "RandomPosterize",
+        "RandomSolarize",
+        "Normalize",
+        "Identity",
+    }
+)
+
+
+class ShortSide(NamedTuple):
+    """`pixels` of the short side of larger images; None for images as they are, and then why, if there is a reason."""
+
+    pixels: int | None
+    reason: str = ""
+
+
+def shrink(image: Tensor, pixels: int | None) -> Tensor:
+    """The image, uint8 `(C, H, W)`, with a short side of at most `pixels`; a smaller one as it is, and any if None.
+
+    Bilinear with antialiasing, in whole numbers: the same on any number of threads. It equals torchvision's
+    `Resize(pixels)`. The pixels of a row lie together, `(H, W, C)` in memory, as decoders leave them.
+    """
+    height, width = image.shape[-2:]
+    if pixels is None or min(height, width) <= pixels:
+        return image
+    long_side = int(pixels * max(height, width) / min(height, width))
+    is_wide = height <= width
+    return resize_uint8(image, [pixels, long_side] if is_wide else [long_side, pixels])
+
+
+def resize_uint8(image: Tensor, size: list[int]) -> Tensor:
+    """The image, uint8 `(C, h, w)`, as `(C, *size)`: bilinear, antialiased.
+
+    torch's kernel is several times as fast on pixels whose channels lie together. It does not notice that of a part of
+    one image by itself, so it is told.
+    """
+    channels, height, width = image.shape
+    pixels = image.permute(1, 2, 0).contiguous()
+    strides = (image.numel(), 1, width * channels, channels)
+    batch = pixels.as_strided((1, channels, height, width), strides)
+    resized = torch.nn.functional.interpolate(
+        batch, size=size, mode="bilinear", align_corners=False, antialias=True
+    )
+    return resized.squeeze(0)
+
+
+def with_short_side(config: Config) -> Config:
+    """The config with the number that `data.short_side=auto` stands for, so that `config.yaml` says what ran."""
+    pixels = choose_short_side(config.data).pixels
+    if config.data.short_side != "auto" or pixels is None:
+        return config
+    return replace(config, data=replace(config.data, short_side=pixels))
+
+
+def choose_short_side(section: DataConfig) -> ShortSide:
+    """What `data.short_side` stands for: a pure function of the config.
+
+    `auto` is the largest size that the first sizing transform of each list asks for: Resize and its like their own,
+    RandomResizedCrop 8/7 of its own. Where a list has none, or begins with what reads pixels at their own scale (a
+    RandomCrop, a blur, a transform of one's own), images stay as they are.
+    """
+    if isinstance(section.short_side, int):
+        return ShortSide(section.short_side)
+    if section.short_side == "full":
+        return ShortSide(None, "data.short_side=full")
+    if section.cache != "decoded":
+        return ShortSide(None)
+    largest = 0
+    for key, items in _transform_lists(section):
+        pixels, name = _needed_by(items)
+        if pixels is None:
+            return ShortSide(None, f"{key} {name}")
+        largest = max(largest, pixels)
+    return ShortSide(largest)
+
+
+def _transform_lists(
+    section: DataConfig,
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    yield "data.train_transforms", section.train_transforms
+    yield "data.val_transforms", section.val_transforms
+    sets = {f"val.{name}": item for name, item in validation_sets(section.val).items()}
+    test = test_set(section.test)
+    if test is not None:
+        sets["test"] = test
+    for name, item in sets.items():
+        if item.transforms is not None:
+            yield f"data.{name}.transforms", item.transforms
+
+
+def _needed_by(items: list[dict[str, Any]]) -> tuple[int | None, str]:
+    """The short side that a list of transforms needs; None, and what is the reason, for the whole image."""
+    for item in items:
+        name = item.get("name") if isinstance(item, dict) else None
+        if name in SIZELESS:
+            continue
+        pixels = _needed_size(str(name), item if isinstance(item, dict) else {})
+        return pixels, f"has {name}, which reads an image at its own scale"
+    return None, "makes no image smaller"
+
+
+def _needed_size(name: str, arguments: dict[str, Any]) -> int | None:
+    is_resize = name in ("Resize", "RandomShortestSize", "RandomResize")
+    is_bilinear = arguments.get("interpolation", "bilinear") == "bilinear"
+    if is_resize and not (is_bilinear and arguments.get("antialias", True)):
+        return None  # nothing would be left for it to do
+    match name:
+        case "Resize":
+            return _largest(arguments.get("size"))
+        case "RandomShortestSize":
+            return _largest(arguments.get("min_size"))
+        case "RandomResize":
+            return _largest(arguments.get("max_size"))
+        case "RandomResizedCrop":
+            size = _largest(arguments.get("size"))
+            return None if size is None else math.ceil(size * CROP_MARGIN)
+    return None
+
+
+def _largest(size: Any) -> int | None:
+    """The larger of one or several numbers; None for anything else, of which the transform itself will tell."""
+    sizes = size if isinstance(size, list) else [size]
+    numbers = [number for number in sizes if type(number) is int and number > 0]
+    return max(numbers) if numbers and len(numbers) == len(sizes) else None

@@ -1,0 +1,80 @@
+"""The caches of decoded images below a `data.cache_dir`: what each holds, and its removal."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from trainer.data.image_store import ABOUT_FILE
+from trainer.errors import LockstepError
+from trainer.storage.cache_build import is_being_made
+
+MB = 10**6
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One cache: its folder, and what its `about.json` says."""
+
+    path: Path
+    about: dict[str, Any]
+
+    def describe(self) -> str:
+        """A line: name, images, short side, size, last use, and the root of the files."""
+        side = self.about["short_side"]
+        size = "whole images" if side is None else f"short side {side}"
+        used = datetime.fromtimestamp((self.path / ABOUT_FILE).stat().st_mtime)
+        facts = [
+            self.path.name,
+            f"{self.about['images']:,} images of {self.about['root']}",
+            size,
+            f"{self.size() / MB:,.1f} MB",
+            f"last used {used:%Y-%m-%d %H:%M}",
+        ]
+        if not self._is_whole():
+            facts.append("not complete")
+        return " · ".join(facts)
+
+    def clear(self) -> str:
+        """Remove it, unless a run makes or uses it now; a line that says what was done."""
+        if is_being_made(self.path):
+            return f"{self.path.name} is kept: it is being made"
+        size = self.size()
+        with (self.path / ABOUT_FILE).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return f"{self.path.name} is kept: a run uses it"
+            try:
+                shutil.rmtree(self.path)
+            except OSError as error:
+                raise LockstepError(
+                    f"{self.path} cannot be removed ({error.strerror})"
+                ) from None
+        return f"{self.path.name} is removed: {size / MB:,.1f} MB"
+
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(file.stat().st_size for file in self.path.iterdir())
+
+    def _is_whole(self) -> bool:
+        chunks: int = -(-self.about["images"] // self.about["chunk_size"])
+        return len(list(self.path.glob("[0-9]*.json"))) == chunks
+
+
+def caches_in(cache_dir: Path) -> Iterator[Cache]:
+    """The caches below a folder, by name. Folders that are no cache are passed over."""
+    for path in sorted(cache_dir.iterdir()):
+        try:
+            about = json.loads((path / ABOUT_FILE).read_text())
+            keys = ("images", "chunk_size", "short_side", "root", "files")
+            if all(key in about for key in keys):
+                yield Cache(path, about)
+        except (OSError, ValueError, TypeError):
+            continue
