@@ -485,9 +485,7 @@ class Trainer:
         run, reduction, loader = self.run, self.reduction, self.batches
         activity.step = step.number
         if step.first_in_epoch:
-            check_order(self.plan, self.ranks, epoch=step.epoch)
-            self._freeze(step.epoch)
-            self._average.follow_thawing()
+            self._begin_epoch(step.epoch)
         set_learning_rate(self.optimizer, self.schedule.factor(step.number - 1))
         step = loader.prepare(step)
         if not step.size:
@@ -505,10 +503,12 @@ class Trainer:
             batch = run.forward.mixed(loaded, step)
             with reduction.micro_batch(step, batch.indices) as model:
                 output, loss = self._forward_and_backward(model, batch, step)
-            losses.append(loss.total.detach())
+            total = loss.total.detach()
+            losses.append(total)
             if self.whole_step is None:
-                self.meter.add(batch, output, loss)
-            self.observers.micro_batch(step, batch, output, loss)
+                self.meter.add(batch, output, WeightedSum(total, loss.weight))
+            for observer in self.observers.all:
+                observer.micro_batch(step, batch, output, loss)
         if self.whole_step is not None:
             self.whole_step.finish()
         activity.mark(EXCHANGING)
@@ -523,7 +523,8 @@ class Trainer:
             run.precision.unscale(self.optimizer)
         if needs_norm:
             self.grad_norm = reduction.clip(self.config.train.max_grad_norm)
-        self.observers.gradient(step)
+        for observer in self.observers.all:
+            observer.gradient(step)
         if not is_held_back:
             run.precision.step(self.optimizer)
         elif undo is not None:
@@ -537,7 +538,8 @@ class Trainer:
             reduction.gather_statistics()
         if is_averaged and not is_held_back:
             self._average.update(self.finite.gradient_flag)
-        self.observers.step(step)
+        for observer in self.observers.all:
+            observer.step(step)
 
     def _forward_and_backward(
         self, model: nn.Module, batch: MicroBatch, step: Step
@@ -554,7 +556,8 @@ class Trainer:
         """A step of which no sample can be read changes nothing but the run's position."""
         self.grad_norm = None
         self.progress.step = step.number
-        self.observers.step(step)
+        for observer in self.observers.all:
+            observer.step(step)
 
     def _undo_of_step(self) -> Callable[[], None]:
         """A function that undoes what a step without its update does: to buffers, and to the sums of the next row."""
@@ -568,10 +571,17 @@ class Trainer:
         return undo
 
     def _needs_gradient_norm(self, step: Step) -> bool:
-        is_clipped = self.config.train.max_grad_norm is not None
-        if is_clipped or self.timetable.is_quiet(step):
-            return is_clipped
+        if self.run.config.train.max_grad_norm is not None:
+            return True
+        if self.timetable.is_quiet(step):
+            return False
         return self._is_logged(step) or step.number == self.last_step
+
+    def _begin_epoch(self, epoch: int) -> None:
+        """What ranks check and do together at an epoch's first step. A collective."""
+        check_order(self.plan, self.ranks, epoch=epoch)
+        self._freeze(epoch)
+        self._average.follow_thawing()
 
     def _freeze(self, epoch: int) -> None:
         """Freeze and thaw parameters as `epoch` asks for. A collective, at an epoch's first step."""

@@ -35,7 +35,8 @@ def as_weighted_sum(pair: Any) -> WeightedSum:
 
     Raises `ConfigError` for anything else, such as a mean without its weight.
     """
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
+    is_named = type(pair) is WeightedSum
+    if not is_named and not (isinstance(pair, tuple | list) and len(pair) == 2):
         raise ConfigError(
             "loss.name",
             f"loss_sum returned a {type(pair).__name__}; return trainer.WeightedSum(total, weight): the loss summed "
@@ -56,7 +57,7 @@ def as_weighted_sum(pair: Any) -> WeightedSum:
         _check_weight(weight)
     elif not isinstance(weight, int):
         return WeightedSum(total, _as_int(weight))
-    return pair if type(pair) is WeightedSum else WeightedSum(total, weight)
+    return pair if is_named else WeightedSum(total, weight)
 
 
 def _check_weight(weight: Tensor) -> None:

@@ -120,7 +120,7 @@ class Forward:
         """What `compute` makes of the arguments; its draws follow from `value`."""
         host_draws = self.host_draws or self._host_draws_of(model)
         self._seed_device(value)
-        if not host_draws.may_be_made:
+        if not host_draws.are_made and not host_draws.forwards_to_watch:
             return compute(*arguments)
         watched = host_draws.begin(value)
         result = compute(*arguments)

@@ -144,7 +144,7 @@ class Meter:
         if loss.total.requires_grad:
             loss = WeightedSum(loss.total.detach(), loss.weight)
         self._losses.append(loss)
-        output = detach(output)
+        output = output.detach() if isinstance(output, Tensor) else detach(output)
         if self._joins or batch.fused == 1:
             self._outputs.append((output, batch.targets))
         else:

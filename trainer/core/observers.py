@@ -104,72 +104,57 @@ class Stateful(Protocol):
 
 
 class Observers:
-    """Several observers, called in their order."""
+    """Several observers, called in their order.
+
+    Attributes: `all` of them; `look_at_gradients`, True if one overrides `gradient`: then fp16's gradients must be
+    unscaled in every step.
+    """
 
     def __init__(self, observers: list[Observer]) -> None:
         for observer in observers:
             check_observer(observer)
-        self._observers = observers
+        self.all = observers
         self._note_methods()
 
     def __iter__(self) -> Iterator[Observer]:
-        return iter(self._observers)
+        return iter(self.all)
 
     def add(self, observer: Observer) -> None:
         """Call `observer` too, from now on."""
         check_observer(observer)
-        self._observers.append(observer)
+        self.all.append(observer)
         self._note_methods()
 
     def remove(self, observer: Observer) -> None:
         """Stop calling `observer`."""
-        self._observers.remove(observer)
+        self.all.remove(observer)
         self._note_methods()
 
     def _note_methods(self) -> None:
         # Every step asks for it.
-        self._look_at_gradients = bool(self._with_own("gradient"))
+        self.look_at_gradients = bool(self._with_own("gradient"))
 
     @property
     def may_stop(self) -> bool:
         """True if one of them may ask for the run's end."""
-        return any(observer.may_stop for observer in self._observers)
-
-    @property
-    def look_at_gradients(self) -> bool:
-        """True if one of them overrides `gradient`: then fp16's gradients must be unscaled in every step."""
-        return self._look_at_gradients
+        return any(observer.may_stop for observer in self.all)
 
     def _with_own(self, method: str) -> list[Observer]:
         """Those that override a method."""
         return [
             observer
-            for observer in self._observers
+            for observer in self.all
             if getattr(type(observer), method) is not getattr(Observer, method)
         ]
 
     @property
     def read_statistics(self) -> bool:
         """True if one of them reads running statistics after each step."""
-        return any(observer.reads_statistics for observer in self._observers)
+        return any(observer.reads_statistics for observer in self.all)
 
     def begin(self, run: Run) -> None:
-        for observer in self._observers:
+        for observer in self.all:
             observer.begin(run)
-
-    def micro_batch(
-        self, step: Step, batch: MicroBatch, output: Any, loss: WeightedSum
-    ) -> None:
-        for observer in self._observers:
-            observer.micro_batch(step, batch, output, loss)
-
-    def gradient(self, step: Step) -> None:
-        for observer in self._observers:
-            observer.gradient(step)
-
-    def step(self, step: Step) -> None:
-        for observer in self._observers:
-            observer.step(step)
 
     def watch(self, evaluation: str, phase: str) -> OnBatch | None:
         """What `evaluation` calls after each batch of the set of `phase`; None if no observer looks at them."""
@@ -185,7 +170,7 @@ class Observers:
         return see
 
     def evaluation(self, evaluation: str, step: Step, metrics: Row) -> None:
-        for observer in self._observers:
+        for observer in self.all:
             observer.evaluation(evaluation, step, dict(metrics))
 
     def figures(self, step: Step, directory: Path) -> dict[str, Path]:
@@ -204,17 +189,17 @@ class Observers:
         return bool(self._with_own("figures"))
 
     def row(self, row: Row) -> None:
-        for observer in self._observers:
+        for observer in self.all:
             before = dict(row)
             observer.row(row)
             _check_row(observer, before, row)
 
     def epoch(self, step: Step, row: Row) -> None:
-        for observer in self._observers:
+        for observer in self.all:
             observer.epoch(step, row)
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        for observer in self._observers:
+        for observer in self.all:
             observer.end(summary)
 
 

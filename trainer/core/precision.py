@@ -49,7 +49,8 @@ class Precision:
 
     def backward(self, loss: Tensor, loss_scale: Tensor) -> None:
         """Add the gradient of `loss * loss_scale`. Raises `ConfigError` for a loss without one."""
-        check_gradient(loss)
+        if not loss.requires_grad:
+            check_gradient(loss)
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
         # As the gradient of the loss itself, the factor costs less than a product and its backward.

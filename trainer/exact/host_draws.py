@@ -34,17 +34,13 @@ AT_BUILDING = ("__init__", "reset_parameters", "init_weights", "_init_weights")
 class HostDraws:
     """The draws of one model and its loss from the host's generators that are not torch's.
 
-    `are_made` is true once a model is known to draw from them, or its code mentions them.
+    `are_made` is true once a model is known to draw from them, or its code mentions them. Where it is false and there
+    are no `forwards_to_watch`, `begin` and `end` need not be called.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
         self.are_made = any(map(mentions_host_generators, modules))
         self.forwards_to_watch = 0 if self.are_made else FORWARDS_TO_WATCH
-
-    @property
-    def may_be_made(self) -> bool:
-        """True where `begin` and `end` have something to do."""
-        return self.are_made or self.forwards_to_watch > 0
 
     def begin(self, value: int) -> Any:
         """Before the forward of a micro-batch: seed the generators by its key if it may draw from them.

@@ -131,7 +131,7 @@ class StatisticsShare(RunningStatistics):
     def begin(self, step: Step) -> None:
         if self.is_on:
             self._follow_modes()
-        if self._must_spread_momentum(step):
+        if self._momentum_is_per_step and self._must_spread_momentum(step):
             self._age(0)  # for the past micro-batches, with the momentum that they had
             self._spread_momentum(step)
             self._buffers_by_decay = {}
