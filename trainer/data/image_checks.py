@@ -122,12 +122,13 @@ def jpeg_orientation(data: memoryview) -> int:
 
 def _exif_orientation(data: memoryview) -> int:
     """The orientation in EXIF data, which is a TIFF file; 1 where there is none."""
-    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+    start_of_file = bytes(data[:2])
+    order: Literal["little", "big"] = "little" if start_of_file == b"II" else "big"
 
     def number(start: int, length: int) -> int:
         return int.from_bytes(data[start : start + length], order)
 
-    if data[:2] not in (b"II", b"MM") or number(2, 2) != TIFF_MARK:
+    if start_of_file not in (b"II", b"MM") or number(2, 2) != TIFF_MARK:
         return 1
     table = number(4, 4)
     for entry in range(number(table, 2)):
