@@ -97,6 +97,69 @@ def test_each_library_gives_the_same_pixels_and_no_warning(
             assert torch.equal(image, pixels_by_pillow(file, channels)), name
 
 
+def smooth(width: int, height: int) -> Image.Image:
+    across = np.linspace(0, 255, width)
+    down = np.linspace(0, 255, height)[:, None]
+    planes = np.broadcast_arrays(across, down, (across + down) / 2)
+    return Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
+
+
+def segment(content: bytes) -> bytes:
+    """An APP1 segment of a JPEG file."""
+    return b"\xff\xe1" + (len(content) + 2).to_bytes(2, "big") + content
+
+
+def with_segments(*contents: bytes) -> bytes:
+    file = encode(smooth(40, 24), "JPEG")
+    return file[:2] + b"".join(map(segment, contents)) + file[2:]
+
+
+def exif(orientation: int) -> bytes:
+    data = Image.Exif()
+    data[0x0112] = orientation
+    return data.tobytes()
+
+
+XMP = (
+    b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description "
+    b'tiff:Orientation="6"/></x:xmpmeta>'
+)
+# Orientations that Pillow by itself would see, and those that damage it.
+JPEG_FILES = {
+    **{f"turned {turn}": with_segments(exif(turn)) for turn in range(10)},
+    "XMP alone": with_segments(XMP),
+    "XMP, then EXIF": with_segments(XMP, exif(6)),
+    "EXIF, then XMP": with_segments(exif(3), XMP),
+    "no EXIF in it": with_segments(b"Exif\0\0nothing of the kind"),
+    "EXIF cut short": with_segments(exif(6)[:-9]),
+    "EXIF of one byte": with_segments(b"E"),
+    "two images": encode(
+        smooth(40, 24), "MPO", save_all=True, append_images=[smooth(40, 24)]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("name", JPEG_FILES)
+def test_each_library_turns_a_jpeg_as_the_others_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(JPEG_FILES[name])
+    images = {}
+    libraries = ["pillow", *(["torchvision"] if decoders._torchvision() else [])]
+    for library in [*libraries, *(["torchcodec"] if decoders._torchcodec() else [])]:
+        with monkeypatch.context() as changes:
+            forget()
+            leave(library, changes)
+            images[library] = decode(path)
+            # What is made smaller goes to Pillow.
+            shape = decode(path, short_side=12).shape
+            assert shape[1:] == tuple(side // 2 for side in images[library].shape[1:])
+        forget()
+    assert all(torch.equal(image, images["pillow"]) for image in images.values())
+
+
 def test_grey_of_a_colour_png_without_a_library_for_it_names_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,13 +205,6 @@ def test_a_torchcodec_that_does_not_fit_is_left_out(
     assert torch.equal(
         decode(tmp_path / "a.jpg"), pixels_by_pillow(FILES["RGB.jpg"], 3)
     )
-
-
-def smooth(width: int, height: int) -> Image.Image:
-    across = np.linspace(0, 255, width)
-    down = np.linspace(0, 255, height)[:, None]
-    planes = np.broadcast_arrays(across, down, (across + down) / 2)
-    return Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,8 @@ def _of_training(run: Run) -> InFlight:
     step = run.plan.step(0)
     start, end = step.micro_batches[0]
     fuse = run.config.batch.fuse
-    count = 1 if fuse == "auto" else min(fuse, len(step.micro_batches))
     first, last = step.ranks[run.ranks.rank]
+    count = 1 if fuse == "auto" else min(fuse, last - first)
     all_of_rank = (last - first) * run.plan.total_steps
     return _in_flight(run, run.train_loader, (end - start) * count, all_of_rank)
 

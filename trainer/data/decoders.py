@@ -78,8 +78,8 @@ def _torchcodec() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from torchcodec import decoders
-    except (ImportError, OSError, RuntimeError):
-        # The last two from a library that does not load: its wheels for CUDA need a torch for CUDA.
+    except (ImportError, OSError, RuntimeError, AttributeError):
+        # All but the first from a library that does not load: its wheels for CUDA need a torch for CUDA.
         return None
     return decoders if hasattr(decoders, "decode_jpeg") else None
 

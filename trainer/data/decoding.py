@@ -15,12 +15,14 @@ from trainer.data.decoders import GREY, decoder, grey_of_right_png
 from trainer.data.image_checks import (
     GIF_START,
     JPEG_START,
+    ORIENTATION,
     PNG_START,
     WEBP_KIND,
     WEBP_START,
     Unusable,
     check_size,
     first_line,
+    jpeg_orientation,
     png_of_pixels,
     png_size,
     png_with_gamma,
@@ -53,7 +55,16 @@ AVIF = (b"ftypavif", b"ftypavis")  # from byte 4 on
 WEBP_EXTENDED = b"VP8X"
 WEBP_HAS_EXIF = 0x08
 WEBP_IS_ANIMATED = 0x02
-ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+# What turns a JPEG file upright, by EXIF's orientation: names of Pillow's `Image.Transpose`.
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 # The modes of PNG files without colour, of which Pillow and libpng make the same grey.
 GREY_MODES = ("1", "L", "LA", "I;16")
 
@@ -187,10 +198,12 @@ def _decode_by_pillow(
 def _open(file: io.BytesIO, kind: str) -> Any:
     """Pillow's image, its pixels not yet decoded. Unlike `Image.open` with no limit but data.max_pixels."""
     from PIL import Image
+    from PIL.JpegImagePlugin import JpegImageFile
 
     if kind not in Image.OPEN:
         Image.init()
-    open_file, _ = Image.OPEN[kind]
+    # Of several images in one JPEG file, as cameras write them, the first is the photograph.
+    open_file = JpegImageFile if kind == "JPEG" else Image.OPEN[kind][0]
     try:
         return open_file(file, "")
     except (SyntaxError, IndexError, TypeError, struct.error):
@@ -208,10 +221,9 @@ def _set_up_jpeg(image: Any, channels: int, short_side: int | None) -> None:
 
 def _pixels(image: Any, data: Tensor, channels: int) -> Tensor:
     """A PIL image's pixels, uint8 `(channels, H, W)`. Transparency is dropped, as the other libraries do."""
-    from PIL.ImageOps import exif_transpose
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    exif_transpose(image, in_place=True)  # else it is copied, turned or not
+    image = _turned_upright(image, data)
     if image.format == "PNG" and channels == 1 and image.mode not in GREY_MODES:
         return _grey_of_png(image, data)
     if image.mode.startswith("I;16"):
@@ -227,6 +239,18 @@ def _pixels(image: Any, data: Tensor, channels: int) -> Tensor:
     of_mode = image if image.mode == mode else image.convert(mode)
     pixels: Tensor = pil_to_tensor(of_mode)
     return pixels
+
+
+def _turned_upright(image: Any, data: Tensor) -> Any:
+    """The PIL image of a file, turned; it is copied only if it is to be turned."""
+    from PIL import Image
+    from PIL.ImageOps import exif_transpose
+
+    if image.format != "JPEG":
+        exif_transpose(image, in_place=True)
+        return image
+    turn = TURNS.get(jpeg_orientation(data.numpy().data))
+    return image if turn is None else image.transpose(Image.Transpose[turn])
 
 
 def _grey_of_png(image: Any, data: Tensor) -> Tensor:

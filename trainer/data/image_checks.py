@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Iterator
+from typing import Literal
 
 PNG_START = b"\x89PNG"
 PNG_SIGNATURE = PNG_START + b"\r\n\x1a\n"
@@ -25,6 +26,13 @@ JPEG_START = b"\xff\xd8"
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # The markers without a length: those of restarts, of the image's start and one that stands for nothing.
 JPEG_BARE = frozenset([*range(0xD0, 0xD9), 0x01])
+
+JPEG_APP1 = 0xE1  # holds EXIF data, or XMP
+JPEG_SCAN = 0xDA  # the pixels come next
+EXIF_HEADER = 6  # bytes before the data: "Exif" and two zeros
+TIFF_MARK = 42
+TIFF_ENTRY = 12  # bytes
+ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
 GIF_START = b"GIF8"
 WEBP_START = b"RIFF"
@@ -76,20 +84,60 @@ def size_from_header(data: memoryview) -> tuple[int, int] | None:
 
 
 def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
+    for marker, start, _ in _jpeg_segments(data):
+        if marker in JPEG_FRAMES and start + 5 <= len(data):
+            height = int.from_bytes(data[start + 1 : start + 3], "big")
+            width = int.from_bytes(data[start + 3 : start + 5], "big")
+            return width, height
+    return None
+
+
+def _jpeg_segments(data: memoryview) -> Iterator[tuple[int, int, int]]:
+    """The marker of each segment with a length, and where its content begins and ends."""
     position = 2
-    while position + 9 <= len(data):
+    while position + 4 <= len(data):
         marker = data[position + 1]
         if data[position] != 0xFF or marker == 0xFF:
             position += 1  # bytes between segments, which decoders skip
-        elif marker in JPEG_FRAMES:
-            height = int.from_bytes(data[position + 5 : position + 7], "big")
-            width = int.from_bytes(data[position + 7 : position + 9], "big")
-            return width, height
         elif marker in JPEG_BARE:
             position += 2
         else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return None
+            start = position + 4
+            position += 2 + int.from_bytes(data[position + 2 : start], "big")
+            yield marker, start, position
+
+
+def jpeg_orientation(data: memoryview) -> int:
+    """How a JPEG file is turned, by EXIF in its first APP1 segment; 1 is upright.
+
+    No other segment is looked at, nor XMP: TorchCodec and torchvision do neither.
+    """
+    for marker, start, end in _jpeg_segments(data):
+        if marker == JPEG_SCAN:
+            break
+        if marker == JPEG_APP1:
+            return _exif_orientation(data[start + EXIF_HEADER : end])
+    return 1
+
+
+def _exif_orientation(data: memoryview) -> int:
+    """The orientation in EXIF data, which is a TIFF file; 1 where there is none."""
+    start_of_file = bytes(data[:2])
+    order: Literal["little", "big"] = "little" if start_of_file == b"II" else "big"
+
+    def number(start: int, length: int) -> int:
+        return int.from_bytes(data[start : start + length], order)
+
+    if start_of_file not in (b"II", b"MM") or number(2, 2) != TIFF_MARK:
+        return 1
+    table = number(4, 4)
+    for entry in range(number(table, 2)):
+        start = table + 2 + entry * TIFF_ENTRY
+        if start + TIFF_ENTRY > len(data):
+            break
+        if number(start, 2) == ORIENTATION:
+            return number(start + 8, 2)
+    return 1
 
 
 def _webp_size(data: memoryview) -> tuple[int, int] | None:
