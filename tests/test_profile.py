@@ -140,7 +140,7 @@ def test_a_trace_of_a_gpu_is_added_up() -> None:
     assert traced.host == 10 - 0.5 - 4 - 1
     assert (traced.launches, traced.host_waits) == (1, 0.5)
     # Without the profiler a step took 7 s: what a GPU does stays, and the host has the rest.
-    profile = combine(7, 3, traced)
+    profile = combine(7, 3, 1, traced)
     assert profile.seconds == 7
     assert profile.host == 7 - 0.5 - 4 - 1
 
@@ -162,12 +162,16 @@ def test_a_trace_of_a_cpu_is_added_up() -> None:
     assert traced.communication == 3  # 5 to 6 and 7 to 9
     assert traced.host == 1
     # Half of what is not the loader's was the profiler's.
-    profile = combine(2 + 4, 2, traced)
+    profile = combine(2 + 4, 2, 1, traced)
     parts = (profile.products, profile.others, profile.communication, profile.host)
     assert parts == (1.5, 0.5, 1.5, 0.5)
+    # 2.5 s were neither the loader's nor the exchange's, and the thread ran for 1 s.
+    assert profile.held_up == 1.5
 
 
-def step_profile(*, has_device: bool = True, **parts: float) -> StepProfile:
+def step_profile(
+    *, has_device: bool = True, on_core: float | None = None, **parts: float
+) -> StepProfile:
     parts = (
         dict.fromkeys(("loading", "products", "others", "communication", "host"), 0.0)
         | parts
@@ -181,7 +185,8 @@ def step_profile(*, has_device: bool = True, **parts: float) -> StepProfile:
         largest=[],
         **parts,
     )
-    return combine(seconds, parts["loading"], traced)
+    on_core = seconds if on_core is None else on_core
+    return combine(seconds, parts["loading"], on_core, traced)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +216,10 @@ def step_profile(*, has_device: bool = True, **parts: float) -> StepProfile:
         (
             [step_profile(products=10), step_profile(products=5, loading=5)],
             ["waiting for data takes 50% of a step on rank 1"],
+        ),
+        (
+            [step_profile(products=9, host=1, has_device=False, on_core=7)],
+            ["for 30% of a step there was no core"],
         ),
         ([step_profile(products=9, others=1)], ["computing takes 100%"]),
     ],
