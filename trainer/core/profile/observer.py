@@ -67,6 +67,8 @@ class ProfileObserver(Observer):
             self._begin_timing()
         if step.number == timed[1]:
             self._end_timing()
+        if step.number == traced[0] - 2:
+            self._start_profiler()
         if step.number == traced[0] - 1:
             self._begin_trace()
         if step.number == traced[1]:
@@ -103,11 +105,13 @@ class ProfileObserver(Observer):
         self._on_core = (thread_time() - self._core_start) / count
         activity.listener = None
 
-    def _begin_trace(self) -> None:
+    def _start_profiler(self) -> None:
         os.environ.setdefault(*QUIET)
-        self._synchronize()
         self._profiler = profile()
         self._profiler.start()
+
+    def _begin_trace(self) -> None:
+        self._synchronize()
         self._ranges = PhaseRanges()
         activity.listener = self._ranges
 
