@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import HASHES, Points, config, mlp
-from trainer import LockstepError, Observer, Trainer
+from trainer import ConfigError, LockstepError, Observer, Trainer
 from trainer.__main__ import main
 from trainer.core.profile.intervals import (
     Intervals,
@@ -82,7 +82,7 @@ def test_intervals_are_sets_of_moments() -> None:
 
 
 @pytest.mark.parametrize("every", [None, 7])
-@pytest.mark.parametrize("count", [3, 6, 9])
+@pytest.mark.parametrize("count", [3, 5, 6, 8, 9])
 def test_nothing_is_evaluated_or_saved_within_a_window(
     tmp_path: Path, every: int | None, count: int
 ) -> None:
@@ -91,17 +91,20 @@ def test_nothing_is_evaluated_or_saved_within_a_window(
     timetable = Timetable(section, plan, has_validation=True)
     windows = find_windows(plan, timetable, steps_done=2, count=count)
     longest = 9 if every is None else 7
+    # The profiler starts a step before those that count.
+    longest -= 1
     if count > longest:
         assert windows is None
         return
     assert windows is not None
     for (first, last), after in (
         (windows.timed, 2 + WARM_UP_STEPS),
-        (windows.traced, windows.timed[1]),
+        (windows.traced, windows.timed[1] + 1),
     ):
         assert last - first + 1 == count
         assert first > after
-        for number in range(first, last):
+        begin = first if first == windows.timed[0] else first - 1
+        for number in range(begin, last):
             step = plan.step(number - 1)
             assert not timetable.is_evaluated(step)
             assert not timetable.is_checkpointed(step)
@@ -121,6 +124,8 @@ def phase(name: str, start: float, end: float) -> Span:
 def test_a_trace_of_a_gpu_is_added_up() -> None:
     """Two steps in 20 s: 6 s of products and 2 of others, 3 of exchange of which 1 is hidden, 2 s of loading."""
     spans = [
+        Span("operator", "aten::mm", -2, -1, own=1, on_device=9),  # of a step before
+        Span("kernel", "gemm", -2, -1),
         phase("the loader", 0, 3),
         phase("forward and backward", 3, 15),
         phase("the end of the step", 15, 20),
@@ -140,7 +145,7 @@ def test_a_trace_of_a_gpu_is_added_up() -> None:
     assert traced.host == 10 - 0.5 - 4 - 1
     assert (traced.launches, traced.host_waits) == (1, 0.5)
     # Without the profiler a step took 7 s: what a GPU does stays, and the host has the rest.
-    profile = combine(7, 3, traced)
+    profile = combine(7, 3, 1, traced)
     assert profile.seconds == 7
     assert profile.host == 7 - 0.5 - 4 - 1
 
@@ -162,12 +167,16 @@ def test_a_trace_of_a_cpu_is_added_up() -> None:
     assert traced.communication == 3  # 5 to 6 and 7 to 9
     assert traced.host == 1
     # Half of what is not the loader's was the profiler's.
-    profile = combine(2 + 4, 2, traced)
+    profile = combine(2 + 4, 2, 1, traced)
     parts = (profile.products, profile.others, profile.communication, profile.host)
     assert parts == (1.5, 0.5, 1.5, 0.5)
+    # 2.5 s were neither the loader's nor the exchange's, and the thread ran for 1 s.
+    assert profile.held_up == 1.5
 
 
-def step_profile(*, has_device: bool = True, **parts: float) -> StepProfile:
+def step_profile(
+    *, has_device: bool = True, on_core: float | None = None, **parts: float
+) -> StepProfile:
     parts = (
         dict.fromkeys(("loading", "products", "others", "communication", "host"), 0.0)
         | parts
@@ -181,7 +190,8 @@ def step_profile(*, has_device: bool = True, **parts: float) -> StepProfile:
         largest=[],
         **parts,
     )
-    return combine(seconds, parts["loading"], traced)
+    on_core = seconds if on_core is None else on_core
+    return combine(seconds, parts["loading"], on_core, traced)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +221,10 @@ def step_profile(*, has_device: bool = True, **parts: float) -> StepProfile:
         (
             [step_profile(products=10), step_profile(products=5, loading=5)],
             ["waiting for data takes 50% of a step on rank 1"],
+        ),
+        (
+            [step_profile(products=9, host=1, has_device=False, on_core=7)],
+            ["for 30% of a step there was no core"],
         ),
         ([step_profile(products=9, others=1)], ["computing takes 100%"]),
     ],
@@ -307,8 +321,14 @@ def test_a_session_that_is_too_short_says_so(
 ) -> None:
     settings = config(tmp_path, run__proof="off", train__profile=5)
     Trainer(settings, model=mlp(), train_data=Points(ignored=False)).fit()
-    assert "not twice 5 steps in a row" in capsys.readouterr().out
+    assert "not 5 and then 6 in a row" in capsys.readouterr().out
     assert not (tmp_path / "run" / "profile").exists()
+
+
+def test_a_trace_too_large_to_look_at_is_refused(tmp_path: Path) -> None:
+    config(tmp_path, train__profile=100)
+    with pytest.raises(ConfigError, match=r"train\.profile: 101 is more than 100"):
+        config(tmp_path, train__profile=101)
 
 
 def test_the_command_prints_and_keeps_the_same(
@@ -328,4 +348,4 @@ def test_the_command_prints_and_keeps_the_same(
     assert not (tmp_path / "runs").exists()
     assert main([*command, "--steps=10"]) == 2
     said = capsys.readouterr().err
-    assert "10 needs 30 steps of training, and the run has 23" in said
+    assert "10 needs 31 steps of training, and the run has 23" in said

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.commands.arguments import CommandParser, load_config, whole_number
+from trainer.config.schema import MAX_PROFILED_STEPS
 from trainer.errors import ConfigError
 from trainer.process.memory import keep_freed_memory
 
@@ -45,6 +46,10 @@ def main(arguments: list[str]) -> None:
     options = parser.parse(arguments)
     config = load_config(options)
     steps = options.steps or config.train.profile or STEPS
+    if steps > MAX_PROFILED_STEPS:
+        raise ConfigError(
+            "--steps", f"{steps} is more than {MAX_PROFILED_STEPS}; 10 say enough"
+        )
 
     from trainer.core.try_out import explained
     from trainer.reporting.console import Console
@@ -68,13 +73,13 @@ def _observer(
     trainer: Trainer, steps: int, directory: Path, console: Console
 ) -> ProfileObserver:
     from trainer.core.profile.observer import ProfileObserver
-    from trainer.core.profile.windows import WARM_UP_STEPS, find_windows
+    from trainer.core.profile.windows import find_windows, steps_needed
 
     windows = find_windows(trainer.plan, None, steps_done=0, count=steps)
     if windows is None:
         raise ConfigError(
             "--steps",
-            f"{steps} needs {2 * steps + WARM_UP_STEPS} steps of training, and the run has "
+            f"{steps} needs {steps_needed(steps)} steps of training, and the run has "
             f"{trainer.plan.total_steps}; lower it, or raise train.epochs or train.max_steps",
         )
     return ProfileObserver(windows, directory, console.note)

@@ -36,6 +36,7 @@ from trainer.errors import ConfigError, nearest
 
 # Of a metric, without its phase.
 COLUMN_NAME = re.compile(r"[\w.@-]+")
+MAX_PROFILED_STEPS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,6 +481,11 @@ class TrainConfig(Section):
         super().__post_init__()
         if self.compile == "default":
             object.__setattr__(self, "compile", True)  # one name for one thing
+        if (self.profile or 0) > MAX_PROFILED_STEPS:
+            raise ConfigError(
+                f"{self.SECTION}.profile",
+                f"{self.profile} is more than {MAX_PROFILED_STEPS}, whose trace is too large to look at; 10 say enough",
+            )
         if self.mix:
             read_section(MixConfig, self.mix)  # which checks it
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trainer.exact.tf32 import tf32_in_use
 from trainer.process.machine import describe_device, package_versions
 from trainer.process.ranks import Ranks
 from trainer.storage.data_record import DataRecord, plain_values
@@ -29,6 +30,9 @@ def environment(
     values: dict[str, Any] = {}
     values |= package_versions()
     values |= describe_device(ranks.device)
+    if ranks.device.type == "cuda":
+        values["tf32"] = tf32_in_use()._asdict()
+        values["cudnn_benchmark"] = torch.backends.cudnn.benchmark
     values["processes"] = ranks.count
     values["threads"] = torch.get_num_threads()
     values["code"] = _git_commit()

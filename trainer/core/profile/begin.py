@@ -28,8 +28,8 @@ def add_profile(
     windows = find_windows(run.plan, timetable, steps_done=steps_done, count=count)
     if windows is None:
         return None, (
-            f"none: this session has not twice {count} steps in a row, without an evaluation or a checkpoint between "
-            f"them, after the first {WARM_UP_STEPS}; lower train.profile"
+            f"none: after its first {WARM_UP_STEPS} steps, this session has not {count} and then {count + 1} in a row "
+            f"without an evaluation or a checkpoint between them; lower train.profile"
         )
     observer = ProfileObserver(windows, directory, note)
     observers.add(observer)

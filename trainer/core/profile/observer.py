@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 from torch.profiler import profile
@@ -48,8 +48,10 @@ class ProfileObserver(Observer):
         self._wait_clock: WaitClock | None = None
         self._ranges: PhaseRanges | None = None
         self._start = 0.0
+        self._core_start = 0.0
         self.seconds = 0.0  # of a step, without the profiler
         self._loading = 0.0
+        self._on_core = 0.0
 
     def begin(self, run: Run) -> None:
         self._run = run
@@ -65,6 +67,8 @@ class ProfileObserver(Observer):
             self._begin_timing()
         if step.number == timed[1]:
             self._end_timing()
+        if step.number == traced[0] - 2:
+            self._start_profiler()
         if step.number == traced[0] - 1:
             self._begin_trace()
         if step.number == traced[1]:
@@ -89,6 +93,7 @@ class ProfileObserver(Observer):
         self._wait_clock = WaitClock()
         activity.listener = self._wait_clock
         self._start = perf_counter()
+        self._core_start = thread_time()
 
     def _end_timing(self) -> None:
         self._synchronize()
@@ -97,13 +102,16 @@ class ProfileObserver(Observer):
         count = last - first + 1
         self.seconds = (perf_counter() - self._start) / count
         self._loading = self._wait_clock.seconds / count
+        self._on_core = (thread_time() - self._core_start) / count
         activity.listener = None
 
-    def _begin_trace(self) -> None:
+    def _start_profiler(self) -> None:
         os.environ.setdefault(*QUIET)
-        self._synchronize()
         self._profiler = profile()
         self._profiler.start()
+
+    def _begin_trace(self) -> None:
+        self._synchronize()
         self._ranges = PhaseRanges()
         activity.listener = self._ranges
 
@@ -115,7 +123,7 @@ class ProfileObserver(Observer):
         first, last = self._windows.traced
         events: Any = profiler.events()  # type: ignore[no-untyped-call]
         traced = measure(spans_of(events), last - first + 1)
-        own = combine(self.seconds, self._loading, traced)
+        own = combine(self.seconds, self._loading, self._on_core, traced)
         run = self._run
         self.profiles = run.ranks.gather([own])
         lines = self._report(step)

@@ -19,7 +19,9 @@ UNEVEN = 0.1  # between ranks
 class StepProfile:
     """Where the time of one step goes, on one rank: seconds of a step that nothing slows down.
 
-    The parts are those of `TracedStep`, and add up to `seconds`, which was measured without the profiler.
+    The parts are those of `TracedStep`, and add up to `seconds`, which was measured without the profiler. In `held_up`
+    of these seconds, spread over the parts, the process had something to compute and no core to do it on; known
+    without a GPU only.
     """
 
     seconds: float
@@ -28,6 +30,7 @@ class StepProfile:
     others: float
     communication: float
     host: float
+    held_up: float
     traced: TracedStep
 
     def share(self, part: str) -> float:
@@ -35,11 +38,14 @@ class StepProfile:
         return value / self.seconds if self.seconds else 0.0
 
 
-def combine(seconds: float, loading: float, traced: TracedStep) -> StepProfile:
+def combine(
+    seconds: float, loading: float, on_core: float, traced: TracedStep
+) -> StepProfile:
     """The profile of a step that takes `seconds`, of which it waits `loading` for samples, without the profiler.
 
-    The profiler lengthens what the host does, hardly what a GPU does. So a GPU's parts are taken as they were traced,
-    and the host has what is left; without a GPU, all parts but the loader's shrink alike.
+    `on_core` are the seconds of a step in which the training thread ran. The profiler lengthens what the host does,
+    hardly what a GPU does. So a GPU's parts are taken as they were traced, and the host has what is left; without a
+    GPU, all parts but the loader's shrink alike.
     """
     if traced.has_device:
         loading = traced.loading
@@ -55,7 +61,12 @@ def combine(seconds: float, loading: float, traced: TracedStep) -> StepProfile:
         "communication": traced.communication * scale,
     }
     total = loading + host + sum(parts.values())
-    return StepProfile(total, loading, host=host, traced=traced, **parts)
+    # Where it waits for samples or other processes, a thread needs no core.
+    busy = total - loading - parts["communication"]
+    held_up = 0.0 if traced.has_device else max(busy - on_core, 0.0)
+    return StepProfile(
+        total, loading, host=host, held_up=held_up, traced=traced, **parts
+    )
 
 
 def _ratio(value: float, whole: float) -> float:
@@ -104,6 +115,7 @@ def advice(profiles: Sequence[StepProfile], config: Config, device: str) -> list
     for share, text in (
         _of_loading(profiles, config),
         _of_communication(profiles),
+        _of_cores(profiles),
         _of_host(profiles[0], config, device),
         _of_memory(profiles[0], config, device),
     ):
@@ -150,8 +162,21 @@ def _of_communication(profiles: Sequence[StepProfile]) -> tuple[float, str]:
     )
 
 
+def _of_cores(profiles: Sequence[StepProfile]) -> tuple[float, str]:
+    shares = [profile.share("held_up") for profile in profiles]
+    share = max(shares)
+    if share < NOTABLE:
+        return share, ""
+    where = f" on rank {shares.index(share)}" if len(profiles) > 1 else ""
+    return share, (
+        f"for {share:.0%} of a step{where} there was no core to compute on: other programs, or more processes, loader "
+        f"processes and threads (OMP_NUM_THREADS) than cores; all other shares are blurred by it"
+    )
+
+
 def _of_host(profile: StepProfile, config: Config, device: str) -> tuple[float, str]:
-    share = profile.share("host")
+    # A thread that is kept from its core is between operators, too, and nothing here helps it.
+    share = profile.share("host") - profile.share("held_up")
     if share < MOSTLY_IDLE:
         return share, ""
     remedies = []

@@ -110,10 +110,11 @@ def _kind(event: Any) -> Kind | None:
 
 
 def measure(spans: Sequence[Span], steps: int) -> TracedStep:
-    """One step of the `steps` that were traced, on average. The ranges of their phases must be among the spans."""
+    """One step of the `steps` that were traced, on average: what lies within the ranges of their phases."""
     phases = [span for span in spans if span.kind == "phase"]
     start = min(span.start for span in phases)
     end = max(span.end for span in phases)
+    spans = [span for span in spans if span.end > start and span.start < end]
     waiting = {RANGE + phase.name for phase in WAITING}
     loading = _union(span for span in phases if span.name in waiting)
     window = [(start, end)]

@@ -15,7 +15,8 @@ MAX_SEARCHED = 100_000  # steps; where none fit in so many, none will
 class Windows(NamedTuple):
     """`[first, last]` step numbers: those whose time is taken as it is, and those that the profiler traces.
 
-    The profiler slows down what it traces, so how long a step takes is measured without it.
+    The profiler slows down what it traces, so how long a step takes is measured without it. It starts one step before
+    those that count, since it is slowest there.
     """
 
     timed: tuple[int, int]
@@ -25,10 +26,15 @@ class Windows(NamedTuple):
         return f"steps {self.timed[0]} to {self.timed[1]} are timed, {self.traced[0]} to {self.traced[1]} traced"
 
 
+def steps_needed(count: int) -> int:
+    """How many steps a session has at least, if `count` are to be traced."""
+    return WARM_UP_STEPS + count + 1 + count
+
+
 def find_windows(
     plan: Plan, timetable: Timetable | None, *, steps_done: int, count: int
 ) -> Windows | None:
-    """Twice `count` steps of this session; None if it has too few.
+    """The windows of a session that begins after `steps_done` steps, `count` steps each; None if it has too few.
 
     Between the steps of a window nothing is evaluated or saved, as `timetable` says; None where nothing ever is.
     """
@@ -37,8 +43,10 @@ def find_windows(
     timed = _uninterrupted(plan, timetable, steps_done + WARM_UP_STEPS, last, count)
     if timed is None:
         return None
-    traced = _uninterrupted(plan, timetable, timed[1], last, count)
-    return None if traced is None else Windows(timed, traced)
+    under_profiler = _uninterrupted(plan, timetable, timed[1], last, count + 1)
+    if under_profiler is None:
+        return None
+    return Windows(timed, (under_profiler[0] + 1, under_profiler[1]))
 
 
 def _uninterrupted(
