@@ -424,7 +424,10 @@ def test_blocks_are_items_of_containers_or_what_the_model_names() -> None:
     ]
 
 
-def test_one_process_holds_the_whole_model(tmp_path: Path) -> None:
+def test_one_process_holds_the_whole_model_and_refuses_what_several_would(
+    tmp_path: Path,
+) -> None:
     trainer = trainer_of(tmp_path, "fsdp")
     assert not any(map(is_shard, trainer.module.parameters()))
     assert "one process" in header_of(trainer, tmp_path)["parallel"]
+    assert "scale is a single number" in message_of(tmp_path, Scalar())
