@@ -247,6 +247,22 @@ class HalfUnused(nn.Module):
         return out + self.sometimes(x) if x[0, 0] < 0.4 else out
 
 
+class Tied(nn.Module):
+    """Its last layer has the weights of the first, which are used transposed, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.first = nn.Linear(6, 4)
+        self.blocks = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+        self.blocks[1].weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = nn.functional.linear(torch.tanh(self.first(x)), self.first.weight.T)
+        result: Tensor = self.blocks(hidden)
+        return result
+
+
 class Scalar(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -310,10 +326,11 @@ def run_points(
 
 
 def runs_of_points(directory: Path, parallel: str) -> list[dict[str, Tensor]]:
-    """The second head is used on some ranks and not on others; a model of layers; a step that is left out."""
+    """A head that some ranks use and others do not, shared and frozen weights, rates by layer, a step left out."""
     shared: dict[str, Any] = {"train__parallel": parallel}
     return [
         run_points(directory / "half", HalfUnused(), **shared),
+        run_points(directory / "tied", Tied(), **shared),
         run_points(directory / "layers", mlp(), optimizer__layer_decay=0.5, **shared),
         run_points(directory / "frozen", mlp(), model__freeze=["0"], **shared),
         run_points(
@@ -407,7 +424,10 @@ def test_blocks_are_items_of_containers_or_what_the_model_names() -> None:
     ]
 
 
-def test_one_process_holds_the_whole_model(tmp_path: Path) -> None:
+def test_one_process_holds_the_whole_model_and_refuses_what_several_would(
+    tmp_path: Path,
+) -> None:
     trainer = trainer_of(tmp_path, "fsdp")
     assert not any(map(is_shard, trainer.module.parameters()))
     assert "one process" in header_of(trainer, tmp_path)["parallel"]
+    assert "scale is a single number" in message_of(tmp_path, Scalar())

@@ -24,7 +24,12 @@ from trainer.components.task import (
 )
 from trainer.config.schema import BestConfig, Config
 from trainer.core.build_data import count_classes, run_data, with_notes
-from trainer.core.build_model import is_sharded, run_model, run_task, shard_model
+from trainer.core.build_model import (
+    check_can_be_sharded,
+    is_sharded,
+    run_model,
+    run_task,
+)
 from trainer.core.early_stop import with_early_stop_metric
 from trainer.core.evaluated_weights import logged_phases
 from trainer.core.evaluation import EvaluationSet, Evaluator
@@ -47,6 +52,7 @@ from trainer.data.loading import Loader, build_loaders
 from trainer.data.samplers import build_order
 from trainer.data.short_side import with_short_side
 from trainer.exact.plan import Plan
+from trainer.exact.sharding import shard
 from trainer.process.device import check_reproducibility
 from trainer.process.ranks import Ranks
 from trainer.storage.signature import (
@@ -120,8 +126,10 @@ def build_run(
     module, weights_note = ranks.on_each(build_module)
     the_task = run_task(config, task, num_classes, module)
     the_task.to(ranks.device, precision.dtype)
+    if config.train.parallel == "fsdp":
+        ranks.on_each(partial(check_can_be_sharded, module, the_task))
     if is_sharded(config, ranks):
-        shard_model(module, the_task, ranks)
+        shard(module, ranks)
     check_classes(the_task, num_classes, data)
     # A machine may lack what a metric needs.
     config, named_metrics = ranks.on_each(

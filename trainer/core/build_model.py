@@ -21,7 +21,7 @@ from trainer.errors import ConfigError
 from trainer.exact.batch_norm import configure, refuse_cumulative_average
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
-from trainer.exact.sharding import shard
+from trainer.exact.sharding import refuse_what_cannot_be_cut
 from trainer.process.ranks import Ranks
 from trainer.storage.signature import (
     describe_other_classes,
@@ -75,11 +75,8 @@ def is_sharded(config: Config, ranks: Ranks) -> bool:
     return config.train.parallel == "fsdp" and ranks.count > 1
 
 
-def shard_model(module: nn.Module, task: Task, ranks: Ranks) -> None:
-    """Leave each rank its part of the model (`train.parallel=fsdp`). A collective.
-
-    Raises `ConfigError` for a model or a loss that cannot be trained so.
-    """
+def check_can_be_sharded(module: nn.Module, task: Task) -> None:
+    """Raise `ConfigError` for a model or a loss that `train.parallel=fsdp` cannot train, on one process as on many."""
     if task.whole_step:
         raise ConfigError(
             "train.parallel",
@@ -92,7 +89,7 @@ def shard_model(module: nn.Module, task: Task, ranks: Ranks) -> None:
             "fsdp shares out the model's parameters, and the loss has some of its own; make them the model's, or use "
             "ddp",
         )
-    shard(module, ranks)
+    refuse_what_cannot_be_cut(module)
 
 
 def run_task(

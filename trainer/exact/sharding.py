@@ -65,12 +65,11 @@ def _items(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
 def shard(module: nn.Module, ranks: Ranks) -> None:
     """Leave this rank its part of rank 0's parameters of `module`, on the run's device. A collective.
 
-    Raises `ConfigError` for a parameter that cannot be cut.
+    `refuse_what_cannot_be_cut` comes before it.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    _refuse_what_cannot_be_cut(module)
     _copy_from_main(module, ranks)
     mesh = init_device_mesh(ranks.device.type, (ranks.count,))
     blocks = [module.get_submodule(name) for name in blocks_of(module)]
@@ -99,7 +98,8 @@ def _copy_from_main(module: nn.Module, ranks: Ranks) -> None:
             tensor.copy_(on_device)
 
 
-def _refuse_what_cannot_be_cut(module: nn.Module) -> None:
+def refuse_what_cannot_be_cut(module: nn.Module) -> None:
+    """Raise `ConfigError` for a parameter that cannot be shared out."""
     for name, parameter in module.named_parameters():
         reason = ""
         if not parameter.dim():

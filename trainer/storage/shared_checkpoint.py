@@ -14,7 +14,7 @@ from trainer.process.ranks import Ranks
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint
 from trainer.storage.stateful import join_state, split_state
-from trainer.storage.whole_tensors import spread
+from trainer.storage.whole_tensors import share, spread
 
 
 def load_on_all(
@@ -50,7 +50,7 @@ def load_on_all(
     content = replace(
         received,
         model=own.model or module.state_dict(),
-        optimizer=ranks.broadcast_tensors(own.optimizer),
+        optimizer=share(own.optimizer, module, ranks),
         stateful=_share_states(own.stateful, ranks),
     )
     return content, notes

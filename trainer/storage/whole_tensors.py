@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from trainer.exact.shards import is_shard, part_like, whole
+from trainer.exact.shards import has_shards, is_shard, part_like, whole
 from trainer.process.ranks import Ranks
 
 
@@ -24,6 +24,28 @@ def collect(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
             copy = on_device.detach().to("cpu", copy=True)
             collected[name] = copy.contiguous()
     return collected
+
+
+def share(
+    tensors: Mapping[str, Tensor], module: nn.Module, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Rank 0's `tensors`, an optimizer's state by `<key>.<parameter>`, on every rank. A collective.
+
+    Where a parameter of `module` is shared out, what has its shape is cut as it is, and else all is on the CPU.
+    """
+    if not has_shards(module):
+        return ranks.broadcast_tensors(tensors)
+    parameters = dict(module.named_parameters())
+    results = {}
+    for name, received in ranks.broadcast_each(tensors):
+        _, _, owner = name.partition(".")
+        parameter = parameters.get(owner)
+        if parameter is not None and parameter.shape == received.shape:
+            # A copy: the part alone would keep the memory of the whole.
+            results[name] = part_like(parameter, received).clone()
+        else:
+            results[name] = received.cpu()
+    return results
 
 
 @torch.no_grad()
