@@ -76,7 +76,12 @@ def tutorial_validation(root: Path) -> Way:
 
 
 def lockstep(
-    root: Path, transforms: list[dict[str, Any]], ranks: Ranks, **keys: Any
+    root: Path,
+    transforms: list[dict[str, Any]],
+    ranks: Ranks,
+    *,
+    is_for_gpu: bool = False,
+    **keys: Any,
 ) -> Way:
     """Every image once in each call, in another epoch. A cache is made, if there is to be one, before it returns."""
     section = DataConfig(
@@ -96,7 +101,7 @@ def lockstep(
         firsts = range(0, len(ids), BATCH)
         batches = [ids[first : first + BATCH] for first in firsts]
         requests = [Request(index, epoch, own) for index, own in enumerate(batches)]
-        for _ in loader.run(requests):
+        for _ in loader.load(requests) if is_for_gpu else loader.run(requests):
             pass
 
     return run
@@ -121,6 +126,9 @@ def ways(
         f"the same, data.short_side={SHORT_SIDE}": way(short_side=SHORT_SIDE),
         f"data.cache=decoded, data.short_side={SHORT_SIDE}": way(
             short_side=SHORT_SIDE, **cache
+        ),
+        "the same, as bytes for a GPU, which normalises them": way(
+            short_side=SHORT_SIDE, is_for_gpu=True, **cache
         ),
         "data.cache=decoded, data.short_side=full": way(short_side="full", **cache),
     }
