@@ -247,6 +247,12 @@ def test_transforms_draw_and_give_the_same_and_never_change_the_cache(
         v2.RandomResizedCrop(30, scale=(1, 1), ratio=(80 / 61, 80 / 61)),
         v2.RandomResizedCrop(30, interpolation=v2.InterpolationMode.BICUBIC),
         v2.RandomResizedCrop(30, antialias=False),
+        # Of no part that lies within the image.
+        v2.RandomResizedCrop(30, scale=(2, 3)),
+        v2.RandomResizedCrop(30, scale=(1, 1), ratio=(5, 6)),
+        v2.RandomResizedCrop(30, scale=(1, 1), ratio=(0.1, 0.2)),
+        v2.RandomHorizontalFlip(),
+        v2.RandomHorizontalFlip(0.9),
     ],
 )
 def test_the_fast_crop_gives_the_bits_of_torchvisions(crop: Any) -> None:

@@ -55,8 +55,9 @@ class Normalize(nn.Module):
         """
         if not isinstance(images, Tensor):
             return self._structure(images)
-        if images.dtype == torch.uint8:
-            images = images * self.scale  # one operation both casts and scales
+        is_new = images.dtype == torch.uint8
+        if is_new:
+            images = images.to(self._dtype).mul_(self.scale)
         elif images.is_floating_point():
             images = images.to(self._dtype)
         elif images.dtype == torch.uint16:
@@ -70,6 +71,9 @@ class Normalize(nn.Module):
         if not self._shifts:
             return images
         self._check_channels(images)
+        if is_new:
+            # In place: on the CPU, new memory costs more than the arithmetic.
+            return images.sub_(self.mean).div_(self.std)
         return (images - self.mean) / self.std
 
     def _structure(self, inputs: Any) -> Any:

@@ -31,7 +31,7 @@ from trainer.data.names import printable
 from trainer.data.worker_failure import is_limit
 from trainer.errors import DataError, data_error
 from trainer.exact.plan import Ids, IndexRange
-from trainer.exact.seeding import key, seed_cpu
+from trainer.exact.seeding import key, seed_cpu, seed_torch
 
 
 class MicroBatch(NamedTuple):
@@ -141,6 +141,10 @@ class KeyedDataset(Dataset[Any]):
         )
         self.draws = self._batch is None
         self._may_read_only = self._leaves_images_alone()
+        # torchvision's transforms draw from torch alone; others may draw from `random` and NumPy, too.
+        self._seed_draws: Callable[[int], object] = seed_cpu
+        if self._may_read_only:
+            self._seed_draws = seed_torch
         # Set in a loader process: told of each sample before it is loaded.
         self.at_sample: Callable[[int], None] | None = None
 
@@ -211,9 +215,11 @@ class KeyedDataset(Dataset[Any]):
         """The input and target of one sample, transformed. It seeds the CPU's generators."""
         # All that a data set or transform may draw from; the caller restores the rank's generators (`draws`).
         if occurrence:
-            seed_cpu(key(self._seed, self._purpose, epoch, sample_id, occurrence))
+            self._seed_draws(
+                key(self._seed, self._purpose, epoch, sample_id, occurrence)
+            )
         else:
-            seed_cpu(key(self._seed, self._purpose, epoch, sample_id))
+            self._seed_draws(key(self._seed, self._purpose, epoch, sample_id))
         if self.at_sample is not None:
             self.at_sample(sample_id)
         try:

@@ -51,9 +51,14 @@ def numpy_generator(seed: int, purpose: str, *position: int) -> np.random.Genera
 
 def seed_cpu(value: int) -> None:
     """Seed the three generators that data pipelines draw from: torch's on the CPU, `random`, and NumPy's."""
+    seed_torch(value)
+    seed_host_generators(value)
+
+
+def seed_torch(value: int) -> None:
+    """Seed torch's generator on the CPU."""
     # torch.manual_seed visits every back end: 100 times the cost.
     torch.default_generator.manual_seed(value)
-    seed_host_generators(value)
 
 
 def seed_host_generators(value: int) -> None:
