@@ -3,10 +3,9 @@
 python -m benchmarks.where                              a minute
 python -m benchmarks.where --quick
 
-Lockstep's `fit` and the loop by hand take turns in one process, as in `benchmarks.step_time`. A timer stops the process
-after each few milliseconds of CPU time, and the innermost function that belongs to a part gets that sample. So parts
-add up to the whole, and nothing is slowed where it is called. A share of 1 % is a handful of samples: no more than a
-hint.
+Lockstep's `fit` and the loop by hand take turns in one process, as in `benchmarks.step_time`: first to be timed, and
+then once more under a timer that stops the process after each 5 ms of CPU time. The innermost function that belongs to a
+part gets that sample, so the parts add up to the whole. A share of 1 % is a handful of samples: no more than a hint.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
@@ -27,7 +27,7 @@ from benchmarks.step_time import Workload, machine, measure, workloads
 from benchmarks.timing import LOCKSTEP, Rounds
 from trainer.process.exit import report_error
 
-INTERVAL = 0.001  # seconds of CPU time; the kernel's own tick may be longer
+INTERVAL = 0.005  # seconds of CPU time
 RAW = "raw"
 # Parts of a step by what stands in the file name of the innermost function, the first that fits.
 MODEL, BACKWARD, UPDATE = "model and loss", "backward", "optimizer's update"
@@ -83,6 +83,7 @@ class Samples:
             self.counts[loop or LOCKSTEP, part or REST] += 1
 
 
+@cache  # it is asked in the handler of a signal
 def part_of(path: str) -> str | None:
     """The part that a source file belongs to; None of one that is in no part."""
     for beginning, part in PARTS:
@@ -93,9 +94,11 @@ def part_of(path: str) -> str | None:
 
 def table(workload: Workload, rounds: Rounds) -> str:
     """Markdown: µs of CPU time a step, by part, of the loop by hand and of Lockstep."""
+    # The samples slow what they look at, so they give the shares alone.
+    seconds = measure(workload, rounds, {RAW: loops.raw}, threads=1)
     samples = Samples()
     with samples.taken():
-        seconds = measure(workload, rounds, {RAW: loops.raw}, threads=1)
+        measure(workload, rounds, {RAW: loops.raw}, threads=1)
     spent = {
         loop: 1e6 * float(np.median(seconds[loop], axis=0)[1])
         for loop in (RAW, LOCKSTEP)
