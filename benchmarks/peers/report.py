@@ -26,10 +26,11 @@ HEADINGS = (
 )
 NOTES = """\
 Times of a step over the lean raw loop's in the same round, medians. *Lean*: nothing is shown, logged or kept that can
-be turned off. *As used*: as the trainer's guide or its defaults have it, with its progress bar; `adapters/` says what
-that is. *CPU time* is that of all ranks together. *Reads* are tensors' values read by Python a step, lean and as used:
-on a GPU most would wait for it. Lockstep's are a check that it makes at once on a CPU only, and of the host's tensors. *Weights*: the largest difference from the
-raw loop's after the last step, in fractions of the largest weight."""
+be turned off. *As used*: as the trainer's guide or its defaults have it, with its progress bar; each file of
+`benchmarks/peers/adapters/` says what that is. *CPU time* is that of all ranks together. *Reads* are tensors' values
+read by Python a step, lean and as used: on a GPU most would wait for it. Lockstep's are a check that it makes at once
+on a CPU only, and of the host's own tensors. *Weights*: the largest difference from the raw loop's after the last step,
+in fractions of the largest weight."""
 
 
 @dataclass(frozen=True)
