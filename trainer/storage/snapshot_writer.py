@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from trainer.process.activity import activity
 from trainer.process.available_memory import available_memory
 from trainer.storage.host_copies import HostCopies
 from trainer.storage.snapshot import Snapshot
@@ -24,6 +26,7 @@ class SnapshotWriter:
         self._copies = HostCopies()
         self._has_room = True
         self._thread: ThreadPoolExecutor | None = None
+        self._thread_id: int | None = None
         self._last: Future[None] | None = None
 
     def write(self, snapshot: Snapshot, write: Callable[[Snapshot], None]) -> None:
@@ -35,7 +38,11 @@ class SnapshotWriter:
             return
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "writer of checkpoints")
-        self._last = self._thread.submit(write, copy)
+        self._last = self._thread.submit(self._work, write, copy)
+
+    def _work(self, write: Callable[[Snapshot], None], snapshot: Snapshot) -> None:
+        self._thread_id = threading.get_ident()
+        write(snapshot)
 
     def _copy(self, snapshot: Snapshot) -> Snapshot | None:
         """A copy, or None where memory has no room for it."""
@@ -60,8 +67,13 @@ class SnapshotWriter:
     def wait(self) -> None:
         """Wait until the last snapshot is written. Raises what went wrong, once."""
         last, self._last = self._last, None
-        if last is not None:
+        if last is None:
+            return
+        activity.waits_for_thread = self._thread_id
+        try:
             last.result()
+        finally:
+            activity.waits_for_thread = None
 
     def close(self) -> BaseException | None:
         """Wait for the last snapshot and end the thread; returns what went wrong, if nobody was told of it yet."""
