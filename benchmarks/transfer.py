@@ -155,6 +155,7 @@ class Turns(Trainer):
 
     def save(self) -> None:
         super().save()
+        self.finish_saving()  # the script is to have the machine to itself
         began = perf_counter()
         self._script.send(True)
         self._results.append(self._script.recv())

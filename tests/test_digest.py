@@ -43,7 +43,9 @@ def test_it_is_the_arithmetic_it_says(monkeypatch) -> None:  # type: ignore[no-u
     )
     expected = by_hand([bit for view in views for bit in view.tolist()])
     assert hexadecimal(digest(tensors)) == expected
-    monkeypatch.setattr(module, "CHUNK", 4)  # large tensors cut and small ones joined
+    monkeypatch.setattr(
+        module, "CPU_CHUNK", 4
+    )  # large tensors cut and small ones joined
     assert hexadecimal(digest(tensors)) == expected
 
 

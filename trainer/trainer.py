@@ -275,6 +275,7 @@ class Trainer:
                     self.end_loading()
                     if self._profile is not None:
                         self._profile.close()
+                    self.saving.close(self._journal)
 
     def _build_trackers(self) -> list[Tracker]:
         """The trackers of the config, on the main process; the others need no packages for them."""
@@ -680,7 +681,7 @@ class Trainer:
         self._ending.take_note(row)
         if is_evaluated and self.config.run.figures and self.observers.draw_figures:
             self.ranks.on_main(partial(self._draw_of_observers, step))
-        self.evaluations.check_finite(row, self.saving.saved_step)
+        self.evaluations.check_finite(row, self.saving.kept_step)
         self.stopwatch.mark(self.progress.samples_seen)
 
     def evaluate(self) -> Row:
@@ -692,13 +693,17 @@ class Trainer:
         return self.evaluations.evaluate(self.progress.step)
 
     def load_best(self) -> Row:
-        """Load the best weights so far on every rank; returns the row that was saved with them."""
+        """Load the best weights so far on every rank; returns the row that was saved with them. A collective."""
+        self.finish_saving()
         return self.run.load_best()
 
     # ---------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
-        """Write a checkpoint of the present step boundary. A collective.
+        """Begin to write a checkpoint of the present step boundary. A collective.
+
+        Training goes on with a copy made. The checkpoint is complete by the next `save`, by the end of `fit`, and after
+        `finish_saving`; an error of writing it is raised there, too.
 
         Raises `LockstepError` if the run is not finite: no checkpoint holds NaN or an infinity.
         """
@@ -714,6 +719,12 @@ class Trainer:
         )
         activity.mark(UPDATING)
         self.stopwatch.mark(self.progress.samples_seen)
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint and the best model are complete in their files. A collective."""
+        phase = activity.phase
+        self.saving.wait()
+        activity.mark(phase)
 
     def _draw_of_observers(self, step: Step) -> None:
         figures = self.observers.figures(step, self.journal.directory / "figures")
@@ -772,6 +783,7 @@ class Trainer:
     def _stop(self, signal_number: int) -> None:
         if self.saving.saved_step != self.progress.step:
             self.save()
+        self.saving.wait()
         raise Stopped(
             f"stopped by signal {signal_number} after step {self.progress.step}; a checkpoint is kept, "
             f"go on with run.resume=auto",
@@ -797,6 +809,7 @@ class Trainer:
             self.log(last)
         if is_changed or not self.timetable.is_evaluated(last):
             self._log_epoch(last, {}, evaluate=True)
+        self.saving.wait()  # the best model is read next
         activity.mark(ENDING)
         self.stopwatch.stop(self.progress)
         self.finite.check_end(self.progress)

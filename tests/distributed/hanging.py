@@ -83,7 +83,7 @@ def main() -> int:
         changes[name] = yaml.safe_load(value)
     settings = config(Path(sys.argv[1]), **changes)
     if WHERE == "writer":
-        checkpoint.save = lambda *_, **__: wait_here()  # type: ignore[assignment]
+        checkpoint.write = lambda *_, **__: wait_here()  # type: ignore[assignment]
     try:
         trainer = Trainer(
             settings,

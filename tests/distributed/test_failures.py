@@ -31,15 +31,15 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path: Path, ranks: int) -> 
     """After the first checkpoint no file may exceed 100 kB, so no other checkpoint can be written."""
 
     def run(directory: Path) -> tuple[str, str]:
-        save = checkpoint.save
+        write = checkpoint.write
 
-        def save_and_fill_disk(*args: Any, **more: Any) -> Path:
-            path = save(*args, **more)
+        def write_and_fill_disk(*args: Any, **more: Any) -> Path:
+            path = write(*args, **more)
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
             return path
 
-        checkpoint.save = save_and_fill_disk
+        checkpoint.write = write_and_fill_disk
         wide = nn.Sequential(nn.Flatten(), nn.Linear(50, 800), nn.Linear(800, 4))
         settings = config(directory, batch__micro_size=14, best__metric="train/loss")
         return failure(settings, wide, Images(56))

@@ -82,7 +82,7 @@ def _train_first_step(trainer: Trainer) -> Row:
     try:
         trainer.train_step(step)
         row = trainer.measure(step)
-        trainer.finite.check(trainer.progress, saved_step=None, directory=None)
+        trainer.finite.check(trainer.progress)
     finally:
         trainer.end_loading()
     return row

@@ -93,6 +93,6 @@ def _train(trainer: Trainer, profile: ProfileObserver) -> None:
             trainer.train_step(step)
             if trainer.timetable.is_logged(step):
                 trainer.measure(step)
-        trainer.finite.check(trainer.progress, saved_step=None, directory=None)
+        trainer.finite.check(trainer.progress)
     finally:
         trainer.end_loading()

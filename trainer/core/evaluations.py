@@ -81,11 +81,14 @@ class Evaluations:
             phase = evaluated_phase(item.phase, name)
             self._observers.evaluation(phase, step, of_set)
 
-    def check_finite(self, row: Row, saved_step: int | None) -> None:
-        """Raise `LockstepError` if a validation loss in `row` is not finite. The weights are, and are kept."""
+    def check_finite(self, row: Row, kept_step: Callable[[], int | None]) -> None:
+        """Raise `LockstepError` if a validation loss in `row` is not finite. The weights are, and are kept.
+
+        `kept_step` tells, when asked, the step of the newest checkpoint.
+        """
         is_average = evaluated_phases(self._run.config.ema)["val"]
         for item in self._run.validation:
             loss = row.get(f"{item.phase}/loss", 0.0)
             if not math.isfinite(loss):
                 with self.weights(is_average=is_average):
-                    raise validation_not_finite(item, loss, saved_step)
+                    raise validation_not_finite(item, loss, kept_step())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -83,11 +84,15 @@ class FiniteWatch:
         return {"skipped_steps": progress.skipped_steps} if self.counts else {}
 
     def check(
-        self, progress: Progress, *, saved_step: int | None, directory: Path | None
+        self,
+        progress: Progress,
+        *,
+        kept_step: Callable[[], int | None] = lambda: None,
+        directory: Path | None = None,
     ) -> None:
         """Raise `LockstepError`, on every rank, if a step was not finite. A collective; waits for the device.
 
-        `saved_step` is that of the newest checkpoint, `directory` the run's.
+        `kept_step` tells, when asked, the step of the newest checkpoint; `directory` is the run's.
         """
         self.count(progress)
         first = first_bad_step(self._bad_steps, self._run)
@@ -97,7 +102,7 @@ class FiniteWatch:
                 self._run,
                 self._run.plan.step(number - 1),
                 what,
-                saved_step=saved_step,
+                saved_step=kept_step(),
                 directory=directory,
             )
 

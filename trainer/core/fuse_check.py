@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,14 +21,13 @@ from trainer.exact.host_draws import mentions_host_generators
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.moving_buffers import Copies, other_buffers
 from trainer.exact.plan import IndexRange, Step, split_evenly
-from trainer.process import launcher
+from trainer.process.available_memory import available_memory
 from trainer.process.device import KINDS_WITH_STREAMS, device_module
 
 SAMPLES_TO_COMPARE = 4  # of each micro-batch: more of them would show no more
 # Rounding stays far below, other mathematics far above.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-2}
 MARGIN = 0.05  # of a GPU's memory
-CGROUP = Path("/sys/fs/cgroup")
 NAMES_IN_A_MESSAGE = 5
 
 
@@ -186,7 +184,7 @@ def _largest_that_fits(run: Run, step: Step, first: int, end: int) -> int:
     count = end - first
     if run.ranks.device.type == "cpu":
         # A process that runs out of main memory is killed: there is no error to catch.
-        fitting = _available_memory() // max(1, _memory_of_one(run, step, first))
+        fitting = available_memory() // max(1, _memory_of_one(run, step, first))
         count = max(1, min(count, fitting))
     while count > 1 and not _fits(run, step, first, count):
         count //= 2
@@ -248,19 +246,3 @@ def _memory_of_one(run: Run, step: Step, index: int) -> int:
     for parameter in run.module.parameters():
         bytes_by_pointer.pop(parameter.untyped_storage().data_ptr(), None)
     return 2 * sum(bytes_by_pointer.values())
-
-
-def _available_memory() -> int:
-    """Bytes of main memory for one rank: half of what is available, shared by the ranks of the machine."""
-    import psutil  # type: ignore[import-untyped]
-
-    available = int(psutil.virtual_memory().available)
-    limit = _read_text(CGROUP / "memory.max")
-    if limit.isdecimal():  # a container's own limit; "max" for none
-        used = int(_read_text(CGROUP / "memory.current"))
-        available = min(available, int(limit) - used)
-    return available // (2 * launcher.local_world_size())
-
-
-def _read_text(path: Path) -> str:
-    return path.read_text().strip() if path.is_file() else ""

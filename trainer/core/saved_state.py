@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +11,6 @@ from torch.optim import Optimizer
 
 from trainer.components.optimizer import load_named_state, named_state
 from trainer.components.optimizer_modes import evaluation_weights
-from trainer.config.schema import Config
 from trainer.core.further import of_best, read_further, restore_evaluated
 from trainer.core.metrics import Row
 from trainer.core.not_finite import refuse_not_finite
@@ -20,8 +18,15 @@ from trainer.core.run import Run
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.reduction import Reduction
 from trainer.storage import checkpoint
-from trainer.storage.checkpoint import FURTHER, Checkpoint, Progress
+from trainer.storage.checkpoint import (
+    FURTHER,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    Checkpoint,
+    Progress,
+)
 from trainer.storage.run_directory import config_yaml
+from trainer.storage.snapshot import Snapshot
 from trainer.storage.whole_tensors import collect
 
 
@@ -38,7 +43,7 @@ class SavedState:
         self._optimizer_tensors: dict[str, Tensor] = {}
 
     def collect(self, step: int) -> None:
-        """Bring what `write_checkpoint` is to write to the main process, where ranks hold parts of it. A collective.
+        """Bring what `take` is to hold to the main process, where ranks hold parts of it. A collective.
 
         Raises `LockstepError` where the weights or the optimizer's state are not finite.
         """
@@ -49,16 +54,16 @@ class SavedState:
         self._optimizer_tensors = collect(tensors, ranks)
 
     def collect_best(self) -> None:
-        """The same for `write_best`."""
+        """The same for `with_best`."""
         if self._run.is_sharded:
             with evaluation_weights(self._optimizer):
                 tensors = checkpoint.model_tensors(self._run.module)
                 self._weights = collect(tensors, self._run.ranks)
 
     def _take_weights(self) -> dict[str, Tensor]:
-        """A copy of the whole weights on the CPU."""
+        """The whole weights; the run's own tensors, unless they were collected."""
         if not self._run.is_sharded:
-            return checkpoint.snapshot(self._run.module)
+            return checkpoint.model_tensors(self._run.module)
         weights, self._weights = self._weights, {}
         return weights
 
@@ -71,14 +76,11 @@ class SavedState:
         tensors, self._optimizer_tensors = self._optimizer_tensors, {}
         return tensors, numbers
 
-    def write_checkpoint(
-        self, directory: Path, progress: Progress, states: dict[str, dict[str, Any]]
-    ) -> None:
-        """Write a checkpoint into `directory`; `states` are those of stateful objects.
+    def take(self, progress: Progress, states: dict[str, dict[str, Any]]) -> Snapshot:
+        """What a checkpoint holds now; `states` are those of stateful objects.
 
         Raises `LockstepError` where the weights or the optimizer's state are not finite.
         """
-        config: Config = self._run.config
         tensors, numbers = self._take_optimizer(progress.step)
         further = self._further()
         if further:
@@ -88,29 +90,31 @@ class SavedState:
             tensors,
             numbers,
             progress,
-            config.to_dict(digests=True),
+            self._run.config.to_dict(digests=True),
             stateful=states,
         )
-        # One that is written is kept, even by keep_checkpoints=0: a stopped run goes on from it.
-        keep = max(1, config.train.keep_checkpoints)
-        checkpoint.save(directory, content, keep=keep)
+        return self._with_collected(checkpoint.take(content))
 
-    def write_best(self, directory: Path, row: Row, *, saved_best_step: int) -> None:
-        """Write the model into the run's `directory` as the best one, with the `row` of its evaluation.
+    def with_best(self, row: Row, write: Callable[[Snapshot], None]) -> None:
+        """Call `write` with the model as the best one, and the `row` of its evaluation.
 
-        `saved_best_step` is the step of the best model that the newest checkpoint knows.
+        Only during the call does the model hold the weights that are evaluated, where its optimizer has others.
         """
         with evaluation_weights(self._optimizer):
-            tensors = self._take_weights()
-        checkpoint.save_best(
-            directory,
-            tensors,
-            config_yaml(self._run.config),
-            row,
-            self._run.signature.to_dict(),
-            further=of_best(self._further()),
-            saved_best_step=saved_best_step,
-        )
+            snapshot = checkpoint.take_best(
+                self._take_weights(),
+                config_yaml(self._run.config),
+                row,
+                self._run.signature.to_dict(),
+                further=of_best(self._further()),
+            )
+            write(self._with_collected(snapshot))
+
+    def _with_collected(self, snapshot: Snapshot) -> Snapshot:
+        """Mark the files whose tensors were collected: those are copies already."""
+        if self._run.is_sharded:
+            snapshot.copied |= {MODEL_FILE, OPTIMIZER_FILE}
+        return snapshot
 
     def restore(self, content: Checkpoint) -> tuple[Mapping[str, Any], dict[str, Any]]:
         """Take over weights, loss and optimizer; returns what is left: further state, and that of stateful objects."""

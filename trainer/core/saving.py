@@ -1,8 +1,9 @@
-"""Writing a run's checkpoints and its best model: what is checked before, and what is known of them afterwards."""
+"""Saving a run's checkpoints and its best model: what is checked before, and the files written in the background."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +21,11 @@ from trainer.core.saved_state import SavedState, is_best
 from trainer.core.stateful import read_states
 from trainer.errors import ConfigError
 from trainer.exact.reduction import Reduction
-from trainer.process.activity import LOGGING, SAVING, activity
+from trainer.process.activity import ENDING, LOGGING, SAVING, activity
+from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Progress
+from trainer.storage.snapshot import Snapshot
+from trainer.storage.snapshot_writer import SnapshotWriter
 
 
 class RunFiles(Protocol):
@@ -39,8 +43,11 @@ class RunFiles(Protocol):
     def check_directory(self) -> None:
         """Raise `LockstepError` if the run's directory was deleted or moved."""
 
-    def sync(self) -> None:
-        """Wait until the disk holds every row so far."""
+    def sync_trackers(self) -> None:
+        """Wait until the trackers have every row so far."""
+
+    def sync_rows(self) -> None:
+        """Wait until the disk holds every row so far. May be called in another thread."""
 
     def note(self, text: str) -> None:
         """Show a line on the main process's console."""
@@ -49,8 +56,11 @@ class RunFiles(Protocol):
 class Saving:
     """Writes a run's checkpoints and its best model, and lets nothing be kept that is not finite.
 
-    Attributes: `saved_step`, of the checkpoint last read or written, None before the first; `saved_best_step`, of the
-    best model as that checkpoint knows it, 0 if it knows none.
+    Training waits for a copy of what they hold. The files are written behind its back, one checkpoint or best model
+    after the other, so at any moment they are those of a run that waited for each. An error is raised, on every rank,
+    by the next save or by `wait`.
+
+    Attributes: `saved_step`, of the checkpoint last read or begun, None before the first.
     """
 
     def __init__(
@@ -70,18 +80,38 @@ class Saving:
         self._evaluations = evaluations
         self._finite = finite
         self.saved_step: int | None = None
-        self.saved_best_step = 0
+        # Of the best model as that checkpoint knows it; 0 if it knows none.
+        self._saved_best_step = 0
+        # Of the newest checkpoint that is complete; the writer's thread sets it, too.
+        self._complete_step: int | None = None
+        # On the main process, from the first save on.
+        self._writer: SnapshotWriter | None = None
 
     def go_on_from(self, progress: Progress) -> None:
         """The run goes on from a checkpoint with this progress."""
-        self.saved_step = progress.step
-        self.saved_best_step = progress.best_step
+        self.saved_step = self._complete_step = progress.step
+        self._saved_best_step = progress.best_step
+
+    def kept_step(self) -> int | None:
+        """The step of the newest checkpoint that is complete, once the writer is done; None without one. A collective.
+
+        For a message about another error: a failure of the writer is passed over.
+        """
+
+        def settle() -> int | None:
+            if self._writer is not None:
+                with suppress(Exception):
+                    self._writer.wait()
+            return self._complete_step
+
+        step: int | None = self._run.ranks.on_main(settle)
+        return step
 
     # ---------------------------------------------------------------- what is checked
 
     def check_finite(self, progress: Progress, directory: Path | None) -> None:
         """Raise `LockstepError`, on every rank, if a step was not finite. Called before anything is kept."""
-        self._finite.check(progress, saved_step=self.saved_step, directory=directory)
+        self._finite.check(progress, kept_step=self.kept_step, directory=directory)
 
     def check_state(self, progress: Progress, files: RunFiles) -> None:
         """Raise `LockstepError` if the run is not finite, or the ranks' weights are not the same. A collective."""
@@ -114,27 +144,46 @@ class Saving:
     def write_checkpoint(
         self, progress: Progress, objects: Mapping[str, Stateful], files: RunFiles
     ) -> None:
-        """Write a checkpoint of the present step boundary, with the state of `objects`. A collective.
+        """Begin to write a checkpoint of the present step boundary, with the state of `objects`. A collective.
 
         `check_state` comes before it.
         """
         progress.scaler = self._run.precision.state()
         states = read_states(objects, self._run.ranks)
         if self._run.is_sharded:
+            self._run.ranks.on_main(self._wait)  # one set of whole tensors at a time
             self._check_average(progress.step)
             self._state.collect(progress.step)
-        write = partial(self._write_checkpoint, progress, states, files)
-        self._run.ranks.on_main(write)
-        self.go_on_from(progress)
+        begin = partial(self._begin_checkpoint, progress, states, files)
+        self._run.ranks.on_main(begin)
+        self.saved_step = progress.step
+        self._saved_best_step = progress.best_step
 
-    def _write_checkpoint(
+    def _begin_checkpoint(
         self, progress: Progress, states: dict[str, dict[str, Any]], files: RunFiles
     ) -> None:
+        writer = self._writer_for(files)
+        writer.wait()
         self._average.refuse_not_finite(progress.step)
-        files.sync()
+        files.check_directory()
+        files.sync_trackers()
         progress.rows = files.rows
         progress.wandb_id = files.wandb_id
-        self._state.write_checkpoint(files.directory / "checkpoints", progress, states)
+        snapshot = self._state.take(progress, states)
+        writer.write(snapshot, partial(self._write_checkpoint, files))
+
+    def _write_checkpoint(self, files: RunFiles, snapshot: Snapshot) -> None:
+        """In the writer's thread."""
+        files.sync_rows()  # a checkpoint never counts rows that a crash can take
+        # One that is written is kept, even by keep_checkpoints=0: a stopped run goes on from it.
+        keep = max(1, self._run.config.train.keep_checkpoints)
+        checkpoint.write(files.directory / "checkpoints", snapshot, keep=keep)
+        self._complete_step = snapshot.step
+
+    def _writer_for(self, files: RunFiles) -> SnapshotWriter:
+        if self._writer is None:
+            self._writer = SnapshotWriter(files.note)
+        return self._writer
 
     def _check_average(self, step: int) -> None:
         """Raise `LockstepError`, on every rank, if the average is not finite: a rank may see its own part alone."""
@@ -162,12 +211,41 @@ class Saving:
             self._check_average(progress.best_step)
         with self._evaluations.weights(is_average=is_average):
             self._state.collect_best()
-            self._run.ranks.on_main(partial(self._write_best, row, files))
+            self._run.ranks.on_main(partial(self._begin_best, row, files))
         activity.mark(LOGGING)
         return True
 
-    def _write_best(self, row: Row, files: RunFiles) -> None:
+    def _begin_best(self, row: Row, files: RunFiles) -> None:
+        writer = self._writer_for(files)
+        writer.wait()
         files.check_directory()
-        self._state.write_best(
-            files.directory, row, saved_best_step=self.saved_best_step
-        )
+        saved_best_step = self._saved_best_step
+
+        def write(snapshot: Snapshot) -> None:
+            checkpoint.write_best(
+                files.directory, snapshot, saved_best_step=saved_best_step
+            )
+
+        self._state.with_best(row, lambda snapshot: writer.write(snapshot, write))
+
+    # ---------------------------------------------------------------- until all is written
+
+    def wait(self) -> None:
+        """Wait until everything is written. Raises what went wrong, on every rank. A collective."""
+        activity.mark(SAVING)
+        self._run.ranks.on_main(self._wait)
+
+    def _wait(self) -> None:
+        if self._writer is not None:
+            self._writer.wait()
+
+    def close(self, files: RunFiles) -> None:
+        """Wait until everything is written, at the end of a run that may have failed. An error is shown, not raised."""
+        if self._writer is None:
+            return
+        activity.mark(SAVING)
+        error = self._writer.close()
+        activity.mark(ENDING)
+        self._writer = None
+        if error is not None:
+            files.note(f"the last checkpoint or best model was not written: {error}")

@@ -37,10 +37,11 @@ class Activity:
 
     `marks` counts the marks; `step` is the number of the step begun last, 0 before the first; `is_first_step` while
     that is the first one of this process, or the first since the model changed, which may have to compile;
-    `waits_for_ranks` while the host waits for other ranks; `samples` describes, when asked, what the loader was asked
-    for last; `directory` is the run's, once it is open; `is_main_lost` says, when asked after rank 0 has ended, whether
-    it left the run's directory as a killed process does; `error` is what ends the run, `position` where a wait for
-    other ranks failed; `listener` is told of every mark while steps are profiled.
+    `waits_for_ranks` while the host waits for other ranks; `waits_for_thread` is the thread of this process that the
+    main one waits for, or None; `samples` describes, when asked, what the loader was asked for last; `directory` is the
+    run's, once it is open; `is_main_lost` says, when asked after rank 0 has ended, whether it left the run's directory
+    as a killed process does; `error` is what ends the run, `position` where a wait for other ranks failed; `listener`
+    is told of every mark while steps are profiled.
     """
 
     __slots__ = (
@@ -55,6 +56,7 @@ class Activity:
         "samples",
         "step",
         "waits_for_ranks",
+        "waits_for_thread",
     )
 
     def __init__(self) -> None:
@@ -67,6 +69,7 @@ class Activity:
         self.step = 0
         self.is_first_step = True
         self.waits_for_ranks = False
+        self.waits_for_thread: int | None = None
         self.directory: Path | None = None
         self.is_main_lost: Callable[[], bool] | None = None
         self.samples: Callable[[], str] | None = None

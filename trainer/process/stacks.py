@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from trainer.process.activity import activity
+
 SECONDS_TO_WRITE = 3.0  # the run's disk may be what hangs
 FOLDER = "hang"  # in the run's directory
 PACKAGE = str(Path(__file__).parents[1])
@@ -20,8 +22,12 @@ LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "pl
 
 
 def main_thread_position() -> str:
-    """Where the main thread stands: file, line and function of the innermost code that is no library's."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    """Where the main thread stands: file, line and function of the innermost code that is no library's.
+
+    Where it waits for another thread, where that one stands.
+    """
+    thread = activity.waits_for_thread or threading.main_thread().ident or 0
+    frame = sys._current_frames().get(thread)
     frames: list[tuple[FrameType, int]] = []
     while frame is not None:
         frames.append((frame, frame.f_lineno))

@@ -242,11 +242,13 @@ class Journal:
         if self._run_directory is not None:
             self._run_directory.check()
 
-    def sync(self) -> None:
+    def sync_rows(self) -> None:
         """Wait until the disk holds every row so far, before a checkpoint that counts them is written."""
-        self.check_directory()
         if self._metrics is not None:
             self._metrics.sync()
+
+    def sync_trackers(self) -> None:
+        """Wait until the trackers have every row so far."""
         self._trackers.sync()
 
     def note(self, text: str) -> None:

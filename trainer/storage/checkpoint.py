@@ -27,22 +27,11 @@ from torch import Tensor, nn
 from trainer.config.secrets import holds_secret
 from trainer.errors import ConfigError, LockstepError
 from trainer.exact.shards import is_shard, part_like
-from trainer.storage.files import (
-    REPLACED,
-    make_file,
-    make_folder,
-    new_directory,
-    write_text,
-)
+from trainer.storage.files import REPLACED, make_folder, new_directory, write_text
 from trainer.storage.sha256 import file_sha256
-from trainer.storage.stateful import (
-    check_name,
-    load_state,
-    save_state,
-    write_tensors,
-)
+from trainer.storage.snapshot import MANIFEST_FILE, Snapshot, Tensors
+from trainer.storage.stateful import check_name, load_state
 
-Tensors = dict[str, Tensor]
 # By metric: totals and weights, as `Totals.sums` has them.
 MetricSums = dict[str, tuple[list[float], list[float]]]
 
@@ -50,7 +39,6 @@ MetricSums = dict[str, tuple[list[float], list[float]]]
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
-MANIFEST_FILE = "manifest.json"
 METRICS_FILE = "metrics.json"  # of best/
 # Names the files of what a run keeps besides weights and optimizer state; see `trainer.core.further`.
 FURTHER = "further"
@@ -111,32 +99,51 @@ def snapshot(module: nn.Module) -> Tensors:
 
 
 def model_tensors(module: nn.Module) -> Tensors:
-    """The module's parameters and buffers; what `get_extra_state` returns is kept beside them."""
-    state = module.state_dict()
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    """The module's own parameters and buffers, as a checkpoint names them."""
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, Tensor):
+            # Else it is what `get_extra_state` returns, which is kept beside the weights.
+            tensors[name] = tensor
+    return tensors
 
 
 def save(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write a checkpoint as `write` does; returns its path.
+
+    Raises `LockstepError`, too, if a stateful object cannot be stored.
+    """
+    return write(directory, take(checkpoint), keep=keep)
+
+
+def take(checkpoint: Checkpoint) -> Snapshot:
+    """The files of a checkpoint. Raises `LockstepError` if a stateful object cannot be stored."""
+    snapshot = Snapshot(checkpoint.progress.step)
+    snapshot.files[MODEL_FILE] = checkpoint.model
+    snapshot.files[OPTIMIZER_FILE] = checkpoint.optimizer
+    state: dict[str, Any] = {
+        "progress": asdict(checkpoint.progress),
+        "optimizer": checkpoint.optimizer_numbers,
+        "config": checkpoint.config,
+    }
+    if checkpoint.stateful:
+        state["stateful"] = _names_of(checkpoint.stateful)
+        for name in state["stateful"]:
+            snapshot.add_state(name, checkpoint.stateful[name])
+    private = holds_secret(checkpoint.config)
+    snapshot.add_text(STATE_FILE, json.dumps(state), private=private)
+    return snapshot
+
+
+def write(directory: Path, snapshot: Snapshot, *, keep: int) -> Path:
     """Write a checkpoint, point `last` to it, and remove all but the newest `keep`; returns its path.
 
-    Raises `OSError` if the disk refuses it, `LockstepError` if a stateful object cannot be stored. In both cases the
-    checkpoints from before stay as they were.
+    Raises `OSError` if the disk refuses it. Then the checkpoints from before stay as they were.
     """
-    step = checkpoint.progress.step
-    path = make_folder(directory.parent, directory.name) / f"step_{step:08d}"
+    name = f"step_{snapshot.step:08d}"
+    path = make_folder(directory.parent, directory.name) / name
     with new_directory(path) as partial:
-        write_tensors(partial / MODEL_FILE, checkpoint.model)
-        write_tensors(partial / OPTIMIZER_FILE, checkpoint.optimizer)
-        state: dict[str, Any] = {
-            "progress": asdict(checkpoint.progress),
-            "optimizer": checkpoint.optimizer_numbers,
-            "config": checkpoint.config,
-        }
-        if checkpoint.stateful:
-            state["stateful"] = _save_stateful(partial, checkpoint.stateful)
-        private = holds_secret(checkpoint.config)
-        make_file(partial / STATE_FILE, json.dumps(state), private=private)
-        _write_manifest(partial, step)
+        snapshot.write(partial)
     write_text(directory / "last", path.name + "\n")
     _remove_old(directory, keep=keep, newest=path)
     return path
@@ -256,24 +263,42 @@ def save_best(
     further: Mapping[str, Any] | None = None,
     saved_best_step: int | None = None,
 ) -> None:
-    """Replace `best/`; `further` is state that is not among the model's tensors, such as a loss's own.
+    """Replace `best/` by what `take_best` makes of the arguments, as `write_best` does."""
+    snapshot = take_best(model, config_yaml, metrics, signature, further=further)
+    write_best(run, snapshot, saved_best_step=saved_best_step)
+
+
+def take_best(
+    model: Tensors,
+    config_yaml: str,
+    metrics: Mapping[str, float],
+    signature: Mapping[str, Any],
+    *,
+    further: Mapping[str, Any] | None = None,
+) -> Snapshot:
+    """The files of a best model; `further` is state that is not among its tensors, such as a loss's own."""
+    snapshot = Snapshot(int(metrics["step"]))
+    snapshot.files[MODEL_FILE] = model
+    private = _is_private(config_yaml)
+    snapshot.add_text("config.yaml", config_yaml, private=private)
+    snapshot.add_json(METRICS_FILE, dict(metrics))
+    snapshot.add_json("signature.json", dict(signature))
+    if further:
+        snapshot.add_state(FURTHER, further)
+    return snapshot
+
+
+def write_best(
+    run: Path, snapshot: Snapshot, *, saved_best_step: int | None = None
+) -> None:
+    """Replace `best/`.
 
     The one before becomes `.best.previous`, which `restore_best` needs after an interruption. If `.best.previous` is of
     `saved_best_step`, the best model that the newest checkpoint knows, it stays.
     """
     best, previous, following = run / "best", run / ".best.previous", run / ".best.next"
     with new_directory(following) as partial:
-        write_tensors(partial / MODEL_FILE, model)
-        make_file(
-            partial / "config.yaml", config_yaml, private=_is_private(config_yaml)
-        )
-        (partial / METRICS_FILE).write_text(json.dumps(dict(metrics), indent=2) + "\n")
-        (partial / "signature.json").write_text(
-            json.dumps(dict(signature), indent=2) + "\n"
-        )
-        if further:
-            save_state(partial, FURTHER, further)
-        _write_manifest(partial, int(metrics["step"]))
+        snapshot.write(partial)
     if best.exists():
         if saved_best_step and _best_step(previous) == saved_best_step:
             shutil.rmtree(best)
@@ -333,18 +358,14 @@ def load_best_further(run: Path) -> dict[str, Any]:
         raise LockstepError(f"{best} cannot be read ({error})") from error
 
 
-def _save_stateful(
-    directory: Path, stateful: Mapping[str, Mapping[Any, Any]]
-) -> list[str]:
-    """Write each object's state to files of its own; returns the names."""
+def _names_of(stateful: Mapping[str, Mapping[Any, Any]]) -> list[str]:
+    """The names of stateful objects, in order. Raises `LockstepError` if two could not have files of their own."""
     names = sorted(stateful)
     names_without_case = {name.lower() for name in names}
     if len(names_without_case) < len(names):  # one file on a disk that ignores case
         raise LockstepError(
             f"the names of stateful objects differ in case only: {', '.join(names)}; rename one"
         )
-    for name in names:
-        save_state(directory, name, stateful[name])
     return names
 
 
@@ -353,13 +374,6 @@ def _load_stateful(path: Path, state: Mapping[str, Any]) -> dict[str, dict[Any, 
     for name in names:
         check_name(name)  # a path would lead out of the checkpoint
     return {name: load_state(path, name) for name in names}
-
-
-def _write_manifest(directory: Path, step: int) -> None:
-    """Record the SHA-256 of every file in the directory."""
-    files = {file.name: file_sha256(file) for file in sorted(directory.iterdir())}
-    manifest = {"step": step, "files": files}
-    (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2))
 
 
 def _verify(path: Path) -> None:

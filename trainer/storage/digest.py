@@ -7,7 +7,7 @@ runs apart but is no cryptographic hash (`summary.json` has those).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch import Tensor
 from trainer.exact.shards import first_element, is_shard, local_part
 from trainer.process.ranks import Ranks
 
-CHUNK = 1 << 22  # elements mixed at a time: bounds the temporary memory
+# Elements mixed at a time, which bounds the temporary memory. On a CPU it is to stay in the cache.
+CHUNK, CPU_CHUNK = 1 << 22, 1 << 16
 # By the bytes of an element.
 INTEGER_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -51,7 +52,7 @@ def digest_of_shards(tensors: Mapping[str, Tensor], ranks: Ranks) -> Tensor:
         tensor = tensors[name]
         if is_shard(tensor) or ranks.is_main:
             start = position + first_element(tensor)
-            for piece in torch.split(_bits(local_part(tensor)), CHUNK):
+            for piece in _pieces(local_part(tensor)):
                 total += _mixed(piece.long(), start).sum()
                 start += len(piece)
         position += tensor.numel()
@@ -76,15 +77,24 @@ def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
     pieces: list[Tensor] = []
     length = 0
     for name in sorted(tensors):
-        for piece in torch.split(_bits(tensors[name]), CHUNK):
+        for piece in _pieces(tensors[name]):
             pieces.append(piece)
             length += len(piece)
-            if length >= CHUNK:
+            if length >= _chunk_on(piece.device):
                 yield torch.cat(pieces).long()
                 pieces = []
                 length = 0
     if pieces:
         yield torch.cat(pieces).long()
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    bits = _bits(tensor)
+    return torch.split(bits, _chunk_on(bits.device))
+
+
+def _chunk_on(device: torch.device) -> int:
+    return CPU_CHUNK if device.type == "cpu" else CHUNK
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -87,9 +87,14 @@ def load_state(directory: Path, name: str) -> dict[Any, Any]:
     return join_state(tree, tensors)
 
 
-def split_state(name: str, state: Mapping[Any, Any]) -> tuple[Any, dict[str, Tensor]]:
-    """A state as values that JSON knows, and copies of its tensors on the CPU. Raises as `save_state` does."""
-    encoder = _Encoder(name)
+def split_state(
+    name: str, state: Mapping[Any, Any], *, copies: bool = True
+) -> tuple[Any, dict[str, Tensor]]:
+    """A state as values that JSON knows, and copies of its tensors on the CPU. Raises as `save_state` does.
+
+    Without `copies` the tensors are the state's own, wherever they are.
+    """
+    encoder = _Encoder(name, copies=copies)
     if not isinstance(state, Mapping):
         raise encoder.unsupported(
             "", _kind(state), "dicts: what `state_dict()` returns"
@@ -117,8 +122,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 class _Encoder:
     """Turns a state into values that JSON knows, and collects the tensors on the way."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, copies: bool) -> None:
         self.name = name
+        self.copies = copies
         self.tensors: dict[str, Tensor] = {}
 
     def encode(self, value: Any, path: str) -> Any:
@@ -169,8 +175,10 @@ class _Encoder:
         # {"a.b": x, "a": {"b": y}} has one path twice.
         while key in self.tensors or key == RESERVED_TENSOR:
             key += "'"
-        # A copy, since safetensors refuses tensors that share memory.
-        self.tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+        self.tensors[key] = tensor.detach()
+        if self.copies:
+            # safetensors refuses tensors that share memory.
+            self.tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
         return key
 
     def unsupported(

@@ -1,0 +1,88 @@
+"""Snapshots written in the background: training goes on as soon as its tensors are copied."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from trainer.process.activity import activity
+from trainer.process.available_memory import available_memory
+from trainer.storage.host_copies import HostCopies
+from trainer.storage.snapshot import Snapshot
+
+GIB = 2**30
+
+
+class SnapshotWriter:
+    """Writes one snapshot after the other, in a thread; the next waits for the last, and then overwrites its copies.
+
+    What goes wrong in the thread is raised by the next `write` or `wait`. After that, nothing more is written.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        """`note` shows a line to the user."""
+        self._note = note
+        self._copies = HostCopies()
+        self._has_room = True
+        self._thread: ThreadPoolExecutor | None = None
+        self._thread_id: int | None = None
+        self._last: Future[None] | None = None
+
+    def write(self, snapshot: Snapshot, write: Callable[[Snapshot], None]) -> None:
+        """Call `write` with a copy of `snapshot`, in the background; here and now where memory has no room for it."""
+        self.wait()
+        copy = self._copy(snapshot)
+        if copy is None:
+            write(snapshot)
+            return
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "writer of checkpoints")
+        self._last = self._thread.submit(self._work, write, copy)
+
+    def _work(self, write: Callable[[Snapshot], None], snapshot: Snapshot) -> None:
+        self._thread_id = threading.get_ident()
+        write(snapshot)
+
+    def _copy(self, snapshot: Snapshot) -> Snapshot | None:
+        """A copy, or None where memory has no room for it."""
+        tensors = snapshot.tensors()
+        missing = self._copies.missing(tensors)
+        if missing and not self._finds_room(missing):
+            return None
+        return snapshot.with_copies(*self._copies.copy(tensors))
+
+    def _finds_room(self, size: int) -> bool:
+        if not self._has_room:
+            return False
+        available = available_memory()
+        if size > available:
+            self._has_room = False
+            self._note(
+                f"checkpoints are written while training waits: a copy of the run's state takes {size / GIB:.1f} GiB "
+                f"of main memory, and there is room for {available / GIB:.1f} GiB"
+            )
+        return self._has_room
+
+    def wait(self) -> None:
+        """Wait until the last snapshot is written. Raises what went wrong, once."""
+        last, self._last = self._last, None
+        if last is None:
+            return
+        activity.waits_for_thread = self._thread_id
+        try:
+            last.result()
+        finally:
+            activity.waits_for_thread = None
+
+    def close(self) -> BaseException | None:
+        """Wait for the last snapshot and end the thread; returns what went wrong, if nobody was told of it yet."""
+        try:
+            self.wait()
+        except Exception as error:
+            return error
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+                self._thread = None
+        return None
