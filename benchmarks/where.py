@@ -4,8 +4,8 @@ python -m benchmarks.where                              a minute
 python -m benchmarks.where --quick
 
 Lockstep's `fit` and the loop by hand take turns in one process, as in `benchmarks.step_time`: first to be timed, and
-then once more under a timer that stops the process after each 5 ms of CPU time. The innermost function that belongs to a
-part gets that sample, so the parts add up to the whole. A share of 1 % is a handful of samples: no more than a hint.
+then once more under a timer that stops the process after each 5 ms of CPU time. The innermost function that belongs to
+a part gets that sample, so the parts add up to the whole. A share of 1 % is a handful of samples: no more than a hint.
 """
 
 from __future__ import annotations

@@ -101,7 +101,9 @@ def test_standard_sends_each_bucket_once_a_step(
 
 
 @in_a_fork
-def test_a_step_with_idle_ranks_sends_all_parameters_in_one_piece(tmp_path: Path) -> None:
+def test_a_step_with_idle_ranks_sends_all_parameters_in_one_piece(
+    tmp_path: Path,
+) -> None:
     with one_of(8):
         trainer, traffic = traffic_of_a_step(tmp_path, 16, is_short=True)
     parameters = list(trainer.module.parameters())
