@@ -27,7 +27,7 @@ from trainer.core.profile.intervals import (
 )
 from trainer.core.profile.observer import ProfileObserver
 from trainer.core.profile.report import StepProfile, advice, combine, table
-from trainer.core.profile.trace import PRODUCT, Span, TracedStep, measure
+from trainer.core.profile.trace import OPERATOR, PRODUCT, Span, TracedStep, measure
 from trainer.core.profile.windows import WARM_UP_STEPS, find_windows
 from trainer.core.timetable import Timetable
 from trainer.exact.plan import Plan
@@ -115,6 +115,20 @@ def test_products_are_told_from_other_operators() -> None:
     others = "aten::add_ aten::comm aten::native_batch_norm aten::to aten::upsample_bilinear2d aten::_foreach_mul_"
     assert all(PRODUCT.search(name) for name in products.split())
     assert not any(PRODUCT.search(name) for name in others.split())
+
+
+def test_operators_are_told_from_what_stands_around_them() -> None:
+    operators = ["aten::relu", "torchvision::nms", "fsdp::all_gather_copy_in"]
+    around = [
+        "autograd::engine::evaluate_function: MmBackward0",
+        "torch::autograd::AccumulateGrad",
+        "c10d::allreduce_",
+        "FSDP::pre_forward (0)",
+        "MmBackward0",
+        "Optimizer.step#SGD.step",
+    ]
+    assert all(OPERATOR.match(name) for name in operators)
+    assert not any(OPERATOR.match(name) for name in around)
 
 
 def phase(name: str, start: float, end: float) -> Span:

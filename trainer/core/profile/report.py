@@ -139,8 +139,11 @@ def _of_loading(profiles: Sequence[StepProfile], config: Config) -> tuple[float,
         )
     else:
         remedy = f"raise data.workers ({workers}) if cores are left, or load less: smaller files, fewer transforms"
+    cache = ""
+    if config.data.name == "folder" and config.data.cache != "decoded":
+        cache = "; data.cache=decoded keeps its images decoded"
     return share, (
-        f"waiting for data takes {share:.0%} of a step{where}: {remedy}; data.cache keeps decoded images"
+        f"waiting for data takes {share:.0%} of a step{where}: {remedy}{cache}"
     )
 
 

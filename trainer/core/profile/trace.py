@@ -24,7 +24,9 @@ PRODUCT = re.compile(
     r"|(?<![a-z])(?:add|b|badd)?mm(?![a-z])|(?<![a-z])linear(?![a-z0-9])|triton_tem"
 )
 # Operators of torch or of a package, and code made by torch.compile; not the spans around them.
-OPERATOR = re.compile(r"(?!autograd::|torch::autograd|c10d::)\w+::|## Call CompiledFx")
+OPERATOR = re.compile(
+    r"(?!autograd::|torch::autograd|c10d::|FSDP::)\w+::|## Call CompiledFx"
+)
 COLLECTIVE = re.compile(r"nccl|gloo:|rccl|xccl", re.IGNORECASE)
 COPY = ("Memcpy", "Memset")
 WAITS_FOR_DEVICE = re.compile(r"(?:cuda|hip|xpu)\w*Synchronize$")
