@@ -209,6 +209,47 @@ def step_profile(
 
 
 @pytest.mark.parametrize(
+    ("profile", "changes", "said", "unsaid"),
+    [
+        (
+            step_profile(products=9, host=1),
+            {"train__precision": "fp32"},
+            ["bf16", "train.tf32=true", "train.cudnn_benchmark=true"],
+            "reduce-overhead",
+        ),
+        (
+            step_profile(products=9, host=1),
+            {"train__precision": "bf16", "run__reproducibility": "bitwise"},
+            ["nothing else holds it up"],
+            "train.",
+        ),
+        (
+            step_profile(products=4, host=6),
+            {"train__compile": True},
+            ["train.compile=reduce-overhead"],
+            "train.compile=true",
+        ),
+        (
+            step_profile(loading=5, products=5),
+            {"data__name": "folder", "data__workers": 3},
+            ["raise data.workers (3)", "data.cache=decoded"],
+            "set data.workers",
+        ),
+    ],
+)
+def test_advice_names_only_keys_that_can_help(
+    tmp_path: Path,
+    profile: StepProfile,
+    changes: dict[str, Any],
+    said: list[str],
+    unsaid: str,
+) -> None:
+    (line,) = advice([profile], config(tmp_path, **changes), "cuda")
+    assert all(text in line for text in said)
+    assert unsaid not in line
+
+
+@pytest.mark.parametrize(
     ("profiles", "said"),
     [
         ([step_profile(loading=4, products=6)], ["waiting for data takes 40%"]),

@@ -188,6 +188,8 @@ def _of_host(profile: StepProfile, config: Config, device: str) -> tuple[float, 
     remedies.append("a larger batch.micro_size gives each operator more to do")
     if not config.train.compile:
         remedies.append("train.compile=true makes fewer, larger kernels")
+    elif device == "cuda" and config.train.compile is True and not _is_bitwise(config):
+        remedies.append("train.compile=reduce-overhead records CUDA graphs")
     text = ", ".join(remedies)
     if not profile.traced.has_device:
         return share, f"Python between operators takes {share:.0%} of a step: {text}"
@@ -230,6 +232,19 @@ def _of_memory(profile: StepProfile, config: Config, device: str) -> tuple[float
 def _of_arithmetic(profile: StepProfile, config: Config, device: str) -> str:
     share = profile.share("products") + profile.share("others")
     text = f"computing takes {share:.0%} of a step: nothing else holds it up"
+    faster = []
     if device == "cuda" and config.train.precision == "fp32":
-        return f"{text}; train.precision=bf16 computes faster"
-    return text
+        faster.append("train.precision=bf16")
+        if not config.train.tf32:
+            faster.append("train.tf32=true")
+    if (
+        device == "cuda"
+        and not config.train.cudnn_benchmark
+        and not _is_bitwise(config)
+    ):
+        faster.append("train.cudnn_benchmark=true for convolutions")
+    return f"{text}; faster kernels: {', '.join(faster)}" if faster else text
+
+
+def _is_bitwise(config: Config) -> bool:
+    return config.run.reproducibility == "bitwise"
