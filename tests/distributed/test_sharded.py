@@ -330,7 +330,7 @@ def runs_of_points(directory: Path, parallel: str) -> list[dict[str, Tensor]]:
     shared: dict[str, Any] = {"train__parallel": parallel}
     return [
         run_points(directory / "half", HalfUnused(), **shared),
-        run_points(directory / "tied", Tied(), **shared),
+        run_points(directory / "tied", Tied(), run__figures=True, **shared),
         run_points(directory / "layers", mlp(), optimizer__layer_decay=0.5, **shared),
         run_points(directory / "frozen", mlp(), model__freeze=["0"], **shared),
         run_points(
@@ -344,6 +344,11 @@ def test_other_models_are_the_same_as_on_one_process(tmp_path: Path) -> None:
     for actual in on_ranks(3, runs_of_points, tmp_path / "3", "fsdp"):
         for weights, others in zip(actual, expected, strict=True):
             assert largest_difference(weights, others) < BOUND
+    tables = []
+    for directory in (tmp_path / "1", tmp_path / "3"):
+        (table,) = directory.glob("tied/*/figures/per_class.csv")
+        tables.append(table.read_text())
+    assert tables[0] == tables[1]
 
 
 def message_of(*args: Any, **more: Any) -> str:

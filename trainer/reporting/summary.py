@@ -151,7 +151,8 @@ def _describe_figures(run: Run) -> str:
     if not run.is_sharded or not run.config.run.figures:
         return ""
     return (
-        "curves alone: with train.parallel=fsdp no process can run the model by itself"
+        "no saliency maps, and no predictions but a classifier's: with train.parallel=fsdp no process can run the "
+        "model by itself"
     )
 
 

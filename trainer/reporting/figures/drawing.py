@@ -67,10 +67,9 @@ def draw(
     paths: dict[str, Path] = run.ranks.on_main(
         lambda: _draw_metrics(directory, folder, sets, schedule)
     )
-    # Pictures of predictions run the model on the main process alone, which parts of a model do not allow.
-    if run.evaluator is not None and has_best and not run.is_sharded:
+    if run.evaluator is not None and has_best:
         # The best model is loaded into the run's own module, so the last state must come back afterwards.
-        last = checkpoint.snapshot(run.module)
+        last = _copies(run)
         run.load_best()
         is_segmentation = run.metrics.count_pixels
         decisions = [] if is_segmentation else run.evaluator.decisions()
@@ -79,10 +78,18 @@ def draw(
             paths |= run.ranks.on_main(lambda: _draw_pixels(counts, run, folder))
         if decisions:
             paths |= run.ranks.on_main(lambda: _draw_decisions(run, decisions, folder))
-        else:
+        elif not run.is_sharded:  # the main process runs the model by itself
             paths |= run.ranks.on_main(lambda: draw_answers(run, folder))
         run.module.load_state_dict(last)
     return paths if run.ranks.is_main else {}
+
+
+def _copies(run: Run) -> dict[str, Tensor]:
+    """Copies of the model's tensors; of what is shared out, of this rank's parts."""
+    if not run.is_sharded:
+        return checkpoint.snapshot(run.module)
+    tensors = checkpoint.model_tensors(run.module)
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _draw_metrics(
@@ -228,6 +235,8 @@ def _draw_samples(run: Run, decisions: list[Decision], folder: Path) -> dict[str
         if samples
     ]
     draw_predictions(groups, paths["predictions"])
+    if run.is_sharded:  # maps run the model on the main process alone
+        return paths
     # On the inputs as the model sees them; the pictures show them before normalisation.
     maps = compute_saliency(run.task, run.module, inputs)
     if maps is not None:
