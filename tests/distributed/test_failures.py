@@ -35,10 +35,10 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path: Path, ranks: int) -> 
 
         def write_and_fill_disk(*args: Any, **more: Any) -> Path:
             path = write(*args, **more)
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
             return path
 
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         checkpoint.write = write_and_fill_disk
         wide = nn.Sequential(nn.Flatten(), nn.Linear(50, 800), nn.Linear(800, 4))
         settings = config(directory, batch__micro_size=14, best__metric="train/loss")
