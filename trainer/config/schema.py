@@ -243,7 +243,8 @@ class ModelConfig(ComponentSection):
 
     name: str = key(
         "small_cnn",
-        "small_cnn, small_segmenter, small_detector, a torchvision model, or an import path to a class or function",
+        "small_cnn, resnet9, small_segmenter, small_detector, a torchvision model, or an import path to a class or a "
+        "function",
     )
     num_classes: int | None = key(
         None, "outputs of the model; null = as many as the data has classes", minimum=1

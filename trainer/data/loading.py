@@ -77,7 +77,7 @@ class Loader:
             self.device,
         )
         if self.batch_transforms is not None:
-            batch = self._changed(batch)
+            batch = self.transform_batch(batch)
         return batch._replace(inputs=self.normalize(batch.inputs), source=None)
 
     def fetch(
@@ -157,7 +157,7 @@ class Loader:
         elif self.device.type != "cpu":
             batches = self._copy(batches)
         if self.device_set is not None or self.batch_transforms is not None:
-            batches = map(self._changed, batches)
+            batches = map(self.transform_batch, batches)
         # Without what Module.__call__ does for hooks: there are none.
         normalize = self.normalize.forward
         for first, inputs, targets, fused, blend, samples, _ in batches:
@@ -170,7 +170,7 @@ class Loader:
         is_plain = not self.dataset.draws and self.batch_transforms is None
         return is_here and is_plain and not self.leaves_out
 
-    def _changed(self, batch: MicroBatch) -> MicroBatch:
+    def transform_batch(self, batch: MicroBatch) -> MicroBatch:
         """A batch on the device, looked up there if it has no inputs yet, after `data.batch_transforms`."""
         source = batch.source
         assert source is not None

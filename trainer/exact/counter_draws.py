@@ -39,9 +39,11 @@ def signed(value: int) -> int:
 def mix_keys(base: Tensor | int, major: Tensor, minor: Tensor | int) -> Tensor:
     """`mix_key` of every element of int64 tensors that broadcast: the same 64 bits, as signed numbers."""
     base = signed(base) if isinstance(base, int) else base
-    is_whole = isinstance(minor, int)
-    steps = signed(minor * MINOR_STEP) if is_whole else minor * signed(MINOR_STEP)
-    x = major * signed(MAJOR_STEP) + base + steps
+    x = major * signed(MAJOR_STEP) + base
+    if isinstance(minor, Tensor):
+        x = x + minor * signed(MINOR_STEP)
+    elif minor:
+        x = x + signed(minor * MINOR_STEP)
     x = (x ^ _shift_right(x, 30)) * signed(FIRST_MULTIPLIER)
     x = (x ^ _shift_right(x, 27)) * signed(SECOND_MULTIPLIER)
     return x ^ _shift_right(x, 31)
@@ -68,6 +70,7 @@ class CounterDraws:
         numbers = [number for count in counts for number in range(count)]
         self._purposes = torch.tensor(purposes, dtype=torch.int64, device=device)
         self._numbers = torch.tensor(numbers, dtype=torch.int64, device=device)
+        self._of_epoch: tuple[int, Tensor] | None = None  # the last epoch's keys
 
     def __call__(
         self, epoch: int, ids: Tensor, occurrences: Tensor | None
@@ -77,13 +80,20 @@ class CounterDraws:
         `ids` are int64 `(B,)` on the device, and so are `occurrences`: how often each sample came before in its epoch;
         None: it did not.
         """
-        of_epoch = mix_keys(self._bases, torch.full_like(self._bases, epoch), 0)
+        of_epoch = self._keys_of(epoch)
         minor = 0 if occurrences is None else occurrences.unsqueeze(1)
         of_samples = mix_keys(of_epoch, ids.unsqueeze(1), minor)
         keys = of_samples.index_select(1, self._purposes)
         # The upper half: the lowest bits of a product are its weakest.
         draws = _shift_right(mix_keys(keys, self._numbers, 0), 64 - BITS)
         return torch.split(draws, self._counts, 1)
+
+    def _keys_of(self, epoch: int) -> Tensor:
+        """A key for each purpose, int64 `(purposes,)`."""
+        if self._of_epoch is None or self._of_epoch[0] != epoch:
+            position = torch.full_like(self._bases, epoch)
+            self._of_epoch = epoch, mix_keys(self._bases, position, 0)
+        return self._of_epoch[1]
 
 
 def below(draws: Tensor, bound: Tensor | int) -> Tensor:

@@ -34,13 +34,15 @@ def interval(name: str, value: Any) -> tuple[float, float]:
 
 
 def color(value: float | list[float], images: Tensor) -> Tensor:
-    """A value for all channels, or one for each, in the kind of `images` `(B, C, H, W)`: `(1, C, 1, 1)`."""
+    """A value for all channels, or one for each, in the kind of `images` `(B, C, H, W)`: `(1, C or 1, 1, 1)`."""
     values = list(value) if isinstance(value, list | tuple) else [value]
     channels = images.shape[1]
     if len(values) not in (1, channels):
         raise ValueError(f"{value} has not one value for each of {channels} channels")
+    if len(values) == 1:
+        return images.new_full((1, 1, 1, 1), values[0])
     # Filled in one by one: a tensor from a list would be copied to the device, and the host would wait.
     filled = images.new_empty((1, channels, 1, 1))
-    for channel in range(channels):
-        filled[:, channel] = values[channel if len(values) > 1 else 0]
+    for channel, level in enumerate(values):
+        filled[:, channel] = level
     return filled
