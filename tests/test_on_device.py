@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import write_png
 
 from tests.distributed.small import config, header_of
 from tests.distributed.test_on_device import net
@@ -145,7 +145,8 @@ def test_images_of_a_folder_are_decoded_once(tmp_path: Path) -> None:
             folder = tmp_path / "images" / part / label
             folder.mkdir(parents=True)
             for i in range(6):
-                write_png(image(8 + i) // 100 * value, str(folder / f"{i}.png"))
+                picture = Image.new("RGB", (8 + i, 8 + i), (value, value, i))
+                picture.save(folder / f"{i}.png")
     changes = {
         "data__name": "folder",
         "data__root": str(tmp_path / "images"),

@@ -151,9 +151,9 @@ class Loader:
     def place(self, batches: Iterator[MicroBatch]) -> Generator[MicroBatch, None, None]:
         """Loaded micro-batches on the device, normalised, each copied while the one before it is used."""
         if self.device.type in KINDS_WITH_STREAMS:
-            batches = self._copy_ahead(
-                batches if self._section.workers else map(_pin, batches)
-            )
+            # Loader processes pin what they load; they do not make look-ups on the device.
+            is_pinned = self._section.workers and self.device_set is None
+            batches = self._copy_ahead(batches if is_pinned else map(_pin, batches))
         elif self.device.type != "cpu":
             batches = self._copy(batches)
         if self.device_set is not None or self.batch_transforms is not None:
