@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as tv
+from torchvision.transforms.v2 import functional
 
 from trainer.data.batch_transforms.base import BatchTransforms
 from trainer.data.batch_transforms.boxes import ATTEMPTS, STEPS
@@ -25,6 +25,7 @@ from trainer.exact.counter_draws import RANGE
 from trainer.exact.seeding import key, mix_key
 
 SEED, EPOCH = 3, 2
+tv: Any = functional
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 24, 17
 EXAMPLES: list[dict[str, Any]] = [
@@ -73,11 +74,11 @@ def below(draw: int, bound: int) -> int:
 # ------------------------------------------------ image by image, by torchvision
 
 
-def flipped(image: Tensor, draws: list[int], *, p: float = 0.5) -> Tensor:
+def flipped(image: Tensor, draws: list[int], *, p: float = 0.5) -> Any:
     return tv.horizontal_flip(image) if draws[0] < round(p * RANGE) else image
 
 
-def flipped_down(image: Tensor, draws: list[int], *, p: float = 0.5) -> Tensor:
+def flipped_down(image: Tensor, draws: list[int], *, p: float = 0.5) -> Any:
     return tv.vertical_flip(image) if draws[0] < round(p * RANGE) else image
 
 
@@ -89,7 +90,7 @@ def cropped(
     padding: int = 0,
     fill: Any = 0,
     padding_mode: str = "constant",
-) -> Tensor:
+) -> Any:
     if padding:
         image = tv.pad(image, [padding], fill=fill, padding_mode=padding_mode)
     height, width = size if isinstance(size, list) else (size, size)
@@ -124,7 +125,7 @@ def resized(
     size: Any,
     scale: Any = (0.08, 1.0),
     ratio: Any = (3 / 4, 4 / 3),
-) -> Tensor:
+) -> Any:
     box = box_of(draws, scale, ratio, inside=False)
     if box is None:
         # As wide as the image, and as high as the least or the largest ratio has it.
@@ -143,7 +144,7 @@ def erased(
     value: Any,
     scale: Any = (0.02, 0.33),
     ratio: Any = (0.3, 3.3),
-) -> Tensor:
+) -> Any:
     box = box_of(draws[:-1], scale, (1 / ratio[1], 1 / ratio[0]), inside=True)
     if box is None or draws[-1] >= round(p * RANGE):
         return image
@@ -153,7 +154,7 @@ def erased(
 
 def recolored(
     image: Tensor, draws: list[int], *, brightness: Any, contrast: Any, saturation: Any
-) -> Tensor:
+) -> Any:
     changes = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation]
     factors = []
     for amount, draw in zip((brightness, contrast, saturation), draws, strict=False):
@@ -164,7 +165,7 @@ def recolored(
     return image
 
 
-def grayed(image: Tensor, draws: list[int], *, p: float) -> Tensor:
+def grayed(image: Tensor, draws: list[int], *, p: float) -> Any:
     return tv.rgb_to_grayscale(image, 3) if draws[0] < round(p * RANGE) else image
 
 

@@ -22,7 +22,9 @@ BASES = [key(0, "first"), key(0, "second")]
 LARGEST = 2**63 - 1
 
 
-def by_python(base: int, epoch: int, sample: int, occurrence: int, count: int) -> list:
+def by_python(
+    base: int, epoch: int, sample: int, occurrence: int, count: int
+) -> list[int]:
     of_sample = mix_key(mix_key(base, epoch, 0), sample, occurrence)
     return [mix_key(of_sample, number, 0) >> 32 for number in range(count)]
 

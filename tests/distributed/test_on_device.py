@@ -127,7 +127,7 @@ def test_equal_from_the_host_and_from_loader_processes(
     tmp_path: Path, reference: tuple[Path, Any]
 ) -> None:
     _, (of_device, *_) = reference
-    ways = {
+    ways: dict[str, dict[str, Any]] = {
         "host": {"data__on_device": False},
         "processes": {"data__on_device": False, "data__workers": 1},
         "read_by_processes": {"data__workers": 1},
