@@ -54,6 +54,7 @@ TRANSFORMS: list[Any] = [
 SPECIAL: dict[str, list[Any]] = {
     "data.train_transforms": TRANSFORMS,
     "data.val_transforms": TRANSFORMS,
+    "data.batch_transforms": TRANSFORMS,
     "data.name": ["digits", "folder", "torch.utils.data.TensorDataset"],
     "model.name": ["torch.nn.Flatten", "torch.nn.Identity", "torch.relu"],
     "model.head": ["head", "classifier", "0"],

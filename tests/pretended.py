@@ -92,6 +92,9 @@ def pretended_cuda() -> Iterator[None]:
         "torch.Tensor.backward": lambda root, gradient=None: run_backward(
             root, gradient
         ),
+        "torch.autograd.backward": lambda root, gradient=None: run_backward(
+            root, gradient
+        ),
         "torch.Tensor.pin_memory": lambda tensor: tensor,
         "torch.Tensor.record_stream": lambda tensor, stream: None,
         "torch.cuda.default_generators": (StandInGenerator(),),

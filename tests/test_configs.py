@@ -75,6 +75,10 @@ def substitutes(path: Path, directory: Path) -> list[str]:
         ]
     if config.data.name == "cifar10":
         overrides += ["data.image_size=32"]
+    if config.model.name == "resnet9":
+        overrides += ["model.width=4"]
+    if config.train.compile:
+        overrides += ["train.compile=false"]  # compiling takes minutes on a CPU
     if config.data.name == "mnist":
         overrides += ["data.image_size=28", "data.channels=1"]
     return overrides

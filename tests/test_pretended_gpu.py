@@ -171,6 +171,40 @@ def test_no_step_waits_for_the_device(tmp_path: Path, changes: dict[str, Any]) -
         )
 
 
+BATCH_TRANSFORMS = [
+    {"name": "RandomCrop", "size": 8, "padding": 2, "fill": [3]},
+    {"name": "RandomHorizontalFlip"},
+    {"name": "RandomVerticalFlip"},
+    {"name": "ColorJitter", "brightness": 0.4, "contrast": 0.2, "saturation": 0.5},
+    {"name": "RandomGrayscale"},
+    {"name": "RandomResizedCrop", "size": 8},
+    {"name": "RandomErasing"},
+    {"name": "RandomCrop", "size": 8, "padding": 2, "padding_mode": "reflect"},
+]
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@in_a_fork
+def test_images_are_transformed_and_looked_up_without_waiting(
+    tmp_path: Path, on_device: bool
+) -> None:
+    with (
+        pretended_cuda(),
+        patch("trainer.data.batch_transforms.base.check_hash"),
+        patch("trainer.core.device_sets.available_memory", lambda device: None),
+        patch("trainer.core.device_sets.device_name", lambda device: "a GPU"),
+    ):
+        _, log = train(
+            tmp_path,
+            data__batch_transforms=BATCH_TRANSFORMS,
+            data__on_device=on_device,
+            data__workers=2 if on_device else 0,
+        )
+    assert not log.blocking_copies
+    # The ids, and without data.on_device inputs and targets too, of each forward.
+    assert log.copies == (1 if on_device else 3) * 4
+
+
 class FirstOfFour(OneGpu):
     """The first of four processes, each on a pretended device. What the others would send is not pretended."""
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks.gpu import equality, images, memory, profiling, speed, waiting
+from benchmarks.gpu import (
+    augmentation,
+    equality,
+    images,
+    memory,
+    profiling,
+    speed,
+    waiting,
+)
 from benchmarks.gpu.check import Check
 from benchmarks.resnet import resnet18, resnet50
 
@@ -25,6 +33,18 @@ CHECKS: list[Check] = [
         "pixels",
         "Do copies on the side stream give the CPU's pixels?",
         waiting.pixels,
+        SHORT,
+    ),
+    _correctness(
+        "batch-transforms",
+        "Do batch transforms give the CPU's pixels?",
+        augmentation.same_pixels,
+        SHORT,
+    ),
+    _correctness(
+        "on-device",
+        "Is a run with data.on_device the run without, in fp64?",
+        equality.on_device,
         SHORT,
     ),
     _correctness(
@@ -169,6 +189,12 @@ CHECKS: list[Check] = [
         )
         for precision in ("bf16", "fp32")
         for count in (1, 8)
+    ),
+    _figure(
+        "batch-transforms-pace",
+        "How many images a second do batch transforms change?",
+        augmentation.pace,
+        SHORT,
     ),
     _figure(
         "jpeg",

@@ -118,6 +118,22 @@ def fused(setting: Setting) -> Answer:
     return _compare(run("8", batch__fuse=8), run("1", batch__fuse=1))
 
 
+def on_device(setting: Setting) -> Answer:
+    """A run whose samples lie on the device is the run whose samples are copied, augmented there in both."""
+    run = partial(
+        _end_of,
+        setting,
+        make_model=partial(small_cnn, 10),
+        batch__micro_size=16,
+        train__precision="fp64",
+        data__batch_transforms=[
+            {"name": "RandomCrop", "size": 8, "padding": 1},
+            {"name": "RandomHorizontalFlip"},
+        ],
+    )
+    return _compare(run("there", data__on_device=True), run("copied"))
+
+
 def sync_batch_norm(setting: Setting) -> Answer:
     """`batch_norm.mode=sync` on one process is `micro`."""
     run = partial(

@@ -73,6 +73,12 @@ def _transforms() -> Mapping[str, Any]:
     return transforms_by_name()
 
 
+def _batch_transforms() -> Mapping[str, Any]:
+    from trainer.data.batch_transforms.build import BATCH_TRANSFORMS
+
+    return BATCH_TRANSFORMS
+
+
 def _observers() -> Mapping[str, Any]:
     from trainer.core.save_predictions import SHORT_NAMES
 
@@ -120,6 +126,7 @@ PLACES = {
     "data.sampler": Place(_samplers, positional=1),
     "data.train_transforms": Place(_transforms),
     "data.val_transforms": Place(_transforms),
+    "data.batch_transforms": Place(_batch_transforms),
     "model": Place(_models),
     "loss": Place(_losses, supplied=("num_classes",)),
     "optimizer": Place(_optimizers, positional=1),

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainer.components.pooling import AdaptiveAvgPool2d
+from trainer.components.resnet9 import ResNet9
 from trainer.components.small_models import (
     conv_block,
     small_detector,
@@ -45,6 +46,7 @@ def small_cnn(num_classes: int, in_channels: int = 1, width: int = 32) -> nn.Seq
 
 SMALL_MODELS: dict[str, Callable[..., nn.Module]] = {
     "small_cnn": small_cnn,
+    "resnet9": ResNet9,
     "small_segmenter": small_segmenter,
     "small_detector": small_detector,
 }

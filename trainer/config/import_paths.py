@@ -57,7 +57,7 @@ def _all_names(config: Config) -> Iterator[ImportPath]:
         section = getattr(config, role)
         yield ImportPath(role, role, section.name, section.args)
     yield from _sampler(config.data.sampler)
-    for key in ("train_transforms", "val_transforms"):
+    for key in ("train_transforms", "val_transforms", "batch_transforms"):
         yield from _transforms(f"data.{key}", getattr(config.data, key))
     for place, section in _evaluation_sets(config):
         if section.name:

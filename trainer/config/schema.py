@@ -159,6 +159,15 @@ class DataConfig(ComponentSection):
         "torchvision v2 transforms of training images, in order: {name: RandomCrop, size: 32}",
     )
     val_transforms: list[dict[str, Any]] = key([], "the same for validation images")
+    batch_transforms: list[dict[str, Any]] = key(
+        [],
+        "random transforms of whole micro-batches of training images, on the device, after train_transforms: "
+        "{name: RandomCrop, size: 32, padding: 4} (docs/on-device.md)",
+    )
+    on_device: bool = key(
+        False,
+        "keep all samples, after their transforms, on the device that trains; they must fit there and have one shape",
+    )
     val: dict[str, Any] = key(
         {},
         "validation sets by name, each as data unless it says otherwise: {clean: {}, shifted: {root: PATH}}",
@@ -234,7 +243,8 @@ class ModelConfig(ComponentSection):
 
     name: str = key(
         "small_cnn",
-        "small_cnn, small_segmenter, small_detector, a torchvision model, or an import path to a class or function",
+        "small_cnn, resnet9, small_segmenter, small_detector, a torchvision model, or an import path to a class or a "
+        "function",
     )
     num_classes: int | None = key(
         None, "outputs of the model; null = as many as the data has classes", minimum=1

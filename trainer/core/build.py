@@ -30,6 +30,7 @@ from trainer.core.build_model import (
     run_model,
     run_task,
 )
+from trainer.core.device_sets import check_first_batch
 from trainer.core.early_stop import with_early_stop_metric
 from trainer.core.evaluated_weights import logged_phases
 from trainer.core.evaluation import EvaluationSet, Evaluator
@@ -106,6 +107,11 @@ def build_run(
         # Sample 0 may be one that it leaves out, because it is damaged.
         train_loader.first_id = int(plan.permutation(0)[0])
     inputs = ranks.on_each(partial(first_inputs, train_loader, loaders))
+    # A machine may have less memory.
+    processes_here = ranks.machines.count(ranks.machines[ranks.rank])
+    device_note = ranks.on_each(
+        partial(check_first_batch, train_loader, loaders, processes_here)
+    )
     num_classes = count_classes(config, data)
     signature = signature_of_samples(
         loader_as_files(config.data, loaders) or train_loader,
@@ -187,6 +193,7 @@ def build_run(
         data=data,
         plan=plan,
         train_loader=train_loader,
+        device_note=device_note,
         signature=signature,
         module=module,
         weights_note=weights_note,

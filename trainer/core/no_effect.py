@@ -104,6 +104,11 @@ RULES = (
         "run.resume=never resumes nothing",
     ),
     Rule(
+        ("data.workers", "data.prefetch"),
+        lambda run: run.config.data.on_device and _is_in_memory(run),
+        "the data are in memory, and lie on the device (data.on_device)",
+    ),
+    Rule(
         ("data.prefetch",),
         lambda run: run.config.data.workers == 0,
         "there are no loader processes (data.workers=0)",

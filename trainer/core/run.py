@@ -64,6 +64,7 @@ class Run:
     metrics: EvaluationMetrics
     validation: list[EvaluationSet]
     test: EvaluationSet | None
+    device_note: str = ""  # what lies on the device, with data.on_device
     quarantine: Quarantine | None = None  # with data.bad_samples=quarantine
     stop_reason: str = ""  # why the run is to end before its last step
 

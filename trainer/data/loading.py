@@ -15,9 +15,12 @@ from accelerate.utils import send_to_device
 from torch.utils.data._utils.pin_memory import pin_memory  # what a DataLoader pins with
 
 from trainer.config.schema import DataConfig
+from trainer.data.batch_transforms.base import BatchTransforms
+from trainer.data.batch_transforms.build import build_batch_transforms
 from trainer.data.collation import build_collation
 from trainer.data.datasets import Datasets, MapDataset
 from trainer.data.normalize import Normalize
+from trainer.data.on_device import DeviceSet
 from trainer.data.samples import KeyedDataset, Loaded, MicroBatch, Request
 from trainer.data.stand_ins import load_with_stand_ins
 from trainer.data.transforms import build_transforms
@@ -46,12 +49,16 @@ class Loader:
         section: DataConfig,
         device: torch.device,
         normalize: Normalize,
+        batch_transforms: BatchTransforms | None = None,
     ) -> None:
         self.dataset = dataset
         self._section = section
-        self._device = device
+        self.device = device
         self.normalize = normalize
         self.leaves_out = dataset.leaves_out
+        self.batch_transforms = batch_transforms
+        self.device_set = DeviceSet(dataset, device) if section.on_device else None
+        dataset.tells_source = section.on_device or batch_transforms is not None
         # Of a sample that the run reads: what is looked at before training.
         self.first_id = 0
 
@@ -67,9 +74,11 @@ class Loader:
         """Some samples as the model sees them in `epoch`, as one micro-batch."""
         batch: MicroBatch = send_to_device(
             self.fetch(ids, first, fused, epoch=epoch, occurrences=occurrences),
-            self._device,
+            self.device,
         )
-        return batch._replace(inputs=self.normalize(batch.inputs))
+        if self.batch_transforms is not None:
+            batch = self.transform_batch(batch)
+        return batch._replace(inputs=self.normalize(batch.inputs), source=None)
 
     def fetch(
         self,
@@ -84,12 +93,17 @@ class Loader:
         request = Request(first, epoch, np.asarray(ids), fused, occurrences)
         if self.leaves_out:
             return _batch_of(self._with_stand_ins(request))
-        return _batch_of(self.load_here(request))
+        return _batch_of(self._read(request))
 
     def sample(self, sample_id: int, epoch: int) -> tuple[Any, Any]:
         """A sample's input and target after the transforms alone, as in `epoch`."""
         with preserved_cpu_generators():
             return self.dataset.sample(epoch, sample_id)
+
+    def draws_for(self, sample_id: int) -> bool:
+        """True if fetching a sample draws random numbers on the host."""
+        with preserved_cpu_generators():
+            return self.dataset.draws_for(sample_id)
 
     def raw(self, sample_id: int) -> Any:
         """A sample's input as the data set returns it."""
@@ -110,12 +124,25 @@ class Loader:
 
     def load(self, requests: Iterable[Request]) -> Iterator[MicroBatch | Loaded]:
         """What the data set gives for each of `requests`, on the CPU: with `leaves_out`, also what is bad."""
-        if self._section.workers:
-            return self._load_in_workers(requests)
-        return map(self.load_here, requests)
+        if self.device_set is None:
+            return self._read_all(requests)
+        self.device_set.fill(self._read_all)
+        return map(self.device_set.request, requests)
 
     def load_here(self, request: Request) -> MicroBatch | Loaded:
         """The same for one request, in this process."""
+        if self.device_set is None:
+            return self._read(request)
+        self.device_set.fill(self._read_all)
+        return self.device_set.request(request)
+
+    def _read_all(self, requests: Iterable[Request]) -> Iterator[MicroBatch | Loaded]:
+        if self._section.workers:
+            return self._load_in_workers(requests)
+        return map(self._read, requests)
+
+    def _read(self, request: Request) -> MicroBatch | Loaded:
+        """What the data set gives for one request, in this process."""
         # Saving the generators costs more than a look-up, so only data that draws from them does it.
         with preserved_cpu_generators() if self.dataset.draws else nullcontext():
             batch = self.dataset[request]
@@ -123,22 +150,37 @@ class Loader:
 
     def place(self, batches: Iterator[MicroBatch]) -> Generator[MicroBatch, None, None]:
         """Loaded micro-batches on the device, normalised, each copied while the one before it is used."""
-        if self._device.type in KINDS_WITH_STREAMS:
-            batches = self._copy_ahead(
-                batches if self._section.workers else map(_pin, batches)
-            )
-        elif self._device.type != "cpu":
+        if self.device.type in KINDS_WITH_STREAMS:
+            # Loader processes pin what they load; they do not make look-ups on the device.
+            is_pinned = self._section.workers and self.device_set is None
+            batches = self._copy_ahead(batches if is_pinned else map(_pin, batches))
+        elif self.device.type != "cpu":
             batches = self._copy(batches)
+        if self.device_set is not None or self.batch_transforms is not None:
+            batches = map(self.transform_batch, batches)
         # Without what Module.__call__ does for hooks: there are none.
         normalize = self.normalize.forward
-        for first, inputs, targets, fused, blend, samples in batches:
+        for first, inputs, targets, fused, blend, samples, _ in batches:
             yield MicroBatch(first, normalize(inputs), targets, fused, blend, samples)
 
     @property
     def is_look_up(self) -> bool:
         """True if a micro-batch is one look-up in the host's memory, made in this process and used where it is."""
-        is_here = not self._section.workers and self._device.type == "cpu"
-        return is_here and not self.dataset.draws and not self.leaves_out
+        is_here = not self._section.workers and self.device.type == "cpu"
+        is_plain = not self.dataset.draws and self.batch_transforms is None
+        return is_here and is_plain and not self.leaves_out
+
+    def transform_batch(self, batch: MicroBatch) -> MicroBatch:
+        """A batch on the device, looked up there if it has no inputs yet, after `data.batch_transforms`."""
+        source = batch.source
+        assert source is not None
+        inputs, targets = batch.inputs, batch.targets
+        if inputs is None:
+            assert self.device_set is not None
+            inputs, targets = self.device_set.take(source.ids)
+        if self.batch_transforms is not None:
+            inputs = self.batch_transforms(inputs, source)
+        return batch._replace(inputs=inputs, targets=targets)
 
     def _with_stand_ins(self, request: Request) -> Loaded:
         with preserved_cpu_generators():
@@ -152,22 +194,22 @@ class Loader:
             requests,
             workers=self._section.workers,
             prefetch=self._section.prefetch,
-            pin_memory=self._device.type in KINDS_WITH_STREAMS,
+            pin_memory=self.device.type in KINDS_WITH_STREAMS,
         )
         return map(_raise_if_error, batches)
 
     def _copy(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         for batch in batches:
-            yield send_to_device(batch, self._device)
+            yield send_to_device(batch, self.device)
 
     def _copy_ahead(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """Copy each micro-batch, from pinned memory, before the one before it is yielded."""
-        kind = device_module(self._device)
-        stream = kind.Stream(self._device)
+        kind = device_module(self.device)
+        stream = kind.Stream(self.device)
         previous: tuple[MicroBatch, torch.Event] | None = None
         for batch in batches:
             with kind.stream(stream):
-                copy = send_to_device(batch, self._device, non_blocking=True)
+                copy = send_to_device(batch, self.device, non_blocking=True)
                 end_of_copy = stream.record_event()
             if previous is not None:
                 yield _wait_for_copy(*previous, kind.current_stream())
@@ -226,7 +268,12 @@ def build_loader(
         label=label,
         transforms_key=key,
     )
-    return Loader(keyed, section, device, normalize)
+    batch_transforms = None
+    if purpose == "train":
+        batch_transforms = build_batch_transforms(
+            section.batch_transforms, seed=seed, purpose=purpose, device=device
+        )
+    return Loader(keyed, section, device, normalize, batch_transforms)
 
 
 class TrainLoader:
@@ -368,7 +415,7 @@ def _wait_for_copy(
 ) -> MicroBatch:
     """The batch, once the current stream may use it. The host does not wait."""
     current.wait_event(end_of_copy)
-    for tensor in tensors_in((batch.inputs, batch.targets)):
+    for tensor in tensors_in((batch.inputs, batch.targets, batch.source)):
         # So that its memory is not reused before this stream is done with it.
         tensor.record_stream(current)
     return batch

@@ -31,7 +31,15 @@ from trainer.data.names import printable
 from trainer.data.worker_failure import is_limit
 from trainer.errors import DataError, data_error
 from trainer.exact.plan import Ids, IndexRange
-from trainer.exact.seeding import key, seed_cpu, seed_torch
+from trainer.exact.seeding import host_state, key, seed_cpu, seed_torch
+
+
+class Source(NamedTuple):
+    """Which samples a batch holds: what they are looked up and their draws are keyed by."""
+
+    epoch: int
+    ids: Tensor  # int64 `(B,)`
+    occurrences: Tensor | None = None  # the same; None: none came before in its epoch
 
 
 class MicroBatch(NamedTuple):
@@ -44,6 +52,8 @@ class MicroBatch(NamedTuple):
     # How `train.mix` blended it, where it did (`trainer.core.mix.Blend`): the loss is of two targets for each sample.
     blend: Any = None
     samples: int | None = None  # how many there are, where that is known
+    # Which samples they are, for what is looked up or drawn on the device; elsewhere None.
+    source: Source | None = None
 
     @property
     def indices(self) -> IndexRange:
@@ -81,6 +91,16 @@ class Request(NamedTuple):
             ids=self.ids[kept],
             occurrences=None if occurrences is None else occurrences[kept],
         )
+
+
+def source_of(request: Request) -> Source:
+    """The samples of a request, as tensors."""
+    occurrences = request.occurrences
+    return Source(
+        request.epoch,
+        torch.from_numpy(request.ids),
+        None if occurrences is None else torch.from_numpy(occurrences),
+    )
 
 
 class Loaded(NamedTuple):
@@ -122,29 +142,31 @@ class KeyedDataset(Dataset[Any]):
             # Files to predict go through the transforms of validation.
             part = "val" if purpose == "predict" else purpose
             transforms_key = f"data.{part}_transforms"
-        self._transforms_key = transforms_key
+        self.transforms_key = transforms_key
         self._transform = (
             None
             if transform is None
-            else SampleTransform(transform, self._transforms_key)
+            else SampleTransform(transform, self.transforms_key)
         )
         self._seed = seed
         self._purpose = purpose
         self.label = label or purpose
         # In-memory data without transforms has nothing random: a micro-batch is one look-up.
-        self._batch = (
-            dataset.batch
+        self.arrays = (
+            dataset
             if isinstance(dataset, ImageArrays)
             and transform is None
             and collation is None
             else None
         )
+        self._batch = None if self.arrays is None else self.arrays.batch
         self.draws = self._batch is None
         self._may_read_only = self._leaves_images_alone()
         # torchvision's transforms draw from torch alone; others may draw from `random` and NumPy, too.
         self._seed_draws: Callable[[int], object] = seed_cpu
         if self._may_read_only:
             self._seed_draws = seed_torch
+        self.tells_source = False  # whether a batch says which samples it holds
         # Set in a loader process: told of each sample before it is loaded.
         self.at_sample: Callable[[int], None] | None = None
 
@@ -166,16 +188,21 @@ class KeyedDataset(Dataset[Any]):
         self, batch: Callable[[Tensor], tuple[Any, Any]], request: Request
     ) -> MicroBatch:
         inputs, targets = batch(torch.from_numpy(request.ids))
-        count = len(request.ids)
-        return MicroBatch(request.first, inputs, targets, request.fused, None, count)
+        return self._micro_batch(inputs, targets, request)
 
     def _batch_of(self, samples: list[tuple[Any, Any]], request: Request) -> MicroBatch:
         if self.collation is None:
             inputs, targets = self._collate(samples, request.ids)
         else:
             inputs, targets = self._collate_by(self.collation, samples, request)
-        count = len(samples)
-        return MicroBatch(request.first, inputs, targets, request.fused, None, count)
+        return self._micro_batch(inputs, targets, request)
+
+    def _micro_batch(self, inputs: Any, targets: Any, request: Request) -> MicroBatch:
+        count = len(request.ids)
+        source = source_of(request) if self.tells_source else None
+        return MicroBatch(
+            request.first, inputs, targets, request.fused, None, count, source
+        )
 
     def load_readable(self, request: Request) -> Loaded | DataError:
         """What there is of a request; an error where what can be read makes no batch, or the machine fails."""
@@ -214,12 +241,7 @@ class KeyedDataset(Dataset[Any]):
     ) -> tuple[Any, Any]:
         """The input and target of one sample, transformed. It seeds the CPU's generators."""
         # All that a data set or transform may draw from; the caller restores the rank's generators (`draws`).
-        if occurrence:
-            self._seed_draws(
-                key(self._seed, self._purpose, epoch, sample_id, occurrence)
-            )
-        else:
-            self._seed_draws(key(self._seed, self._purpose, epoch, sample_id))
+        self._seed_for(epoch, sample_id, occurrence)
         if self.at_sample is not None:
             self.at_sample(sample_id)
         try:
@@ -249,6 +271,19 @@ class KeyedDataset(Dataset[Any]):
         is_offered = own is ImageFolder.__getitem__
         return is_offered and not may_write and self.collation is None
 
+    def draws_for(self, sample_id: int) -> bool:
+        """True if fetching a sample draws from a generator that is seeded for it. The caller restores them."""
+        self.sample(0, sample_id)
+        after = host_state()
+        self._seed_for(0, sample_id, 0)
+        return after != host_state()
+
+    def _seed_for(self, epoch: int, sample_id: int, occurrence: int) -> None:
+        position = [epoch, sample_id]
+        if occurrence:
+            position.append(occurrence)
+        self._seed_draws(key(self._seed, self._purpose, *position))
+
     def pair(self, sample_id: int) -> tuple[Any, Any]:
         """A sample's input and target as the data set gives them. Draws from what generators are there."""
         sample = self.dataset[sample_id]
@@ -267,7 +302,7 @@ class KeyedDataset(Dataset[Any]):
             # Anything: transforms are other people's code.
             name = self.name(sample_id)
             reason = f"{type(error).__name__}: {error} ({_last_line(error)})"
-            message = f"{name}: {self._transforms_key} failed with {reason}"
+            message = f"{name}: {self.transforms_key} failed with {reason}"
             raise data_error(message, error) from error
 
     def _collate(self, samples: list[tuple[Any, Any]], ids: Ids) -> tuple[Any, Any]:
@@ -334,7 +369,7 @@ class KeyedDataset(Dataset[Any]):
                 f"({reason}); {remedy}, or name a function in data.collate that makes the batch"
             )
         remedy = (
-            f"set {self._transforms_key} to give all one shape, as {{name: Resize, size: [224, 224]}} does"
+            f"set {self.transforms_key} to give all one shape, as {{name: Resize, size: [224, 224]}} does"
             if part == "input" and isinstance(values[0], Tensor)
             else "pad each to one length in the data set, and leave the padding out of the loss, or name a function in "
             "data.collate that makes the batch (data.collate=lists keeps each sample by itself)"

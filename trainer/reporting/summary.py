@@ -67,6 +67,8 @@ def header(
         ("data", _describe_data(run)),
         ("decoding", _describe_decoding(run)),
         ("images", run.data.images),
+        ("on device", run.device_note),
+        ("batch transforms", _describe_batch_transforms(run)),
         ("sampler", _describe_sampler(plan)),
         ("batch", batch_arithmetic(plan, fuse)),
         ("mix", "" if run.forward.mix is None else run.forward.mix.describe()),
@@ -206,6 +208,11 @@ def _describe_decoding(run: Run) -> str:
     if side is None or not has_image_files(run):
         return ""
     return f"JPEG files decoded smaller, no shorter side below {side:,} pixels (data.decode_short_side)"
+
+
+def _describe_batch_transforms(run: Run) -> str:
+    transforms = run.train_loader.batch_transforms
+    return "" if transforms is None else transforms.describe()
 
 
 def batch_arithmetic(plan: Plan, fuse: int = 1) -> str:

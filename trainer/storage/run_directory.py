@@ -45,6 +45,7 @@ FREE_KEYS = (
     "data.max_bad",
     "data.workers",
     "data.prefetch",
+    "data.on_device",
     "batch.fuse",
     "batch.eval_size",
     "train.cudnn_benchmark",

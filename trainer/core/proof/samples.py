@@ -22,6 +22,7 @@ CHECK = "samples"
 # Of a loader process, which has one thread where this one may have more.
 TOLERANCE = 1e-4
 MOST_LISTED = 8
+TRANSFORMED = 4  # images that are transformed together and alone
 TIME_LIMIT = (
     1.0  # seconds for fetching samples once; fewer of them where each takes long
 )
@@ -35,6 +36,10 @@ REMEDY = (
 def check_samples(trial: Trial) -> list[Finding]:
     """Fetch some samples twice, in two orders, and compare them with a loader process's: equal bytes."""
     loader = trial.run.train_loader
+    if loader.batch_transforms is not None:
+        finding = _compare_alone(trial)
+        if finding is not None:
+            return [finding]
     if not loader.dataset.draws:
         return []  # a look-up in memory
     ids = []
@@ -68,6 +73,24 @@ def _sample_ids(trial: Trial) -> list[int]:
     share = (0, 1) if trial.is_idle else trial.step.ranks[trial.run.ranks.rank]
     ids: list[int] = trial.run.plan.sample_ids(trial.step, *share).tolist()
     return ids[: trial.samples]
+
+
+def _compare_alone(trial: Trial) -> Finding | None:
+    """What `data.batch_transforms` make of an image in a batch, against what they make of it by itself."""
+    loader = trial.run.train_loader
+    ids = _sample_ids(trial)[:TRANSFORMED]
+    epoch = trial.step.epoch
+    together = loader.peek(ids, epoch=epoch).inputs
+    for row, sample_id in zip(together, ids, strict=True):
+        alone = loader.peek([sample_id], epoch=epoch).inputs[0]
+        if not same_bits(row, alone):
+            return Finding(
+                CHECK,
+                f"data.batch_transforms make another image of train sample {sample_id} in a batch than alone",
+                "let a transform of your own look at each image and its draws by themselves, and draw from nothing "
+                "but the numbers it is given",
+            )
+    return None
 
 
 def _compare_in_process(

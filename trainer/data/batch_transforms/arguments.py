@@ -1,0 +1,48 @@
+"""Arguments that several batch transforms take, checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def check_probability(p: Any) -> None:
+    """Raise `ValueError` for what is no probability."""
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
+        raise ValueError(f"p must be from 0 to 1, not {p}")
+
+
+def height_and_width(size: Any) -> tuple[int, int]:
+    """Of `32` and of `[32, 48]`. Raises `ValueError` for anything else."""
+    sides = size if isinstance(size, list | tuple) else [size, size]
+    is_whole = all(isinstance(side, int) and side >= 1 for side in sides)
+    if len(sides) != 2 or not is_whole:
+        raise ValueError(f"size is a side in pixels, or [height, width], not {size}")
+    return sides[0], sides[1]
+
+
+def interval(name: str, value: Any) -> tuple[float, float]:
+    """`[low, high]`, both above 0. Raises `ValueError` for anything else."""
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    if not is_pair or not all(isinstance(end, int | float) for end in value):
+        raise ValueError(f"{name} is [low, high], not {value}")
+    low, high = value
+    if not 0 < low <= high:
+        raise ValueError(f"{name} must have 0 < low ≤ high, not {value}")
+    return float(low), float(high)
+
+
+def color(value: float | list[float], images: Tensor) -> Tensor:
+    """A value for all channels, or one for each, in the kind of `images` `(B, C, H, W)`: `(1, C or 1, 1, 1)`."""
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    channels = images.shape[1]
+    if len(values) not in (1, channels):
+        raise ValueError(f"{value} has not one value for each of {channels} channels")
+    if len(values) == 1:
+        return images.new_full((1, 1, 1, 1), values[0])
+    # Filled in one by one: a tensor from a list would be copied to the device, and the host would wait.
+    filled = images.new_empty((1, channels, 1, 1))
+    for channel, level in enumerate(values):
+        filled[:, channel] = level
+    return filled

@@ -1,0 +1,87 @@
+"""Random boxes within images, of a share of the area and with a ratio of sides, in whole numbers throughout.
+
+Roots and exponentials differ in their last digits between devices, and a box must not. So they are taken once, on the
+host, into tables of whole numbers that a draw chooses from: `STEPS` areas and as many ratios.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainer.exact.counter_draws import below
+
+STEPS = 4096
+ATTEMPTS = 10  # as many as torchvision makes
+DRAWS = 2 * ATTEMPTS + 2
+ONE = 1 << 16  # a table's 1
+ROOT_BITS = 8  # fraction of the root of an image's area
+
+
+class Boxes(NamedTuple):
+    """A box in each image, int64 `(B,)` each."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    fits: Tensor  # bool `(B,)`: False where no attempt gave one that fits; the box is then of no use
+
+
+class BoxDraw:
+    """Boxes of `scale` of an image's area, whose width over height is within `ratio`, as torchvision draws them.
+
+    Areas are uniform, ratios uniform in their logarithm. The first of ten attempts that fits into the image counts.
+    """
+
+    def __init__(
+        self, scale: tuple[float, float], ratio: tuple[float, float], *, inside: bool
+    ) -> None:
+        """With `inside`, a box that is as high or as wide as its image does not fit."""
+        self._largest = -1 if inside else 0
+        roots = []
+        for area in _midpoints(*scale):
+            roots.append(round(math.sqrt(area) * ONE))
+        wider, higher = [], []
+        for logarithm in _midpoints(math.log(ratio[0]), math.log(ratio[1])):
+            wider.append(round(math.exp(logarithm / 2) * ONE))
+            higher.append(round(math.exp(-logarithm / 2) * ONE))
+        self._tables = [torch.tensor(table) for table in (roots, wider, higher)]
+
+    def __call__(self, draws: Tensor, height: int, width: int) -> Boxes:
+        """Boxes in images of `height` and `width`, from int64 `(B, DRAWS)`."""
+        roots, wider, higher = self._tables_on(draws.device)
+        area = roots[below(draws[:, :ATTEMPTS], STEPS)]
+        ratio = below(draws[:, ATTEMPTS : 2 * ATTEMPTS], STEPS)
+        side = round(math.sqrt(height * width) * (1 << ROOT_BITS))
+        widths = _scaled(area, wider[ratio], side)
+        heights = _scaled(area, higher[ratio], side)
+        fits = (widths >= 1) & (widths <= width + self._largest)
+        fits &= (heights >= 1) & (heights <= height + self._largest)
+        # The first of equal ones.
+        first = fits.long().argmax(1, keepdim=True)
+        box_height = heights.gather(1, first).squeeze(1)
+        box_width = widths.gather(1, first).squeeze(1)
+        top = below(draws[:, -2], (height - box_height + 1).clamp_min(1))
+        left = below(draws[:, -1], (width - box_width + 1).clamp_min(1))
+        return Boxes(top, left, box_height, box_width, fits.any(1))
+
+    def _tables_on(self, device: torch.device) -> list[Tensor]:
+        if self._tables[0].device != device:
+            self._tables = [table.to(device) for table in self._tables]
+        return self._tables
+
+
+def _midpoints(low: float, high: float) -> list[float]:
+    """`STEPS` numbers evenly between two, each in the middle of its part."""
+    return [low + (high - low) * (step + 0.5) / STEPS for step in range(STEPS)]
+
+
+def _scaled(area: Tensor, ratio: Tensor, side: int) -> Tensor:
+    """`area · ratio · side`, of the roots of the first two, rounded to whole pixels."""
+    product = ((area * ratio) >> 16) * side
+    bits = 16 + ROOT_BITS
+    return (product + (1 << (bits - 1))) >> bits
