@@ -27,6 +27,7 @@ from trainer.components.models import small_cnn
 from trainer.data.datasets import ImageArrays
 from trainer.exact.refused import REFUSED
 from trainer.process.host_group import HostGroup
+from trainer.process.levels import all_ranks
 from trainer.process.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -211,6 +212,7 @@ class FirstOfFour(OneGpu):
     def __init__(self, precision: str, timeout: float) -> None:
         super().__init__(precision, timeout)
         self.count = 4
+        self.levels = [all_ranks(4)]
 
 
 @pytest.mark.parametrize(
