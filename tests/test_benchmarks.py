@@ -503,6 +503,15 @@ def test_input_prints_and_saves_every_way(tmp_path: Path) -> None:
         assert text.count("data.decode_short_side=256") == 4
 
 
+@pytest.mark.slow
+def test_input_cache_prints_and_saves_every_way(tmp_path: Path) -> None:
+    page = tmp_path / "cache.md"
+    printed = run("input_cache", "--quick", "--save", str(page))
+    for text in (printed, page.read_text()):
+        assert text.count("the tutorials' loader") == 4
+        assert text.count("| data.cache=decoded, data.short_side=256 |") == 4
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_benchmark_can_be_imported(name: str) -> None:
     module = importlib.import_module(f"benchmarks.{name}")
