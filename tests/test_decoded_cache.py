@@ -299,7 +299,7 @@ def test_it_is_made_once_and_again_when_a_file_changed(root: Path) -> None:
     assert build(root, max_pixels=10**6).folder not in (first.folder, again.folder)
 
 
-@pytest.mark.parametrize("damage", ["byte", "cut", "gone", "table"])
+@pytest.mark.parametrize("damage", ["byte", "cut", "gone", "table", "sizes"])
 def test_a_damaged_chunk_is_made_again_and_no_other(root: Path, damage: str) -> None:
     folder = build(root).folder
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
@@ -314,8 +314,12 @@ def test_a_damaged_chunk_is_made_again_and_no_other(root: Path, damage: str) -> 
         os.truncate(path, 1000)
     elif damage == "gone":
         path.unlink()
-    else:
+    elif damage == "table":
         (folder / "00002.json").write_text("{")
+    else:
+        table = json.loads((folder / "00002.json").read_text())
+        table["heights"][3] *= 1000
+        (folder / "00002.json").write_text(json.dumps(table))
     decoded: list[str] = []
     assert holds_all(build(root, decoded.append), root)
     assert decoded == source(root).chunk(2)

@@ -54,10 +54,15 @@ def open_or_build(
     `LockstepError` for a disk that is full.
     """
     folder = cache_dir / source.name
-    missing = [c for c in range(source.chunks) if not is_complete(folder, c)]
+    missing = []
+    images = 0
+    for chunk in range(source.chunks):
+        count = len(source.chunk(chunk))
+        if not is_complete(folder, chunk, count):
+            missing.append(chunk)
+            images += count
     if not missing:
         return open_store(folder, source)
-    images = sum(len(source.chunk(chunk)) for chunk in missing)
     size = source.estimate()
     needed = size * images // len(source.paths)
     try:
@@ -143,12 +148,13 @@ class _Build:
             if not self._claims.take(chunk):
                 continue
             try:
-                if not is_complete(self._folder, chunk):
+                images = len(self._source.chunk(chunk))
+                if not is_complete(self._folder, chunk, images):
                     self._make(chunk)
                 # Another thread may have counted it, between the copy of the list and the claim.
                 if chunk in self._missing:
                     self._missing.remove(chunk)
-                    self._progress.advance(len(self._source.chunk(chunk)))
+                    self._progress.advance(images)
             finally:
                 self._claims.release(chunk)
             return True

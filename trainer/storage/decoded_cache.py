@@ -127,8 +127,8 @@ def decoder_versions() -> dict[str, str]:
     return {library: version(library) for library in libraries}
 
 
-def is_complete(folder: Path, chunk: int) -> bool:
-    """True if a chunk is there as it was written.
+def is_complete(folder: Path, chunk: int, images: int) -> bool:
+    """True if a chunk of so many images is there as it was written.
 
     Its size and time say so; where the time is another, its SHA-256 does, as in a cache that was copied.
     """
@@ -137,7 +137,9 @@ def is_complete(folder: Path, chunk: int) -> bool:
     try:
         table = json.loads(table_path.read_text())
         state = pixels.stat()
-        if state.st_size != table["bytes"]:
+        sides = list(zip(table["heights"], table["widths"], strict=True))
+        size = sum(height * width for height, width in sides) * CHANNELS
+        if len(sides) != images or not state.st_size == table["bytes"] == size:
             return False
         if state.st_mtime_ns == table["mtime_ns"]:
             return True
