@@ -24,6 +24,8 @@ from trainer.exact.plan import IndexRange, Step
 from trainer.exact.reduction import Reduction
 from trainer.exact.running_statistics import RunningStatistics, StatisticsShare
 
+EXCHANGES_UNTIL_BUCKETS = 2  # are in the order in which gradients come
+
 
 class _Synchronized(AbstractContextManager[nn.Module]):
     """The context of a rank's last micro-batch, in whose backward DDP adds up the gradients of all ranks."""
@@ -38,12 +40,16 @@ class _Synchronized(AbstractContextManager[nn.Module]):
         self._model = model
         self._parameters = parameters
         self._completes = completes
+        self.count = 0  # of those that have ended
 
     def __enter__(self) -> nn.Module:
         return self._model
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self._completes and not is_complete(self._model):
+        if kind is not None:
+            return
+        self.count += 1
+        if self._completes and not is_complete(self._model):
             complete_backward(self._model, self._parameters)
 
 
@@ -57,7 +63,7 @@ class StandardReduction(Reduction):
             self._module, find_unused_parameters=self._find_unused_parameters
         )
         self._ranks_averaged_over = self._ranks.count
-        # Contexts, made once. DDP expects no gradients after a forward of the module itself, as in its `no_sync`.
+        # Contexts, made once.
         self._alone = nullcontext(self._module)
         self._is_compiled = any(
             module._compiled_call_impl is not None for module in self._module.modules()
@@ -83,11 +89,19 @@ class StandardReduction(Reduction):
             return self._alone
         if end == end_of_rank:
             return self._in_step_with_others
-        return self._without_synchronization() if self._is_compiled else self._alone
+        has_buckets = self._in_step_with_others.count >= EXCHANGES_UNTIL_BUCKETS
+        if has_buckets and not self._is_compiled:
+            # DDP expects no gradients after a forward of the module itself, and takes no time.
+            return self._alone
+        return self._without_synchronization()
 
     @contextmanager
     def _without_synchronization(self) -> Iterator[nn.Module]:
-        """Of a compiled model: within DDP's forward it is compiled in pieces, whose gradients DDP sends early."""
+        """DDP's own way to let gradients add up.
+
+        At first DDP arranges its buckets anew at the next forward, and would round gradients that are there by then in
+        another way. And within DDP's forward a model is compiled in pieces, whose gradients DDP sends early.
+        """
         with self._ranks.accelerator.no_sync(self._model):
             yield self._model
 
