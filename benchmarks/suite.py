@@ -52,7 +52,7 @@ BENCHMARKS = (
     Benchmark("evaluation", "what does an evaluation cost?"),
     Benchmark("input", "how fast are images read and transformed?"),
     Benchmark("input_cache", "and from a cache of decoded images?"),
-    Benchmark("batch_transforms", "and as whole micro-batches?"),
+    Benchmark("batch_transforms", "and as whole micro-batches?", ("--rounds", "3")),
     Benchmark("checkpoint", "how long does a checkpoint stop the training?"),
     Benchmark(
         "transfer",
