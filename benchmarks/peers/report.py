@@ -131,8 +131,9 @@ class Report:
             cells += [f"{middle[0]:.2f}", ranges, f"{middle[1]:.2f}"]
             reads.append(f"{table.outcomes[entry].reads:.3g}")
         difference = table.difference(name)
-        verdict = "**others**" if difference > MOST_DIFFERENCE else "equal"
-        weights = f"{difference:.0e}" if difference else verdict
+        weights = f"{difference:.0e}" if difference else "equal"
+        if difference > MOST_DIFFERENCE:
+            weights = f"**others**, {weights}"
         return (*cells, ", ".join(reads), weights)
 
     def save(self, path: Path) -> None:

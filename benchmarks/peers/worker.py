@@ -21,11 +21,16 @@ from typing import Any
 from benchmarks.peers.job import END, Job, Task, Turns
 from trainer.process.local_ranks import free_port, rank_variables
 
+# By the digits and by every optimizer: imported before the ranks are forked.
+NEEDED_BY_ALL = ("sklearn.datasets", "sklearn.model_selection", "torch._dynamo")
+
 
 def main(adapter: str, descriptor: int) -> None:
     """Serve requests until the director closes the connection."""
     director: Connection[Any, Any] = Connection(descriptor)
     module = import_module(f"benchmarks.peers.adapters.{adapter}")
+    for name in NEEDED_BY_ALL:
+        import_module(name)
     director.send({name: version(name) for name in module.PACKAGES})
     ranks: dict[bool, Ranks] = {}  # of the lean task and of the one as used
     while True:
