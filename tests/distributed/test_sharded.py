@@ -30,6 +30,7 @@ from trainer import ConfigError, LockstepError, Task, Trainer
 from trainer.config.sharded_parameters import NEEDS
 from trainer.core.observers import Observer
 from trainer.core.run import Run
+from trainer.exact.block_calls import BlockCalls
 from trainer.exact.plan import Step
 from trainer.exact.sharding import blocks_of
 from trainer.exact.shards import is_shard, local_part, whole
@@ -427,6 +428,44 @@ def test_blocks_are_items_of_containers_or_what_the_model_names() -> None:
         "blocks.2.dense",
         "head",
     ]
+
+
+class SkipsBlocks(nn.Module):
+    """A random depth, as some models have it in training: skipped, or a block too many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
+        self.order = [0, 1, 2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in self.order:
+            x = self.blocks[index](x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("order", "what"),
+    [
+        ([0, 2], 'calls "blocks.2" out of turn'),
+        ([0, 1], 'leaves out "blocks.2"'),
+        ([0, 1, 2, 2], 'calls "blocks.2" out of turn'),
+        ([2, 1, 0], 'calls "blocks.2" out of turn'),
+    ],
+)
+def test_a_forward_that_calls_other_blocks_is_refused(
+    order: list[int], what: str
+) -> None:
+    """Else ranks would gather one block with parts of another."""
+    model = SkipsBlocks()
+    BlockCalls(model, blocks_of(model))
+    model(torch.ones(2))
+    model(torch.ones(2))
+    model.eval().order = [1]  # evaluation may be another function
+    model(torch.ones(2))
+    model.train().order = order
+    with pytest.raises(ConfigError, match=what):
+        model(torch.ones(2))
 
 
 def test_one_process_holds_the_whole_model_and_refuses_what_several_would(

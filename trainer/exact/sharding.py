@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from trainer.errors import ConfigError
+from trainer.exact.block_calls import BlockCalls
 from trainer.exact.shards import original_class
 from trainer.process.ranks import Ranks
 
@@ -72,11 +73,12 @@ def shard(module: nn.Module, ranks: Ranks) -> None:
 
     _copy_from_main(module, ranks)
     mesh = init_device_mesh(ranks.device.type, (ranks.count,))
-    blocks = [module.get_submodule(name) for name in blocks_of(module)]
-    for part in [*blocks, module]:
+    names = blocks_of(module)
+    for part in [*map(module.get_submodule, names), module]:
         # The model too: else its own parameters were whole after an evaluation, and parts after a step.
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     _tolerate_unused(module)
+    BlockCalls(module, names)
 
 
 def _tolerate_unused(module: nn.Module) -> None:

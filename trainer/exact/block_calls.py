@@ -1,0 +1,62 @@
+"""Does every forward call the same blocks? With parameters that are shared out, each call is an exchange of all ranks.
+
+Where one rank skips a block, its next exchange would meet that of another block on the other ranks: of the same size,
+it would give all of them wrong weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from trainer.errors import ConfigError
+
+
+class BlockCalls:
+    """Compares each forward of a model with the first one in the same mode, training or not.
+
+    Raises `ConfigError` before a block is gathered out of turn. All ranks make the first forward on the same samples.
+    """
+
+    def __init__(self, module: nn.Module, blocks: Sequence[str]) -> None:
+        self._expected: dict[bool, list[str]] = {}
+        self._calls: list[str] = []
+        self._is_running = False
+        module.register_forward_pre_hook(self._begin)
+        for name in blocks:
+            block = module.get_submodule(name)
+            # Before the hook of `fully_shard`, which gathers the block.
+            block.register_forward_pre_hook(partial(self._call, name), prepend=True)
+        module.register_forward_hook(self._end)
+
+    def _begin(self, module: nn.Module, inputs: Any) -> None:
+        self._calls = []
+        self._training = module.training
+        self._is_running = True
+
+    def _call(self, name: str, block: nn.Module, inputs: Any) -> None:
+        # Else activation checkpointing runs it again, in the backward.
+        if not self._is_running:
+            return
+        expected = self._expected.get(self._training)
+        number = len(self._calls)
+        if expected is not None and expected[number : number + 1] != [name]:
+            raise _other_calls(f'calls "{name}" out of turn')
+        self._calls.append(name)
+
+    def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._is_running = False
+        expected = self._expected.setdefault(self._training, self._calls)
+        if len(self._calls) < len(expected):
+            raise _other_calls(f'leaves out "{expected[len(self._calls)]}"')
+
+
+def _other_calls(what: str) -> ConfigError:
+    return ConfigError(
+        "train.parallel",
+        f"fsdp needs every forward to call the same blocks in the same order, and one {what}, unlike the first; call "
+        f"all of them, or use ddp",
+    )
