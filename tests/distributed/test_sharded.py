@@ -329,13 +329,14 @@ def run_points(
 def runs_of_points(directory: Path, parallel: str) -> list[dict[str, Tensor]]:
     """A head that some ranks use and others do not, shared and frozen weights, rates by layer, a step left out."""
     shared: dict[str, Any] = {"train__parallel": parallel}
+    model = mlp()  # which goes on in a second run
     return [
         run_points(directory / "half", HalfUnused(), **shared),
         run_points(directory / "tied", Tied(), run__figures=True, **shared),
-        run_points(directory / "layers", mlp(), optimizer__layer_decay=0.5, **shared),
+        run_points(directory / "layers", model, optimizer__layer_decay=0.5, **shared),
         run_points(directory / "frozen", mlp(), model__freeze=["0"], **shared),
         run_points(
-            directory / "skip", mlp(), bad=17, train__non_finite="skip", **shared
+            directory / "skip", model, bad=17, train__non_finite="skip", **shared
         ),
     ]
 
@@ -401,6 +402,7 @@ OTHER_VALUES = {
     "data.bad_samples": "quarantine",
     "wandb.log_histograms_every": 10,
     "batch.fuse": 2,
+    "optimizer.name": "torch.optim.Muon",
 }
 
 

@@ -87,3 +87,11 @@ def check_needs_of_shards(value_of: Callable[[str], object]) -> None:
                 need.key,
                 f"{value} cannot be combined with train.parallel=fsdp: {need.reason}",
             )
+    name = str(value_of("optimizer.name"))
+    if name.rpartition(".")[2] == "Muon":
+        raise ConfigError(
+            "optimizer.name",
+            f"{name} cannot be combined with train.parallel=fsdp: it multiplies whole matrices in bf16, and rounds "
+            f"otherwise where they are in parts; use an optimizer that works element by element, or "
+            f"train.parallel=ddp",
+        )

@@ -54,6 +54,7 @@ from trainer.data.samplers import build_order
 from trainer.data.short_side import with_short_side
 from trainer.exact.plan import Plan
 from trainer.exact.sharding import shard
+from trainer.exact.shards import original_class
 from trainer.process.device import check_reproducibility
 from trainer.process.ranks import Ranks
 from trainer.storage.signature import (
@@ -216,7 +217,8 @@ def _with_names(config: Config, **objects: object) -> Config:
     for section, value in objects.items():
         if value is None:
             continue
-        kind = type(value)
+        is_module = isinstance(value, nn.Module)
+        kind = original_class(value) if is_module else type(value)
         changes: dict[str, Any] = {"name": f"{kind.__module__}.{kind.__qualname__}"}
         if isinstance(value, nn.modules.loss._Loss):
             # So that `evaluate` makes the same loss again.

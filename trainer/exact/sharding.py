@@ -14,7 +14,7 @@ from torch import nn
 
 from trainer.errors import ConfigError
 from trainer.exact.block_calls import BlockCalls
-from trainer.exact.shards import original_class
+from trainer.exact.shards import has_shards, original_class
 from trainer.process.ranks import Ranks
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -66,8 +66,10 @@ def _items(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
 def shard(module: nn.Module, ranks: Ranks) -> None:
     """Leave this rank its part of rank 0's parameters of `module`, on the run's device. A collective.
 
-    `refuse_what_cannot_be_cut` comes before it.
+    `refuse_what_cannot_be_cut` comes before it. A model that an earlier run has shared out stays as it is.
     """
+    if has_shards(module):
+        return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
