@@ -217,8 +217,9 @@ def _with_names(config: Config, **objects: object) -> Config:
     for section, value in objects.items():
         if value is None:
             continue
-        is_module = isinstance(value, nn.Module)
-        kind = original_class(value) if is_module else type(value)
+        kind: type = type(value)
+        if isinstance(value, nn.Module):
+            kind = original_class(value)
         changes: dict[str, Any] = {"name": f"{kind.__module__}.{kind.__qualname__}"}
         if isinstance(value, nn.modules.loss._Loss):
             # So that `evaluate` makes the same loss again.
