@@ -77,7 +77,7 @@ def test_hooks_and_methods_of_ones_own_are_called() -> None:
         handle.remove()
     calls.clear()
     # As a schedule of torch's does.
-    optimizer.step = noted("replaced")  # type: ignore[method-assign]
+    optimizer.step = noted("replaced")  # type: ignore[assignment, method-assign]
     optimizer.zero_grad = noted("zero_grad")  # type: ignore[method-assign]
     update(optimizer)
     forget_gradients(optimizer)

@@ -29,7 +29,7 @@ def watch_stop(ranks: Ranks, seconds_a_step: float) -> tuple[int, list[int]]:
         return ask(ranks, values)
 
     ranks.largest_each_async = noted  # type: ignore[method-assign]
-    signals.time = SimpleNamespace(monotonic=lambda: now)  # type: ignore[attr-defined]
+    signals.time = SimpleNamespace(monotonic=lambda: now)  # type: ignore[assignment, attr-defined]
     with StopRequest(ranks) as stop:
         while step < STEPS:
             step += 1
