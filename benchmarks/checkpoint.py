@@ -1,7 +1,7 @@
 """What a checkpoint costs: how long training stops for one, and how long it takes to read one.
 
 python -m benchmarks.checkpoint                     25 million parameters with Adam, some minutes on the CPU
-python -m benchmarks.checkpoint --quick             fewer rounds
+python -m benchmarks.checkpoint --quick             5 million, and fewer rounds
 python -m benchmarks.checkpoint --save docs/results/checkpoint.md
 
 One run saves in each of several ways, in turn: `Trainer.save`, which writes in the background; the same, with training
@@ -32,7 +32,7 @@ from trainer.exact.plan import Step
 from trainer.storage import checkpoint
 from trainer.storage.files import sync
 
-WIDTH, LAYERS = 1000, 25
+WIDTH, LAYERS, FEW_LAYERS = 1000, 25, 5
 STEPS = 16  # from one save to the next
 STEPS_AFTER = 10  # of these, the ones that a writer in the background may slow down
 READS = 3
@@ -208,7 +208,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--rounds", type=int, default=7, help="saves in each way (default: 7)"
     )
-    parser.add_argument("--quick", action="store_true", help="2 rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="2 rounds, and a smaller net"
+    )
     parser.add_argument(
         "--threads", type=int, default=1, help="threads of the process (default: 1)"
     )
@@ -218,7 +220,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     rounds = 2 if options.quick else options.rounds
     text = f"# Checkpoints\n\n{machine(options.threads)}\n\n{rounds} rounds, in turn: medians, smallest and largest.\n"
-    text += f"\n{measure(rounds, options.threads)}\n"
+    layers = FEW_LAYERS if options.quick else LAYERS
+    text += f"\n{measure(rounds, options.threads, layers)}\n"
     print(text)
     if options.save:
         options.save.parent.mkdir(parents=True, exist_ok=True)

@@ -16,12 +16,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.checkpoint import measure
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import HASHES, Images, bitwise_config, conv_net, rows_of
 from trainer import Observer, Trainer
 from trainer.errors import LockstepError, Stopped
 from trainer.exact.finite import first_not_finite
 from trainer.exact.plan import Step
+from trainer.process import signals
 from trainer.storage import checkpoint, files, snapshot_writer
 from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.snapshot_writer import SnapshotWriter
@@ -32,7 +34,7 @@ FORK = multiprocessing.get_context("fork")
 def content() -> Checkpoint:
     """Of a net with tied weights, another memory format, many dtypes, an empty tensor and a state of its own."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 4))
+    net: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 4))
     net = net.to(memory_format=torch.channels_last)
     net[2].weight = net[1].weight
     net.register_buffer("count", torch.tensor(3))
@@ -174,7 +176,7 @@ def held_and_not(directory: Path) -> Any:
     write = checkpoint.write
     held = train(directory, "held", Held())
     checkpoint.write = write
-    snapshot_writer.available_memory = lambda: 0
+    setattr(snapshot_writer, "available_memory", lambda: 0)  # noqa: B010
     waits = train(directory, "waits")
     return [[summary[name] for name in HASHES] for summary in (held, waits)]
 
@@ -198,9 +200,10 @@ def world_size() -> int:
 def stopped(directory: Path) -> Any:
     """Stopped by a signal while the checkpoint of step 2 is held back, and gone on with."""
     held = Held(then=partial(os.kill, os.getpid(), signal.SIGTERM))
+    setattr(signals, "SECONDS_BETWEEN_ANSWERS", 0.0)  # noqa: B010
     with pytest.raises(Stopped) as caught:
         train(directory, "stopped", held)
-    # Several ranks agree a step later.
+    # Several ranks agree a step later: here they ask in every step.
     step = 3 if world_size() == 1 else 4
     assert str(caught.value).startswith(f"stopped by signal 15 after step {step}")
     found = checkpoint.newest_first(directory / "stopped" / "checkpoints")
@@ -247,7 +250,7 @@ class KilledAt:
     def __init__(self, directory: Path, operation: int) -> None:
         self.left = operation
         held = Held(6)
-        for owner, name in ((Path, "rename"), (Path, "replace"), (files.os, "fsync")):
+        for owner, name in ((Path, "rename"), (Path, "replace"), (os, "fsync")):
             self.wrap(owner, name, held)
         train(directory, "killed", held)
 
@@ -284,3 +287,15 @@ def test_a_kill_while_one_is_written_loses_nothing_that_was_complete(
     ((resumed, straight),) = on_ranks(1, go_on)
     assert [resumed[name] for name in HASHES] == [straight[name] for name in HASHES]
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "straight")
+
+
+def test_the_benchmark_measures_each_way_of_saving() -> None:
+    (text,) = on_ranks(1, measure, rounds=1, threads=1, layers=1)
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert [row.split(" | ")[0][2:] for row in rows] == [
+        "`Trainer.save`",
+        "`torch.save`",
+        "`torch.save`, waiting for the disk",
+        "`torch.load`",
+    ]
+    assert text.startswith("A checkpoint of 13 MB; ")

@@ -97,6 +97,12 @@ CHECKS: list[Check] = [
         SHORT,
     ),
     _correctness(
+        "passing-checkpoint",
+        "Does a checkpoint hold its step, though training goes on while it is written?",
+        equality.passing_checkpoint,
+        SHORT,
+    ),
+    _correctness(
         "max-pool-backward",
         "Has the backward of overlapping max pooling the same bits each time?",
         equality.max_pool_backward,

@@ -18,6 +18,7 @@ from trainer import Config, Trainer
 from trainer.components.models import small_cnn
 from trainer.exact.determinism import run_settings
 from trainer.reporting.jsonl import read_rows
+from trainer.storage import checkpoint
 
 EQUAL = 1e-12  # relative, in fp64
 HASHES = ("weights_sha256", "buffers_sha256", "optimizer_sha256")
@@ -177,6 +178,25 @@ def compiled_in(setting: Setting, *, mode: str) -> Answer:
         train__max_steps=5,
     )
     return _compare(run(mode, train__compile=mode), run("eager"))
+
+
+def passing_checkpoint(setting: Setting) -> Answer:
+    """A checkpoint that training went on from at once holds the weights of its step: those of a run that ends there."""
+    run = partial(
+        _end_of,
+        setting,
+        make_model=partial(small_cnn, 10),
+        batch__micro_size=16,
+        train__precision="fp64",
+    )
+    run(
+        "passing",
+        train__max_steps=15,
+        train__checkpoint_every=7,
+        train__keep_checkpoints=9,
+    )
+    path = setting.directory / "passing" / "run" / "checkpoints" / "step_00000007"
+    return _compare(checkpoint.load(path).model, run("ends", train__max_steps=7))
 
 
 def with_dropout() -> nn.Module:
