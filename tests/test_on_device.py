@@ -139,6 +139,12 @@ def test_the_proof_finds_one_that_looks_at_the_whole_batch(tmp_path: Path) -> No
         trainer.prove()
 
 
+def test_the_signature_has_the_size_that_the_model_sees(tmp_path: Path) -> None:
+    crop = [{"name": "RandomCrop", "size": 6}]
+    signature = of_samples(tmp_path, plain, data__batch_transforms=crop).run.signature
+    assert (signature.shape, signature.dtype) == ([3, 6, 6], "uint8")
+
+
 def test_images_of_a_folder_are_decoded_once(tmp_path: Path) -> None:
     for part in ("train", "val"):
         for label, value in (("a", 10), ("b", 200)):

@@ -54,6 +54,9 @@ def signature_of_samples(
 ) -> Signature:
     """The signature of a model for the samples of `loader`, read off the first of them."""
     inputs = loader.fetch([loader.first_id]).inputs
+    if loader.batch_transforms is not None:
+        # Without validation data: the model sees the size that these give.
+        inputs = inputs.new_empty(loader.peek([loader.first_id]).inputs.shape)
     known: dict[str, Any] = {"num_classes": num_classes, "classes": classes}
     known["channels"] = _count_channels(loader.raw(loader.first_id))
     if isinstance(inputs, Tensor):
