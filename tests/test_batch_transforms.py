@@ -43,6 +43,18 @@ EXAMPLES: list[dict[str, Any]] = [
 ]
 
 
+class Loses:
+    """A user's own, which does not give back all images."""
+
+    draws = 0
+
+    def __init__(self, all: bool = False) -> None:
+        self.all = all
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor | None:
+        return None if self.all else images[1:]
+
+
 def images(count: int = 40, channels: int = 3) -> Tensor:
     draw = torch.Generator().manual_seed(1)
     shape = (count, channels, HEIGHT, WIDTH)
@@ -277,6 +289,10 @@ def test_every_name_is_torchvisions_with_its_defaults() -> None:
         ({"name": "RandomCrop"}, "size: RandomCrop needs this argument"),
         ({"name": "RandomCrop", "size": 0}, "not 0"),
         ({"name": "RandomCrop", "size": 8, "padding": -1}, "0 or more"),
+        ({"name": "RandomCrop", "size": 8, "padding": [1, 2]}, "every side alike"),
+        ({"name": "RandomCrop", "size": 8, "fill": "grey"}, "fill is a number"),
+        ({"name": "RandomErasing", "value": "random"}, "value is a number"),
+        ({"name": "RandomErasing", "scale": [0.1, 2]}, "up to 1"),
         ({"name": "RandomCrop", "size": 8, "padding_mode": "symmetric"}, "reflect"),
         ({"name": "RandomHorizontalFlip", "p": 2}, "from 0 to 1"),
         ({"name": "RandomResizedCrop", "size": 8, "scale": [1, 0]}, "low ≤ high"),
@@ -306,6 +322,10 @@ def test_what_cannot_be_built_is_said_by_name(
             "3 channels",
         ),
         ({"name": "RandomErasing"}, torch.zeros(4, 3), r"(4, 3)"),
+        ({"name": "RandomErasing", "value": -1}, images(), "from 0 to 255"),
+        ({"name": "RandomErasing", "value": [0, 0.5, 0]}, images(), "from 0 to 255"),
+        ({"name": f"{__name__}.Loses"}, images(4), "3, 3"),
+        ({"name": f"{__name__}.Loses", "all": True}, images(4), "None of 4"),
         ({"name": "RandomErasing"}, [images(1)], "a list"),
     ],
     ids=lambda value: str(value)[:40],

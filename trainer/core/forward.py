@@ -15,6 +15,7 @@ from trainer.core.misfit import (
     is_misfit,
     loss_misfit,
     model_misfit,
+    shard_misfit,
 )
 from trainer.core.mix import Mix, blended_loss
 from trainer.core.precision import Precision
@@ -162,7 +163,7 @@ class Forward:
         except KINDS as error:
             if not is_misfit(error):
                 raise
-            raise loss_misfit(
+            raise shard_misfit(error) or loss_misfit(
                 self.task, "loss_sum", output, batch.targets, error
             ) from error
         return as_weighted_sum(loss)
@@ -258,6 +259,9 @@ class Forward:
                     "it, or batch.size if this is an epoch's short last step, or set batch_norm.mode=frozen; "
                     "data.bad_samples=quarantine, too, may leave a micro-batch one sample",
                 ) from None
+            of_shards = shard_misfit(error)
+            if of_shards is not None:
+                raise of_shards from error
             # Within DDP a lost rank is a RuntimeError, too.
             is_bare = not isinstance(model, nn.parallel.DistributedDataParallel)
             if is_bare and is_misfit(error) and is_from_a_layer(error):

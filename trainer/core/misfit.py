@@ -24,6 +24,8 @@ KINDS = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)
 TORCH = Path(torch.__file__).parent
 PACKAGE = Path(__file__).parents[1]
 LONGEST_REASON = 200  # characters
+# As torch says it of a parameter that is shared out, where a whole one is needed.
+MIXED_SHARDS = "mixed torch.Tensor and DTensor"
 
 
 def is_misfit(error: Exception) -> bool:
@@ -89,6 +91,18 @@ def model_misfit(model: Any, inputs: Any, error: Exception) -> ConfigError:
         "model.name",
         f"{type(model).__name__} failed on inputs {describe_tensors(inputs)}: {_reason(error)}; change the model, or "
         f"the data set's inputs by data.train_transforms and data.val_transforms, so that they fit",
+    )
+
+
+def shard_misfit(error: Exception) -> ConfigError | None:
+    """The message for a forward that needs a parameter of which this rank has a part; None for other errors."""
+    if MIXED_SHARDS not in str(error):
+        return None
+    return ConfigError(
+        "train.parallel",
+        f"fsdp gathers a block's parameters for the block's own forward alone, and the model or the loss uses some "
+        f"elsewhere: {_reason(error)}; use them within the block, name larger blocks in the model's "
+        f"`_no_split_modules`, or use ddp",
     )
 
 

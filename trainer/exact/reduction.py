@@ -270,7 +270,7 @@ class Reduction(ABC):
         raise ConfigError(
             "train.find_unused_parameters",
             f"{len(unused)} parameters got no gradient in the first step ({names}{more}); "
-            f"set it to true if that is meant",
+            f"freeze them (model.freeze), or set it to true if that is meant",
         )
 
     def _unused_parameters(self) -> list[str]:

@@ -108,6 +108,8 @@ def refuse_what_cannot_be_cut(module: nn.Module) -> None:
         reason = ""
         if not parameter.dim():
             reason = "is a single number; give it the shape (1,)"
+        elif not parameter.numel():
+            reason = "has no elements; leave it out"
         elif not parameter.is_contiguous():
             reason = "is not contiguous; make it so with .contiguous()"
         if reason:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+BRIGHTEST = 255  # of uint8
 
 
 def check_probability(p: Any) -> None:
@@ -16,7 +19,7 @@ def check_probability(p: Any) -> None:
 def height_and_width(size: Any) -> tuple[int, int]:
     """Of `32` and of `[32, 48]`. Raises `ValueError` for anything else."""
     sides = size if isinstance(size, list | tuple) else [size, size]
-    is_whole = all(isinstance(side, int) and side >= 1 for side in sides)
+    is_whole = all(type(side) is int and side >= 1 for side in sides)
     if len(sides) != 2 or not is_whole:
         raise ValueError(f"size is a side in pixels, or [height, width], not {size}")
     return sides[0], sides[1]
@@ -33,9 +36,29 @@ def interval(name: str, value: Any) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def check_color(name: str, value: Any) -> None:
+    """Raise `ValueError` for what is neither a number nor a list of them."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values or not all(map(_is_number, values)):
+        raise ValueError(f"{name} is a number, or one for each channel, not {value}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def color(value: float | list[float], images: Tensor) -> Tensor:
-    """A value for all channels, or one for each, in the kind of `images` `(B, C, H, W)`: `(1, C or 1, 1, 1)`."""
+    """A value for all channels, or one for each, in the kind of `images` `(B, C, H, W)`: `(1, C or 1, 1, 1)`.
+
+    Raises `ValueError` for one that the images cannot hold.
+    """
     values = list(value) if isinstance(value, list | tuple) else [value]
+    for level in values:
+        is_level = level == int(level) and 0 <= level <= BRIGHTEST
+        if images.dtype == torch.uint8 and not is_level:
+            raise ValueError(
+                f"uint8 images have whole levels from 0 to {BRIGHTEST}, and {level} is none"
+            )
     channels = images.shape[1]
     if len(values) not in (1, channels):
         raise ValueError(f"{value} has not one value for each of {channels} channels")

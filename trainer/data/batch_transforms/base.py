@@ -77,6 +77,7 @@ class BatchTransforms:
                 # Anything: a transform may be other people's code.
                 message = f"{name} failed with {type(error).__name__}: {error}"
                 raise config_error(KEY, message, error) from error
+            _check_result(name, changed, len(images))
         return changed
 
     def check_targets(self, targets: Any) -> None:
@@ -96,3 +97,13 @@ class BatchTransforms:
     def describe(self) -> str:
         """Their names, for the run's header."""
         return ", ".join(self._names)
+
+
+def _check_result(name: str, changed: Any, count: int) -> None:
+    """Raise `ConfigError` unless a transform of other people's has made one image of each of `count`."""
+    is_batch = isinstance(changed, Tensor) and changed.dim() == 4
+    if not is_batch or len(changed) != count:
+        raise ConfigError(
+            KEY,
+            f"{name} has made {describe(changed)} of {count} images; it must give images (N, C, H, W), one for each",
+        )

@@ -9,7 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.data.batch_transforms.arguments import check_probability, color, interval
+from trainer.data.batch_transforms.arguments import (
+    check_color,
+    check_probability,
+    color,
+    interval,
+)
 from trainer.data.batch_transforms.boxes import DRAWS, BoxDraw
 from trainer.data.batch_transforms.resizing import require_bytes
 from trainer.exact.counter_draws import between, happens
@@ -118,13 +123,15 @@ class RandomErasing:
         value: float | list[float] = 0,
     ) -> None:
         check_probability(p)
+        check_color("value", value)
+        area = interval("scale", scale)
+        if area[1] > 1:
+            raise ValueError(f"scale is of the image's area, up to 1, not {scale}")
         self._p = p
         self._value = value
         # A range that is the same of height over width, and the draw is symmetric in its logarithm.
         low, high = interval("ratio", ratio)
-        self._boxes = BoxDraw(
-            interval("scale", scale), (1 / high, 1 / low), inside=True
-        )
+        self._boxes = BoxDraw(area, (1 / high, 1 / low), inside=True)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         height, width = images.shape[-2:]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.batch_transforms.arguments import (
+    check_color,
     check_probability,
     color,
     height_and_width,
@@ -58,8 +59,11 @@ class RandomCrop:
         padding_mode: str = "constant",
     ) -> None:
         self._height, self._width = height_and_width(size)
-        if padding < 0:
-            raise ValueError(f"padding must be 0 or more, not {padding}")
+        if type(padding) is not int or padding < 0:
+            raise ValueError(
+                f"padding is a number of pixels, 0 or more, for every side alike, not {padding}"
+            )
+        check_color("fill", fill)
         if padding_mode not in ("constant", "edge", "reflect"):
             raise ValueError(
                 f"padding_mode is constant, edge or reflect, not {padding_mode}"
