@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 
 from trainer.process.parent import end_with_parent
 from trainer.process.stacks import is_library, short_path
@@ -47,8 +49,18 @@ def _end_with_rank() -> None:
         return
     end_with_parent(signal.SIGKILL)
     rank = multiprocessing.parent_process()
-    if rank is not None and not rank.is_alive():
+    if rank is None:
+        return
+    if not rank.is_alive():
         os._exit(1)  # it ended before the call
+    if rank.pid != os.getppid():
+        # The server that forked it (`forkserver`) is its parent to the kernel, and lives as long as this process does.
+        Thread(target=_end_after, args=(rank,), daemon=True, name="rank").start()
+
+
+def _end_after(rank: BaseProcess) -> None:
+    rank.join()
+    os._exit(1)
 
 
 def loader_processes() -> list[int]:
