@@ -30,7 +30,7 @@ be turned off. *As used*: as the trainer's guide or its defaults have it, with i
 `benchmarks/peers/adapters/` says what that is. *CPU time* is that of all ranks together. *Reads* are tensors' values
 read by Python a step, lean and as used: on a GPU most would wait for it. Lockstep's are a check that it makes at once
 on a CPU only, and of the host's own tensors. *Weights*: the largest difference from the raw loop's after the last step,
-in fractions of the largest weight."""
+in fractions of the largest weight. Lockstep lets malloc keep freed memory, as its programs do on a CPU."""
 
 
 @dataclass(frozen=True)
