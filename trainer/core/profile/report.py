@@ -139,9 +139,9 @@ def _of_loading(profiles: Sequence[StepProfile], config: Config) -> tuple[float,
         )
     else:
         remedy = f"raise data.workers ({workers}) if cores are left, or load less: smaller files, fewer transforms"
-    return share, (
-        f"waiting for data takes {share:.0%} of a step{where}: {remedy}; data.cache keeps decoded images"
-    )
+    if not config.data.cache:
+        remedy += "; data.cache keeps decoded images"
+    return share, f"waiting for data takes {share:.0%} of a step{where}: {remedy}"
 
 
 def _of_communication(profiles: Sequence[StepProfile]) -> tuple[float, str]:
