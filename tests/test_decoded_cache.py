@@ -389,7 +389,7 @@ def test_a_full_disk_is_said_before_and_when_it_fills(
 ) -> None:
     usage = shutil.disk_usage(root)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(ConfigError, match=r"data.cache_dir: .* 0.0 GB free, and the"):
+    with pytest.raises(ConfigError, match=r"data.cache_dir: .* 0.0 MB free, and the"):
         build(root)
     monkeypatch.undo()
 
@@ -405,6 +405,17 @@ def test_a_full_disk_is_said_before_and_when_it_fills(
     file.touch()
     with pytest.raises(ConfigError, match=r"data.cache_dir: .* cannot be written"):
         open_or_build(file, source(root), 1, Silent())
+
+
+def test_a_cache_among_the_images_is_refused_before_it_is_made(root: Path) -> None:
+    """The next run would take it for a class without images."""
+    cache_dir = root / "train"
+    with pytest.raises(ConfigError, match=r"data.cache_dir: .* lies within the images"):
+        datasets(root, short_side=SIDE, cache="decoded", cache_dir=str(cache_dir))
+    assert sorted(path.name for path in cache_dir.iterdir()) == ["daisy", "tulip"]
+    hidden = str(root / ".cache")
+    datasets(root, short_side=SIDE, cache="decoded", cache_dir=hidden)
+    datasets(root, short_side=SIDE, cache="decoded", cache_dir=hidden)
 
 
 def test_a_bad_image_ends_the_build_or_is_bad_when_it_is_read(
@@ -444,6 +455,34 @@ def test_caches_are_listed_and_cleared_unless_they_are_in_use(
     assert main(["cache", "clear", str(cache_dir), "flowers"]) == 2
     with pytest.raises(DataError, match="was it deleted while the run used it"):
         pickle.loads(pickle.dumps(store))
+
+
+def test_listing_outlives_what_a_build_renames_and_what_is_no_cache(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = build(root)
+    store._lock.close()  # type: ignore[union-attr]
+    cache_dir = store.folder.parent
+    (store.folder / ".partial.00000.bin").symlink_to("gone")
+    no_cache = cache_dir / "other" / ABOUT_FILE
+    no_cache.parent.mkdir()
+    keys = ("images", "chunk_size", "short_side", "root", "files")
+    no_cache.write_text(json.dumps(dict.fromkeys(keys, "text")))
+    assert main(["cache", "list", str(cache_dir)]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+    open_file = Path.open
+
+    def read_only(path: Path, mode: str = "r", **more: Any) -> Any:
+        if mode.startswith("a"):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return open_file(path, mode, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", read_only)
+        assert main(["cache", "clear", str(cache_dir)]) == 1
+    message = f"{store.folder} cannot be removed (Read-only file system)"
+    assert message in capsys.readouterr().err
 
 
 def test_about_says_what_a_cache_holds(root: Path) -> None:

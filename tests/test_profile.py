@@ -294,6 +294,13 @@ def test_advice_names_what_holds_a_step_up(
     assert len(table(profiles, samples=10)) >= 6
 
 
+def test_advice_leaves_out_a_cache_that_is_there(tmp_path: Path) -> None:
+    loading = [step_profile(loading=4, products=6)]
+    assert "data.cache" in advice(loading, config(tmp_path), "cpu")[0]
+    (line,) = advice(loading, config(tmp_path, data__cache=1), "cpu")
+    assert "data.cache" not in line
+
+
 def profiled(directory: Path, rank_is_slow: list[bool], **changes: Any) -> list[Any]:
     """A run on as many ranks; each returns its hashes, the profile of every rank, and the first advice."""
     settings = config(
@@ -404,3 +411,14 @@ def test_the_command_prints_and_keeps_the_same(
     assert main([*command, "--steps=10"]) == 2
     said = capsys.readouterr().err
     assert "10 needs 31 steps of training, and the run has 23" in said
+
+
+def test_a_place_that_is_no_folder_is_refused_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, file / "below"):
+        command = ["profile", str(ROOT / "configs/digits.yaml"), "--out", str(out)]
+        assert main(command) == 2
+        assert f"--out: {file} is a file; name a folder" in capsys.readouterr().err

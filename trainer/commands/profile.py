@@ -10,6 +10,7 @@ with the trace into profile/ of DIR. `train.profile` does the same within a run.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +51,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(
             "--steps", f"{steps} is more than {MAX_PROFILED_STEPS}; 10 say enough"
         )
+    _check_folder(options.out)
 
     from trainer.core.try_out import explained
     from trainer.reporting.console import Console
@@ -67,6 +69,17 @@ def main(arguments: list[str]) -> None:
         finally:
             profile.close()
     trainer.ranks.close()
+
+
+def _check_folder(path: Path) -> None:
+    """Raise `ConfigError` where no folder can be made, before anything is trained."""
+    place = next(
+        parent for parent in (path, *path.absolute().parents) if parent.exists()
+    )
+    if not place.is_dir():
+        raise ConfigError("--out", f"{place} is a file; name a folder")
+    if not os.access(place, os.W_OK):
+        raise ConfigError("--out", f"{place} cannot be written; name another folder")
 
 
 def _observer(

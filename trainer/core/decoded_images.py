@@ -14,6 +14,7 @@ from trainer.data.folder import ImageFolder
 from trainer.data.image_store import ImageStore
 from trainer.data.names import normal_form
 from trainer.data.short_side import choose_short_side
+from trainer.errors import ConfigError
 from trainer.process import launcher
 from trainer.process.machine import usable_processors
 from trainer.process.ranks import Ranks
@@ -42,12 +43,28 @@ def with_decoded_images(section: DataConfig, ranks: Ranks, data: Datasets) -> Da
     if section.cache == "decoded":
         assert section.cache_dir is not None, "the config is checked"
         cache_dir = Path(section.cache_dir).expanduser()
-        for root in dict.fromkeys(folder.root for folder in small.values()):
+        roots = list(dict.fromkeys(folder.root for folder in small.values()))
+        for root in roots:
+            _check_apart(cache_dir, root)
+        for root in roots:
             of_root = {n: each for n, each in small.items() if each.root == root}
             store = _open_store(of_root.values(), cache_dir, ranks)
             small |= {n: each.with_store(store) for n, each in of_root.items()}
             parts.append(f"decoded in {store.folder}, {store.size / MB:,.0f} MB")
     return _replaced(data, small, " · ".join(parts))
+
+
+def _check_apart(cache_dir: Path, root: Path) -> None:
+    """Raise `ConfigError` for a cache among the images, where the next run would take it for a class without images."""
+    folder, images = cache_dir.resolve(), root.resolve()
+    if not folder.is_relative_to(images):
+        return
+    is_hidden = any(part.startswith(".") for part in folder.relative_to(images).parts)
+    if not is_hidden:  # what is hidden is no class
+        raise ConfigError(
+            "data.cache_dir",
+            f"{cache_dir} lies within the images of {root}, whose folders are classes; name a folder elsewhere",
+        )
 
 
 def _open_store(

@@ -30,7 +30,7 @@ from trainer.storage.files import new_file
 KEY = "data.cache_dir"
 LOCK_FILE = "lock"
 POLL = 0.1  # seconds between looks at what others are making
-GB = 10**9
+MB, GB = 10**6, 10**9
 
 
 class Progress(Protocol):
@@ -84,18 +84,22 @@ def _check_space(cache_dir: Path, needed: int) -> None:
     if needed > free:
         raise ConfigError(
             KEY,
-            f"{cache_dir} has {free / GB:.1f} GB free, and the decoded images need about {needed / GB:.1f} GB more; "
+            f"{cache_dir} has {_size(free)} free, and the decoded images need about {_size(needed)} more; "
             f"name a folder on another disk, make data.short_side smaller, or see `python -m trainer cache list "
             f"{cache_dir}` for what may be cleared",
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / GB:.1f} GB" if count >= GB else f"{count / MB:.1f} MB"
 
 
 def _explain(error: OSError, folder: Path, size: int) -> LockstepError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return LockstepError(
             f"{KEY}: the disk of {folder} is full ({error.strerror}), and the decoded images need about "
-            f"{size / GB:.1f} GB in all; make room, or name another folder. What is complete is kept, and the next run "
-            f"goes on from it"
+            f"{_size(size)} in all; make room, or name another folder. What is complete is kept, and the next run goes "
+            f"on from it"
         )
     reason = error.strerror or str(error)
     return config_error(

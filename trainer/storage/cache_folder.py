@@ -6,6 +6,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -46,22 +47,26 @@ class Cache:
         if is_being_made(self.path):
             return f"{self.path.name} is kept: it is being made"
         size = self.size()
-        with (self.path / ABOUT_FILE).open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return f"{self.path.name} is kept: a run uses it"
-            try:
+        try:
+            with (self.path / ABOUT_FILE).open("a") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return f"{self.path.name} is kept: a run uses it"
                 shutil.rmtree(self.path)
-            except OSError as error:
-                raise LockstepError(
-                    f"{self.path} cannot be removed ({error.strerror})"
-                ) from None
+        except OSError as error:
+            raise LockstepError(
+                f"{self.path} cannot be removed ({error.strerror})"
+            ) from None
         return f"{self.path.name} is removed: {size / MB:,.1f} MB"
 
     def size(self) -> int:
-        """Bytes of its files."""
-        return sum(file.stat().st_size for file in self.path.iterdir())
+        """Bytes of its files. What a run that makes it renames meanwhile may be left out."""
+        total = 0
+        for file in self.path.iterdir():
+            with suppress(FileNotFoundError):
+                total += file.stat().st_size
+        return total
 
     def _is_whole(self) -> bool:
         chunks: int = -(-self.about["images"] // self.about["chunk_size"])
@@ -73,8 +78,16 @@ def caches_in(cache_dir: Path) -> Iterator[Cache]:
     for path in sorted(cache_dir.iterdir()):
         try:
             about = json.loads((path / ABOUT_FILE).read_text())
-            keys = ("images", "chunk_size", "short_side", "root", "files")
-            if all(key in about for key in keys):
-                yield Cache(path, about)
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError):
             continue
+        if _is_about(about):
+            yield Cache(path, about)
+
+
+def _is_about(value: Any) -> bool:
+    """True if `value` says what a cache holds."""
+    keys = {"images", "chunk_size", "short_side", "root", "files"}
+    if not isinstance(value, dict) or not keys <= value.keys():
+        return False
+    numbers = (value["images"], value["chunk_size"])
+    return all(isinstance(number, int) and number > 0 for number in numbers)
