@@ -166,6 +166,32 @@ def test_images_of_a_folder_are_decoded_once(tmp_path: Path) -> None:
     assert here.fit()["weights_sha256"] == weights
 
 
+def deep(i: int) -> tuple[Tensor, Tensor]:
+    """An image of 16 bits a channel, and an unsigned target."""
+    pixels = torch.arange(3 * 8 * 8).reshape(3, 8, 8) * 300 + 1000 * i
+    return pixels.to(torch.uint16), torch.tensor(i % 3, dtype=torch.uint16)
+
+
+def test_wide_images_and_random_transforms_of_evaluations_are_as_from_the_host(
+    tmp_path: Path,
+) -> None:
+    rows = []
+    for on_device in (True, False):
+        settings = config(
+            tmp_path / str(on_device),
+            batch__size=4,
+            batch__eval_size=5,
+            data__on_device=on_device,
+            data__val_transforms=[{"name": "RandomHorizontalFlip"}],
+        )
+        trainer = Trainer(
+            settings, model=net(), train_data=Samples(deep), val_data=Samples(deep)
+        )
+        trainer.fit()
+        rows.append((trainer.evaluate(), trainer.digest()))
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.parametrize(
     ("sample", "changes", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ import torch.distributed.tensor
 from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import Points, config
+from tests.distributed.small import Points, config, largest_difference
 from trainer import ConfigError, Trainer
+from trainer.exact.shards import whole
 
 
 class Tower(nn.Module):
@@ -92,3 +94,58 @@ def test_a_model_that_cannot_be_shared_out_is_refused(tmp_path: Path) -> None:
     for message, expected in zip(first, REFUSED.values(), strict=True):
         assert message.startswith("train.")
         assert re.search(expected, message)
+
+
+class NormedSteps(torch.optim.Optimizer):
+    """A step of the gradient over its norm, which is a number on the host, or with `on_device` a tensor."""
+
+    def __init__(self, params: Any, lr: float = 0.1, on_device: bool = False) -> None:
+        super().__init__(params, {"lr": lr})
+        self._on_device = on_device
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                norm: Any = parameter.grad.norm()
+                if not self._on_device:
+                    norm = float(norm)
+                parameter.sub_(parameter.grad * group["lr"] / norm)
+
+
+def weights_after(directory: Path, parallel: str) -> dict[str, Tensor]:
+    settings = config(
+        directory,
+        run__proof="off",
+        batch__micro_size=7,
+        train__parallel=parallel,
+        optimizer__name=f"{__name__}.NormedSteps",
+        optimizer__momentum=None,
+        optimizer__on_device=True,
+    )
+    trainer = Trainer(settings, model=Tower(), train_data=Points(40, False))
+    trainer.fit()
+    return {name: whole(p).detach() for name, p in trainer.module.named_parameters()}
+
+
+def refused_and_trained(directory: Path) -> tuple[str, dict[str, Tensor]]:
+    settings = config(
+        directory,
+        batch__micro_size=7,
+        train__parallel="fsdp",
+        optimizer__name=f"{__name__}.NormedSteps",
+        optimizer__momentum=None,
+    )
+    with pytest.raises(ConfigError) as error:
+        Trainer(settings, model=Tower(), train_data=Points(40, False))
+    return str(error.value), weights_after(directory, "fsdp")
+
+
+def test_an_optimizer_that_takes_parts_for_whole_parameters_is_refused(
+    tmp_path: Path,
+) -> None:
+    expected = weights_after(tmp_path / "whole", "ddp")
+    for message, weights in on_ranks(2, refused_and_trained, tmp_path / "parts"):
+        assert message.startswith("optimizer.name: ")
+        assert "works element by element" in message
+        assert largest_difference(weights, expected) < 1e-12

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainer.components.optimizer_check import check_optimizer
+from trainer.components.optimizer_on_parts import check_on_parts
 from trainer.components.optimizer_parts import remember_as_built, with_inner
 from trainer.components.optimizer_state import load_named_state, named_state
 from trainer.components.parameter_groups import (
@@ -76,6 +77,8 @@ def build_optimizer(
 
     check_optimizer(section, whole, lambda: make(groups, {}))
     optimizer: Optimizer = make(groups, {})
+    if not type(optimizer).__module__.startswith("torch.optim."):
+        check_on_parts(section, groups, lambda of: make(of, {}))
     remember_as_built(optimizer)
     if section.groups:
         check_options(section, optimizer, groups, make)

@@ -31,6 +31,8 @@ def check_first_batch(
         train.batch_transforms.check_targets(train.fetch([train.first_id]).targets)
     if train.device_set is None:
         return ""
+    if train.dataset.arrays is None:
+        _refuse_draws(train)  # an evaluation draws the same every time
     loaders = [train, *evaluated.values()]
     samples = sum(len(loader.dataset.dataset) for loader in loaders)
     sizes = [_bytes_on_device(loader) for loader in loaders]
@@ -70,8 +72,6 @@ def _bytes_on_device(loader: Loader) -> int:
                 f"{describe(value)}; leave it out",
             )
         size += value.nbytes
-    if dataset.arrays is None:
-        _refuse_draws(loader)
     return size * len(dataset.dataset)
 
 

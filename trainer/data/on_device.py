@@ -23,6 +23,12 @@ from trainer.process.activity import activity
 KEY = "data.on_device"
 CHUNK = 256  # samples that are read at once
 
+SIGNED = {
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+}
+
 Load = Callable[[Iterable[Request]], Iterator[MicroBatch | Loaded]]
 
 
@@ -80,7 +86,8 @@ class DeviceSet:
                     f"{KEY}: {self._dataset.label} samples are not all alike: from sample {first} on there is "
                     f"{describe(part[0])}, and before {describe(whole[0])}; {_resize(self._dataset)}"
                 )
-            whole[batch.source.ids.to(self._device)] = part.to(self._device)
+            ids = batch.source.ids.to(self._device)
+            _as_signed(whole)[ids] = _as_signed(part.to(self._device))
 
     def _empty(self, part: Tensor) -> Tensor:
         shape = (len(self), *part.shape[1:])
@@ -108,7 +115,16 @@ class DeviceSet:
         """Inputs and targets of some samples, by int64 ids `(B,)` on the device."""
         assert self._tensors is not None, "it was filled when the ids were asked for"
         inputs, targets = self._tensors
-        return inputs.index_select(0, ids), targets.index_select(0, ids)
+        return _rows(inputs, ids), _rows(targets, ids)
+
+
+def _rows(whole: Tensor, ids: Tensor) -> Tensor:
+    return _as_signed(whole).index_select(0, ids).view(whole.dtype)
+
+
+def _as_signed(tensor: Tensor) -> Tensor:
+    """The same bytes as signed numbers: of wide unsigned ones, torch can hardly do more than copy them."""
+    return tensor.view(SIGNED.get(tensor.dtype, tensor.dtype))
 
 
 def _resize(dataset: KeyedDataset) -> str:
