@@ -232,3 +232,22 @@ def test_a_bad_sample_of_one_set_is_left_out_of_that_set_alone(tmp_path: Path) -
     assert damaged["val/clean/loss"] != damaged["val/shifted/loss"]
     listed = (tmp_path / "runs" / "damaged" / "bad_samples.txt").read_text()
     assert "val/shifted" in listed and "shifted/ants/2.png" in listed
+
+
+def test_what_is_printed_of_an_average_that_was_best_is_what_was_logged_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = {
+        "run": {"dir": str(tmp_path), "proof": "off", "figures": False},
+        "data": FAKE,
+        "train": {"epochs": 1},
+        "ema": {"decay": 0.9},
+        "best": {"metric": "val_ema/loss", "mode": "min"},
+        "wandb": {"mode": "disabled"},
+    }
+    Trainer(Config.from_dict(tree)).fit()
+    row = json.loads((tmp_path / "run" / "best" / "metrics.json").read_text())
+    capsys.readouterr()
+    main(["evaluate", str(tmp_path / "run")])
+    value = f"{row['val_ema/loss']:.6f}"
+    assert f"val_ema/loss  {value}  (logged as {value})" in capsys.readouterr().out

@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> None:
 
     from trainer.config.schema import BestConfig
     from trainer.core.build import build_run
+    from trainer.core.evaluated_weights import best_evaluation
     from trainer.core.run import settings_of
     from trainer.core.trust import read_trusted_config
     from trainer.storage import checkpoint, signature
@@ -50,13 +51,14 @@ def main(arguments: list[str]) -> None:
     trained_on = read_on_main(
         lambda: signature.read(checkpoint.best_directory(options.run))
     )
+    evaluation = best_evaluation(config)
     with settings_of(config):
         # What was best is known: its metric may be one that was passed in Python.
         config = replace(config, best=BestConfig())
         run = build_run(config, classes=trained_on.classes)
         keep_freed_memory(run.ranks.device.type)
         logged = run.load_best(options.run)
-        metrics = _evaluate(run)
+        metrics = _evaluate(run, evaluation)
         run.end_evaluations()
     logged |= _logged_at_end(options.run) if run.ranks.is_main else {}
     run.ranks.close()
@@ -76,15 +78,15 @@ def main(arguments: list[str]) -> None:
             print(f"  {name}  {value:.6f}  (logged as {before:.6f})")
 
 
-def _evaluate(run: Run) -> Row:
-    """The metrics of every set, by the names under which a run logs them. A collective."""
-    from trainer.core.evaluated_weights import best_evaluation, evaluated_phase
+def _evaluate(run: Run, evaluation: str) -> Row:
+    """The metrics of every set, by the names under which a run logs them in `evaluation`. A collective."""
+    from trainer.core.evaluated_weights import evaluated_phase
 
     metrics: Row = {}
     for item in run.evaluation_sets:
         for name, value in item.evaluator.evaluate().items():
             # The best model may be the average, whose metrics have names of their own.
-            phase = evaluated_phase(item.phase, best_evaluation(run.config))
+            phase = evaluated_phase(item.phase, evaluation)
             metrics[f"{phase}/{name}"] = value
     return metrics
 
