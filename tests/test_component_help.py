@@ -62,7 +62,7 @@ def factory(size: int, *, names: Sequence[str] = ("a",), **kwargs: object) -> No
         ),
         (
             "model",
-            ["\nnames\n  small_cnn, small_segmenter, small_detector, alexnet"],
+            ["\nnames\n  small_cnn, resnet9, small_segmenter, small_detector, alexnet"],
             [],
         ),
         ("model.small_segmenter", ["  model.width=16  (int)"], []),
@@ -145,7 +145,7 @@ def test_what_a_topic_shows(topic: str, parts: list[str], absent: list[str]) -> 
     [
         ("optimzer", 'optimzer: no such section; --help lists them; did you mean "opt'),
         ("optimizer.adamx", 'lists nor an import path; did you mean "adam"?'),
-        ("model.resnet19", 'did you mean "resnet1'),
+        ("model.resnet11", 'did you mean "resnet1'),
         ("data.train_transforms.RandomCorp", 'did you mean "RandomCrop"?'),
         ("optimizer.torch.optim.Adamm", '"torch.optim" has no "Adamm"; did you mean'),
         ("train.epoch", 'train.epoch: no such key; did you mean "epochs"?'),

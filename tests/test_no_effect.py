@@ -135,7 +135,7 @@ def cached_images(folder: Path) -> dict[str, Any]:
         for name in "abcd":
             (folder / part / name).mkdir(parents=True)
             Image.new("RGB", (5, 5)).save(folder / part / name / "0.png")
-    cache_dir = str(folder / "cache")
+    cache_dir = str(folder.parent / "cache")
     keys = {"name": "folder", "root": str(folder), "cache_dir": cache_dir}
     return {f"data__{key}": value for key, value in keys.items()} | {
         "data__cache": "decoded"

@@ -296,8 +296,15 @@ def test_advice_names_what_holds_a_step_up(
 
 def test_advice_leaves_out_a_cache_that_is_there(tmp_path: Path) -> None:
     loading = [step_profile(loading=4, products=6)]
-    assert "data.cache" in advice(loading, config(tmp_path), "cpu")[0]
-    (line,) = advice(loading, config(tmp_path, data__cache=1), "cpu")
+    folder = config(tmp_path, data__name="folder")
+    assert "data.cache" in advice(loading, folder, "cpu")[0]
+    cached = config(
+        tmp_path,
+        data__name="folder",
+        data__cache="decoded",
+        data__cache_dir=str(tmp_path),
+    )
+    (line,) = advice(loading, cached, "cpu")
     assert "data.cache" not in line
 
 

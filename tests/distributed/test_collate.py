@@ -16,6 +16,7 @@ from tests.distributed.small import config, fitted, largest_difference, state
 from trainer import ConfigError, LockstepError, Trainer
 from trainer.components.small_models import small_detector
 from trainer.data.shapes import Shapes
+from trainer.exact.seeding import mix_key
 
 SAMPLES, FEATURES, CLASSES = 31, 3, 4
 PAD = "tests.distributed.test_collate.pad"
@@ -159,7 +160,8 @@ def test_the_step_is_that_of_a_plain_loop(tmp_path: Path) -> None:
                 assert torch.equal(mine, theirs)
             # The sampler of proposals draws: by the run's own key.
             _, loss = trainer.run.forward(model, batch, step)
-            trainer.run.forward._seed_device(trainer.run.forward._key(step, index))
+            forward = trainer.run.forward
+            forward._seed_device(mix_key(forward._base_key, step.number, index))
             boxes = [{**t, "boxes": t["boxes"].double()} for t in targets]
             losses = model(images, boxes)
             mean = torch.stack(list(losses.values())).sum()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import time
@@ -16,13 +15,12 @@ from pathlib import Path
 from threading import Thread
 
 from trainer.process.parent import end_with_parent
-from trainer.process.stacks import is_library, short_path
+from trainer.process.stacks import STACK_LINE, is_library, short_path
 
 # Sent by the rank to a loader process, which then writes its stack.
 ASK_FOR_STACK = signal.SIGUSR2
 STACKS = "lockstep-stacks"  # the name of the memory that a loader process writes its stack to
 SECONDS_TO_ANSWER = 0.5
-STACK_LINE = re.compile(r'File "(.*)", line (\d+) in (.*)')  # as faulthandler writes it
 LOADER_FUNCTION = "_worker_loop"  # of PyTorch's loader processes
 
 

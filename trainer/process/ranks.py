@@ -31,6 +31,9 @@ from trainer.process.levels import Level, all_ranks, levels_of
 from trainer.process.restart import join_after_restart
 
 DEFAULT_TIMEOUT = 1800.0  # seconds; that of run.timeout
+LONGEST_TIMEOUT = (
+    1e6  # seconds; the clocks of the process groups take no more than some years
+)
 DEVICE_MARGIN = 60.0  # seconds
 # Of `main_first`, after rank 0's and that of each other machine's first rank.
 LAST_TURN = 2
@@ -50,6 +53,11 @@ class Ranks:
 
         A rank waits for the others at most `timeout` seconds.
         """
+        if timeout > LONGEST_TIMEOUT:
+            raise ConfigError(
+                "run.timeout",
+                f"{timeout:g} seconds are more than a wait may last; set at most {LONGEST_TIMEOUT:,.0f}",
+            )
         check_launcher_settings(precision)
         check_process_count(chosen_kind(), launcher.world_size())
         choose_gloo_interface()

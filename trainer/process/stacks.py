@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import faulthandler
+import os
+import re
 import sys
 import sysconfig
 import tempfile
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import IO
 
 from trainer.process.activity import activity
 
@@ -18,6 +21,9 @@ SECONDS_TO_WRITE = 3.0  # the run's disk may be what hangs
 FOLDER = "hang"  # in the run's directory
 PACKAGE = str(Path(__file__).parents[1])
 OWN_ROOM = str(Path(__file__).parent)
+# As faulthandler writes them: a thread with the lines below it, and one of these.
+STACK = re.compile(r"hread (0x[0-9a-f]+) \(most recent call first\):\n((?:  .*\n)*)")
+STACK_LINE = re.compile(r'File "(.*)", line (\d+) in (.*)')
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 
@@ -27,12 +33,39 @@ def main_thread_position() -> str:
     Where it waits for another thread, where that one stands.
     """
     thread = activity.waits_for_thread or threading.main_thread().ident or 0
-    frame = sys._current_frames().get(thread)
-    frames: list[tuple[FrameType, int]] = []
-    while frame is not None:
-        frames.append((frame, frame.f_lineno))
-        frame = frame.f_back
-    return _describe(frames)
+    places = _places(thread)
+    own = [place for place in places if not is_library(place[0])]
+    chosen = own or places
+    if not chosen:
+        return "an unknown place"
+    path, line, function = chosen[0]
+    return f"{short_path(path)}:{line} in {function}"
+
+
+def _places(thread: int) -> list[tuple[str, str, str]]:
+    """File, line and function of each frame of a thread, innermost first.
+
+    As faulthandler prints them. Frames of a thread that runs are not to be touched from another one: CPython 3.11
+    crashed where `f_back` was asked for.
+    """
+    for heading, frames in STACK.findall(_all_stacks()):
+        if int(heading, 16) == thread:
+            return STACK_LINE.findall(frames)
+    return []
+
+
+def _all_stacks() -> str:
+    with _scratch_file() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().decode(errors="replace")
+
+
+def _scratch_file() -> IO[bytes]:
+    """In memory where there is such a thing: a disk may be what hangs."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("lockstep-position"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def error_position(traceback: TracebackType | None) -> str:

@@ -166,6 +166,10 @@ class _Build:
 
     def _make(self, chunk: int) -> None:
         """Decode the images of a chunk, and put it into place."""
+        # Of processes that were killed while they wrote its table.
+        table = chunk_path(self._folder, chunk, "json").name
+        for leftover in self._folder.glob(f".partial.*.{table}"):
+            leftover.unlink(missing_ok=True)
         digest = hashlib.sha256()
         sizes = []
         with (
