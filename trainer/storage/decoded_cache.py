@@ -28,6 +28,7 @@ from trainer.data.names import normal_form
 from trainer.errors import DataError
 from trainer.storage.contents import file_size
 from trainer.storage.files import sync
+from trainer.storage.sha256 import file_sha256
 
 FORMAT = 1
 SMALLEST_CHUNK = 16  # images
@@ -150,11 +151,6 @@ def is_complete(folder: Path, chunk: int, images: int) -> bool:
     with suppress(OSError):  # a cache that may only be read is hashed every time
         _replace(table_path, table | {"mtime_ns": state.st_mtime_ns})
     return True
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_about(folder: Path, source: Source) -> None:
