@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -374,6 +375,9 @@ def test_processes_at_once_share_the_work(root: Path, tmp_path: Path) -> None:
     def note(path: str) -> None:
         with log.open("a") as file:
             file.write(f"{path} {os.getpid()}\n")
+        time.sleep(
+            0.02
+        )  # so that the first process is not done before the others begin
 
     def build_and_check() -> None:
         assert holds_all(build(root, note), root)
