@@ -324,8 +324,8 @@ def test_a_damaged_chunk_is_made_again_and_no_other(root: Path, damage: str) -> 
     decoded: list[str] = []
     assert holds_all(build(root, decoded.append), root)
     assert decoded == source(root).chunk(2)
-    for other, time in times.items():
-        assert other == path or other.stat().st_mtime_ns == time
+    for other, mtime in times.items():
+        assert other == path or other.stat().st_mtime_ns == mtime
 
 
 def test_a_copy_of_a_cache_is_a_cache(root: Path, tmp_path: Path) -> None:
