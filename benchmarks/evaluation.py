@@ -9,7 +9,6 @@ loop sums on the device and reads once in the end; the usual one reads the loss 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -24,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.page import page_parser, write_page
 from benchmarks.resnet import resnet18
-from benchmarks.step_time import machine
 from benchmarks.subjects import first_digits, noise, settings
 from trainer import Trainer
 from trainer.components.models import small_cnn
 from trainer.data.datasets import ImageArrays
-from trainer.process.exit import exit_process, report_error
+from trainer.process.exit import exit_process
 
 BASE = "lean loop"
 Answer = tuple[float, float]  # mean loss, accuracy
@@ -158,28 +157,14 @@ def table(seconds: Mapping[str, np.ndarray[Any, Any]]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.evaluation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rounds", type=int, default=25, help="default: 25")
-    parser.add_argument("--quick", action="store_true", help="five rounds")
-    parser.add_argument("--save", type=Path, metavar="FILE.md")
+    parser = page_parser("evaluation", __doc__, rounds=25, quick="five rounds")
     options = parser.parse_args(arguments)
-    text = [f"# The time of an evaluation\n\n{machine(1)}"]
-    print(text[0], flush=True)
-    try:
-        for subject in SUBJECTS:
-            seconds = measure(subject, 5 if options.quick else options.rounds)
-            text.append(f"## {subject.name}\n\n{table(seconds)}")
-            print(f"\n{text[-1]}", flush=True)
-    except Exception as error:
-        return report_error(error)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text("\n\n".join(text) + "\n")
-    return 0
+    rounds = 5 if options.quick else options.rounds
+    sections = (
+        f"## {subject.name}\n\n{table(measure(subject, rounds))}"
+        for subject in SUBJECTS
+    )
+    return write_page("The time of an evaluation", sections, options.save)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +28,12 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision import transforms as v1
 
-from benchmarks.step_time import machine
+from benchmarks.page import page_parser, write_page
 from trainer.config.schema import DataConfig
 from trainer.data import decoders, decoding
 from trainer.data.datasets import build_datasets
 from trainer.data.loading import build_loader
 from trainer.data.samples import Request
-from trainer.process.exit import report_error
 
 SIZES = {500: 24, 2000: 8}  # files by their longer side
 KINDS = ("JPEG", "PNG", "WEBP", "AVIF")
@@ -249,37 +248,20 @@ def measure(folder: Path, side: int, count: int, rounds: int) -> list[str]:
     return sections
 
 
+def sections(options: argparse.Namespace, folder: Path) -> Iterator[str]:
+    """Those of each size of files."""
+    rounds = 3 if options.quick else options.rounds
+    for side, count in SIZES.items():
+        yield from measure(folder, side, count // 4 if options.quick else count, rounds)
+
+
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.input",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=9, help="rounds of each way (default: 9)"
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer files and rounds")
-    parser.add_argument(
-        "--save", type=Path, help="write the tables to this Markdown file too"
-    )
+    parser = page_parser("input", __doc__, rounds=9, quick="fewer files and rounds")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    text = [f"# From image files to batches\n\n{machine(1)}"]
-    print(text[0], flush=True)
-    try:
-        with TemporaryDirectory() as folder:
-            for side, count in SIZES.items():
-                few = count // 4 if options.quick else count
-                rounds = 3 if options.quick else options.rounds
-                sections = measure(Path(folder), side, few, rounds)
-                print("\n" + "\n\n".join(sections), flush=True)
-                text += sections
-    except Exception as error:
-        return report_error(error)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text("\n\n".join(text) + "\n")
-    return 0
+    with TemporaryDirectory() as folder:
+        found = sections(options, Path(folder))
+        return write_page("From image files to batches", found, options.save)
 
 
 if __name__ == "__main__":

@@ -39,13 +39,12 @@ from benchmarks.input import (
     take_turns,
     tutorial,
 )
-from benchmarks.step_time import machine
+from benchmarks.page import page_parser, write_page
 from trainer.config.schema import DataConfig
 from trainer.core.decoded_images import with_decoded_images
 from trainer.data.datasets import build_datasets
 from trainer.data.loading import build_loader
 from trainer.data.samples import Request
-from trainer.process.exit import report_error
 from trainer.process.memory import keep_freed_memory
 from trainer.process.ranks import Ranks
 
@@ -171,37 +170,18 @@ def sections(options: argparse.Namespace, folder: Path) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.input_cache",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=9, help="rounds of each way (default: 9)"
+    parser = page_parser(
+        "input_cache", __doc__, rounds=9, quick="fewer files and rounds"
     )
     parser.add_argument(
         "--photos", type=Path, help="a folder with train/<class>/*.jpg, instead"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer files and rounds")
-    parser.add_argument(
-        "--save", type=Path, help="write the tables to this Markdown file too"
-    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    text = [f"# From decoded images to batches\n\n{machine(1)}"]
-    print(text[0], flush=True)
-    try:
-        keep_freed_memory("cpu")  # as `train.py` does
-        with TemporaryDirectory() as folder:
-            for section in sections(options, Path(folder)):
-                print(f"\n{section}", flush=True)
-                text.append(section)
-    except Exception as error:
-        return report_error(error)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text("\n\n".join(text) + "\n")
-    return 0
+    keep_freed_memory("cpu")  # as `train.py` does
+    with TemporaryDirectory() as folder:
+        found = sections(options, Path(folder))
+        return write_page("From decoded images to batches", found, options.save)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ ways. `python -m benchmarks.gpu --only memory-resnet18` asks a GPU.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,15 +30,15 @@ import torch
 from torch import nn
 
 from benchmarks.loops import Work, raw
+from benchmarks.page import page_parser, write_page
 from benchmarks.processes import on_processes
 from benchmarks.resnet import resnet18
-from benchmarks.step_time import machine
 from benchmarks.subjects import SGD, noise, settings
 from benchmarks.timing import LOCKSTEP
 from trainer import Trainer
 from trainer.components.models import small_cnn
 from trainer.data.datasets import ImageArrays
-from trainer.process.exit import exit_process, report_error
+from trainer.process.exit import exit_process
 from trainer.process.memory import keep_freed_memory
 from trainer.process.ranks import Ranks
 
@@ -157,28 +156,14 @@ def table(found: Mapping[str, tuple[float, Sequence[float]]]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
-    parser.add_argument("--quick", action="store_true", help="one round")
-    parser.add_argument("--save", type=Path, metavar="FILE.md")
+    parser = page_parser("memory", __doc__, rounds=5, quick="one round")
     options = parser.parse_args(arguments)
-    text = [f"# Peak memory\n\n{machine(1)}"]
-    print(text[0], flush=True)
-    try:
-        for subject in SUBJECTS:
-            found = measure(subject, 1 if options.quick else options.rounds)
-            text.append(f"## {subject.name}\n\n{table(found)}")
-            print(f"\n{text[-1]}", flush=True)
-    except Exception as error:
-        return report_error(error)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text("\n\n".join(text) + "\n")
-    return 0
+    rounds = 1 if options.quick else options.rounds
+    sections = (
+        f"## {subject.name}\n\n{table(measure(subject, rounds))}"
+        for subject in SUBJECTS
+    )
+    return write_page("Peak memory", sections, options.save)
 
 
 if __name__ == "__main__":

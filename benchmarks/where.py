@@ -10,22 +10,20 @@ a part gets that sample, so the parts add up to the whole. A share of 1 % is a h
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from types import FrameType
 
 import numpy as np
 
 from benchmarks import loops
-from benchmarks.step_time import Workload, machine, measure, workloads
+from benchmarks.page import page_parser, write_page
+from benchmarks.step_time import Workload, measure, workloads
 from benchmarks.timing import LOCKSTEP, Rounds
-from trainer.process.exit import report_error
 
 INTERVAL = 0.005  # seconds of CPU time
 RAW = "raw"
@@ -128,28 +126,13 @@ def _row(part: str, raw: float, ours: float, whole: float) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.where",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rounds", type=int, default=100, help="default: 100")
-    parser.add_argument("--quick", action="store_true", help="20 rounds")
-    parser.add_argument("--save", type=Path, metavar="FILE.md")
+    parser = page_parser("where", __doc__, rounds=100, quick="20 rounds")
     options = parser.parse_args(arguments)
-    text = [f"# Where the time of a step goes\n\n{machine(1)}"]
-    print(text[0], flush=True)
-    try:
-        for workload in workloads():
-            count = 20 if options.quick else options.rounds
-            text.append(table(workload, Rounds(count, workload.steps)))
-            print(f"\n{text[-1]}", flush=True)
-    except Exception as error:
-        return report_error(error)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text("\n\n".join(text) + "\n")
-    return 0
+    count = 20 if options.quick else options.rounds
+    sections = (
+        table(workload, Rounds(count, workload.steps)) for workload in workloads()
+    )
+    return write_page("Where the time of a step goes", sections, options.save)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ def test_values_and_turns() -> None:
         ranks = Ranks("fp32")
         gathered = ranks.gather([ranks.rank] * (ranks.rank + 1))
         votes = (
-            ranks.any_rank_async(ranks.rank == 2).result(),
-            ranks.any_rank_async(False).result(),
+            *ranks.any_rank_each_async([ranks.rank == 2])(),
+            *ranks.any_rank_each_async([False])(),
         )
         with ranks.main_first():
             start = time.monotonic()
@@ -89,7 +89,7 @@ def test_nothing_the_host_agrees_on_uses_the_devices_group(tmp_path: Path) -> No
 
             setattr(distributed, name, recorded)
         ranks.gather([1])
-        ranks.any_rank_async(True).result()
+        ranks.any_rank_each_async([True])()
         assert ranks.any_rank_each([ranks.is_main, False]) == [True, False]
         ranks.on_main(lambda: 1)
         ranks.on_each(lambda: 1)
@@ -115,7 +115,7 @@ def test_long_work_of_one_rank_outlasts_the_timeout(kind: str) -> None:
     assert on_ranks(2, work) == ["done", "done"]
 
 
-@pytest.mark.parametrize("kind", ["gather", "any_rank_async", "on_main", "main_first"])
+@pytest.mark.parametrize("kind", ["gather", "any_rank_each", "on_main", "main_first"])
 def test_a_rank_that_does_not_come_is_named(kind: str) -> None:
     def wait() -> str:
         ranks = Ranks("fp32", timeout=1)
@@ -130,7 +130,7 @@ def test_a_rank_that_does_not_come_is_named(kind: str) -> None:
 
         calls: dict[str, Callable[[], Any]] = {
             "gather": lambda: ranks.gather([1]),
-            "any_rank_async": lambda: ranks.any_rank_async(True).result(),
+            "any_rank_each": lambda: ranks.any_rank_each([True]),
             "on_main": lambda: ranks.on_main(lambda: 1),
             "main_first": first,
         }

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.batch_transforms.boxes import ATTEMPTS, middle_part
 from trainer.data.short_side import resize_uint8
-
-ATTEMPTS = 10  # torchvision's, at a part that lies within the image
 
 
 def fast_form(transform: Any) -> Any:
@@ -83,17 +82,7 @@ class _ResizedCrop:
                 top = torch.randint(0, height - part_height + 1, size=(1,)).item()
                 left = torch.randint(0, width - part_width + 1, size=(1,)).item()
                 return int(top), int(left), part_height, part_width
-        return self._middle(height, width)
-
-    def _middle(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """The largest part in the middle of a ratio that is allowed."""
-        part_height, part_width = height, width
-        if width / height < min(self._ratios):
-            part_height = round(width / min(self._ratios))
-        elif width / height > max(self._ratios):
-            part_width = round(height * max(self._ratios))
-        top, left = (height - part_height) // 2, (width - part_width) // 2
-        return top, left, part_height, part_width
+        return middle_part(height, width, min(self._ratios), max(self._ratios))
 
 
 class _Flip:

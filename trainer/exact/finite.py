@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from trainer.exact.shards import local_part
 
 CAPACITY = 256  # steps between two reads; more of them cost a copy of the flags
-INFINITY = float("inf")
 
 
 @dataclass
@@ -137,7 +137,7 @@ def _have_finite_sum(tensors: list[Tensor]) -> bool:
 
 def _are_finite(tensors: list[Tensor]) -> Tensor:
     """Whether each tensor is finite, by its largest absolute value: another norm could overflow."""
-    largest = torch._foreach_norm([_plain(tensor) for tensor in tensors], INFINITY)
+    largest = torch._foreach_norm([_plain(tensor) for tensor in tensors], math.inf)
     return torch.stack([value.isfinite() for value in largest])
 
 

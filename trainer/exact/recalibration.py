@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trainer.exact.compiled import is_compiled
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.moving_buffers import preserved_buffers
 from trainer.process.device import sum_dtype
@@ -57,10 +58,10 @@ def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
 
     torch.compile would make the hooks part of its kernels, anew for every index that they count, until it gives up.
     """
-    is_compiled = any(
-        module._compiled_call_impl is not None for module in model.modules()
-    )
-    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+    stance: AbstractContextManager[object] = nullcontext()
+    if is_compiled(model):
+        stance = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 class _Moments:

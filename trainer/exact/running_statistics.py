@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trainer.config.schema import BatchNormConfig
 from trainer.errors import ConfigError
 from trainer.exact.batch_norm import is_held
+from trainer.exact.compiled import is_compiled
 from trainer.exact.joint_sum import sum_together
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.norm_layer import CallWatch, NormLayer
@@ -116,9 +117,7 @@ class StatisticsShare(RunningStatistics):
             if not isinstance(layer.module, nn.SyncBatchNorm)
         ]
         self.is_on = ranks.count > 1 and bool(self._candidates)
-        self._is_compiled = any(
-            module._compiled_call_impl is not None for module in model.modules()
-        )
+        self._is_compiled = is_compiled(model)
         self._is_gathered = True  # every rank holds the true statistics, not its share
         self._modes: list[bool] = []
         self._watch = CallWatch(self._candidates)

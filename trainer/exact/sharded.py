@@ -10,6 +10,7 @@ no gradient, no buffer and no sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -24,8 +25,6 @@ from trainer.exact.plan import IndexRange, Step
 from trainer.exact.reduction import Reduction
 from trainer.exact.running_statistics import RunningStatistics, StatisticsShare
 from trainer.exact.shards import is_shard, local_part
-
-INFINITY = float("inf")
 
 
 class ShardedReduction(Reduction):
@@ -88,7 +87,7 @@ class ShardedReduction(Reduction):
         # An empty tensor has no largest value.
         parts = [part for part in parts if part.numel()]
         if parts:
-            largest += torch.stack(torch._foreach_norm(parts, INFINITY)).sum()
+            largest += torch.stack(torch._foreach_norm(parts, math.inf)).sum()
         return [self._ranks.sum_(largest)]
 
     def norm(self) -> Tensor:

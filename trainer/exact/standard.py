@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
+from trainer.exact.compiled import is_compiled
 from trainer.exact.completion import complete_backward, is_complete
 from trainer.exact.joint_sum import sum_together
 from trainer.exact.plan import IndexRange, Step
@@ -65,9 +66,7 @@ class StandardReduction(Reduction):
         self._ranks_averaged_over = self._ranks.count
         # Contexts, made once.
         self._alone = nullcontext(self._module)
-        self._is_compiled = any(
-            module._compiled_call_impl is not None for module in self._module.modules()
-        )
+        self._is_compiled = is_compiled(self._module)
         self._in_step_with_others = _Synchronized(
             self._model,
             self._parameters,

@@ -137,11 +137,6 @@ class HostGroup:
         self._broadcast(data)
         return _from_bytes(data)
 
-    def any_async(self, flag: bool) -> Callable[[], bool]:
-        """Start asking whether `flag` is true on any rank. The function returned waits for the answer."""
-        answers = self.any_each_async([flag])
-        return lambda: answers()[0]
-
     def any_each(self, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is true on any rank."""
         return self.any_each_async(flags)()

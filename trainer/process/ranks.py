@@ -236,11 +236,7 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait on the host until every rank is here: before the device's group starts to count the seconds."""
-        self._host.any_async(False)()
-
-    def any_rank_async(self, flag: bool) -> Agreement:
-        """Start asking whether `flag` is true on any rank; `result()` gives the answer, the same on every rank."""
-        return Agreement(self._host.any_async(flag))
+        self._host.any_each([False])
 
     def any_rank_each(self, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is true on any rank: waits for the other hosts, never for a GPU."""
@@ -341,17 +337,6 @@ class Ranks:
 
 def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-class Agreement:
-    """The pending answer of `Ranks.any_rank_async`."""
-
-    def __init__(self, answer: Callable[[], bool]) -> None:
-        self._answer = answer
-
-    def result(self) -> bool:
-        """True if any rank's flag was. Waits for the other ranks."""
-        return self._answer()
 
 
 def _run_on_main(

@@ -18,6 +18,7 @@ from typing import Protocol
 from trainer.data.bad_samples import is_bad_sample
 from trainer.data.image_store import ImageStore, chunk_path
 from trainer.errors import ConfigError, DataError, LockstepError, config_error
+from trainer.process.free_memory import describe_bytes
 from trainer.storage.decoded_cache import (
     Source,
     is_complete,
@@ -30,7 +31,6 @@ from trainer.storage.files import new_file
 KEY = "data.cache_dir"
 LOCK_FILE = "lock"
 POLL = 0.1  # seconds between looks at what others are making
-MB, GB = 10**6, 10**9
 
 
 class Progress(Protocol):
@@ -84,22 +84,18 @@ def _check_space(cache_dir: Path, needed: int) -> None:
     if needed > free:
         raise ConfigError(
             KEY,
-            f"{cache_dir} has {_size(free)} free, and the decoded images need about {_size(needed)} more; "
-            f"name a folder on another disk, make data.short_side smaller, or see `python -m trainer cache list "
-            f"{cache_dir}` for what may be cleared",
+            f"{cache_dir} has {describe_bytes(free)} free, and the decoded images need about "
+            f"{describe_bytes(needed)} more; name a folder on another disk, make data.short_side smaller, or see "
+            f"`python -m trainer cache list {cache_dir}` for what may be cleared",
         )
-
-
-def _size(count: int) -> str:
-    return f"{count / GB:.1f} GB" if count >= GB else f"{count / MB:.1f} MB"
 
 
 def _explain(error: OSError, folder: Path, size: int) -> LockstepError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return LockstepError(
             f"{KEY}: the disk of {folder} is full ({error.strerror}), and the decoded images need about "
-            f"{_size(size)} in all; make room, or name another folder. What is complete is kept, and the next run goes "
-            f"on from it"
+            f"{describe_bytes(size)} in all; make room, or name another folder. What is complete is kept, and the next "
+            f"run goes on from it"
         )
     reason = error.strerror or str(error)
     return config_error(

@@ -75,6 +75,22 @@ class BoxDraw:
         return self._tables
 
 
+def middle_part(
+    height: int, width: int, low: float, high: float
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of an image's largest part of a ratio from `low` to `high`, in its middle.
+
+    What torchvision's RandomResizedCrop takes where no attempt fits.
+    """
+    part_height, part_width = height, width
+    if width / height < low:
+        part_height = round(width / low)
+    elif width / height > high:
+        part_width = round(height * high)
+    top, left = (height - part_height) // 2, (width - part_width) // 2
+    return top, left, part_height, part_width
+
+
 def _midpoints(low: float, high: float) -> list[float]:
     """`STEPS` numbers evenly between two, each in the middle of its part."""
     return [low + (high - low) * (step + 0.5) / STEPS for step in range(STEPS)]

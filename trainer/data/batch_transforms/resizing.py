@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.batch_transforms.arguments import height_and_width, interval
-from trainer.data.batch_transforms.boxes import DRAWS, BoxDraw
+from trainer.data.batch_transforms.boxes import DRAWS, BoxDraw, middle_part
 
 WEIGHT_BITS = 20  # 255 levels and 20 bits fit into an int32
 
@@ -44,7 +44,7 @@ class RandomResizedCrop:
         require_bytes(images, type(self).__name__)
         height, width = images.shape[-2:]
         boxes = self._boxes(draws, height, width)
-        middle = self._in_the_middle(height, width)
+        middle = middle_part(height, width, *self._ratio)
         top, left, box_height, box_width = (
             torch.where(boxes.fits, drawn, fixed)
             for drawn, fixed in zip(boxes[:4], middle, strict=True)
@@ -53,17 +53,6 @@ class RandomResizedCrop:
         columns = images.transpose(2, 3).contiguous()
         columns = resize_rows(columns, left, box_width, self._width)
         return columns.transpose(2, 3).contiguous()
-
-    def _in_the_middle(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """The largest part of an allowed ratio, where no drawn one fits: top, left, height and width."""
-        low, high = self._ratio
-        box_height, box_width = height, width
-        if width / height < low:
-            box_height = round(width / low)
-        elif width / height > high:
-            box_width = round(height * high)
-        top, left = (height - box_height) // 2, (width - box_width) // 2
-        return top, left, box_height, box_width
 
 
 def require_bytes(images: Tensor, name: str) -> None:
