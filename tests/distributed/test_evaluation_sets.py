@@ -21,6 +21,7 @@ from tests.distributed.small import (
     conv_net,
     rows_of,
 )
+from tests.waiting import wait_until
 from trainer import Observer, Step, Trainer
 
 
@@ -116,9 +117,13 @@ class LosesBest(Observer):
 
     def begin(self, run: Any) -> None:
         self.path = Path(run.config.run.dir, run.config.run.name, "best")
+        self.is_main = run.ranks.is_main
 
     def epoch(self, step: Step, row: dict[str, float]) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        if not self.is_main:
+            return
+        wait_until(self.path.exists)  # it is written behind training's back
+        shutil.rmtree(self.path)
         shutil.rmtree(self.path.with_name(".best.previous"), ignore_errors=True)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.programs import Program
+from tests.waiting import wait_until
 from trainer.storage.files import is_locked
 
 TIMEOUT = 3
@@ -31,13 +32,6 @@ def program(
         yield running
     finally:
         running.kill()
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
 
 
 def waiting_processes(directory: Path) -> list[int]:

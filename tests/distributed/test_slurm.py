@@ -8,11 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 LAST_PORT = 20000  # the script's ports are this and above
@@ -90,13 +90,6 @@ def free_port() -> int:
     raise AssertionError("no free port")
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 @pytest.mark.fresh_process  # the script starts its tasks
 def test_a_job_stops_with_a_checkpoint_and_the_same_line_goes_on(
     tmp_path: Path,
@@ -116,7 +109,7 @@ def test_a_job_stops_with_a_checkpoint_and_the_same_line_goes_on(
     ]
     last = tmp_path / "digits/checkpoints/last"
     job = Job(tmp_path, *line)
-    wait_for(lambda: last.exists() or job.process.poll() is not None)
+    wait_until(lambda: last.exists() or job.process.poll() is not None)
     job.stop()
     status, output = job.wait()
     assert status == 143, output
