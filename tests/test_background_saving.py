@@ -60,7 +60,9 @@ def test_the_files_are_those_of_the_moment_of_saving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, room: bool
 ) -> None:
     before = content()
-    expected = bytes_of(checkpoint.save(tmp_path / "a", before, keep=1))
+    expected = bytes_of(
+        checkpoint.write(tmp_path / "a", checkpoint.take(before), keep=1)
+    )
     notes: list[str] = []
     writer = SnapshotWriter(notes.append)
     if not room:

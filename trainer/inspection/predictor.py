@@ -32,7 +32,7 @@ from trainer.data.workers import iterate
 from trainer.errors import ConfigError, DataError, LockstepError
 from trainer.process import launcher
 from trainer.process.ranks import Ranks
-from trainer.storage import checkpoint, signature
+from trainer.storage import best_model, checkpoint, signature
 from trainer.storage.run_directory import config_file
 from trainer.storage.signature import Signature
 
@@ -59,7 +59,7 @@ class Predictor:
         trust: Sequence[str] = (),
     ) -> None:
         config_file(run)  # the error for a directory that is no run
-        best = checkpoint.best_directory(run)
+        best = best_model.directory(run)
         imports = ["loss", "data.val_transforms", "data.collate"]
         if model is None:
             imports.append("model")
@@ -77,7 +77,7 @@ class Predictor:
         task = build_task(self.config.loss, self.signature.num_classes)
         self.task = task.to(self.device, precision.dtype).eval()
         restore_evaluated(
-            checkpoint.load_best_further(run),
+            best_model.load_further(run),
             self.module,
             LossState(self.module, self.task),
         )
@@ -205,7 +205,7 @@ class Predictor:
         )
 
     def _load_weights(self, run: Path) -> None:
-        tensors, _ = checkpoint.load_best(run)
+        tensors, _ = best_model.load(run)
         try:
             self.module.load_state_dict(
                 checkpoint.with_extra_state(self.module, tensors)
