@@ -23,10 +23,9 @@ from trainer.core.precision import Precision
 from trainer.core.run import settings_of
 from trainer.core.trust import read_trusted_config
 from trainer.data.collation import Collation, build_collation
-from trainer.data.decoding import decode
+from trainer.data.image_reading import ImageReading
 from trainer.data.normalize import Normalize
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
-from trainer.data.short_side import choose_short_side, shrink
 from trainer.data.transforms import build_transforms
 from trainer.data.workers import iterate
 from trainer.errors import ConfigError, DataError, LockstepError
@@ -290,20 +289,15 @@ class _ImageFiles:
         self, paths: Sequence[Path], channels: int, section: DataConfig
     ) -> None:
         self.paths = paths
-        self._short_side = choose_short_side(section).pixels
+        self._reading = ImageReading.of(section)
         self._channels = channels
-        self._max_pixels = section.max_pixels
-        self._decode_short_side = section.decode_short_side
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path = self.paths[index]
-        image = decode(path, self._channels, self._max_pixels, self._decode_short_side)
-        return shrink(
-            image, self._short_side
-        ), 0  # a target, which every sample must have
+        image = self._reading.read(self.paths[index], self._channels)
+        return image, 0  # a target, which every sample must have
 
 
 def unknown_answer(loss: str) -> str:
