@@ -194,7 +194,7 @@ def resume_seconds(directory: Path, samples: int) -> dict[int, float]:
     held = checkpoint.load(checkpoint.latest(kept) or kept)
     # A position is a step number, and no more.
     held.progress.step, held.progress.samples_seen = last, 100 * last
-    checkpoint.save(kept, held, keep=1)
+    checkpoint.write(kept, checkpoint.take(held), keep=1)
     seconds[last] = on_processes(1, _resumed, directory, samples, last + 1)[0]
     return seconds
 

@@ -60,11 +60,13 @@ def test_the_files_are_those_of_the_moment_of_saving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, room: bool
 ) -> None:
     before = content()
-    expected = bytes_of(checkpoint.save(tmp_path / "a", before, keep=1))
+    expected = bytes_of(
+        checkpoint.write(tmp_path / "a", checkpoint.take(before), keep=1)
+    )
     notes: list[str] = []
     writer = SnapshotWriter(notes.append)
     if not room:
-        monkeypatch.setattr(snapshot_writer, "available_memory", lambda: 100)
+        monkeypatch.setattr(snapshot_writer, "share_of_main_memory", lambda: 100)
     changed = Event()
 
     def write(snapshot: Any) -> None:
@@ -176,7 +178,7 @@ def held_and_not(directory: Path) -> Any:
     write = checkpoint.write
     held = train(directory, "held", Held())
     checkpoint.write = write
-    setattr(snapshot_writer, "available_memory", lambda: 0)  # noqa: B010
+    setattr(snapshot_writer, "share_of_main_memory", lambda: 0)  # noqa: B010
     waits = train(directory, "waits")
     return [[summary[name] for name in HASHES] for summary in (held, waits)]
 

@@ -16,8 +16,9 @@ from torch import nn
 
 from trainer.config.schema import Config, RunConfig
 from trainer.errors import ConfigError, LockstepError
-from trainer.storage import checkpoint, files
+from trainer.storage import best_model, checkpoint, files
 from trainer.storage.checkpoint import Checkpoint, Progress
+from trainer.storage.host_copies import host_copies
 from trainer.storage.run_directory import RunDirectory, check_same_run
 from trainer.storage.sha256 import file_sha256, tensors_sha256
 
@@ -40,7 +41,7 @@ def checkpoint_of(step: int) -> Checkpoint:
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, checkpoint_of(7), keep=2)
+    path = checkpoint.write(tmp_path, checkpoint.take(checkpoint_of(7)), keep=2)
     assert path.name == "step_00000007"
     assert (tmp_path / "last").read_text().strip() == path.name
     manifest = json.loads((path / "manifest.json").read_text())
@@ -60,7 +61,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 def test_the_newest_few_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
-        checkpoint.save(tmp_path, checkpoint_of(step), keep=2)
+        checkpoint.write(tmp_path, checkpoint.take(checkpoint_of(step)), keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "last",
         "step_00000015",
@@ -77,7 +78,7 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damage_is_noticed_and_named(tmp_path: Path, name: str, damage: str) -> None:
-    path = checkpoint.save(tmp_path, checkpoint_of(7), keep=2)
+    path = checkpoint.write(tmp_path, checkpoint.take(checkpoint_of(7)), keep=2)
     content = (path / name).read_bytes()
     if damage == "flip":
         (path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -92,7 +93,7 @@ def test_damage_is_noticed_and_named(tmp_path: Path, name: str, damage: str) -> 
 
 def test_a_resume_tries_the_newest_first(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
-        checkpoint.save(tmp_path, checkpoint_of(step), keep=9)
+        checkpoint.write(tmp_path, checkpoint.take(checkpoint_of(step)), keep=9)
     (tmp_path / "last").write_text("step_00000015\n")
     paths = checkpoint.newest_first(tmp_path)
     assert [path.name[-2:] for path in paths] == ["15", "10", "05", "20"]
@@ -103,7 +104,7 @@ def test_a_resume_tries_the_newest_first(tmp_path: Path) -> None:
 
 def test_damaged_checkpoints_are_set_aside(tmp_path: Path) -> None:
     for step in (5, 10, 15):
-        checkpoint.save(tmp_path, checkpoint_of(step), keep=9)
+        checkpoint.write(tmp_path, checkpoint.take(checkpoint_of(step)), keep=9)
     for step in (10, 15):
         (tmp_path / f"step_000000{step}" / "state.json").unlink()
     content, notes = checkpoint.load_newest(checkpoint.newest_first(tmp_path))
@@ -127,7 +128,7 @@ def test_a_replaced_directory_is_deleted_last(
     """Whatever rename fails, as where the process is killed, one of the two is complete."""
     rename = Path.rename
     for name in (".partial.step_00000005", "step_00000005"):
-        checkpoint.save(tmp_path, checkpoint_of(5), keep=1)
+        checkpoint.write(tmp_path, checkpoint.take(checkpoint_of(5)), keep=1)
 
         def fail(self: Path, target: Path, name: str = name) -> Path:
             if self.name == name:
@@ -137,7 +138,7 @@ def test_a_replaced_directory_is_deleted_last(
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", fail)
             with pytest.raises(KeyboardInterrupt):
-                checkpoint.save(tmp_path, checkpoint_of(5), keep=1)
+                checkpoint.write(tmp_path, checkpoint.take(checkpoint_of(5)), keep=1)
         content, _ = checkpoint.load_newest(checkpoint.newest_first(tmp_path))
         assert content.progress.step == 5
 
@@ -146,7 +147,7 @@ def test_a_failed_write_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full at any of a checkpoint's syncs: the one before stays the last, and nothing half-written."""
-    checkpoint.save(tmp_path, checkpoint_of(5), keep=1)
+    checkpoint.write(tmp_path, checkpoint.take(checkpoint_of(5)), keep=1)
     sync = files.sync
     syncs_until_full = 0
 
@@ -160,20 +161,19 @@ def test_a_failed_write_leaves_what_was_there(
     monkeypatch.setattr(files, "sync", sync_or_fail)
     for syncs_until_full in range(1, 6):  # noqa: B007 - read by `sync_or_fail`
         with pytest.raises(OSError, match="No space left"):
-            checkpoint.save(tmp_path, checkpoint_of(6), keep=1)
+            checkpoint.write(tmp_path, checkpoint.take(checkpoint_of(6)), keep=1)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step_00000005"]
         assert checkpoint.load(tmp_path / "step_00000005").progress.step == 5
 
 
 def save_best(run: Path, step: int, **more: Any) -> None:
-    checkpoint.save_best(
-        run,
+    snapshot = best_model.take(
         {"w": torch.tensor([float(step)])},
         "run: {}\n",
         {"step": step, "val/loss": 1 / step},
         {},
-        **more,
     )
+    best_model.write(run, snapshot, **more)
 
 
 def test_best_is_replaced_whole_and_goes_back_with_the_run(tmp_path: Path) -> None:
@@ -188,25 +188,25 @@ def test_best_is_replaced_whole_and_goes_back_with_the_run(tmp_path: Path) -> No
     ]
     assert sorted(p.name for p in (tmp_path / "best").iterdir()) == names
     assert load_file(tmp_path / "best" / "model.safetensors")["w"].item() == 20
-    checkpoint.restore_best(tmp_path, 20)
-    assert checkpoint.load_best(tmp_path)[1]["step"] == 20
-    checkpoint.restore_best(tmp_path, 10)  # the run goes on from before step 20
-    tensors, row = checkpoint.load_best(tmp_path)
+    best_model.restore(tmp_path, 20)
+    assert best_model.load(tmp_path)[1]["step"] == 20
+    best_model.restore(tmp_path, 10)  # the run goes on from before step 20
+    tensors, row = best_model.load(tmp_path)
     assert (tensors["w"].item(), row["step"]) == (10, 10)
     # Cut off between the two renames.
     (tmp_path / "best").rename(tmp_path / ".best.previous")
-    assert checkpoint.load_best(tmp_path)[1]["step"] == 10
+    assert best_model.load(tmp_path)[1]["step"] == 10
     with pytest.raises(LockstepError, match="has no best model yet"):
-        checkpoint.load_best(tmp_path / "elsewhere")
+        best_model.load(tmp_path / "elsewhere")
 
 
 def test_the_best_model_of_the_newest_checkpoint_stays(tmp_path: Path) -> None:
     """However many better ones follow it before the next checkpoint."""
     for step in (10, 20, 30, 40):
         save_best(tmp_path, step, saved_best_step=10)
-    assert checkpoint.load_best(tmp_path)[1]["step"] == 40
-    checkpoint.restore_best(tmp_path, 10)
-    assert checkpoint.load_best(tmp_path)[1]["step"] == 10
+    assert best_model.load(tmp_path)[1]["step"] == 40
+    best_model.restore(tmp_path, 10)
+    assert best_model.load(tmp_path)[1]["step"] == 10
 
 
 def test_a_flipped_bit_of_the_best_model_is_noticed(tmp_path: Path) -> None:
@@ -215,16 +215,16 @@ def test_a_flipped_bit_of_the_best_model_is_noticed(tmp_path: Path) -> None:
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(LockstepError, match="is not what was written"):
-        checkpoint.load_best(tmp_path)
+        best_model.load(tmp_path)
     # A run of an earlier version has no manifest.
     (tmp_path / "best" / "manifest.json").unlink()
-    assert checkpoint.load_best(tmp_path)[1]["step"] == 10
+    assert best_model.load(tmp_path)[1]["step"] == 10
 
 
 def test_snapshots_are_copies_tied_weights_included() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
-    snapshot = checkpoint.snapshot(model)
+    snapshot = host_copies(checkpoint.model_tensors(model))
     with torch.no_grad():
         model[0].weight.zero_()
     assert snapshot["0.weight"].abs().sum() > 0
@@ -319,7 +319,7 @@ def test_weights_of_another_model_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"model: is not the checkpoint's: .*size mismatch for weight"
     ):
-        checkpoint.restore_model(nn.Linear(3, 2), checkpoint.snapshot(nn.Linear(4, 2)))
+        checkpoint.restore_model(nn.Linear(3, 2), nn.Linear(4, 2).state_dict())
 
 
 @pytest.mark.parametrize("damaged", [b"", b"\xff\xfe", b".", b"step_00000009"])
@@ -333,7 +333,7 @@ def test_a_damaged_pointer_is_passed_over(tmp_path: Path, damaged: bytes) -> Non
 def test_files_have_the_modes_that_the_umask_leaves(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
-        path = checkpoint.save(tmp_path, checkpoint_of(7), keep=2)
+        path = checkpoint.write(tmp_path, checkpoint.take(checkpoint_of(7)), keep=2)
         save_best(tmp_path, 10)
     finally:
         os.umask(before)

@@ -30,6 +30,7 @@ from trainer.core.decoded_images import with_decoded_images
 from trainer.data.datasets import Datasets, build_datasets
 from trainer.data.decoding import decode
 from trainer.data.fast_crop import fast_form
+from trainer.data.image_reading import ImageReading
 from trainer.data.image_store import ABOUT_FILE, ImageStore
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
 from trainer.data.short_side import choose_short_side, shrink, with_short_side
@@ -84,7 +85,7 @@ def source(root: Path, decoded: Callable[[str], object] = str, **more: Any) -> S
         return shrink(decode(root / path), SIDE)
 
     paths = sorted(str(path.relative_to(root)) for path in root.rglob("*.jpg"))
-    values = Source(root, paths, SIDE, None, None, False, decode_small)
+    values = Source(root, paths, ImageReading(short_side=SIDE), decode_small)
     return replace(values, **more)
 
 
@@ -297,7 +298,8 @@ def test_it_is_made_once_and_again_when_a_file_changed(root: Path) -> None:
     again = build(root)
     assert again.folder != first.folder
     assert holds_all(again, root)
-    assert build(root, max_pixels=10**6).folder not in (first.folder, again.folder)
+    other = ImageReading(max_pixels=10**6, short_side=SIDE)
+    assert build(root, reading=other).folder not in (first.folder, again.folder)
 
 
 @pytest.mark.parametrize("damage", ["byte", "cut", "gone", "table", "sizes"])

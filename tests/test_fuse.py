@@ -411,7 +411,7 @@ def test_auto_on_the_cpu_asks_how_much_memory_there_is(
             settings, model=conv_net(), train_data=Images(), val_data=Images(20)
         )
         one = fuse_check._memory_of_one(trainer.run, trainer.plan.step(0), 0)
-        monkeypatch.setattr(fuse_check, "available_memory", lambda: room * one)
+        monkeypatch.setattr(fuse_check, "share_of_main_memory", lambda: room * one)
         return choose_fuse(trainer.run)[0], one
 
     for room, expected in ((0, 1), (1, 1), (5, 5), (99, 7)):
@@ -420,7 +420,7 @@ def test_auto_on_the_cpu_asks_how_much_memory_there_is(
     # Input, three maps of (4, 3, 3), logits; fp64.
     activations = 2 * MICRO * (50 + 4 * 9 * 3 + CLASSES) * 8
     assert 0.5 * activations < one < 2 * activations
-    assert fuse_check.available_memory() > 0
+    assert fuse_check.share_of_main_memory() > 0
 
 
 def test_nothing_stays_active_after_a_forward() -> None:

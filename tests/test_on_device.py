@@ -221,7 +221,7 @@ def test_images_of_several_sizes_are_refused_when_they_are_read(tmp_path: Path) 
 def test_sets_that_do_not_fit_are_refused_with_their_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_sets, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(device_sets, "free_memory", lambda device: 1000)
     digits(tmp_path)  # in memory already
     with pytest.raises(ConfigError, match=r"12 samples need 0\.0 MB") as error:
         of_samples(tmp_path, plain, data__on_device=True)

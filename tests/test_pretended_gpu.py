@@ -192,7 +192,7 @@ def test_images_are_transformed_and_looked_up_without_waiting(
     with (
         pretended_cuda(),
         patch("trainer.data.batch_transforms.base.check_hash"),
-        patch("trainer.core.device_sets.available_memory", lambda device: None),
+        patch("trainer.core.device_sets.free_memory", lambda device: None),
         patch("trainer.core.device_sets.device_name", lambda device: "a GPU"),
     ):
         _, log = train(

@@ -19,18 +19,27 @@ from trainer.errors import LockstepError
 from trainer.storage import checkpoint
 from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.sha256 import file_sha256, raw_bytes
-from trainer.storage.stateful import DTYPES, load_state, save_state
+from trainer.storage.snapshot import Snapshot
+from trainer.storage.stateful import DTYPES, load_state
 
 
-def with_stateful(stateful: dict[str, dict[Any, Any]]) -> Checkpoint:
+def save(directory: Path, stateful: dict[str, dict[Any, Any]]) -> Path:
+    """Write a checkpoint with these objects' states."""
     weights = {"w": torch.ones(3)}
-    return Checkpoint(
-        weights, {"momentum.w": torch.ones(3)}, {}, Progress(step=7), {}, stateful
-    )
+    momentum = {"momentum.w": torch.ones(3)}
+    content = Checkpoint(weights, momentum, {}, Progress(step=7), {}, stateful)
+    return checkpoint.write(directory, checkpoint.take(content), keep=1)
+
+
+def save_state(directory: Path, name: str, state: dict[Any, Any]) -> None:
+    """Write one object's state, for `load_state`."""
+    snapshot = Snapshot(step=7)
+    snapshot.add_state(name, state)
+    snapshot.write(directory)
 
 
 def round_trip(directory: Path, state: dict[Any, Any]) -> dict[Any, Any]:
-    path = checkpoint.save(directory, with_stateful({"thing": state}), keep=1)
+    path = save(directory, {"thing": state})
     return checkpoint.load(path).stateful["thing"]
 
 
@@ -142,12 +151,9 @@ def test_a_module_and_an_optimizer_go_on_where_they_were(tmp_path: Path) -> None
 
     module, optimizer = build()
     update(module, optimizer)
-    path = checkpoint.save(
+    path = save(
         tmp_path,
-        with_stateful(
-            {"average": module.state_dict(), "its-optimizer": optimizer.state_dict()}
-        ),
-        keep=1,
+        {"average": module.state_dict(), "its-optimizer": optimizer.state_dict()},
     )
     stateful = checkpoint.load(path).stateful
     restored, restored_optimizer = build()
@@ -207,14 +213,12 @@ def test_what_is_saved_is_a_copy(tmp_path: Path) -> None:
 def test_a_value_that_cannot_be_stored_is_named(
     tmp_path: Path, value: Any, message: str
 ) -> None:
-    checkpoint.save(tmp_path, with_stateful({"ema": {}}), keep=1)
+    save(tmp_path, {"ema": {}})
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(
         LockstepError, match=f'the state of "ema" cannot be saved: {message}'
     ):
-        checkpoint.save(
-            tmp_path, with_stateful({"ema": {"list": [{"key": value}]}}), keep=1
-        )
+        save(tmp_path, {"ema": {"list": [{"key": value}]}})
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -231,7 +235,7 @@ def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) -> No
     with pytest.raises(
         LockstepError, match="cannot name files in a checkpoint; use letters, digits"
     ):
-        checkpoint.save(tmp_path, with_stateful({name: {}}), keep=1)
+        save(tmp_path, {name: {}})
 
 
 @pytest.mark.parametrize("name", ["model", "optimizer", "State", "manifest"])
@@ -239,12 +243,12 @@ def test_a_name_of_the_checkpoints_own_is_refused(tmp_path: Path, name: str) -> 
     with pytest.raises(
         LockstepError, match=f'"{name}" names a file that every checkpoint has'
     ):
-        checkpoint.save(tmp_path, with_stateful({name: {}}), keep=1)
+        save(tmp_path, {name: {}})
 
 
 def test_names_that_differ_in_case_only_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LockstepError, match="differ in case only: EMA, ema"):
-        checkpoint.save(tmp_path, with_stateful({"ema": {}, "EMA": {}}), keep=1)
+        save(tmp_path, {"ema": {}, "EMA": {}})
 
 
 @pytest.mark.parametrize("name", ["ema-1.0_b.safetensors", "ema-1.0_b.json"])
@@ -252,9 +256,7 @@ def test_names_that_differ_in_case_only_are_refused(tmp_path: Path) -> None:
 def test_the_manifest_covers_these_files(
     tmp_path: Path, name: str, damage: str
 ) -> None:
-    path = checkpoint.save(
-        tmp_path, with_stateful({"ema-1.0_b": {"w": torch.ones(2), "n": 1}}), keep=1
-    )
+    path = save(tmp_path, {"ema-1.0_b": {"w": torch.ones(2), "n": 1}})
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["files"][name] == file_sha256(path / name)
     content = (path / name).read_bytes()
@@ -270,7 +272,7 @@ def test_the_manifest_covers_these_files(
 def test_a_checkpoint_without_such_objects_has_no_more_files_than_before(
     tmp_path: Path,
 ) -> None:
-    path = checkpoint.save(tmp_path, with_stateful({}), keep=1)
+    path = save(tmp_path, {})
     names = [
         "manifest.json",
         "model.safetensors",

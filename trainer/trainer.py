@@ -289,7 +289,7 @@ class Trainer:
     def _train(self, stop: StopRequest) -> dict[str, Any]:
         self.start()
         for note in self.resuming.notes:
-            self.journal.console.note(note)
+            self.journal.note(note)
         self.journal.start_clock(self.plan, self.progress.step, self.last_step)
         self._loop(stop)
         return self._finish()
@@ -347,7 +347,7 @@ class Trainer:
         if self.resuming.data_note:
             journal.note(self.resuming.data_note)
         for note in notes_on(facts):
-            journal.console.note(note)
+            journal.note(note)
         if self.config.run.figures and not self.progress.step:
             self.ranks.on_main(
                 lambda: journal.figures(drawing.draw_batch(self.run, journal.directory))
@@ -364,7 +364,7 @@ class Trainer:
             self.timetable,
             steps_done=self.progress.step,
             directory=self.journal.directory,
-            note=self.journal.console.note,
+            note=self.journal.note,
         )
         return line
 
@@ -425,7 +425,7 @@ class Trainer:
         self.run.end_evaluations()
 
     def _loop(self, stop: StopRequest) -> None:
-        if self._ending.was_before(self.progress, self.journal.console.note):
+        if self._ending.was_before(self.progress, self.journal.note):
             return
         if self._evaluate_where_due() and self._end_early():
             return
@@ -663,7 +663,7 @@ class Trainer:
             row |= self.evaluations.columns(step, self.evaluate)
             activity.mark(LOGGING)
             for note in self.run.metrics.take_notes():
-                self.journal.console.note(note)
+                self.journal.note(note)
         row |= learning_rates(self.optimizer)
         row |= self.left_out.count(is_evaluated=is_evaluated)
         self.observers.row(row)
@@ -838,7 +838,7 @@ class Trainer:
             result = evaluate_test_set(self.run, self.run.test, self.progress)
         activity.mark(ENDING)
         if result.note:
-            self.journal.console.note(result.note)
+            self.journal.note(result.note)
         self.journal.test({"step": last.number, "epoch": last.epoch + 1, **result.row})
         return result
 
@@ -855,7 +855,7 @@ class Trainer:
                 schedule=self.schedule,
             )
         except LockstepError as error:
-            self.journal.console.note(f"the figures are not complete: {error}")
+            self.journal.note(f"the figures are not complete: {error}")
             return {}
 
     def _build_schedule(self) -> Schedule:

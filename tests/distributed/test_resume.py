@@ -263,7 +263,7 @@ def test_a_resumed_run_reads_nothing_before_its_place(
     first = checkpoint.load(checkpoints / "step_00000001")
     # As after 998 steps more.
     first.progress.step, first.progress.samples_seen = 999, 99_900
-    checkpoint.save(checkpoints, first, keep=1)
+    checkpoint.write(checkpoints, checkpoint.take(first), keep=1)
     (tmp_path / "read0").unlink()
     on_ranks(2, go_on, 1000)
     order = Plan(100_000, 100, 50, 2, 1, seed=0).permutation(0)

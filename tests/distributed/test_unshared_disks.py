@@ -28,7 +28,7 @@ from tests.programs import Program, run_program
 from trainer import Config, LockstepError, Trainer
 from trainer.process.ranks import Ranks
 from trainer.reporting.figures import drawing
-from trainer.storage import checkpoint
+from trainer.storage import best_model, checkpoint
 
 
 class Count:
@@ -149,18 +149,21 @@ def test_a_resume_costs_one_read(tmp_path: Path) -> None:
 
     def reads(directory: Path) -> list[str]:
         calls: list[str] = []
-        for name in ("load", "load_best"):
-            original = getattr(checkpoint, name)
+        for storage in (checkpoint, best_model):
+            load = storage.load
 
-            def counted(*args: Any, name: str = name, original: Any = original) -> Any:
-                calls.append(name)
-                return original(*args)
+            def counted(path: Path, storage: Any = storage, load: Any = load) -> Any:
+                calls.append(storage.__name__)
+                return load(path)
 
-            setattr(checkpoint, name, counted)
+            storage.load = counted
         train(directory, True)
         return calls
 
-    assert on_ranks(2, reads, tmp_path) == [["load", "load_best"], []]
+    assert on_ranks(2, reads, tmp_path) == [
+        [checkpoint.__name__, best_model.__name__],
+        [],
+    ]
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
@@ -216,7 +219,7 @@ def test_a_damaged_best_model_costs_figures_alone(
     run = tmp_path / "run"
     assert json.loads((run / "summary.json").read_text())["steps"] == 8
     with pytest.raises(LockstepError, match=r"is not what was written|cannot be read"):
-        checkpoint.load_best(run)
+        best_model.load(run)
 
 
 def test_lost_rows_are_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

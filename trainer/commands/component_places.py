@@ -122,7 +122,9 @@ def metric_path(name: str) -> str:
 
 
 PLACES = {
-    "data": Place(_data_sets, supplied=("train", "split", "needs_val", "is_split")),
+    "data": Place(
+        _data_sets, supplied=("train", "split", "reading", "needs_val", "is_split")
+    ),
     "data.sampler": Place(_samplers, positional=1),
     "data.train_transforms": Place(_transforms),
     "data.val_transforms": Place(_transforms),

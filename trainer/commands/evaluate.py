@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     from trainer.core.evaluated_weights import best_evaluation
     from trainer.core.run import settings_of
     from trainer.core.trust import read_trusted_config
-    from trainer.storage import checkpoint, signature
+    from trainer.storage import best_model, signature
     from trainer.storage.shared_config import read_config_on_all, read_on_main
 
     def read() -> Config:
@@ -48,9 +48,7 @@ def main(arguments: list[str]) -> None:
         )
 
     config = _without_training(read_config_on_all(options.run, options.overrides, read))
-    trained_on = read_on_main(
-        lambda: signature.read(checkpoint.best_directory(options.run))
-    )
+    trained_on = read_on_main(lambda: signature.read(best_model.directory(options.run)))
     evaluation = best_evaluation(config)
     with settings_of(config):
         # What was best is known: its metric may be one that was passed in Python.

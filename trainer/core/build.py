@@ -13,29 +13,25 @@ from typing import Any
 from torch import nn
 
 from trainer.components.freezing import Freezing
-from trainer.components.metrics import (
-    Metrics,
-)
-from trainer.components.task import (
-    Task,
-    collate_of,
-    has_plain_predict,
-    loss_arguments,
-)
+from trainer.components.metrics import Metrics, NamedMetric
+from trainer.components.task import Task, collate_of, loss_arguments
 from trainer.config.schema import BestConfig, Config
 from trainer.core.build_data import count_classes, run_data, with_notes
+from trainer.core.build_evaluation import run_evaluation_sets
+from trainer.core.build_loaders import (
+    Loaders,
+    check_first_batches,
+    run_loaders,
+)
 from trainer.core.build_model import (
     check_can_be_sharded,
     is_sharded,
     run_model,
     run_task,
 )
-from trainer.core.device_sets import check_first_batch
 from trainer.core.early_stop import with_early_stop_metric
 from trainer.core.evaluated_weights import logged_phases
-from trainer.core.evaluation import EvaluationSet, Evaluator
 from trainer.core.evaluation_metrics import EvaluationMetrics
-from trainer.core.features import Features
 from trainer.core.first_samples import check_classes, first_inputs
 from trainer.core.forward import Forward
 from trainer.core.further import LossState
@@ -48,8 +44,8 @@ from trainer.core.run_metrics import run_metrics
 from trainer.data.bad_samples import Quarantine
 from trainer.data.classes import with_classes
 from trainer.data.datasets import Datasets, MapDataset
-from trainer.data.evaluation_loaders import evaluation_loaders, loader_as_files
-from trainer.data.loading import Loader, build_loaders
+from trainer.data.evaluation_loaders import loader_as_files
+from trainer.data.loading import Loader
 from trainer.data.samplers import build_order
 from trainer.data.short_side import with_short_side
 from trainer.exact.plan import Plan
@@ -57,9 +53,7 @@ from trainer.exact.sharding import shard
 from trainer.exact.shards import original_class
 from trainer.process.device import check_reproducibility
 from trainer.process.ranks import Ranks
-from trainer.storage.signature import (
-    signature_of_samples,
-)
+from trainer.storage.signature import Signature, signature_of_samples
 
 
 def build_run(
@@ -96,29 +90,12 @@ def build_run(
     data = with_notes(config, data)
     check_data(data, ranks)
     plan = _plan(config, ranks, data)
-    place: dict[str, Any] = {
-        "seed": config.run.seed,
-        "device": ranks.device,
-        "dtype": precision.dtype,
-    }
-    train_loader, val_loader = build_loaders(config.data, data, **place)
-    loaders = evaluation_loaders(config.data, data, val_loader, **place)
-
-    if plan.order is not None:
-        # Sample 0 may be one that it leaves out, because it is damaged.
-        train_loader.first_id = int(plan.permutation(0)[0])
-    inputs = ranks.on_each(partial(first_inputs, train_loader, loaders))
-    # A machine may have less memory.
-    processes_here = ranks.machines.count(ranks.machines[ranks.rank])
-    device_note = ranks.on_each(
-        partial(check_first_batch, train_loader, loaders, processes_here)
-    )
+    loaders = run_loaders(config, ranks, data, plan, precision.dtype)
+    inputs = ranks.on_each(partial(first_inputs, loaders.train, loaders.evaluated))
+    device_note = check_first_batches(ranks, loaders)
     num_classes = count_classes(config, data)
-    signature = signature_of_samples(
-        loader_as_files(config.data, loaders) or train_loader,
-        num_classes=num_classes,
-        classes=data.classes,
-    )
+    signature = _signature(config, data, loaders, num_classes)
+
     build_module = partial(
         run_model,
         config,
@@ -133,33 +110,19 @@ def build_run(
     module, weights_note = ranks.on_each(build_module)
     the_task = run_task(config, task, num_classes, module)
     the_task.to(ranks.device, precision.dtype)
-    if config.train.parallel == "fsdp":
-        ranks.on_each(partial(check_can_be_sharded, module, the_task))
-    if is_sharded(config, ranks):
-        shard(module, ranks)
+    _share_out(config, ranks, module, the_task)
     check_classes(the_task, num_classes, data)
+    build_metrics = partial(
+        run_metrics, config, metrics, the_task, loaders.measured, num_classes
+    )
     # A machine may lack what a metric needs.
-    config, named_metrics = ranks.on_each(
-        partial(
-            run_metrics,
-            config,
-            metrics,
-            the_task,
-            val_loader or loaders.get("test"),
-            num_classes,
-        )
-    )
-    evaluated = logged_phases(config.ema, list(data.validation()))
-    config = _with_watched_metrics(
-        config, LoggedMetrics(the_task, named_metrics, evaluated)
-    )
+    config, named_metrics = ranks.on_each(build_metrics)
+    config = _with_watched_metrics(config, data, the_task, named_metrics)
 
-    mix = ranks.on_each(partial(_mix, config, the_task, train_loader, plan))
+    mix = ranks.on_each(partial(_mix, config, the_task, loaders.train, plan))
     forward = Forward(the_task, precision, ranks.device, config.run.seed, mix)
     freezing = Freezing(module, config.model)
-    quarantine = None
-    if config.data.bad_samples == "quarantine":
-        quarantine = Quarantine(ranks, config.data.max_bad)
+    quarantine = _quarantine(config, ranks)
     evaluation_metrics = EvaluationMetrics(
         named_metrics,
         the_task,
@@ -169,23 +132,17 @@ def build_run(
         precision=precision.dtype,
         best_metric=config.best.metric,
     )
-    head = partial(_head_of_fixed_features, config, the_task, freezing)
-    sets = {}
-    for phase, dataset in data.evaluated().items():
-        evaluator = Evaluator(
-            module,
-            forward,
-            loaders[phase],
-            ranks,
-            samples=len(dataset),
-            batch_size=config.batch.eval_size,
-            exact=config.run.reproducibility == "bitwise",
-            features=Features(head),
-            quarantine=quarantine,
-            metrics=evaluation_metrics,
-            is_sharded=is_sharded(config, ranks),
-        )
-        sets[phase] = EvaluationSet(phase, dataset, loaders[phase], evaluator)
+    sets = run_evaluation_sets(
+        config,
+        ranks,
+        data,
+        loaders,
+        module=module,
+        forward=forward,
+        freezing=freezing,
+        quarantine=quarantine,
+        metrics=evaluation_metrics,
+    )
     return Run(
         config=config,
         ranks=ranks,
@@ -193,7 +150,7 @@ def build_run(
         precision=precision,
         data=data,
         plan=plan,
-        train_loader=train_loader,
+        train_loader=loaders.train,
         device_note=device_note,
         signature=signature,
         module=module,
@@ -267,8 +224,27 @@ def _mix(config: Config, task: Task, loader: Loader, plan: Plan) -> Mix | None:
     )
 
 
-def _with_watched_metrics(config: Config, logged: LoggedMetrics) -> Config:
+def _signature(
+    config: Config, data: Datasets, loaders: Loaders, num_classes: int | None
+) -> Signature:
+    loader = loader_as_files(config.data, loaders.evaluated) or loaders.train
+    return signature_of_samples(loader, num_classes=num_classes, classes=data.classes)
+
+
+def _share_out(config: Config, ranks: Ranks, module: nn.Module, task: Task) -> None:
+    """Let each rank hold a part of the parameters, with `train.parallel=fsdp`. A collective."""
+    if config.train.parallel == "fsdp":
+        ranks.on_each(partial(check_can_be_sharded, module, task))
+    if is_sharded(config, ranks):
+        shard(module, ranks)
+
+
+def _with_watched_metrics(
+    config: Config, data: Datasets, task: Task, metrics: Sequence[NamedMetric]
+) -> Config:
     """The config with the metrics by which the best model is chosen and a run ends early, and their modes."""
+    evaluated = logged_phases(config.ema, list(data.validation()))
+    logged = LoggedMetrics(task, metrics, evaluated)
     best = config.best
     if best.metric == BestConfig().metric:
         best = replace(best, metric=logged.default)
@@ -278,10 +254,7 @@ def _with_watched_metrics(config: Config, logged: LoggedMetrics) -> Config:
     return with_early_stop_metric(replace(config, best=best), logged)
 
 
-def _head_of_fixed_features(
-    config: Config, task: Task, freezing: Freezing
-) -> nn.Module | None:
-    """The head, if running it on cached features gives what running the model gives; else None."""
-    # Parts of a model that is shared out are gathered by a forward of the whole.
-    runs_whole = config.train.compile or config.train.parallel == "fsdp"
-    return freezing.head if has_plain_predict(task) and not runs_whole else None
+def _quarantine(config: Config, ranks: Ranks) -> Quarantine | None:
+    if config.data.bad_samples != "quarantine":
+        return None
+    return Quarantine(ranks, config.data.max_bad)

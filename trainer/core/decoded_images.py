@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +34,7 @@ def with_decoded_images(section: DataConfig, ranks: Ranks, data: Datasets) -> Da
         return data
     small = {}
     for number, folder in folders.items():
-        small[number] = copy.copy(folder)
-        small[number].short_side = side.pixels
+        small[number] = folder.with_short_side(side.pixels)
     parts = [f"short side {side.pixels} (data.short_side)"]
     if side.pixels is None:
         parts = [f"as they are: {side.reason}"]
@@ -76,10 +74,7 @@ def _open_store(
     source = Source(
         first.root,
         sorted(paths, key=normal_form),
-        first.short_side,
-        first.max_pixels,
-        first.decode_short_side,
-        first.leaves_out,
+        first.reading,
         first.decode,
     )
     threads = usable_processors() // launcher.local_world_size()

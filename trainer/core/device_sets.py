@@ -12,7 +12,7 @@ from trainer.data.loading import Loader
 from trainer.data.on_device import KEY
 from trainer.errors import ConfigError, DataError
 from trainer.process.device import device_name
-from trainer.process.free_memory import available_memory, describe_bytes
+from trainer.process.free_memory import describe_bytes, free_memory
 
 TRIED = 8  # samples of a set that are watched for random draws
 
@@ -43,7 +43,7 @@ def check_first_batch(
         # What is in memory already is not copied.
         copied = [loader.dataset.arrays is None for loader in loaders]
         needed = processes * sum(itertools.compress(sizes, copied))
-    free = available_memory(device)
+    free = free_memory(device)
     if free is not None and needed > free:
         raise ConfigError(
             KEY,

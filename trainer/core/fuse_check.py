@@ -21,8 +21,8 @@ from trainer.exact.host_draws import mentions_host_generators
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.moving_buffers import Copies, other_buffers
 from trainer.exact.plan import IndexRange, Step, split_evenly
-from trainer.process.available_memory import available_memory
 from trainer.process.device import KINDS_WITH_STREAMS, device_module
+from trainer.process.free_memory import share_of_main_memory
 
 SAMPLES_TO_COMPARE = 4  # of each micro-batch: more of them would show no more
 # Rounding stays far below, other mathematics far above.
@@ -184,7 +184,7 @@ def _largest_that_fits(run: Run, step: Step, first: int, end: int) -> int:
     count = end - first
     if run.ranks.device.type == "cpu":
         # A process that runs out of main memory is killed: there is no error to catch.
-        fitting = available_memory() // max(1, _memory_of_one(run, step, first))
+        fitting = share_of_main_memory() // max(1, _memory_of_one(run, step, first))
         count = max(1, min(count, fitting))
     while count > 1 and not _fits(run, step, first, count):
         count //= 2

@@ -17,7 +17,7 @@ from trainer.core.run import Run
 from trainer.core.saved_state import SavedState
 from trainer.core.stateful import load_states
 from trainer.errors import ConfigError
-from trainer.storage import checkpoint
+from trainer.storage import best_model, checkpoint
 from trainer.storage.checkpoint import Checkpoint
 from trainer.storage.data_record import (
     DataRecord,
@@ -106,7 +106,7 @@ class Resuming:
     def restore_best(self, content: Checkpoint, directory: Path) -> None:
         """Make `best/` the one that the checkpoint knows. A collective."""
         step = content.progress.best_step
-        self._run.ranks.on_main(lambda: checkpoint.restore_best(directory, step))
+        self._run.ranks.on_main(lambda: best_model.restore(directory, step))
 
     def describe_rate(self, content: Checkpoint, schedule: Schedule) -> None:
         """Note what becomes of the learning rate, now by `schedule`."""

@@ -31,7 +31,7 @@ from trainer.exact.determinism import run_settings
 from trainer.exact.plan import Plan, Step
 from trainer.exact.remaining import remaining_step
 from trainer.process.ranks import Ranks
-from trainer.storage import checkpoint
+from trainer.storage import best_model, checkpoint
 from trainer.storage.run_directory import run_path
 from trainer.storage.signature import (
     Signature,
@@ -153,10 +153,10 @@ class Run:
         self, directory: Path, tensors: dict[str, Tensor]
     ) -> tuple[Row, dict[str, Any]]:
         """The best model's row and further state; its weights go into the module and into `tensors`."""
-        weights, row = checkpoint.load_best(directory)
+        weights, row = best_model.load(directory)
         checkpoint.restore_model(self.module, weights)
         tensors.update(weights)
-        return row, checkpoint.load_best_further(directory)
+        return row, best_model.load_further(directory)
 
     def forget_features(self) -> None:
         """Discard cached features: the weights have changed by something other than a training step."""

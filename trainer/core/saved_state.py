@@ -17,7 +17,7 @@ from trainer.core.not_finite import refuse_not_finite
 from trainer.core.run import Run
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.reduction import Reduction
-from trainer.storage import checkpoint
+from trainer.storage import best_model, checkpoint
 from trainer.storage.checkpoint import (
     FURTHER,
     MODEL_FILE,
@@ -101,7 +101,7 @@ class SavedState:
         Only during the call does the model hold the weights that are evaluated, where its optimizer has others.
         """
         with evaluation_weights(self._optimizer):
-            snapshot = checkpoint.take_best(
+            snapshot = best_model.take(
                 self._take_weights(),
                 config_yaml(self._run.config),
                 row,

@@ -22,7 +22,7 @@ from trainer.core.stateful import read_states
 from trainer.errors import ConfigError
 from trainer.exact.reduction import Reduction
 from trainer.process.activity import ENDING, LOGGING, SAVING, activity
-from trainer.storage import checkpoint
+from trainer.storage import best_model, checkpoint
 from trainer.storage.checkpoint import Progress
 from trainer.storage.snapshot import Snapshot
 from trainer.storage.snapshot_writer import SnapshotWriter
@@ -222,9 +222,7 @@ class Saving:
         saved_best_step = self._saved_best_step
 
         def write(snapshot: Snapshot) -> None:
-            checkpoint.write_best(
-                files.directory, snapshot, saved_best_step=saved_best_step
-            )
+            best_model.write(files.directory, snapshot, saved_best_step=saved_best_step)
 
         self._state.with_best(row, lambda snapshot: writer.write(snapshot, write))
 

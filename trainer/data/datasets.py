@@ -20,13 +20,13 @@ from trainer.config.registry import build, resolve
 from trainer.config.schema import DataConfig
 from trainer.data.decode_size import check_decode_size
 from trainer.data.folder import image_folders
+from trainer.data.image_reading import ImageReading
 from trainer.data.imported import imported_parts, names_of_parameters
 from trainer.data.labelled_images import labelled_images
 from trainer.data.parts import check_part, shared_class_names
 from trainer.data.rows import as_pairs
 from trainer.data.shapes import Shapes, check_target
 from trainer.data.shapes import class_names as class_names_of_shapes
-from trainer.data.short_side import choose_short_side
 from trainer.errors import ConfigError, DataError, UnreadableError, may_pass
 from trainer.exact.seeding import numpy_generator
 
@@ -141,10 +141,7 @@ def build_datasets(
             section.args,
             root=section.root,
             cache=0.0 if section.cache == "decoded" else section.cache,
-            short_side=choose_short_side(section).pixels,
-            max_pixels=section.max_pixels,
-            decode_short_side=section.decode_short_side,
-            bad_samples=section.bad_samples,
+            reading=ImageReading.of(section),
             needs_val=section.val_fraction is None and needs_own_part(section),
             is_split=section.val_fraction is not None,
         )
@@ -202,11 +199,8 @@ def digits() -> Datasets:
 def folder(
     root: str,
     cache: float = 0.0,
-    max_pixels: int | None = None,
-    bad_samples: str = "stop",
-    short_side: int | None = None,
+    reading: ImageReading | None = None,
     *,
-    decode_short_side: int | None = None,
     needs_val: bool = True,
     is_split: bool = False,
     train_folder: str | None = None,
@@ -217,10 +211,7 @@ def folder(
 
     Args:
         cache: up to so many GiB of images are decoded at once and kept in memory, those to train from first.
-        max_pixels: an image of more is not decoded.
-        decode_short_side: JPEG files may be decoded smaller, their shorter side no less than this.
-        bad_samples: quarantine keeps images that cannot be decoded out of the cache, and goes on.
-        short_side: larger images are made so small, in pixels.
+        reading: how an image is made of a file.
         needs_val: whether validation images are looked for.
         is_split: whether validation images are taken out of the training images.
         train_folder: folder below root with the class folders to train on; null = train, or with data.val_fraction
@@ -228,38 +219,38 @@ def folder(
         val_folder: the same for validation.
         labels: a CSV file with the columns path, label and split, or {file: a.csv, label: breed, kind: classes, …}.
     """
-    place = Path(root).expanduser()
-    leaves_out = bad_samples == "quarantine"
+    directory = Path(root).expanduser()
     names: list[str] | None
     if labels is None:
         if train_folder is None:
-            is_whole = is_split and place.is_dir() and not (place / "train").is_dir()
-            train_folder = "." if is_whole else "train"
+            train_folder = _default_train_folder(directory, is_split=is_split)
+        folders = train_folder, val_folder
         train, val, names, note = image_folders(
-            place,
-            max_pixels,
-            leaves_out,
-            folders=(train_folder, val_folder),
-            needs_val=needs_val,
+            directory, reading, folders=folders, needs_val=needs_val
         )
     else:
-        if train_folder is not None or val_folder != "val":
-            key = "val_folder" if train_folder is None else "train_folder"
-            raise ConfigError(
-                f"data.{key}", "says nothing beside data.labels, which names each image"
-            )
+        _refuse_folders(train_folder, val_folder)
         train, val, names, note = labelled_images(
-            place, labels, max_pixels, leaves_out, needs_val=needs_val
+            directory, labels, reading, needs_val=needs_val
         )
-    train.decode_short_side = decode_short_side
-    train.short_side = short_side
-    if val is not None:
-        val.decode_short_side = decode_short_side
-        val.short_side = short_side
     bytes_left = train.cache_first(round(cache * 2**30))
     if val is not None:
         val.cache_first(bytes_left)
     return Datasets(train, val, names, "folder", note)
+
+
+def _default_train_folder(directory: Path, *, is_split: bool) -> str:
+    holds_classes = directory.is_dir() and not (directory / "train").is_dir()
+    return "." if is_split and holds_classes else "train"
+
+
+def _refuse_folders(train_folder: str | None, val_folder: str) -> None:
+    """Raise `ConfigError` for the name of a folder beside a label file."""
+    if train_folder is not None or val_folder != "val":
+        key = "val_folder" if train_folder is None else "train_folder"
+        raise ConfigError(
+            f"data.{key}", "says nothing beside data.labels, which names each image"
+        )
 
 
 def cifar10(root: str, download: bool = False) -> Datasets:

@@ -24,6 +24,7 @@ from trainer.data.datasets import (
     build_datasets,
 )
 from trainer.data.folder import evaluation_folder
+from trainer.data.image_reading import ImageReading
 from trainer.data.imported import evaluation_part
 from trainer.data.labelled_images import labelled_part
 from trainer.data.parts import check_part, class_names, shared_class_names
@@ -136,12 +137,7 @@ def _folder(
         )
     own_part = item.part or "val"
     part = item.folder or own.args.get(FOLDERS[own_part]) or own_part
-    leaves_out = own.bad_samples == "quarantine"
-    images, note = evaluation_folder(
-        root, part, data.classes, own.max_pixels, leaves_out, key=place
-    )
-    images.decode_short_side = own.decode_short_side
-    return images, note
+    return evaluation_folder(root, part, data.classes, ImageReading.of(own), key=place)
 
 
 def _labelled(
@@ -152,13 +148,10 @@ def _labelled(
             f"{place}.folder", "says nothing beside labels, which name each image"
         )
     root = _root_of(own, place)
-    leaves_out = own.bad_samples == "quarantine"
     with _keys_within(place):
-        images, note = labelled_part(
-            root, own.args["labels"], data.classes, own.max_pixels, leaves_out
+        return labelled_part(
+            root, own.args["labels"], data.classes, ImageReading.of(own)
         )
-    images.decode_short_side = own.decode_short_side
-    return images, note
 
 
 def _another(

@@ -6,16 +6,17 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer.data.bad_samples import is_bad_sample
-from trainer.data.decoding import IMAGE_TYPES, decode
+from trainer.data.decoding import IMAGE_TYPES
+from trainer.data.image_reading import ImageReading
 from trainer.data.image_store import ImageStore
 from trainer.data.names import check_utf8, normal_form
-from trainer.data.short_side import shrink
 from trainer.errors import ConfigError, DataError, data_error, may_pass, nearest
 
 # Images decoded before it is known whether they fit into the cache.
@@ -30,12 +31,10 @@ LINK_UPWARDS = "a link to a folder that holds it"
 class ImageFolder:
     """The images of one part. Sample `i` is the i-th path, sorted by class, then by path.
 
-    `paths` are relative to `root`, with forward slashes; `targets` are their class ids. A file of more than
-    `max_pixels` pixels is not decoded. With `leaves_out`, nothing but reading a sample itself fails for a bad file.
-    With a `short_side`, larger images are made so small (`trainer.data.short_side`).
+    `paths` are relative to `root`, with forward slashes; `targets` are their class ids. Where `reading` leaves bad
+    files out, nothing but reading a sample itself fails for one.
     """
 
-    short_side: int | None = None
     # Decoded images in files, and the number there of each image here.
     _store: ImageStore | None = None
     _numbers: Sequence[int] = ()
@@ -45,13 +44,10 @@ class ImageFolder:
         root: Path,
         paths: list[str],
         targets: list[Any],
-        max_pixels: int | None = None,
-        leaves_out: bool = False,
+        reading: ImageReading | None = None,
     ) -> None:
         self.root = root
-        self.leaves_out = leaves_out
-        self.max_pixels = max_pixels
-        self.decode_short_side: int | None = None  # `data.decode_short_side`
+        self.reading = reading or ImageReading()
         self.paths = paths
         self.targets = targets
         # The first images, decoded; None for one that cannot be.
@@ -84,6 +80,12 @@ class ImageFolder:
             return self._store.image(self._numbers[index])
         return self._cached[index] if 0 <= index < len(self._cached) else None
 
+    def with_short_side(self, pixels: int | None) -> ImageFolder:
+        """The same images, the larger ones made so small."""
+        smaller = copy.copy(self)
+        smaller.reading = replace(self.reading, short_side=pixels)
+        return smaller
+
     def with_store(self, store: ImageStore) -> ImageFolder:
         """The same images, read from `store`, which holds them all."""
         stored = copy.copy(self)
@@ -113,7 +115,7 @@ class ImageFolder:
         try:
             return self.decode(path)
         except DataError as error:
-            if self.leaves_out and is_bad_sample(error):
+            if self.reading.leaves_out and is_bad_sample(error):
                 return None
             raise
 
@@ -133,20 +135,14 @@ class ImageFolder:
 
     def decode(self, path: str) -> torch.Tensor:
         """The image of a file, as `__getitem__` gives it. Raises `DataError`."""
-        image = decode(
-            self.root / path,
-            max_pixels=self.max_pixels,
-            short_side=self.decode_short_side,
-        )
-        return shrink(image, self.short_side)
+        return self.reading.read(self.root / path)
 
 
 # Not `torchvision.datasets.ImageFolder`: it puts the files of subfolders last, takes hidden folders for classes, skips
 # folders that it may not read, and says nothing of the files that it leaves out. Sample ids depend on the order here.
 def image_folders(
     root: Path,
-    max_pixels: int | None = None,
-    leaves_out: bool = False,
+    reading: ImageReading | None = None,
     *,
     folders: tuple[str, str] = ("train", "val"),
     needs_val: bool = True,
@@ -167,7 +163,7 @@ def image_folders(
                 f"{root / train_folder / name} holds no {_types()}; add images or remove the folder"
             )
     classes = list(train)
-    train_images = _image_folder(root, train, classes, max_pixels, leaves_out)
+    train_images = _image_folder(root, train, classes, reading)
     val_images = None
     if needs_val:
         val = _list_part(root, val_folder, left_out)
@@ -177,7 +173,7 @@ def image_folders(
                     f"{root / val_folder / name} is a class that {train_folder}/ lacks{nearest(name, train)}; "
                     f"add {root / train_folder / name} or remove the folder"
                 )
-        val_images = _image_folder(root, val, classes, max_pixels, leaves_out)
+        val_images = _image_folder(root, val, classes, reading)
     return train_images, val_images, classes, _notes(left_out)
 
 
@@ -185,8 +181,7 @@ def evaluation_folder(
     root: Path,
     part: str,
     classes: list[str],
-    max_pixels: int | None,
-    leaves_out: bool,
+    reading: ImageReading,
     *,
     key: str,
 ) -> tuple[ImageFolder, str]:
@@ -208,7 +203,7 @@ def evaluation_folder(
                 f"{folder / name} is a class that the training data lack{nearest(name, classes)}; remove or rename "
                 f"the folder"
             )
-    images = _image_folder(root, paths, classes, max_pixels, leaves_out)
+    images = _image_folder(root, paths, classes, reading)
     return images, _notes(left_out)
 
 
@@ -240,8 +235,7 @@ def _image_folder(
     root: Path,
     paths_by_class: dict[str, list[str]],
     classes: list[str],
-    max_pixels: int | None,
-    leaves_out: bool,
+    reading: ImageReading | None,
 ) -> ImageFolder:
     paths: list[str] = []
     targets: list[int] = []
@@ -249,7 +243,7 @@ def _image_folder(
         in_class = paths_by_class.get(name, [])
         paths += in_class
         targets += [target] * len(in_class)
-    return ImageFolder(root, paths, targets, max_pixels, leaves_out)
+    return ImageFolder(root, paths, targets, reading)
 
 
 def _list_part(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from trainer.data.folder import ImageFolder, check_root
+from trainer.data.image_reading import ImageReading
 from trainer.data.label_file import (
     BETWEEN_LABELS,
     MAX_NAMES,
@@ -30,7 +31,17 @@ class LabelledImages(ImageFolder):
     With `class_count`, a list of class ids becomes float32 `(class_count,)` of zeros and ones.
     """
 
-    class_count: int | None = None
+    def __init__(
+        self,
+        root: Path,
+        paths: list[str],
+        targets: list[Any],
+        reading: ImageReading | None = None,
+        *,
+        class_count: int | None = None,
+    ) -> None:
+        super().__init__(root, paths, targets, reading)
+        self.class_count = class_count
 
     def _target(self, index: int) -> Any:
         target = self.targets[index]
@@ -46,8 +57,7 @@ class LabelledImages(ImageFolder):
 def labelled_images(
     root: Path,
     labels: str | dict[str, Any],
-    max_pixels: int | None = None,
-    leaves_out: bool = False,
+    reading: ImageReading | None = None,
     *,
     needs_val: bool = True,
 ) -> tuple[ImageFolder, ImageFolder | None, list[str] | None, str]:
@@ -63,9 +73,7 @@ def labelled_images(
     classes = _find_classes(file, train)
 
     def images(part: Sequence[Row]) -> LabelledImages:
-        return _images(
-            root, file, part, classes, max_pixels=max_pixels, leaves_out=leaves_out
-        )
+        return _images(root, file, part, classes, reading)
 
     used = {file.train, file.val if needs_val else None, None}
     left_out = [
@@ -83,8 +91,7 @@ def labelled_part(
     root: Path,
     labels: str | dict[str, Any],
     classes: list[str] | None,
-    max_pixels: int | None,
-    leaves_out: bool,
+    reading: ImageReading,
 ) -> tuple[ImageFolder, str]:
     """The images of another label file for evaluation, under the class ids of `classes`, and a note on rows left out.
 
@@ -92,9 +99,7 @@ def labelled_part(
     """
     file, by_split = _read(root, labels)
     chosen = by_split.get(None) or _rows_of(file, by_split, file.val, "val")
-    images = _images(
-        root, file, chosen, classes, max_pixels=max_pixels, leaves_out=leaves_out
-    )
+    images = _images(root, file, chosen, classes, reading)
     left_out = sum(map(len, by_split.values())) - len(chosen)
     note = f"{left_out:,} rows of {file.file.name} left out" if left_out else ""
     return images, note
@@ -119,17 +124,13 @@ def _images(
     file: LabelFile,
     rows: Sequence[Row],
     classes: list[str] | None,
-    *,
-    max_pixels: int | None,
-    leaves_out: bool,
+    reading: ImageReading | None,
 ) -> LabelledImages:
     as_target = _reader(file, classes)
     paths = [row.path for row in rows]
     targets = list(map(as_target, rows))
-    images = LabelledImages(root, paths, targets, max_pixels, leaves_out)
-    if file.kind == "classes":
-        images.class_count = len(classes or [])
-    return images
+    class_count = len(classes or []) if file.kind == "classes" else None
+    return LabelledImages(root, paths, targets, reading, class_count=class_count)
 
 
 def _rows_of(

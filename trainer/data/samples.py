@@ -20,7 +20,6 @@ from trainer.data.bad_samples import BadSample, is_bad_sample
 from trainer.data.collation import Collation, describe_ids
 from trainer.data.conversion import (
     as_pair,
-    describe_parts,
     input_as_tensor,
     target_as_tensor,
 )
@@ -28,6 +27,7 @@ from trainer.data.datasets import ImageArrays, MapDataset
 from trainer.data.folder import ImageFolder
 from trainer.data.geometry import SampleTransform
 from trainer.data.names import printable
+from trainer.data.no_batch import why_no_batch
 from trainer.data.worker_failure import is_limit
 from trainer.errors import DataError, data_error
 from trainer.exact.plan import Ids, IndexRange
@@ -81,9 +81,9 @@ class Request(NamedTuple):
         )
         return zip(ids, occurrences, strict=True)
 
-    def only(self, places: npt.ArrayLike) -> Request:
-        """The same of the samples at `places` alone: indices, or a mask."""
-        kept = np.asarray(places)
+    def only(self, positions: npt.ArrayLike) -> Request:
+        """The same of the samples at `positions` alone: indices, or a mask."""
+        kept = np.asarray(positions)
         if not kept.size:
             kept = kept.astype(np.int64)
         occurrences = self.occurrences
@@ -210,17 +210,17 @@ class KeyedDataset(Dataset[Any]):
             batch = self._look_up(self._batch, request) if len(request.ids) else None
             return Loaded(batch, request, [])
         samples = []
-        places = []
+        positions = []
         bad = []
-        for place, (sample_id, occurrence) in enumerate(request.pairs()):
+        for position, (sample_id, occurrence) in enumerate(request.pairs()):
             try:
                 samples.append(self.sample(request.epoch, sample_id, occurrence))
-                places.append(place)
+                positions.append(position)
             except DataError as error:
                 if not is_bad_sample(error):
                     return error
                 bad.append(self._describe_bad(sample_id, error))
-        readable = request.only(places)
+        readable = request.only(positions)
         if not samples:
             return Loaded(None, readable, bad)
         try:
@@ -313,7 +313,14 @@ class KeyedDataset(Dataset[Any]):
                 # The batch is made in memory shared with the rank, which tells of its end.
                 raise
             # Anything: samples are other people's values.
-            raise self._misfit(samples, ids, error) from error
+            raise why_no_batch(
+                samples,
+                ids,
+                error,
+                label=self.label,
+                name=self.name,
+                transforms_key=self.transforms_key,
+            ) from error
         return inputs, targets
 
     def _collate_by(
@@ -322,8 +329,8 @@ class KeyedDataset(Dataset[Any]):
         """The batch that `data.collate` makes. What it draws is keyed by the epoch and the batch's first sample."""
         pairs = list(request.pairs())
         ids = [sample_id for sample_id, _ in pairs]
-        place = (request.epoch, *pairs[0], len(pairs))
-        seed_cpu(key(self._seed, f"{self._purpose} batch", *place))
+        position = (request.epoch, *pairs[0], len(pairs))
+        seed_cpu(key(self._seed, f"{self._purpose} batch", *position))
         try:
             return collation(samples)
         except DataError:
@@ -337,47 +344,6 @@ class KeyedDataset(Dataset[Any]):
                 f"{type(error).__name__}: {error} ({_last_line(error)})"
             )
             raise data_error(message, error) from error
-
-    def _misfit(
-        self, samples: list[tuple[Any, Any]], ids: Ids, error: Exception
-    ) -> DataError:
-        """Why samples make no batch: the first that is not like the one before it, or of no kind that has batches."""
-        for index, part in ((0, "input"), (1, "target")):
-            values = [sample[index] for sample in samples]
-            try:
-                default_collate(values)
-            except Exception as reason:
-                return self._misfit_of_part(part, values, ids, reason)
-        return DataError(f"{self.label} samples make no batch: {error}")
-
-    def _misfit_of_part(
-        self, part: str, values: list[Any], ids: Ids, error: Exception
-    ) -> DataError:
-        descriptions = [describe_parts(value) for value in values]
-        other = next(
-            (i for i, text in enumerate(descriptions) if text != descriptions[0]), None
-        )
-        if other is None:
-            remedy = (
-                "return a number or a tensor; where there is no target, return 0"
-                if part == "target"
-                else "return a tensor, or a dict of tensors"
-            )
-            reason = str(error).splitlines()[0]
-            return DataError(
-                f"{self.name(int(ids[0]))}: its {part} is {descriptions[0]}, of which no batch can be made "
-                f"({reason}); {remedy}, or name a function in data.collate that makes the batch"
-            )
-        remedy = (
-            f"set {self.transforms_key} to give all one shape, as {{name: Resize, size: [224, 224]}} does"
-            if part == "input" and isinstance(values[0], Tensor)
-            else "pad each to one length in the data set, and leave the padding out of the loss, or name a function in "
-            "data.collate that makes the batch (data.collate=lists keeps each sample by itself)"
-        )
-        return DataError(
-            f"{self.label} samples do not fit into one batch: the {part} of sample {ids[0]} is {descriptions[0]}, "
-            f"that of sample {ids[other]} {descriptions[other]}; {remedy}"
-        )
 
     def name(self, sample_id: int) -> str:
         """What a message calls a sample: its number, and its path if it has one."""

@@ -23,16 +23,15 @@ from trainer.core.precision import Precision
 from trainer.core.run import settings_of
 from trainer.core.trust import read_trusted_config
 from trainer.data.collation import Collation, build_collation
-from trainer.data.decoding import decode
+from trainer.data.image_reading import ImageReading
 from trainer.data.normalize import Normalize
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
-from trainer.data.short_side import choose_short_side, shrink
 from trainer.data.transforms import build_transforms
 from trainer.data.workers import iterate
 from trainer.errors import ConfigError, DataError, LockstepError
 from trainer.process import launcher
 from trainer.process.ranks import Ranks
-from trainer.storage import checkpoint, signature
+from trainer.storage import best_model, checkpoint, signature
 from trainer.storage.run_directory import config_file
 from trainer.storage.signature import Signature
 
@@ -59,7 +58,7 @@ class Predictor:
         trust: Sequence[str] = (),
     ) -> None:
         config_file(run)  # the error for a directory that is no run
-        best = checkpoint.best_directory(run)
+        best = best_model.directory(run)
         imports = ["loss", "data.val_transforms", "data.collate"]
         if model is None:
             imports.append("model")
@@ -77,7 +76,7 @@ class Predictor:
         task = build_task(self.config.loss, self.signature.num_classes)
         self.task = task.to(self.device, precision.dtype).eval()
         restore_evaluated(
-            checkpoint.load_best_further(run),
+            best_model.load_further(run),
             self.module,
             LossState(self.module, self.task),
         )
@@ -205,7 +204,7 @@ class Predictor:
         )
 
     def _load_weights(self, run: Path) -> None:
-        tensors, _ = checkpoint.load_best(run)
+        tensors, _ = best_model.load(run)
         try:
             self.module.load_state_dict(
                 checkpoint.with_extra_state(self.module, tensors)
@@ -290,20 +289,15 @@ class _ImageFiles:
         self, paths: Sequence[Path], channels: int, section: DataConfig
     ) -> None:
         self.paths = paths
-        self._short_side = choose_short_side(section).pixels
+        self._reading = ImageReading.of(section)
         self._channels = channels
-        self._max_pixels = section.max_pixels
-        self._decode_short_side = section.decode_short_side
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path = self.paths[index]
-        image = decode(path, self._channels, self._max_pixels, self._decode_short_side)
-        return shrink(
-            image, self._short_side
-        ), 0  # a target, which every sample must have
+        image = self._reading.read(self.paths[index], self._channels)
+        return image, 0  # a target, which every sample must have
 
 
 def unknown_answer(loss: str) -> str:

@@ -6,43 +6,46 @@ from pathlib import Path
 
 import torch
 
+from trainer.process import launcher
 from trainer.process.device import device_module
 
+# A container's own control group.
+CGROUP = Path("/sys/fs/cgroup")
 
-def available_memory(device: torch.device) -> int | None:
+
+def free_memory(device: torch.device) -> int | None:
     """Bytes that a program may still ask for on `device`; None where nobody says."""
     if device.type == "cpu":
-        return _least(_of_machine(), _of_container())
+        return free_main_memory()
     query = getattr(device_module(device), "mem_get_info", None)
     return None if query is None else int(query(device)[0])
 
 
-def _least(*amounts: int | None) -> int | None:
-    known = [amount for amount in amounts if amount is not None]
-    return min(known, default=None)
+def free_main_memory() -> int:
+    """Bytes that a program may still ask for without swapping, within its container's limit."""
+    import psutil  # type: ignore[import-untyped]
+
+    machine = int(psutil.virtual_memory().available)
+    container = _free_in_container()
+    return machine if container is None else min(machine, container)
 
 
-def _of_machine() -> int | None:
-    """What Linux expects to be able to give without swapping."""
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return None
+def share_of_main_memory() -> int:
+    """Bytes of main memory for one rank: half of what is free, shared by the ranks of the machine."""
+    return free_main_memory() // (2 * launcher.local_world_size())
 
 
-def _of_container() -> int | None:
+def _free_in_container() -> int | None:
     """What a limit of the control group leaves (https://docs.kernel.org/admin-guide/cgroup-v2.html)."""
-    group = Path("/sys/fs/cgroup")
-    limit, used = _read(group / "memory.max"), _read(group / "memory.current")
-    if not limit.isdigit() or not used.isdigit():
+    limit, used = _read(CGROUP / "memory.max"), _read(CGROUP / "memory.current")
+    if not limit.isdigit() or not used.isdigit():  # "max" is no limit
         return None
-    return max(0, int(limit) - int(used) + _file_cache(group))
+    return max(0, int(limit) - int(used) + _file_cache())
 
 
-def _file_cache(group: Path) -> int:
+def _file_cache() -> int:
     """Bytes of files that are kept as long as nobody needs the memory: they count as used."""
-    for line in _read(group / "memory.stat").splitlines():
+    for line in _read(CGROUP / "memory.stat").splitlines():
         name, _, value = line.partition(" ")
         if name == "inactive_file":
             return int(value)

@@ -186,7 +186,7 @@ class _Build:
         try:
             image = self._source.decode(path)
         except DataError as error:
-            if self._source.leaves_out and is_bad_sample(error):
+            if self._source.reading.leaves_out and is_bad_sample(error):
                 return memoryview(b""), (0, 0)
             raise
         pixels = image.permute(1, 2, 0).contiguous()

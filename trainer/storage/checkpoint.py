@@ -4,7 +4,6 @@
                                  and, for each stateful object, <name>.safetensors  <name>.json
                                  and, if a loss or the like has a state, further.safetensors  further.json
     checkpoints/last             a text file: the name of the newest complete checkpoint
-    best/                        model.safetensors  config.yaml  metrics.json  signature.json  manifest.json
 
 No random state is saved. A run's position is its step number, and every random draw is keyed by its place in the run.
 """
@@ -15,11 +14,9 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -39,7 +36,6 @@ MetricSums = dict[str, tuple[list[float], list[float]]]
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
-METRICS_FILE = "metrics.json"  # of best/
 # Names the files of what a run keeps besides weights and optimizer state; see `trainer.core.further`.
 FURTHER = "further"
 
@@ -89,15 +85,6 @@ class Checkpoint:
     stateful: dict[str, dict[Any, Any]] = field(default_factory=dict)
 
 
-def snapshot(module: nn.Module) -> Tensors:
-    """A copy of the module's parameters and buffers on the CPU."""
-    # A copy even of CPU tensors: tied weights share memory, which safetensors refuses.
-    return {
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in model_tensors(module).items()
-    }
-
-
 def model_tensors(module: nn.Module) -> Tensors:
     """The module's own parameters and buffers, as a checkpoint names them."""
     tensors = {}
@@ -106,14 +93,6 @@ def model_tensors(module: nn.Module) -> Tensors:
             # Else it is what `get_extra_state` returns, which is kept beside the weights.
             tensors[name] = tensor
     return tensors
-
-
-def save(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write a checkpoint as `write` does; returns its path.
-
-    Raises `LockstepError`, too, if a stateful object cannot be stored.
-    """
-    return write(directory, take(checkpoint), keep=keep)
 
 
 def take(checkpoint: Checkpoint) -> Snapshot:
@@ -206,7 +185,7 @@ def _set_aside(path: Path) -> str:
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises `LockstepError` if a file is missing or its SHA-256 is not the manifest's."""
     try:
-        _verify(path)
+        verify(path)
         state = json.loads((path / STATE_FILE).read_text())
         return Checkpoint(
             model=load_file(path / MODEL_FILE),
@@ -253,111 +232,6 @@ def _part_of_same(shard: Tensor, value: Tensor) -> Tensor:
     return part_like(shard, value)
 
 
-def save_best(
-    run: Path,
-    model: Tensors,
-    config_yaml: str,
-    metrics: Mapping[str, float],
-    signature: Mapping[str, Any],
-    *,
-    further: Mapping[str, Any] | None = None,
-    saved_best_step: int | None = None,
-) -> None:
-    """Replace `best/` by what `take_best` makes of the arguments, as `write_best` does."""
-    snapshot = take_best(model, config_yaml, metrics, signature, further=further)
-    write_best(run, snapshot, saved_best_step=saved_best_step)
-
-
-def take_best(
-    model: Tensors,
-    config_yaml: str,
-    metrics: Mapping[str, float],
-    signature: Mapping[str, Any],
-    *,
-    further: Mapping[str, Any] | None = None,
-) -> Snapshot:
-    """The files of a best model; `further` is state that is not among its tensors, such as a loss's own."""
-    snapshot = Snapshot(int(metrics["step"]))
-    snapshot.files[MODEL_FILE] = model
-    private = _is_private(config_yaml)
-    snapshot.add_text("config.yaml", config_yaml, private=private)
-    snapshot.add_json(METRICS_FILE, dict(metrics))
-    snapshot.add_json("signature.json", dict(signature))
-    if further:
-        snapshot.add_state(FURTHER, further)
-    return snapshot
-
-
-def write_best(
-    run: Path, snapshot: Snapshot, *, saved_best_step: int | None = None
-) -> None:
-    """Replace `best/`.
-
-    The one before becomes `.best.previous`, which `restore_best` needs after an interruption. If `.best.previous` is of
-    `saved_best_step`, the best model that the newest checkpoint knows, it stays.
-    """
-    best, previous, following = run / "best", run / ".best.previous", run / ".best.next"
-    with new_directory(following) as partial:
-        snapshot.write(partial)
-    if best.exists():
-        if saved_best_step and _best_step(previous) == saved_best_step:
-            shutil.rmtree(best)
-        else:
-            shutil.rmtree(previous, ignore_errors=True)
-            best.rename(previous)
-    following.rename(best)
-
-
-@lru_cache(maxsize=1)  # a run has one
-def _is_private(config_yaml: str) -> bool:
-    return holds_secret(yaml.safe_load(config_yaml))
-
-
-def restore_best(run: Path, step: int) -> None:
-    """Make `best/` the one of `step`, the best at a checkpoint that the run resumes from.
-
-    A run may have been interrupted between a newer best model and its next checkpoint; it will find that model again.
-    """
-    best, previous = run / "best", run / ".best.previous"
-    if _best_step(best) != step and _best_step(previous) == step:
-        shutil.rmtree(best, ignore_errors=True)
-        previous.rename(best)
-
-
-def best_directory(run: Path) -> Path:
-    """`best/`, or the previous one if the run was interrupted while it replaced it. Raises `LockstepError` if none."""
-    for path in (run / "best", run / ".best.previous"):
-        if path.is_dir():
-            return path
-    raise LockstepError(
-        f"{run} has no best model yet: it is kept at a run's first evaluation"
-    )
-
-
-def load_best(run: Path) -> tuple[Tensors, dict[str, float]]:
-    """The best model's tensors and metrics. Raises `LockstepError` if there is none, or it is not what was written."""
-    best = best_directory(run)
-    try:
-        if (best / MANIFEST_FILE).exists():  # absent in a run of an earlier version
-            _verify(best)
-        tensors = load_file(best / MODEL_FILE)
-        metrics = json.loads((best / METRICS_FILE).read_text())
-    except READ_ERRORS as error:
-        raise LockstepError(f"{best} cannot be read ({error})") from error
-    return tensors, metrics
-
-
-def load_best_further(run: Path) -> dict[str, Any]:
-    """What `save_best` was given as `further`; {} if nothing. Raises `LockstepError` if it cannot be read."""
-    best = best_directory(run)
-    if not (best / f"{FURTHER}.json").exists():
-        return {}
-    try:
-        return load_state(best, FURTHER)
-    except READ_ERRORS as error:
-        raise LockstepError(f"{best} cannot be read ({error})") from error
-
-
 def _names_of(stateful: Mapping[str, Mapping[Any, Any]]) -> list[str]:
     """The names of stateful objects, in order. Raises `LockstepError` if two could not have files of their own."""
     names = sorted(stateful)
@@ -376,8 +250,8 @@ def _load_stateful(path: Path, state: Mapping[str, Any]) -> dict[str, dict[Any, 
     return {name: load_state(path, name) for name in names}
 
 
-def _verify(path: Path) -> None:
-    """Raise unless every file of a checkpoint is the one that its manifest records."""
+def verify(path: Path) -> None:
+    """Raise unless every file in `path` is the one that its manifest records."""
     manifest = json.loads((path / MANIFEST_FILE).read_text())
     for name, sha256 in manifest["files"].items():
         if Path(name).name != name:
@@ -398,11 +272,3 @@ def _remove_old(directory: Path, *, keep: int, newest: Path) -> None:
     for path in sorted(directory.glob("step_*"))[:-keep]:
         if path != newest:
             shutil.rmtree(path)
-
-
-def _best_step(path: Path) -> int | None:
-    """The step of a best model, None if there is none or its metrics cannot be read."""
-    try:
-        return int(json.loads((path / METRICS_FILE).read_text())["step"])
-    except READ_ERRORS:
-        return None

@@ -69,7 +69,7 @@ def _size_of_image(dataset: ImageFolder, path: str) -> int:
     try:
         return file_size(dataset.root / path)
     except DataError as error:
-        if dataset.leaves_out and is_bad_sample(error):
+        if dataset.reading.leaves_out and is_bad_sample(error):
             return -1
         raise
 

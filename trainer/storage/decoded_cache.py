@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trainer.data.bad_samples import is_bad_sample
 from trainer.data.decoders import decoder_name
+from trainer.data.image_reading import ImageReading
 from trainer.data.image_store import ABOUT_FILE, CHANNELS, ImageStore, chunk_path
 from trainer.data.names import normal_form
 from trainer.errors import DataError
@@ -40,16 +41,12 @@ ESTIMATED_FROM = 64  # images
 class Source:
     """The image files of a root, and how each is decoded.
 
-    `paths` are relative to `root`, sorted; `decode` makes an image of one. With `leaves_out`, those that cannot be
-    decoded are left out.
+    `paths` are relative to `root`, sorted; `decode` makes an image of one, as `reading` says.
     """
 
     root: Path
     paths: Sequence[str]
-    short_side: int | None
-    max_pixels: int | None
-    decode_short_side: int | None
-    leaves_out: bool
+    reading: ImageReading
     decode: Callable[[str], Tensor]
 
     @property
@@ -73,9 +70,9 @@ class Source:
             "format": FORMAT,
             "images": len(self.paths),
             "chunk_size": self.chunk_size,
-            "short_side": self.short_side,
-            "max_pixels": self.max_pixels,
-            "decode_short_side": self.decode_short_side,
+            "short_side": self.reading.short_side,
+            "max_pixels": self.reading.max_pixels,
+            "decode_short_side": self.reading.decode_short_side,
             "decoded_by": decoder_versions(),
             "files": self._files_sha256(),
         }
@@ -84,7 +81,9 @@ class Source:
     def name(self) -> str:
         """The cache's folder: for people the root's name and the short side, and the digest of `about`."""
         digest = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode())
-        size = "full" if self.short_side is None else str(self.short_side)
+        size = (
+            "full" if self.reading.short_side is None else str(self.reading.short_side)
+        )
         return f"{self.root.resolve().name or 'root'}-{size}-{digest.hexdigest()[:16]}"
 
     def _files_sha256(self) -> str:
@@ -100,7 +99,8 @@ class Source:
             file_size(file)
             state = file.stat()
         except (DataError, OSError) as error:
-            if self.leaves_out and (isinstance(error, OSError) or is_bad_sample(error)):
+            is_unreadable = isinstance(error, OSError) or is_bad_sample(error)
+            if self.reading.leaves_out and is_unreadable:
                 return "none"
             raise
         return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
@@ -117,8 +117,8 @@ class Source:
 
     def _decoded_size(self, width: int, height: int) -> int:
         scale = 1.0
-        if self.short_side is not None:
-            scale = min(1.0, self.short_side / min(width, height))
+        if self.reading.short_side is not None:
+            scale = min(1.0, self.reading.short_side / min(width, height))
         return round(width * scale) * round(height * scale) * CHANNELS
 
 

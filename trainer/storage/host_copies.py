@@ -1,4 +1,4 @@
-"""Copies of a run's tensors in main memory, in the same memory each time."""
+"""Copies of a run's tensors in main memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ import torch
 from torch import Tensor
 
 Key = tuple[str, str]  # a tensor's file and its name there
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy in row-major order, even of a CPU tensor: tied weights share memory, which safetensors refuses."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies as `host_copy` makes them, by the same names."""
+    return {name: host_copy(tensor) for name, tensor in tensors.items()}
 
 
 class HostCopies:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.storage.files import make_file
+from trainer.storage.host_copies import host_copies
 from trainer.storage.sha256 import file_sha256
 from trainer.storage.stateful import check_name, split_state, write_tensors
 
@@ -82,15 +83,7 @@ class Snapshot:
             elif file in self.copied:
                 write_tensors(path, contents)
             else:
-                write_tensors(path, _copied(contents))
+                write_tensors(path, host_copies(contents))
         files = {file.name: file_sha256(file) for file in sorted(directory.iterdir())}
         manifest = {"step": self.step, "files": files}
         (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2))
-
-
-def _copied(tensors: Tensors) -> Tensors:
-    # Copies even of CPU tensors: tied weights share memory, which safetensors refuses.
-    copies = {}
-    for name, tensor in tensors.items():
-        copies[name] = tensor.detach().to("cpu", copy=True).contiguous()
-    return copies

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from trainer.process.activity import activity
-from trainer.process.available_memory import available_memory
+from trainer.process.free_memory import share_of_main_memory
 from trainer.storage.host_copies import HostCopies
 from trainer.storage.snapshot import Snapshot
 
@@ -55,7 +55,7 @@ class SnapshotWriter:
     def _finds_room(self, size: int) -> bool:
         if not self._has_room:
             return False
-        available = available_memory()
+        available = share_of_main_memory()
         if size > available:
             self._has_room = False
             self._note(

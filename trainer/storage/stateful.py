@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trainer.errors import LockstepError
 from trainer.exact.shards import is_shard
+from trainer.storage.host_copies import host_copy
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Files that every checkpoint has.
@@ -69,19 +70,11 @@ def check_name(name: str) -> None:
         )
 
 
-def save_state(directory: Path, name: str, state: Mapping[Any, Any]) -> None:
-    """Write `state` to `<name>.safetensors` and `<name>.json`.
-
-    Raises `LockstepError`, naming the object and the key, if `state` holds anything but `ALLOWED`.
-    """
-    check_name(name)
-    tree, tensors = split_state(name, state)
-    write_tensors(directory / f"{name}.safetensors", tensors)
-    (directory / f"{name}.json").write_text(json.dumps(tree))
-
-
 def load_state(directory: Path, name: str) -> dict[Any, Any]:
-    """What `save_state` wrote. Raises `OSError`, `ValueError`, `KeyError` or `SafetensorError` on damaged files."""
+    """A state whose files `Snapshot.add_state` made.
+
+    Raises `OSError`, `ValueError`, `KeyError` or `SafetensorError` on damaged files.
+    """
     tensors = load_file(directory / f"{name}.safetensors")
     tree = json.loads((directory / f"{name}.json").read_text())
     return join_state(tree, tensors)
@@ -90,9 +83,10 @@ def load_state(directory: Path, name: str) -> dict[Any, Any]:
 def split_state(
     name: str, state: Mapping[Any, Any], *, copies: bool = True
 ) -> tuple[Any, dict[str, Tensor]]:
-    """A state as values that JSON knows, and copies of its tensors on the CPU. Raises as `save_state` does.
+    """A state as values that JSON knows, and copies of its tensors on the CPU.
 
-    Without `copies` the tensors are the state's own, wherever they are.
+    Without `copies` the tensors are the state's own, wherever they are. Raises `LockstepError`, naming the object and
+    the key, if `state` holds anything but `ALLOWED`.
     """
     encoder = _Encoder(name, copies=copies)
     if not isinstance(state, Mapping):
@@ -175,10 +169,7 @@ class _Encoder:
         # {"a.b": x, "a": {"b": y}} has one path twice.
         while key in self.tensors or key == RESERVED_TENSOR:
             key += "'"
-        self.tensors[key] = tensor.detach()
-        if self.copies:
-            # safetensors refuses tensors that share memory.
-            self.tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+        self.tensors[key] = host_copy(tensor) if self.copies else tensor.detach()
         return key
 
     def unsupported(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainer.exact.shards import has_shards, is_shard, part_like, whole
 from trainer.process.ranks import Ranks
+from trainer.storage.host_copies import host_copy
 
 
 def collect(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
@@ -20,9 +21,7 @@ def collect(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         on_device = whole(tensor)
         if ranks.is_main:
-            # A copy even of CPU tensors: tied weights share memory, which safetensors refuses.
-            copy = on_device.detach().to("cpu", copy=True)
-            collected[name] = copy.contiguous()
+            collected[name] = host_copy(on_device)
     return collected
 
 

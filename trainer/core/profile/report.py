@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.config.schema import Config
-from trainer.core.profile.trace import TracedStep
+from trainer.core.profile.trace import StepTimes, TracedStep
 
 # Shares of a step from which on there is something to say.
 NOTABLE = 0.1
@@ -15,21 +15,14 @@ MOSTLY_MEMORY = 0.6
 UNEVEN = 0.1  # between ranks
 
 
-@dataclass(frozen=True)
-class StepProfile:
-    """Where the time of one step goes, on one rank: seconds of a step that nothing slows down.
+@dataclass(frozen=True, kw_only=True)
+class StepProfile(StepTimes):
+    """A step that nothing slows down: `seconds` was measured without the profiler.
 
-    The parts are those of `TracedStep`, and add up to `seconds`, which was measured without the profiler. In `held_up`
-    of these seconds, spread over the parts, the process had something to compute and no core to do it on; known
-    without a GPU only.
+    In `held_up` of these seconds, spread over the parts, the process had something to compute and no core to do it on;
+    known without a GPU only.
     """
 
-    seconds: float
-    loading: float
-    products: float
-    others: float
-    communication: float
-    host: float
     held_up: float
     traced: TracedStep
 
@@ -65,7 +58,12 @@ def combine(
     busy = total - loading - parts["communication"]
     held_up = 0.0 if traced.has_device else max(busy - on_core, 0.0)
     return StepProfile(
-        total, loading, host=host, held_up=held_up, traced=traced, **parts
+        seconds=total,
+        loading=loading,
+        host=host,
+        held_up=held_up,
+        traced=traced,
+        **parts,
     )
 
 

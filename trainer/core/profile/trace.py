@@ -49,15 +49,13 @@ class Span(NamedTuple):
     on_device: float = 0.0
 
 
-@dataclass(frozen=True)
-class TracedStep:
-    """Where the time of one step went under the profiler, on this rank: seconds that add up to `seconds`.
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Where the time of one step goes, on one rank: seconds of five parts, which add up to `seconds`.
 
-    With `has_device`, `products`, `others` and `communication` are the device's, and `host` is the time in which it
-    waited for the host to launch something. Without, `host` is the time that no operator took: Python, mostly.
-    Communication counts where nothing was computed meanwhile. `launches` are the kernels of a step, `host_waits` how
-    often the host waited for the device. `largest` has the operators that took most, with their shares of the
-    operators' time.
+    With a GPU, `products`, `others` and `communication` are the device's, and `host` is the time in which it waited for
+    the host to launch something. Without, `host` is the time that no operator took: Python, mostly. Communication
+    counts where nothing was computed meanwhile.
     """
 
     seconds: float
@@ -66,6 +64,16 @@ class TracedStep:
     others: float
     communication: float
     host: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedStep(StepTimes):
+    """A step under the profiler.
+
+    `launches` are the kernels of a step, `host_waits` how often the host waited for the device. `largest` has the
+    operators that took most, with their shares of the operators' time.
+    """
+
     has_device: bool
     launches: float
     host_waits: float

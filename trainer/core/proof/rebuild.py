@@ -34,6 +34,7 @@ from trainer.core.proof.trial import Trial
 from trainer.exact.model_and_loss import LOSS_PREFIX, ModelAndLoss
 from trainer.exact.moving_buffers import Buffer, keep_objects, other_buffers
 from trainer.storage import checkpoint
+from trainer.storage.host_copies import host_copies
 
 CHECK = "rebuild"
 NAMES_IN_A_MESSAGE = 3
@@ -114,7 +115,7 @@ def _step(trial: Trial, copy: Copy, number: int) -> None:
 
 def _load(source: Copy, target: Copy) -> None:
     """What a checkpoint would hold of `source`, loaded as a resume loads it."""
-    weights = checkpoint.snapshot(source.model)
+    weights = host_copies(checkpoint.model_tensors(source.model))
     whole = ModelAndLoss(source.model, source.loss)
     tensors, numbers = named_state(source.optimizer, whole)
     further = read_further(source.model, source.state, source.moving)

@@ -45,6 +45,7 @@ from trainer.reporting.figures.saliency_maps import compute_saliency
 from trainer.reporting.jsonl import read_rows
 from trainer.storage import checkpoint
 from trainer.storage.files import write_text
+from trainer.storage.host_copies import host_copies
 
 # Validation samples in the figures of predictions and of saliency maps.
 MAX_WRONG = 8
@@ -86,9 +87,9 @@ def draw(
 
 def _copies(run: Run) -> dict[str, Tensor]:
     """Copies of the model's tensors; of what is shared out, of this rank's parts."""
-    if not run.is_sharded:
-        return checkpoint.snapshot(run.module)
     tensors = checkpoint.model_tensors(run.module)
+    if not run.is_sharded:
+        return host_copies(tensors)
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
