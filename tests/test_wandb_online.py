@@ -25,7 +25,9 @@ from trainer import LockstepError, Trainer
 from trainer.config.load import load
 from trainer.config.schema import Config
 from trainer.exact.plan import Step
+from trainer.process.signals import stop_run
 from trainer.reporting.jsonl import read_rows
+from trainer.reporting.wandb import client
 from trainer.reporting.wandb.sync import send_missing
 
 QUICK = {
@@ -61,6 +63,18 @@ class Dying(Trainer):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class StoppedTwice(Trainer):
+    """Is stopped at W&B: by the SIGTERM of the agent above it, and after its first step by the client in it."""
+
+    def _introduce(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        super()._introduce()
+
+    def train_step(self, step: Step) -> None:
+        super().train_step(step)
+        client_asked.wait(30)
+
+
 class Revealing(Trainer):
     """Fails with secrets in its message."""
 
@@ -75,6 +89,20 @@ class Diverging(Trainer):
         super().train_step(step)
         if step.number == 3:
             torch.nn.init.constant_(next(self.module.parameters()), torch.nan)
+
+
+client_asked = threading.Event()
+
+
+def train_stopped(settings: Config, server: WandbServer) -> Any:
+    """`train`, in which the client's wish to stop is also noted."""
+
+    def stop() -> None:
+        stop_run()
+        client_asked.set()
+
+    client.stop_run = stop
+    return train(settings, server, StoppedTwice)
 
 
 @pytest.fixture
@@ -318,6 +346,16 @@ def break_when_waiting(directory: Path, server: WandbServer, kind: str) -> None:
     else:
         server.fault(kind)
     (directory / "go").touch()
+
+
+def test_a_stop_at_wandb_reaches_a_run_twice_and_is_one(
+    home: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "stopped")
+    server.backend.run("stopped")["stop"] = True
+    ((_, error, _),) = on_ranks(1, train_stopped, config(home, **QUICK), server)
+    assert error.startswith("stopped by signal 15 after step 1; a checkpoint is kept")
+    assert (home / "run" / "checkpoints" / "last").read_text() == "step_00000001\n"
 
 
 @pytest.mark.parametrize("kind", ["down", "hang", "500", "401"])
