@@ -10,6 +10,8 @@ import sys
 
 from trainer.commands.train import main
 from trainer.process.exit import exit_process
+from trainer.process.interrupts import interrupt_once
 
 if __name__ == "__main__":
+    interrupt_once()
     exit_process(main(sys.argv[1:]))

@@ -36,7 +36,7 @@ def run_program(
     *,
     env: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
-    timeout: float = 120,
+    timeout: float = 240,
     ranks: int = 1,
 ) -> CompletedProcess[str]:
     """What `subprocess.run([sys.executable, *arguments], capture_output=True, text=True)` returns.
@@ -94,6 +94,10 @@ class Program:
     def exit_statuses(self) -> list[int | None]:
         """Of each rank: negative where a signal ended it, None where it runs."""
         return [process.exitcode for process in self._processes]
+
+    def output(self) -> str:
+        """What it has written to stdout so far."""
+        return self._output.read_text()
 
     def errors(self) -> str:
         """What it has written to stderr so far."""

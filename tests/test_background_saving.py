@@ -70,7 +70,7 @@ def test_the_files_are_those_of_the_moment_of_saving(
     changed = Event()
 
     def write(snapshot: Any) -> None:
-        assert changed.wait(20) or not room
+        assert changed.wait(120) or not room
         checkpoint.write(tmp_path / "b", snapshot, keep=1)
 
     if not room:
@@ -136,7 +136,7 @@ class Held(Observer):
     def write(self, directory: Path, snapshot: Any, **more: Any) -> Path:
         if snapshot.step == self.number:
             self.has_begun.set()
-            assert self.goes_on.wait(30), "training waits for the checkpoint"
+            assert self.goes_on.wait(120), "training waits for the checkpoint"
         return self._write(directory, snapshot, **more)
 
     def step(self, step: Step) -> None:
@@ -276,7 +276,7 @@ def test_a_kill_while_one_is_written_loses_nothing_that_was_complete(
 ) -> None:
     process = FORK.Process(target=KilledAt, args=(tmp_path, operation))
     process.start()
-    process.join(60)
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL
     found = checkpoint.newest_first(tmp_path / "killed" / "checkpoints")
     assert [checkpoint.load(path).progress.step for path in found] == (

@@ -351,7 +351,7 @@ def test_a_check_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
         "hang": run_isolated(hang, pid_file, limit=10, log=log),
     }
     pid = int(pid_file.read_text())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 180
     while is_running(pid):  # a kill takes a moment on a busy machine
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -636,9 +636,9 @@ def test_fake_images_take_any_shape_and_all_classes() -> None:
 def test_a_huge_fake_set_costs_nothing() -> None:
     make("fake")
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     data = make("fake", size=100_000_000)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     data.train[99_999_999]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

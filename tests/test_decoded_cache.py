@@ -346,7 +346,7 @@ def _in_processes(count: int, function: Callable[[], object]) -> list[int | None
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
     return [process.exitcode for process in processes]
 
 

@@ -43,7 +43,7 @@ def start(directory: Path, ranks: int) -> tuple[Program, Path]:
     """A run with a checkpoint, and its directory."""
     program = Program(["train.py", *SETTINGS, f"run.dir={directory}"], ranks=ranks)
     run = directory / "run"
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while not (run / "checkpoints" / "last").exists() and program.is_running():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -57,7 +57,7 @@ def test_a_run_ends_without_its_directory(
     program, run = start(tmp_path, ranks)
     disturb(run)
     names_before = set(tmp_path.iterdir())
-    end = program.wait(60)
+    end = program.wait(180)
 
     assert end.returncode == 1
     (line,) = [line for line in end.stderr.splitlines() if line]
@@ -68,7 +68,7 @@ def test_a_run_ends_without_its_directory(
 def test_a_run_goes_on_where_its_directory_was_moved_to(tmp_path: Path) -> None:
     program, run = start(tmp_path, 1)
     move(run)
-    message = program.wait(60).stderr
+    message = program.wait(180).stderr
     advice = message.partition("(")[2].partition(" goes on")[0].split()
     assert advice[0] == f"run.dir={tmp_path}" and advice[1] == "run.name=elsewhere"
     end = run_program(["train.py", *SETTINGS, "train.epochs=20", *advice])

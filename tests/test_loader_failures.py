@@ -101,7 +101,7 @@ def test_the_end_of_a_loader_process_is_one_message(
     programs: dict[str, Program], harm: str
 ) -> None:
     start, end = CASES[harm]
-    done = programs[harm].wait(60)
+    done = programs[harm].wait(180)
     (message,) = (line for line in done.stderr.splitlines() if line)
     assert message.startswith(f"error: {start}") and message.endswith(end)
     assert done.returncode == 1

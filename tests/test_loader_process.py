@@ -13,7 +13,7 @@ import pytest
 
 from trainer.process.loader_worker import begin_loader_process
 
-SECONDS_TO_END = 20
+SECONDS_TO_END = 60
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="elsewhere PyTorch's processes look for their rank"

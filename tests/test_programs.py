@@ -68,17 +68,25 @@ def test_an_error_is_a_traceback_and_status_1(tmp_path: Path) -> None:
     assert done.stderr.endswith("ValueError: odd\n")
 
 
+def endless() -> Program:
+    """A program that has said `on`, and waits."""
+    program = Program(["-c", "import time; print('on', flush=True); time.sleep(600)"])
+    while not program.output():
+        assert program.is_running()
+        time.sleep(0.01)
+    return program
+
+
 def test_an_interrupt_ends_it_by_the_signal() -> None:
-    program = Program(["-c", "import time; print('on', flush=True); time.sleep(60)"])
-    time.sleep(0.5)
+    program = endless()
     program.send_signal(signal.SIGINT)
-    done = program.wait(20)
+    done = program.wait(180)
     assert done.returncode == -signal.SIGINT
     assert done.stderr.endswith("KeyboardInterrupt\n")
 
 
 def test_a_program_that_does_not_end_is_killed() -> None:
-    program = Program(["-c", "import time; print('on', flush=True); time.sleep(60)"])
+    program = endless()
     with pytest.raises(subprocess.TimeoutExpired) as caught:
         program.wait(1)
     assert caught.value.stdout == "on\n"
@@ -88,9 +96,9 @@ def test_a_program_that_does_not_end_is_killed() -> None:
 def test_ranks_have_an_environment_of_their_own_and_one_failure_ends_all() -> None:
     code = (
         "import os, sys, time; print(os.environ['RANK'], os.environ['WORLD_SIZE'], flush=True);"
-        "sys.exit(5) if os.environ['RANK'] == '1' else time.sleep(60)"
+        "sys.exit(5) if os.environ['RANK'] == '1' else time.sleep(600)"
     )
-    done = run_program(["-c", code], ranks=3, timeout=30)
+    done = run_program(["-c", code], ranks=3, timeout=120)
     assert done.returncode == 5
     lines = done.stdout.splitlines()
     assert "1 3" in lines

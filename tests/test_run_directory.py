@@ -77,13 +77,15 @@ def test_a_start_that_is_refused_leaves_the_owners_token(tmp_path: Path) -> None
 
 def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
     run = RunDirectory(RunConfig(name="r", dir=str(tmp_path)))
+    forked, has_forked = os.pipe()
     child = os.fork()
     if child == 0:
-        time.sleep(60)
+        os.write(has_forked, b"!")
+        time.sleep(600)
         os._exit(0)
     try:
         assert is_locked(run.path)
-        time.sleep(0.2)  # the child's first act
+        os.read(forked, 1)
         run.close()
         assert not is_locked(run.path)
     finally:

@@ -25,15 +25,21 @@ from trainer import LockstepError, Trainer
 from trainer.config.load import load
 from trainer.config.schema import Config
 from trainer.exact.plan import Step
+from trainer.process.signals import stop_run
 from trainer.reporting.jsonl import read_rows
+from trainer.reporting.wandb import client
 from trainer.reporting.wandb.sync import send_missing
 
-QUICK = {
+ONLINE = {
     "wandb__mode": "auto",
-    "wandb__init_timeout": 2,
-    "wandb__finish_timeout": 2,
+    "wandb__init_timeout": 60,
+    "wandb__finish_timeout": 60,
     "run__resume": "auto",
 }
+# Where the server is away.
+SHORT_START = ONLINE | {"wandb__init_timeout": 2}
+SHORT_END = ONLINE | {"wandb__finish_timeout": 2}
+SHORT = SHORT_START | {"wandb__finish_timeout": 2}
 
 
 class Pausing(Trainer):
@@ -46,7 +52,7 @@ class Pausing(Trainer):
             and (waiting := self.journal.directory.parent / "waiting").exists()
         ):
             waiting.unlink()
-            until = time.monotonic() + 30
+            until = time.monotonic() + 120
             while not (waiting.parent / "go").exists() and time.monotonic() < until:
                 time.sleep(0.02)
 
@@ -57,8 +63,21 @@ class Dying(Trainer):
     def log(self, step: Step) -> None:
         super().log(step)
         if step.number == self.plan.total_steps - 1:
+            self.finish_saving()
             time.sleep(0.5)  # until the client has written its rows to the disk
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class StoppedTwice(Trainer):
+    """Is stopped at W&B: by the SIGTERM of the agent above it, and after its first step by the client in it."""
+
+    def _introduce(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        super()._introduce()
+
+    def train_step(self, step: Step) -> None:
+        super().train_step(step)
+        client_asked.wait(30)
 
 
 class Revealing(Trainer):
@@ -75,6 +94,20 @@ class Diverging(Trainer):
         super().train_step(step)
         if step.number == 3:
             torch.nn.init.constant_(next(self.module.parameters()), torch.nan)
+
+
+client_asked = threading.Event()
+
+
+def train_stopped(settings: Config, server: WandbServer) -> Any:
+    """`train`, in which the client's wish to stop is also noted."""
+
+    def stop() -> None:
+        stop_run()
+        client_asked.set()
+
+    client.stop_run = stop
+    return train(settings, server, StoppedTwice)
 
 
 @pytest.fixture
@@ -154,7 +187,7 @@ def metrics_rows(directory: Path) -> list[dict[str, float]]:
 def test_one_run_receives_everything(home: Path, server: WandbServer) -> None:
     settings = config(
         home,
-        **QUICK,
+        **ONLINE,
         batch__micro_size=14,
         run__figures=True,
         optimizer__decay_norm_and_bias=False,
@@ -168,10 +201,6 @@ def test_one_run_receives_everything(home: Path, server: WandbServer) -> None:
         wandb__project="things",
         wandb__log_model="best",
         wandb__log_histograms_every=4,
-    )
-    settings = Config.from_dict(
-        settings.to_dict()
-        | {"wandb": settings.to_dict()["wandb"] | {"finish_timeout": 30}}
     )
     (output, error, _), _ = on_ranks(2, train, settings, server, images=True)
     assert (error, "W&B" in output) == ("", False)
@@ -240,7 +269,7 @@ def test_no_secret_leaves_the_machine(
     home: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECRET_ROOT", "from-the-environment")
-    tree = config(home, **QUICK, wandb__log_model="best").to_dict()
+    tree = config(home, **ONLINE, wandb__log_model="best").to_dict()
     tree["data"] |= {
         "root": "${oc.env:SECRET_ROOT}",
         "url": "https://me:inside-a-url@host/${data.root}",
@@ -277,16 +306,16 @@ def test_an_outage_costs_no_row(
     """The server fails in the middle of a run, and comes back after its end."""
     if kind == "500":  # whose rows are to be partly received
         monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")
-    settings = config(home, **QUICK, train__epochs=4, wandb__log_model="best")
+    settings = config(home, **SHORT_END, train__epochs=4, wandb__log_model="best")
     (home / "waiting").touch()
     breaking = threading.Thread(
         target=break_when_waiting, args=(home, server, kind), daemon=True
     )
     breaking.start()
     ((output, error, seconds),) = on_ranks(1, train, settings, server, Pausing)
-    breaking.join(10)
+    breaking.join(60)
     assert error == ""
-    assert seconds < 30
+    assert seconds < 90
     (note,) = [
         line for line in output.splitlines() if "W&B" in line and "trainer sync" in line
     ]
@@ -320,14 +349,24 @@ def break_when_waiting(directory: Path, server: WandbServer, kind: str) -> None:
     (directory / "go").touch()
 
 
+def test_a_stop_at_wandb_reaches_a_run_twice_and_is_one(
+    home: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "stopped")
+    server.backend.run("stopped")["stop"] = True
+    ((_, error, _),) = on_ranks(1, train_stopped, config(home, **ONLINE), server)
+    assert error.startswith("stopped by signal 15 after step 1; a checkpoint is kept")
+    assert (home / "run" / "checkpoints" / "last").read_text() == "step_00000001\n"
+
+
 @pytest.mark.parametrize("kind", ["down", "hang", "500", "401"])
 def test_a_server_that_is_down_at_the_start(
     home: Path, server: WandbServer, kind: str
 ) -> None:
     server.stop() if kind == "down" else server.fault(kind)
-    ((output, error, seconds),) = on_ranks(1, train, config(home, **QUICK), server)
+    ((output, error, seconds),) = on_ranks(1, train, config(home, **SHORT), server)
     assert error == ""
-    assert seconds < 15
+    assert seconds < 60
     assert output.count("W&B is out of reach") == output.count("trainer sync") == 1
     server.start() if kind == "down" else server.fault("")
     assert on_ranks(1, send, home / "run", server) == ["sent 1 offline session"]
@@ -337,7 +376,7 @@ def test_a_server_that_is_down_at_the_start(
 def test_after_a_short_outage_nothing_is_missing(
     home: Path, server: WandbServer
 ) -> None:
-    settings = config(home, **QUICK | {"wandb__finish_timeout": 30}, train__epochs=3)
+    settings = config(home, **ONLINE, train__epochs=3)
     (home / "waiting").touch()
 
     def away_for_a_second() -> None:
@@ -348,7 +387,7 @@ def test_after_a_short_outage_nothing_is_missing(
     breaking = threading.Thread(target=away_for_a_second, daemon=True)
     breaking.start()
     ((output, error, _),) = on_ranks(1, train, settings, server, Pausing)
-    breaking.join(10)
+    breaking.join(60)
     assert (error, "W&B" in output) == ("", False)
     assert received_rows(server) == metrics_rows(home)
 
@@ -360,7 +399,7 @@ def test_a_killed_run_continues_as_the_same_run(
     home: Path, server: WandbServer, online: tuple[bool, bool]
 ) -> None:
     """A run killed two rows after its checkpoint and resumed has every row once, in order, online or not."""
-    settings = config(home, **QUICK, train__epochs=3)
+    settings = config(home, **ONLINE, train__epochs=3)
     with pytest.raises((EOFError, AssertionError)):
         on_ranks(1, train, settings, server, Dying, online=online[0])
     assert (home / "run" / "checkpoints" / "last").read_text() == "step_00000006\n"
@@ -379,7 +418,7 @@ def test_a_failure_is_reported_without_secrets(
     home: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECRET_ROOT", "from-the-environment")
-    tree = config(home, **QUICK, wandb__alerts=True).to_dict()
+    tree = config(home, **ONLINE, wandb__alerts=True).to_dict()
     tree["data"] |= {"root": "http://${oc.env:SECRET_ROOT}/", "api_key": "under-a-key"}
     (home / "config.yaml").write_text(json.dumps(tree))
     ((_, error, _),) = on_ranks(
@@ -402,13 +441,13 @@ def test_strict_turns_the_warning_into_an_error(
 ) -> None:
     server.fault("403")
     ((_, error, _),) = on_ranks(
-        1, train, config(home, **QUICK, wandb__strict=True), server
+        1, train, config(home, **SHORT_START, wandb__strict=True), server
     )
     assert error.startswith("W&B is out of reach") and "403" in error
 
 
 def test_a_run_that_fails_sends_an_alert(home: Path, server: WandbServer) -> None:
-    settings = config(home, **QUICK, wandb__alerts=True)
+    settings = config(home, **ONLINE, wandb__alerts=True)
     ((_, error, _),) = on_ranks(1, train, settings, server, Diverging)
     assert "is not finite" in error
     (run,) = server.backend.runs.values()
@@ -419,7 +458,7 @@ def test_a_run_that_fails_sends_an_alert(home: Path, server: WandbServer) -> Non
 
 
 def test_sync_refuses_a_run_that_is_in_use(home: Path, server: WandbServer) -> None:
-    ((_, error, _),) = on_ranks(1, train, config(home, **QUICK), server, online=False)
+    ((_, error, _),) = on_ranks(1, train, config(home, **ONLINE), server, online=False)
     assert error == ""
     from trainer.storage.run_directory import lock
 

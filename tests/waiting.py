@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 180) -> None:
     """Return once `condition` holds; a busy machine may need most of `seconds`."""
     end = time.monotonic() + seconds
     while not condition():

@@ -14,7 +14,13 @@ from typing import NoReturn
 
 from trainer.config.secrets import remember_argument_secrets
 from trainer.errors import ConfigError, nearest
-from trainer.process.exit import end_on_closed_pipe, exit_process, report_error
+from trainer.process.exit import (
+    end_on_closed_pipe,
+    exit_process,
+    report_error,
+    report_interrupt,
+)
+from trainer.process.interrupts import interrupt_once
 from trainer.process.launcher import quiet_torch
 
 COMMANDS = (
@@ -43,12 +49,19 @@ def main(arguments: list[str]) -> int:
         print_help()
         return 0
     try:
+        return _run_command(command, rest)
+    except KeyboardInterrupt:
+        return report_interrupt()
+
+
+def _run_command(command: str, arguments: list[str]) -> int:
+    try:
         if command not in COMMANDS:
             raise ConfigError(
                 command,
                 f"no such command{nearest(command, COMMANDS)}; --help lists them",
             )
-        return int(import_module(f"trainer.commands.{command}").main(rest) or 0)
+        return int(import_module(f"trainer.commands.{command}").main(arguments) or 0)
     except Exception as error:
         return report_error(error)
 
@@ -64,6 +77,7 @@ def print_help() -> None:
 
 def run() -> NoReturn:
     """The installed command `lockstep`."""
+    interrupt_once()
     exit_process(main(sys.argv[1:]))
 
 

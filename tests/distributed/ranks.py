@@ -29,7 +29,7 @@ def on_ranks(
     count: int,
     function: Callable[..., Any],
     *args: Any,
-    timeout: float = 120,
+    timeout: float = 240,
     **more: Any,
 ) -> list[Any]:
     """`function(*args, **more)` on `count` ranks; what each returns, in rank order. One rank is a plain process.

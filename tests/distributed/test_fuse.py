@@ -123,7 +123,7 @@ def test_a_rank_on_which_it_fails_does_not_decide_alone(
             except ConfigError as error:
                 return str(error)
 
-    first, second = on_ranks(2, choose, tmp_path, timeout=20)
+    first, second = on_ranks(2, choose, tmp_path)
     assert first == second
     if fuse == "auto":
         assert first == (1, "fails here")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.programs import Program
@@ -48,6 +49,18 @@ def is_alive(process: int) -> bool:
     return state != "Z"
 
 
+def rest(processes: list[int]) -> bool:
+    """True if none of the processes does anything for a second."""
+
+    def seconds_used() -> float:
+        times = [psutil.Process(process).cpu_times() for process in processes]
+        return sum(time.user + time.system for time in times)
+
+    before = seconds_used()
+    time.sleep(1)
+    return seconds_used() - before < 0.05
+
+
 def check_message(errors: str, *expected: str) -> None:
     """One message, and nothing of PyTorch's or Python's beside it."""
     assert errors.count("error: ") == 1
@@ -63,8 +76,8 @@ def test_a_loader_that_hangs(tmp_path: Path, ranks: int, workers: int) -> None:
     with program(tmp_path, "loader", 100, *changes, ranks=ranks) as running:
         wait_until(lambda: waiting_processes(tmp_path))
         started = time.monotonic()
-        result = running.wait(60)
-    assert time.monotonic() - started < 5 * TIMEOUT
+        result = running.wait(180)
+    assert time.monotonic() - started < 15 * TIMEOUT
     assert result.returncode == STATUS
     check_message(
         result.stderr,
@@ -76,13 +89,13 @@ def test_a_loader_that_hangs(tmp_path: Path, ranks: int, workers: int) -> None:
     stacks = (tmp_path / "run" / "hang" / "stacks_rank0.txt").read_text()
     assert "in wait_here" in stacks
     # The loader processes do not outlive their rank.
-    wait_until(lambda: not any(map(is_alive, waiting_processes(tmp_path))), 5)
+    wait_until(lambda: not any(map(is_alive, waiting_processes(tmp_path))))
 
 
 def test_a_rank_that_hangs_in_its_own_code(tmp_path: Path) -> None:
     changes = [f"run__timeout={TIMEOUT}"]
     with program(tmp_path, "model", 100, *changes, ranks=2) as running:
-        result = running.wait(60)
+        result = running.wait(180)
     assert result.returncode == STATUS
     check_message(
         result.stderr,
@@ -98,7 +111,7 @@ def test_a_writer_that_hangs(tmp_path: Path) -> None:
     """The other rank waits for as long as rank 0 sends it heartbeats, which it does while it hangs, too."""
     changes = [f"run__timeout={TIMEOUT}"]
     with program(tmp_path, "writer", 100, *changes, ranks=2) as running:
-        result = running.wait(60)
+        result = running.wait(180)
     assert result.returncode == STATUS
     check_message(
         result.stderr,
@@ -138,7 +151,7 @@ def test_what_is_slow_but_works_goes_on(
     """An evaluation of 14 batches, and a first step that uses the CPU, each for longer than the timeout."""
     changes = ["run__timeout=2", "batch__eval_size=2", "train__epochs=1"]
     with program(tmp_path, where, seconds, *changes, ranks=ranks) as running:
-        result = running.wait(60)
+        result = running.wait(180)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "hang").exists()
@@ -149,11 +162,13 @@ def test_sigterm_ends_what_waits(tmp_path: Path, ranks: int) -> None:
     changes = ["data__workers=1"]
     with program(tmp_path, "loader", 100, *changes, ranks=ranks) as running:
         wait_until(lambda: waiting_processes(tmp_path))
-        time.sleep(1.5)  # for the rank to wait for its loader process, too
+        # For the rank to wait for its loader process, too.
+        wait_until((tmp_path / "run" / "metrics.jsonl").exists)
+        wait_until(lambda: rest(running.pids))
         started = time.monotonic()
         running.send_signal(signal.SIGTERM)
         running.send_signal(signal.SIGTERM)
-        result = running.wait(60)
+        result = running.wait(180)
     assert time.monotonic() - started < 30  # after which launchers kill
     assert result.returncode == 128 + signal.SIGTERM
     assert len(result.stderr.splitlines()) == 1
@@ -166,7 +181,7 @@ def test_a_killed_rank_is_one_sentence(tmp_path: Path) -> None:
     with program(tmp_path, "none", 0, "train__epochs=100000", ranks=3) as running:
         wait_until(lambda: rows.exists() and len(rows.read_text().splitlines()) > 10)
         os.kill(running.pids[1], signal.SIGKILL)
-        result = running.wait(60)
+        result = running.wait(180)
     check_message(result.stderr, "error: rank 1 on ", "killed")
     assert len(result.stderr.splitlines()) == 1
 
@@ -181,4 +196,4 @@ def test_a_killed_run_leaves_nothing_behind(tmp_path: Path) -> None:
         os.kill(running.pids[0], signal.SIGKILL)
         wait_until(lambda: not running.is_running())
         assert not is_locked(tmp_path / "run")
-        wait_until(lambda: not any(map(is_alive, waiting_processes(tmp_path))), 2)
+        wait_until(lambda: not any(map(is_alive, waiting_processes(tmp_path))))

@@ -189,7 +189,7 @@ def test_a_mistake_is_reported_once_under_a_launcher(
 def wait_for_rows(directory: Path, is_running: Callable[[], bool]) -> None:
     """Until the run has logged more than three rows. It must still run then."""
     rows = directory / "digits" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (rows.exists() and rows.read_text().count("\n") > 3):
         assert time.monotonic() < deadline
         assert is_running()
@@ -218,7 +218,7 @@ def test_a_signal_ends_a_run_at_a_step_with_a_checkpoint(
     try:
         wait_for_rows(tmp_path, program.is_running)
         program.send_signal(number)
-        result = program.wait(timeout=60)
+        result = program.wait(timeout=180)
     finally:
         program.kill()
     assert result.returncode == 128 + number
@@ -234,7 +234,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     try:
         wait_for_rows(tmp_path, program.is_running)
         os.kill(program.pids[rank], signal.SIGTERM)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         # `wait` would signal the other rank, as launchers do.
         while program.is_running():
             assert time.monotonic() < deadline
@@ -256,7 +256,7 @@ def test_a_signal_to_a_launcher_ends_the_run_at_a_step_with_a_checkpoint(
     )
     wait_for_rows(tmp_path, lambda: process.poll() is None)
     process.send_signal(signal.SIGTERM)
-    check_checkpoint_of_stop(tmp_path, process.communicate(timeout=60)[1])
+    check_checkpoint_of_stop(tmp_path, process.communicate(timeout=240)[1])
 
 
 def test_a_launcher_that_asks_for_more_than_the_config_is_refused(

@@ -479,7 +479,7 @@ def test_an_error_of_an_observer_on_one_rank_ends_all(
             return str(error)
         return ""
 
-    messages = on_ranks(2, fit, tmp_path, timeout=60)
+    messages = on_ranks(2, fit, tmp_path)
     assert messages[rank] == "broken on this rank"
     # Rank 0 has written its summary by then, and nothing is left to do together.
     if method != "end":

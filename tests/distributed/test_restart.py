@@ -24,8 +24,10 @@ train_step = Trainer.train_step
 def train_step_and_die(self, step):
     train_step(self, step)
     is_first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
-    if is_first_attempt and os.environ["RANK"] == "1" and step.number == 15:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if is_first_attempt and step.number == 15:
+        self.finish_saving()
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
 
 Trainer.train_step = train_step_and_die
 exit_process(main(sys.argv[1:]))

@@ -162,7 +162,7 @@ def last_steps(directory: Path) -> tuple[int, int]:
 
 def kill_between_checkpoints(program: Program, directory: Path) -> tuple[int, int]:
     """SIGKILL to every process of the program 10 to 19 steps past a checkpoint. Returns `last_steps`."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while True:
         saved, logged = last_steps(directory)
         if saved and 10 <= logged - saved < 20:
@@ -177,7 +177,7 @@ def kill_between_checkpoints(program: Program, directory: Path) -> tuple[int, in
     assert len(processes) == 6
     for process in processes:
         process.kill()
-    psutil.wait_procs(processes, timeout=20)
+    psutil.wait_procs(processes, timeout=60)
     return last_steps(directory)
 
 

@@ -77,7 +77,7 @@ class Job:
         self.process.terminate()
 
     def wait(self) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=120)
+        output, _ = self.process.communicate(timeout=240)
         return self.process.returncode, output
 
 

@@ -247,7 +247,7 @@ def test_a_signal_stops_a_run_without_a_shared_directory(tmp_path: Path) -> None
     program = Program(["-c", code, *arguments], ranks=2)
     rows = tmp_path / "0" / "digits" / "metrics.jsonl"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not (rows.exists() and rows.read_text().count("\n") > 3):
             assert time.monotonic() < deadline
             assert program.is_running()

@@ -59,6 +59,15 @@ def main(arguments: list[str]) -> int:
     end_with_launcher()
     remember_argument_secrets(arguments)  # train.py comes here by itself
     try:
+        return _train(parser, arguments)
+    except KeyboardInterrupt:
+        return report_interrupt(
+            "interrupted; run.resume=auto goes on from the newest checkpoint"
+        )
+
+
+def _train(parser: CommandParser, arguments: list[str]) -> int:
+    try:
         config = with_trial_name(load_config(parser.parse(arguments)))
         # Imports torch: a mistake in the config is reported before.
         from trainer.trainer import Trainer
@@ -67,8 +76,6 @@ def main(arguments: list[str]) -> int:
         keep_freed_memory(trainer.ranks.device.type)
         trainer.fit()
         trainer.ranks.close()
-    except KeyboardInterrupt:
-        return report_interrupt()
     except Exception as error:
         status = report_error(error)
         record_failure(error)

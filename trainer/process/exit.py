@@ -8,11 +8,8 @@ import os
 import select
 import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import NoReturn
 
@@ -26,6 +23,7 @@ from trainer.errors import (
 )
 from trainer.process import launcher
 from trainer.process.activity import activity
+from trainer.process.interrupts import interrupts_ignored
 from trainer.process.store import StoreSilentError, ask_store
 
 # In the process group's store: the rank that reports the failure.
@@ -47,7 +45,7 @@ def report_error(error: BaseException) -> int:
     A `LockstepError` is printed as its message, any other error with its traceback. When one rank fails, the
     others fail soon after because it is gone. Only the first rank to get here prints, so its message is the cause.
     """
-    with _interrupts_ignored():
+    with interrupts_ignored():
         return _report(error)
 
 
@@ -78,9 +76,8 @@ def describe_error(error: BaseException) -> str:
     return redacted_output("".join(traceback.format_exception(error)).rstrip())
 
 
-def report_interrupt() -> int:
+def report_interrupt(message: str = "interrupted") -> int:
     """Report a Ctrl-C that acted at once, as one before the training or a second one does; returns the exit status."""
-    message = "interrupted; run.resume=auto goes on from the newest checkpoint"
     return report_error(Stopped(message, signal.SIGINT))
 
 
@@ -118,19 +115,6 @@ def delay_exit_for_gloo() -> None:
     Registered once a process, however often it is called.
     """
     atexit.register(time.sleep, SECONDS_FOR_GLOO)
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """The end is near, and bounded: a further Ctrl-C would only put a traceback in place of the message."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _discard_unread_output() -> bool:

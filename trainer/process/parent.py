@@ -178,6 +178,7 @@ def record_failure(error: BaseException) -> None:
             console="off",
             init_timeout=WANDB_TIMEOUT,
             finish_timeout=WANDB_TIMEOUT,
+            stop_fn=lambda: None,  # it has ended already
         )
         run = wandb.init(settings=settings)
         run.summary["failure"] = failure_reason(error)

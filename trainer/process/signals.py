@@ -57,12 +57,14 @@ class StopRequest:
                 # It ends the run where this thread waits for something that does not come.
                 self._hearing = watchdog.hear(STOP_SIGNALS)
         self._hearing.__enter__()
+        _current.append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._answer is not None:
             # Every rank has asked: none may leave while another waits for an answer.
             self._answer()
+        _current.remove(self)
         self._hearing.__exit__(None, None, None)
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
@@ -109,3 +111,23 @@ class StopRequest:
         fitting = int(SECONDS_BETWEEN_ANSWERS / max(seconds_a_step, 1e-6))
         # Steps may become longer all at once, as where parameters are thawed.
         return max(1, min(fitting, 2 * self._interval, MOST_STEPS_BETWEEN_ANSWERS))
+
+    def stop(self) -> None:
+        """Ask for the stop as a SIGTERM does. May be called in any thread."""
+        if signal.SIGTERM in self._previous_handlers:
+            main_thread = threading.main_thread().ident
+            assert main_thread is not None
+            # Not `os.kill`: the main thread may wait in a call that only a signal of its own ends.
+            signal.pthread_kill(main_thread, signal.SIGTERM)
+        elif not self.signal_number:
+            self.signal_number = signal.SIGTERM  # no signal can be heard
+
+
+# Those that are entered, in this process.
+_current: list[StopRequest] = []
+
+
+def stop_run() -> None:
+    """Stop the run of this process at a step boundary, if it is in one. May be called in any thread."""
+    for request in _current:
+        request.stop()

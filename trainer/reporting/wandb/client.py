@@ -13,6 +13,7 @@ from typing import Any, Literal
 from trainer.config.schema import WandbConfig
 from trainer.config.secrets import redacted_arguments
 from trainer.errors import ConfigError, LockstepError
+from trainer.process.signals import stop_run
 from trainer.reporting.formats import shorten_error
 
 ENVIRONMENT_MODES = {  # values of WANDB_MODE → values of wandb.mode
@@ -134,6 +135,9 @@ def _client_settings(section: WandbConfig, more: Mapping[str, Any]) -> Any:
         init_timeout=section.init_timeout,
         finish_timeout=section.finish_timeout,
         finish_timeout_raises=True,
+        # Its own way is a SIGINT. An agent has sent a SIGTERM for the same stop by then, or will: the run would take
+        # the two for one that is to end at once, without a checkpoint.
+        stop_fn=stop_run,
         x_file_stream_timeout_seconds=REQUEST_TIMEOUT,
         x_graphql_timeout_seconds=REQUEST_TIMEOUT,
         **more,
