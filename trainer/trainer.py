@@ -141,16 +141,7 @@ class Trainer:
             self.plan,
             has_validation=self.run.evaluator is not None,
         )
-        self.observers = Observers(
-            [
-                *build_observers(self.config.observers, Observer, SHORT_NAMES),
-                *observers,
-            ]
-        )
-        if isinstance(self.reduction, ShardedReduction):
-            empty = EmptyForwards(self.run)
-            self.observers.add(empty)
-            self.reduction.run_empty = empty.run
+        self.observers = self._build_observers(observers)
         self._average = build_average(self.run, self.optimizer)
         self.evaluations = Evaluations(
             self.run, self.optimizer, self.reduction, self._average, self.observers
@@ -857,6 +848,16 @@ class Trainer:
         except LockstepError as error:
             self.journal.note(f"the figures are not complete: {error}")
             return {}
+
+    def _build_observers(self, passed: Sequence[Observer]) -> Observers:
+        """Those of the config, those that were passed, and what the run itself needs."""
+        named = build_observers(self.config.observers, Observer, SHORT_NAMES)
+        observers = Observers([*named, *passed])
+        if isinstance(self.reduction, ShardedReduction):
+            empty = EmptyForwards(self.run)
+            observers.add(empty)
+            self.reduction.run_empty = empty.run
+        return observers
 
     def _build_schedule(self) -> Schedule:
         return build_schedule(
