@@ -9,19 +9,17 @@ Seconds are those of the process's CPU time. Reported are medians, and the media
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from pathlib import Path
 from time import process_time
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.step_time import machine
+from benchmarks.page import page_parser, write_page
 from benchmarks.subjects import noise
 from trainer.config.schema import DataConfig
 from trainer.data.loading import Loader, build_loader
@@ -114,36 +112,24 @@ def row(subject: Subject, seconds: np.ndarray[Any, Any]) -> str:
     return f"| {subject.name} | {size} | {figures} |"
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.batch_transforms",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=15, help="rounds of each way (default: 15)"
-    )
-    parser.add_argument("--quick", action="store_true", help="three rounds")
-    parser.add_argument(
-        "--save", type=Path, help="write the table to this Markdown file too"
-    )
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    keep_freed_memory("cpu")  # as `train.py` does
-    lines = [
-        f"# Augmented images a second on one core\n\n{machine(1)}\n",
+def sections(rounds: int) -> Iterator[str]:
+    """The table, a row of each subject."""
+    rows = [
         "| transforms | micro-batch | sample by sample | whole | × | half of the rounds |",
         "|---|---|--:|--:|--:|--:|",
     ]
-    print(*lines, sep="\n", flush=True)
     for subject in SUBJECTS:
-        rounds = 3 if options.quick else options.rounds
-        lines.append(row(subject, measure(subject, rounds)))
-        print(lines[-1], flush=True)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text("\n".join(lines) + "\n")
-    return 0
+        rows.append(row(subject, measure(subject, rounds)))
+    yield "\n".join(rows)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = page_parser("batch_transforms", __doc__, rounds=15, quick="three rounds")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    keep_freed_memory("cpu")  # as `train.py` does
+    found = sections(3 if options.quick else options.rounds)
+    return write_page("Augmented images a second on one core", found, options.save)
 
 
 if __name__ == "__main__":

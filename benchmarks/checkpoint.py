@@ -15,7 +15,7 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,8 @@ from time import perf_counter, thread_time
 import torch
 from torch import nn
 
-from benchmarks.step_time import Sink, machine
+from benchmarks.page import page_parser, write_page
+from benchmarks.step_time import Sink
 from benchmarks.subjects import patterns, settings
 from trainer import Trainer
 from trainer.exact.plan import Step
@@ -199,34 +200,23 @@ def _range(values: Sequence[float]) -> str:
     return f"{middle:.0f} ({min(values):.0f} to {max(values):.0f})"
 
 
+def sections(options: argparse.Namespace) -> Iterator[str]:
+    rounds = 2 if options.quick else options.rounds
+    yield f"{rounds} rounds, in turn: medians, smallest and largest."
+    layers = FEW_LAYERS if options.quick else LAYERS
+    yield measure(rounds, options.threads, layers)
+
+
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="saves in each way (default: 7)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="2 rounds, and a smaller net"
+    parser = page_parser(
+        "checkpoint", __doc__, rounds=7, quick="2 rounds, and a smaller net"
     )
     parser.add_argument(
         "--threads", type=int, default=1, help="threads of the process (default: 1)"
     )
-    parser.add_argument(
-        "--save", type=Path, help="write the tables to this Markdown file too"
-    )
     options = parser.parse_args(arguments)
-    rounds = 2 if options.quick else options.rounds
-    text = f"# Checkpoints\n\n{machine(options.threads)}\n\n{rounds} rounds, in turn: medians, smallest and largest.\n"
-    layers = FEW_LAYERS if options.quick else LAYERS
-    text += f"\n{measure(rounds, options.threads, layers)}\n"
-    print(text)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text(text)
-    return 0
+    found = sections(options)
+    return write_page("Checkpoints", found, options.save, threads=options.threads)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from benchmarks.step_time import Sink, Workload, line_of, machine, table, workloads
+from benchmarks.page import write_page
+from benchmarks.step_time import Sink, Workload, line_of, table, workloads
 from benchmarks.subjects import settings
 from benchmarks.timing import LOCKSTEP, InterleavedTrainer, Loop, Rounds, Seconds
 from trainer import Config, Trainer
@@ -100,6 +101,16 @@ def _steps(trainer: Trainer) -> Loop:
         yield
 
 
+def sections(options: argparse.Namespace) -> Iterator[str]:
+    """The tables of each workload."""
+    for workload, data in subjects():
+        rounds = Rounds(options.rounds, options.steps or workload.steps)
+        seconds = measure(workload, data, rounds, options.threads)
+        lines = [line_of(seconds, name, BASE) for name in seconds]
+        title = f"## {workload.name}\n\n{rounds.count} rounds of {rounds.steps} steps"
+        yield f"{title}\n\n{table(lines, BASE)}"
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fuse",
@@ -119,20 +130,9 @@ def main(arguments: Sequence[str]) -> int:
         "--save", type=Path, help="write the tables to this Markdown file too"
     )
     options = parser.parse_args(arguments)
-    text = [f"# Micro-batches in one forward\n\n{machine(options.threads)}"]
-    print(text[0], end="\n\n", flush=True)
-    for workload, data in subjects():
-        rounds = Rounds(options.rounds, options.steps or workload.steps)
-        seconds = measure(workload, data, rounds, options.threads)
-        lines = [line_of(seconds, name, BASE) for name in seconds]
-        text.append(
-            f"## {workload.name}\n\n{rounds.count} rounds of {rounds.steps} steps\n\n{table(lines, BASE)}"
-        )
-        print(text[-1], end="\n\n", flush=True)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text("\n\n".join(text) + "\n")
-    return 0
+    found = sections(options)
+    title = "Micro-batches in one forward"
+    return write_page(title, found, options.save, threads=options.threads)
 
 
 if __name__ == "__main__":

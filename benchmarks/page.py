@@ -32,9 +32,11 @@ def page_parser(
     return parser
 
 
-def write_page(title: str, sections: Iterable[str], save: Path | None) -> int:
+def write_page(
+    title: str, sections: Iterable[str], save: Path | None, *, threads: int = 1
+) -> int:
     """Print each section once it is measured, and keep the page; returns the exit status."""
-    text = [f"# {title}\n\n{machine(1)}"]
+    text = [f"# {title}\n\n{machine(threads)}"]
     print(text[0], flush=True)
     try:
         for section in sections:

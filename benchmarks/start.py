@@ -10,18 +10,17 @@ it writes after it. Files are in the system's cache after a first round that doe
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.page import page_parser, write_page
 from benchmarks.suite import ROOT
-from trainer.process.exit import report_error
 
 TORCH, SCRIPT = "import torch", "a raw script's first step"
 RAW_SCRIPT = """\
@@ -108,29 +107,17 @@ def table(seconds: Mapping[str, Seconds]) -> str:
     return "\n".join(lines)
 
 
+def sections(rounds: int) -> Iterator[str]:
+    yield table(measure(rounds))
+
+
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.start",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
-    parser.add_argument("--quick", action="store_true", help="two rounds")
-    parser.add_argument("--save", type=Path, metavar="FILE.md")
+    parser = page_parser("start", __doc__, rounds=5, quick="two rounds")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
-    try:
-        seconds = measure(2 if options.quick else options.rounds)
-    except Exception as error:
-        return report_error(error)
-    from benchmarks.step_time import machine
-
-    text = f"# Starting\n\n{machine(os.cpu_count() or 1)}\n\n{table(seconds)}"
-    print(text)
-    if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.write_text(text + "\n")
-    return 0
+    rounds = 2 if options.quick else options.rounds
+    threads = os.cpu_count() or 1
+    return write_page("Starting", sections(rounds), options.save, threads=threads)
 
 
 if __name__ == "__main__":
