@@ -9,9 +9,9 @@ torchrun --nproc_per_node 8 train.py                            the same run on 
 import sys
 
 from trainer.commands.train import main
+from trainer.process.command import begin_command
 from trainer.process.exit import exit_process
-from trainer.process.interrupts import interrupt_once
 
 if __name__ == "__main__":
-    interrupt_once()
+    begin_command()
     exit_process(main(sys.argv[1:]))

@@ -409,7 +409,8 @@ def test_a_full_disk_is_said_before_and_when_it_fills(
     assert holds_all(build(root), root)
     file = root.parent / "file"
     file.touch()
-    with pytest.raises(ConfigError, match=r"data.cache_dir: .* cannot be written"):
+    message = r"data.cache_dir: .* cannot be written .* data.cache=0 data.short_side=\d"
+    with pytest.raises(ConfigError, match=message):
         open_or_build(file, source(root), 1, Silent())
 
 
@@ -496,3 +497,16 @@ def test_about_says_what_a_cache_holds(root: Path) -> None:
     assert about["root"] == str(root)
     assert (about["images"], about["short_side"]) == (4 * IMAGES, SIDE)
     assert {"torch", "pillow"} <= set(about["decoded_by"])
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"images": 0}', None])
+def test_a_cache_says_it_again_where_what_it_says_is_damaged(
+    root: Path, damage: str | None
+) -> None:
+    about = build(root).folder / ABOUT_FILE
+    written = about.read_text()
+    about.unlink() if damage is None else about.write_text(damage)
+    decoded: list[str] = []
+    build(root, decoded.append)
+    assert about.read_text() == written
+    assert not decoded

@@ -68,6 +68,16 @@ def test_shared_memory_that_would_run_out_is_named_at_the_start(
     )
 
 
+def test_so_much_loading_ahead_that_training_would_wait_is_refused(
+    tmp_path: Path,
+) -> None:
+    (message,) = on_ranks(1, error_of, tmp_path, 2**60, None, data__prefetch=10**7)
+    assert message == (
+        "data.prefetch: 10,000,000 micro-batches would be asked of each loader process before the first step begins; "
+        "set at most 1,000, of which a few are as fast"
+    )
+
+
 def test_ranks_of_one_machine_share_it(tmp_path: Path) -> None:
     of_rank = TRAINING + (6 + 1) * PAGE
     enough = on_ranks(2, error_of, tmp_path, 2 * of_rank, None, batch__eval_size=52)

@@ -14,13 +14,13 @@ from typing import NoReturn
 
 from trainer.config.secrets import remember_argument_secrets
 from trainer.errors import ConfigError, nearest
+from trainer.process.command import begin_command
 from trainer.process.exit import (
     end_on_closed_pipe,
     exit_process,
     report_error,
     report_interrupt,
 )
-from trainer.process.interrupts import interrupt_once
 from trainer.process.launcher import quiet_torch
 
 COMMANDS = (
@@ -77,7 +77,7 @@ def print_help() -> None:
 
 def run() -> NoReturn:
     """The installed command `lockstep`."""
-    interrupt_once()
+    begin_command()
     exit_process(main(sys.argv[1:]))
 
 

@@ -23,6 +23,8 @@ OPEN_FILES = Path("/proc/self/fd")
 # Pipes, queues and locks between a rank and one loader process, and what else a run opens: both rounded up.
 FILES_OF_A_WORKER = 8
 FILES_BESIDES = 64
+# The first step waits until all of these are asked for.
+MOST_PREFETCHED = 1000
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,14 @@ class InFlight:
 
 def check_loader_limits(run: Run) -> None:
     """Raise `ConfigError` where loader processes could not keep ready what the config asks for. A collective."""
-    if run.config.data.workers and sys.platform == "linux":
+    section = run.config.data
+    if section.workers and section.prefetch > MOST_PREFETCHED:
+        raise ConfigError(
+            "data.prefetch",
+            f"{section.prefetch:,} micro-batches would be asked of each loader process before the first step begins; "
+            f"set at most {MOST_PREFETCHED:,}, of which a few are as fast",
+        )
+    if section.workers and sys.platform == "linux":
         run.ranks.on_each(lambda: _check(run))
 
 

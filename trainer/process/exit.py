@@ -23,7 +23,7 @@ from trainer.errors import (
 )
 from trainer.process import launcher
 from trainer.process.activity import activity
-from trainer.process.interrupts import interrupts_ignored
+from trainer.process.command import signals_ignored
 from trainer.process.store import StoreSilentError, ask_store
 
 # In the process group's store: the rank that reports the failure.
@@ -45,7 +45,7 @@ def report_error(error: BaseException) -> int:
     A `LockstepError` is printed as its message, any other error with its traceback. When one rank fails, the
     others fail soon after because it is gone. Only the first rank to get here prints, so its message is the cause.
     """
-    with interrupts_ignored():
+    with signals_ignored():
         return _report(error)
 
 

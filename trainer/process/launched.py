@@ -12,8 +12,8 @@ from typing import NamedTuple, NoReturn
 
 from trainer.errors import LockstepError
 from trainer.process import launcher
+from trainer.process.command import begin_command
 from trainer.process.exit import describe_error, exit_process, report_error
-from trainer.process.interrupts import interrupt_once
 from trainer.process.parent import end_with_parent
 
 WORK_FILE = "work.pickle"  # the function and its arguments
@@ -32,7 +32,7 @@ class Failure(NamedTuple):
 def main(directory: str) -> NoReturn:
     """Run what `launch` has left in `directory`, and end the process."""
     end_with_parent()
-    interrupt_once()
+    begin_command()
     status = 0
     try:
         _run(Path(directory))

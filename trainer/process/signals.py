@@ -11,13 +11,12 @@ from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
+from trainer.process.command import STOP_SIGNALS, is_command
 from trainer.process.ranks import Ranks
 from trainer.process.watchdog import current_watchdog
 
 SECONDS_BETWEEN_ANSWERS = 0.2
 MOST_STEPS_BETWEEN_ANSWERS = 64
-# SIGHUP comes where a terminal is closed; SIGUSR1 is what Slurm's users ask for before their time is up.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -66,8 +65,11 @@ class StopRequest:
             self._answer()
         _current.remove(self)
         self._hearing.__exit__(None, None, None)
+        is_last = kind is not None and is_command()
         for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+            # A command that fails has a message to write yet; its handler of SIGINT knows.
+            keeps = is_last and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if keeps else handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.signal_number:

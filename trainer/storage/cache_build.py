@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import shutil
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Lock
 from typing import Protocol
@@ -62,6 +63,8 @@ def open_or_build(
             missing.append(chunk)
             images += count
     if not missing:
+        with suppress(OSError):  # a cache that may only be read
+            write_about(folder, source)
         return open_store(folder, source)
     size = source.estimate()
     needed = size * images // len(source.paths)
@@ -75,7 +78,7 @@ def open_or_build(
         finally:
             progress.end()
     except OSError as error:
-        raise _explain(error, folder, size) from None
+        raise _explain(error, folder, size, source) from None
     return open_store(folder, source)
 
 
@@ -90,7 +93,7 @@ def _check_space(cache_dir: Path, needed: int) -> None:
         )
 
 
-def _explain(error: OSError, folder: Path, size: int) -> LockstepError:
+def _explain(error: OSError, folder: Path, size: int, source: Source) -> LockstepError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return LockstepError(
             f"{KEY}: the disk of {folder} is full ({error.strerror}), and the decoded images need about "
@@ -98,9 +101,11 @@ def _explain(error: OSError, folder: Path, size: int) -> LockstepError:
             f"run goes on from it"
         )
     reason = error.strerror or str(error)
+    side = source.short_side or "full"
     return config_error(
         KEY,
-        f"{folder} cannot be written ({reason}); name a folder that can be",
+        f"{folder} cannot be written ({reason}); name a folder that can be, or read the images themselves, which gives "
+        f"the same: data.cache=0 data.short_side={side}",
         error,
     )
 

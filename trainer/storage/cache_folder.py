@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any
 from trainer.data.image_store import ABOUT_FILE
 from trainer.errors import LockstepError
 from trainer.storage.cache_build import is_being_made
+from trainer.storage.decoded_cache import read_about
 
 MB = 10**6
 
@@ -76,18 +76,6 @@ class Cache:
 def caches_in(cache_dir: Path) -> Iterator[Cache]:
     """The caches below a folder, by name. Folders that are no cache are passed over."""
     for path in sorted(cache_dir.iterdir()):
-        try:
-            about = json.loads((path / ABOUT_FILE).read_text())
-        except (OSError, ValueError):
-            continue
-        if _is_about(about):
+        about = read_about(path)
+        if about is not None:
             yield Cache(path, about)
-
-
-def _is_about(value: Any) -> bool:
-    """True if `value` says what a cache holds."""
-    keys = {"images", "chunk_size", "short_side", "root", "files"}
-    if not isinstance(value, dict) or not keys <= value.keys():
-        return False
-    numbers = (value["images"], value["chunk_size"])
-    return all(isinstance(number, int) and number > 0 for number in numbers)

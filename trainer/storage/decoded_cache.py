@@ -155,9 +155,23 @@ def is_complete(folder: Path, chunk: int, images: int) -> bool:
 
 def write_about(folder: Path, source: Source) -> None:
     """Write what the cache in `folder` holds, if it does not say so yet."""
-    path = folder / ABOUT_FILE
-    if not path.is_file():
-        _replace(path, {"root": str(source.root.resolve()), **source.about})
+    if read_about(folder) is None:
+        about = {"root": str(source.root.resolve()), **source.about}
+        _replace(folder / ABOUT_FILE, about)
+
+
+def read_about(folder: Path) -> dict[str, Any] | None:
+    """What the cache in `folder` says that it holds; None where it does not say so, or is no cache."""
+    try:
+        about = json.loads((folder / ABOUT_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    keys = {"images", "chunk_size", "short_side", "root", "files"}
+    if not isinstance(about, dict) or not keys <= about.keys():
+        return None
+    numbers = (about["images"], about["chunk_size"])
+    is_sound = all(isinstance(number, int) and number > 0 for number in numbers)
+    return about if is_sound else None
 
 
 def _replace(path: Path, value: Any) -> None:
