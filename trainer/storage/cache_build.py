@@ -101,7 +101,7 @@ def _explain(error: OSError, folder: Path, size: int, source: Source) -> Lockste
             f"run goes on from it"
         )
     reason = error.strerror or str(error)
-    side = source.short_side or "full"
+    side = source.reading.short_side or "full"
     return config_error(
         KEY,
         f"{folder} cannot be written ({reason}); name a folder that can be, or read the images themselves, which gives "
