@@ -265,7 +265,7 @@ class Trainer:
                     activity.leave(sys.exception())
                     self.end_loading()
                     if self._profile is not None:
-                        self._profile.close()
+                        self._profile.end_session()
                     self.saving.close(self._journal)
 
     def _build_trackers(self) -> list[Tracker]:
