@@ -116,7 +116,7 @@ class StopRequest:
 
     def stop(self) -> None:
         """Ask for the stop as a SIGTERM does. May be called in any thread."""
-        if signal.SIGTERM in self._previous_handlers:
+        if signal.getsignal(signal.SIGTERM) == self._handle:
             main_thread = threading.main_thread().ident
             assert main_thread is not None
             # Not `os.kill`: the main thread may wait in a call that only a signal of its own ends.
