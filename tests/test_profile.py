@@ -394,6 +394,22 @@ def test_a_session_that_is_too_short_says_so(
     assert not (tmp_path / "run" / "profile").exists()
 
 
+def test_a_run_that_ends_before_its_profile_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(
+        tmp_path, run__proof="off", batch__size=4, train__profile=5, train__epochs=1
+    )
+    stopping = Failing(fail_after=17)
+    data = Points(36 * 4, ignored=False)
+    with pytest.raises(LockstepError, match="as told"):
+        Trainer(settings, model=mlp(), train_data=data, observers=[stopping]).fit()
+    assert (
+        "no profile: the run ended before step 21 was done (steps "
+        in capsys.readouterr().out
+    )
+
+
 def test_a_trace_too_large_to_look_at_is_refused(tmp_path: Path) -> None:
     config(tmp_path, train__profile=100)
     with pytest.raises(ConfigError, match=r"train\.profile: 101 is more than 100"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from trainer.process.flight_recorder import VARIABLES, enable_flight_recorder
 from trainer.process.rank_states import RankState, listing
 from trainer.process.signs_of_life import SignsOfLife
 from trainer.process.stacks import error_position, main_thread_position, write_stacks
+from trainer.process.watchdog import Watchdog
 
 STATE = RankState("a", 12, "in the loader", "data.py:3 in read", 0.0)
 
@@ -113,6 +115,25 @@ def test_stacks_go_elsewhere_where_the_runs_disk_takes_none(tmp_path: Path) -> N
     assert path is not None
     path.unlink()
     path.parent.rmdir()
+
+
+def test_a_signal_while_it_is_told_of_the_end_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It wakes the watchdog, which then finds that all is over."""
+    watchdog = Watchdog(timeout=60.0)
+    watchdog.start()
+    write = os.write
+
+    def write_late(descriptor: int, data: bytes) -> int:
+        write(descriptor, bytes([signal.SIGINT]))
+        watchdog._thread.join(0.2)
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write_late)
+    watchdog.end()
+    watchdog._thread.join(60)
+    assert not watchdog._thread.is_alive()
 
 
 def test_the_flight_recorders_size_is_the_users(

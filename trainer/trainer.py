@@ -265,7 +265,7 @@ class Trainer:
                     activity.leave(sys.exception())
                     self.end_loading()
                     if self._profile is not None:
-                        self._profile.close()
+                        self._profile.end_session()
                     self.saving.close(self._journal)
 
     def _build_trackers(self) -> list[Tracker]:
@@ -427,7 +427,7 @@ class Trainer:
             if self.finite.is_held_back or not self.timetable.is_quiet(step):
                 has_row = self._write_what_is_due(step)
             self.journal.advance(step.number)
-            if stop.agreed():
+            if stop.agreed(begins_epoch=step.first_in_epoch):
                 self._stop(stop.signal_number)
             # Ranks meet at rows.
             if has_row and self._end_early():

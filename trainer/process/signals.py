@@ -15,7 +15,8 @@ from trainer.process.command import STOP_SIGNALS, is_command
 from trainer.process.ranks import Ranks
 from trainer.process.watchdog import current_watchdog
 
-SECONDS_BETWEEN_ANSWERS = 0.2
+# Where steps become a hundred times longer all at once, the answer comes within 10 s: launchers kill after 30 s.
+SECONDS_BETWEEN_ANSWERS = 0.1
 MOST_STEPS_BETWEEN_ANSWERS = 64
 
 
@@ -27,7 +28,8 @@ class StopRequest:
 
     Ranks are signalled at different moments, so they ask one another. They ask when a step begins and read the answer
     when it ends, which hides some of the cost behind the step. Where steps are short, that is not done in every one:
-    each answer also says how many steps are to pass before the next, by the clock of rank 0.
+    each answer also says how many steps are to pass before the next, by the clock of rank 0. That begins anew with each
+    epoch, in which parameters may be thawed, or samples be others.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -79,10 +81,13 @@ class StopRequest:
         if interrupt is not None:
             signal.signal(signal.SIGINT, interrupt)
 
-    def agreed(self) -> bool:
-        """True if all ranks stop after this step. Called by every rank once a step."""
+    def agreed(self, *, begins_epoch: bool = False) -> bool:
+        """True if all ranks stop after this step. Called by every rank once a step; whether an epoch began with it."""
         if self._is_alone:
             return self.signal_number != 0
+        if begins_epoch and self._steps_to_pass:
+            self._steps_to_pass = self._interval = 1
+            self._time_of_question = -math.inf
         if self._steps_to_pass:
             self._steps_to_pass -= 1
         elif self._read_answer():
@@ -111,12 +116,12 @@ class StopRequest:
         seconds_a_step = (now - self._time_of_question) / self._interval
         self._time_of_question = now
         fitting = int(SECONDS_BETWEEN_ANSWERS / max(seconds_a_step, 1e-6))
-        # Steps may become longer all at once, as where parameters are thawed.
+        # Steps may become longer all at once.
         return max(1, min(fitting, 2 * self._interval, MOST_STEPS_BETWEEN_ANSWERS))
 
     def stop(self) -> None:
         """Ask for the stop as a SIGTERM does. May be called in any thread."""
-        if signal.SIGTERM in self._previous_handlers:
+        if signal.getsignal(signal.SIGTERM) == self._handle:
             main_thread = threading.main_thread().ident
             assert main_thread is not None
             # Not `os.kill`: the main thread may wait in a call that only a signal of its own ends.

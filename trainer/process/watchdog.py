@@ -56,6 +56,7 @@ class Watchdog:
         self.report = HangReport(rank, count, 2 * self._interval + MARGIN)
         self._states = RankStates(rank, count)
         self._ended = False
+        self._is_told = threading.Event()  # of the end: nobody writes any more
         self._wake_up, self._wake_up_end = os.pipe()
         os.set_blocking(self._wake_up_end, False)
         self._poll = select.poll()
@@ -77,7 +78,11 @@ class Watchdog:
     def end(self) -> None:
         """Stop watching. The thread ends soon."""
         self._ended = True
+        if self._stop_signals:
+            # An interrupt came where this thread was about to leave `hear`.
+            signal.set_wakeup_fd(-1)
         os.write(self._wake_up_end, b"\0")
+        self._is_told.set()
 
     @contextmanager
     def hear(self, signals: Sequence[int]) -> Iterator[None]:
@@ -109,6 +114,7 @@ class Watchdog:
             self._count(seconds, is_marked=activity.marks != last_marks, life=life)
             last_marks = activity.marks
             self._act()
+        self._is_told.wait()
         os.close(self._wake_up)
         os.close(self._wake_up_end)
 

@@ -84,6 +84,14 @@ class ProfileObserver(Observer):
             self._profiler.stop()
             self._profiler = None
 
+    def end_session(self) -> None:
+        """The run ends: stop what still runs, and say so where the profile is not complete."""
+        self.close()
+        if not self.profiles:
+            self._note(
+                f"no profile: the run ended before step {self.last_step} was done ({self._windows.describe()})"
+            )
+
     def _synchronize(self) -> None:
         if self._run.ranks.device.type != "cpu":
             device_module(self._run.ranks.device).synchronize()
