@@ -166,7 +166,7 @@ def sections(options: argparse.Namespace, folder: Path) -> Iterator[str]:
         root = folder / f"{side}"
         make_files(root, side, count // 4 if options.quick else count)
         title = f"JPEG files of {side} × {side * 3 // 4} pixels"
-        yield measure(root, root / "cache", title, rounds, ranks)
+        yield measure(root, folder / f"cache_{side}", title, rounds, ranks)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""torchvision's RandomResizedCrop and RandomHorizontalFlip of an image alone in less time, with the same bits.
+"""torchvision's RandomResizedCrop and RandomHorizontalFlip of images alone in less time, with the same bits.
 
 torch resizes bytes fastest where the channels of a pixel lie together, as in decoded images. Of a part of one image by
 itself it does not see that, and copies the pixels to and fro.
@@ -7,6 +7,7 @@ itself it does not see that, and copies the pixels to and fro.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -26,15 +27,15 @@ def fast_form(transform: Any) -> Any:
     from torchvision.transforms import v2
 
     if type(transform) is v2.RandomHorizontalFlip:
-        return _Flip(transform)
+        return Flip(transform)
     if type(transform) is not v2.RandomResizedCrop or not transform.antialias:
         return transform
     # Text, or a member of an enumeration: as it was given.
     mode = getattr(transform.interpolation, "value", transform.interpolation)
-    return _ResizedCrop(transform) if mode == "bilinear" and _is_same() else transform
+    return ResizedCrop(transform) if mode == "bilinear" and _is_same() else transform
 
 
-def _is_decoded_image(image: Any) -> bool:
+def is_decoded_image(image: Any) -> bool:
     """True for bytes on the CPU, three channels together."""
     return (
         type(image) is Tensor
@@ -46,23 +47,25 @@ def _is_decoded_image(image: Any) -> bool:
     )
 
 
-class _ResizedCrop:
+class ResizedCrop:
     """torchvision's, whose draws are made again here, one by one: it takes longer over their surroundings."""
 
     def __init__(self, transform: Any) -> None:
         self._transform = transform
-        self._size = list(transform.size)
+        self.size = list(transform.size)
         self._ratios = transform.ratio
         self._log_ratios = torch.log(torch.tensor(transform.ratio)).tolist()
+        # What is drawn goes here: to make a tensor for it takes as long again.
+        self._float = torch.empty(1)
+        self._index = torch.empty(1, dtype=torch.int64)
 
     def __call__(self, image: Any) -> Any:
-        if not _is_decoded_image(image):
+        if not is_decoded_image(image):
             return self._transform(image)
-        top, left, height, width = self._place(*image.shape[1:])
-        part = image[:, top : top + height, left : left + width]
-        if [height, width] == self._size:
+        part = self.draw(image)
+        if list(part.shape[1:]) == self.size:
             return part
-        resized = resize_uint8(part, self._size)
+        resized = resize_uint8(part, self.size)
         # In memory as torchvision leaves it: a later transform's sums may depend on that.
         is_of_whole_rows = part.permute(1, 2, 0).is_contiguous()
         if is_of_whole_rows:
@@ -70,22 +73,27 @@ class _ResizedCrop:
         # NumPy takes half of torch's time for it.
         return torch.from_numpy(np.ascontiguousarray(resized.numpy()))
 
+    def draw(self, image: Tensor) -> Tensor:
+        """The part of a decoded image that is to be resized; a view."""
+        top, left, height, width = self._place(*image.shape[1:])
+        return image[:, top : top + height, left : left + width]
+
     def _place(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Top, left, height and width of a part of an image."""
         for _ in range(ATTEMPTS):
-            share = torch.empty(1).uniform_(*self._transform.scale).item()
-            ratio = torch.exp(torch.empty(1).uniform_(*self._log_ratios)).item()
+            share = self._float.uniform_(*self._transform.scale).item()
+            ratio = self._float.uniform_(*self._log_ratios).exp_().item()
             area = height * width * share
             part_width = round(math.sqrt(area * ratio))
             part_height = round(math.sqrt(area / ratio))
             if 0 < part_width <= width and 0 < part_height <= height:
-                top = torch.randint(0, height - part_height + 1, size=(1,)).item()
-                left = torch.randint(0, width - part_width + 1, size=(1,)).item()
+                top = self._index.random_(0, height - part_height + 1).item()
+                left = self._index.random_(0, width - part_width + 1).item()
                 return int(top), int(left), part_height, part_width
         return middle_part(height, width, min(self._ratios), max(self._ratios))
 
 
-class _Flip:
+class Flip:
     """Without what torchvision does for pairs of images and targets, which takes longer than to flip."""
 
     def __init__(self, transform: Any) -> None:
@@ -94,7 +102,49 @@ class _Flip:
     def __call__(self, image: Any) -> Any:
         if type(image) is not Tensor:
             return self._transform(image)
-        return image if torch.rand(1) >= self._transform.p else image.flip(-1)
+        return image.flip(-1) if self.draw() else image
+
+    def draw(self) -> bool:
+        """Whether the next image is to be flipped."""
+        return not torch.rand(1) >= self._transform.p
+
+
+class CropBatch:
+    """Batches of decoded images, cropped, resized and then perhaps flipped: each into its place in the batch.
+
+    One by one, each image has its channels put apart and is copied once more into a batch, which takes as long as to
+    resize it. Here they stay together, as in `torch.channels_last`; a device puts them apart where it normalises.
+    """
+
+    def __init__(self, crop: ResizedCrop, flip: Flip | None) -> None:
+        self._crop = crop
+        self._flip = flip
+
+    def empty(self, count: int) -> Tensor:
+        """Memory for a batch of `count` images, uint8 `(count, 3, H, W)`."""
+        shape = (count, 3, *self._crop.size)
+        return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+
+    def fill(self, batch: Tensor, place: int, image: Tensor) -> None:
+        """Draw as for a sample, and put what becomes of a decoded image into its place."""
+        part = self._crop.draw(image)
+        out = batch[place : place + 1]
+        if list(part.shape[1:]) == self._crop.size:
+            out[0] = part
+        else:
+            resize_uint8(part, self._crop.size, out)
+        if self._flip is not None and self._flip.draw():
+            out[0] = out[0].flip(-1)
+
+
+def crop_batch(transforms: Sequence[Any]) -> CropBatch | None:
+    """For fast forms of a crop, or of a crop and a flip; None for any others."""
+    match transforms:
+        case [ResizedCrop() as crop]:
+            return CropBatch(crop, None)
+        case [ResizedCrop() as crop, Flip() as flip]:
+            return CropBatch(crop, flip)
+    return None
 
 
 @cache
@@ -111,8 +161,14 @@ def _is_same() -> bool:
             torch.default_generator.manual_seed(seed)
             expected, state = crop(image), torch.get_rng_state()
             torch.default_generator.manual_seed(seed)
-            result = _ResizedCrop(crop)(image)
+            result = ResizedCrop(crop)(image)
             same_draws = torch.equal(torch.get_rng_state(), state)
             if not same_draws or not torch.equal(result, expected):
+                return False
+            torch.default_generator.manual_seed(seed)
+            crops = CropBatch(ResizedCrop(crop), None)
+            batch = crops.empty(1)
+            crops.fill(batch, 0, image)
+            if not torch.equal(batch[0], expected):
                 return False
     return True

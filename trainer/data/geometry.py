@@ -14,7 +14,7 @@ from trainer.data.conversion import (
     is_pil,
     target_as_tensor,
 )
-from trainer.data.fast_crop import fast_form
+from trainer.data.fast_crop import CropBatch, crop_batch, fast_form
 from trainer.errors import DataError
 
 # Of v2: they change an image's size alone, so what is measured in shares of it stays.
@@ -70,6 +70,10 @@ class SampleTransform:
             return _map_leaves(self._transform_image(image), _without_place), target
         image, target = self._transform_pair(image, target, with_own=has_place)
         return image, _map_leaves(target, _without_place)
+
+    def crop_batch(self) -> CropBatch | None:
+        """The same for a batch of decoded images with targets that have no place in them; None if there is no such."""
+        return crop_batch([transform for transform, _, _ in self._of_image])
 
     def _transform_image(self, image: Any) -> Any:
         for transform, is_v2, takes_arrays in self._of_image:

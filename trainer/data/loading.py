@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -143,8 +142,7 @@ class Loader:
 
     def _read(self, request: Request) -> MicroBatch | Loaded:
         """What the data set gives for one request, in this process."""
-        # Saving the generators costs more than a look-up, so only data that draws from them does it.
-        with preserved_cpu_generators() if self.dataset.draws else nullcontext():
+        with self.dataset.preserved_draws():
             batch = self.dataset[request]
         return _raise_if_error(batch)
 
@@ -179,6 +177,8 @@ class Loader:
             assert self.device_set is not None
             inputs, targets = self.device_set.take(source.ids)
         if self.batch_transforms is not None:
+            if self.dataset.keeps_channels_together:
+                inputs = inputs.contiguous()  # a transform's sums may depend on it
             inputs = self.batch_transforms(inputs, source)
         return batch._replace(inputs=inputs, targets=targets)
 
@@ -251,12 +251,6 @@ def build_loader(
     Raises `ConfigError` for transforms or a `data.collate` that cannot be built.
     """
     collation = build_collation(section.collate)
-    normalize = Normalize(
-        section.mean,
-        section.std,
-        dtype,
-        structured=collation is not None or section.columns is not None,
-    ).to(device)
     key = transforms_key or f"data.{purpose}_transforms"
     keyed = KeyedDataset(
         dataset,
@@ -268,6 +262,13 @@ def build_loader(
         label=label,
         transforms_key=key,
     )
+    normalize = Normalize(
+        section.mean,
+        section.std,
+        dtype,
+        structured=collation is not None or section.columns is not None,
+        puts_channels_apart=keyed.keeps_channels_together,
+    ).to(device)
     batch_transforms = None
     if purpose == "train":
         batch_transforms = build_batch_transforms(

@@ -21,6 +21,8 @@ class Normalize(nn.Module):
 
     uint16 is scaled by its range too. Images of other whole numbers are refused: their range says nothing of theirs.
 
+    With `puts_channels_apart`, bytes that lie as `torch.channels_last` come out as others do.
+
     With `structured` (`data.collate` or `data.columns`), a list of images is treated image by image; in other ones
     bytes `(N, C, H, W)` are scaled, and floats cast.
     """
@@ -32,9 +34,13 @@ class Normalize(nn.Module):
         dtype: torch.dtype,
         *,
         structured: bool = False,
+        puts_channels_apart: bool = False,
     ) -> None:
         super().__init__()
         self._structured = structured
+        self._format = torch.preserve_format
+        if puts_channels_apart:
+            self._format = torch.contiguous_format
         self._dtype = dtype
         self._shifts = mean is not None or std is not None
         self.scale: Tensor
@@ -57,7 +63,8 @@ class Normalize(nn.Module):
             return self._structure(images)
         is_new = images.dtype == torch.uint8
         if is_new:
-            images = images.to(self._dtype).mul_(self.scale)
+            images = images.to(self._dtype, memory_format=self._format)
+            images = images.mul_(self.scale)
         elif images.is_floating_point():
             images = images.to(self._dtype)
         elif images.dtype == torch.uint16:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from trainer.data.conversion import (
     target_as_tensor,
 )
 from trainer.data.datasets import ImageArrays, MapDataset
+from trainer.data.fast_crop import CropBatch, is_decoded_image
 from trainer.data.folder import ImageFolder
 from trainer.data.geometry import SampleTransform
 from trainer.data.names import printable
@@ -31,7 +33,14 @@ from trainer.data.no_batch import why_no_batch
 from trainer.data.worker_failure import is_limit
 from trainer.errors import DataError, data_error
 from trainer.exact.plan import Ids, IndexRange
-from trainer.exact.seeding import host_state, key, seed_cpu, seed_torch
+from trainer.exact.seeding import (
+    host_state,
+    key,
+    preserved_cpu_generators,
+    preserved_torch_generator,
+    seed_cpu,
+    seed_torch,
+)
 
 
 class Source(NamedTuple):
@@ -166,6 +175,7 @@ class KeyedDataset(Dataset[Any]):
         self._seed_draws: Callable[[int], object] = seed_cpu
         if self._may_read_only:
             self._seed_draws = seed_torch
+        self._crops = self._find_crops()
         self.tells_source = False  # whether a batch says which samples it holds
         # Set in a loader process: told of each sample before it is loaded.
         self.at_sample: Callable[[int], None] | None = None
@@ -175,6 +185,9 @@ class KeyedDataset(Dataset[Any]):
             return self.load_readable(request)
         if self._batch is not None:
             return self._look_up(self._batch, request)
+        cropped = self._cropped(request)
+        if cropped is not None:
+            return cropped
         try:
             samples = [
                 self.sample(request.epoch, sample_id, occurrence)
@@ -189,6 +202,51 @@ class KeyedDataset(Dataset[Any]):
     ) -> MicroBatch:
         inputs, targets = batch(torch.from_numpy(request.ids))
         return self._micro_batch(inputs, targets, request)
+
+    @property
+    def keeps_channels_together(self) -> bool:
+        """True if its batches of images may lie in memory as `torch.channels_last`, and mean nothing by it."""
+        return self._crops is not None
+
+    def preserved_draws(self) -> AbstractContextManager[None]:
+        """A context that puts back the generators that a request draws from."""
+        # Saving them costs more than a look-up, which draws nothing.
+        if not self.draws:
+            return nullcontext()
+        if self._may_read_only:
+            return preserved_torch_generator()
+        return preserved_cpu_generators()
+
+    def _find_crops(self) -> CropBatch | None:
+        if self._transform is None or not self._may_read_only:
+            return None
+        return self._transform.crop_batch()
+
+    def _cropped(self, request: Request) -> MicroBatch | None:
+        """What making it sample by sample gives, made in one piece; None where that is not possible.
+
+        What is wrong with a sample is left to be found there, too.
+        """
+        count = len(request.ids)
+        if self._crops is None or not count:
+            return None
+        images = self._crops.empty(count)
+        if self.at_sample is not None:  # in a loader process
+            images.share_memory_()  # type: ignore[no-untyped-call]
+        targets = []
+        for place, (sample_id, occurrence) in enumerate(request.pairs()):
+            self._seed_for(request.epoch, sample_id, occurrence)
+            if self.at_sample is not None:
+                self.at_sample(sample_id)
+            try:
+                image, target = self.dataset.read_only(sample_id)  # type: ignore[attr-defined]
+            except Exception:
+                return None
+            if not is_decoded_image(image) or not isinstance(target, int | float):
+                return None
+            self._crops.fill(images, place, image)
+            targets.append(target)
+        return self._micro_batch(images, default_collate(targets), request)
 
     def _batch_of(self, samples: list[tuple[Any, Any]], request: Request) -> MicroBatch:
         if self.collation is None:
@@ -209,6 +267,9 @@ class KeyedDataset(Dataset[Any]):
         if self._batch is not None:
             batch = self._look_up(self._batch, request) if len(request.ids) else None
             return Loaded(batch, request, [])
+        cropped = self._cropped(request)
+        if cropped is not None:
+            return Loaded(cropped, request, [])
         samples = []
         positions = []
         bad = []

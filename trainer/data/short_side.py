@@ -66,8 +66,8 @@ def shrink(image: Tensor, pixels: int | None) -> Tensor:
     return resize_uint8(image, [pixels, long_side] if is_wide else [long_side, pixels])
 
 
-def resize_uint8(image: Tensor, size: list[int]) -> Tensor:
-    """The image, uint8 `(C, h, w)`, as `(C, *size)`: bilinear, antialiased.
+def resize_uint8(image: Tensor, size: list[int], out: Tensor | None = None) -> Tensor:
+    """The image, uint8 `(C, h, w)`, as `(C, *size)`: bilinear, antialiased. `out`: a batch of one to write it into.
 
     torch's kernel is several times as fast on pixels whose channels lie together. It does not notice that of a part of
     one image by itself, so it is told.
@@ -76,6 +76,11 @@ def resize_uint8(image: Tensor, size: list[int]) -> Tensor:
     pixels = image.permute(1, 2, 0).contiguous()
     strides = (image.numel(), 1, width * channels, channels)
     batch = pixels.as_strided((1, channels, height, width), strides)
+    if out is not None:
+        # What `interpolate` calls, which cannot write into memory that is there.
+        kernel: Any = torch._C._nn._upsample_bilinear2d_aa
+        kernel(batch, size, False, None, None, out=out)
+        return out.squeeze(0)
     resized = torch.nn.functional.interpolate(
         batch, size=size, mode="bilinear", align_corners=False, antialias=True
     )
