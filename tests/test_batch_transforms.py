@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from trainer.data.batch_transforms.build import (
     BATCH_TRANSFORMS,
     build_batch_transforms,
 )
-from trainer.data.batch_transforms.coloring import ORDERS
 from trainer.data.samples import Source
 from trainer.errors import ConfigError
 from trainer.exact.counter_draws import RANGE
@@ -39,6 +39,8 @@ EXAMPLES: list[dict[str, Any]] = [
     {"name": "RandomResizedCrop", "size": 5, "scale": [0.5, 1], "ratio": [3, 4]},
     {"name": "RandomErasing", "p": 0.8, "value": [9, 8, 7]},
     {"name": "ColorJitter", "brightness": 0.4, "contrast": 0.6, "saturation": [0, 3]},
+    {"name": "ColorJitter", "hue": 0.5},
+    {"name": "ColorJitter", "brightness": 0.3, "saturation": 0.8, "hue": [-0.1, 0.4]},
     {"name": "RandomGrayscale", "p": 0.5},
 ]
 
@@ -75,7 +77,8 @@ def draws_of(item: dict[str, Any], sample: int) -> list[int]:
     """The draws of a sample for a list of this transform alone, by plain Python."""
     base = key(SEED, f"train batch transform {item['name']}", 0)
     of_sample = mix_key(mix_key(base, EPOCH, 0), sample, 0)
-    count = BATCH_TRANSFORMS[item["name"]].draws
+    arguments = {name: value for name, value in item.items() if name != "name"}
+    count = BATCH_TRANSFORMS[item["name"]](**arguments).draws
     return [mix_key(of_sample, number, 0) >> 32 for number in range(count)]
 
 
@@ -165,14 +168,25 @@ def erased(
 
 
 def recolored(
-    image: Tensor, draws: list[int], *, brightness: Any, contrast: Any, saturation: Any
+    image: Tensor,
+    draws: list[int],
+    *,
+    brightness: Any = 0,
+    contrast: Any = 0,
+    saturation: Any = 0,
+    hue: Any = 0,
 ) -> Any:
-    changes = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation]
     factors = []
     for amount, draw in zip((brightness, contrast, saturation), draws, strict=False):
         low, high = amount if isinstance(amount, list) else (1 - amount, 1 + amount)
         factors.append(low + (high - low) * draw / RANGE)
-    for kind in ORDERS[below(draws[3], len(ORDERS))]:
+    changes = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation]
+    if hue:
+        low, high = hue if isinstance(hue, list) else (-hue, hue)
+        factors.append(low + (high - low) * draws[4] / RANGE)
+        changes.append(tv.adjust_hue)
+    orders = list(permutations(range(len(changes))))
+    for kind in orders[below(draws[3], len(orders))]:
         image = changes[kind](image, factors[kind])
     return image
 
@@ -296,7 +310,7 @@ def test_every_name_is_torchvisions_with_its_defaults() -> None:
         ({"name": "RandomCrop", "size": 8, "padding_mode": "symmetric"}, "reflect"),
         ({"name": "RandomHorizontalFlip", "p": 2}, "from 0 to 1"),
         ({"name": "RandomResizedCrop", "size": 8, "scale": [1, 0]}, "low ≤ high"),
-        ({"name": "ColorJitter", "hue": 0.1}, "data.train_transforms"),
+        ({"name": "ColorJitter", "hue": 0.6}, "hue is from 0 to 0.5"),
         ({"name": "ColorJitter", "brightness": -1}, "brightness"),
         ({"name": "torch.nn.Flatten"}, "docs/on-device.md"),
     ],
