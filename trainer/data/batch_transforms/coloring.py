@@ -17,7 +17,7 @@ from trainer.data.batch_transforms.arguments import (
     color,
     interval,
 )
-from trainer.data.batch_transforms.boxes import DRAWS, BoxDraw
+from trainer.data.batch_transforms.boxes import DRAWS, BoxDraw, Sizes, root_of_area
 from trainer.data.batch_transforms.hue import turn_hue, turns
 from trainer.data.batch_transforms.resizing import require_bytes
 from trainer.exact.counter_draws import below, between, happens
@@ -144,7 +144,8 @@ class RandomErasing:
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        boxes = self._boxes(draws[:, :-1], height, width)
+        sizes = Sizes(height, width, root_of_area(height, width))
+        boxes = self._boxes(draws[:, :-1], sizes)
         is_erased = boxes.fits & happens(draws[:, -1], self._p)
         rows = _inside(boxes.top, boxes.height, height) & is_erased.unsqueeze(1)
         columns = _inside(boxes.left, boxes.width, width)

@@ -50,7 +50,7 @@ def turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
 
 def _hue(pixels: Tensor, largest: Tensor, spread: Tensor) -> Tensor:
     """The hue of each pixel, int32 `(B, 1, H, W)`; of grey ones 0."""
-    red, green, blue = pixels.split(1, 1)
+    red, green, blue = (pixels[:, index : index + 1] for index in range(3))
     is_red, is_green = largest == red, largest == green
     difference = torch.where(is_green, blue - red, red - green)
     difference = torch.where(is_red, green - blue, difference)
