@@ -193,7 +193,7 @@ def test_a_run_says_what_decoded_its_images(
     for _, value, _, _, logged in values:
         assert value == logged.removesuffix(")")
     files = sorted((root / "images/val/light").iterdir())
-    assert len(Predictor(tmp_path / "run").predict(files)) == len(files)
+    assert len(list(Predictor(tmp_path / "run").predict(files))) == len(files)
 
 
 def test_what_the_device_cannot_decode_the_cpu_does(root: Path, tmp_path: Path) -> None:
