@@ -13,12 +13,14 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from trainer.data.batch_transforms import several_sizes
 from trainer.data.batch_transforms.base import BatchTransforms
 from trainer.data.batch_transforms.boxes import ATTEMPTS, STEPS
 from trainer.data.batch_transforms.build import (
     BATCH_TRANSFORMS,
     build_batch_transforms,
 )
+from trainer.data.image_list import ImageList, pack
 from trainer.data.samples import Source
 from trainer.errors import ConfigError
 from trainer.exact.counter_draws import RANGE
@@ -37,6 +39,7 @@ EXAMPLES: list[dict[str, Any]] = [
     {"name": "RandomCrop", "size": 16, "padding": 3, "padding_mode": "edge"},
     {"name": "RandomResizedCrop", "size": [12, 19]},
     {"name": "RandomResizedCrop", "size": 5, "scale": [0.5, 1], "ratio": [3, 4]},
+    {"name": "Resize", "size": [30, 11]},
     {"name": "RandomErasing", "p": 0.8, "value": [9, 8, 7]},
     {"name": "ColorJitter", "brightness": 0.4, "contrast": 0.6, "saturation": [0, 3]},
     {"name": "ColorJitter", "hue": 0.5},
@@ -151,6 +154,11 @@ def resized(
     return tv.resize(part.double(), size, antialias=True).round().clamp(0, 255).byte()
 
 
+def whole_resized(image: Tensor, draws: list[int], *, size: Any) -> Any:
+    resized_image = tv.resize(image.double(), size, antialias=True)
+    return resized_image.round().clamp(0, 255).byte()
+
+
 def erased(
     image: Tensor,
     draws: list[int],
@@ -200,12 +208,18 @@ BY_TORCHVISION = {
     "RandomVerticalFlip": flipped_down,
     "RandomCrop": cropped,
     "RandomResizedCrop": resized,
+    "Resize": whole_resized,
     "RandomErasing": erased,
     "ColorJitter": recolored,
     "RandomGrayscale": grayed,
 }
 # Levels of 255: whole numbers are rounded elsewhere than torchvision's.
-TOLERANCE = {"RandomResizedCrop": 1, "ColorJitter": 6, "RandomGrayscale": 1}
+TOLERANCE = {
+    "RandomResizedCrop": 1,
+    "Resize": 1,
+    "ColorJitter": 6,
+    "RandomGrayscale": 1,
+}
 
 
 @pytest.mark.parametrize("item", EXAMPLES, ids=str)
@@ -254,6 +268,34 @@ def test_each_image_is_the_same_alone_and_in_any_batch(channels: int) -> None:
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
     shuffled = change(batch[order], source(ids[order], occurrences[order]))
     assert torch.equal(shuffled, together[order])
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"name": "RandomResizedCrop", "size": 14},
+        # No box fits, so the middle of each is taken.
+        {"name": "RandomResizedCrop", "size": 9, "scale": [0.9, 1], "ratio": [3, 4]},
+        {"name": "Resize", "size": [20, 30]},
+    ],
+    ids=str,
+)
+def test_images_of_several_sizes_are_what_each_is_alone(
+    item: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(2)
+    sides = torch.randint(10, 70, (20, 2), generator=draw).tolist()
+    batch = [images(1)[0].new_empty(3, *size).random_(generator=draw) for size in sides]
+    ids = torch.arange(len(batch)) * 77
+    change = transforms(item, {"name": "RandomHorizontalFlip"})
+    alone = []
+    for image, sample in zip(batch, ids, strict=True):
+        alone.append(change(image[None], source(sample[None])))
+    together = change(pack(batch).unpacked(), source(ids))
+    assert torch.equal(together, torch.cat(alone))
+    # A few at a time, so that large images do not need much memory at once.
+    monkeypatch.setattr(several_sizes, "MOST_BYTES", 40_000)
+    assert torch.equal(change(ImageList(batch), source(ids)), together)
 
 
 def test_draws_are_new_in_each_epoch_and_for_each_occurrence() -> None:
@@ -309,6 +351,7 @@ def test_every_name_is_torchvisions_with_its_defaults() -> None:
         ({"name": "RandomErasing", "scale": [0.1, 2]}, "up to 1"),
         ({"name": "RandomCrop", "size": 8, "padding_mode": "symmetric"}, "reflect"),
         ({"name": "RandomHorizontalFlip", "p": 2}, "from 0 to 1"),
+        ({"name": "Resize", "size": 8}, "[height, width]"),
         ({"name": "RandomResizedCrop", "size": 8, "scale": [1, 0]}, "low ≤ high"),
         ({"name": "ColorJitter", "hue": 0.6}, "hue is from 0 to 0.5"),
         ({"name": "ColorJitter", "brightness": -1}, "brightness"),
