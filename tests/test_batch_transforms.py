@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from trainer.data.batch_transforms import several_sizes
 from trainer.data.batch_transforms.base import BatchTransforms
 from trainer.data.batch_transforms.boxes import ATTEMPTS, STEPS
 from trainer.data.batch_transforms.build import (
     BATCH_TRANSFORMS,
     build_batch_transforms,
 )
-from trainer.data.batch_transforms.coloring import ORDERS
+from trainer.data.image_list import ImageList, pack
 from trainer.data.samples import Source
 from trainer.errors import ConfigError
 from trainer.exact.counter_draws import RANGE
@@ -37,8 +39,11 @@ EXAMPLES: list[dict[str, Any]] = [
     {"name": "RandomCrop", "size": 16, "padding": 3, "padding_mode": "edge"},
     {"name": "RandomResizedCrop", "size": [12, 19]},
     {"name": "RandomResizedCrop", "size": 5, "scale": [0.5, 1], "ratio": [3, 4]},
+    {"name": "Resize", "size": [30, 11]},
     {"name": "RandomErasing", "p": 0.8, "value": [9, 8, 7]},
     {"name": "ColorJitter", "brightness": 0.4, "contrast": 0.6, "saturation": [0, 3]},
+    {"name": "ColorJitter", "hue": 0.5},
+    {"name": "ColorJitter", "brightness": 0.3, "saturation": 0.8, "hue": [-0.1, 0.4]},
     {"name": "RandomGrayscale", "p": 0.5},
 ]
 
@@ -75,7 +80,8 @@ def draws_of(item: dict[str, Any], sample: int) -> list[int]:
     """The draws of a sample for a list of this transform alone, by plain Python."""
     base = key(SEED, f"train batch transform {item['name']}", 0)
     of_sample = mix_key(mix_key(base, EPOCH, 0), sample, 0)
-    count = BATCH_TRANSFORMS[item["name"]].draws
+    arguments = {name: value for name, value in item.items() if name != "name"}
+    count = BATCH_TRANSFORMS[item["name"]](**arguments).draws
     return [mix_key(of_sample, number, 0) >> 32 for number in range(count)]
 
 
@@ -148,6 +154,11 @@ def resized(
     return tv.resize(part.double(), size, antialias=True).round().clamp(0, 255).byte()
 
 
+def whole_resized(image: Tensor, draws: list[int], *, size: Any) -> Any:
+    resized_image = tv.resize(image.double(), size, antialias=True)
+    return resized_image.round().clamp(0, 255).byte()
+
+
 def erased(
     image: Tensor,
     draws: list[int],
@@ -165,14 +176,25 @@ def erased(
 
 
 def recolored(
-    image: Tensor, draws: list[int], *, brightness: Any, contrast: Any, saturation: Any
+    image: Tensor,
+    draws: list[int],
+    *,
+    brightness: Any = 0,
+    contrast: Any = 0,
+    saturation: Any = 0,
+    hue: Any = 0,
 ) -> Any:
-    changes = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation]
     factors = []
     for amount, draw in zip((brightness, contrast, saturation), draws, strict=False):
         low, high = amount if isinstance(amount, list) else (1 - amount, 1 + amount)
         factors.append(low + (high - low) * draw / RANGE)
-    for kind in ORDERS[below(draws[3], len(ORDERS))]:
+    changes = [tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation]
+    if hue:
+        low, high = hue if isinstance(hue, list) else (-hue, hue)
+        factors.append(low + (high - low) * draws[4] / RANGE)
+        changes.append(tv.adjust_hue)
+    orders = list(permutations(range(len(changes))))
+    for kind in orders[below(draws[3], len(orders))]:
         image = changes[kind](image, factors[kind])
     return image
 
@@ -186,12 +208,18 @@ BY_TORCHVISION = {
     "RandomVerticalFlip": flipped_down,
     "RandomCrop": cropped,
     "RandomResizedCrop": resized,
+    "Resize": whole_resized,
     "RandomErasing": erased,
     "ColorJitter": recolored,
     "RandomGrayscale": grayed,
 }
 # Levels of 255: whole numbers are rounded elsewhere than torchvision's.
-TOLERANCE = {"RandomResizedCrop": 1, "ColorJitter": 6, "RandomGrayscale": 1}
+TOLERANCE = {
+    "RandomResizedCrop": 1,
+    "Resize": 1,
+    "ColorJitter": 6,
+    "RandomGrayscale": 1,
+}
 
 
 @pytest.mark.parametrize("item", EXAMPLES, ids=str)
@@ -240,6 +268,34 @@ def test_each_image_is_the_same_alone_and_in_any_batch(channels: int) -> None:
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
     shuffled = change(batch[order], source(ids[order], occurrences[order]))
     assert torch.equal(shuffled, together[order])
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"name": "RandomResizedCrop", "size": 14},
+        # No box fits, so the middle of each is taken.
+        {"name": "RandomResizedCrop", "size": 9, "scale": [0.9, 1], "ratio": [3, 4]},
+        {"name": "Resize", "size": [20, 30]},
+    ],
+    ids=str,
+)
+def test_images_of_several_sizes_are_what_each_is_alone(
+    item: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(2)
+    sides = torch.randint(10, 70, (20, 2), generator=draw).tolist()
+    batch = [images(1)[0].new_empty(3, *size).random_(generator=draw) for size in sides]
+    ids = torch.arange(len(batch)) * 77
+    change = transforms(item, {"name": "RandomHorizontalFlip"})
+    alone = []
+    for image, sample in zip(batch, ids, strict=True):
+        alone.append(change(image[None], source(sample[None])))
+    together = change(pack(batch).unpacked(), source(ids))
+    assert torch.equal(together, torch.cat(alone))
+    # A few at a time, so that large images do not need much memory at once.
+    monkeypatch.setattr(several_sizes, "MOST_BYTES", 40_000)
+    assert torch.equal(change(ImageList(batch), source(ids)), together)
 
 
 def test_draws_are_new_in_each_epoch_and_for_each_occurrence() -> None:
@@ -295,8 +351,9 @@ def test_every_name_is_torchvisions_with_its_defaults() -> None:
         ({"name": "RandomErasing", "scale": [0.1, 2]}, "up to 1"),
         ({"name": "RandomCrop", "size": 8, "padding_mode": "symmetric"}, "reflect"),
         ({"name": "RandomHorizontalFlip", "p": 2}, "from 0 to 1"),
+        ({"name": "Resize", "size": 8}, "[height, width]"),
         ({"name": "RandomResizedCrop", "size": 8, "scale": [1, 0]}, "low ≤ high"),
-        ({"name": "ColorJitter", "hue": 0.1}, "data.train_transforms"),
+        ({"name": "ColorJitter", "hue": 0.6}, "hue is from 0 to 0.5"),
         ({"name": "ColorJitter", "brightness": -1}, "brightness"),
         ({"name": "torch.nn.Flatten"}, "docs/on-device.md"),
     ],

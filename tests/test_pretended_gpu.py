@@ -176,7 +176,7 @@ BATCH_TRANSFORMS = [
     {"name": "RandomCrop", "size": 8, "padding": 2, "fill": [3]},
     {"name": "RandomHorizontalFlip"},
     {"name": "RandomVerticalFlip"},
-    {"name": "ColorJitter", "brightness": 0.4, "contrast": 0.2, "saturation": 0.5},
+    {"name": "ColorJitter", "brightness": 0.4, "saturation": 0.5, "hue": 0.1},
     {"name": "RandomGrayscale"},
     {"name": "RandomResizedCrop", "size": 8},
     {"name": "RandomErasing"},

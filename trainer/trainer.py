@@ -333,7 +333,12 @@ class Trainer:
             header,
             self.progress,
             self.resuming.data_record,
-            partial(environment, self.ranks, facts_of_ranks=facts),
+            partial(
+                environment,
+                self.ranks,
+                facts_of_ranks=facts,
+                device_decoder=self.run.train_loader.device_decoder,
+            ),
         )
         if self.resuming.data_note:
             journal.note(self.resuming.data_note)

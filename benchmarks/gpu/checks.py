@@ -6,6 +6,7 @@ from functools import partial
 
 from benchmarks.gpu import (
     augmentation,
+    device_decoding,
     equality,
     images,
     memory,
@@ -39,6 +40,12 @@ CHECKS: list[Check] = [
         "batch-transforms",
         "Do batch transforms give the CPU's pixels?",
         augmentation.same_pixels,
+        SHORT,
+    ),
+    _correctness(
+        "device-decoding",
+        "Does nvJPEG decode near to libjpeg, and a file alone as among others?",
+        device_decoding.pixels,
         SHORT,
     ),
     _correctness(
@@ -207,6 +214,12 @@ CHECKS: list[Check] = [
         "How many JPEGs a second does the CPU decode, and the GPU?",
         images.jpeg_decoding,
         SHORT,
+    ),
+    _figure(
+        "device-decoding-pace",
+        "How many images a second does a folder give, decoded on the CPU and on the GPU?",
+        device_decoding.pace,
+        LONG,
     ),
     _correctness(
         "compiled",

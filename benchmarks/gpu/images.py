@@ -31,7 +31,7 @@ def jpeg_decoding(setting: Setting) -> Answer:
         raise Unanswered("torchvision, which decodes images, is not installed")
     from torchvision.io import decode_jpeg
 
-    files = _jpegs(setting.pick(64, 64, 4))
+    files = jpegs(setting.pick(64, 64, 4))
     threads = os.cpu_count() or 1
     paces = {"one thread": _pace(lambda: [decode_jpeg(file) for file in files], files)}
     with ThreadPoolExecutor(threads) as pool:
@@ -57,7 +57,7 @@ def jpeg_decoding(setting: Setting) -> Answer:
     return Answer(f"images/s: {', '.join(texts)}{note}", {"images_per_second": paces})
 
 
-def _jpegs(count: int) -> list[Tensor]:
+def jpegs(count: int) -> list[Tensor]:
     """Files as bytes. Smooth images with some noise are about as large as photographs."""
     from torchvision.io import encode_jpeg
 
@@ -89,7 +89,7 @@ def _pace(action: Callable[[], object], files: list[Tensor]) -> float:
 def _pace_of_loader(setting: Setting, files: list[Tensor], workers: int) -> float:
     """Images a second of a folder of the files, decoded, cropped and collated by loader processes."""
     copies = setting.pick(40, 10, 4)
-    _write_folder(setting.directory, files, copies)
+    write_folder(setting.directory, files, copies)
     section = DataConfig(
         name="folder",
         root=str(setting.directory),
@@ -109,7 +109,7 @@ def _pace_of_loader(setting: Setting, files: list[Tensor], workers: int) -> floa
     return images / (time.perf_counter() - start)
 
 
-def _write_folder(root: Path, files: list[Tensor], copies: int) -> None:
+def write_folder(root: Path, files: list[Tensor], copies: int) -> None:
     for part, count in (("train", copies), ("val", 1)):
         folder = root / part / "images"
         folder.mkdir(parents=True)

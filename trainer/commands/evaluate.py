@@ -102,7 +102,7 @@ def _without_training(config: Config) -> Config:
     """The config without what only training needs of the data, and other data may not have."""
     return replace(
         config,
-        data=replace(config.data, sampler={}, epoch_samples=None),
+        data=replace(config.data, sampler={}, epoch_samples=None, decode="cpu"),
         train=replace(config.train, mix={}),
     )
 

@@ -111,6 +111,11 @@ class DataConfig(ComponentSection):
         unit="pixels",
         minimum=1,
     )
+    decode: Literal["cpu", "device"] = key(
+        "cpu",
+        "where training images of a folder are decoded: device = JPEG files on the GPU that trains, by nvJPEG, before "
+        "data.batch_transforms (docs/on-device.md)",
+    )
     decode_short_side: int | None = key(
         None,
         "JPEG files are decoded at a half, a quarter or an eighth of their size where their shorter side stays at "

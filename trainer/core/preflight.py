@@ -29,6 +29,8 @@ RankFacts = dict[str, Any]
 SAME_ALWAYS = ("torch", "numpy", "nccl")
 # These decide which kernels run, and so the last bits of a result.
 SAME_BITWISE = ("torchvision", "cuda", "cudnn", "device", "instructions", "machine")
+# These decide which pixels a GPU decodes.
+SAME_DECODER = ("device", "cuda", "torchvision", "torchcodec")
 LARGEST_CLOCK_SKEW = 10.0  # seconds; a larger one is worth a note
 # What differs between any two machines, or says nothing of how they compute.
 OF_EACH_MACHINE = (
@@ -68,6 +70,12 @@ def check_ranks(config: Config, ranks: Ranks) -> list[RankFacts]:
         SAME_ALWAYS,
         "the ranks of a run compute the same only with the same version",
     )
+    if config.data.decode == "device":
+        _check_alike(
+            facts,
+            SAME_DECODER,
+            "data.decode=device needs the same on every rank, or images would depend on who decodes them",
+        )
     if config.run.reproducibility == "bitwise":
         _check_alike(
             facts,

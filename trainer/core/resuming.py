@@ -25,6 +25,7 @@ from trainer.storage.data_record import (
     check_same_order,
     record_data,
 )
+from trainer.storage.environment import describe_decoder_change
 from trainer.storage.run_directory import check_same_run, run_path
 from trainer.storage.shared_checkpoint import load_on_all
 
@@ -81,6 +82,9 @@ class Resuming:
             directory, run.data, section
         )
         check_same_order(directory, order_digest(run.plan), section)
+        decoder = run.train_loader.device_decoder
+        if note := describe_decoder_change(directory, decoder):
+            self.notes.append(note)
         if content.progress.step > run.plan.total_steps:
             raise ConfigError(
                 "train.max_steps" if run.config.train.max_steps else "train.epochs",

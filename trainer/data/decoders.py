@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from trainer.data.image_checks import Unusable, first_line
 
 COLOR, GREY = 3, 1  # channels
 Decode = Callable[[Tensor], Tensor]
+DecodeFiles = Callable[[list[Tensor]], list[Tensor]]
 
 # What each library decodes here, by kind and channels; Pillow decodes the rest.
 # TorchCodec decodes AVIF files, too, but tells their size only by decoding them.
@@ -61,6 +62,19 @@ def grey_of_right_png() -> Decode:
     raise Unusable(
         "is a PNG file in colour, made grey by TorchCodec; install torchcodec"
     )
+
+
+def cuda_decoders(device: torch.device) -> list[tuple[str, DecodeFiles]]:
+    """What may decode several JPEG files in colour on a GPU, and its package. Whether it does is to be tried."""
+    found: list[tuple[str, DecodeFiles]] = []
+    torchcodec = _torchcodec()
+    if torchcodec is not None:
+        decode = partial(torchcodec.decode_jpeg, mode="RGB", device=device)
+        found.append(("torchcodec", decode))
+    if _torchvision() is not None and hasattr(torch.ops.image, "decode_jpegs_cuda"):
+        operator = torch.ops.image.decode_jpegs_cuda
+        found.append(("torchvision", lambda files: operator(files, COLOR, device)))
+    return found
 
 
 @cache

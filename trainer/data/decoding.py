@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.decoders import GREY, decoder, grey_of_right_png
+from trainer.data.decoders import COLOR, GREY, decoder, grey_of_right_png
 from trainer.data.image_checks import (
     GIF_START,
     JPEG_START,
@@ -22,12 +24,14 @@ from trainer.data.image_checks import (
     Unusable,
     check_size,
     first_line,
+    is_common_jpeg,
     jpeg_orientation,
     png_of_pixels,
     png_size,
     png_with_gamma,
     size_from_header,
 )
+from trainer.data.image_list import JpegFile
 from trainer.data.names import printable
 from trainer.errors import DataError, data_error, may_pass
 
@@ -83,7 +87,7 @@ def decode(
     Raises `DataError` if it cannot be decoded, is an animation or has more than `max_pixels` pixels. No file, however
     damaged, ends the process.
     """
-    try:
+    with _naming(path):
         data = _read(path)
         size = size_from_header(data.numpy().data)
         check_size(size, max_pixels)
@@ -91,6 +95,30 @@ def decode(
         if kind == "JPEG" and _is_shrunk(size, short_side):
             return _decode_by_pillow(data, kind, channels, max_pixels, short_side)
         return _decode_in_full(data, kind, channels, max_pixels)
+
+
+def read_for_device(path: Path, max_pixels: int | None = None) -> JpegFile | Tensor:
+    """A JPEG file of a common kind, not yet decoded; of any other image file what `decode` gives, in colour.
+
+    Raises `DataError` as `decode` does, but for what only decoding can tell of a JPEG file.
+    """
+    with _naming(path):
+        data = _read(path)
+        content = data.numpy().data
+        size = size_from_header(content)
+        check_size(size, max_pixels)
+        kind = _kind(data)
+        if kind == "JPEG" and size is not None and is_common_jpeg(content):
+            width, height = size
+            return JpegFile(data, height, width, jpeg_orientation(content))
+        return _decode_in_full(data, kind, COLOR, max_pixels)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say of which file it is that it is of no use."""
+    try:
+        yield
     except Unusable as error:
         cause = error.__cause__
         if isinstance(cause, Exception) and may_pass(cause):

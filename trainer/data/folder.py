@@ -14,6 +14,7 @@ import torch
 
 from trainer.data.bad_samples import is_bad_sample
 from trainer.data.decoding import IMAGE_TYPES
+from trainer.data.image_list import JpegFile
 from trainer.data.image_reading import ImageReading
 from trainer.data.image_store import ImageStore
 from trainer.data.names import check_utf8, normal_form
@@ -73,6 +74,14 @@ class ImageFolder:
         target = self._target(index)
         image = self._kept(index)
         return (self.decode(self.paths[index]) if image is None else image), target
+
+    def read_file(self, index: int) -> tuple[JpegFile | torch.Tensor, Any]:
+        """A sample as the device takes it: a JPEG file that has been looked at, any other decoded, and its target.
+
+        Raises `DataError` for a file that is of no use, as far as can be told without decoding it.
+        """
+        path = self.root / self.paths[index]
+        return self.reading.read_for_device(path), self._target(index)
 
     def _kept(self, index: int) -> torch.Tensor | None:
         """The decoded image of a cache; None if there is none of it."""

@@ -27,6 +27,15 @@ JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # The markers without a length: those of restarts, of the image's start and one that stands for nothing.
 JPEG_BARE = frozenset([*range(0xD0, 0xD9), 0x01])
 
+JPEG_COMMON_FRAMES = (0xC0, 0xC2)  # baseline and progressive
+JPEG_FRAME_OF_THREE = 15  # bytes of a frame of three channels
+# Of the brightness, across and down: the colours have one sample where it has so many.
+JPEG_LUMA_SAMPLING = (0x11, 0x12, 0x21, 0x22, 0x41)
+JPEG_APP14 = 0xEE  # holds what Adobe says of the colours, in so many bytes
+JPEG_ADOBE = 12
+ADOBE = b"Adobe"
+JPEG_END = b"\xff\xd9"
+
 JPEG_APP1 = 0xE1  # holds EXIF data, or XMP
 JPEG_SCAN = 0xDA  # the pixels come next
 EXIF_HEADER = 6  # bytes before the data: "Exif" and two zeros
@@ -118,6 +127,37 @@ def jpeg_orientation(data: memoryview) -> int:
         if marker == JPEG_APP1:
             return _exif_orientation(data[start + EXIF_HEADER : end])
     return 1
+
+
+def is_common_jpeg(data: memoryview) -> bool:
+    """True for a JPEG file of the kind that any decoder knows: 8 bits, YCbCr, baseline or progressive, and with an end.
+
+    Others are decoded by the CPU's libraries: grey and CMYK ones, those of rare sampling, those cut short.
+    """
+    is_common = False
+    for marker, start, end in _jpeg_segments(data):
+        if marker in JPEG_FRAMES:
+            is_common = marker in JPEG_COMMON_FRAMES and _is_common_frame(
+                data[start:end]
+            )
+        elif marker == JPEG_APP14 and bytes(data[start : start + 5]) == ADOBE:
+            # The transform, without which the three channels are RGB.
+            if end - start < JPEG_ADOBE or data[start + JPEG_ADOBE - 1] != 1:
+                return False
+        elif marker == JPEG_SCAN:
+            return is_common and bytes(data[end:]).rfind(JPEG_END) >= 0
+    return False
+
+
+def _is_common_frame(frame: memoryview) -> bool:
+    """Of the content of a frame's segment: precision, height, width, and three bytes for each channel."""
+    if len(frame) != JPEG_FRAME_OF_THREE or frame[0] != 8 or frame[5] != 3:
+        return False
+    names = (frame[6], frame[9], frame[12])
+    sampling = (frame[7], frame[10], frame[13])
+    return names == (1, 2, 3) and (
+        sampling[0] in JPEG_LUMA_SAMPLING and sampling[1:] == (0x11, 0x11)
+    )
 
 
 def _exif_orientation(data: memoryview) -> int:

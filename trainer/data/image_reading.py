@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from trainer.config.schema import DataConfig
-from trainer.data.decoding import decode
+from trainer.data.decoding import decode, read_for_device
+from trainer.data.image_list import JpegFile
 from trainer.data.short_side import choose_short_side, shrink
 
 
@@ -39,3 +40,7 @@ class ImageReading:
         """The image, uint8 `(channels, H, W)`, turned upright by its EXIF data. Raises `DataError`."""
         image = decode(path, channels, self.max_pixels, self.decode_short_side)
         return shrink(image, self.short_side)
+
+    def read_for_device(self, path: Path) -> JpegFile | Tensor:
+        """A JPEG file that the device is to decode, looked at; any other one's image. Raises `DataError`."""
+        return read_for_device(path, self.max_pixels)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
 
@@ -18,6 +18,9 @@ from trainer.data.batch_transforms.base import BatchTransforms
 from trainer.data.batch_transforms.build import build_batch_transforms
 from trainer.data.collation import build_collation
 from trainer.data.datasets import Datasets, MapDataset
+from trainer.data.device_decoders import file_decoder
+from trainer.data.device_decoding import DeviceDecoding, check_decoding
+from trainer.data.image_list import PackedImages
 from trainer.data.normalize import Normalize
 from trainer.data.on_device import DeviceSet
 from trainer.data.samples import KeyedDataset, Loaded, MicroBatch, Request
@@ -32,6 +35,8 @@ from trainer.process.activity import COMPUTING, LOADING, activity
 from trainer.process.device import KINDS_WITH_STREAMS, device_module
 
 NAMED_SAMPLES = 4  # in a message
+# What is done to what a data set gave, before it is used.
+Finish = Callable[[MicroBatch | Loaded | DataError], MicroBatch | Loaded]
 
 
 class Loader:
@@ -58,6 +63,12 @@ class Loader:
         self.batch_transforms = batch_transforms
         self.device_set = DeviceSet(dataset, device) if section.on_device else None
         dataset.tells_source = section.on_device or batch_transforms is not None
+        takes_several_sizes = (
+            batch_transforms is not None and batch_transforms.takes_several_sizes
+        )
+        dataset.packs_images = (
+            takes_several_sizes and not section.on_device and not section.collate
+        )
         # Of a sample that the run reads: what is looked at before training.
         self.first_id = 0
 
@@ -71,9 +82,9 @@ class Loader:
         occurrences: Ids | None = None,
     ) -> MicroBatch:
         """Some samples as the model sees them in `epoch`, as one micro-batch."""
+        request = Request(first, epoch, np.asarray(ids), fused, occurrences)
         batch: MicroBatch = send_to_device(
-            self.fetch(ids, first, fused, epoch=epoch, occurrences=occurrences),
-            self.device,
+            self._take(request, self._decoded), self.device
         )
         if self.batch_transforms is not None:
             batch = self.transform_batch(batch)
@@ -88,11 +99,15 @@ class Loader:
         epoch: int = 0,
         occurrences: Ids | None = None,
     ) -> MicroBatch:
-        """The same after the transforms alone: on the CPU, not normalised, in any epoch."""
+        """The same as the host has it: after the transforms alone, not normalised; files where the device decodes."""
         request = Request(first, epoch, np.asarray(ids), fused, occurrences)
+        return self._take(request, _raise_if_error)
+
+    def _take(self, request: Request, finish: Finish) -> MicroBatch:
+        """The micro-batch of a request, loaded in this process."""
         if self.leaves_out:
-            return _batch_of(self._with_stand_ins(request))
-        return _batch_of(self._read(request))
+            return _batch_of(self._with_stand_ins(request, finish))
+        return _batch_of(finish(self._read(request)))
 
     def sample(self, sample_id: int, epoch: int) -> tuple[Any, Any]:
         """A sample's input and target after the transforms alone, as in `epoch`."""
@@ -108,7 +123,8 @@ class Loader:
         """A sample's input as the data set returns it."""
         if self.leaves_out:
             request = Request(0, 0, np.array([sample_id]))
-            sample_id = int(self._with_stand_ins(request).request.ids[0])
+            item = self._with_stand_ins(request, _raise_if_error)
+            sample_id = int(item.request.ids[0])
         with preserved_cpu_generators():
             return self.dataset.pair(sample_id)[0]
 
@@ -131,14 +147,33 @@ class Loader:
     def load_here(self, request: Request) -> MicroBatch | Loaded:
         """The same for one request, in this process."""
         if self.device_set is None:
-            return self._read(request)
+            return self._decoded(self._read(request))
         self.device_set.fill(self._read_all)
         return self.device_set.request(request)
 
     def _read_all(self, requests: Iterable[Request]) -> Iterator[MicroBatch | Loaded]:
+        items = self._load_all(requests)
+        return map(self._decoded, items) if self.dataset.reads_files else items
+
+    def _load_all(self, requests: Iterable[Request]) -> Iterator[MicroBatch | Loaded]:
         if self._section.workers:
             return self._load_in_workers(requests)
         return map(self._read, requests)
+
+    def _decoded(self, item: MicroBatch | Loaded | DataError) -> MicroBatch | Loaded:
+        """A micro-batch without files: the device decodes them."""
+        item = _raise_if_error(item)
+        return self.decoding(item) if self.dataset.reads_files else item
+
+    @cached_property
+    def decoding(self) -> DeviceDecoding:
+        """What decodes files on the device. Raises `ConfigError` where nothing does."""
+        return DeviceDecoding(self.dataset, file_decoder(self.device), self.device)
+
+    @property
+    def device_decoder(self) -> str:
+        """The name of what decodes files on the device; "" where the CPU does."""
+        return self.decoding.decoder.name if self.dataset.reads_files else ""
 
     def _read(self, request: Request) -> MicroBatch | Loaded:
         """What the data set gives for one request, in this process."""
@@ -176,15 +211,25 @@ class Loader:
         if inputs is None:
             assert self.device_set is not None
             inputs, targets = self.device_set.take(source.ids)
+        if isinstance(inputs, PackedImages):
+            inputs = inputs.unpacked()
         if self.batch_transforms is not None:
             if self.dataset.keeps_channels_together:
                 inputs = inputs.contiguous()  # a transform's sums may depend on it
             inputs = self.batch_transforms(inputs, source)
         return batch._replace(inputs=inputs, targets=targets)
 
-    def _with_stand_ins(self, request: Request) -> Loaded:
+    def _with_stand_ins(self, request: Request, finish: Finish) -> Loaded:
+        def load(request: Request) -> Loaded:
+            item = finish(self.dataset.load_readable(request))
+            assert isinstance(item, Loaded), "the data set leaves out what is bad"
+            return item
+
+        count = len(self.dataset.dataset)
         with preserved_cpu_generators():
-            return load_with_stand_ins(self.dataset, request, self._section.max_bad)
+            return load_with_stand_ins(
+                load, request, count=count, most=self._section.max_bad
+            )
 
     def _load_in_workers(
         self, requests: Iterable[Request]
@@ -274,6 +319,9 @@ def build_loader(
         batch_transforms = build_batch_transforms(
             section.batch_transforms, seed=seed, purpose=purpose, device=device
         )
+        if section.decode == "device":
+            check_decoding(section, dataset, batch_transforms)
+            keyed.reads_files = True
     return Loader(keyed, section, device, normalize, batch_transforms)
 
 

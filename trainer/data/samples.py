@@ -28,6 +28,7 @@ from trainer.data.datasets import ImageArrays, MapDataset
 from trainer.data.fast_crop import CropBatch, is_decoded_image
 from trainer.data.folder import ImageFolder
 from trainer.data.geometry import SampleTransform
+from trainer.data.image_list import are_of_several_sizes, pack
 from trainer.data.names import printable
 from trainer.data.no_batch import why_no_batch
 from trainer.data.worker_failure import is_limit
@@ -177,6 +178,9 @@ class KeyedDataset(Dataset[Any]):
             self._seed_draws = seed_torch
         self._crops = self._find_crops()
         self.tells_source = False  # whether a batch says which samples it holds
+        # Set where `data.batch_transforms` take images of several sizes, and files that the device decodes.
+        self.packs_images = False
+        self.reads_files = False
         # Set in a loader process: told of each sample before it is loaded.
         self.at_sample: Callable[[int], None] | None = None
 
@@ -190,7 +194,7 @@ class KeyedDataset(Dataset[Any]):
             return cropped
         try:
             samples = [
-                self.sample(request.epoch, sample_id, occurrence)
+                self._sample_of_batch(request.epoch, sample_id, occurrence)
                 for sample_id, occurrence in request.pairs()
             ]
             return self._batch_of(samples, request)
@@ -201,7 +205,7 @@ class KeyedDataset(Dataset[Any]):
         self, batch: Callable[[Tensor], tuple[Any, Any]], request: Request
     ) -> MicroBatch:
         inputs, targets = batch(torch.from_numpy(request.ids))
-        return self._micro_batch(inputs, targets, request)
+        return self.micro_batch(inputs, targets, request)
 
     @property
     def keeps_channels_together(self) -> bool:
@@ -253,9 +257,9 @@ class KeyedDataset(Dataset[Any]):
             inputs, targets = self._collate(samples, request.ids)
         else:
             inputs, targets = self._collate_by(self.collation, samples, request)
-        return self._micro_batch(inputs, targets, request)
+        return self.micro_batch(inputs, targets, request)
 
-    def _micro_batch(self, inputs: Any, targets: Any, request: Request) -> MicroBatch:
+    def micro_batch(self, inputs: Any, targets: Any, request: Request) -> MicroBatch:
         count = len(request.ids)
         source = source_of(request) if self.tells_source else None
         return MicroBatch(
@@ -275,12 +279,13 @@ class KeyedDataset(Dataset[Any]):
         bad = []
         for position, (sample_id, occurrence) in enumerate(request.pairs()):
             try:
-                samples.append(self.sample(request.epoch, sample_id, occurrence))
+                sample = self._sample_of_batch(request.epoch, sample_id, occurrence)
+                samples.append(sample)
                 positions.append(position)
             except DataError as error:
                 if not is_bad_sample(error):
                     return error
-                bad.append(self._describe_bad(sample_id, error))
+                bad.append(self.describe_bad(sample_id, error))
         readable = request.only(positions)
         if not samples:
             return Loaded(None, readable, bad)
@@ -289,7 +294,7 @@ class KeyedDataset(Dataset[Any]):
         except DataError as error:
             return error
 
-    def _describe_bad(self, sample_id: int, error: DataError) -> BadSample:
+    def describe_bad(self, sample_id: int, error: DataError) -> BadSample:
         paths = getattr(self.dataset, "paths", None)
         path = "" if paths is None else printable(str(paths[sample_id]))
         # One line, without the name, and without addresses in memory, which differ between processes.
@@ -323,6 +328,16 @@ class KeyedDataset(Dataset[Any]):
                 _last_line(error),
             )
             raise data_error(f"{name}: {kind}: {error} ({line})", error) from error
+
+    def _sample_of_batch(
+        self, epoch: int, sample_id: int, occurrence: int
+    ) -> tuple[Any, Any]:
+        """The same as a batch is made of it: a file where the device decodes it, and nothing else is done to it."""
+        if not self.reads_files:
+            return self.sample(epoch, sample_id, occurrence)
+        if self.at_sample is not None:
+            self.at_sample(sample_id)
+        return self.dataset.read_file(sample_id)  # type: ignore[attr-defined,no-any-return]
 
     def _leaves_images_alone(self) -> bool:
         """True if nothing writes into an image before a batch is made of it: then it need not be copied first."""
@@ -368,6 +383,9 @@ class KeyedDataset(Dataset[Any]):
 
     def _collate(self, samples: list[tuple[Any, Any]], ids: Ids) -> tuple[Any, Any]:
         try:
+            if self.packs_images and self._is_to_be_packed(samples):
+                images, targets = zip(*samples, strict=True)
+                return pack(images), default_collate(list(targets))
             inputs, targets = default_collate(samples)
         except Exception as error:
             if self.at_sample is not None and is_limit(error):
@@ -383,6 +401,9 @@ class KeyedDataset(Dataset[Any]):
                 transforms_key=self.transforms_key,
             ) from error
         return inputs, targets
+
+    def _is_to_be_packed(self, samples: list[tuple[Any, Any]]) -> bool:
+        return self.reads_files or are_of_several_sizes([image for image, _ in samples])
 
     def _collate_by(
         self, collation: Collation, samples: list[tuple[Any, Any]], request: Request

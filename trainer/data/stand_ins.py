@@ -5,28 +5,35 @@ Nothing of this is trained. A trial needs micro-batches of their full size, what
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from trainer.data.samples import KeyedDataset, Loaded, Request
+from trainer.data.samples import Loaded, Request
 from trainer.errors import DataError
 
 
-def load_with_stand_ins(dataset: KeyedDataset, request: Request, most: int) -> Loaded:
-    """A request to a data set that leaves out what it cannot read: as many samples as are asked for, none of them bad.
+def load_with_stand_ins(
+    load: Callable[[Request], Loaded | DataError],
+    request: Request,
+    *,
+    count: int,
+    most: int,
+) -> Loaded:
+    """What `load` gives, of `count` samples, leaving out what it cannot read: as many as are asked for, none bad.
 
     Raises `DataError`, the first bad sample's, where more than `most` samples cannot be read: then all may be like it.
     """
-    count = len(dataset.dataset)
     unreadable: set[int] = set()
     first = None
-    item = dataset.load_readable(request)
+    item = load(request)
     while isinstance(item, Loaded) and item.bad:
         first = first or item.bad[0]
         unreadable.update(bad.id for bad in item.bad)
         if len(unreadable) > min(most, count - 1):
             raise first.error()
         ids = [_next_of(i, unreadable, count) for i in request.ids.tolist()]
-        item = dataset.load_readable(request._replace(ids=np.array(ids)))
+        item = load(request._replace(ids=np.array(ids)))
     if isinstance(item, DataError):
         raise item
     return item

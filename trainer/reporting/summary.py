@@ -204,6 +204,9 @@ def _describe_data(run: Run) -> str:
 
 
 def _describe_decoding(run: Run) -> str:
+    decoder = run.train_loader.device_decoder
+    if decoder:
+        return f"JPEG files to train on: {decoder}; others on the CPU (data.decode)"
     side = run.config.data.decode_short_side
     if side is None or not has_image_files(run):
         return ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from trainer.process.machine import describe_device, package_versions
 from trainer.process.ranks import Ranks
 from trainer.storage.data_record import DataRecord, plain_values
 
+FILE = "environment.json"
+DEVICE_DECODER = "device_decoder"
 GIT_TIMEOUT = 5  # seconds
 
 # `describe` gives the commit and "-dirty"; tags are excluded, since they would replace the commit.
@@ -21,11 +25,16 @@ GIT_COMMAND = ("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclu
 
 
 def environment(
-    ranks: Ranks, data: DataRecord, *, facts_of_ranks: Sequence[Mapping[str, Any]]
+    ranks: Ranks,
+    data: DataRecord,
+    *,
+    facts_of_ranks: Sequence[Mapping[str, Any]],
+    device_decoder: str = "",
 ) -> dict[str, Any]:
     """Plain values: whatever may change a run's bits, and the fingerprints of its data.
 
-    Rank 0's are at the top; `ranks` has those of every rank, in rank order.
+    Rank 0's are at the top; `ranks` has those of every rank, in rank order. `device_decoder` is the name of what
+    decodes images on the device, if anything does.
     """
     values: dict[str, Any] = {}
     values |= package_versions()
@@ -33,12 +42,27 @@ def environment(
     if ranks.device.type == "cuda":
         values["tf32"] = tf32_in_use()._asdict()
         values["cudnn_benchmark"] = torch.backends.cudnn.benchmark
+    if device_decoder:
+        values[DEVICE_DECODER] = device_decoder
     values["processes"] = ranks.count
     values["threads"] = torch.get_num_threads()
     values["code"] = _git_commit()
     values["data"] = plain_values(data)
     values["ranks"] = [dict(facts) for facts in facts_of_ranks]
     return values
+
+
+def describe_decoder_change(directory: Path, device_decoder: str) -> str:
+    """A note where the run in `directory` was trained on images of another device or decoder; "" where not."""
+    if not device_decoder:
+        return ""
+    try:
+        before = json.loads((directory / FILE).read_text())[DEVICE_DECODER]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    if before == device_decoder:
+        return ""
+    return f"images were decoded by {before} before, and are by {device_decoder} now, whose pixels may differ"
 
 
 def _git_commit() -> str | None:

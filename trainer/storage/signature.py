@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from trainer.data.conversion import input_as_tensor
@@ -56,7 +57,8 @@ def signature_of_samples(
     inputs = loader.fetch([loader.first_id]).inputs
     if loader.batch_transforms is not None:
         # Without validation data: the model sees the size that these give.
-        inputs = inputs.new_empty(loader.peek([loader.first_id]).inputs.shape)
+        shape = loader.peek([loader.first_id]).inputs.shape
+        inputs = torch.empty(shape, dtype=inputs.dtype, device="meta")
     known: dict[str, Any] = {"num_classes": num_classes, "classes": classes}
     known["channels"] = _count_channels(loader.raw(loader.first_id))
     if isinstance(inputs, Tensor):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.conversion import describe
+from trainer.data.image_list import ImageList
 from trainer.data.samples import Source
 from trainer.errors import ConfigError, LockstepError, config_error
 from trainer.exact.counter_draws import CounterDraws, check_hash
@@ -33,6 +34,14 @@ class BatchTransform(Protocol):
         ...
 
 
+class SizingTransform(BatchTransform, Protocol):
+    """One that also makes images of one size of images of several sizes. It must come first."""
+
+    def of_several_sizes(self, images: Sequence[Tensor], draws: Tensor, /) -> Tensor:
+        """uint8 `(C, H, W)` each, and draws as above → `(B, C, H', W')`."""
+        ...
+
+
 class BatchTransforms:
     """`transforms`, one after the other. Each draws for itself: one that is added last changes no other's draws."""
 
@@ -54,23 +63,30 @@ class BatchTransforms:
         counts = [transform.draws for transform in transforms]
         self._draws = CounterDraws(bases, counts, device)
 
+    @property
+    def takes_several_sizes(self) -> bool:
+        """True if the first of them makes images of one size."""
+        return hasattr(self._transforms[0], "of_several_sizes")
+
     def __call__(self, images: Any, source: Source) -> Tensor:
-        """Images `(B, C, H, W)` of the samples of `source`, changed.
+        """Images `(B, C, H, W)` of the samples of `source`, or an `ImageList` of them, changed.
 
         Raises `ConfigError` for what is no batch of images.
         """
-        if not isinstance(images, Tensor) or images.dim() != 4:
+        is_list = isinstance(images, ImageList) and self.takes_several_sizes
+        is_batch = isinstance(images, Tensor) and images.dim() == 4
+        if not is_list and not is_batch:
             raise ConfigError(
                 KEY,
                 f"changes images (N, C, H, W) of one size, and the inputs are {describe(images)}; leave it out",
             )
-        changed: Tensor = images
+        changed = images
         all_draws = self._draws(*source)
         for name, transform, draws in zip(
             self._names, self._transforms, all_draws, strict=True
         ):
             try:
-                changed = transform(changed, draws)
+                changed = _apply(transform, changed, draws)
             except (LockstepError, torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
             except Exception as error:
@@ -78,7 +94,8 @@ class BatchTransforms:
                 message = f"{name} failed with {type(error).__name__}: {error}"
                 raise config_error(KEY, message, error) from error
             _check_result(name, changed, len(images))
-        return changed
+        result: Tensor = changed
+        return result
 
     def check_targets(self, targets: Any) -> None:
         """Raise `ConfigError` for targets that have a place in the image, which a transform would move alone."""
@@ -97,6 +114,12 @@ class BatchTransforms:
     def describe(self) -> str:
         """Their names, for the run's header."""
         return ", ".join(self._names)
+
+
+def _apply(transform: Any, images: Tensor | ImageList, draws: Tensor) -> Any:
+    if isinstance(images, ImageList):
+        return transform.of_several_sizes(images.images, draws)
+    return transform(images, draws)
 
 
 def _check_result(name: str, changed: Any, count: int) -> None:

@@ -31,6 +31,19 @@ class Boxes(NamedTuple):
     fits: Tensor  # bool `(B,)`: False where no attempt gave one that fits; the box is then of no use
 
 
+class Sizes(NamedTuple):
+    """Height and width of images, and the root of their area: numbers for all alike, or int64 `(B,)` for each."""
+
+    height: int | Tensor
+    width: int | Tensor
+    root: int | Tensor  # see `root_of_area`
+
+
+def root_of_area(height: int, width: int) -> int:
+    """The root of an image's area, in parts of `1 << ROOT_BITS`."""
+    return round(math.sqrt(height * width) * (1 << ROOT_BITS))
+
+
 class BoxDraw:
     """Boxes of `scale` of an image's area, whose width over height is within `ratio`, as torchvision draws them.
 
@@ -51,16 +64,16 @@ class BoxDraw:
             higher.append(round(math.exp(-logarithm / 2) * ONE))
         self._tables = [torch.tensor(table) for table in (roots, wider, higher)]
 
-    def __call__(self, draws: Tensor, height: int, width: int) -> Boxes:
-        """Boxes in images of `height` and `width`, from int64 `(B, DRAWS)`."""
+    def __call__(self, draws: Tensor, sizes: Sizes) -> Boxes:
+        """Boxes in images of some sizes, from int64 `(B, DRAWS)`."""
         roots, wider, higher = self._tables_on(draws.device)
         area = roots[below(draws[:, :ATTEMPTS], STEPS)]
         ratio = below(draws[:, ATTEMPTS : 2 * ATTEMPTS], STEPS)
-        side = round(math.sqrt(height * width) * (1 << ROOT_BITS))
-        widths = _scaled(area, wider[ratio], side)
-        heights = _scaled(area, higher[ratio], side)
-        fits = (widths >= 1) & (widths <= width + self._largest)
-        fits &= (heights >= 1) & (heights <= height + self._largest)
+        height, width, root = sizes
+        widths = _scaled(area, wider[ratio], _by_row(root))
+        heights = _scaled(area, higher[ratio], _by_row(root))
+        fits = (widths >= 1) & (widths <= _by_row(width) + self._largest)
+        fits &= (heights >= 1) & (heights <= _by_row(height) + self._largest)
         # The first of equal ones.
         first = fits.long().argmax(1, keepdim=True)
         box_height = heights.gather(1, first).squeeze(1)
@@ -96,8 +109,13 @@ def _midpoints(low: float, high: float) -> list[float]:
     return [low + (high - low) * (step + 0.5) / STEPS for step in range(STEPS)]
 
 
-def _scaled(area: Tensor, ratio: Tensor, side: int) -> Tensor:
-    """`area · ratio · side`, of the roots of the first two, rounded to whole pixels."""
-    product = ((area * ratio) >> 16) * side
+def _by_row(value: int | Tensor) -> int | Tensor:
+    """A number of each image as a column, beside its attempts."""
+    return value.unsqueeze(1) if isinstance(value, Tensor) else value
+
+
+def _scaled(area: Tensor, ratio: Tensor, root: int | Tensor) -> Tensor:
+    """`area · ratio · root`, of the roots of the first two, rounded to whole pixels."""
+    product = ((area * ratio) >> 16) * root
     bits = 16 + ROOT_BITS
     return (product + (1 << (bits - 1))) >> bits

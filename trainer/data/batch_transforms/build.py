@@ -19,7 +19,7 @@ from trainer.data.batch_transforms.moving import (
     RandomHorizontalFlip,
     RandomVerticalFlip,
 )
-from trainer.data.batch_transforms.resizing import RandomResizedCrop
+from trainer.data.batch_transforms.resizing import RandomResizedCrop, Resize
 from trainer.errors import ConfigError, nearest
 
 BATCH_TRANSFORMS: Mapping[str, type[BatchTransform]] = {
@@ -27,6 +27,7 @@ BATCH_TRANSFORMS: Mapping[str, type[BatchTransform]] = {
     "RandomVerticalFlip": RandomVerticalFlip,
     "RandomCrop": RandomCrop,
     "RandomResizedCrop": RandomResizedCrop,
+    "Resize": Resize,
     "RandomErasing": RandomErasing,
     "ColorJitter": ColorJitter,
     "RandomGrayscale": RandomGrayscale,

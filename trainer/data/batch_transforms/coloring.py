@@ -6,6 +6,8 @@ torchvision's by a few of 255 levels: it rounds between its floating-point steps
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import torch
 from torch import Tensor
 
@@ -15,33 +17,32 @@ from trainer.data.batch_transforms.arguments import (
     color,
     interval,
 )
-from trainer.data.batch_transforms.boxes import DRAWS, BoxDraw
+from trainer.data.batch_transforms.boxes import DRAWS, BoxDraw, Sizes, root_of_area
+from trainer.data.batch_transforms.hue import turn_hue, turns
 from trainer.data.batch_transforms.resizing import require_bytes
-from trainer.exact.counter_draws import between, happens
+from trainer.exact.counter_draws import below, between, happens
 
 ONE = 1 << 16  # a factor of 1
 HALF = ONE >> 1
 # Red, green and blue in a pixel's brightness (ITU-R BT.601), of `ONE`.
 LUMA = (19595, 38470, 7471)
 LARGEST_FACTOR = 16.0  # beyond it a product would not fit into an int32
-# The orders of three changes.
-ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
-BRIGHTNESS, CONTRAST, SATURATION = range(3)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+ORDER = 3  # the draw that says in which order they come
 
 Amount = float | list[float] | tuple[float, float]
 
 
 class ColorJitter:
-    """Brightness, contrast and saturation of each image times random factors, in a random order. uint8 images alone.
+    """Brightness, contrast, saturation and hue of each image, changed at random, in a random order. uint8 images alone.
 
     Args:
         brightness: factors from 1 - brightness to 1 + brightness, or from [low, high]
         contrast: the same, towards the image's mean grey
         saturation: the same, towards each pixel's grey
-        hue: 0: it is not changed here
+        hue: turned by -hue to hue of the circle of hues, or by [low, high]; at most 0.5
     """
 
-    draws = 4
     moves = False
 
     def __init__(
@@ -49,41 +50,49 @@ class ColorJitter:
         brightness: Amount = 0,
         contrast: Amount = 0,
         saturation: Amount = 0,
-        hue: float = 0,
+        hue: Amount = 0,
     ) -> None:
-        if hue:
-            raise ValueError(
-                "hue is not changed for whole batches; use ColorJitter in data.train_transforms"
-            )
         self._factors = [
             _factors("brightness", brightness),
             _factors("contrast", contrast),
             _factors("saturation", saturation),
         ]
+        self._turns = turns(hue)
+        self._turns_hue = self._turns != (0, 0)
+        # Without a hue, the draws are those of the other three alone.
+        kinds = HUE + 1 if self._turns_hue else HUE
+        self.draws = kinds + 1
+        self._orders = torch.tensor(list(permutations(range(kinds))))
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         require_bytes(images, type(self).__name__)
         factors = []
         for index, (low, high) in enumerate(self._factors):
             factors.append(between(draws[:, index], low, high).int())
-        order = between(draws[:, 3], 0, len(ORDERS) - 1)
+        if self._turns_hue:
+            factors.append(between(draws[:, HUE + 1], *self._turns).int())
+        if self._orders.device != draws.device:
+            self._orders = self._orders.to(draws.device)
+        kinds = self._orders[below(draws[:, ORDER], len(self._orders))]
         pixels = images.int()
-        for place in range(len(self._factors)):
-            pixels = self._change(pixels, _kind(order, place), factors)
+        for kind in kinds.unbind(1):
+            pixels = self._change(pixels, _by_image(kind), factors)
         return pixels.byte()
 
     def _change(self, pixels: Tensor, kind: Tensor, factors: list[Tensor]) -> Tensor:
-        """Each image blended with black, its mean grey or its own grey, as `kind` `(B,)` says."""
+        """Each image blended with black, its mean grey or its own grey, or turned in its hue, as its `kind` says."""
         gray = _gray(pixels)
         mean = _mean(gray)
-        kind = kind.view(-1, 1, 1, 1)
         other = torch.where(kind == SATURATION, gray, torch.zeros_like(gray))
         other = torch.where(kind == CONTRAST, mean, other)
-        factor = torch.where(kind == SATURATION, _shaped(factors[SATURATION]), 0)
+        factor = torch.where(kind == SATURATION, _by_image(factors[SATURATION]), 0)
         for each in (BRIGHTNESS, CONTRAST):
-            factor = torch.where(kind == each, _shaped(factors[each]), factor)
+            factor = torch.where(kind == each, _by_image(factors[each]), factor)
         blend = pixels * factor + other * (ONE - factor) + HALF
-        return (blend >> 16).clamp_(0, 255)
+        blended = (blend >> 16).clamp_(0, 255)
+        if not self._turns_hue:
+            return blended
+        return torch.where(kind == HUE, turn_hue(pixels, factors[HUE]), blended)
 
 
 class RandomGrayscale:
@@ -135,7 +144,8 @@ class RandomErasing:
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        boxes = self._boxes(draws[:, :-1], height, width)
+        sizes = Sizes(height, width, root_of_area(height, width))
+        boxes = self._boxes(draws[:, :-1], sizes)
         is_erased = boxes.fits & happens(draws[:, -1], self._p)
         rows = _inside(boxes.top, boxes.height, height) & is_erased.unsqueeze(1)
         columns = _inside(boxes.left, boxes.width, width)
@@ -160,16 +170,9 @@ def _factors(name: str, amount: Amount) -> tuple[int, int]:
     return round(low * ONE), round(high * ONE)
 
 
-def _kind(order: Tensor, place: int) -> Tensor:
-    """Which change comes at `place` in each image's order, int64 `(B,)`."""
-    kind = torch.zeros_like(order)
-    for number, kinds in enumerate(ORDERS):
-        kind += (order == number) * kinds[place]
-    return kind
-
-
-def _shaped(factor: Tensor) -> Tensor:
-    return factor.view(-1, 1, 1, 1)
+def _by_image(values: Tensor) -> Tensor:
+    """`(B,)` as `(B, 1, 1, 1)`."""
+    return values.view(-1, 1, 1, 1)
 
 
 def _gray(pixels: Tensor) -> Tensor:

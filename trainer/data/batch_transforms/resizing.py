@@ -7,12 +7,25 @@ torchvision's by at most 1 of 255 levels, as far as tests have seen.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.data.batch_transforms.arguments import height_and_width, interval
-from trainer.data.batch_transforms.boxes import DRAWS, BoxDraw, middle_part
+from trainer.data.batch_transforms.boxes import (
+    DRAWS,
+    BoxDraw,
+    Sizes,
+    middle_part,
+    root_of_area,
+)
+from trainer.data.batch_transforms.several_sizes import (
+    in_groups,
+    numbers_on,
+    on_canvas,
+)
 
 WEIGHT_BITS = 20  # 255 levels and 20 bits fit into an int32
 
@@ -20,7 +33,7 @@ WEIGHT_BITS = 20  # 255 levels and 20 bits fit into an int32
 class RandomResizedCrop:
     """A random part of each image, of `scale` of its area and with sides in `ratio`, resized to `size` pixels.
 
-    Bilinear, with antialiasing. uint8 images alone.
+    Bilinear, with antialiasing. uint8 images alone, which may have several sizes.
 
     Args:
         size: of a side, or [height, width].
@@ -43,16 +56,75 @@ class RandomResizedCrop:
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         require_bytes(images, type(self).__name__)
         height, width = images.shape[-2:]
-        boxes = self._boxes(draws, height, width)
         middle = middle_part(height, width, *self._ratio)
-        top, left, box_height, box_width = (
+        sizes = Sizes(height, width, root_of_area(height, width))
+        return self._crop(images, draws, sizes, middle)
+
+    def of_several_sizes(self, images: Sequence[Tensor], draws: Tensor) -> Tensor:
+        """The same of uint8 images `(C, H, W)`, each of a size of its own."""
+        return in_groups(images, draws, self._crop_each)
+
+    def _crop_each(self, images: Sequence[Tensor], draws: Tensor) -> Tensor:
+        rows = []
+        for image in images:
+            height, width = image.shape[-2:]
+            middle = middle_part(height, width, *self._ratio)
+            rows.append((height, width, root_of_area(height, width), *middle))
+        columns = numbers_on(draws.device, rows)
+        sizes, middles = Sizes(*columns[:3]), columns[3:]
+        return self._crop(on_canvas(images), draws, sizes, middles)
+
+    def _crop(
+        self, images: Tensor, draws: Tensor, sizes: Sizes, middle: Sequence[Any]
+    ) -> Tensor:
+        """A part of each image, resized. `middle` is what is taken where no box fits."""
+        boxes = self._boxes(draws, sizes)
+        top, left, height, width = (
             torch.where(boxes.fits, drawn, fixed)
             for drawn, fixed in zip(boxes[:4], middle, strict=True)
         )
-        images = resize_rows(images, top, box_height, self._height)
-        columns = images.transpose(2, 3).contiguous()
-        columns = resize_rows(columns, left, box_width, self._width)
-        return columns.transpose(2, 3).contiguous()
+        return _resize(images, (top, left, height, width), (self._height, self._width))
+
+
+class Resize:
+    """Each image resized to `size` pixels, whatever its own size and its ratio of sides.
+
+    Bilinear, with antialiasing. uint8 images alone, which may have several sizes.
+
+    Args:
+        size: [height, width].
+    """
+
+    draws = 0
+
+    def __init__(self, size: list[int]) -> None:
+        if not isinstance(size, list | tuple):
+            raise ValueError(
+                f"size is [height, width], not {size}: a batch has images of one size"
+            )
+        self._height, self._width = height_and_width(size)
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        require_bytes(images, type(self).__name__)
+        return self._resize_each(images.unbind(), draws)
+
+    def of_several_sizes(self, images: Sequence[Tensor], draws: Tensor) -> Tensor:
+        """The same of uint8 images `(C, H, W)`, each of a size of its own."""
+        return in_groups(images, draws, self._resize_each)
+
+    def _resize_each(self, images: Sequence[Tensor], draws: Tensor) -> Tensor:
+        rows = [(0, 0, *image.shape[-2:]) for image in images]
+        box = numbers_on(draws.device, rows)
+        return _resize(on_canvas(images), box, (self._height, self._width))
+
+
+def _resize(images: Tensor, box: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Of each image the part at top, left, height and width of `box`, int64 `(B,)` each, resized to `size`."""
+    top, left, height, width = box
+    images = resize_rows(images, top, height, size[0])
+    columns = images.transpose(2, 3).contiguous()
+    columns = resize_rows(columns, left, width, size[1])
+    return columns.transpose(2, 3).contiguous()
 
 
 def require_bytes(images: Tensor, name: str) -> None:

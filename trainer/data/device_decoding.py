@@ -1,0 +1,157 @@
+"""`data.decode=device`: the JPEG files of a micro-batch decoded at once, on the GPU that trains.
+
+Loader processes read the files and look at them, as they do before they decode. What the device cannot decode, and
+every other kind of file, the CPU's libraries decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trainer.config.schema import DataConfig
+from trainer.data.bad_samples import is_bad_sample
+from trainer.data.batch_transforms.base import BatchTransforms
+from trainer.data.datasets import MapDataset
+from trainer.data.device_decoders import FileDecoder
+from trainer.data.folder import ImageFolder
+from trainer.data.image_list import Entry, ImageList, PackedImages, turned_upright
+from trainer.data.samples import KeyedDataset, Loaded, MicroBatch
+from trainer.errors import ConfigError, DataError
+from trainer.exact.structures import map_tensors
+
+KEY = "data.decode"
+ON_HOST = "works on decoded images of the host, and data.decode=device decodes them"
+EXCLUSIONS = {
+    "data.train_transforms": f"{ON_HOST} later; name them in data.batch_transforms, or set data.decode=cpu",
+    "data.collate": f"{ON_HOST} later; leave one of them out",
+    "data.on_device": "reads every sample once, in one size, and data.decode=device gives several; leave one out",
+    "data.cache": "keeps decoded images, and data.decode=device decodes files; leave one of them out",
+    "data.decode_short_side": "is libjpeg's, and data.decode=device decodes files in full; leave one of them out",
+    "data.short_side": f"{ON_HOST} later; leave it out: data.batch_transforms make the images smaller",
+}
+
+
+def check_decoding(
+    section: DataConfig, dataset: MapDataset, transforms: BatchTransforms | None
+) -> None:
+    """Raise `ConfigError` where the images of `dataset` cannot be decoded on a device and made one size there."""
+    if getattr(type(dataset), "__getitem__", None) is not ImageFolder.__getitem__:
+        raise ConfigError(
+            KEY,
+            "device decodes the image files of data.name=folder, and these are no such files; leave it out",
+        )
+    excluded = {
+        "data.train_transforms": bool(section.train_transforms),
+        "data.collate": section.collate is not None,
+        "data.on_device": section.on_device,
+        "data.cache": bool(section.cache),
+        "data.decode_short_side": section.decode_short_side is not None,
+        "data.short_side": isinstance(section.short_side, int),
+    }
+    for key, is_set in excluded.items():
+        if is_set:
+            raise ConfigError(key, EXCLUSIONS[key])
+    if transforms is None or not transforms.takes_several_sizes:
+        raise ConfigError(
+            KEY,
+            "device gives images of several sizes; let data.batch_transforms begin with {name: RandomResizedCrop, "
+            "size: 224} or {name: Resize, size: [224, 224]}, which make one size of them there",
+        )
+
+
+class DeviceDecoding:
+    """Decodes what loader processes hand over: `PackedImages` with files in, an `ImageList` on `device` out."""
+
+    def __init__(
+        self, dataset: KeyedDataset, decoder: FileDecoder, device: torch.device
+    ) -> None:
+        self._dataset = dataset
+        self._device = device
+        self.decoder = decoder
+
+    def __call__(self, item: MicroBatch | Loaded) -> MicroBatch | Loaded:
+        """The same with decoded images, of a `Loaded` without those that are bad.
+
+        Raises `DataError` for the first bad image of a `MicroBatch`.
+        """
+        if isinstance(item, Loaded):
+            return item if item.batch is None else self._readable(item, item.batch)
+        images, errors = self._images(item)
+        for error in errors.values():
+            raise error
+        return item._replace(inputs=ImageList(images))
+
+    def _readable(self, item: Loaded, batch: MicroBatch) -> Loaded:
+        images, errors = self._images(batch)
+        if not errors:
+            return item._replace(batch=batch._replace(inputs=ImageList(images)))
+        bad = list(item.bad)
+        ids = item.request.ids.tolist()
+        for place, error in errors.items():
+            if not is_bad_sample(error):
+                raise error
+            bad.append(self._dataset.describe_bad(ids[place], error))
+        places = [place for place in range(len(ids)) if place not in errors]
+        request = item.request.only(places)
+        if not places:
+            return Loaded(None, request, bad)
+        targets = map_tensors(lambda rows: rows[places], batch.targets)
+        readable = self._dataset.micro_batch(ImageList(images), targets, request)
+        return Loaded(readable, request, bad)
+
+    def _images(self, batch: MicroBatch) -> tuple[list[Tensor], dict[int, DataError]]:
+        """The images on the device, and of each place without one, why."""
+        packed, source = batch.inputs, batch.source
+        assert isinstance(packed, PackedImages) and source is not None
+        parts = list(packed.parts())
+        decoded = iter(self._decode([part for entry, part in parts if entry.is_file]))
+        images: list[Tensor] = []
+        errors: dict[int, DataError] = {}
+        for place, (entry, part) in enumerate(parts):
+            image: Tensor | None = part
+            if entry.is_file:
+                image = self._upright(next(decoded), entry)
+            if image is None:
+                try:
+                    image, _ = self._dataset.pair(int(source.ids[place]))
+                except DataError as error:
+                    errors[place] = error
+                    continue
+            images.append(image.to(self._device, non_blocking=True))
+        return images, errors
+
+    def _decode(self, files: list[Tensor]) -> Sequence[Tensor | None]:
+        """What the device makes of each file; None where it cannot decode it."""
+        if not files:
+            return []
+        whole = self._try_to_decode(files)
+        if whole is not None:
+            return whole
+        # One of them failed, and which is not said.
+        images: list[Tensor | None] = []
+        for file in files:
+            image = self._try_to_decode([file])
+            images.append(None if image is None else image[0])
+        return images
+
+    def _try_to_decode(self, files: list[Tensor]) -> list[Tensor] | None:
+        try:
+            return self.decoder.decode(files)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except (RuntimeError, ValueError):
+            return None
+
+    def _upright(self, image: Tensor | None, entry: Entry) -> Tensor | None:
+        """The decoded image turned by its EXIF data; None if it is not what the file's header announces."""
+        if image is None:
+            return None
+        if not self.decoder.turns:
+            image = turned_upright(image, entry.orientation)
+        expected = turned_upright(
+            torch.empty(entry.shape, device="meta"), entry.orientation
+        )
+        return image if image.shape == expected.shape else None
