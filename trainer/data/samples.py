@@ -28,6 +28,7 @@ from trainer.data.folder import ImageFolder
 from trainer.data.geometry import SampleTransform
 from trainer.data.names import printable
 from trainer.data.no_batch import why_no_batch
+from trainer.data.one_range import OneRange
 from trainer.data.worker_failure import is_limit
 from trainer.errors import DataError, data_error
 from trainer.exact.plan import Ids, IndexRange
@@ -166,6 +167,7 @@ class KeyedDataset(Dataset[Any]):
         self._seed_draws: Callable[[int], object] = seed_cpu
         if self._may_read_only:
             self._seed_draws = seed_torch
+        self._range = OneRange()
         self.tells_source = False  # whether a batch says which samples it holds
         # Set in a loader process: told of each sample before it is loaded.
         self.at_sample: Callable[[int], None] | None = None
@@ -192,6 +194,7 @@ class KeyedDataset(Dataset[Any]):
 
     def _batch_of(self, samples: list[tuple[Any, Any]], request: Request) -> MicroBatch:
         if self.collation is None:
+            self._range.check(samples, request.ids, self.name)
             inputs, targets = self._collate(samples, request.ids)
         else:
             inputs, targets = self._collate_by(self.collation, samples, request)
