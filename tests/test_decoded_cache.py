@@ -162,6 +162,7 @@ def test_auto_is_what_the_transforms_need(
     "changes, message",
     [
         ({"cache": "decoded"}, "data.cache_dir: is not set"),
+        ({"cache": "decoded", "cache_dir": " "}, "data.cache_dir: is not set"),
         (
             {"cache": "decode", "cache_dir": "x"},
             "data.cache: decode is not a number or decoded",

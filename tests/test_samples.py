@@ -278,6 +278,30 @@ def start_error(tmp_path: Path, **parts: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("leaves_out", [False, True])
+@pytest.mark.parametrize("batches", [[[0, 1]], [[0], [1]]])
+def test_bytes_and_floats_in_one_data_set_are_refused(
+    leaves_out: bool, batches: list[list[int]]
+) -> None:
+    """torch would make floats of a batch with both, and what a byte means would depend on its neighbours."""
+    samples = [(PIXELS, 0), (PIXELS / 255, 1)]
+    keyed = KeyedDataset(samples, None, seed=0, purpose="train", leaves_out=leaves_out)
+    answers = [keyed[Request(0, 0, np.array(ids))] for ids in batches]
+    assert isinstance(answers[-1], DataError)
+    assert str(answers[-1]).startswith(
+        "train sample 1: its input is float32, and that of train sample 0 uint8;"
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.int32, torch.int64)],
+)  # fmt: skip
+def test_widths_of_one_range_are_mixed(first: torch.dtype, second: torch.dtype) -> None:
+    samples = [(PIXELS.to(first), 0), (PIXELS.to(second), 1)]
+    assert load(samples).inputs.dtype == second
+
+
 def test_channels_that_do_not_fit_are_named_at_the_start(tmp_path: Path) -> None:
     named = {"model__name": "resnet18", "model__num_classes": 2}
     message = start_error(tmp_path, train_data=images(1), val_data=images(1), **named)

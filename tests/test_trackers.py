@@ -268,6 +268,8 @@ def test_mistakes_in_the_config(override: str, message: str) -> None:
     ("tracker", "message"),
     [
         ({"name": "csv", "fil": "a"}, 'trackers[0].fil: CsvTracker has no such argument; did you mean "file"'),
+        # The run's own file, which every row is read from after a stop.
+        ({"name": "csv", "file": "metrics.jsonl"}, "trackers[0]: CsvTracker refused its arguments"),
         ({"name": "builtins.dict"}, "trackers[0].name: "),
         ({"name": f"{HERE}.Missing"}, f"trackers[0].name: {HERE}.Missing needs the package no-such-thing"),
     ],

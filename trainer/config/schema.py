@@ -205,7 +205,8 @@ class DataConfig(ComponentSection):
                 f"{show(self.sampler)} is a name alone; write {{name: {self.sampler}}}, or data.sampler.name",
             )
         super().__post_init__()
-        if self.cache == "decoded" and self.cache_dir is None:
+        # Text of nothing is where a variable was not set, and would be the working directory.
+        if self.cache == "decoded" and not (self.cache_dir or "").strip():
             raise ConfigError(
                 "data.cache_dir",
                 "is not set; data.cache=decoded needs a folder for the decoded images, on a fast disk with room for "

@@ -31,6 +31,7 @@ from trainer.data.geometry import SampleTransform
 from trainer.data.image_list import are_of_several_sizes, pack
 from trainer.data.names import printable
 from trainer.data.no_batch import why_no_batch
+from trainer.data.one_range import OneRange
 from trainer.data.worker_failure import is_limit
 from trainer.errors import DataError, data_error
 from trainer.exact.plan import Ids, IndexRange
@@ -177,6 +178,7 @@ class KeyedDataset(Dataset[Any]):
         if self._may_read_only:
             self._seed_draws = seed_torch
         self._crops = self._find_crops()
+        self._range = OneRange()
         self.tells_source = False  # whether a batch says which samples it holds
         # Set where `data.batch_transforms` take images of several sizes, and files that the device decodes.
         self.packs_images = False
@@ -254,6 +256,7 @@ class KeyedDataset(Dataset[Any]):
 
     def _batch_of(self, samples: list[tuple[Any, Any]], request: Request) -> MicroBatch:
         if self.collation is None:
+            self._range.check(samples, request.ids, self.name)
             inputs, targets = self._collate(samples, request.ids)
         else:
             inputs, targets = self._collate_by(self.collation, samples, request)

@@ -14,11 +14,18 @@ from trainer.storage.files import write_text
 
 
 class CsvTracker(Tracker):
-    """A CSV file at `file` within the run's directory. A cell is empty where its row has no such value."""
+    """A CSV file at `file` within the run's directory. A cell is empty where its row has no such value.
+
+    Raises `ValueError` unless the file's name ends in .csv: no other file of a run does, so none is overwritten.
+    """
 
     cuts: ClassVar[bool] = True
 
     def __init__(self, file: str = "metrics.csv") -> None:
+        if not file.endswith(".csv"):
+            raise ValueError(
+                f"the name of file must end in .csv, and {file!r} does not"
+            )
         self._name = file
         self._columns: list[str] = []
 
