@@ -220,8 +220,8 @@ def weighted(
         bounds = np.cumsum(values)
 
         def draw(epoch: int) -> Ids:
-            places = generator(epoch).random(count) * bounds[-1]
-            ids: Ids = np.searchsorted(bounds, places, side="right")
+            points = generator(epoch).random(count) * bounds[-1]
+            ids: Ids = np.searchsorted(bounds, points, side="right")
             return ids
 
         described = "with replacement"
@@ -284,8 +284,10 @@ def _generator(source: Source, name: str) -> Callable[[int], np.random.Generator
 
 def _shuffled(seed: int, epoch: int, ids: Ids, count: int) -> Ids:
     """`count` of `ids`, none again before all others; as the plan without a sampler orders them, if that is all."""
-    places = _passes(numpy_generator(seed, "order", epoch), np.arange(len(ids)), count)
-    return ids[places]
+    positions = _passes(
+        numpy_generator(seed, "order", epoch), np.arange(len(ids)), count
+    )
+    return ids[positions]
 
 
 def _passes(draws: np.random.Generator, ids: Ids, count: int) -> Ids:
