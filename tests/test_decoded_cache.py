@@ -38,7 +38,7 @@ from trainer.errors import ConfigError, DataError, LockstepError
 from trainer.process.ranks import Ranks
 from trainer.storage import cache_build
 from trainer.storage.cache_build import open_or_build
-from trainer.storage.decoded_cache import Source
+from trainer.storage.decoded_cache import CacheSource
 
 FORK = multiprocessing.get_context("fork")
 IMAGES = 20  # of each class and part: 80 in all, 5 chunks
@@ -77,7 +77,9 @@ class Silent:
         pass
 
 
-def source(root: Path, decoded: Callable[[str], object] = str, **more: Any) -> Source:
+def source(
+    root: Path, decoded: Callable[[str], object] = str, **more: Any
+) -> CacheSource:
     """All images of `root`; `decoded` is told of each that is decoded."""
 
     def decode_small(path: str) -> Tensor:
@@ -85,7 +87,7 @@ def source(root: Path, decoded: Callable[[str], object] = str, **more: Any) -> S
         return shrink(decode(root / path), SIDE)
 
     paths = sorted(str(path.relative_to(root)) for path in root.rglob("*.jpg"))
-    values = Source(root, paths, ImageReading(short_side=SIDE), decode_small)
+    values = CacheSource(root, paths, ImageReading(short_side=SIDE), decode_small)
     return replace(values, **more)
 
 

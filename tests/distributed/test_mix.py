@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.alike import Results, bits, several
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import (
-    HASHES,
     Images,
     config,
     conv_net,
     largest_difference,
-    state,
 )
 from trainer import Trainer
 from trainer.inspection.replay import replay
@@ -41,60 +40,34 @@ def make(directory: Path, stop: int | None = None, **changes: Any) -> Trainer:
     return Trainer(settings, model=conv_net(), train_data=Images(), val_data=Images(28))
 
 
-def bits(directory: Path, stop: int | None = None, **changes: Any) -> list[Any]:
-    trainer = make(directory, stop, **changes)
-    summary = trainer.fit()
-    return [summary[name] for name in HASHES] + trainer.progress.history
-
-
-def standard(directory: Path, **changes: Any) -> Any:
-    trainer = make(directory, run__reproducibility="standard", **changes)
-    trainer.fit()
-    return state(trainer)
-
-
-def several(directory: Path, stopped: Path | None) -> Any:
-    result = [
-        bits(directory / "bits"),
-        standard(directory / "standard"),
-        standard(directory / "fused", batch__fuse=3),
-    ]
-    if stopped is not None:
-        result.append(bits(stopped))
-    return result
-
-
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     directory = tmp_path_factory.mktemp("reference")
-    return directory, on_ranks(1, several, directory, None)[0]
+    return directory, on_ranks(1, several, make, directory)[0]
 
 
-def test_fused_is_what_one_by_one_is(reference: tuple[Path, Any]) -> None:
-    _, (_, one_by_one, fused) = reference
-    assert largest_difference(fused, one_by_one) < 1e-12
+def test_fused_is_what_one_by_one_is(reference: tuple[Path, Results]) -> None:
+    _, of_one = reference
+    assert largest_difference(of_one.fused, of_one.standard) < 1e-12
 
 
 @pytest.mark.parametrize(("ranks", "stop"), [(2, 3), (3, 6)])
 def test_equal_on_any_ranks_and_resumed_across_the_end_of_mixing(
-    tmp_path: Path, reference: tuple[Path, Any], ranks: int, stop: int
+    tmp_path: Path, reference: tuple[Path, Results], ranks: int, stop: int
 ) -> None:
-    _, (of_one, one_by_one, _) = reference
+    _, of_one = reference
     stopped = tmp_path / "stopped"
-    on_ranks(1, bits, stopped, stop)
-    for of_rank in on_ranks(ranks, several, tmp_path, stopped):
-        exact, apart, fused, resumed = of_rank
-        assert exact == of_one
-        assert resumed == of_one
-        assert largest_difference(apart, one_by_one) < 1e-12
-        assert largest_difference(fused, one_by_one) < 1e-12
+    on_ranks(1, bits, make, stopped, stop)
+    for of_rank in on_ranks(ranks, several, make, tmp_path, stopped):
+        of_rank.assert_alike(of_one)
 
 
 def test_it_changes_the_run_and_evaluation_is_of_plain_images(
-    tmp_path: Path, reference: tuple[Path, Any]
+    tmp_path: Path, reference: tuple[Path, Results]
 ) -> None:
-    _, (mixed, _, _) = reference
-    assert on_ranks(1, bits, tmp_path, train__mix={})[0][:2] != mixed[:2]
+    _, mixed = reference
+    plain_bits = on_ranks(1, bits, make, tmp_path, train__mix={})[0]
+    assert plain_bits[:2] != mixed.bits[:2]
 
     def losses() -> list[float]:
         """Before any training, so of the same weights."""
@@ -108,7 +81,7 @@ def test_it_changes_the_run_and_evaluation_is_of_plain_images(
 
 
 def test_replay_gives_the_digests_and_each_samples_share_of_the_loss(
-    tmp_path: Path, reference: tuple[Path, Any]
+    tmp_path: Path, reference: tuple[Path, Results]
 ) -> None:
     directory, _ = reference
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.distributed.alike import Results, bits, several
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import HASHES, config, largest_difference, state
+from tests.distributed.small import config, largest_difference
 from trainer import Trainer
 from trainer.inspection.replay import replay
 
@@ -88,72 +89,46 @@ def make(directory: Path, stop: int | None = None, **changes: Any) -> Trainer:
     )
 
 
-def bits(directory: Path, stop: int | None = None, **changes: Any) -> list[Any]:
-    trainer = make(directory, stop, **changes)
-    summary = trainer.fit()
-    return [summary[name] for name in HASHES] + trainer.progress.history
-
-
-def standard(directory: Path, **changes: Any) -> dict[str, Tensor]:
-    trainer = make(directory, run__reproducibility="standard", **changes)
-    trainer.fit()
-    return state(trainer)
-
-
-def several(directory: Path, stopped: Path | None) -> Any:
-    result = [
-        bits(directory / "bits"),
-        standard(directory / "standard"),
-        standard(directory / "fused", batch__fuse=3),
-    ]
-    if stopped is not None:
-        # Where the samples lie may change in a resume.
-        result.append(bits(stopped, data__on_device=False))
-    return result
-
-
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     directory = tmp_path_factory.mktemp("reference")
-    return directory, on_ranks(1, several, directory, None)[0]
+    return directory, on_ranks(1, several, make, directory)[0]
 
 
-def test_fused_is_what_one_by_one_is(reference: tuple[Path, Any]) -> None:
-    _, (_, one_by_one, fused) = reference
-    assert largest_difference(fused, one_by_one) < 1e-12
+def test_fused_is_what_one_by_one_is(reference: tuple[Path, Results]) -> None:
+    _, of_one = reference
+    assert largest_difference(of_one.fused, of_one.standard) < 1e-12
 
 
 def test_equal_from_the_host_and_from_loader_processes(
-    tmp_path: Path, reference: tuple[Path, Any]
+    tmp_path: Path, reference: tuple[Path, Results]
 ) -> None:
-    _, (of_device, *_) = reference
+    _, of_device = reference
     ways: dict[str, dict[str, Any]] = {
         "host": {"data__on_device": False},
         "processes": {"data__on_device": False, "data__workers": 1},
         "read_by_processes": {"data__workers": 1},
     }
     for name, changes in ways.items():
-        assert bits(tmp_path / name, **changes) == of_device, name
+        assert bits(make, tmp_path / name, **changes) == of_device.bits, name
 
 
 @pytest.mark.parametrize(("ranks", "stop"), [(2, 3), (3, 6)])
 def test_equal_on_any_ranks_and_resumed(
-    tmp_path: Path, reference: tuple[Path, Any], ranks: int, stop: int
+    tmp_path: Path, reference: tuple[Path, Results], ranks: int, stop: int
 ) -> None:
-    _, (of_one, one_by_one, _) = reference
+    _, of_one = reference
     stopped = tmp_path / "stopped"
-    on_ranks(1, bits, stopped, stop)
-    for of_rank in on_ranks(ranks, several, tmp_path, stopped):
-        exact, apart, fused, resumed = of_rank
-        assert exact == of_one
-        assert resumed == of_one
-        assert largest_difference(apart, one_by_one) < 1e-12
-        assert largest_difference(fused, one_by_one) < 1e-12
+    on_ranks(1, bits, make, stopped, stop)
+    # Where the samples lie may change in a resume.
+    resumed = {"data__on_device": False}
+    for of_rank in on_ranks(ranks, several, make, tmp_path, stopped, **resumed):
+        of_rank.assert_alike(of_one)
 
 
 def without_bad(directory: Path, **changes: Any) -> list[Any]:
     changes |= {"bad": [3, 17, 18], "data__bad_samples": "quarantine"}
-    return bits(directory, **changes)
+    return bits(make, directory, **changes)
 
 
 def test_bad_samples_are_left_out_alike(tmp_path: Path) -> None:
@@ -163,7 +138,7 @@ def test_bad_samples_are_left_out_alike(tmp_path: Path) -> None:
         assert of_rank == from_host
 
 
-def test_a_step_is_replayed(tmp_path: Path, reference: tuple[Path, Any]) -> None:
+def test_a_step_is_replayed(tmp_path: Path, reference: tuple[Path, Results]) -> None:
     directory, _ = reference
 
     def details() -> Any:

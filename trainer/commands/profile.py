@@ -73,13 +73,13 @@ def main(arguments: list[str]) -> None:
 
 def _check_folder(path: Path) -> None:
     """Raise `ConfigError` where no folder can be made, before anything is trained."""
-    place = next(
+    existing = next(
         parent for parent in (path, *path.absolute().parents) if parent.exists()
     )
-    if not place.is_dir():
-        raise ConfigError("--out", f"{place} is a file; name a folder")
-    if not os.access(place, os.W_OK):
-        raise ConfigError("--out", f"{place} cannot be written; name another folder")
+    if not existing.is_dir():
+        raise ConfigError("--out", f"{existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError("--out", f"{existing} cannot be written; name another folder")
 
 
 def _observer(

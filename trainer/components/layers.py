@@ -16,7 +16,7 @@ from trainer.exact.shards import original_class
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # In a `group_matcher`, the suffix of what belongs to the layer before.
 WITH_PREVIOUS = 99999
-# The place of what no pattern of a `group_matcher` matches: with the head.
+# The group of what no pattern of a `group_matcher` matches: with the head.
 UNMATCHED = (float("inf"),)
 # Members of a layer: the names of modules.
 Layer = list[str]
@@ -52,9 +52,9 @@ def _layers_by_matcher(
 ) -> dict[str, int]:
     """The layers of all that a pattern matches and is not of the head."""
     try:
-        place_of = _place_finder(matcher(coarse=False))
-        places = {
-            name: place_of(name)
+        group_of = _group_finder(matcher(coarse=False))
+        groups = {
+            name: group_of(name)
             for name, _ in model.named_parameters()
             if not name.startswith(f"{head}.")
         }
@@ -65,20 +65,20 @@ def _layers_by_matcher(
         ) from None
     number = -1
     numbers: dict[tuple[float, ...], int] = {}
-    for place in sorted({place for place in places.values() if place != UNMATCHED}):
-        if number < 0 or place[-1] != WITH_PREVIOUS:
+    for group in sorted({group for group in groups.values() if group != UNMATCHED}):
+        if number < 0 or group[-1] != WITH_PREVIOUS:
             number += 1
-        numbers[place] = number
-    return {name: numbers[place] for name, place in places.items() if place in numbers}
+        numbers[group] = number
+    return {name: numbers[group] for name, group in groups.items() if group in numbers}
 
 
-def _place_finder(matcher: Any) -> Callable[[str], tuple[float, ...]]:
-    """From a parameter's name to its place: the number of its pattern, then the numbers that the pattern finds."""
+def _group_finder(matcher: Any) -> Callable[[str], tuple[float, ...]]:
+    """From a parameter's name to its group: the number of its pattern, then the numbers that the pattern finds."""
     if not isinstance(matcher, Mapping):
 
         def ask(name: str) -> tuple[float, ...]:
-            place = matcher(name)
-            return tuple(place) if isinstance(place, list | tuple) else (place,)
+            group = matcher(name)
+            return tuple(group) if isinstance(group, list | tuple) else (group,)
 
         return ask
     patterns: list[tuple[re.Pattern[str], int, tuple[int, ...]]] = []
@@ -137,28 +137,28 @@ def _layers_in(module: nn.Module, prefix: str) -> Iterator[Layer]:
     for name, child in module.named_children():
         if next(child.parameters(), None) is None:
             continue
-        place = f"{prefix}{name}"
+        path = f"{prefix}{name}"
         holds_layers = not _is_container(module) and any(
             _is_container(part) for part in child.children()
         )
         if _is_container(child) or holds_layers:
-            yield from _layers_in(child, f"{place}.")
+            yield from _layers_in(child, f"{path}.")
         elif (blocks := _blocks_of(child)) is not None:
-            yield from _layers_of_stage(child, place, blocks)
+            yield from _layers_of_stage(child, path, blocks)
         else:
-            yield [place]
+            yield [path]
 
 
-def _layers_of_stage(stage: nn.Module, place: str, blocks: str) -> Iterator[Layer]:
+def _layers_of_stage(stage: nn.Module, path: str, blocks: str) -> Iterator[Layer]:
     """A layer for each block; what stands before the blocks is of the first, what comes after of the last."""
     sequence = stage.get_submodule(blocks)
-    inner = f"{place}.{blocks}".rstrip(".")
+    inner = f"{path}.{blocks}".rstrip(".")
     layers = [[f"{inner}.{name}"] for name, _ in sequence.named_children()]
     if blocks:
         names = [name for name, _ in stage.named_children()]
         position = names.index(blocks)
-        layers[0] += [f"{place}.{name}" for name in names[:position]]
-        layers[-1] += [f"{place}.{name}" for name in names[position + 1 :]]
+        layers[0] += [f"{path}.{name}" for name in names[:position]]
+        layers[-1] += [f"{path}.{name}" for name in names[position + 1 :]]
     yield from layers
 
 
@@ -167,8 +167,8 @@ def _blocks_of(module: nn.Module) -> str | None:
 
     Blocks are alike and made of parts; a sequence of single operations, or of different ones, is the inside of a block.
     """
-    places = {"": module, **dict(module.named_children())}
-    found = [name for name, part in places.items() if _is_sequence_of_blocks(part)]
+    candidates = {"": module, **dict(module.named_children())}
+    found = [name for name, part in candidates.items() if _is_sequence_of_blocks(part)]
     # Several sequences run beside each other.
     return found[0] if len(found) == 1 else None
 

@@ -55,11 +55,11 @@ def parameter_groups(
         # The first group's rate is logged as `lr`. Checkpoints do not depend on the order: state is kept by name.
         order = _order(section, options)
         # 0 and 0.0 are one value.
-        place = (*order, json.dumps(map_leaves(options, _as_float), sort_keys=True))
-        if place not in groups:
+        kind = (*order, json.dumps(map_leaves(options, _as_float), sort_keys=True))
+        if kind not in groups:
             from_config = {FROM_CONFIG: chosen} if chosen else {}
-            groups[place] = {"params": [], **options, **from_config}
-        groups[place]["params"].append(parameter)
+            groups[kind] = {"params": [], **options, **from_config}
+        groups[kind]["params"].append(parameter)
     # Sorting is stable: the model's order decides between groups of one rate.
     return sorted(groups.values(), key=lambda group: _order(section, group))
 

@@ -53,10 +53,10 @@ def as_class_targets(
         return labels
     if output.dim() < 2 or labels.is_complex():
         raise mismatch(output, labels)
-    samples, _, *places = output.shape
-    if labels.shape == (samples, 1, *places):
+    samples, _, *spatial = output.shape
+    if labels.shape == (samples, 1, *spatial):
         return _as_ids(labels.squeeze(1), check_values=check_values)
-    if labels.shape == (samples, *places):
+    if labels.shape == (samples, *spatial):
         return _as_ids(labels, check_values=check_values)
     if labels.shape == output.shape and probabilities:
         return labels.to(output.dtype)

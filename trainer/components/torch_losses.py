@@ -70,8 +70,11 @@ def _values(output: Tensor, targets: Any) -> Tensor:
     """Targets of a loss that is not torch's. Whether it takes class ids, only its base class says."""
     is_tensor = isinstance(output, Tensor) and isinstance(targets, Tensor)
     if is_tensor and not targets.is_floating_point() and output.dim() > 1:
-        samples, classes, *places = output.shape
-        if classes > 1 and targets.shape in ((samples, *places), (samples, 1, *places)):
+        samples, classes, *spatial = output.shape
+        if classes > 1 and targets.shape in (
+            (samples, *spatial),
+            (samples, 1, *spatial),
+        ):
             raise ConfigError(
                 "loss.name",
                 f"the targets {tuple(targets.shape)} are class ids for the model's scores {tuple(output.shape)}, and "

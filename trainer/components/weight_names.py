@@ -22,7 +22,7 @@ class Match(NamedTuple):
     """Tensors under the model's names, where in the file they were, and how many fit the model by name and shape."""
 
     tensors: Tensors
-    place: str  # dotted: a key of the file, then a prefix of names that was dropped
+    key: str  # dotted: a key of the file, then a prefix of names that was dropped
     note: str
     fitting: int
 
@@ -45,26 +45,26 @@ def match_names(
     equals = [match for match in matches if match.fitting == best]
     # A file that does not fit at all is told of as such, not as several.
     if len(equals) > 1 and 2 * best >= len(own):
-        places = ", ".join(match.place or "(the names as they are)" for match in equals)
+        keys = ", ".join(match.key or "(the names as they are)" for match in equals)
         raise ConfigError(
             "model.weights",
-            f"{path} holds several sets of these weights: {places}; set model.weights_key to one of them",
+            f"{path} holds several sets of these weights: {keys}; set model.weights_key to one of them",
         )
     return equals[0]
 
 
 def _chosen(matches: list[Match], path: str, key: str) -> Match:
     name = key.removesuffix(".")
-    chosen = [match for match in matches if match.place == name]
+    chosen = [match for match in matches if match.key == name]
     # A key of the file alone, whatever prefix its names have; else the end of a prefix.
-    chosen += [match for match in matches if match.place.startswith(f"{name}.")]
+    chosen += [match for match in matches if match.key.startswith(f"{name}.")]
     if not chosen:
-        chosen = [match for match in matches if match.place.endswith(f".{name}")]
+        chosen = [match for match in matches if match.key.endswith(f".{name}")]
     if not chosen:
-        places = [match.place for match in matches if match.place]
+        keys = [match.key for match in matches if match.key]
         raise ConfigError(
             "model.weights_key",
-            f'{path} has no "{key}"{nearest(key, places)}; it has {", ".join(places) or "one set of weights"}',
+            f'{path} has no "{key}"{nearest(key, keys)}; it has {", ".join(keys) or "one set of weights"}',
         )
     return max(chosen, key=lambda match: match.fitting)
 
@@ -90,8 +90,8 @@ def _readings(
             if not key.startswith(prefix):
                 renamed.setdefault(key, value)
         note = ", ".join([*notes, f'names without "{prefix}"'])
-        place = f"{name}.{prefix}".strip(".")
-        readings.append(Match(renamed, place, note, _count(renamed, own)))
+        dotted = f"{name}.{prefix}".strip(".")
+        readings.append(Match(renamed, dotted, note, _count(renamed, own)))
     for prefix in _prefixes(own, tensors):
         renamed = {f"{prefix}{key}": value for key, value in tensors.items()}
         note = ", ".join([*notes, f'names with "{prefix}" before them'])

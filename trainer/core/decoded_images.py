@@ -18,7 +18,7 @@ from trainer.process import launcher
 from trainer.process.machine import usable_processors
 from trainer.process.ranks import Ranks
 from trainer.storage.cache_build import open_or_build
-from trainer.storage.decoded_cache import Source
+from trainer.storage.decoded_cache import CacheSource
 
 MB = 10**6
 
@@ -71,7 +71,7 @@ def _open_store(
     """The cache of all images of one root: how its parts share them out makes no difference."""
     first = next(iter(folders))
     paths = {path for folder in folders for path in folder.paths}
-    source = Source(
+    source = CacheSource(
         first.root,
         sorted(paths, key=normal_form),
         first.reading,

@@ -23,13 +23,13 @@ def explain_out_of_memory(
         return None
     reason = str(error).splitlines()[0]
     name = device_name(run.ranks.device)
-    place = f"rank {run.ranks.rank}, {name}, ran out of memory in step {step} or after it ({reason})"
+    event = f"rank {run.ranks.rank}, {name}, ran out of memory in step {step} or after it ({reason})"
     if fuse > 1:
         return LockstepError(
-            f"{place}, with up to {fuse} micro-batches in one forward; fewer are the same run: batch.fuse={fuse // 2} "
+            f"{event}, with up to {fuse} micro-batches in one forward; fewer are the same run: batch.fuse={fuse // 2} "
             f"run.resume=auto goes on from the last checkpoint"
         )
     return LockstepError(
-        f"{place}, with one micro-batch in a forward; in an evaluation, lower batch.eval_size and go on with "
+        f"{event}, with one micro-batch in a forward; in an evaluation, lower batch.eval_size and go on with "
         f"run.resume=auto; in a step, a new run with a smaller batch.micro_size needs less, or train.precision=bf16"
     )

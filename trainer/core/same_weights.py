@@ -31,7 +31,7 @@ def check_same_weights(run: Run, steps_done: int) -> None:
     own = {name: hexadecimal(digest({name: tensors[name]})) for name in tensors}
     of_ranks = ranks.gather([own])
     name, different = _first_difference(of_ranks)
-    places = ", ".join(
+    parted = ", ".join(
         f"rank {rank} on {ranks.machines[rank]}" for rank in different[:MAX_NAMED_RANKS]
     )
     more = ", …" if len(different) > MAX_NAMED_RANKS else ""
@@ -42,7 +42,7 @@ def check_same_weights(run: Run, steps_done: int) -> None:
             "`reads_statistics = True`"
         )
     raise LockstepError(
-        f"the ranks have parted: after step {steps_done}, {name} on {places}{more} is not that of rank 0; the model, "
+        f"the ranks have parted: after step {steps_done}, {name} on {parted}{more} is not that of rank 0; the model, "
         f"the loss or an observer changes it by what one rank alone sees{advice}. Nothing of this is saved. To see "
         f"at which step it begins, compare with a run on one process: `python -m trainer compare`"
     )

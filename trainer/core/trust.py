@@ -147,14 +147,14 @@ def _refuse_package_of_the_run(run: Path, path: ImportPath) -> None:
     spec = None
     with suppress(ValueError):  # of __main__, which has none
         spec = importlib.util.find_spec(path.package)
-    places = (
+    origins = (
         [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
     )
-    for place in filter(None, places):
-        if Path(place).resolve().is_relative_to(run.resolve()):
+    for origin in filter(None, origins):
+        if Path(origin).resolve().is_relative_to(run.resolve()):
             raise ConfigError(
                 path.key,
-                f'"{path.name}" would be imported from {place}, in the run directory itself; start the command from '
+                f'"{path.name}" would be imported from {origin}, in the run directory itself; start the command from '
                 f"another directory",
             )
 

@@ -239,8 +239,8 @@ class SumOfOutputs(Task):
         for tensor in tensors_in(output):
             if tensor.is_floating_point() and tensor.dim():
                 values = tensor.flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
-                places = torch.arange(values.shape[1], device=values.device)
-                terms.append((values * places.to(values).add(1).cos()).sum())
+                positions = torch.arange(values.shape[1], device=values.device)
+                terms.append((values * positions.to(values).add(1).cos()).sum())
                 rows = len(tensor)
         return WeightedSum(torch.stack(terms).sum(), rows)
 

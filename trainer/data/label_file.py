@@ -111,10 +111,10 @@ def read_rows(root: Path, file: LabelFile) -> Iterator[Row]:
         with file.file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.reader(stream, delimiter=delimiter, strict=True)
             header = [name.strip() for name in next(reader, [])]
-            places = _places(file, header)
+            columns = _columns(file, header)
             for entries in reader:
                 if entries:  # not an empty line
-                    yield _row(root, file, reader.line_num, entries, places)
+                    yield _row(root, file, reader.line_num, entries, columns)
     except OSError as error:
         raise data_error(
             f"data.labels={file.file} cannot be read ({error.strerror})", error
@@ -123,17 +123,17 @@ def read_rows(root: Path, file: LabelFile) -> Iterator[Row]:
         raise DataError(f"{file.file} is no CSV file in UTF-8: {error}") from None
 
 
-class _Places(NamedTuple):
+class _Columns(NamedTuple):
     """How many columns there are, and the numbers of those that are read."""
 
-    columns: int
+    total: int
     path: int
     labels: list[int]
     split: int | None
 
 
-def _places(file: LabelFile, header: list[str]) -> _Places:
-    def place(key: str, name: str) -> int:
+def _columns(file: LabelFile, header: list[str]) -> _Columns:
+    def column(key: str, name: str) -> int:
         if header.count(name) != 1:
             problem = "two columns" if name in header else "no column"
             raise ConfigError(
@@ -145,31 +145,29 @@ def _places(file: LabelFile, header: list[str]) -> _Places:
 
     split = None
     if file.split is not None or SPLIT in header:
-        split = place("split", file.split or SPLIT)
-    labels = [place("label", name) for name in file.label_columns]
-    return _Places(len(header), place("path", file.path), labels, split)
+        split = column("split", file.split or SPLIT)
+    labels = [column("label", name) for name in file.label_columns]
+    return _Columns(len(header), column("path", file.path), labels, split)
 
 
 def _row(
-    root: Path, file: LabelFile, line: int, entries: list[str], places: _Places
+    root: Path, file: LabelFile, line: int, entries: list[str], columns: _Columns
 ) -> Row:
-    place = f"{file.file}, line {line}"
-    if len(entries) != places.columns:
-        raise DataError(
-            f"{place}: {len(entries)} entries, and {places.columns} columns"
-        )
-    path = posixpath.normpath(entries[places.path].strip())
+    where = f"{file.file}, line {line}"
+    if len(entries) != columns.total:
+        raise DataError(f"{where}: {len(entries)} entries, and {columns.total} columns")
+    path = posixpath.normpath(entries[columns.path].strip())
     check_utf8(path)
     if not path.lower().endswith(IMAGE_TYPES):
         raise DataError(
-            f'{place}: "{path}" is no image of a type that is read ({", ".join(IMAGE_TYPES)})'
+            f'{where}: "{path}" is no image of a type that is read ({", ".join(IMAGE_TYPES)})'
         )
     if not (root / path).is_file():
         raise DataError(
-            f"{place}: there is no {root / path}; paths are relative to data.root"
+            f"{where}: there is no {root / path}; paths are relative to data.root"
         )
-    labels = [entries[index].strip() for index in places.labels]
-    split = None if places.split is None else entries[places.split].strip()
+    labels = [entries[index].strip() for index in columns.labels]
+    split = None if columns.split is None else entries[columns.split].strip()
     return Row(line, path, labels, split)
 
 

@@ -18,7 +18,7 @@ KEY = "data.sampler"
 MOST_SAMPLES = 2**31
 
 
-class Source:
+class SamplerSource:
     """The training data that a sampler draws from, and the run's seed."""
 
     def __init__(

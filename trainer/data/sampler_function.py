@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config.registry import build
-from trainer.data.sampler import KEY, DrawnOrder, Source, check_ids
+from trainer.data.sampler import KEY, DrawnOrder, SamplerSource, check_ids
 from trainer.errors import ConfigError
 from trainer.exact.plan import Ids
 from trainer.exact.seeding import preserved_cpu_generators
@@ -31,7 +31,7 @@ class FunctionOrder(DrawnOrder):
         name: str,
         function: Callable[..., Any],
         arguments: Mapping[str, Any],
-        source: Source,
+        source: SamplerSource,
     ) -> None:
         self._name = name
         self._function = function

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.sampler import KEY, Source
+from trainer.data.sampler import KEY, SamplerSource
 from trainer.errors import ConfigError, config_error, nearest
 
 Weights = npt.NDArray[np.float64]
 
 
 def sample_weights(
-    source: Source, weights: Any, file: str | None, attribute: str | None
+    source: SamplerSource, weights: Any, file: str | None, attribute: str | None
 ) -> Weights:
     """fp64 `(samples,)` from exactly one of: `weights` by class, a `file`, an `attribute` of the data set.
 
@@ -62,7 +62,7 @@ def read_values(name: str, file: Any) -> npt.NDArray[Any]:
         ) from None
 
 
-def _by_class(source: Source, weights: Any) -> Weights:
+def _by_class(source: SamplerSource, weights: Any) -> Weights:
     key = f"{KEY}.weights"
     labels = source.labels
     count = int(labels.max(initial=-1)) + 1
@@ -78,7 +78,7 @@ def _by_class(source: Source, weights: Any) -> Weights:
     return np.where(labels >= 0, values[labels], 0.0)
 
 
-def _listed(source: Source, weights: Mapping[Any, Any], count: int) -> list[Any]:
+def _listed(source: SamplerSource, weights: Mapping[Any, Any], count: int) -> list[Any]:
     """Weights by class id, from a mapping by class name; a class that it leaves out has the weight 1."""
     names = [source.class_name(label) for label in range(count)]
     values: list[Any] = [1.0] * count
@@ -94,7 +94,7 @@ def _listed(source: Source, weights: Mapping[Any, Any], count: int) -> list[Any]
     return values
 
 
-def _attribute(source: Source, name: str) -> Any:
+def _attribute(source: SamplerSource, name: str) -> Any:
     if not hasattr(source.dataset, name):
         kind = type(source.dataset).__name__
         raise ConfigError(

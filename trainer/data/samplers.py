@@ -19,7 +19,7 @@ from trainer.data.datasets import Datasets
 from trainer.data.sampler import (
     KEY,
     DrawnOrder,
-    Source,
+    SamplerSource,
     check_count,
     check_flag,
     check_ids,
@@ -51,7 +51,7 @@ def build_order(section: DataConfig, data: Datasets, seed: int) -> DrawnOrder | 
                 "data.epoch_samples", f"is given as {KEY}.samples, too; leave one out"
             )
         arguments["samples"] = section.epoch_samples
-    source = Source(data.train, data.classes, seed)
+    source = SamplerSource(data.train, data.classes, seed)
     target = resolve(KEY, name, SAMPLERS)
     if name not in SAMPLERS:
         if section.epoch_samples is not None:
@@ -65,7 +65,7 @@ def build_order(section: DataConfig, data: Datasets, seed: int) -> DrawnOrder | 
 
 
 def random(
-    source: Source, replacement: bool = False, samples: int | None = None
+    source: SamplerSource, replacement: bool = False, samples: int | None = None
 ) -> DrawnOrder:
     """`samples` of all (by default as many as there are), as `torch.utils.data.RandomSampler` draws them.
 
@@ -90,7 +90,7 @@ def random(
 
 
 def subset(
-    source: Source,
+    source: SamplerSource,
     *,
     ids: Any = None,
     fraction: float | None = None,
@@ -125,7 +125,7 @@ def subset(
     )
 
 
-def _fraction(source: Source, fraction: Any, seed: Any) -> Ids:
+def _fraction(source: SamplerSource, fraction: Any, seed: Any) -> Ids:
     is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
     if not is_number or not 0 < fraction <= 1:
         raise ConfigError(f"{KEY}.fraction", f"{fraction} is not above 0 and up to 1")
@@ -137,7 +137,7 @@ def _fraction(source: Source, fraction: Any, seed: Any) -> Ids:
 
 
 def balanced(
-    source: Source, replacement: bool = True, samples: int | None = None
+    source: SamplerSource, replacement: bool = True, samples: int | None = None
 ) -> DrawnOrder:
     """As many samples of each class, to within one; which classes have the one more changes with the epoch.
 
@@ -180,7 +180,7 @@ def balanced(
     )
 
 
-def _ids_by_class(source: Source) -> tuple[Ids, list[Ids]]:
+def _ids_by_class(source: SamplerSource) -> tuple[Ids, list[Ids]]:
     """The class ids that samples have, in order, and the sample ids of each."""
     labels = source.labels
     # Those below 0, of no class, come first.
@@ -197,7 +197,7 @@ def _shares(count: int, classes: int) -> str:
 
 
 def weighted(
-    source: Source,
+    source: SamplerSource,
     *,
     weights: Any = None,
     file: str | None = None,
@@ -220,8 +220,8 @@ def weighted(
         bounds = np.cumsum(values)
 
         def draw(epoch: int) -> Ids:
-            places = generator(epoch).random(count) * bounds[-1]
-            ids: Ids = np.searchsorted(bounds, places, side="right")
+            points = generator(epoch).random(count) * bounds[-1]
+            ids: Ids = np.searchsorted(bounds, points, side="right")
             return ids
 
         described = "with replacement"
@@ -245,7 +245,7 @@ def weighted(
 
 
 def repeated(
-    source: Source, repeats: int = 3, samples: int | None = None
+    source: SamplerSource, repeats: int = 3, samples: int | None = None
 ) -> DrawnOrder:
     """Each sample `repeats` times in a row, augmented anew each time (Hoffer et al., 2020, "Augment your batch").
 
@@ -278,14 +278,18 @@ SAMPLERS: dict[str, Callable[..., DrawnOrder]] = {
 }
 
 
-def _generator(source: Source, name: str) -> Callable[[int], np.random.Generator]:
+def _generator(
+    source: SamplerSource, name: str
+) -> Callable[[int], np.random.Generator]:
     return lambda epoch: numpy_generator(source.seed, f"sampler/{name}", epoch)
 
 
 def _shuffled(seed: int, epoch: int, ids: Ids, count: int) -> Ids:
     """`count` of `ids`, none again before all others; as the plan without a sampler orders them, if that is all."""
-    places = _passes(numpy_generator(seed, "order", epoch), np.arange(len(ids)), count)
-    return ids[places]
+    positions = _passes(
+        numpy_generator(seed, "order", epoch), np.arange(len(ids)), count
+    )
+    return ids[positions]
 
 
 def _passes(draws: np.random.Generator, ids: Ids, count: int) -> Ids:

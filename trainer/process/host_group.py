@@ -75,10 +75,10 @@ class HostGroup:
 
     def _meet_others(self) -> None:
         """Learn where each rank is, and watch those of this machine."""
-        places = self.gather((socket.gethostname(), os.getpid()))
-        self.machines = [machine for machine, _ in places]
+        processes = self.gather((socket.gethostname(), os.getpid()))
+        self.machines = [machine for machine, _ in processes]
         peers = []
-        for rank, (machine, process) in enumerate(places):
+        for rank, (machine, process) in enumerate(processes):
             if rank != self.rank and machine == self.machines[self.rank]:
                 peers.append((rank, process))
         self._peers = watch_peers(frozenset(peers))

@@ -285,19 +285,19 @@ class Ranks:
         if failed:
             first: LockstepError = failures[failed[0]]
             raise (
-                first if len(failed) == self.count else self._with_place(first, failed)
+                first if len(failed) == self.count else self._with_ranks(first, failed)
             )
         return cast(T, result)
 
-    def _with_place(self, error: LockstepError, failed: list[int]) -> LockstepError:
+    def _with_ranks(self, error: LockstepError, failed: list[int]) -> LockstepError:
         """An error that names the ranks it happened on, and the first one's machine."""
         names = ", ".join(map(str, failed[:MAX_NAMED_RANKS])) + (
             ", …" if len(failed) > MAX_NAMED_RANKS else ""
         )
-        place = f"(on rank {names} of {self.count}, machine {self.machines[failed[0]]}; the other ranks do not fail)"
+        ranks = f"(on rank {names} of {self.count}, machine {self.machines[failed[0]]}; the other ranks do not fail)"
         if isinstance(error, ConfigError):
-            return ConfigError(error.key, f"{error.message} {place}")
-        return type(error)(f"{error} {place}")
+            return ConfigError(error.key, f"{error.message} {ranks}")
+        return type(error)(f"{error} {ranks}")
 
     def explain(self, error: RuntimeError) -> LockstepError | None:
         """The error in terms of ranks, if a collective operation timed out, here or on another rank; else None."""

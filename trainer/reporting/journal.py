@@ -279,10 +279,10 @@ class Journal:
         columns = {
             name.replace("train/epoch_", "train/"): value for name, value in row.items()
         }
-        place = str(int(row["epoch"]))
+        epoch = str(int(row["epoch"]))
         if steps_per_epoch is not None:
-            place = f"{row['step'] / steps_per_epoch:.2f}"
-        self.console.epoch(place, self._config.train.epochs, columns, seconds, is_best)
+            epoch = f"{row['step'] / steps_per_epoch:.2f}"
+        self.console.epoch(epoch, self._config.train.epochs, columns, seconds, is_best)
 
     def test(self, row: Row) -> None:
         """Log the row of the test set; the summary shows it. A collective."""

@@ -21,7 +21,7 @@ from trainer.data.image_store import ImageStore, chunk_path
 from trainer.errors import ConfigError, DataError, LockstepError, config_error
 from trainer.process.free_memory import describe_bytes
 from trainer.storage.decoded_cache import (
-    Source,
+    CacheSource,
     is_complete,
     open_store,
     write_about,
@@ -47,7 +47,7 @@ class Progress(Protocol):
 
 
 def open_or_build(
-    cache_dir: Path, source: Source, threads: int, progress: Progress
+    cache_dir: Path, source: CacheSource, threads: int, progress: Progress
 ) -> ImageStore:
     """The cache of `source` below `cache_dir`, made by `threads` threads as far as it is not there.
 
@@ -93,7 +93,9 @@ def _check_space(cache_dir: Path, needed: int) -> None:
         )
 
 
-def _explain(error: OSError, folder: Path, size: int, source: Source) -> LockstepError:
+def _explain(
+    error: OSError, folder: Path, size: int, source: CacheSource
+) -> LockstepError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return LockstepError(
             f"{KEY}: the disk of {folder} is full ({error.strerror}), and the decoded images need about "
@@ -114,7 +116,7 @@ class _Build:
     """The chunks that are missing from the cache in `folder`."""
 
     def __init__(
-        self, folder: Path, source: Source, missing: list[int], progress: Progress
+        self, folder: Path, source: CacheSource, missing: list[int], progress: Progress
     ) -> None:
         self._folder = folder
         self._source = source

@@ -38,7 +38,7 @@ ESTIMATED_FROM = 64  # images
 
 
 @dataclass(frozen=True)
-class Source:
+class CacheSource:
     """The image files of a root, and how each is decoded.
 
     `paths` are relative to `root`, sorted; `decode` makes an image of one, as `reading` says.
@@ -153,7 +153,7 @@ def is_complete(folder: Path, chunk: int, images: int) -> bool:
     return True
 
 
-def write_about(folder: Path, source: Source) -> None:
+def write_about(folder: Path, source: CacheSource) -> None:
     """Write what the cache in `folder` holds, if it does not say so yet."""
     if read_about(folder) is None:
         about = {"root": str(source.root.resolve()), **source.about}
@@ -187,7 +187,7 @@ def _replace(path: Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def open_store(folder: Path, source: Source) -> ImageStore:
+def open_store(folder: Path, source: CacheSource) -> ImageStore:
     """The complete cache in `folder`. Notes that it was used."""
     with suppress(OSError):
         os.utime(folder / ABOUT_FILE)

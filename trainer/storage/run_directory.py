@@ -216,10 +216,10 @@ def config_file(run: Path, directory: Path | None = None) -> Path:
     Raises `ConfigError` if `run` is not a run directory, or has a link that leads out of it.
     """
     directory = directory or run
-    for place in (run, directory):
-        if not (place / "config.yaml").is_file():
+    for folder in (run, directory):
+        if not (folder / "config.yaml").is_file():
             raise ConfigError(
-                str(place), "is not a run directory: it has no config.yaml"
+                str(folder), "is not a run directory: it has no config.yaml"
             )
     refuse_links_outside(run)
     return directory / "config.yaml"

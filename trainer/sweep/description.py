@@ -70,8 +70,8 @@ class Sweep:
     ) -> list[str]:
         """The command of a trial: `shared` overrides, the trial's values, and `final` overrides above all."""
         overrides = [*self.wandb, *shared, *format_overrides(values), *final]
-        place = self.command.index(VALUES)
-        return [*self.command[:place], *overrides, *self.command[place + 1 :]]
+        index = self.command.index(VALUES)
+        return [*self.command[:index], *overrides, *self.command[index + 1 :]]
 
     def is_target_reached(self, value: float | None) -> bool:
         """True if a trial's value is as good as the target, after which no new trial starts."""

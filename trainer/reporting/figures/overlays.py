@@ -84,8 +84,8 @@ def on_one_size(pictures: Sequence[Tensor]) -> Tensor:
     height = max(picture.shape[1] for picture in pictures)
     width = max(picture.shape[2] for picture in pictures)
     padded = torch.ones(len(pictures), 3, height, width)
-    for place, picture in zip(padded, pictures, strict=True):
-        place[:, : picture.shape[1], : picture.shape[2]] = picture
+    for canvas, picture in zip(padded, pictures, strict=True):
+        canvas[:, : picture.shape[1], : picture.shape[2]] = picture
     return padded
 
 

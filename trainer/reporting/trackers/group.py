@@ -104,8 +104,8 @@ class Trackers:
         lines = []
         files = _state_files([worker.label for worker in self._workers])
         for worker, file in zip(self._workers, files, strict=True):
-            place = worker.begin(session, directory / DIRECTORY / file)
-            lines.append(f"{worker.label}: {place}")
+            kept_in = worker.begin(session, directory / DIRECTORY / file)
+            lines.append(f"{worker.label}: {kept_in}")
         return lines
 
     def log(self, row: Row) -> None:

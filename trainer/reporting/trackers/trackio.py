@@ -57,8 +57,8 @@ class TrackioTracker(Tracker):
         )
 
     def describe(self) -> str:
-        place = f", Space {self._space_id}" if self._space_id else ""
-        return f"project {self._project}, run {self.id}{place}"
+        space = f", Space {self._space_id}" if self._space_id else ""
+        return f"project {self._project}, run {self.id}{space}"
 
     def log(self, row: Row) -> None:
         numbers = {name: value for name, value in row.items() if name != "step"}
