@@ -252,7 +252,7 @@ class KeyedDataset(Dataset[Any]):
                 return None
             self._crops.fill(images, place, image)
             targets.append(target)
-        return self._micro_batch(images, default_collate(targets), request)
+        return self.micro_batch(images, default_collate(targets), request)
 
     def _batch_of(self, samples: list[tuple[Any, Any]], request: Request) -> MicroBatch:
         if self.collation is None:
