@@ -22,12 +22,14 @@ from trainer.components.schedule import Schedule, build_schedule
 from trainer.components.task import Task, WeightedSum
 from trainer.config.registry import build_observers
 from trainer.config.schema import Config
+from trainer.core.backward import forward_and_backward
 from trainer.core.build import build_run
 from trainer.core.ema import build_average
 from trainer.core.empty_forwards import EmptyForwards
 from trainer.core.ending import Ending
 from trainer.core.evaluations import Evaluations
 from trainer.core.finite_watch import FiniteWatch
+from trainer.core.graphs.graphs import build_graphs
 from trainer.core.left_out import LeftOut
 from trainer.core.metrics import Meter, Row, Stopwatch, Totals
 from trainer.core.observers import Observer, Observers, Stateful
@@ -155,6 +157,7 @@ class Trainer:
         self.whole_step: WholeStep | None = None
         if self.run.task.whole_step:
             self.whole_step = WholeStep(self.run, self.reduction, self.meter)
+        self.graphs = build_graphs(self.run, self.reduction)
         self.finite = FiniteWatch(self.run)
         self.left_out = LeftOut(self.run)
         saved_state = SavedState(self.run, self.optimizer, self.reduction)
@@ -544,10 +547,9 @@ class Trainer:
         """Add a micro-batch's share of the step's gradient; returns its output and its loss."""
         if self.whole_step is not None:
             return self.whole_step.forward_and_backward(model, batch)
-        output, loss = self.run.forward(model, batch, step)
-        scale = self.reduction.loss_scale(step, batch.indices, *loss)
-        self.run.precision.backward(loss.total, scale)
-        return output, loss
+        if self.graphs is not None:
+            return self.graphs.forward_and_backward(model, batch, step)
+        return forward_and_backward(self.run, self.reduction, model, batch, step)
 
     def _pass_over(self, step: Step) -> None:
         """A step of which no sample can be read changes nothing but the run's position."""
@@ -621,6 +623,8 @@ class Trainer:
         # Of shards a digest is a collective.
         has_digest = self.ranks.is_main or self.run.is_sharded
         self.journal.log(row, self.digest() if has_digest else "")
+        if self.graphs is not None:
+            self.graphs.report(self.journal.console.note)
         self.saving.check_finite(self.progress, self.journal.directory)
 
     def digest(self) -> str:

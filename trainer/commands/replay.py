@@ -27,6 +27,7 @@ OVERRIDES = [
     "run.figures=false",
     "data.workers=0",
     "train.compile=false",
+    "train.cuda_graphs=false",
     "batch.fuse=1",
 ]
 

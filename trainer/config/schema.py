@@ -435,6 +435,11 @@ class TrainConfig(Section):
         "on CUDA, let cuDNN time its algorithms for each new shape and keep the fastest; null = torch's setting, off "
         "unless you changed it",
     )
+    cuda_graphs: bool = key(
+        False,
+        "on CUDA, record the forward and backward of a micro-batch once and replay it, for models whose kernels are "
+        "so short that the GPU waits for the host; eager, with a reason, where that cannot be done (docs/cuda.md)",
+    )
     parallel: Literal["ddp", "fsdp"] = key(
         "ddp",
         "what several processes share: ddp, the work alone; fsdp, also parameters, gradients and optimizer state, of "
@@ -791,6 +796,12 @@ class Config:
             )
         if self.train.parallel == "fsdp":
             check_needs_of_shards(lambda key: attrgetter(key)(self))
+        if self.train.cuda_graphs and self.train.compile:
+            raise ConfigError(
+                "train.cuda_graphs",
+                "cannot be combined with train.compile, which has graphs of its own in the mode reduce-overhead; keep "
+                "one of them",
+            )
         refusal = self.fuse_refusal()
         if refusal is not None and batch.fuse not in (1, "auto"):
             raise ConfigError(

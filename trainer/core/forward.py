@@ -88,6 +88,15 @@ class Forward:
             loss = self._checked(batch, loss)
         return output, loss
 
+    def seed(self, batch: MicroBatch, step: Step) -> None:
+        """Seed what the model draws from in a training forward of one micro-batch, by its key."""
+        self._seed_device(mix_key(self._base_key, step.number, batch.first))
+
+    def seeded(self, model: nn.Module, batch: MicroBatch) -> tuple[Any, WeightedSum]:
+        """The model's output and the loss of one mixed micro-batch in training, after `seed`."""
+        output, loss = self._output_and_loss(model, batch)
+        return output, self._checked(batch, loss)
+
     def train_output(self, model: nn.Module, batch: MicroBatch, step: Step) -> Any:
         """The model's output in training, without its loss: what it draws is what a call for the same batch draws."""
         return self._keyed(self._output, model, batch, step)

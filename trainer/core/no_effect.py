@@ -19,6 +19,7 @@ from trainer.core.run import Run
 from trainer.data.folder import ImageFolder
 from trainer.data.rows import Rows
 from trainer.exact.batch_norm import is_held, norm_layers
+from trainer.process.cuda_graph import recorder_for
 
 STATISTICS = (
     "batch_norm.momentum",
@@ -271,6 +272,11 @@ RULES = (
         ("train.cudnn_benchmark",),
         lambda run: run.ranks.device.type != "cuda",
         "there is no cuDNN on this device",
+    ),
+    Rule(
+        ("train.cuda_graphs",),
+        lambda run: recorder_for(run.ranks.device) is None,
+        "there are no CUDA graphs on this device",
     ),
     Rule(
         ("train.channels_last",),

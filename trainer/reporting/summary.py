@@ -19,6 +19,7 @@ from trainer.config.schema import BestConfig, TrainConfig
 from trainer.core.cuda_keys import describe_tf32
 from trainer.core.early_stop import describe_early_stop
 from trainer.core.evaluated_weights import describe_average
+from trainer.core.graphs.refusal import describe_graphs
 from trainer.core.no_effect import has_image_files, keys_without_effect
 from trainer.core.proof.prove import Proof
 from trainer.core.run import Run
@@ -82,6 +83,7 @@ def header(
         ("early stop", describe_early_stop(config.early_stop)),
         ("device", device),
         ("compile", describe_compile(config.train.compile, run.ranks.device.type)),
+        ("graphs", describe_graphs(run)),
         ("tf32", describe_tf32(config, run.ranks.device)),
         ("parallel", _describe_parallel(run)),
         ("figures", _describe_figures(run)),

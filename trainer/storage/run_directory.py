@@ -49,6 +49,7 @@ FREE_KEYS = (
     "batch.fuse",
     "batch.eval_size",
     "train.cudnn_benchmark",
+    "train.cuda_graphs",
     "train.epochs",
     "train.max_steps",
     "train.stop_after",

@@ -1,0 +1,1 @@
+"""`train.cuda_graphs`: micro-batches that are recorded once and then replayed, with the bits of eager."""

@@ -1,0 +1,237 @@
+"""Which micro-batches are recorded, which are replayed, and which stay eager.
+
+A micro-batch is eager in the first steps, which show what it does besides computing. Then each layout of a batch is
+recorded when a step begins. Its first replays, and the first one of every epoch, are compared with eager from the same
+state, bit by bit. Whatever cannot be recorded, changes what a graph takes for granted, or gives other bits, is eager
+again, and a line says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trainer.components.task import WeightedSum
+from trainer.core.backward import forward_and_backward
+from trainer.core.graphs.compared import compare
+from trainer.core.graphs.guard import Guard
+from trainer.core.graphs.layout import NotRecordable, layout_of
+from trainer.core.graphs.recorded import Recorded
+from trainer.core.graphs.refusal import why_eager
+from trainer.core.proof.state import ModuleState
+from trainer.core.run import Run
+from trainer.data.samples import MicroBatch
+from trainer.exact.model_and_loss import ModelAndLoss
+from trainer.exact.plan import Step
+from trainer.exact.reduction import Reduction
+from trainer.process.cuda_graph import Recorder, recorder_for
+
+# The first step after a start or a thawing observes layers and buffers by itself.
+WARM_UP_STEPS = 3
+MOST_GRAPHS = 4  # at once: each keeps the memory of a forward and backward
+MOST_RECORDINGS = 16  # of a run, where what a graph takes for granted changes again and again
+
+
+class Waiting(NamedTuple):
+    """A layout to be recorded: a batch that has it, and a loss for its dtype."""
+
+    batch: MicroBatch
+    loss: Tensor
+
+
+class MicroBatchGraphs:
+    """Runs the forward and backward of a run's micro-batches on this process.
+
+    Attributes: `replays`, how many micro-batches were replayed; `reason`, why all are eager from now on, "" until then.
+    """
+
+    def __init__(self, run: Run, reduction: Reduction, recorder: Recorder) -> None:
+        self.replays = 0
+        self.reason = why_eager(run)
+        self._run = run
+        self._reduction = reduction
+        self._recorder = recorder
+        self._whole = ModelAndLoss(run.module, run.task)
+        self._news: list[str] = []
+        self._recordings = 0
+        self._step = 0
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._steps = 0  # since then
+        self._guard: Guard | None = None
+        self._changed_steps = 0  # in a row
+        self._recorded: dict[Hashable, Recorded] = {}
+        self._waiting: dict[Hashable, Waiting] = {}
+
+    def forward_and_backward(
+        self, model: nn.Module, batch: MicroBatch, step: Step
+    ) -> tuple[Any, WeightedSum]:
+        """Add a micro-batch's share of the step's gradient; returns its output and its loss."""
+        eager = partial(
+            forward_and_backward, self._run, self._reduction, model, batch, step
+        )
+        if not self.reason and step.number != self._step:
+            self._step = step.number
+            self._begin_step(step)
+        if self.reason:
+            return eager()
+        if self._guard is None:
+            return self._watched(eager, batch, step) if self._steps > 1 else eager()
+        if self._changed_steps:
+            return eager()
+        try:
+            layout = layout_of(batch, self._run.ranks.device)
+        except NotRecordable as error:
+            self._refuse(str(error))
+            return eager()
+        recorded = self._recorded.get(layout)
+        if recorded is not None:
+            return self._replayed(recorded, eager, batch, step)
+        result = eager()
+        if len(self._recorded) + len(self._waiting) < MOST_GRAPHS:
+            self._waiting[layout] = Waiting(batch, result[1].total.detach())
+        return result
+
+    def report(self, note: Callable[[str], None]) -> None:
+        """Note what has happened since the last call, of any process. A collective."""
+        news, self._news = self._news, []
+        ranks = self._run.ranks
+        by_line: dict[str, list[int]] = {}
+        for rank, lines in enumerate(ranks.gather([news])):
+            for line in lines:
+                by_line.setdefault(line, []).append(rank)
+        for line, where in by_line.items():
+            is_everywhere = len(where) == ranks.count
+            who = "" if is_everywhere else f" (rank {', '.join(map(str, where))})"
+            note(f"train.cuda_graphs{who}: {line}")
+
+    # ---------------------------------------------------------------- between steps
+
+    def _begin_step(self, step: Step) -> None:
+        self._steps += 1
+        if self._guard is not None:
+            self._look_for_changes(self._guard)
+        elif self._steps > WARM_UP_STEPS and self._knows_draws():
+            self._guard = Guard(self._whole)
+            if hook := self._guard.hooks():
+                self._refuse(f"{hook} would not run in a replay")
+        if self._guard is None or self._changed_steps or self.reason:
+            return
+        if step.first_in_epoch:
+            for recorded in self._recorded.values():
+                recorded.comparisons_left = max(1, recorded.comparisons_left)
+        self._record_waiting()
+
+    def _look_for_changes(self, guard: Guard) -> None:
+        """A change that lasts for a step, as of a short last one, leaves it eager; for a longer one, begin anew."""
+        change = guard.change()
+        self._changed_steps = self._changed_steps + 1 if change else 0
+        if self._changed_steps < 2:
+            return
+        if self._recordings >= MOST_RECORDINGS:
+            self._refuse(f"what a graph takes for granted keeps changing: {change}")
+        else:
+            self._begin_anew()
+
+    def _record_waiting(self) -> None:
+        """Between steps, where no part of an earlier backward is left, whose stream a graph would have to wait for."""
+        waiting, self._waiting = self._waiting, {}
+        for layout, (batch, loss) in waiting.items():
+            self._recordings += 1
+            try:
+                self._recorded[layout] = Recorded(
+                    self._run, self._recorder, batch, loss
+                )
+            except NotRecordable as error:
+                self._refuse(str(error))
+            except Exception as error:
+                # Of whatever kind: eager raises it, too, if it is the model's own.
+                self._refuse(f"the recording failed: {_first_line(error)}")
+            if self.reason:
+                return
+
+    def _refuse(self, reason: str) -> None:
+        if self.reason:
+            return
+        self.reason = reason
+        self._news.append(f"eager from step {self._step} on: {reason}")
+        self._begin_anew()  # which frees the memory of graphs
+
+    # ---------------------------------------------------------------- one micro-batch
+
+    def _replayed(
+        self,
+        recorded: Recorded,
+        eager: Callable[[], tuple[Any, WeightedSum]],
+        batch: MicroBatch,
+        step: Step,
+    ) -> tuple[Any, WeightedSum]:
+        if not recorded.comparisons_left:
+            self.replays += 1
+            return recorded.run(self._reduction, batch, step)
+        replay = partial(recorded.replay, self._reduction, batch, step)
+        result, different = compare(self._run, recorded, replay, eager)
+        recorded.comparisons_left -= 1
+        if different:
+            before = " (its replays since the last comparison may have differed, too)"
+            self._refuse(
+                f"a replay gives {different} other bits{before if self.replays else ''}"
+            )
+        elif not recorded.comparisons_left and not self.replays:
+            self._news.append(f"micro-batches are replayed from step {step.number} on")
+        return result
+
+    def _watched(
+        self,
+        eager: Callable[[], tuple[Any, WeightedSum]],
+        batch: MicroBatch,
+        step: Step,
+    ) -> tuple[Any, WeightedSum]:
+        """Run eager, and see what it does that a replay would not."""
+        modules = (self._run.module, self._run.task)
+        states = [ModuleState(module, weights=False) for module in modules]
+        buffers = {}
+        for module in modules:
+            buffers |= dict(module.named_buffers(remove_duplicate=False))
+        self._run.forward.seed(batch, step)
+        on_host = torch.default_generator.get_state()
+        result = eager()
+        draws_on_device = self._run.ranks.device.type != "cpu"
+        if draws_on_device and not torch.equal(
+            on_host, torch.default_generator.get_state()
+        ):
+            self._refuse("the model or the loss draws from the CPU's generator")
+        for state, module in zip(states, modules, strict=True):
+            now = dict(module.named_buffers(remove_duplicate=False))
+            for name in state.changes():
+                if name not in now or now[name] is not buffers.get(name):
+                    self._refuse(f"each forward changes {name}, and a replay would not")
+                    return result
+        return result
+
+    def _knows_draws(self) -> bool:
+        """True once it is known whether the model draws on the host, as it then may not."""
+        draws = self._run.forward.host_draws
+        if draws is not None and draws.are_made:
+            self._refuse(
+                "the model or the loss may draw from `random` or `numpy.random`"
+            )
+        return draws is not None and not draws.forwards_to_watch
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def build_graphs(run: Run, reduction: Reduction) -> MicroBatchGraphs | None:
+    """What replays the run's micro-batches; None without `train.cuda_graphs`, and on a device without CUDA graphs."""
+    if not run.config.train.cuda_graphs:
+        return None
+    recorder = recorder_for(run.ranks.device)
+    return None if recorder is None else MicroBatchGraphs(run, reduction, recorder)
