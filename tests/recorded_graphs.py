@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,7 +33,7 @@ class Recording(TorchDispatchMode):
     """Notes every operation."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
 
     def __torch_dispatch__(
@@ -49,7 +50,9 @@ class Recording(TorchDispatchMode):
 class GraphsOnCpu:
     """Records on the CPU. `spoil` changes the results of an operation, by its name and number, in each replay."""
 
-    def __init__(self, spoil: Callable[[str, list[Tensor]], None] | None = None) -> None:
+    def __init__(
+        self, spoil: Callable[[str, list[Tensor]], None] | None = None
+    ) -> None:
         self.recordings = 0
         self.replays = 0
         self._spoil = spoil
@@ -79,7 +82,7 @@ class GraphsOnCpu:
         if is_view:
             return
         # Kernels leave no mark on what they write.
-        with torch.autograd._unsafe_preserve_version_counter(tuple(inputs)):
+        with _unsafe_preserve_version_counter(tuple(inputs)):
             again = tensors_of(function(*arguments, **named))
         if self._spoil is not None:
             self._spoil(str(function), again)

@@ -71,6 +71,7 @@ USELESS: dict[str, dict[str, Any]] = {
     "data.cache_dir has": {"data__cache_dir": "cache"},
     "train.max_steps has": {"train__max_steps": 9},
     "train.stop_after has": {"train__stop_after": 9},
+    "train.cuda_graphs has": {"train__cuda_graphs": True},
     "train.channels_last has": {"train__channels_last": True},
     "train.mix has": {"train__mix": {"mixup": 0, "prob": 0.5}},
 }
@@ -195,7 +196,8 @@ def test_useful_keys_are_not(tmp_path: Path) -> None:
     (found,) = on_ranks(1, all_lines)
     assert found == [[]] * len(useful)
     used = {key.replace("__", ".") for changes in useful for key in changes}
-    used |= {"train.tf32", "train.cudnn_benchmark"}  # on a CUDA device
+    # On a CUDA device.
+    used |= {"train.tf32", "train.cudnn_benchmark", "train.cuda_graphs"}
     assert used >= {key for rule in RULES for key in rule.keys}
 
 

@@ -145,6 +145,18 @@ CHECKS: list[Check] = [
         LONG,
     ),
     _correctness(
+        "graphs-bitwise",
+        "Have replayed micro-batches (train.cuda_graphs) the bits of eager, in bitwise mode?",
+        partial(equality.replayed, mode="bitwise"),
+        SHORT,
+    ),
+    _correctness(
+        "graphs",
+        "In standard mode, are they eager's in fp64?",
+        partial(equality.replayed, mode="standard"),
+        SHORT,
+    ),
+    _correctness(
         "cudnn-benchmark",
         "Does a run with train.cudnn_benchmark=true learn?",
         partial(equality.learns, train__cudnn_benchmark=True),
@@ -190,6 +202,12 @@ CHECKS: list[Check] = [
         "copy-overlap",
         "How much of the copies runs beside the computation?",
         waiting.copy_overlap,
+        SHORT,
+    ),
+    _figure(
+        "graphs-pace",
+        "A launch-bound ResNet-18: how long is a step replayed, and eager?",
+        speed.graphs_pace,
         SHORT,
     ),
     _figure("fuse", "How much faster is fuse=8 than fuse=1?", speed.fuse_pace, SHORT),

@@ -180,6 +180,42 @@ def compiled_in(setting: Setting, *, mode: str) -> Answer:
     return _compare(run(mode, train__compile=mode), run("eager"))
 
 
+def replayed(setting: Setting, *, mode: str) -> Answer:
+    """Four micro-batches a step with BatchNorm and dropout in fp32, replayed from graphs: the bits of eager.
+
+    In standard mode kernels need not have the same bits each time, so there the runs are equal up to rounding, in fp64.
+    """
+    is_bitwise = mode == "bitwise"
+    run = partial(
+        _trainer_at_end,
+        setting,
+        make_model=with_dropout,
+        batch__micro_size=16,
+        train__precision="fp32" if is_bitwise else "fp64",
+        run__reproducibility=mode,
+    )
+    graphs = run("graphs", train__cuda_graphs=True)
+    eager = run("eager").module.state_dict()
+    if not setting.on_gpu:
+        raise Unanswered(ON_GPU_ONLY)
+    assert graphs.graphs is not None
+    if not graphs.graphs.replays:
+        return Answer(
+            f"nothing was replayed: {graphs.graphs.reason}",
+            {"reason": graphs.graphs.reason},
+            passed=False,
+        )
+    state = graphs.module.state_dict()
+    if not is_bitwise:
+        return _compare(state, eager)
+    different = [name for name in eager if not torch.equal(state[name], eager[name])]
+    return Answer(
+        f"{graphs.graphs.replays} micro-batches were replayed; {len(different)} of {len(eager)} tensors differ",
+        {"replays": graphs.graphs.replays, "different": different},
+        passed=not different,
+    )
+
+
 def passing_checkpoint(setting: Setting) -> Answer:
     """A checkpoint that training went on from at once holds the weights of its step: those of a run that ends there."""
     run = partial(
@@ -207,8 +243,15 @@ def _end_of(
     setting: Setting, name: str, make_model: Callable[[], nn.Module], **changes: Any
 ) -> State:
     """The state at the end of a run in this process."""
+    return _trainer_at_end(setting, name, make_model, **changes).module.state_dict()
+
+
+def _trainer_at_end(
+    setting: Setting, name: str, make_model: Callable[[], nn.Module], **changes: Any
+) -> Trainer:
+    """The trainer of a finished run of 20 steps in this process."""
     config = settings(setting.directory / name, **changes)
-    return fitted(config, make_model, patterns(64 * 20)).module.state_dict()
+    return fitted(config, make_model, patterns(64 * 20))
 
 
 def _compare(state: State, reference: State) -> Answer:

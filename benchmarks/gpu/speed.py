@@ -179,11 +179,51 @@ def _pace(
     **changes: Any,
 ) -> float:
     """Lockstep's images a second on noise, with some settings."""
+    return _paced(setting, make_model, side, rounds, directory, **changes)[0]
+
+
+def _paced(
+    setting: Setting,
+    make_model: Callable[[], nn.Module],
+    side: int,
+    rounds: Rounds,
+    directory: Path,
+    **changes: Any,
+) -> tuple[float, InterleavedTrainer]:
+    """The same, and the trainer at its end."""
     batch = changes["batch__size"]
     data = noise(rounds.total_steps * batch, side, CLASSES)
     config = settings(directory, **changes)
     trainer = InterleavedTrainer(config, model=make_model(), train_data=data)
-    return _images_per_second(trainer.fit_with({}, rounds), batch)
+    return _images_per_second(trainer.fit_with({}, rounds), batch), trainer
+
+
+def graphs_pace(setting: Setting) -> Answer:
+    """ResNet-18 in bf16 at 32 × 32, 4 micro-batches of 8 images: kernels so short that the GPU waits for the host."""
+    rounds = setting.pick(Rounds(4, 20), Rounds(2, 10), Rounds(1, 1))
+    milliseconds = {}
+    for is_replayed in (False, True):
+        pace, trainer = _paced(
+            setting,
+            partial(resnet18, CLASSES, width(setting)),
+            32,
+            rounds,
+            directory=setting.directory / str(is_replayed),
+            batch__size=32,
+            batch__micro_size=8,
+            train__precision="bf16",
+            train__cuda_graphs=is_replayed,
+        )
+        milliseconds[is_replayed] = 1000 * 32 / pace
+    graphs = trainer.graphs
+    reason = (
+        "" if graphs is None or graphs.replays else f"; NOT replayed: {graphs.reason}"
+    )
+    eager, replayed = milliseconds[False], milliseconds[True]
+    return Answer(
+        f"a step takes {replayed:.2f} ms replayed and {eager:.2f} ms eager: {replayed / eager:.2f} ×{reason}",
+        {"replayed_ms": replayed, "eager_ms": eager, "reason": reason},
+    )
 
 
 def fuse_pace(setting: Setting) -> Answer:

@@ -1,10 +1,11 @@
-"""Is a replay of a micro-batch what eager does? To the last bit, from the same state."""
+"""Does a micro-batch leave the same traces, whether it is replayed or eager? From the same state, to the last bit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from trainer.components.task import WeightedSum
@@ -15,17 +16,32 @@ from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.structures import tensors_in
 
 Result = tuple[Any, WeightedSum]
-# What a micro-batch leaves, by what a message calls it.
-Traces = list[tuple[str, Tensor | None]]
+# What rounding explains, relative to the norm: what standard mode promises of a step.
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}
+ROUNDING_OF_AUTOCAST = 1e-2
+
+
+class Traces(NamedTuple):
+    """Copies of what a micro-batch leaves, by what a message calls it."""
+
+    others: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+class Difference(NamedTuple):
+    """`what` differs first; "" if nothing does. `is_rounding`, if all differences may be."""
+
+    what: str
+    is_rounding: bool
 
 
 def compare(
     run: Run,
     recorded: Recorded,
-    replay: Callable[[], Result],
-    eager: Callable[[], Result],
-) -> tuple[Result, str]:
-    """What `eager` returns, after it has left its traces, and what differs from them after a replay; "" if nothing does.
+    first: Callable[[], Result],
+    second: Callable[[], Result],
+) -> tuple[Result, Difference]:
+    """What `second` returns, having left its traces, and how those of `first`, which leaves none, differ.
 
     Waits for the device.
     """
@@ -34,35 +50,58 @@ def compare(
     with unseen(run, recorded.buffers):
         for parameter, gradient in zip(recorded.parameters, before, strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
-        replayed = _traces_of(whole, replay())
-    result = eager()
-    return result, _first_different(replayed, _traces_of(whole, result))
+        traces = _traces_of(whole, first())
+    result = second()
+    bound = ROUNDING[run.precision.dtype]
+    if run.precision.autocasts:
+        bound = ROUNDING_OF_AUTOCAST
+    return result, _difference(traces, _traces_of(whole, result), bound)
 
 
 def _traces_of(whole: ModelAndLoss, result: Result) -> Traces:
     output, loss = result
-    traces: Traces = [("the loss", loss.total)]
-    if isinstance(loss.weight, Tensor):
-        traces.append(("the loss's weight", loss.weight))
-    traces += [("the output", tensor) for tensor in tensors_in(output)]
+    gradients: dict[str, Tensor] = {}
     for name, parameter in whole.named_parameters():
-        traces.append((f"the gradient of {name}", parameter.grad))
-    for name, buffer in whole.named_buffers():
-        traces.append((f"buffer {name}", buffer))
-    copies: Traces = []
-    for name, tensor in traces:
-        copies.append((name, None if tensor is None else tensor.detach().clone()))
-    return copies
+        if parameter.grad is not None:
+            gradients[f"the gradient of {name}"] = parameter.grad.clone()
+    others = {"the loss": loss.total}
+    if isinstance(loss.weight, Tensor):
+        others["the loss's weight"] = loss.weight
+    for number, tensor in enumerate(tensors_in(output)):
+        others[f"tensor {number} of the output" if number else "the output"] = tensor
+    others |= {f"buffer {name}": buffer for name, buffer in whole.named_buffers()}
+    for name, tensor in others.items():
+        others[name] = tensor.detach().clone()
+    return Traces(others, gradients)
 
 
-def _first_different(replayed: Traces, eager: Traces) -> str:
-    if len(replayed) != len(eager):
-        return "the output"
-    for (name, first), (_, second) in zip(replayed, eager, strict=True):
-        if first is None or second is None:
-            is_same = first is second
-        else:
-            is_same = same_bits(first, second)
-        if not is_same:
-            return name
-    return ""
+def _difference(first: Traces, second: Traces, bound: float) -> Difference:
+    different = []
+    for these, those in zip(first, second, strict=True):
+        if these.keys() != those.keys():
+            missing = min(these.keys() ^ those.keys())
+            return Difference(missing, is_rounding=False)
+        different += [name for name in those if not same_bits(these[name], those[name])]
+    if not different:
+        return Difference("", is_rounding=True)
+    return Difference(different[0], _is_rounding(first, second, bound))
+
+
+def _is_rounding(first: Traces, second: Traces, bound: float) -> bool:
+    """Gradients are judged as one vector: some of them are nothing but rounding, as of a bias before a BatchNorm."""
+    for name, tensor in second.others.items():
+        if not _is_close([first.others[name]], [tensor], bound):
+            return False
+    gradients = list(first.gradients.values()), list(second.gradients.values())
+    return _is_close(*gradients, bound)
+
+
+def _is_close(first: list[Tensor], second: list[Tensor], bound: float) -> bool:
+    pairs = list(zip(first, second, strict=True))
+    if any(
+        one.shape != other.shape or one.dtype != other.dtype for one, other in pairs
+    ):
+        return False
+    squares = [(one.double() - other.double()).square().sum() for one, other in pairs]
+    norms = [other.double().square().sum() for other in second]
+    return bool(sum(squares) <= bound**2 * sum(norms))

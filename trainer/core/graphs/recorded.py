@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from trainer.components.task import WeightedSum
 from trainer.core.graphs.layout import NotRecordable
@@ -27,7 +28,7 @@ COMPARISONS = 3  # of the first replays with eager
 def unseen(run: Run, buffers: Sequence[Tensor]) -> Iterator[None]:
     """A context that leaves no trace, not even in the versions of buffers, by which forwards are counted."""
     with (
-        torch.autograd._unsafe_preserve_version_counter(tuple(buffers)),
+        _unsafe_preserve_version_counter(tuple(buffers)),
         without_trace(run),
     ):
         yield
@@ -90,23 +91,20 @@ class Recorded:
         self, reduction: Reduction, batch: MicroBatch, step: Step
     ) -> tuple[Any, WeightedSum]:
         """The same without marking buffers as moved."""
-        own = [*tensors_in(self._batch.inputs), *tensors_in(self._batch.targets)]
-        torch._foreach_copy_(
-            own, [*tensors_in(batch.inputs), *tensors_in(batch.targets)]
-        )
-        weight = self._loss.weight
-        if isinstance(weight, Tensor):
-            weight = torch.empty_like(weight)
-        scale = reduction.loss_scale(step, batch.indices, self._loss.total, weight)
+        torch._foreach_copy_(_tensors_of(self._batch), _tensors_of(batch))
+        total, weight = self._loss
+        # Its value is not known yet, and the scale does not depend on it.
+        own_weight = torch.empty_like(weight) if isinstance(weight, Tensor) else weight
+        scale = reduction.loss_scale(step, batch.indices, total, own_weight)
         self._scale.copy_(scale)
         self._run.forward.seed(batch, step)
         self._replay()
         # The next replay overwrites its results.
-        if isinstance(weight, Tensor):
-            weight.copy_(self._loss.weight)
+        if isinstance(weight, Tensor) and isinstance(own_weight, Tensor):
+            own_weight.copy_(weight)
         self._add_gradients()
         output = map_tensors(Tensor.clone, self._output)
-        return output, WeightedSum(self._loss.total.clone(), weight)
+        return output, WeightedSum(total.clone(), own_weight)
 
     def _add_gradients(self) -> None:
         """Do to `grad` what a backward does."""
@@ -132,6 +130,10 @@ def _copy_of(batch: MicroBatch) -> MicroBatch:
         targets=map_tensors(Tensor.clone, batch.targets),
         source=None,
     )
+
+
+def _tensors_of(batch: MicroBatch) -> list[Tensor]:
+    return [*tensors_in(batch.inputs), *tensors_in(batch.targets)]
 
 
 def _check_gradient(gradient: Tensor) -> None:

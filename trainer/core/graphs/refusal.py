@@ -27,7 +27,7 @@ def why_eager(run: Run) -> str:
 
 
 def describe_graphs(run: Run) -> str:
-    """A line for the header; "" where `train.cuda_graphs` is not set or, as `keys_without_effect` says, does nothing."""
+    """A line for the header; "" where `train.cuda_graphs` is not set, or does nothing on this device."""
     if not run.config.train.cuda_graphs or recorder_for(run.ranks.device) is None:
         return ""
     reason = why_eager(run)

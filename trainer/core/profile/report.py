@@ -186,6 +186,8 @@ def _of_host(profile: StepProfile, config: Config, device: str) -> tuple[float, 
     remedies.append("a larger batch.micro_size gives each operator more to do")
     if not config.train.compile:
         remedies.append("train.compile=true makes fewer, larger kernels")
+        if device == "cuda" and not config.train.cuda_graphs:
+            remedies.append("train.cuda_graphs=true launches a micro-batch at once")
     elif device == "cuda" and config.train.compile is True and not _is_bitwise(config):
         remedies.append("train.compile=reduce-overhead records CUDA graphs")
     text = ", ".join(remedies)
