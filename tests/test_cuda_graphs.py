@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from tests.recorded_graphs import GraphsOnCpu, graphs_on_cpu
 from trainer import Config, ConfigError, Observer, Trainer
 from trainer.core.no_effect import keys_without_effect
 from trainer.exact.plan import Step
+from trainer.process.cuda_graph import CudaRecorder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -345,6 +348,50 @@ def test_a_compiled_model_is_refused() -> None:
         Config.from_dict({"train": {"cuda_graphs": True, "compile": True}})
 
 
+class Generator:
+    """Stands for a device's generator, by the name of its state."""
+
+    state = "recording"
+
+    def clone_state(self) -> str:
+        return "untouched"
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self.state = state
+
+
+def test_a_failed_recording_leaves_stream_and_generator_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch itself leaves both behind: its own stream as the current one, and a generator that cannot draw."""
+    asked: list[dict[str, Any]] = []
+    streams: list[str] = []
+
+    @contextmanager
+    def graph(_: Any, **words: Any) -> Iterator[None]:
+        asked.append(words)
+        yield
+
+    generator = Generator()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "the run's")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    monkeypatch.setattr(
+        "trainer.process.cuda_graph.default_generator", lambda _: generator
+    )
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    results, _ = recorder.record(lambda: "results")
+    assert (results, streams, generator.state) == ("results", [], "recording")
+    with pytest.raises(ZeroDivisionError):
+        recorder.record(lambda: 1 / 0)
+    assert (streams, generator.state) == (["the run's"], "untouched")
+    # Both share memory, and other threads may use the device.
+    assert asked[0]["pool"] is None
+    assert asked[1]["pool"] is not None
+    assert asked[1]["capture_error_mode"] == "thread_local"
+
+
 # ---------------------------------------------------------------- processes, and a resume
 
 
@@ -353,7 +400,6 @@ def on_one_of(directory: Path, mode: str, graphs: bool) -> tuple[dict[str, Any],
         result, trainer, _ = run(
             directory, Net(), Images(), graphs=graphs, run__reproducibility=mode
         )
-    print(trainer.graphs and trainer.graphs.reason)
     return result, 0 if trainer.graphs is None else trainer.graphs.replays
 
 

@@ -33,9 +33,8 @@ from trainer.process.cuda_graph import Recorder, recorder_for
 # The first step after a start or a thawing observes layers and buffers by itself.
 WARM_UP_STEPS = 3
 MOST_GRAPHS = 4  # at once: each keeps the memory of a forward and backward
-MOST_BEGINNINGS = (
-    8  # of a run, where what a graph takes for granted changes again and again
-)
+# Of a run, where what a graph takes for granted changes again and again.
+MOST_BEGINNINGS = 8
 
 
 class Waiting(NamedTuple):
@@ -121,18 +120,17 @@ class MicroBatchGraphs:
 
     def _begin_step(self, step: Step) -> None:
         self._steps += 1
+        if step.first_in_epoch:
+            for recorded in self._recorded.values():
+                recorded.comparisons_left = max(1, recorded.comparisons_left)
         if self._guard is not None:
             self._look_for_changes(self._guard)
         elif self._steps > WARM_UP_STEPS and self._knows_draws():
             self._guard = Guard(self._whole)
             if hook := self._guard.hooks():
                 self._refuse(f"{hook} would not run in a replay")
-        if self._guard is None or self._changed_steps or self.reason:
-            return
-        if step.first_in_epoch:
-            for recorded in self._recorded.values():
-                recorded.comparisons_left = max(1, recorded.comparisons_left)
-        self._record_waiting()
+        if self._guard is not None and not self._changed_steps:
+            self._record_waiting()
 
     def _look_for_changes(self, guard: Guard) -> None:
         """A change that lasts for a step, as of a short last one, leaves it eager; for a longer one, begin anew."""
