@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil  # type: ignore[import-untyped]
 import pytest
@@ -28,6 +29,7 @@ from benchmarks.gpu.report import Report, row_of
 from benchmarks.processes import allow_fork
 from benchmarks.subjects import first_digits, fitted, settings
 from benchmarks.timing import LOCKSTEP, InterleavedTrainer, Rounds, quartiles
+from tests.device_decoders import device_that_decodes, stand_in
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import largest_difference, state
 from tests.programs import run_program
@@ -299,7 +301,11 @@ def answer_as_on_gpu(name: str, directory: Path) -> Answer:
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     torch.cuda.max_memory_allocated = lambda *_: 1000  # type: ignore[assignment]
     Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[assignment, method-assign]
-    return check_named(name).answer(AsOnGpu("cpu", False, directory))
+    with (
+        device_that_decodes(),
+        patch("benchmarks.gpu.device_decoding.file_decoder", stand_in),
+    ):
+        return check_named(name).answer(AsOnGpu("cpu", False, directory))
 
 
 @pytest.mark.parametrize(
@@ -309,6 +315,12 @@ def answer_as_on_gpu(name: str, directory: Path) -> Answer:
         ("memory-resnet18", None, "1.0000 × the raw loop's (0 and 0 MiB), within"),
         ("max-pool-backward", True, "the same in 4 of 4"),
         ("jpeg", None, " by the GPU"),
+        (
+            "device-decoding",
+            True,
+            "a stand-in: 0 of 3 images differ alone, 1 are refused",
+        ),
+        ("device-decoding-pace", None, " decoded by the GPU, 2 workers"),
         ("host-waits", False, "torch does not report a wait that is there"),
     ],
 )

@@ -25,10 +25,12 @@ from tests.distributed.test_on_device import Pictures
 from tests.image_damage import encode
 from trainer import ConfigError, DataError, Predictor, Trainer
 from trainer.commands import evaluate
+from trainer.core.preflight import check_ranks
 from trainer.data.decoding import decode, read_for_device
 from trainer.data.device_decoders import FileDecoder, file_decoder, try_out
 from trainer.data.image_list import JpegFile, turned_upright
 from trainer.data.samples import MicroBatch, Request
+from trainer.errors import LockstepError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(PIXELS)
@@ -218,6 +220,26 @@ def test_what_the_device_cannot_decode_the_cpu_does(root: Path, tmp_path: Path) 
         whole, _ = run.data.train[sample_id]
         expected = whole if "progr" in paths[sample_id] else whole // 2
         assert torch.equal(image, expected)
+
+
+@pytest.mark.parametrize("decoding", ["cpu", "device"])
+def test_ranks_must_have_the_same_decoder(tmp_path: Path, decoding: str) -> None:
+    class TwoRanks:
+        device = torch.device("cpu")
+        machines = ("here", "there")
+        rank = 0
+
+        def barrier(self) -> None: ...
+
+        def gather(self, facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return [*facts, {**facts[0], "torchcodec": "0.15.9"}]
+
+    settings = config(tmp_path, data__decode=decoding)
+    if decoding == "cpu":  # all versions decode alike
+        assert len(check_ranks(settings, TwoRanks())) == 2  # type: ignore[arg-type]
+        return
+    with pytest.raises(LockstepError, match=r"torchcodec is 0\.15\.9 on rank 1"):
+        check_ranks(settings, TwoRanks())  # type: ignore[arg-type]
 
 
 def test_a_damaged_file_ends_the_run_by_name(root: Path, tmp_path: Path) -> None:

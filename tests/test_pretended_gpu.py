@@ -24,7 +24,7 @@ from tests.distributed.ranks import on_ranks
 from tests.pretended import CUDA, DeviceLog, pretended_cuda, run_backward
 from trainer import Config, Trainer
 from trainer.components.models import small_cnn
-from trainer.data.datasets import ImageArrays
+from trainer.data.datasets import ImageArrays, MapDataset
 from trainer.exact.refused import REFUSED
 from trainer.process.host_group import HostGroup
 from trainer.process.levels import all_ranks
@@ -94,12 +94,27 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+class SeveralSizes:
+    """Images whose heights differ."""
+
+    def __len__(self) -> int:
+        return 32 * 6
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.zeros(1, 8 + index % 5, 9, dtype=torch.uint8), index % 10
+
+
 def train(
-    directory: Path, steps: int = 3, model: nn.Module | None = None, **changes: Any
+    directory: Path,
+    steps: int = 3,
+    model: nn.Module | None = None,
+    data: MapDataset | None = None,
+    **changes: Any,
 ) -> tuple[Trainer, DeviceLog]:
     """A trainer after some steps, and what the last of them did on the device."""
-    images = torch.randint(256, (32 * 6, 1, 8, 8), dtype=torch.uint8)
-    data = ImageArrays(images, torch.randint(10, (len(images),)))
+    if data is None:
+        images = torch.randint(256, (32 * 6, 1, 8, 8), dtype=torch.uint8)
+        data = ImageArrays(images, torch.randint(10, (len(images),)))
     trainer = Trainer(
         config(directory, **changes), model=model or small_cnn(10), train_data=data
     )
@@ -204,6 +219,24 @@ def test_images_are_transformed_and_looked_up_without_waiting(
     assert not log.blocking_copies
     # The ids, and without data.on_device inputs and targets too, of each forward.
     assert log.copies == (1 if on_device else 3) * 4
+
+
+@in_a_fork
+def test_images_of_several_sizes_become_one_size_without_waiting(
+    tmp_path: Path,
+) -> None:
+    with (
+        pretended_cuda(),
+        patch("trainer.data.batch_transforms.base.check_hash"),
+    ):
+        _, log = train(
+            tmp_path,
+            data=SeveralSizes(),
+            data__batch_transforms=[{"name": "RandomResizedCrop", "size": 8}],
+        )
+    assert not log.blocking_copies
+    # The images in one buffer, targets, ids and sizes, of each forward.
+    assert log.copies == 4 * 4
 
 
 class FirstOfFour(OneGpu):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -43,21 +43,28 @@ def pixels(setting: Setting) -> Answer:
         found = file_decoder(setting.device)
     except ConfigError as error:
         raise Unanswered(str(error)) from error
-    together = found.decode(files)
-    alone = [found.decode([file])[0] for file in files]
-    differing = sum(
-        not torch.equal(*pair) for pair in zip(together, alone, strict=True)
-    )
+    alone = {}
+    for index, file in enumerate(files):
+        with suppress(RuntimeError):  # a file that it refuses is decoded by the CPU
+            alone[index] = found.decode([file])[0]
+    together = found.decode([files[index] for index in alone])
+    differing = 0
     distances = []
-    for image, other in zip(together, expected, strict=True):
-        distances.append((image.cpu().int() - other.int()).abs().float())
+    for (index, image), among_others in zip(alone.items(), together, strict=True):
+        differing += not torch.equal(image, among_others)
+        distances.append((image.cpu().int() - expected[index].int()).abs().float())
     mean = max(float(distance.mean()) for distance in distances)
     largest = max(float(distance.max()) for distance in distances)
     text = (
-        f"{found.name}: {differing} of {len(files)} images differ alone; from libjpeg's by {mean:.2f} levels on "
-        f"average in the worst image, {largest:.0f} at most"
+        f"{found.name}: {differing} of {len(alone)} images differ alone, {len(files) - len(alone)} are refused; from "
+        f"libjpeg's by {mean:.2f} levels on average in the worst image, {largest:.0f} at most"
     )
-    values = {"differing_alone": differing, "mean": mean, "largest": largest}
+    values = {
+        "differing_alone": differing,
+        "refused": len(files) - len(alone),
+        "mean": mean,
+        "largest": largest,
+    }
     return Answer(text, values, differing == 0 and mean <= MEAN_DISTANCE)
 
 
