@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.ranks import on_ranks
 from trainer.components.task import build_task
 from trainer.config.schema import LossConfig
 from trainer.core import metrics
 from trainer.core.metrics import Meter, Stopwatch, Totals
+from trainer.core.separate_sums import SeparateSums
 from trainer.data.samples import MicroBatch
 from trainer.process.ranks import Ranks
 from trainer.storage.checkpoint import Progress
@@ -104,3 +107,46 @@ def test_the_stopwatch_goes_on_from_earlier_sessions(
     assert watch.pace(250, 0.0) == {"samples_per_second": 10, "data_wait": 0}
     watch.stop(progress)
     assert progress.seconds == 45
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a GPU would launch, or take for a view."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_sums_kept_apart_take_no_operations_a_micro_batch_but_the_metrics_own() -> None:
+    task = build_task(LossConfig(), 3)
+    output, target = torch.randn(4, 3), torch.arange(4) % 3
+    with Operations() as own:
+        task.metric_sums(output, target)
+
+    def operations(micro_batches: int) -> int:
+        meter = Meter(task, Ranks("fp32"), exact=True)
+        for _ in range(micro_batches):
+            loss = task.loss_sum(output, target)
+            meter.add(MicroBatch(0, None, target), output, loss)
+        with Operations() as all_of_them:
+            meter.flush()
+        return all_of_them.count
+
+    assert operations(9) - operations(1) == 8 * own.count
+
+
+def test_sums_kept_apart_are_rounded_by_nothing() -> None:
+    large = 2**24 + 1  # fp32 has no such number
+    sums = SeparateSums(torch.float64, torch.device("cpu"))
+    sums.add([[torch.tensor(0.1), torch.tensor(large)], [torch.tensor(-0.0), 7]])
+    before = sums.copy()
+    sums.add([[torch.tensor(large), 3]])
+    tenth = float(torch.tensor(0.1))
+    rows = [[tenth, large], [0.0, 7]]
+    assert before.read() == rows
+    assert sums.read() == [*rows, [large, 3]]
+    assert math.copysign(1, sums.read()[1][0]) == 1

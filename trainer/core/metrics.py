@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from trainer.components.task import Task, WeightedSum, metrics_add_up
 from trainer.core.forward import count_samples
 from trainer.core.misfit import explained
+from trainer.core.separate_sums import Scalar, SeparateSums
 from trainer.data.samples import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.structures import map_tensors, part_of
@@ -132,11 +133,11 @@ class Meter:
     def __init__(self, task: Task, ranks: Ranks, *, exact: bool = False) -> None:
         self._task = task
         self._ranks = ranks
-        self._exact = exact
         self._joins = metrics_add_up(task)
         self._names = ("loss", *task.metrics)
         self._dtype = sum_dtype(ranks.device)
-        self._sums: list[Tensor] = []
+        self._sums: Tensor | None = None
+        self._separate = SeparateSums(self._dtype, ranks.device) if exact else None
         self._clear()
 
     def add(self, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
@@ -159,11 +160,13 @@ class Meter:
     def mark(self) -> Callable[[], None]:
         """A function that forgets all that is added after this call. What waits is measured now."""
         self.flush()
-        sums = list(self._sums) if self._exact else [s.clone() for s in self._sums]
+        sums = None if self._sums is None else self._sums.clone()
+        separate = None if self._separate is None else self._separate.copy()
 
         def forget() -> None:
             self._clear()
             self._sums = sums
+            self._separate = separate
 
         return forget
 
@@ -172,18 +175,20 @@ class Meter:
         self.flush()
         totals = Totals()
         for sums in self._sums_of_all_ranks():
-            for name, (total, weight) in zip(self._names, sums, strict=True):
+            pairs = zip(sums[::2], sums[1::2], strict=True)
+            for name, (total, weight) in zip(self._names, pairs, strict=True):
                 totals.count(name, total, weight)
-        self._sums = []
         return totals
 
-    def _sums_of_all_ranks(self) -> list[list[tuple[float, float]]]:
-        """What `_sums` of all ranks hold, on the host."""
-        if self._exact:
-            sums = torch.stack(self._sums).tolist() if self._sums else []
-            return self._ranks.gather(sums)
-        total = self._sums[0] if self._sums else self._zeros()
-        return [self._ranks.sum_(total).tolist()]
+    def _sums_of_all_ranks(self) -> list[list[float]]:
+        """Rows of a total and its weight for each name, of all ranks, on the host. Nothing is kept."""
+        if self._separate is not None:
+            rows = self._separate.read()
+            self._separate = SeparateSums(self._dtype, self._ranks.device)
+            return self._ranks.gather(rows)
+        sums = self._zeros() if self._sums is None else self._sums
+        self._sums = None
+        return [self._ranks.sum_(sums).flatten().tolist()]
 
     def _zeros(self) -> Tensor:
         return torch.zeros(
@@ -198,29 +203,44 @@ class Meter:
     @torch.no_grad()
     def flush(self) -> None:
         """Measure the outputs that wait."""
-        if self._exact:
-            for loss, output in zip(self._losses, self._outputs, strict=True):
-                self._sums.append(self._measure(self._zeros(), [loss], [output]))
+        if self._losses and self._separate is not None:
+            self._separate.add(self._rows())
         elif self._losses:
-            sums = self._sums[0] if self._sums else self._zeros()
-            self._sums = [self._measure(sums, self._losses, self._outputs)]
+            if self._sums is None:
+                self._sums = self._zeros()
+            self._add_all(self._sums)
         self._clear()
 
-    def _measure(
-        self, sums: Tensor, losses: list[WeightedSum], outputs: list[OutputAndTargets]
-    ) -> Tensor:
-        """Add micro-batches to `sums`, `(1 + metrics, 2)`: the loss in the first row, then a row for each metric."""
-        for total, weight in _combine_losses(losses):
+    def _rows(self) -> list[list[Scalar]]:
+        """A total and its weight for each name, of every micro-batch that waits."""
+        rows = []
+        for loss, (output, targets) in zip(self._losses, self._outputs, strict=True):
+            row: list[Scalar] = [*loss]
+            with explained(self._task, "metric_sums", output, targets):
+                for total, weight in self._metric_sums(output, targets):
+                    row += [_scalar(total), _scalar(weight)]
+            rows.append(row)
+        return rows
+
+    def _add_all(self, sums: Tensor) -> None:
+        """Add what waits to `sums`, `(1 + metrics, 2)`: the loss in the first row, then a row for each metric."""
+        for total, weight in _combine_losses(self._losses):
             sums[0, 0] += total
             sums[0, 1] += weight
-        for output, targets in _join_outputs(outputs) if self._joins else outputs:
+        outputs = _join_outputs(self._outputs) if self._joins else self._outputs
+        for output, targets in outputs:
             with explained(self._task, "metric_sums", output, targets):
-                metrics = self._task.metric_sums(output, targets)
-                self._check_names(metrics)
-                for row, (total, weight) in enumerate(metrics.values(), start=1):
+                metrics = self._metric_sums(output, targets)
+                for row, (total, weight) in enumerate(metrics, start=1):
                     sums[row, 0] += total
                     sums[row, 1] += weight
-        return sums
+
+    def _metric_sums(
+        self, output: Any, targets: Any
+    ) -> Iterable[tuple[Tensor, Tensor | int]]:
+        metrics = self._task.metric_sums(output, targets)
+        self._check_names(metrics)
+        return metrics.values()
 
     def _check_names(self, metrics: Mapping[str, object]) -> None:
         if tuple(metrics) != self._task.metrics:
@@ -229,6 +249,15 @@ class Meter:
             raise ConfigError(
                 "loss.name", f"metric_sums gives {names}; metrics declares {declared}"
             )
+
+
+def _scalar(value: Tensor | float) -> Scalar:
+    """The value, if it can be a sum or a weight."""
+    if isinstance(value, Tensor) and value.dim():
+        raise ValueError(
+            f"a sum and its weight are numbers or 0-dim tensors, and one has the shape {tuple(value.shape)}"
+        )
+    return value
 
 
 def _combine_losses(losses: list[WeightedSum]) -> Iterator[WeightedSum]:
