@@ -268,6 +268,7 @@ class StatisticsDifferences(RunningStatistics):
     ) -> None:
         super().__init__(model, section, ranks, loss)
         self.buffers = [buffer for layer in self._layers for buffer in layer.buffers]
+        self._start = [torch.empty_like(buffer) for buffer in self.buffers]
         self._watch = CallWatch(self._layers)
         self._modes: list[bool] = []
         # Of one micro-batch, by which the layers' calls were counted.
@@ -280,7 +281,8 @@ class StatisticsDifferences(RunningStatistics):
     def begin(self, step: Step) -> None:
         if self._must_spread_momentum(step):
             self._spread_momentum(step)
-        self._start = [buffer.clone() for buffer in self.buffers]
+        if self.buffers:
+            torch._foreach_copy_(self._start, self.buffers)
         self._watch.forget()
         modes = [layer.is_training for layer in self._layers]
         if modes != self._modes or self._counters_before is not None:
@@ -339,9 +341,14 @@ class StatisticsDifferences(RunningStatistics):
         if not self._had_work:
             return
         micro_batches_of_others = len(step.micro_batches) - (end - first)
+        counters = []
+        calls_of_others = []
         for layer, moves in zip(self._layers, self._moves, strict=True):
             if moves and layer.counts_calls:
-                layer.counter.add_(layer.calls * micro_batches_of_others)
+                counters.append(layer.counter)
+                calls_of_others.append(layer.calls * micro_batches_of_others)
+        if counters and micro_batches_of_others:
+            torch._foreach_add_(counters, calls_of_others)
 
     def _count_calls(self) -> None:
         """Set the layers' calls, after the first micro-batch with other ones than before."""
