@@ -62,7 +62,10 @@ def patterns(samples: int) -> ImageArrays:
 
 def noise(samples: int, side: int, classes: int = 10) -> ImageArrays:
     """Images of `side` × `side` pixels, of no meaning; at most `DISTINCT` of them differ, for drawing takes seconds."""
+    draw = torch.Generator().manual_seed(0)  # every process must have the same
     distinct = min(samples, DISTINCT)
-    images = torch.randint(256, (distinct, 3, side, side), dtype=torch.uint8)
+    shape = (distinct, 3, side, side)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=draw)
     ids = torch.arange(samples) % distinct
-    return ImageArrays(images[ids], torch.randint(classes, (samples,)))
+    targets = torch.randint(classes, (samples,), generator=draw)
+    return ImageArrays(images[ids], targets)
