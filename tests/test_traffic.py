@@ -165,7 +165,7 @@ def exchanged_by(ranks: Ranks, plan: Plan, tensor: Tensor) -> Traffic:
     nodes = nodes_of_range(*step.ranks[ranks.rank], len(step.micro_batches))
     exchange = ShardExchange(ranks, [tensor])
     with TrafficLog() as log:
-        exchange.sum(step, [[tensor] for _ in nodes])
+        exchange.sum(step, [[[tensor]] for _ in nodes])
     return log.traffic
 
 

@@ -11,12 +11,16 @@ one of a single contribution.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from trainer.exact.exchange import ShardExchange
+from trainer.errors import ConfigError
+from trainer.exact.compiled import is_compiled
+from trainer.exact.early_exchange import EarlyExchange
+from trainer.exact.exchange import ShardExchange, Terms, buckets_of
+from trainer.exact.gradient_pieces import GradientPieces
 from trainer.exact.plan import IndexRange, Step
 from trainer.exact.reduction import Reduction
 from trainer.exact.running_statistics import RunningStatistics, StatisticsDifferences
@@ -24,6 +28,8 @@ from trainer.exact.tree import Node, TreeSum
 
 # The gradient of each parameter, then the difference of each running statistic.
 Contribution = list[Tensor]
+# In a contribution that is still to come.
+NOT_YET = torch.empty(0)
 
 
 class BitwiseReduction(Reduction):
@@ -35,13 +41,17 @@ class BitwiseReduction(Reduction):
         self._ranks.broadcast_parameters(self._module)
         self._has_gradient = dict.fromkeys(self._parameters, False)
         self._exchange: ShardExchange | None = None
+        # Whether a micro-batch adds to a gradient more than once: known after this rank's first step.
+        self._in_pieces = False
+        self._knows_pieces = False
+        self._is_compiled = is_compiled(self._module)
         return StatisticsDifferences(
             self._module, self._section, self._ranks, self._loss
         )
 
     def begin(self, step: Step) -> None:
         super().begin(step)
-        self._tree_sum: TreeSum[Contribution] = TreeSum(len(step.micro_batches), _add)
+        self._tree_sum: TreeSum[Terms] = TreeSum(len(step.micro_batches), _join)
 
     @contextmanager
     def micro_batch(self, step: Step, indices: IndexRange) -> Iterator[nn.Module]:
@@ -51,17 +61,67 @@ class BitwiseReduction(Reduction):
         self._statistics.reset()
         if self._moving.has_candidates:
             self._moving.micro_batch()
-        sibling = self._tree_sum.pop(node.left_sibling) if node.is_right else None
+        sibling = None
+        if node.is_right and not self._in_pieces:
+            sibling = self._tree_sum.pop(node.left_sibling)
         if sibling is not None:
-            self._put_back_gradients(sibling)
-        yield self._module
+            self._put_back_gradients(sibling[0])
+            # The backward makes the parent's sum of gradients.
+            node = node.parent
+        contribution: Contribution = [NOT_YET] * self._tensors
+        self._tree_sum.push(node, [contribution])
+        is_last = index + 1 == step.ranks[self._ranks.rank][1]
+        watch = self._watch(step, contribution, is_last=is_last)
+        with watch or nullcontext():
+            yield self._module
+        if watch is not None and watch.in_pieces:
+            self._note_pieces(watch.in_pieces, is_summed=sibling is not None)
         gradients = self._take_gradients()
         differences = self._statistics.difference(step, index)
         if sibling is not None:
-            # The backward has made the parent's sum of gradients already.
-            node = node.parent
-            differences = _add(sibling[len(gradients) :], differences)
-        self._tree_sum.push(node, gradients + differences)
+            differences = _add(sibling[0][len(gradients) :], differences)
+        contribution[:] = gradients + differences
+        if is_last:
+            self._knows_pieces = True
+        if not is_last or self._ranks.count == 1:
+            self._add_up()
+
+    def _watch(
+        self, step: Step, contribution: Contribution, *, is_last: bool
+    ) -> EarlyExchange | GradientPieces | None:
+        """What watches the gradients of a micro-batch come, if anything does."""
+        if not self._knows_pieces:
+            return GradientPieces(self._parameters)
+        exchange = self._exchange
+        if not is_last or exchange is None or self._in_pieces or self._is_compiled:
+            return None
+        if len(exchange.buckets) == 1:
+            return None
+        return EarlyExchange(
+            exchange, self._parameters, step, self._terms(), contribution
+        )
+
+    def _note_pieces(self, name: str, *, is_summed: bool) -> None:
+        """`is_summed` if there was a sum to add to, or one is on its way."""
+        if is_summed or self._knows_pieces:
+            raise ConfigError(
+                "run.reproducibility",
+                f"bitwise: a micro-batch changes the gradient of {name} after it is complete, as a backward within the "
+                f"backward does, and the first one did not; let all do so (checkpoint without use_reentrant), or set "
+                f"it to standard",
+            )
+        self._in_pieces = True
+
+    def _terms(self) -> list[Terms]:
+        return [terms for _, terms in self._tree_sum.nodes]
+
+    def _add_up(self) -> None:
+        """Make the sums of the nodes so far. On several ranks, those of the last micro-batch are the exchange's."""
+        for _, terms in self._tree_sum.nodes:
+            total = terms[0]
+            for term in terms[1:]:
+                total = _add(total, term)
+            terms[:] = [total]
 
     def _put_back_gradients(self, sibling: Contribution) -> None:
         """Let the backward itself add to the left sibling's gradients: the same sums, while they are in the cache."""
@@ -109,15 +169,28 @@ class BitwiseReduction(Reduction):
             self._has_gradient = dict.fromkeys(self._parameters, False)
             self._exchange = None  # its layout has all parameters
 
+    @property
+    def _tensors(self) -> int:
+        """How many tensors a contribution has."""
+        return len(self._parameters) + len(self._statistics.buffers)
+
     def _total(self, step: Step) -> Contribution:
         """The sum of all micro-batches of all ranks."""
         if self._ranks.count == 1:
-            return self._tree_sum.root()
+            return self._tree_sum.root()[0]
         if self._exchange is None:
+            parameters = list(self._parameters.values())
             self._exchange = ShardExchange(
-                self._ranks, [*self._parameters.values(), *self._statistics.buffers]
+                self._ranks,
+                [*parameters, *self._statistics.buffers],
+                # A compiled model's gradients come all at once.
+                None if self._is_compiled else buckets_of(parameters, self._tensors),
             )
-        return self._exchange.sum(step, [value for _, value in self._tree_sum.nodes])
+        return self._exchange.sum(step, self._terms())
+
+
+def _join(left: Terms, right: Terms) -> Terms:
+    return right + left
 
 
 def _add(left: Contribution, right: Contribution) -> Contribution:

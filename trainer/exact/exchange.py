@@ -3,6 +3,8 @@
 Every rank gets one shard of every node, finishes the tree on its shard, and all gather the results. Communication
 moves data and never adds, so the additions are those of one process.
 
+This is done bucket by bucket: of each, the shards are on their way before the next is packed, and so are the results.
+
 On several machines there are two levels: the ranks of a machine finish their part of the tree as far as it goes, and
 then those of the same place on each machine finish the rest. So what a machine has crosses the network once. The
 additions are the same: the tree does not say who makes them.
@@ -11,7 +13,8 @@ additions are the same: the tree does not say who makes them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -22,71 +25,150 @@ from trainer.exact.tree import Node, TreeSum, nodes_of_range
 from trainer.process.levels import Level
 from trainer.process.ranks import Ranks
 
+# Of each node: lists of tensors whose sum it is, added up in this order.
+Terms = list[list[Tensor]]
+
+BUCKET_BYTES = 25 << 20
+# What is exchanged last has nothing left to hide behind.
+LAST_BUCKET_BYTES = 1 << 20
+
 
 class ShardExchange:
     """Sums lists of tensors over all ranks by the tree of a step.
 
     `layout` is a list of tensors with the shapes, strides and the one dtype of those that are summed. Raises
     `ConfigError` where it has several dtypes.
+
+    `sum` does all of it. `start` may begin with single buckets before: every rank starts all of them, in their order.
     """
 
-    def __init__(self, ranks: Ranks, layout: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        layout: Sequence[Tensor],
+        buckets: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        dtype = _common_dtype(layout)
         self._ranks = ranks
-        self._layout = list(layout)
+        self._count = len(layout)
+        self.buckets = buckets or [range(len(layout))]
+        self._exchanges = [
+            _BucketExchange(ranks, [layout[index] for index in bucket], dtype)
+            for bucket in self.buckets
+        ]
+        self._started = 0
+
+    @property
+    def next_bucket(self) -> Sequence[int]:
+        """The indices of those tensors that `start` sends next."""
+        return self.buckets[self._started]
+
+    def start(self, step: Step, nodes: Sequence[Terms]) -> None:
+        """Send the next bucket of this rank's `nodes`. A collective that waits for nobody."""
+        bucket = self.next_bucket
+        of_bucket = [
+            [[term[index] for index in bucket] for term in terms] for terms in nodes
+        ]
+        self._exchanges[self._started].start(step, of_bucket)
+        self._started += 1
+
+    def sum(self, step: Step, nodes: Sequence[Terms]) -> list[Tensor]:
+        """The root of the step's tree, from this rank's `nodes`; what has been started is not sent again.
+
+        A collective.
+        """
+        while self._started < len(self._exchanges):
+            self.start(step, nodes)
+        self._started = 0
+        spreads = [exchange.finish_tree(step) for exchange in self._exchanges]
+        total: list[Tensor | None] = [None] * self._count
+        for bucket, spread in zip(self.buckets, spreads, strict=True):
+            for index, tensor in zip(bucket, spread(), strict=True):
+                total[index] = tensor
+        return [tensor for tensor in total if tensor is not None]
+
+
+def buckets_of(parameters: Sequence[Tensor], count: int) -> list[list[int]]:
+    """Cut the first of `count` tensors, which are `parameters`, into buckets in the order of a backward.
+
+    A backward ends with the first layers, so their bucket is the last, and small; all other tensors are in it.
+    """
+    size = 0
+    first = 0  # of those that are not in the last bucket
+    while first < len(parameters) and size < LAST_BUCKET_BYTES:
+        size += parameters[first].nbytes
+        first += 1
+    buckets: list[list[int]] = []
+    size = BUCKET_BYTES
+    for index in reversed(range(first, len(parameters))):
+        if size >= BUCKET_BYTES:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(index)
+        size += parameters[index].nbytes
+    return [*buckets, [*range(first), *range(len(parameters), count)]]
+
+
+class _BucketExchange:
+    """The exchange of some tensors that are packed into one."""
+
+    def __init__(
+        self, ranks: Ranks, layout: Sequence[Tensor], dtype: torch.dtype
+    ) -> None:
+        self._ranks = ranks
+        self._memory_orders = [_memory_order(tensor) for tensor in layout]
         self._sizes = [tensor.numel() for tensor in layout]
         self._size = sum(self._sizes)
         self._shard_size = math.ceil(self._size / ranks.count)
-        self._dtype = _common_dtype(layout)
+        self._dtype = dtype
         self._buffers: dict[str, Tensor] = {}
+        self._received: Callable[[], Tensor]
 
-    def sum(self, step: Step, values: Sequence[list[Tensor]]) -> list[Tensor]:
-        """The root of the step's tree, from the `values` of this rank's nodes. A collective."""
-        levels = self._ranks.levels
-        nodes = self._pack(values)
-        for level in levels:
-            nodes = self._finish_part(step, level, nodes)
+    def start(self, step: Step, nodes: Sequence[Terms]) -> None:
+        """Send the members of the first level their shards of this rank's `nodes`."""
+        level = self._ranks.levels[0]
+        self._received = self._send_shards(step, level, self._pack(nodes))
+
+    def finish_tree(self, step: Step) -> Callable[[], list[Tensor]]:
+        """Wait for the shards, finish the tree on them, and spread it: the function returned waits for the result."""
+        first, *others = self._ranks.levels
+        nodes = self._finish_part(step, first, self._received())
+        for level in others:
+            received = self._send_shards(step, level, nodes)
+            nodes = self._finish_part(step, level, received())
         (total,) = nodes  # the root, of which this rank has one shard
-        for level in reversed(levels):
-            members = len(level.members)
-            shards = self._buffer(f"total {level.span}", members, len(total))
-            self._ranks.all_gather_by_sends(total, shards, level)
-            total = shards.view(-1)
-        return self._unpack(total)
+        for level in reversed(others):
+            total = self._spread(level, total)().view(-1)
+        spread = self._spread(first, total)
+        return lambda: self._unpack(spread())
 
-    def _pack(self, values: Sequence[list[Tensor]]) -> list[Tensor]:
+    def _pack(self, nodes: Sequence[Terms]) -> list[Tensor]:
         """This rank's nodes, each of `(ranks · shard size,)`. The last shard may have some elements to spare."""
         size = self._ranks.count * self._shard_size
-        packed = self._buffer("packed", len(values), size)
-        for row, tensors in zip(packed, values, strict=True):
-            flat = map(_flatten, tensors, self._layout)
-            torch.cat(list(flat), out=row[: self._size])
+        packed = self._buffer("packed", len(nodes), size)
+        for row, (first, *others) in zip(packed, nodes, strict=True):
+            parts = self._unpack(row)
+            torch._foreach_copy_(parts, first)
+            for term in others:
+                torch._foreach_add_(parts, term)
         return list(packed)
 
-    def _finish_part(
-        self, step: Step, level: Level, nodes: list[Tensor]
-    ) -> list[Tensor]:
-        """What the tree has left once the `nodes` of all members are summed, `(elements / members,)` of each node."""
-        micro_batches = len(step.micro_batches)
-        names: list[Node] = []
-        nodes_by_member = []
-        for member in level.members:
-            first_rank = member - member % level.span
-            first, _ = step.ranks[first_rank]
-            _, end = step.ranks[first_rank + level.span - 1]
-            nodes_of_member = nodes_of_range(first, end, micro_batches)
-            names += nodes_of_member
-            nodes_by_member.append(len(nodes_of_member))
-
-        shards = self._exchange_shards(level, nodes, nodes_by_member)
-        tree_sum: TreeSum[Tensor] = TreeSum(micro_batches, Tensor.add_)
-        for name, shard in zip(names, shards, strict=True):
-            tree_sum.push(name, shard)
+    def _finish_part(self, step: Step, level: Level, shards: Tensor) -> list[Tensor]:
+        """What the tree has left once the nodes of all members are summed, of this rank's shard of each."""
+        tree_sum: TreeSum[Tensor] = TreeSum(len(step.micro_batches), Tensor.add_)
+        nodes = [node for nodes in _nodes_by_member(step, level) for node in nodes]
+        for node, shard in zip(nodes, shards, strict=True):
+            tree_sum.push(node, shard)
         return [shard for _, shard in tree_sum.nodes]
 
-    def _exchange_shards(
-        self, level: Level, nodes: list[Tensor], nodes_by_member: list[int]
-    ) -> Tensor:
-        """This rank's shard of every member's nodes, `(nodes of all members, shard size)`, in the members' order."""
+    def _send_shards(
+        self, step: Step, level: Level, nodes: list[Tensor]
+    ) -> Callable[[], Tensor]:
+        """Start to exchange shards of all members' nodes, which are `(elements,)`.
+
+        The function returned waits for this rank's shards, `(nodes of all members, elements / members)`, in the
+        members' order.
+        """
         members = len(level.members)
         width = self._ranks.count * self._shard_size // level.span
         shard_size = width // members
@@ -98,21 +180,38 @@ class ShardExchange:
             shards = [node.view(members, shard_size) for node in nodes]
             if shards:  # a rank without micro-batches has none
                 torch.cat(shards, dim=1, out=sent)
-        received = self._buffer(
-            f"received {level.span}", sum(nodes_by_member), shard_size
-        )
-        distributed.all_to_all_single(
+        counts = [len(nodes) for nodes in _nodes_by_member(step, level)]
+        received = self._buffer(f"received {level.span}", sum(counts), shard_size)
+        work: Any = distributed.all_to_all_single(
             received.view(-1),
             sent.view(-1),
-            output_split_sizes=[count * shard_size for count in nodes_by_member],
+            output_split_sizes=[count * shard_size for count in counts],
             input_split_sizes=[len(nodes) * shard_size] * members,
             group=level.group,
+            async_op=True,
         )
-        return received
 
-    def _unpack(self, total: Tensor) -> list[Tensor]:
-        flat_tensors = torch.split(total.view(-1)[: self._size], self._sizes)
-        return list(map(_unflatten, flat_tensors, self._layout))
+        def wait() -> Tensor:
+            work.wait()
+            return received
+
+        return wait
+
+    def _spread(self, level: Level, shard: Tensor) -> Callable[[], Tensor]:
+        """Start to give all members this rank's `shard`, `(n,)`; the function returned waits for all of them."""
+        shards = self._buffer(f"total {level.span}", len(level.members), len(shard))
+        wait_for_all = self._ranks.all_gather_by_sends_async(shard, shards, level)
+
+        def wait() -> Tensor:
+            wait_for_all()
+            return shards
+
+        return wait
+
+    def _unpack(self, packed: Tensor) -> list[Tensor]:
+        """Views of the tensors that `packed` has in a row."""
+        flat_tensors = torch.split(packed.view(-1)[: self._size], self._sizes)
+        return list(map(_unflatten, flat_tensors, self._memory_orders))
 
     def _buffer(self, name: str, *shape: int) -> Tensor:
         """Memory that is kept from step to step: allocating it anew costs as much as filling it."""
@@ -124,26 +223,37 @@ class ShardExchange:
         return buffer[:size].view(shape)
 
 
-def _flatten(tensor: Tensor, like: Tensor) -> Tensor:
-    """The elements of `tensor` in the order in which `like` has them in memory, `(n,)`."""
-    return tensor.permute(_memory_order(like)).reshape(-1)
+def _nodes_by_member(step: Step, level: Level) -> list[list[Node]]:
+    """The nodes that each member of the level has of the step's tree."""
+    nodes_by_member = []
+    for member in level.members:
+        first_rank = member - member % level.span
+        first, _ = step.ranks[first_rank]
+        _, end = step.ranks[first_rank + level.span - 1]
+        nodes_by_member.append(nodes_of_range(first, end, len(step.micro_batches)))
+    return nodes_by_member
 
 
-def _unflatten(flat: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_flatten`: a view of `flat` with the shape and the memory order of `like`.
+class _MemoryOrder(NamedTuple):
+    """The sizes of a tensor's dimensions from the largest stride to the smallest, and how to put them back in order."""
+
+    sizes: list[int]
+    dims: list[int]
+
+
+def _memory_order(tensor: Tensor) -> _MemoryOrder:
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=strides.__getitem__, reverse=True)
+    dims = [order.index(dim) for dim in range(tensor.dim())]
+    return _MemoryOrder([tensor.shape[dim] for dim in order], dims)
+
+
+def _unflatten(flat: Tensor, order: _MemoryOrder) -> Tensor:
+    """A view of `flat`, `(n,)`, with the shape and the memory order of a tensor.
 
     A norm sums in memory order, so a channels_last gradient must come back as one.
     """
-    order = _memory_order(like)
-    inverse = [order.index(dim) for dim in range(like.dim())]
-    shape = [like.shape[dim] for dim in order]
-    return flat.view(shape).permute(inverse)
-
-
-def _memory_order(tensor: Tensor) -> list[int]:
-    """The dimensions from the largest stride to the smallest."""
-    strides = tensor.stride()
-    return sorted(range(tensor.dim()), key=strides.__getitem__, reverse=True)
+    return flat.view(order.sizes).permute(order.dims)
 
 
 def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -194,7 +194,13 @@ class Ranks:
     def all_gather_by_sends(
         self, shard: Tensor, whole: Tensor, level: Level | None = None
     ) -> None:
-        """Fill `whole`, `(members, n)`, with the `shard`, `(n,)`, of every member of the level: of every rank if None.
+        """Fill `whole`, `(members, n)`, with the `shard`, `(n,)`, of every member of the level, or of every rank."""
+        self.all_gather_by_sends_async(shard, whole, level)()
+
+    def all_gather_by_sends_async(
+        self, shard: Tensor, whole: Tensor, level: Level | None = None
+    ) -> Callable[[], None]:
+        """Start to do the same. The function returned waits until `whole` is filled.
 
         On the CPU all sends and receives are started at once: on gloo that takes a third of the time of its
         `all_gather`. A GPU's tensors may be on a group that has no point-to-point transfers for them.
@@ -203,8 +209,10 @@ class Ranks:
             level = all_ranks(self.count)
         members, group = level.members, level.group
         if self.device.type != "cpu":
-            distributed.all_gather_into_tensor(whole.view(-1), shard, group=group)
-            return
+            gathered = distributed.all_gather_into_tensor(
+                whole.view(-1), shard, group=group, async_op=True
+            )
+            return partial(_wait_for, [gathered])
         own = members.index(self.rank)
         whole[own].copy_(shard)
         exchanges = []
@@ -219,8 +227,7 @@ class Ranks:
                     distributed.irecv, whole[source], members[source], group
                 )
             )
-        for work in distributed.batch_isend_irecv(exchanges):
-            work.wait()
+        return partial(_wait_for, distributed.batch_isend_irecv(exchanges))
 
     # ---------------------------------------------------------------- Python objects and decisions
 
@@ -333,6 +340,11 @@ class Ranks:
         """Leave the process group. No collective operation is possible afterwards."""
         if self.count > 1:
             distributed.destroy_process_group()
+
+
+def _wait_for(works: list[Any]) -> None:
+    for work in works:
+        work.wait()
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

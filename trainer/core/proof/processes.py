@@ -170,16 +170,20 @@ class SimulatedBitwise(BitwiseReduction):
 
     def _total(self, step: Step) -> Contribution:
         ranks = cast(SimulatedRanks, self._ranks)
+        self._add_up()
         own = list(self._tree_sum.nodes)
         if ranks.count > 1:
             nodes = ranks.combine(own, _concatenate)
             if ranks.rank + 1 < ranks.count:
                 # Of no use, as the last rank has the sum; a copy, because it is scaled in place.
-                return [value.clone() for value in own[-1][1]]
+                _, (last,) = own[-1]
+                return [tensor.clone() for tensor in last]
             self._tree_sum.nodes.clear()
-            for node, value in nodes:
-                self._tree_sum.push(node, value)
-        return self._tree_sum.root()
+            for node, terms in nodes:
+                self._tree_sum.push(node, terms)
+            self._add_up()
+        (total,) = self._tree_sum.root()
+        return total
 
 
 def _no_sync(_: nn.Module) -> AbstractContextManager[None]:
