@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Points, config, largest_difference
-from trainer import ConfigError, Trainer
+from trainer import ConfigError, Task, Trainer, WeightedSum
 from trainer.exact.shards import whole
 
 
@@ -65,10 +65,26 @@ class HasAnUnusedLayer(Tower):
         self.unused = nn.Linear(2, 2)
 
 
+class PenalizedByItsLoss(Tower):
+    """As `Penalized`, by a task."""
+
+
+class Penalty(Task):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = [model]  # not a part of the task
+
+    def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
+        loss = nn.functional.cross_entropy(output, targets, reduction="sum")
+        squares = [weight.square().sum() for weight in self._model[0].parameters()]
+        return WeightedSum(loss + 0.1 * sum(squares), len(output))
+
+
 REFUSED = {
     UsesAWeightElsewhere: "_no_split_modules",
     Penalized: "_no_split_modules",
     HasAnEmptyParameter: "nothing has no elements",
+    PenalizedByItsLoss: "and loss_sum uses some",
     HasAnUnusedLayer: r"unused.weight, unused.bias\); freeze them",
 }
 
@@ -83,7 +99,10 @@ def messages_of(directory: Path) -> list[str]:
             train__parallel="fsdp",
         )
         with pytest.raises(ConfigError) as error:
-            Trainer(settings, model=kind(), train_data=Points(40, False)).fit()
+            model = kind()
+            task = Penalty(model) if kind is PenalizedByItsLoss else None
+            data = Points(40, False)
+            Trainer(settings, model=model, task=task, train_data=data).fit()
         messages.append(str(error.value))
     return messages
 

@@ -10,11 +10,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer.core.forward import Forward
 from trainer.core.metrics import Meter
 from trainer.core.proof.state import without_trace
 from trainer.core.run import Run
+from trainer.errors import ConfigError
+from trainer.exact.shards import is_shard
 
 FEW = 4  # samples: what does not fit does not fit for four
 
@@ -38,10 +41,20 @@ def _run(run: Run, ids: Any) -> None:
     with without_trace(run), _eager(run):
         batch = run.train_loader.peek(ids)
         output, loss = forward(run.module, batch, run.plan.step(0))
+        _refuse_shard(loss.total)
         run.forward.expect_weights_like(loss.weight)
         meter = Meter(run.task, run.ranks)
         meter.add(batch, output, loss)
         meter.flush()
+
+
+def _refuse_shard(total: Tensor) -> None:
+    if is_shard(total):
+        raise ConfigError(
+            "train.parallel",
+            "fsdp leaves each rank a part of a parameter outside of the model's forward, and loss_sum uses some; let "
+            "the block that has them compute it in its forward, or use ddp",
+        )
 
 
 def _eager(run: Run) -> AbstractContextManager[object]:
