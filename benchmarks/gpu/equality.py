@@ -16,11 +16,13 @@ from benchmarks.processes import on_processes
 from benchmarks.subjects import fitted, noise, patterns, settings
 from trainer import Config, Trainer
 from trainer.components.models import small_cnn
+from trainer.exact import exchange
 from trainer.exact.determinism import run_settings
 from trainer.reporting.jsonl import read_rows
 from trainer.storage import checkpoint
 
 EQUAL = 1e-12  # relative, in fp64
+SMALL_BUCKETS = 1 << 13, 1 << 10  # bytes, and those of the last one
 HASHES = ("weights_sha256", "buffers_sha256", "optimizer_sha256")
 
 State = Mapping[str, Tensor]
@@ -98,7 +100,12 @@ def _end_on(setting: Setting, processes: int, **changes: Any) -> State:
 
 
 def _trained(config: Config, device_type: str) -> dict[str, Tensor]:
-    """21 steps, the last of a single micro-batch, so that one of two ranks has nothing to do in it."""
+    """21 steps, the last of a single micro-batch, so that one of two ranks has nothing to do in it.
+
+    In bitwise mode even a small net's gradients go in several buckets, during the backward.
+    """
+    # This process is of this run alone.
+    exchange.BUCKET_BYTES, exchange.LAST_BUCKET_BYTES = SMALL_BUCKETS
     trainer = fitted(config, partial(small_cnn, 10), patterns(64 * 20 + 5))
     assert trainer.ranks.device.type == device_type
     return {name: tensor.cpu() for name, tensor in trainer.module.state_dict().items()}
