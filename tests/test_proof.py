@@ -366,6 +366,26 @@ def test_draws_on_the_host_are_refused_where_fused(tmp_path: Path) -> None:
         assert "random" in trainer.fuse_note
 
 
+class OneBuffer(Points):
+    """Reads every sample into the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__(ignored=False)
+        self.buffer = torch.empty_like(super().__getitem__(0)[0])
+
+    def __getitem__(self, index: int) -> Any:
+        point, target = super().__getitem__(index)
+        return self.buffer.copy_(point), target
+
+
+def test_a_sample_that_the_next_one_overwrites_is_named(tmp_path: Path) -> None:
+    trainer = new_trainer(tmp_path, mlp(), OneBuffer())
+    first = int(trainer.plan.permutation(0)[0])
+    trainer.prove()
+    [finding] = trainer.proof.findings
+    assert f"train sample {first} changes when another one is fetched" in finding.what
+
+
 def test_check_tries_more_samples(tmp_path: Path) -> None:
     data = unruly.LateNoise()
     trainer = new_trainer(tmp_path, mlp(), data, loss__ignore_index=-1)

@@ -42,22 +42,11 @@ def check_samples(trial: Trial) -> list[Finding]:
             return [finding]
     if not loader.dataset.draws:
         return []  # a look-up in memory
-    ids = []
-    epoch = trial.step.epoch
     with preserved_in(loader.dataset):
-        forwards = []
-        deadline = monotonic() + TIME_LIMIT
-        for sample_id in _sample_ids(trial):
-            try:
-                sample = loader.sample(sample_id, epoch)
-            except DataError:
-                if not loader.leaves_out:
-                    raise
-                continue  # the run will leave it out
-            ids.append(sample_id)
-            forwards.append(sample)
-            if monotonic() > deadline:
-                break
+        ids, forwards, first = _fetch(trial)
+        if ids and _differing_parts(first, forwards[0]):
+            return [_overwritten(ids[0])]
+        epoch = trial.step.epoch
         backwards = [loader.sample(sample_id, epoch) for sample_id in reversed(ids)]
     finding = _compare_in_process(trial, ids, forwards, backwards[::-1])
     if finding is None and loader.dataset.collation is not None:
@@ -66,6 +55,45 @@ def check_samples(trial: Trial) -> list[Finding]:
         # Started now, with the data set as it was.
         finding = _compare_with_loader_process(trial, ids)
     return [] if finding is None else [finding]
+
+
+def _fetch(trial: Trial) -> tuple[list[int], list[Any], Any]:
+    """The ids of some samples, these samples, and a copy of the first of them, made before the others were fetched."""
+    loader = trial.run.train_loader
+    ids: list[int] = []
+    samples = []
+    first = None
+    deadline = monotonic() + TIME_LIMIT
+    for sample_id in _sample_ids(trial):
+        try:
+            sample = loader.sample(sample_id, trial.step.epoch)
+        except DataError:
+            if not loader.leaves_out:
+                raise
+            continue  # the run will leave it out
+        if not ids:
+            first = tree_map(_copy, sample)
+        ids.append(sample_id)
+        samples.append(sample)
+        if monotonic() > deadline:
+            break
+    return ids, samples, first
+
+
+def _copy(value: Any) -> Any:
+    """Tensors and arrays are copied, and other objects are as they are."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def _overwritten(sample_id: int) -> Finding:
+    return Finding(
+        CHECK,
+        f"train sample {sample_id} changes when another one is fetched: the data set returns the same memory for each, "
+        f"and a batch holds its last sample several times",
+        "return a copy, as tensor.clone() and array.copy() do",
+    )
 
 
 def _sample_ids(trial: Trial) -> list[int]:
