@@ -9,8 +9,9 @@ from types import FrameType
 
 import pytest
 
+from trainer.process.command import STOP_SIGNALS
 from trainer.process.ranks import Ranks
-from trainer.process.signals import STOP_SIGNALS, StopRequest
+from trainer.process.signals import StopRequest
 
 
 class AtOnceError(Exception):

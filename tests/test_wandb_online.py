@@ -106,7 +106,7 @@ def train_stopped(settings: Config, server: WandbServer) -> Any:
         stop_run()
         client_asked.set()
 
-    client.stop_run = stop
+    setattr(client, "stop_run", stop)  # noqa: B010
     return train(settings, server, StoppedTwice)
 
 

@@ -54,7 +54,7 @@ def rest(processes: list[int]) -> bool:
 
     def seconds_used() -> float:
         times = [psutil.Process(process).cpu_times() for process in processes]
-        return sum(time.user + time.system for time in times)
+        return float(sum(time.user + time.system for time in times))
 
     before = seconds_used()
     time.sleep(1)
