@@ -121,6 +121,7 @@ def test_an_override_may_be_longer_than_the_name_of_a_file() -> None:
             "optimizer.lr=1: is one argument too many",
         ),
         (["sync"], "the following arguments are required: RUN"),
+        (["cache", "list"], "the following arguments are required: DIR\n"),
         (["sync", "--all", "run"], "--all: no such option"),
         (
             ["sweep", "a.yaml", "--parallel", "0"],

@@ -23,7 +23,11 @@ def main(arguments: list[str]) -> None:
         "directory", metavar="DIR", type=Path, help="a folder: data.cache_dir"
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="which; all if none is named"
+        "names",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="which; all if none is named",
     )
     options = parser.parse(arguments)
 
