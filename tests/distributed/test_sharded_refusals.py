@@ -168,3 +168,37 @@ def test_an_optimizer_that_takes_parts_for_whole_parameters_is_refused(
         assert message.startswith("optimizer.name: ")
         assert "works element by element" in message
         assert largest_difference(weights, expected) < 1e-12
+
+
+class OwnList(Task):
+    """A penalty on weights of which it made a list before training: those of before the model was shared out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._weights = [model.get_parameter("head.weight")]
+
+    def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
+        loss = nn.functional.cross_entropy(output, targets, reduction="sum")
+        penalty = sum(weight.square().sum() for weight in self._weights)
+        return WeightedSum(loss + 0.1 * penalty, len(output))
+
+
+def notes_on_lists(directory: Path) -> list[str]:
+    notes = []
+    for has_list in (True, False):
+        model = Tower()
+        task = OwnList(model) if has_list else None
+        settings = config(
+            directory, run__proof="off", batch__micro_size=7, train__parallel="fsdp"
+        )
+        trainer = Trainer(
+            settings, model=model, task=task, train_data=Points(40, False)
+        )
+        notes.append(trainer.run.sharding_note)
+    return notes
+
+
+def test_a_list_of_parameters_from_before_is_told(tmp_path: Path) -> None:
+    for with_list, without in on_ranks(2, notes_on_lists, tmp_path):
+        assert "still holds (head.weight)" in with_list
+        assert not without

@@ -48,6 +48,7 @@ from trainer.data.evaluation_loaders import loader_as_files
 from trainer.data.loading import Loader
 from trainer.data.samplers import build_order
 from trainer.data.short_side import with_short_side
+from trainer.errors import listed
 from trainer.exact.plan import Plan
 from trainer.exact.sharding import shard
 from trainer.exact.shards import original_class
@@ -110,7 +111,7 @@ def build_run(
     module, weights_note = ranks.on_each(build_module)
     the_task = run_task(config, task, num_classes, module)
     the_task.to(ranks.device, precision.dtype)
-    _share_out(config, ranks, module, the_task)
+    sharding_note = _share_out(config, ranks, module, the_task)
     check_classes(the_task, num_classes, data)
     build_metrics = partial(
         run_metrics, config, metrics, the_task, loaders.measured, num_classes
@@ -155,6 +156,7 @@ def build_run(
         signature=signature,
         module=module,
         weights_note=weights_note,
+        sharding_note=sharding_note,
         task=the_task,
         loss_state=LossState(module, the_task),
         forward=forward,
@@ -231,12 +233,22 @@ def _signature(
     return signature_of_samples(loader, num_classes=num_classes, classes=data.classes)
 
 
-def _share_out(config: Config, ranks: Ranks, module: nn.Module, task: Task) -> None:
-    """Let each rank hold a part of the parameters, with `train.parallel=fsdp`. A collective."""
+def _share_out(config: Config, ranks: Ranks, module: nn.Module, task: Task) -> str:
+    """Let each rank hold a part of the parameters, with `train.parallel=fsdp`. A collective.
+
+    Returns a line on what no longer sees the model's parameters, "" if there is nothing.
+    """
     if config.train.parallel == "fsdp":
         ranks.on_each(partial(check_can_be_sharded, module, task))
-    if is_sharded(config, ranks):
-        shard(module, ranks)
+    if not is_sharded(config, ranks):
+        return ""
+    held = shard(module, ranks)
+    if not held:
+        return ""
+    return (
+        f"train.parallel=fsdp has put parts in the place of parameters that code outside the model still holds "
+        f"({listed(held, 3)}): what is computed with those has no effect on training; read them from the model"
+    )
 
 
 def _with_watched_metrics(

@@ -65,6 +65,7 @@ class Run:
     validation: list[EvaluationSet]
     test: EvaluationSet | None
     device_note: str = ""  # what lies on the device, with data.on_device
+    sharding_note: str = ""  # which parameters are in use outside the model, with fsdp
     quarantine: Quarantine | None = None  # with data.bad_samples=quarantine
     stop_reason: str = ""  # why the run is to end before its last step
 

@@ -6,6 +6,7 @@ of all parameters, their gradients and the optimizer's state, and the whole of o
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,17 +64,20 @@ def _items(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
             yield from _items(child, f"{path}{key}.")
 
 
-def shard(module: nn.Module, ranks: Ranks) -> None:
+def shard(module: nn.Module, ranks: Ranks) -> list[str]:
     """Leave this rank its part of rank 0's parameters of `module`, on the run's device. A collective.
 
-    `refuse_what_cannot_be_cut` comes before it. A model that an earlier run has shared out stays as it is.
+    Returns the names of the parameters that somebody else, such as a loss with a list of them, still holds as they
+    were: they are in the model no more. `refuse_what_cannot_be_cut` comes before it. A model that an earlier run has
+    shared out stays as it is.
     """
     if has_shards(module):
-        return
+        return []
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     _copy_from_main(module, ranks)
+    before = {name: weakref.ref(p) for name, p in module.named_parameters()}
     mesh = init_device_mesh(ranks.device.type, (ranks.count,))
     names = blocks_of(module)
     for part in [*map(module.get_submodule, names), module]:
@@ -81,6 +85,7 @@ def shard(module: nn.Module, ranks: Ranks) -> None:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     _tolerate_unused(module)
     BlockCalls(module, names)
+    return [name for name, parameter in before.items() if parameter() is not None]
 
 
 def _tolerate_unused(module: nn.Module) -> None:

@@ -92,6 +92,7 @@ def header(
         ("exchange", _describe_exchange(run)),
         ("bad samples", _describe_quarantine(run)),
         ("note", run.data.note),
+        ("note", run.sharding_note),
         *(("note", line) for line in keys_without_effect(run)),
         *proof.facts(),
     ]
