@@ -127,14 +127,15 @@ def _have_finite_sum(tensors: list[Tensor]) -> bool:
     """
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return False
-    return bool(torch.stack(list(map(wide_sum, tensors))).isfinite().all())
+    sums = [wide_sum(tensor).to(torch.float64) for tensor in tensors]
+    return bool(torch.stack(sums).isfinite().all())
 
 
 def wide_sum(tensor: Tensor) -> Tensor:
-    """The sum of all values, fp64 `()`: finite only if every value is."""
+    """The sum of all values, fp32 or fp64 `()`: finite only if every value is."""
     values = _plain(tensor)
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
-    return values.sum(dtype=wide).to(torch.float64)
+    return values.sum(dtype=wide)
 
 
 def _are_finite(tensors: list[Tensor]) -> Tensor:

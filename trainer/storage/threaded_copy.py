@@ -15,7 +15,7 @@ from trainer.exact.finite import wide_sum
 from trainer.process.machine import usable_processors
 
 # Bytes at a time: they are still in the core's cache when they are looked at.
-PART = 1 << 18
+PART = 1 << 19
 MOST_THREADS = 4  # more of them would wait for the memory
 LOOKED_AT = (
     torch.float16,
