@@ -20,7 +20,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter, thread_time
+from time import perf_counter, process_time
 
 import torch
 from torch import nn
@@ -52,7 +52,7 @@ class Figures:
     """Of one way of saving, in milliseconds: one of each a round."""
 
     stops: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)  # of the training thread, in a stop
+    cpu: list[float] = field(default_factory=list)  # of all threads, in a stop
     steps_after: list[float] = field(default_factory=list)  # all of them together
 
 
@@ -96,10 +96,10 @@ class Saves(Trainer):
             self._quiet += self._step_times[1 + STEPS_AFTER :]
         self.finish_saving()
         name = names[self._saves % len(names)]
-        began, cpu = perf_counter(), thread_time()
+        began, cpu = perf_counter(), process_time()
         self._ways[name]()
         self._figures[name].stops.append(1e3 * (perf_counter() - began))
-        self._figures[name].cpu.append(1e3 * (thread_time() - cpu))
+        self._figures[name].cpu.append(1e3 * (process_time() - cpu))
         self._saves += 1
         self._step_times = []
         self._began = perf_counter()
@@ -180,7 +180,7 @@ def _tables(
     lines = [
         f"A checkpoint of {size / 1e6:.0f} MB; a step takes {quiet:.0f} ms.",
         "",
-        "| a save by | training stops, ms | CPU time of the training thread, ms | "
+        "| a save by | training stops, ms | CPU time in the stop, ms | "
         f"the {STEPS_AFTER} steps after it take longer by, ms |",
         "| --- | --: | --: | --: |",
     ]

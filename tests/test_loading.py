@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from trainer.config.schema import DataConfig
-from trainer.data.datasets import Datasets, ImageArrays
+from trainer.data.datasets import Datasets, ImageArrays, digits
 from trainer.data.loading import (
     Loader,
     Normalize,
     _pin,
     _wait_for_copy,
+    build_loader,
     build_loaders,
 )
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
@@ -245,3 +247,31 @@ def test_the_memory_of_every_tensor_of_a_nested_batch_is_kept(
     _wait_for_copy(nested_batch()[0], "end of copy", stream)  # type: ignore[arg-type]
     assert sorted(number for number, _ in recorded) == list(range(8))
     assert all(user is stream for _, user in recorded)
+
+
+def test_images_as_they_were_are_not_held_while_they_are_trained_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    section = DataConfig(name="digits", mean=[0.5], std=[0.5])
+    loader = build_loader(
+        section,
+        digits().train,
+        "train",
+        [],
+        seed=0,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    held: list[weakref.ref[Tensor]] = []
+    read = loader.dataset.__class__.__getitem__
+
+    def note(dataset: KeyedDataset, request: Request) -> Any:
+        batch = read(dataset, request)
+        assert isinstance(batch, MicroBatch)
+        held.append(weakref.ref(batch.inputs))
+        return batch
+
+    monkeypatch.setattr(KeyedDataset, "__getitem__", note)
+    for _ in loader.run([Request(0, 0, np.arange(4)), Request(1, 0, np.arange(4))]):
+        assert held[-1]() is None
+    assert len(held) == 2

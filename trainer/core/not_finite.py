@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from trainer.core.evaluation import EvaluationSet
@@ -91,22 +93,37 @@ def validation_not_finite(
 
 
 def refuse_not_finite(
-    whole: ModelAndLoss, optimizer_state: dict[str, Tensor], step: int
+    whole: ModelAndLoss,
+    optimizer_state: dict[str, Tensor],
+    step: int,
+    known: Sequence[Tensor] = (),
 ) -> None:
     """Raise `LockstepError` if weights, norm layers' statistics or the optimizer's state are not finite. Waits.
 
-    Other buffers may hold infinities, as an attention mask does.
+    Other buffers may hold infinities, as an attention mask does. Tensors, or views, that are `known` to be finite are
+    not looked at.
     """
     tensors = dict(whole.named_parameters()) | optimizer_state
     for name, layer in whole.named_norm_layers():
         for key, buffer in layer.named_buffers(recurse=False):
             tensors[f"{name}.{key}"] = buffer
+    if known:
+        addresses = set(map(_address, known))
+        tensors = {n: t for n, t in tensors.items() if _address(t) not in addresses}
     found = first_not_finite(tensors)
     if found is not None:
         raise LockstepError(
             f"{found} is not finite after step {step}, although the step's loss and gradient were; nothing of it is "
             f"kept. Lower optimizer.lr, or raise train.precision"
         )
+
+
+def _address(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for two tensors that are the same values in the same memory."""
+    if tensor.layout != torch.strided:
+        return (id(tensor),)
+    start = tensor.data_ptr()
+    return tensor.device, start, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def skipped_in_a_row(count: int, step: int, by: str) -> LockstepError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -67,21 +67,20 @@ class SavedState:
         weights, self._weights = self._weights, {}
         return weights
 
-    def _take_optimizer(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The whole state of the optimizer, which is finite."""
-        tensors, numbers = named_state(self._optimizer, self._whole)
+    def refuse_not_finite(self, step: int, known: Sequence[Tensor]) -> None:
+        """Raise `LockstepError` where the weights or the optimizer's state are not finite.
+
+        Those `known` to be are not looked at, nor those of shards, which `collect` has looked at.
+        """
         if not self._run.is_sharded:
-            refuse_not_finite(self._whole, tensors, step)
-            return tensors, numbers
-        tensors, self._optimizer_tensors = self._optimizer_tensors, {}
-        return tensors, numbers
+            tensors, _ = named_state(self._optimizer, self._whole)
+            refuse_not_finite(self._whole, tensors, step, known)
 
     def take(self, progress: Progress, states: dict[str, dict[str, Any]]) -> Snapshot:
-        """What a checkpoint holds now; `states` are those of stateful objects.
-
-        Raises `LockstepError` where the weights or the optimizer's state are not finite.
-        """
-        tensors, numbers = self._take_optimizer(progress.step)
+        """What a checkpoint holds now; `states` are those of stateful objects. `refuse_not_finite` is to follow."""
+        tensors, numbers = named_state(self._optimizer, self._whole)
+        if self._run.is_sharded:
+            tensors, self._optimizer_tensors = self._optimizer_tensors, {}
         further = self._further()
         if further:
             states = states | {FURTHER: further}

@@ -170,7 +170,11 @@ class Saving:
         progress.rows = files.rows
         progress.wandb_id = files.wandb_id
         snapshot = self._state.take(progress, states)
-        writer.write(snapshot, partial(self._write_checkpoint, files))
+        writer.write(
+            snapshot,
+            partial(self._write_checkpoint, files),
+            partial(self._state.refuse_not_finite, progress.step),
+        )
 
     def _write_checkpoint(self, files: RunFiles, snapshot: Snapshot) -> None:
         """In the writer's thread."""

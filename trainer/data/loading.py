@@ -191,10 +191,14 @@ class Loader:
             batches = self._copy(batches)
         if self.device_set is not None or self.batch_transforms is not None:
             batches = map(self.transform_batch, batches)
+        # Not by a loop here, whose variables would hold the images as they were while they are trained on.
+        yield from map(self._normalized, batches)
+
+    def _normalized(self, batch: MicroBatch) -> MicroBatch:
+        first, inputs, targets, fused, blend, samples, _ = batch
         # Without what Module.__call__ does for hooks: there are none.
-        normalize = self.normalize.forward
-        for first, inputs, targets, fused, blend, samples, _ in batches:
-            yield MicroBatch(first, normalize(inputs), targets, fused, blend, samples)
+        images = self.normalize.forward(inputs)
+        return MicroBatch(first, images, targets, fused, blend, samples)
 
     @property
     def is_look_up(self) -> bool:

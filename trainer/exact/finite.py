@@ -127,12 +127,15 @@ def _have_finite_sum(tensors: list[Tensor]) -> bool:
     """
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return False
-    sums = []
-    for tensor in tensors:
-        values = _plain(tensor)
-        wide = torch.float64 if values.dtype == torch.float64 else torch.float32
-        sums.append(values.sum(dtype=wide).to(torch.float64))
+    sums = [wide_sum(tensor).to(torch.float64) for tensor in tensors]
     return bool(torch.stack(sums).isfinite().all())
+
+
+def wide_sum(tensor: Tensor) -> Tensor:
+    """The sum of all values, fp32 or fp64 `()`: finite only if every value is."""
+    values = _plain(tensor)
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return values.sum(dtype=wide)
 
 
 def _are_finite(tensors: list[Tensor]) -> Tensor:
@@ -145,4 +148,4 @@ def _plain(tensor: Tensor) -> Tensor:
     """The values of a tensor as real numbers: of a sparse one those that are stored."""
     if tensor.is_sparse:
         tensor = tensor._values()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from trainer.storage.threaded_copy import Copy, copy_all
 
 Key = tuple[str, str]  # a tensor's file and its name there
 
@@ -18,6 +21,17 @@ def host_copy(tensor: Tensor) -> Tensor:
 def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies as `host_copy` makes them, by the same names."""
     return {name: host_copy(tensor) for name, tensor in tensors.items()}
+
+
+class Copies(NamedTuple):
+    """Copies of some tensors, in row-major order. They are complete once `arrive` returns.
+
+    `finite` holds tensors of which the copying has shown that every value is finite; of others nothing is known.
+    """
+
+    tensors: dict[Key, Tensor]
+    arrive: Callable[[], None]
+    finite: list[Tensor]
 
 
 class HostCopies:
@@ -40,10 +54,8 @@ class HostCopies:
         return total
 
     @torch.no_grad()
-    def copy(
-        self, tensors: Mapping[Key, Tensor]
-    ) -> tuple[dict[Key, Tensor], Callable[[], None]]:
-        """Copies, in row-major order, and a function that waits until they are complete.
+    def copy(self, tensors: Mapping[Key, Tensor], *, look: bool = False) -> Copies:
+        """Copy them. With `look`, those that are on the CPU are looked at, while they pass.
 
         Whatever the device is given to do after this call does not touch the copies: they are made in its queue's
         order. A stream of their own would let them overlap with the next step only if each writer of a weight (the
@@ -51,6 +63,7 @@ class HostCopies:
         """
         copies = {}
         devices = set()
+        on_host: list[Copy] = []
         for key, tensor in tensors.items():
             source = tensor.detach()
             if source.layout != torch.strided:  # which no file can hold
@@ -58,10 +71,15 @@ class HostCopies:
                 continue
             is_on_cuda = source.device.type == "cuda"
             copies[key] = self._memory_for(key, source, pinned=is_on_cuda)
+            if source.device.type == "cpu":
+                on_host.append(Copy(source, copies[key]))
+                continue
             copies[key].copy_(source, non_blocking=is_on_cuda)
             if is_on_cuda:
                 devices.add(source.device)
-        return copies, _wait_for(devices)
+        indices = copy_all(on_host, look=look)
+        finite = [on_host[index].source for index in indices]
+        return Copies(copies, _wait_for(devices), finite)
 
     def _fits(self, key: Key, tensor: Tensor) -> bool:
         memory = self._memory.get(key)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+
+from torch import Tensor
 
 from trainer.process.activity import activity
 from trainer.process.free_memory import share_of_main_memory
-from trainer.storage.host_copies import HostCopies
+from trainer.storage.host_copies import HostCopies, Key
 from trainer.storage.snapshot import Snapshot
 
 GIB = 2**30
+
+Check = Callable[[Sequence[Tensor]], None]
 
 
 class SnapshotWriter:
@@ -29,13 +33,27 @@ class SnapshotWriter:
         self._thread_id: int | None = None
         self._last: Future[None] | None = None
 
-    def write(self, snapshot: Snapshot, write: Callable[[Snapshot], None]) -> None:
-        """Call `write` with a copy of `snapshot`, in the background; here and now where memory has no room for it."""
+    def write(
+        self,
+        snapshot: Snapshot,
+        write: Callable[[Snapshot], None],
+        check: Check | None = None,
+    ) -> None:
+        """Call `write` with a copy of `snapshot`, in the background; here and now where memory has no room for it.
+
+        `check` comes first, here in any case, and is given the tensors that copying has shown to be finite.
+        """
         self.wait()
-        copy = self._copy(snapshot)
-        if copy is None:
+        tensors = snapshot.tensors()
+        if not self._has_room_for(tensors):
+            if check is not None:
+                check([])
             write(snapshot)
             return
+        copies = self._copies.copy(tensors, look=check is not None)
+        if check is not None:
+            check(copies.finite)
+        copy = snapshot.with_copies(copies.tensors, copies.arrive)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "writer of checkpoints")
         self._last = self._thread.submit(self._work, write, copy)
@@ -44,13 +62,9 @@ class SnapshotWriter:
         self._thread_id = threading.get_ident()
         write(snapshot)
 
-    def _copy(self, snapshot: Snapshot) -> Snapshot | None:
-        """A copy, or None where memory has no room for it."""
-        tensors = snapshot.tensors()
+    def _has_room_for(self, tensors: Mapping[Key, Tensor]) -> bool:
         missing = self._copies.missing(tensors)
-        if missing and not self._finds_room(missing):
-            return None
-        return snapshot.with_copies(*self._copies.copy(tensors))
+        return not missing or self._finds_room(missing)
 
     def _finds_room(self, size: int) -> bool:
         if not self._has_room:

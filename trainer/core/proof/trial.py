@@ -102,6 +102,9 @@ class Trial:
 
         Loading more would take long, and show no more. They are copied, since a model may write to its input.
         """
+        if self.batches is None and self.run.train_loader.is_look_up:
+            # Which takes no longer than a copy, and nothing is held while the model runs.
+            return self._load()._replace(first=index)
         if self._loaded is None:
             self._loaded = self._load()
         return self._loaded._replace(
