@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from trainer.config.schema import DataConfig
+from trainer.data import fast_crop
 from trainer.data.datasets import build_datasets
 from trainer.data.decoding import decode
 from trainer.data.folder import ImageFolder
@@ -125,6 +126,19 @@ def test_another_chain_is_made_sample_by_sample(root: Path, last: Any) -> None:
     assert torch.equal(batch.inputs, one_by_one(images, transform, 1))
     assert batch.inputs.is_contiguous()
     assert not keyed.keeps_channels_together
+
+
+def test_a_torch_without_the_kernel_is_no_error(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch._C._nn, "_upsample_bilinear2d_aa")
+    fast_crop._is_same.cache_clear()
+    try:
+        images, transform = folder(root), v2.Compose([v2.RandomResizedCrop(16)])
+        keyed = KeyedDataset(images, transform, seed=SEED, purpose="train")
+        assert not keyed.keeps_channels_together
+    finally:
+        fast_crop._is_same.cache_clear()
 
 
 def test_targets_of_several_classes_are_as_they_were(root: Path) -> None:

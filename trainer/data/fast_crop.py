@@ -150,6 +150,14 @@ def crop_batch(transforms: Sequence[Any]) -> CropBatch | None:
 @cache
 def _is_same() -> bool:
     """Whether torchvision's crop draws the same, and gives the same bits, here as ours."""
+    try:
+        return _gives_the_same()
+    except (AttributeError, RuntimeError, TypeError):
+        # Another torch may lack the kernel that writes into a batch, or call it otherwise.
+        return False
+
+
+def _gives_the_same() -> bool:
     from torchvision.transforms import v2
 
     height, width = 37, 53
