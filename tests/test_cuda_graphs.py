@@ -29,6 +29,7 @@ from tests.distributed.small import (
 from tests.recorded_graphs import GraphsOnCpu, graphs_on_cpu
 from trainer import Config, ConfigError, Observer, Trainer
 from trainer.core.no_effect import keys_without_effect
+from trainer.exact import exchange
 from trainer.exact.plan import Step
 from trainer.process.cuda_graph import CudaRecorder
 
@@ -410,6 +411,36 @@ def test_two_processes_replay_in_bitwise_mode(tmp_path: Path) -> None:
     ):
         assert result == expected
         assert replays > 0
+
+
+def spoilt_on_one_of(directory: Path, graphs: bool) -> tuple[dict[str, Any], str]:
+    """A run whose gradients are sent in several buckets; the backward of each replay gives other bits."""
+
+    def spoil(name: str, results: list[Tensor]) -> None:
+        if name == "aten.convolution_backward.default":
+            results[0].view(-1)[:1].add_(1)
+
+    exchange.BUCKET_BYTES, exchange.LAST_BUCKET_BYTES = 500, 100
+    with graphs_on_cpu(GraphsOnCpu(spoil)):
+        result, trainer, _ = run(
+            directory,
+            Net(),
+            Images(),
+            graphs=graphs,
+            run__reproducibility="bitwise",
+            batch__micro_size=14,
+        )
+    return result, "" if trainer.graphs is None else trainer.graphs.reason
+
+
+def test_two_processes_distrust_a_replay_while_gradients_are_sent(
+    tmp_path: Path,
+) -> None:
+    """A micro-batch for each process: eager sends its gradients while its backward goes on."""
+    ((expected, _),) = on_ranks(1, spoilt_on_one_of, tmp_path / "1", graphs=False)
+    for result, reason in on_ranks(2, spoilt_on_one_of, tmp_path / "2", graphs=True):
+        assert result == expected
+        assert reason == "a replay gives the gradient of layers.0.weight other bits"
 
 
 def test_a_resume_may_replay_what_was_eager(tmp_path: Path) -> None:

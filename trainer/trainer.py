@@ -498,6 +498,8 @@ class Trainer:
         if self.whole_step is not None:
             batches = self.whole_step.begin(step, batches)
         reduction.begin(step)
+        if self.graphs is not None:
+            self.graphs.begin(step)
         losses = []
         for loaded in batches:
             batch = run.forward.mixed(loaded, step)

@@ -74,6 +74,12 @@ class MicroBatchGraphs:
         self._doubted: Recorded | None = None  # one whose replay had other bits
         self._doubt = ""
 
+    def begin(self, step: Step) -> None:
+        """Before the first micro-batch of `step`, while the reduction watches none: its hooks are not the model's."""
+        if not self.reason:
+            self._step = step.number
+            self._begin_step(step)
+
     def forward_and_backward(
         self, model: nn.Module, batch: MicroBatch, step: Step
     ) -> tuple[Any, WeightedSum]:
@@ -81,9 +87,6 @@ class MicroBatchGraphs:
         eager = partial(
             forward_and_backward, self._run, self._reduction, model, batch, step
         )
-        if not self.reason and step.number != self._step:
-            self._step = step.number
-            self._begin_step(step)
         if self.reason:
             return eager()
         try:
@@ -185,15 +188,23 @@ class MicroBatchGraphs:
         recorded.comparisons_left -= 1
         is_expected = not self._is_steady and difference.is_rounding
         if difference.what and not is_expected:
-            self._doubted = recorded
-            self._doubt = f"a replay gives {difference.what} other bits"
-            if self.replays:
-                self._doubt += " (since the last comparison, others may have, too)"
-            if not self._is_steady:
-                self._refuse(f"{self._doubt}, and not by rounding alone")
+            self._distrust(recorded, difference.what)
         elif not recorded.comparisons_left and not self.replays:
             self._news.append(f"micro-batches are replayed from step {step.number} on")
         return result
+
+    def _distrust(self, recorded: Recorded, what: str) -> None:
+        doubt = f"a replay gives {what} other bits"
+        if self.replays:
+            doubt += " (since the last comparison, others may have, too)"
+        if not self._is_steady:
+            self._refuse(f"{doubt}, and not by rounding alone")
+        elif self._run.bitwise:
+            # Eager has the same bits each time, and gradients that its backward sends cannot be taken back.
+            self._refuse(doubt)
+        else:
+            self._doubted = recorded
+            self._doubt = doubt
 
     def _compared_with_itself(
         self, recorded: Recorded, eager: Callable[[], tuple[Any, WeightedSum]]
@@ -203,7 +214,7 @@ class MicroBatchGraphs:
             return eager()
         self._doubted = None
         result, difference = compare(self._run, recorded, eager, eager)
-        if self._run.bitwise or not difference.what:
+        if not difference.what:
             self._refuse(self._doubt)
             return result
         self._is_steady = False
