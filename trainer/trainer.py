@@ -493,26 +493,7 @@ class Trainer:
             return
 
         undo = self._undo_of_step() if self.finite.leaves_out else None
-        # This rank's micro-batches, on the device.
-        batches: Iterable[MicroBatch] = loader.step(step)
-        if self.whole_step is not None:
-            batches = self.whole_step.begin(step, batches)
-        reduction.begin(step)
-        if self.graphs is not None:
-            self.graphs.begin(step)
-        losses = []
-        for loaded in batches:
-            batch = run.forward.mixed(loaded, step)
-            with reduction.micro_batch(step, batch.indices) as model:
-                output, loss = self._forward_and_backward(model, batch, step)
-            total = loss.total.detach()
-            losses.append(total)
-            if self.whole_step is None:
-                self.meter.add(batch, output, WeightedSum(total, loss.weight))
-            for observer in self.observers.all:
-                observer.micro_batch(step, batch, output, loss)
-        if self.whole_step is not None:
-            self.whole_step.finish()
+        losses = self._run_micro_batches(step)
         activity.mark(EXCHANGING)
         reduction.finish(step)
         activity.mark(UPDATING)
@@ -542,6 +523,30 @@ class Trainer:
             self._average.update(self.finite.gradient_flag)
         for observer in self.observers.all:
             observer.step(step)
+
+    def _run_micro_batches(self, step: Step) -> list[Tensor]:
+        """The forward and backward of this rank's micro-batches of `step`; returns their losses."""
+        # On the device.
+        batches: Iterable[MicroBatch] = self.batches.step(step)
+        if self.whole_step is not None:
+            batches = self.whole_step.begin(step, batches)
+        self.reduction.begin(step)
+        if self.graphs is not None:
+            self.graphs.begin(step)
+        losses = []
+        for loaded in batches:
+            batch = self.run.forward.mixed(loaded, step)
+            with self.reduction.micro_batch(step, batch.indices) as model:
+                output, loss = self._forward_and_backward(model, batch, step)
+            total = loss.total.detach()
+            losses.append(total)
+            if self.whole_step is None:
+                self.meter.add(batch, output, WeightedSum(total, loss.weight))
+            for observer in self.observers.all:
+                observer.micro_batch(step, batch, output, loss)
+        if self.whole_step is not None:
+            self.whole_step.finish()
+        return losses
 
     def _forward_and_backward(
         self, model: nn.Module, batch: MicroBatch, step: Step
@@ -626,7 +631,7 @@ class Trainer:
         has_digest = self.ranks.is_main or self.run.is_sharded
         self.journal.log(row, self.digest() if has_digest else "")
         if self.graphs is not None:
-            self.graphs.report(self.journal.console.note)
+            self.graphs.report(self.journal.note)
         self.saving.check_finite(self.progress, self.journal.directory)
 
     def digest(self) -> str:
