@@ -11,8 +11,9 @@ from torch import Tensor
 from trainer.config.schema import DataConfig
 from trainer.data.datasets import ImageArrays
 from trainer.data.left_out import train_loader
-from trainer.data.loading import Loader, TrainLoader, build_loader
+from trainer.data.loading import Loader, build_loader
 from trainer.data.look_up import BYTES_AT_ONCE, CACHE_LINE, LookUpLoader
+from trainer.data.train_loader import TrainLoader
 from trainer.exact.plan import Plan
 
 SAMPLES = 103

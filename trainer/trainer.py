@@ -51,8 +51,8 @@ from trainer.core.try_out import explained, try_out
 from trainer.core.whole_step import WholeStep
 from trainer.data.datasets import MapDataset
 from trainer.data.left_out import train_loader
-from trainer.data.loading import TrainLoader
 from trainer.data.samples import MicroBatch
+from trainer.data.train_loader import TrainLoader
 from trainer.errors import LockstepError, Stopped
 from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.model_and_loss import ModelAndLoss

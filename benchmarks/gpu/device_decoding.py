@@ -19,7 +19,8 @@ from trainer.config.schema import DataConfig
 from trainer.data.datasets import build_datasets
 from trainer.data.decoders import COLOR, decoder
 from trainer.data.device_decoders import file_decoder
-from trainer.data.loading import build_loaders, whole_requests
+from trainer.data.loading import build_loaders
+from trainer.data.requests import whole_requests
 from trainer.errors import ConfigError
 
 # Of 255 levels. libjpeg and nvJPEG round differently, and one of them may smooth colours that were sampled sparsely.

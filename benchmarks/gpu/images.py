@@ -17,7 +17,8 @@ from torch.nn.functional import interpolate
 from benchmarks.gpu.check import Answer, Setting, Unanswered
 from trainer.config.schema import DataConfig
 from trainer.data.datasets import build_datasets
-from trainer.data.loading import build_loaders, whole_requests
+from trainer.data.loading import build_loaders
+from trainer.data.requests import whole_requests
 
 QUALITY = 90
 HEIGHT, WIDTH = 375, 500  # ImageNet's most frequent

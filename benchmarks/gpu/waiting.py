@@ -18,7 +18,8 @@ from trainer import Trainer
 from trainer.components.models import small_cnn
 from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets, ImageArrays
-from trainer.data.loading import Loader, build_loaders, whole_requests
+from trainer.data.loading import Loader, build_loaders
+from trainer.data.requests import whole_requests
 from trainer.exact.plan import Step
 
 STEPS = 12

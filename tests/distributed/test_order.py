@@ -11,7 +11,7 @@ import torchvision.transforms.v2  # noqa: F401 - imported once, before the ranks
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import config
 from trainer import Trainer
-from trainer.data.loading import TrainLoader
+from trainer.data.train_loader import TrainLoader
 
 Steps = dict[tuple[int, int], tuple[list[int], str, float]]
 

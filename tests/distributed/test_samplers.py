@@ -23,7 +23,7 @@ from tests.distributed.small import (
     state,
 )
 from trainer import ConfigError, Trainer
-from trainer.data.loading import TrainLoader
+from trainer.data.train_loader import TrainLoader
 
 REPEATED = {"name": "repeated", "repeats": 3, "samples": 40}
 

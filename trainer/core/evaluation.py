@@ -23,8 +23,9 @@ from trainer.core.misfit import explained
 from trainer.core.samples import samples_not_finite
 from trainer.data.bad_samples import Quarantine
 from trainer.data.datasets import MapDataset
-from trainer.data.loading import Loader, whole_requests
+from trainer.data.loading import Loader
 from trainer.data.passes import passes
+from trainer.data.requests import whole_requests
 from trainer.data.samples import MicroBatch, Request
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import preserved_modes

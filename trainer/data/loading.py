@@ -1,11 +1,9 @@
-"""Micro-batches in plan order: loaded here or in loader processes, copied ahead, normalised on the device."""
+"""Micro-batches on request: loaded here or in loader processes, copied ahead, normalised on the device."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import cached_property, partial
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -27,14 +25,12 @@ from trainer.data.samples import KeyedDataset, Loaded, MicroBatch, Request
 from trainer.data.stand_ins import load_with_stand_ins
 from trainer.data.transforms import build_transforms
 from trainer.data.workers import load_in_workers
-from trainer.errors import DataError, listed
-from trainer.exact.plan import Ids, IndexRange, Plan, Step, split_evenly
+from trainer.errors import DataError
+from trainer.exact.plan import Ids
 from trainer.exact.seeding import preserved_cpu_generators
 from trainer.exact.structures import tensors_in
-from trainer.process.activity import COMPUTING, LOADING, activity
 from trainer.process.device import KINDS_WITH_STREAMS, device_module
 
-NAMED_SAMPLES = 4  # in a message
 # What is done to what a data set gave, before it is used.
 Finish = Callable[[MicroBatch | Loaded | DataError], MicroBatch | Loaded]
 
@@ -327,114 +323,6 @@ def build_loader(
             check_decoding(section, dataset, batch_transforms)
             keyed.reads_files = True
     return Loader(keyed, section, device, normalize, batch_transforms)
-
-
-class TrainLoader:
-    """A rank's micro-batches of every step from `first_step` (0-based) on, at most `fuse` at a time."""
-
-    def __init__(
-        self, loader: Loader, plan: Plan, rank: int, first_step: int, fuse: int = 1
-    ) -> None:
-        self._plan = plan
-        self._rank = rank
-        self._fuse = fuse
-        # All but an epoch's last step are of one size.
-        self._groups_by_size: dict[int, list[IndexRange]] = {}
-        self._loader = loader
-        self._open(first_step)
-        self._next: MicroBatch | None = None  # already taken from `_batches`
-        self._seconds_waited = 0.0
-        self._name_sample = loader.name_sample
-        self._awaited: tuple[Step, IndexRange] | None = None
-        activity.samples = self._describe_awaited
-
-    def _open(self, first_step: int) -> None:
-        self._batches = self._loader.run(self._requests(first_step))
-
-    def close(self) -> None:
-        """End the loader processes."""
-        self._batches.close()
-
-    def prepare(self, step: Step) -> Step:
-        """`step` as it is to be trained, which `step` then yields the micro-batches of. Called for every step."""
-        return step
-
-    def peek(self) -> MicroBatch | None:
-        """The next micro-batch, which `step` will yield; None if it is not known to be the one that is trained."""
-        return self._take_ahead()
-
-    def _take_ahead(self) -> MicroBatch:
-        if self._next is None:
-            self._next = next(self._batches)
-        return self._next
-
-    def take_waited(self) -> float:
-        """Seconds that the loop waited for micro-batches since the last call, by the host's clock."""
-        seconds = self._seconds_waited
-        self._seconds_waited = 0.0
-        return seconds
-
-    def step(self, step: Step) -> Iterable[MicroBatch]:
-        """This rank's micro-batches of `step`. To be called for every step, in order."""
-        for indices in self._groups(step):
-            self._awaited = step, indices
-            activity.mark(LOADING)
-            start = perf_counter()
-            batch = self._take_ahead()
-            self._next = None
-            self._seconds_waited += perf_counter() - start
-            assert batch.indices == indices, "steps are taken in order"
-            activity.mark(COMPUTING)
-            yield batch
-
-    def _describe_awaited(self) -> str:
-        """The samples of the micro-batches that were asked for last, for the watchdog's thread."""
-        if self._awaited is None:
-            return ""
-        step, (first, end) = self._awaited
-        return self._name_all(self._plan.sample_ids(step, first, end))
-
-    def _name_all(self, ids: Ids) -> str:
-        names = [self._name_sample(sample) for sample in ids.tolist()]
-        return listed(names, NAMED_SAMPLES)
-
-    def _requests(self, first_step: int) -> Iterator[Request]:
-        for step in self._plan.steps(first_step):
-            for first, end in self._groups(step):
-                yield step_request(self._plan, step, first, end)
-
-    def _groups(self, step: Step) -> list[IndexRange]:
-        """The micro-batches of `step` that this rank runs in one forward each."""
-        if step.size not in self._groups_by_size:
-            self._groups_by_size[step.size] = self._plan.groups(
-                step, self._rank, self._fuse
-            )
-        return self._groups_by_size[step.size]
-
-
-def step_request(plan: Plan, step: Step, first: int, end: int) -> Request:
-    """The request for the micro-batches `[first, end)` of `step`, as one."""
-    return Request(
-        first,
-        step.epoch,
-        plan.sample_ids(step, first, end),
-        fused=end - first,
-        occurrences=plan.occurrences(step, first, end),
-    )
-
-
-def step_requests(plan: Plan, step: Step, rank: int) -> Iterator[Request]:
-    """Requests for what `rank` runs of `step`, one micro-batch at a time."""
-    for index in range(*step.ranks[rank]):
-        yield step_request(plan, step, index, index + 1)
-
-
-def whole_requests(samples: int, size: int, rank: int, ranks: int) -> Iterator[Request]:
-    """Requests for a rank's share of all samples, in order, each exactly once, at most `size` at a time."""
-    batches = split_evenly(samples, math.ceil(samples / size))
-    first, end = split_evenly(len(batches), ranks)[rank]
-    for index in range(first, end):
-        yield Request(index, 0, np.arange(*batches[index]))
 
 
 def _raise_if_error(item: MicroBatch | Loaded | DataError) -> MicroBatch | Loaded:

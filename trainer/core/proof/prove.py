@@ -25,7 +25,7 @@ from trainer.core.proof.samples import check_samples
 from trainer.core.proof.state import without_trace
 from trainer.core.proof.trial import MICRO_BATCHES, Trial
 from trainer.core.run import Run
-from trainer.data.loading import TrainLoader
+from trainer.data.train_loader import TrainLoader
 from trainer.errors import ConfigError, LockstepError
 from trainer.exact.modes import preserved_modes
 

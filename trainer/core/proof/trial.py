@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map
 from trainer.components.task import WeightedSum
 from trainer.core.observers import Stateful
 from trainer.core.run import Run
-from trainer.data.loading import TrainLoader
 from trainer.data.samples import MicroBatch
+from trainer.data.train_loader import TrainLoader
 from trainer.exact.plan import Ids, Step, split_evenly
 
 MICRO_BATCHES = 4  # of the step, that a check runs at most
