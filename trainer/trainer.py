@@ -153,10 +153,7 @@ class Trainer:
         self.progress = Progress()
         self.schedule = self._build_schedule()
         self.meter = Meter(self.run.task, self.ranks, exact=self.run.bitwise)
-        # For a task whose loss is of a whole step at once.
-        self.whole_step: WholeStep | None = None
-        if self.run.task.whole_step:
-            self.whole_step = WholeStep(self.run, self.reduction, self.meter)
+        self.whole_step = self._build_whole_step()
         self.graphs = build_graphs(self.run, self.reduction)
         self.finite = FiniteWatch(self.run)
         self.left_out = LeftOut(self.run)
@@ -874,6 +871,12 @@ class Trainer:
             observers.add(empty)
             self.reduction.run_empty = empty.run
         return observers
+
+    def _build_whole_step(self) -> WholeStep | None:
+        """What runs a step whose loss is of all its outputs at once; None for other tasks."""
+        if not self.run.task.whole_step:
+            return None
+        return WholeStep(self.run, self.reduction, self.meter)
 
     def _build_schedule(self) -> Schedule:
         return build_schedule(

@@ -263,6 +263,7 @@ class KeyedDataset(Dataset[Any]):
         return self.micro_batch(inputs, targets, request)
 
     def micro_batch(self, inputs: Any, targets: Any, request: Request) -> MicroBatch:
+        """The batch of a request, of inputs and targets that are put together already."""
         count = len(request.ids)
         source = source_of(request) if self.tells_source else None
         return MicroBatch(
@@ -325,12 +326,8 @@ class KeyedDataset(Dataset[Any]):
             raise
         except Exception as error:
             # Anything: the data set and the transforms are other people's code.
-            name, kind, line = (
-                self.name(sample_id),
-                type(error).__name__,
-                _last_line(error),
-            )
-            raise data_error(f"{name}: {kind}: {error} ({line})", error) from error
+            reason = f"{type(error).__name__}: {error} ({_last_line(error)})"
+            raise data_error(f"{self.name(sample_id)}: {reason}", error) from error
 
     def _sample_of_batch(
         self, epoch: int, sample_id: int, occurrence: int

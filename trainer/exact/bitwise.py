@@ -4,8 +4,8 @@ A sum of floats depends on the order of its additions, so that order is fixed: t
 the step's micro-batches. What a micro-batch contributes is its gradient and its change of the running statistics. A
 rank sums its own range of the tree, and `trainer.exact.exchange` finishes the tree over all ranks.
 
-A rank holds about log2(M) contributions at once. On several ranks the exchange keeps two buffers of that size, and
-one of a single contribution.
+A rank holds about log2(M) contributions at once. On several ranks the exchange keeps three buffers of that size (two
+where a rank's range is one node of the tree), and one of a single contribution.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trainer.exact.exchange import ShardExchange, Terms
+from trainer.exact.gradient_pieces import watch_gradients
 from trainer.exact.plan import Step
 
 Mark = tuple[int, int]
@@ -53,10 +53,7 @@ class EarlyExchange(AbstractContextManager["EarlyExchange"]):
         for indices in self._exchange.buckets[:-1]:
             self._missing.append(set(indices))
             self._bucket_of.update(dict.fromkeys(indices, self._missing[-1]))
-        for index, parameter in enumerate(self._parameters):
-            note = partial(self._note, index)
-            hook = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
-            self._handles.append(hook)
+        self._handles = watch_gradients(enumerate(self._parameters), self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

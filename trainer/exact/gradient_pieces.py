@@ -7,12 +7,26 @@ s + (a + b).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+K = TypeVar("K")
+
+
+def watch_gradients(
+    parameters: Iterable[tuple[K, nn.Parameter]], note: Callable[[K, Tensor], None]
+) -> list[RemovableHandle]:
+    """Let backwards call `note` for each parameter, by its key, once they have added to its gradient."""
+    handles = []
+    for key, parameter in parameters:
+        hook = partial(note, key)
+        handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+    return handles
 
 
 class GradientPieces(AbstractContextManager["GradientPieces"]):
@@ -28,10 +42,7 @@ class GradientPieces(AbstractContextManager["GradientPieces"]):
         self.in_pieces: str | None = None
 
     def __enter__(self) -> GradientPieces:
-        for name, parameter in self._parameters.items():
-            note = partial(self._note, name)
-            hook = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
-            self._handles.append(hook)
+        self._handles = watch_gradients(self._parameters.items(), self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,6 +11,7 @@ from trainer.config.secrets import redacted_value
 from trainer.core.metrics import TIMINGS
 from trainer.errors import LockstepError
 from trainer.reporting.jsonl import read_rows
+from trainer.storage.environment import ENVIRONMENT_FILE
 from trainer.storage.run_directory import Change, changed_keys, is_free, read_config
 
 Changes = dict[str, Change]  # by dotted key
@@ -149,7 +150,7 @@ def _read_columns(run: Path) -> Columns:
 
 
 def _read_environment(run: Path) -> dict[str, Any]:
-    path = run / "environment.json"
+    path = run / ENVIRONMENT_FILE
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError) as error:

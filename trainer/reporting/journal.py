@@ -24,6 +24,7 @@ from trainer.reporting.wandb.run import WandbRun, start_wandb
 from trainer.storage import bad_samples
 from trainer.storage.checkpoint import Progress
 from trainer.storage.data_record import DataRecord, write_record
+from trainer.storage.environment import ENVIRONMENT_FILE
 from trainer.storage.files import write_json
 from trainer.storage.run_directory import (
     RunDirectory,
@@ -114,7 +115,7 @@ class Journal:
         write_config(self.directory, self._config)
         record = record_data()
         write_record(self.directory, record)
-        write_json(self.directory / "environment.json", environment(record))
+        write_json(self.directory / ENVIRONMENT_FILE, environment(record))
         rows = self._open_metrics(progress)
         tracking = [
             "W&B disabled" if self.wandb is None else self.wandb.describe(),

@@ -16,7 +16,7 @@ from trainer.process.machine import describe_device, package_versions
 from trainer.process.ranks import Ranks
 from trainer.storage.data_record import DataRecord, plain_values
 
-FILE = "environment.json"
+ENVIRONMENT_FILE = "environment.json"
 DEVICE_DECODER = "device_decoder"
 GIT_TIMEOUT = 5  # seconds
 
@@ -57,7 +57,7 @@ def describe_decoder_change(directory: Path, device_decoder: str) -> str:
     if not device_decoder:
         return ""
     try:
-        before = json.loads((directory / FILE).read_text())[DEVICE_DECODER]
+        before = json.loads((directory / ENVIRONMENT_FILE).read_text())[DEVICE_DECODER]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     if before == device_decoder:

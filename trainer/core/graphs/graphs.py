@@ -237,12 +237,10 @@ class MicroBatchGraphs:
         for module in modules:
             buffers |= dict(module.named_buffers(remove_duplicate=False))
         self._run.forward.seed(batch, step)
-        on_host = torch.default_generator.get_state()
+        before = torch.default_generator.get_state()
         result = eager()
-        draws_on_device = self._run.ranks.device.type != "cpu"
-        if draws_on_device and not torch.equal(
-            on_host, torch.default_generator.get_state()
-        ):
+        has_drawn = not torch.equal(before, torch.default_generator.get_state())
+        if has_drawn and self._run.ranks.device.type != "cpu":
             self._refuse("the model or the loss draws from the CPU's generator")
         for state, module in zip(states, modules, strict=True):
             now = dict(module.named_buffers(remove_duplicate=False))
