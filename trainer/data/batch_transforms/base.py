@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class BatchTransform(Protocol):
         ...
 
 
+@runtime_checkable
 class SizingTransform(BatchTransform, Protocol):
     """One that also makes images of one size of images of several sizes. It must come first."""
 
@@ -66,7 +67,7 @@ class BatchTransforms:
     @property
     def takes_several_sizes(self) -> bool:
         """True if the first of them makes images of one size."""
-        return hasattr(self._transforms[0], "of_several_sizes")
+        return isinstance(self._transforms[0], SizingTransform)
 
     def __call__(self, images: Any, source: Source) -> Tensor:
         """Images `(B, C, H, W)` of the samples of `source`, or an `ImageList` of them, changed.
@@ -116,8 +117,9 @@ class BatchTransforms:
         return ", ".join(self._names)
 
 
-def _apply(transform: Any, images: Tensor | ImageList, draws: Tensor) -> Any:
+def _apply(transform: BatchTransform, images: Tensor | ImageList, draws: Tensor) -> Any:
     if isinstance(images, ImageList):
+        assert isinstance(transform, SizingTransform)  # the first, which was asked
         return transform.of_several_sizes(images.images, draws)
     return transform(images, draws)
 
