@@ -393,7 +393,7 @@ def test_a_session_that_is_too_short_says_so(
 ) -> None:
     settings = config(tmp_path, run__proof="off", train__profile=5)
     Trainer(settings, model=mlp(), train_data=Points(ignored=False)).fit()
-    assert "not 5 and then 6 in a row" in capsys.readouterr().out
+    assert "it needs a session of 13 steps or more" in capsys.readouterr().out
     assert not (tmp_path / "run" / "profile").exists()
 
 
