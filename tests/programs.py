@@ -185,8 +185,11 @@ def _become_program(
     except SystemExit as leaving:
         status = _exit_status(leaving)
     except BaseException as error:
-        sys.excepthook(*sys.exc_info())
         status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+        try:
+            sys.excepthook(*sys.exc_info())
+        except SystemExit as leaving:
+            status = _exit_status(leaving)
     # multiprocessing ends its processes without the functions registered with atexit; a program's own have to run.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()

@@ -714,3 +714,21 @@ def test_an_observer_that_cannot_be_built_is_named(
             Observer,
         )
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "run.dir",
+        "data.root",
+        "data.cache_dir",
+        "model.weights",
+        "data.val.a.root",
+        "data.test.folder",
+    ],
+)
+def test_a_path_is_not_empty(key: str, text: str) -> None:
+    with pytest.raises(ConfigError, match="is empty, and is to name") as caught:
+        load(overrides=[f"{key}='{text}'"])
+    assert caught.value.key == key

@@ -14,6 +14,8 @@ from torchvision.transforms import v2
 
 from trainer.config.schema import DataConfig
 from trainer.data import fast_crop
+from trainer.data.batch_transforms.boxes import middle_part
+from trainer.data.batch_transforms.resizing import RandomResizedCrop
 from trainer.data.datasets import build_datasets
 from trainer.data.decoding import decode
 from trainer.data.folder import ImageFolder
@@ -206,3 +208,21 @@ def test_a_bad_image_is_left_out_and_named_as_before(
     rest = keyed[item.request]
     assert isinstance(rest, Loaded) and rest.batch is not None
     assert torch.equal(item.batch.inputs, rest.batch.inputs)
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio", "expected"),
+    [
+        ((40, 1), (3.0, 4.0), (19, 0, 1, 1)),
+        ((1, 40), (0.2, 0.3), (0, 19, 1, 1)),
+        ((40, 10), (1.0, 2.0), (15, 0, 10, 10)),
+    ],
+)
+def test_the_middle_part_of_a_thin_image_has_a_pixel(
+    size: tuple[int, int], ratio: tuple[float, float], expected: tuple[int, ...]
+) -> None:
+    assert middle_part(*size, *ratio) == expected
+    crop = RandomResizedCrop(4, ratio=ratio)
+    image = torch.full((1, 3, *size), 7, dtype=torch.uint8)
+    draws = torch.zeros((1, crop.draws), dtype=torch.int64)
+    assert (crop(image, draws) == 7).all()

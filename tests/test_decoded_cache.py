@@ -33,7 +33,12 @@ from trainer.data.fast_crop import fast_form
 from trainer.data.image_reading import ImageReading
 from trainer.data.image_store import ABOUT_FILE, ImageStore
 from trainer.data.samples import KeyedDataset, MicroBatch, Request
-from trainer.data.short_side import choose_short_side, shrink, with_short_side
+from trainer.data.short_side import (
+    check_short_side,
+    choose_short_side,
+    shrink,
+    with_short_side,
+)
 from trainer.errors import ConfigError, DataError, LockstepError
 from trainer.process.ranks import Ranks
 from trainer.storage import cache_build
@@ -158,13 +163,47 @@ def test_auto_is_what_the_transforms_need(
     assert config.data.short_side == (expected or "auto")
     assert choose_short_side(replace(section, cache=0.0)).pixels is None
     assert choose_short_side(replace(section, short_side=30)).pixels == 30
+    # What is chosen is never refused, as where a run goes on by its config.yaml.
+    check_short_side(config.data)
+
+
+@pytest.mark.parametrize(
+    "transforms, least",
+    [
+        ([FLIP, CROP], 224),
+        ([RESIZE | {"size": [100, 180]}, CROP], 180),
+        ([{"name": "RandomCrop", "size": 40}], 40),
+        ([{"name": "RandomShortestSize", "min_size": [90, 120]}], 120),
+        ([RESIZE | {"interpolation": "bicubic"}], 232),
+        # A later one is given what the first one makes.
+        ([RESIZE | {"size": 28}, {"name": "Pad", "padding": 2}, CROP], 28),
+    ],
+)
+@pytest.mark.parametrize("place", ["train_transforms", "val_transforms", "test"])
+def test_a_short_side_below_what_the_transforms_ask_for(
+    transforms: list[dict[str, Any]], least: int, place: str
+) -> None:
+    value: Any = (
+        transforms if place != "test" else {"transforms": transforms, "root": "y"}
+    )
+    section = DataConfig(name="folder", root="x", short_side=least, **{place: value})
+    check_short_side(section)
+    check_short_side(replace(section, short_side="auto"))
+    with pytest.raises(ConfigError, match=f"set it to {least} or more") as caught:
+        build_datasets(replace(section, short_side=least - 1), Any)  # type: ignore[arg-type]
+    assert caught.value.key == "data.short_side"
+
+
+def test_a_short_side_for_a_transform_of_ones_own() -> None:
+    own = [{"name": "my_package.Mine", "size": 50}]
+    check_short_side(DataConfig(short_side=1, train_transforms=own))
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"cache": "decoded"}, "data.cache_dir: is not set"),
-        ({"cache": "decoded", "cache_dir": " "}, "data.cache_dir: is not set"),
+        ({"cache": "decoded", "cache_dir": " "}, "data.cache_dir: is empty"),
         (
             {"cache": "decode", "cache_dir": "x"},
             "data.cache: decode is not a number or decoded",

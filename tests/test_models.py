@@ -104,3 +104,15 @@ def test_mistakes(name: str, args: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         model(name, **args)
     assert message in str(caught.value)
+
+
+def test_classes_that_the_data_do_not_name() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_model(
+            ModelConfig(name=f"{__name__}.Net"),
+            seed=0,
+            num_classes=None,
+            in_channels=None,
+        )
+    assert caught.value.key == "model.num_classes"
+    assert "set it to the number of outputs" in caught.value.message

@@ -10,7 +10,14 @@ from PIL import Image
 from torch import nn
 
 from tests.distributed.ranks import on_ranks
-from tests.distributed.small import Images, Points, config, conv_net, mlp
+from tests.distributed.small import (
+    Images,
+    Points,
+    config,
+    conv_net,
+    header_of,
+    mlp,
+)
 from tests.test_configs import CONFIGS, ROOT, substitutes
 from trainer import Trainer
 from trainer.config.load import load
@@ -182,6 +189,17 @@ def test_columns_of_samples_that_are_no_rows(tmp_path: Path) -> None:
     (found,) = on_ranks(1, lines, settings, None)
     (line,) = found
     assert line.startswith("data.columns has no effect: ")
+
+
+def test_a_warmup_longer_than_the_run(tmp_path: Path) -> None:
+    changes = {"schedule__per": "step", "schedule__warmup": 99, "train__epochs": 1}
+    settings = config(tmp_path, **changes)
+
+    def header() -> dict[str, str]:
+        return header_of(Trainer(settings, model=mlp(), train_data=Points()), tmp_path)
+
+    (facts,) = on_ranks(1, header)
+    assert facts["note"].startswith("the warmup takes 99 steps and the run ")
 
 
 def test_useful_keys_are_not(tmp_path: Path) -> None:

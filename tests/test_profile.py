@@ -7,6 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.small import HASHES, Points, config, mlp
 from trainer import ConfigError, LockstepError, Observer, Trainer
 from trainer.__main__ import main
+from trainer.core.observers import Observers
+from trainer.core.profile.begin import add_profile
 from trainer.core.profile.intervals import (
     Intervals,
     contains,
@@ -390,7 +393,7 @@ def test_a_session_that_is_too_short_says_so(
 ) -> None:
     settings = config(tmp_path, run__proof="off", train__profile=5)
     Trainer(settings, model=mlp(), train_data=Points(ignored=False)).fit()
-    assert "not 5 and then 6 in a row" in capsys.readouterr().out
+    assert "it needs a session of 13 steps or more" in capsys.readouterr().out
     assert not (tmp_path / "run" / "profile").exists()
 
 
@@ -445,3 +448,37 @@ def test_a_place_that_is_no_folder_is_refused_before_anything_is_trained(
         command = ["profile", str(ROOT / "configs/digits.yaml"), "--out", str(out)]
         assert main(command) == 2
         assert f"--out: {file} is a file; name a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"train__max_steps": 4}, "a session of 13 steps or more, and this one has 4"),
+        ({"train__max_steps": 18}, "lower train.profile to 3"),
+        ({"train__checkpoint_every": 1}, "make both rarer (train.evaluate_every"),
+    ],
+)
+def test_what_helps_where_no_steps_can_be_profiled(
+    changes: dict[str, Any], advice: str, tmp_path: Path
+) -> None:
+    settings = config(tmp_path, train__epochs=1, train__profile=5, **changes)
+    plan = Plan(
+        samples=400,
+        batch_size=12,
+        micro_size=12,
+        ranks=1,
+        epochs=1,
+        seed=0,
+        max_steps=settings.train.max_steps,
+    )
+    timetable = Timetable(settings.train, plan, has_validation=True)
+    observer, line = add_profile(
+        Observers([]),
+        SimpleNamespace(config=settings, plan=plan),  # type: ignore[arg-type]
+        timetable,
+        steps_done=0,
+        directory=tmp_path,
+        note=print,
+    )
+    assert observer is None
+    assert advice in line

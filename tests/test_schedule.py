@@ -299,3 +299,12 @@ def test_a_factor_costs_next_to_nothing(name):
     ours = schedule(name, warmup=20.0)
     seconds = min(timeit.repeat(lambda: ours.factor(31), number=1000, repeat=5)) / 1000
     assert seconds < 5e-6  # about 0.4e-6; room for a busy machine
+
+
+def test_a_warmup_that_the_run_does_not_complete_is_noted():
+    ours = schedule("cosine", per="step", warmup=16, total_steps=8)
+    assert ours.note(8).startswith("the warmup takes 16 steps and the run 8, so")
+    assert max(map(ours.factor, range(8))) < 0.5
+    complete = schedule(per="step", warmup=8, total_steps=8)
+    assert complete.note(8) == ""
+    assert complete.factor(7) == 1

@@ -360,3 +360,48 @@ def test_a_run_without_trackers_imports_none(tmp_path: Path) -> None:
 
     assert on_ranks(1, run) == [[]]
     assert not (tmp_path / "run" / "trackers").exists()
+
+
+@pytest.mark.parametrize(
+    ("trackers", "message"),
+    [
+        (
+            [{}, {"file": "metrics.csv"}],
+            "trackers[1]: csv would write {run}/metrics.csv",
+        ),
+        (
+            [{"file": "{run}/a.csv"}, {"file": "./a.csv"}],
+            "trackers[1]: csv would write",
+        ),
+        ([{"file": "a.csv"}, {"file": "b.csv"}], ""),
+        ([{"name": "tensorboard"}] * 2, "trackers[1]: tensorboard would write"),
+        ([{"name": "tensorboard"}, {"name": "tensorboard", "log_dir": "x"}], ""),
+        (
+            [{"name": "tensorboard", "log_dir": " "}],
+            "trackers[0]: TensorBoardTracker refused",
+        ),
+        (
+            [{"name": "mlflow", "tracking_uri": ""}],
+            "trackers[0]: MlflowTracker refused",
+        ),
+        ([{"file": ""}], "trackers[0]: CsvTracker refused"),
+    ],
+)
+def test_two_that_write_one_file_and_empty_paths(
+    trackers: list[dict[str, Any]], message: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    tree = {
+        "run": {"dir": str(tmp_path), "name": "run"},
+        "trackers": [{"name": "csv"} | tracker for tracker in trackers],
+    }
+    for tracker in tree["trackers"]:
+        if "file" in tracker:
+            tracker["file"] = tracker["file"].format(run=run)
+    made = Config.from_dict(tree)
+    if not message:
+        assert len(build_trackers(made)) == 2
+        return
+    with pytest.raises(ConfigError) as caught:
+        build_trackers(made)
+    assert str(caught.value).startswith(message.format(run=run))

@@ -65,4 +65,6 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: reading a config, or `--help`, needs no torch."""
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # A program that uses a public name may end with one of our errors, which need no traceback.
+    import_module(f"{__name__}.process.uncaught").report_uncaught_errors()
     return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

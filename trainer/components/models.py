@@ -26,6 +26,10 @@ from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
 TORCHVISION_CHANNELS = 3
 # Python's own words, of a call within a function that takes any argument.
 UNEXPECTED_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
+NO_CLASSES = (
+    "the model needs it, and the data do not name their classes; set it to the number of outputs, as in "
+    "model.num_classes=10, or give the data set a list `classes`"
+)
 # Of torchvision; a loss of one output cannot take more.
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
@@ -68,9 +72,14 @@ def build_model(
     constructor, supplied = _constructor(section, supplied)
     for name in section.args:
         supplied.pop(name, None)
-    # The caller's own draws go on as if no model had been built.
-    with preserved_cpu_generators():
-        model = _call(constructor, section.args, supplied, seed)
+    try:
+        # The caller's own draws go on as if no model had been built.
+        with preserved_cpu_generators():
+            model = _call(constructor, section.args, supplied, seed)
+    except ConfigError as error:
+        if error.key == "model.num_classes" and num_classes is None:
+            raise ConfigError(error.key, NO_CLASSES) from None
+        raise
     if not isinstance(model, nn.Module):
         raise ConfigError(
             "model.name",

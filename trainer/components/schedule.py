@@ -73,6 +73,15 @@ class Schedule:
             factor *= start + (1 - start) * (step_index + 1) / self._warmup_steps
         return factor
 
+    def note(self, total_steps: int) -> str:
+        """What the header says of a warmup that a run of so many steps does not complete; else an empty string."""
+        if self._warmup_steps <= total_steps:
+            return ""
+        return (
+            f"the warmup takes {self._warmup_steps:,} steps and the run {total_steps:,}, so optimizer.lr is never "
+            f"reached; lower schedule.warmup, whose unit is that of schedule.per={self._section.per}"
+        )
+
     def describe(self) -> str:
         """One short phrase, such as `step: ×0.1 every 7 epochs, warmup 1 epoch`."""
         if not self._warmup_steps:

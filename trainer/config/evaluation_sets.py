@@ -22,9 +22,11 @@ class EvaluationSetConfig(ComponentSection):
     SECTION = "set"  # its place in the config is not known here: `_read` puts it in
 
     name: str = key("", "as data.name; empty = the same")
-    root: str | None = key(None, "as data.root; null = the same")
+    root: str | None = key(None, "as data.root; null = the same", path=True)
     folder: str | None = key(
-        None, "of data.name=folder: the folder below root that holds the class folders"
+        None,
+        "of data.name=folder: the folder below root that holds the class folders",
+        path=True,
     )
     part: Literal["train", "val"] | None = key(
         None, "which part of that data set; null = val"

@@ -38,7 +38,10 @@ TYPE_NAMES = {
 
 
 class Key(NamedTuple):
-    """One key of a section: `hint` is its type, `minimum` the smallest number allowed, `infinite` whether .inf is."""
+    """One key of a section: `hint` is its type, `minimum` the smallest number allowed, `infinite` whether .inf is.
+
+    `path`: it names a file or a folder.
+    """
 
     hint: Any
     default: Any
@@ -46,6 +49,7 @@ class Key(NamedTuple):
     unit: str
     minimum: float | None
     infinite: bool
+    path: bool
 
 
 def key(
@@ -55,6 +59,7 @@ def key(
     unit: str = "",
     minimum: float | None = None,
     infinite: bool = False,
+    path: bool = False,
 ) -> Any:
     """Declare a key in the body of a section."""
     metadata = {
@@ -63,6 +68,7 @@ def key(
         "unit": unit,
         "minimum": minimum,
         "infinite": infinite,
+        "path": path,
     }
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -227,6 +233,8 @@ def convert(name: str, item: Key, value: Any) -> Any:
     if isinstance(value, str) and "\0" in value:
         # No path, and no name of anything.
         raise ConfigError(name, f"{value!a} holds a zero byte")
+    if item.path and isinstance(value, str):
+        refuse_empty_path(name, value)
     # Not `value < minimum`: NaN is below nothing, and must be refused.
     if (
         item.minimum is not None
@@ -240,6 +248,16 @@ def convert(name: str, item: Key, value: Any) -> Any:
     if not item.infinite and not all(map(_is_finite, leaves_in(value))):
         raise ConfigError(name, f"{show(value)} is not finite")
     return value
+
+
+def refuse_empty_path(name: str, path: str) -> None:
+    """Raise `ConfigError` for text of nothing: it would be the working directory, and is mostly an unset variable."""
+    if not path.strip():
+        raise ConfigError(
+            name,
+            "is empty, and is to name a file or folder; leave it out for the default, and write . for the working "
+            "directory",
+        )
 
 
 def _is_finite(value: Any) -> bool:

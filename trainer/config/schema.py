@@ -47,7 +47,7 @@ class RunConfig(Section):
         "run",
         "the run's directory is <run.dir>/<run.name>; an earlier run there is moved aside",
     )
-    dir: str = key("runs", "where runs are kept")
+    dir: str = key("runs", "where runs are kept", path=True)
     seed: int = key(
         0,
         "determines initial weights, sample order, augmentation and dropout",
@@ -88,7 +88,9 @@ class DataConfig(ComponentSection):
         "digits",
         "digits, folder, cifar10, mnist, fake, shapes, or an import path to a map-style dataset",
     )
-    root: str | None = key(None, "folder that holds the data set, where it has files")
+    root: str | None = key(
+        None, "folder that holds the data set, where it has files", path=True
+    )
     cache: float | Literal["decoded"] = key(
         0.0,
         "memory of each process for decoded images of a folder, in GiB; decoded = all of them in files of "
@@ -96,7 +98,7 @@ class DataConfig(ComponentSection):
         minimum=0,
     )
     cache_dir: str | None = key(
-        None, "folder that holds the files of data.cache=decoded"
+        None, "folder that holds the files of data.cache=decoded", path=True
     )
     short_side: int | Literal["auto", "full"] = key(
         "auto",
@@ -205,8 +207,7 @@ class DataConfig(ComponentSection):
                 f"{show(self.sampler)} is a name alone; write {{name: {self.sampler}}}, or data.sampler.name",
             )
         super().__post_init__()
-        # Text of nothing is where a variable was not set, and would be the working directory.
-        if self.cache == "decoded" and not (self.cache_dir or "").strip():
+        if self.cache == "decoded" and self.cache_dir is None:
             raise ConfigError(
                 "data.cache_dir",
                 "is not set; data.cache=decoded needs a folder for the decoded images, on a fast disk with room for "
@@ -258,6 +259,7 @@ class ModelConfig(ComponentSection):
     weights: str | None = key(
         None,
         "weights to start from: torchvision's name for them, such as DEFAULT, or a file (or its folder)",
+        path=True,
     )
     weights_key: str | None = key(
         None,

@@ -27,6 +27,7 @@ from trainer.data.parts import check_part, shared_class_names
 from trainer.data.rows import as_pairs
 from trainer.data.shapes import Shapes, check_target
 from trainer.data.shapes import class_names as class_names_of_shapes
+from trainer.data.short_side import check_short_side
 from trainer.errors import ConfigError, DataError, UnreadableError, may_pass
 from trainer.exact.seeding import numpy_generator
 
@@ -128,6 +129,7 @@ def build_datasets(
     Raises `ConfigError` for a wrong name or argument, `DataError` for files that are missing or of no use.
     """
     check_decode_size(section)
+    check_short_side(section)
     target = resolve("data", section.name, MAKERS)
     parameters = names_of_parameters(target)
     _check_section(section, parameters)

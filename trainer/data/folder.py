@@ -228,7 +228,7 @@ def _notes(left_out: dict[str, list[str]]) -> str:
 
 def _check_below_root(key: str, name: str) -> None:
     """Raise `ConfigError` for the name of a folder that leads out of `data.root`."""
-    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+    if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ConfigError(f"data.{key}", f'"{name}" is no folder below data.root')
 
 

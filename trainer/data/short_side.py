@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trainer.config.evaluation_sets import test_set, validation_sets
 from trainer.config.schema import Config, DataConfig
+from trainer.errors import ConfigError
 
 # A random resized crop of 224 pixels has images of 256: what validation customarily makes of them, too.
 CROP_MARGIN = 8 / 7
@@ -43,6 +44,10 @@ SIZELESS = frozenset(
         "Identity",
     }
 )
+
+
+# Of v2: where a transform says how large it makes an image, unless in `size`.
+SIZE_ARGUMENTS = {"RandomShortestSize": "min_size", "RandomResize": "max_size"}
 
 
 class ShortSide(NamedTuple):
@@ -117,6 +122,21 @@ def choose_short_side(section: DataConfig) -> ShortSide:
     return ShortSide(largest)
 
 
+def check_short_side(section: DataConfig) -> None:
+    """Raise `ConfigError` if images would be made smaller than the first transform that asks for a size wants them."""
+    side = section.short_side
+    if not isinstance(side, int):
+        return
+    for key, items in _transform_lists(section):
+        name, size = _first_size(items)
+        if size is not None and size > side:
+            raise ConfigError(
+                "data.short_side",
+                f"{side} is less than the {size} pixels of {name} in {key}, so images would be made smaller only to "
+                f"be enlarged; set it to {size} or more",
+            )
+
+
 def _transform_lists(
     section: DataConfig,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -129,6 +149,24 @@ def _transform_lists(
     for name, item in sets.items():
         if item.transforms is not None:
             yield f"data.{name}.transforms", item.transforms
+
+
+def _first_size(items: list[dict[str, Any]]) -> tuple[str, int | None]:
+    """The first transform for which an image's size matters, and the size that it asks for, if it does.
+
+    Later ones are given what that one makes. Those of an import path are their author's.
+    """
+    for item in items:
+        name = str(item.get("name")) if isinstance(item, dict) else ""
+        if name in SIZELESS:
+            continue
+        size = None if "." in name or not name else _own_size(name, item)
+        return name, size
+    return "", None
+
+
+def _own_size(name: str, arguments: dict[str, Any]) -> int | None:
+    return _largest(arguments.get(SIZE_ARGUMENTS.get(name, "size")))
 
 
 def _needed_by(items: list[dict[str, Any]]) -> tuple[int | None, str]:
@@ -147,16 +185,11 @@ def _needed_size(name: str, arguments: dict[str, Any]) -> int | None:
     is_bilinear = arguments.get("interpolation", "bilinear") == "bilinear"
     if is_resize and not (is_bilinear and arguments.get("antialias", True)):
         return None  # nothing would be left for it to do
-    match name:
-        case "Resize":
-            return _largest(arguments.get("size"))
-        case "RandomShortestSize":
-            return _largest(arguments.get("min_size"))
-        case "RandomResize":
-            return _largest(arguments.get("max_size"))
-        case "RandomResizedCrop":
-            size = _largest(arguments.get("size"))
-            return None if size is None else math.ceil(size * CROP_MARGIN)
+    size = _own_size(name, arguments)
+    if is_resize:
+        return size
+    if name == "RandomResizedCrop" and size is not None:
+        return math.ceil(size * CROP_MARGIN)
     return None
 
 

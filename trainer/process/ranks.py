@@ -29,6 +29,7 @@ from trainer.process.interface import choose_gloo_interface
 from trainer.process.launcher_settings import check_launcher_settings, check_world_size
 from trainer.process.levels import Level, all_ranks, levels_of
 from trainer.process.restart import join_after_restart
+from trainer.process.uncaught import report_uncaught_errors
 
 DEFAULT_TIMEOUT = 1800.0  # seconds; that of run.timeout
 LONGEST_TIMEOUT = (
@@ -82,6 +83,7 @@ class Ranks:
         check_world_size(self.count)
         if self.count > 1:
             delay_exit_for_gloo()
+            report_uncaught_errors()  # above the hook that torch has set by now
         self._host = HostGroup(self.rank, self.count, timeout)
 
     @property

@@ -93,6 +93,7 @@ def header(
         ("bad samples", _describe_quarantine(run)),
         ("note", run.data.note),
         ("note", run.sharding_note),
+        ("note", schedule.note(plan.total_steps)),
         *(("note", line) for line in keys_without_effect(run)),
         *proof.facts(),
     ]

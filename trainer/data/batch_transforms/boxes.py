@@ -93,13 +93,14 @@ def middle_part(
 ) -> tuple[int, int, int, int]:
     """Top, left, height and width of an image's largest part of a ratio from `low` to `high`, in its middle.
 
-    What torchvision's RandomResizedCrop takes where no attempt fits.
+    What torchvision's RandomResizedCrop takes where no attempt fits. It has a pixel at least: of an image one pixel
+    wide no part is three times as wide as high, say.
     """
     part_height, part_width = height, width
     if width / height < low:
-        part_height = round(width / low)
+        part_height = max(1, round(width / low))
     elif width / height > high:
-        part_width = round(height * high)
+        part_width = max(1, round(height * high))
     top, left = (height - part_height) // 2, (width - part_width) // 2
     return top, left, part_height, part_width
 

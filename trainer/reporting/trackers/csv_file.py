@@ -14,7 +14,7 @@ from trainer.storage.files import write_text
 
 
 class CsvTracker(Tracker):
-    """A CSV file at `file` within the run's directory. A cell is empty where its row has no such value.
+    """A CSV file at `file`, a path from the run's directory. A cell is empty where its row has no such value.
 
     Raises `ValueError` unless the file's name ends in .csv: no other file of a run does, so none is overwritten.
     """
@@ -29,8 +29,12 @@ class CsvTracker(Tracker):
         self._name = file
         self._columns: list[str] = []
 
+    def target(self, directory: Path) -> Path:
+        """What it writes, where the run's directory is `directory`."""
+        return directory / self._name
+
     def begin(self, session: Session) -> None:
-        self._path: Path = session.directory / self._name
+        self._path: Path = self.target(session.directory)
         self._columns = list(dict.fromkeys(chain.from_iterable(session.rows)))
         self._write_whole(session.rows)
 

@@ -18,6 +18,7 @@ from trainer.reporting.trackers.mlflow import MlflowTracker
 from trainer.reporting.trackers.tensorboard import TensorBoardTracker
 from trainer.reporting.trackers.trackio import TrackioTracker
 from trainer.reporting.trackers.worker import Note, TrackerWorker
+from trainer.storage.run_directory import run_path
 
 KINDS: dict[str, type[Tracker]] = {
     "csv": CsvTracker,
@@ -32,12 +33,30 @@ def build_trackers(config: Config) -> list[Tracker]:
     """The trackers that a config names, in order, not begun yet.
 
     Raises `ConfigError` naming the tracker by its index, as in `trackers[0].name`; for a package that is not
-    installed, with its name.
+    installed, with its name; and for two that would write one file.
     """
-    return [
+    trackers = [
         _build(f"trackers[{index}]", section, config.run.name)
         for index, section in enumerate(config.trackers)
     ]
+    _check_apart(trackers, config)
+    return trackers
+
+
+def _check_apart(trackers: Sequence[Tracker], config: Config) -> None:
+    places: dict[Path, str] = {}
+    for index, tracker in enumerate(trackers):
+        if not isinstance(tracker, CsvTracker | TensorBoardTracker):
+            continue
+        target = tracker.target(run_path(config.run))
+        place = f"trackers[{index}]"
+        other = places.setdefault(target.resolve(), place)
+        if other != place:
+            raise ConfigError(
+                place,
+                f"{config.trackers[index].name} would write {target}, as {other} does; name another there, or leave "
+                f"one of them out",
+            )
 
 
 def _build(place: str, section: TrackerConfig, run_name: str) -> Tracker:

@@ -39,6 +39,10 @@ class MlflowTracker(Tracker):
         run_name: str | None = None,
         tags: dict[str, str] | None = None,
     ) -> None:
+        if tracking_uri is not None and not tracking_uri.strip():
+            raise ValueError(
+                "tracking_uri is empty; leave it out for that of MLFLOW_TRACKING_URI"
+            )
         self._experiment = experiment
         self._uri = tracking_uri
         self._run_name = run_name

@@ -21,21 +21,33 @@ from trainer.reporting.trackers.base import (
 
 
 class TensorBoardTracker(Tracker):
-    """Event files in `log_dir`, by default `tensorboard` in the run's directory. The digest, a text, is left out."""
+    """Event files in `log_dir`, a path from the working directory; by default `tensorboard` in the run's directory.
+
+    The digest, a text, is left out.
+    """
 
     module: ClassVar[str] = "torch.utils.tensorboard"
     package: ClassVar[str] = "tensorboard"
     cuts: ClassVar[bool] = True
 
     def __init__(self, log_dir: str | None = None) -> None:
+        if log_dir is not None and not log_dir.strip():
+            raise ValueError(
+                "log_dir is empty; leave it out for the folder tensorboard of the run"
+            )
         self._log_dir = log_dir
+
+    def target(self, directory: Path) -> Path:
+        """What it writes, where the run's directory is `directory`."""
+        return Path(self._log_dir or directory / "tensorboard")
 
     def begin(self, session: Session) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        directory = self._log_dir or session.directory / "tensorboard"
         purge_step = _purge_step(session)
-        self._writer: Any = SummaryWriter(str(directory), purge_step=purge_step)
+        # As it is written: it may be the address of a bucket.
+        directory = self._log_dir or str(self.target(session.directory))
+        self._writer: Any = SummaryWriter(directory, purge_step=purge_step)
         self._write_config(session)
         if purge_step is not None:
             # Whole steps are purged, and the checkpoint may lie between two rows of one step.
