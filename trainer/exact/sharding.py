@@ -6,6 +6,7 @@ of all parameters, their gradients and the optimizer's state, and the whole of o
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -85,6 +86,7 @@ def shard(module: nn.Module, ranks: Ranks) -> list[str]:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     _tolerate_unused(module)
     BlockCalls(module, names)
+    gc.collect()  # what is garbage uses none of them
     return [name for name, parameter in before.items() if parameter() is not None]
 
 
