@@ -77,6 +77,11 @@ class Stopped(LockstepError):
         return str(self.args[0])
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def listed(items: Sequence[str], most: int) -> str:
     """`a, b and 3 more`: the first items, at most `most`, and how many others there are."""
     more = len(items) - most

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.data.image_checks import Unusable, first_line
+from trainer.data.image_checks import Unusable
+from trainer.errors import first_line
 
 COLOR, GREY = 3, 1  # channels
 Decode = Callable[[Tensor], Tensor]

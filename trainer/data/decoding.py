@@ -23,7 +23,6 @@ from trainer.data.image_checks import (
     WEBP_START,
     Unusable,
     check_size,
-    first_line,
     is_common_jpeg,
     jpeg_orientation,
     png_of_pixels,
@@ -33,7 +32,7 @@ from trainer.data.image_checks import (
 )
 from trainer.data.image_list import JpegFile
 from trainer.data.names import printable
-from trainer.errors import DataError, data_error, may_pass
+from trainer.errors import DataError, data_error, first_line, may_pass
 
 IMAGE_TYPES = (
     ".jpg",

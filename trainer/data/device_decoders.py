@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from trainer.data.decoders import DecodeFiles, cuda_decoders
-from trainer.data.image_checks import ORIENTATION, first_line
+from trainer.data.image_checks import ORIENTATION
 from trainer.data.image_list import turned_upright
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, first_line
 from trainer.process.device import device_name
 
 # Of 255 levels: how near a decoder's pixels are to the picture's on average.

@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Literal
 
+from trainer.errors import first_line
+
 PNG_START = b"\x89PNG"
 PNG_SIGNATURE = PNG_START + b"\r\n\x1a\n"
 # All that the pixels depend on. Pillow would also heed orientations in text chunks and the frames of an animation,
@@ -60,10 +62,6 @@ class Unusable(Exception):
         return cls(
             f"is an animation of {images} images, not one; remove or replace the file"
         )
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def check_size(size: tuple[int, int] | None, max_pixels: int | None) -> None:

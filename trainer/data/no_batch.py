@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from trainer.data.conversion import describe_parts
-from trainer.errors import DataError
+from trainer.errors import DataError, first_line
 from trainer.exact.plan import Ids
 
 
@@ -57,10 +57,9 @@ def _of_no_kind(part: str, value: Any, sample: str, error: Exception) -> DataErr
     remedy = "return a tensor, or a dict of tensors"
     if part == "target":
         remedy = "return a number or a tensor; where there is no target, return 0"
-    reason = str(error).splitlines()[0]
     return DataError(
-        f"{sample}: its {part} is {describe_parts(value)}, of which no batch can be made ({reason}); {remedy}, or name "
-        f"a function in data.collate that makes the batch"
+        f"{sample}: its {part} is {describe_parts(value)}, of which no batch can be made ({first_line(error)}); "
+        f"{remedy}, or name a function in data.collate that makes the batch"
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.components.answers import Answer
-from trainer.errors import ConfigError, LockstepError
+from trainer.errors import ConfigError, LockstepError, first_line
 from trainer.inspection.predictor import Predictor, unknown_answer
 from trainer.storage.files import new_file
 
@@ -100,9 +100,8 @@ def export(predictor: Predictor, kind: str, path: Path) -> Path:
         raise
     except Exception as error:
         # A tracer may raise anything on a model that it cannot follow.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise LockstepError(
-            f"{predictor.config.model.name} cannot be exported as {kind}: {reason}"
+            f"{predictor.config.model.name} cannot be exported as {kind}: {first_line(error)}"
         ) from error
     return path
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.fields import show
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, first_line
 from trainer.exact.seeding import key
 from trainer.storage.files import lock_directory
 from trainer.sweep.description import Sweep
@@ -301,10 +301,9 @@ def _open_study(sweep: Sweep, path: Path) -> optuna.Study:
             load_if_exists=True,
         )
     except (sqlite3.DatabaseError, SQLAlchemyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         raise ConfigError(
             str(path),
-            f"cannot be used ({reason}); move it away, or name this sweep otherwise",
+            f"cannot be used ({first_line(error)}); move it away, or name this sweep otherwise",
         ) from None
 
 

@@ -25,6 +25,7 @@ from trainer.core.graphs.refusal import why_eager
 from trainer.core.proof.state import ModuleState
 from trainer.core.run import Run
 from trainer.data.samples import MicroBatch
+from trainer.errors import first_line
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Step
 from trainer.exact.reduction import Reduction
@@ -158,7 +159,7 @@ class MicroBatchGraphs:
                 self._refuse(str(error))
             except Exception as error:
                 # Of whatever kind: eager raises it, too, if it is the model's own.
-                self._refuse(f"the recording failed: {_first_line(error)}")
+                self._refuse(f"the recording failed: {_in_words(error)}")
             if self.reason:
                 return
 
@@ -260,9 +261,10 @@ class MicroBatchGraphs:
         return draws is not None and not draws.forwards_to_watch
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _in_words(error: Exception) -> str:
+    kind = type(error).__name__
+    text = first_line(error)
+    return kind if text == kind else f"{kind}: {text}"
 
 
 def build_graphs(run: Run, reduction: Reduction) -> MicroBatchGraphs | None:
