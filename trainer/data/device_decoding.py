@@ -24,14 +24,6 @@ from trainer.exact.structures import map_tensors
 
 KEY = "data.decode"
 ON_HOST = "works on decoded images of the host, and data.decode=device decodes them"
-EXCLUSIONS = {
-    "data.train_transforms": f"{ON_HOST} later; name them in data.batch_transforms, or set data.decode=cpu",
-    "data.collate": f"{ON_HOST} later; leave one of them out",
-    "data.on_device": "reads every sample once, in one size, and data.decode=device gives several; leave one out",
-    "data.cache": "keeps decoded images, and data.decode=device decodes files; leave one of them out",
-    "data.decode_short_side": "is libjpeg's, and data.decode=device decodes files in full; leave one of them out",
-    "data.short_side": f"{ON_HOST} later; leave it out: data.batch_transforms make the images smaller",
-}
 
 
 def check_decoding(
@@ -43,23 +35,51 @@ def check_decoding(
             KEY,
             "device decodes the image files of data.name=folder, and these are no such files; leave it out",
         )
-    excluded = {
-        "data.train_transforms": bool(section.train_transforms),
-        "data.collate": section.collate is not None,
-        "data.on_device": section.on_device,
-        "data.cache": bool(section.cache),
-        "data.decode_short_side": section.decode_short_side is not None,
-        "data.short_side": isinstance(section.short_side, int),
-    }
-    for key, is_set in excluded.items():
+    for key, is_set, reason in _exclusions(section):
         if is_set:
-            raise ConfigError(key, EXCLUSIONS[key])
+            raise ConfigError(key, reason)
     if transforms is None or not transforms.takes_several_sizes:
         raise ConfigError(
             KEY,
             "device gives images of several sizes; let data.batch_transforms begin with {name: RandomResizedCrop, "
             "size: 224} or {name: Resize, size: [224, 224]}, which make one size of them there",
         )
+
+
+def _exclusions(section: DataConfig) -> list[tuple[str, bool, str]]:
+    """The keys that cannot be combined with it: whether each is set, and why not."""
+    return [
+        (
+            "data.train_transforms",
+            bool(section.train_transforms),
+            f"{ON_HOST} later; name them in data.batch_transforms, or set data.decode=cpu",
+        ),
+        (
+            "data.collate",
+            section.collate is not None,
+            f"{ON_HOST} later; leave one of them out",
+        ),
+        (
+            "data.on_device",
+            section.on_device,
+            "reads every sample once, in one size, and data.decode=device gives several; leave one out",
+        ),
+        (
+            "data.cache",
+            bool(section.cache),
+            "keeps decoded images, and data.decode=device decodes files; leave one of them out",
+        ),
+        (
+            "data.decode_short_side",
+            section.decode_short_side is not None,
+            "is libjpeg's, and data.decode=device decodes files in full; leave one of them out",
+        ),
+        (
+            "data.short_side",
+            isinstance(section.short_side, int),
+            f"{ON_HOST} later; leave it out: data.batch_transforms make the images smaller",
+        ),
+    ]
 
 
 class DeviceDecoding:
@@ -90,35 +110,35 @@ class DeviceDecoding:
             return item._replace(batch=batch._replace(inputs=ImageList(images)))
         bad = list(item.bad)
         ids = item.request.ids.tolist()
-        for place, error in errors.items():
+        for position, error in errors.items():
             if not is_bad_sample(error):
                 raise error
-            bad.append(self._dataset.describe_bad(ids[place], error))
-        places = [place for place in range(len(ids)) if place not in errors]
-        request = item.request.only(places)
-        if not places:
+            bad.append(self._dataset.describe_bad(ids[position], error))
+        positions = [i for i in range(len(ids)) if i not in errors]
+        request = item.request.only(positions)
+        if not positions:
             return Loaded(None, request, bad)
-        targets = map_tensors(lambda rows: rows[places], batch.targets)
+        targets = map_tensors(lambda rows: rows[positions], batch.targets)
         readable = self._dataset.micro_batch(ImageList(images), targets, request)
         return Loaded(readable, request, bad)
 
     def _images(self, batch: MicroBatch) -> tuple[list[Tensor], dict[int, DataError]]:
-        """The images on the device, and of each place without one, why."""
+        """The images on the device, and of each position without one, why."""
         packed, source = batch.inputs, batch.source
         assert isinstance(packed, PackedImages) and source is not None
         parts = list(packed.parts())
         decoded = iter(self._decode([part for entry, part in parts if entry.is_file]))
         images: list[Tensor] = []
         errors: dict[int, DataError] = {}
-        for place, (entry, part) in enumerate(parts):
+        for position, (entry, part) in enumerate(parts):
             image: Tensor | None = part
             if entry.is_file:
                 image = self._upright(next(decoded), entry)
             if image is None:
                 try:
-                    image, _ = self._dataset.pair(int(source.ids[place]))
+                    image, _ = self._dataset.pair(int(source.ids[position]))
                 except DataError as error:
-                    errors[place] = error
+                    errors[position] = error
                     continue
             images.append(image.to(self._device, non_blocking=True))
         return images, errors

@@ -75,10 +75,10 @@ class ResizedCrop:
 
     def draw(self, image: Tensor) -> Tensor:
         """The part of a decoded image that is to be resized; a view."""
-        top, left, height, width = self._place(*image.shape[1:])
+        top, left, height, width = self._box(*image.shape[1:])
         return image[:, top : top + height, left : left + width]
 
-    def _place(self, height: int, width: int) -> tuple[int, int, int, int]:
+    def _box(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Top, left, height and width of a part of an image."""
         for _ in range(ATTEMPTS):
             share = self._float.uniform_(*self._transform.scale).item()
@@ -110,7 +110,7 @@ class Flip:
 
 
 class CropBatch:
-    """Batches of decoded images, cropped, resized and then perhaps flipped: each into its place in the batch.
+    """Batches of decoded images, cropped, resized and then perhaps flipped: each straight into the batch.
 
     One by one, each image has its channels put apart and is copied once more into a batch, which takes as long as to
     resize it. Here they stay together, as in `torch.channels_last`; a device puts them apart where it normalises.
@@ -125,10 +125,10 @@ class CropBatch:
         shape = (count, 3, *self._crop.size)
         return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
 
-    def fill(self, batch: Tensor, place: int, image: Tensor) -> None:
-        """Draw as for a sample, and put what becomes of a decoded image into its place."""
+    def fill(self, batch: Tensor, position: int, image: Tensor) -> None:
+        """Draw as for a sample, and put what becomes of a decoded image at its position."""
         part = self._crop.draw(image)
-        out = batch[place : place + 1]
+        out = batch[position : position + 1]
         if list(part.shape[1:]) == self._crop.size:
             out[0] = part
         else:

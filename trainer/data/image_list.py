@@ -121,10 +121,11 @@ def are_of_several_sizes(images: Sequence[object]) -> bool:
     """True for images, uint8 `(C, H, W)`, that have the same channels and not all the same size."""
     shapes = set()
     for image in images:
-        is_image = isinstance(image, Tensor) and image.dim() == 3
-        if not is_image or image.dtype != torch.uint8:  # type: ignore[attr-defined]
+        if not isinstance(image, Tensor):
             return False
-        shapes.add(image.shape)  # type: ignore[attr-defined]
+        if image.dim() != 3 or image.dtype != torch.uint8:
+            return False
+        shapes.add(image.shape)
     channels = {shape[0] for shape in shapes}
     return len(shapes) > 1 and len(channels) == 1
 

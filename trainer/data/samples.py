@@ -240,7 +240,7 @@ class KeyedDataset(Dataset[Any]):
         if self.at_sample is not None:  # in a loader process
             images.share_memory_()  # type: ignore[no-untyped-call]
         targets = []
-        for place, (sample_id, occurrence) in enumerate(request.pairs()):
+        for position, (sample_id, occurrence) in enumerate(request.pairs()):
             self._seed_for(request.epoch, sample_id, occurrence)
             if self.at_sample is not None:
                 self.at_sample(sample_id)
@@ -250,7 +250,7 @@ class KeyedDataset(Dataset[Any]):
                 return None
             if not is_decoded_image(image) or not isinstance(target, int | float):
                 return None
-            self._crops.fill(images, place, image)
+            self._crops.fill(images, position, image)
             targets.append(target)
         return self.micro_batch(images, default_collate(targets), request)
 

@@ -12,9 +12,8 @@ from torch import Tensor
 SIXTH = 1 << 16
 CIRCLE = 6 * SIXTH
 HALF = SIXTH >> 1
-LARGEST_SHARE = (
-    0.5  # of the circle: a turn by half of it is the same in both directions
-)
+# Of the circle: a turn by half of it is the same in both directions.
+LARGEST_SHARE = 0.5
 # Where on the circle each of red, green and blue begins to fall, in sixths.
 STARTS = (5, 3, 1)
 
@@ -41,9 +40,9 @@ def turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
     hue = _hue(pixels, largest, spread) + turn.view(-1, 1, 1, 1)
     channels = []
     for start in STARTS:
-        place = torch.remainder(hue + start * SIXTH, CIRCLE)
+        position = torch.remainder(hue + start * SIXTH, CIRCLE)
         # How far the channel is from the largest, of `spread`: it rises, stays and falls around the circle.
-        distance = torch.minimum(place, 4 * SIXTH - place).clamp_(0, SIXTH)
+        distance = torch.minimum(position, 4 * SIXTH - position).clamp_(0, SIXTH)
         channels.append(largest - ((spread * distance + HALF) >> 16))
     return torch.cat(channels, 1)
 
