@@ -34,7 +34,7 @@ class OneInterrupt:
         raise KeyboardInterrupt
 
 
-_commands: list[OneInterrupt] = []
+_is_command = threading.Event()
 
 
 def begin_command() -> None:
@@ -42,15 +42,14 @@ def begin_command() -> None:
 
     Under nohup and its like, where SIGINT is ignored, it stays so.
     """
-    interrupt = OneInterrupt()
-    _commands.append(interrupt)
+    _is_command.set()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, OneInterrupt())
 
 
 def is_command() -> bool:
     """True if this process runs a command, and not a program or a notebook that goes on after a run."""
-    return bool(_commands)
+    return _is_command.is_set()
 
 
 @contextmanager
