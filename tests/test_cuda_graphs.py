@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,25 @@ def run(
     return result, trainer, notes
 
 
+def replayed(
+    directory: Path,
+    make_model: Callable[[], nn.Module],
+    make_data: Callable[[], Any],
+    **changes: Any,
+) -> tuple[int, list[str]]:
+    """The recordings of a run that replays micro-batches with the bits of eager to its end, and its notes."""
+    expected, _, _ = run(directory, make_model(), make_data(), graphs=False, **changes)
+    with graphs_on_cpu() as graphs:
+        result, trainer, notes = run(
+            directory, make_model(), make_data(), graphs=True, **changes
+        )
+    assert result == expected
+    assert trainer.graphs is not None
+    assert not trainer.graphs.reason
+    assert trainer.graphs.replays > 0
+    return graphs.recordings, notes
+
+
 SAME: list[dict[str, Any]] = [
     # Steps of 28 samples in four micro-batches, and a last one of 19 in three, of 7, 6 and 6.
     {},
@@ -113,26 +132,15 @@ SAME: list[dict[str, Any]] = [
 def test_replays_have_the_bits_of_eager(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    expected, _, _ = run(tmp_path, Net(), Images(), graphs=False, **changes)
-    with graphs_on_cpu() as graphs:
-        result, trainer, notes = run(tmp_path, Net(), Images(), graphs=True, **changes)
-    assert result == expected
-    assert trainer.graphs is not None
-    assert not trainer.graphs.reason
-    assert trainer.graphs.replays > 0
-    assert graphs.recordings >= 1
+    recordings, notes = replayed(tmp_path, Net, Images, **changes)
+    assert recordings >= 1
     assert len(notes) == 1
     assert "are replayed from step" in notes[0]
 
 
 def test_weights_that_depend_on_targets_are_those_of_each_batch(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"loss__ignore_index": IGNORED, "train__log_every": 2}
-    expected, _, _ = run(tmp_path, mlp(), Points(), graphs=False, **changes)
-    with graphs_on_cpu():
-        result, trainer, _ = run(tmp_path, mlp(), Points(), graphs=True, **changes)
-    assert result == expected
-    assert trainer.graphs is not None
-    assert trainer.graphs.replays > 0
+    replayed(tmp_path, mlp, Points, **changes)
 
 
 def test_what_is_thawed_is_recorded_anew(tmp_path: Path) -> None:
@@ -141,14 +149,8 @@ def test_what_is_thawed_is_recorded_anew(tmp_path: Path) -> None:
         "model__unfreeze": {2: ["layers.0"]},
         "train__epochs": 5,
     }
-    expected, _, _ = run(tmp_path, Net(), Images(), graphs=False, **changes)
-    with graphs_on_cpu() as graphs:
-        result, trainer, _ = run(tmp_path, Net(), Images(), graphs=True, **changes)
-    assert result == expected
-    assert trainer.graphs is not None
-    assert not trainer.graphs.reason
-    assert trainer.graphs.replays > 0
-    assert graphs.recordings >= 2
+    recordings, _ = replayed(tmp_path, Net, Images, **changes)
+    assert recordings >= 2
 
 
 class Unsteady(nn.Module):
