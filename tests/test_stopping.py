@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -57,3 +59,27 @@ def test_a_run_under_nohup_outlives_its_terminal() -> None:
         send(signal.SIGUSR1)
         assert stop.agreed()
         assert stop.signal_number == signal.SIGUSR1
+
+
+def test_a_stop_asked_for_while_the_run_ends_does_not_end_the_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stop = StopRequest(Ranks("fp32"))
+    has_looked, has_left = threading.Event(), threading.Event()
+    look = signal.getsignal
+
+    def look_slowly(number: int) -> Any:
+        handler = look(number)
+        if threading.current_thread() is not threading.main_thread():
+            has_looked.set()
+            has_left.wait(0.3)
+        return handler
+
+    with stop:
+        monkeypatch.setattr(signal, "getsignal", look_slowly)
+        asking = threading.Thread(target=stop.stop)
+        asking.start()
+        has_looked.wait()
+    has_left.set()
+    asking.join()
+    assert stop.signal_number == signal.SIGTERM

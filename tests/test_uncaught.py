@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.programs import Program
 from trainer.errors import ConfigError, Stopped
+from trainer.process import uncaught
 from trainer.process.uncaught import UncaughtErrors, report_uncaught_errors
 
 PROGRAM = """
@@ -101,3 +103,24 @@ def test_a_prompt_goes_on(
     error = ConfigError("a.b", "is wrong")
     UncaughtErrors()(ConfigError, error, None)
     assert capsys.readouterr().err == "error: a.b: is wrong\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_recorded"),
+    [
+        (ConfigError("a.b", "is wrong"), True),
+        (ValueError("a defect"), True),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_a_failed_trial_of_a_sweep_is_recorded(
+    error: BaseException,
+    is_recorded: bool,
+    before: HookBefore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded: list[BaseException] = []
+    monkeypatch.setattr(uncaught, "record_failure", recorded.append)
+    with suppress(SystemExit):
+        UncaughtErrors()(type(error), error, None)
+    assert recorded == ([error] if is_recorded else [])

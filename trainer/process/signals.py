@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import math
 import signal
 import threading
@@ -41,6 +42,8 @@ class StopRequest:
         self._answer: Callable[[], list[int]] | None = None
         self._previous_handlers: dict[int, Any] = {}
         self._hearing: AbstractContextManager[None] = nullcontext()
+        # Held by a thread that calls `stop` while it signals: the handlers stay what it found.
+        self._handlers_stay = threading.Lock()
         self.signal_number = 0
         if not self._is_alone:
             self._ask()
@@ -68,10 +71,11 @@ class StopRequest:
         _current.remove(self)
         self._hearing.__exit__(None, None, None)
         is_last = kind is not None and is_command()
-        for number, handler in self._previous_handlers.items():
-            # A command that fails has a message to write yet; its handler of SIGINT knows.
-            keeps = is_last and number != signal.SIGINT
-            signal.signal(number, signal.SIG_IGN if keeps else handler)
+        with self._handlers_stay:
+            for number, handler in self._previous_handlers.items():
+                # A command that fails has a message to write yet; its handler of SIGINT knows.
+                keeps = is_last and number != signal.SIGINT
+                signal.signal(number, signal.SIG_IGN if keeps else handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.signal_number:
@@ -121,13 +125,13 @@ class StopRequest:
 
     def stop(self) -> None:
         """Ask for the stop as a SIGTERM does. May be called in any thread."""
-        if signal.getsignal(signal.SIGTERM) == self._handle:
-            main_thread = threading.main_thread().ident
-            assert main_thread is not None
-            # Not `os.kill`: the main thread may wait in a call that only a signal of its own ends.
-            signal.pthread_kill(main_thread, signal.SIGTERM)
-        elif not self.signal_number:
-            self.signal_number = signal.SIGTERM  # no signal can be heard
+        with self._handlers_stay:
+            if signal.getsignal(signal.SIGTERM) == self._handle:
+                # Python's own record of a signal, whose handler the main thread calls next. A real signal may arrive
+                # when the run is over and the handlers are those before it, and would end the process.
+                _thread.interrupt_main(signal.SIGTERM)
+            elif not self.signal_number:
+                self.signal_number = signal.SIGTERM  # no signal can be heard
 
 
 # Those that are entered, in this process.

@@ -8,10 +8,14 @@ from types import TracebackType
 from trainer.config.secrets import remember_argument_secrets
 from trainer.errors import LockstepError
 from trainer.process.exit import report_error
+from trainer.process.parent import record_failure
 
 
 class UncaughtErrors:
-    """A `sys.excepthook` that reports a `LockstepError` and ends with its exit status; others are the hook's before."""
+    """A `sys.excepthook` that reports a `LockstepError` and ends with its exit status; others are the hook's before.
+
+    In a W&B sweep both are recorded, as the command `train` does.
+    """
 
     def __init__(self) -> None:
         self._hook_before = sys.excepthook
@@ -22,12 +26,15 @@ class UncaughtErrors:
         error: BaseException,
         trace: TracebackType | None,
     ) -> None:
-        if not isinstance(error, LockstepError):
-            self._hook_before(kind, error, trace)
-            return
         # A program's arguments are often overrides of its config.
         remember_argument_secrets(sys.argv[1:])
+        if not isinstance(error, LockstepError):
+            self._hook_before(kind, error, trace)
+            if isinstance(error, Exception):
+                record_failure(error)
+            return
         status = report_error(error)
+        record_failure(error)
         if not _is_interactive():
             # Without it the interpreter would end with 1. What is registered with atexit still runs.
             raise SystemExit(status)
