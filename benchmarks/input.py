@@ -31,9 +31,9 @@ from torchvision import transforms as v1
 from benchmarks.page import page_parser, write_page
 from trainer.config.schema import DataConfig
 from trainer.data import decoders, decoding
+from trainer.data.batches import Request
 from trainer.data.datasets import build_datasets
 from trainer.data.loading import build_loader
-from trainer.data.samples import Request
 
 SIZES = {500: 24, 2000: 8}  # files by their longer side
 KINDS = ("JPEG", "PNG", "WEBP", "AVIF")

@@ -42,9 +42,9 @@ from benchmarks.input import (
 from benchmarks.page import page_parser, write_page
 from trainer.config.schema import DataConfig
 from trainer.core.decoded_images import with_decoded_images
+from trainer.data.batches import Request
 from trainer.data.datasets import build_datasets
 from trainer.data.loading import build_loader
-from trainer.data.samples import Request
 from trainer.process.memory import keep_freed_memory
 from trainer.process.ranks import Ranks
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 from tests.programs import run_program
 from trainer.data.bad_samples import BadSample, is_bad_sample
+from trainer.data.batches import Loaded, Request
 from trainer.data.datasets import MapDataset
-from trainer.data.samples import KeyedDataset, Loaded, Request
+from trainer.data.samples import KeyedDataset
 from trainer.errors import DataError, UnreadableError
 from trainer.exact.plan import Plan
 from trainer.exact.remaining import remaining_step

@@ -20,8 +20,8 @@ from trainer.data.batch_transforms.build import (
     BATCH_TRANSFORMS,
     build_batch_transforms,
 )
+from trainer.data.batches import Source
 from trainer.data.image_list import ImageList, pack
-from trainer.data.samples import Source
 from trainer.errors import ConfigError
 from trainer.exact.counter_draws import RANGE
 from trainer.exact.seeding import key, mix_key

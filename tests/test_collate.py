@@ -21,11 +21,12 @@ from trainer.components.small_models import small_detector
 from trainer.components.task import CrossEntropy, Detection
 from trainer.config.schema import DataConfig
 from trainer.core.build import build_run
+from trainer.data.batches import Loaded, Request
 from trainer.data.collation import build_collation, lists
 from trainer.data.datasets import Datasets, build_datasets
 from trainer.data.loading import build_loaders
 from trainer.data.rows import as_pairs
-from trainer.data.samples import KeyedDataset, Loaded, Request
+from trainer.data.samples import KeyedDataset
 from trainer.data.shapes import Shapes
 
 HERE = "tests.test_collate"

@@ -16,11 +16,12 @@ from trainer.config.schema import DataConfig
 from trainer.data import fast_crop
 from trainer.data.batch_transforms.boxes import middle_part
 from trainer.data.batch_transforms.resizing import RandomResizedCrop
+from trainer.data.batches import Loaded, MicroBatch, Request
 from trainer.data.datasets import build_datasets
 from trainer.data.decoding import decode
 from trainer.data.folder import ImageFolder
 from trainer.data.loading import Loader, build_loader
-from trainer.data.samples import KeyedDataset, Loaded, MicroBatch, Request
+from trainer.data.samples import KeyedDataset
 from trainer.exact.seeding import host_state, key, seed_torch
 
 SEED = 5

@@ -26,10 +26,10 @@ from tests.image_damage import encode
 from trainer import ConfigError, DataError, Predictor, Trainer
 from trainer.commands import evaluate
 from trainer.core.preflight import check_ranks
+from trainer.data.batches import MicroBatch, Request
 from trainer.data.decoding import decode, read_for_device
 from trainer.data.device_decoders import FileDecoder, file_decoder, try_out
 from trainer.data.image_list import JpegFile, turned_upright
-from trainer.data.samples import MicroBatch, Request
 from trainer.errors import LockstepError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)

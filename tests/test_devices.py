@@ -19,9 +19,10 @@ from trainer import Config, ConfigError, Step, Trainer
 from trainer.config.schema import DataConfig
 from trainer.core import build
 from trainer.data import loading
+from trainer.data.batches import MicroBatch, Request
 from trainer.data.datasets import ImageArrays
 from trainer.data.loading import Loader, Normalize
-from trainer.data.samples import KeyedDataset, MicroBatch, Request
+from trainer.data.samples import KeyedDataset
 from trainer.exact.seeding import device_generator, device_seeder, preserved_generators
 from trainer.inspection.watch import StepWatch
 from trainer.process import device as devices

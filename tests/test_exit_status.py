@@ -18,9 +18,10 @@ from tests.programs import run_program
 from tests.test_directory_gone import start
 from trainer.config.load import load
 from trainer.config.registry import build
+from trainer.data.batches import Request
 from trainer.data.decoding import decode
 from trainer.data.folder import image_folders
-from trainer.data.samples import KeyedDataset, Request
+from trainer.data.samples import KeyedDataset
 from trainer.errors import DataError, LockstepError
 from trainer.storage.contents import file_size
 from trainer.storage.data_record import file_fingerprint

@@ -10,7 +10,7 @@ from trainer.components.task import build_task
 from trainer.config.schema import LossConfig
 from trainer.core.forward import Forward
 from trainer.core.precision import Precision
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.plan import Plan, Step
 

@@ -9,8 +9,9 @@ import pytest
 
 from tests.programs import Program
 from trainer import LockstepError
+from trainer.data.batches import Request
 from trainer.data.datasets import digits
-from trainer.data.samples import KeyedDataset, Request
+from trainer.data.samples import KeyedDataset
 from trainer.data.workers import load_in_workers
 
 PROGRAM = """

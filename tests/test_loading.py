@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.config.schema import DataConfig
+from trainer.data.batches import MicroBatch, Request
 from trainer.data.datasets import Datasets, ImageArrays, digits
 from trainer.data.loading import (
     Loader,
@@ -21,7 +22,7 @@ from trainer.data.loading import (
     build_loader,
     build_loaders,
 )
-from trainer.data.samples import KeyedDataset, MicroBatch, Request
+from trainer.data.samples import KeyedDataset
 from trainer.errors import ConfigError, DataError
 from trainer.exact.structures import tensors_in
 

@@ -19,7 +19,7 @@ from trainer.config.schema import LossConfig
 from trainer.core import metrics
 from trainer.core.metrics import Meter, Stopwatch, Totals
 from trainer.core.separate_sums import SeparateSums
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.process.ranks import Ranks
 from trainer.storage.checkpoint import Progress
 

@@ -27,7 +27,7 @@ from trainer.components.task import Task, WeightedSum, as_task
 from trainer.config.schema import LossConfig, MixConfig
 from trainer.core.mix import Blend, Mix, blended_loss
 from trainer.core.no_effect import keys_without_effect
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.plan import Plan, Step
 from trainer.exact.seeding import numpy_generator

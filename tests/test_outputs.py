@@ -19,7 +19,7 @@ from trainer.config.schema import LossConfig
 from trainer.core.forward import Forward
 from trainer.core.metrics import detach
 from trainer.core.precision import Precision
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.plan import Plan
 from trainer.exact.structures import map_tensors, tensors_in

@@ -19,12 +19,13 @@ from trainer.config.import_paths import import_paths
 from trainer.config.load import load
 from trainer.config.schema import Config, DataConfig
 from trainer.core.known_components import is_known
+from trainer.data.batches import MicroBatch, Request
 from trainer.data.classes import Relabelled
 from trainer.data.datasets import Datasets, FakeImages, ImageArrays
 from trainer.data.labels import find_labels
 from trainer.data.sampler import DrawnOrder
 from trainer.data.samplers import build_order
-from trainer.data.samples import KeyedDataset, MicroBatch, Request
+from trainer.data.samples import KeyedDataset
 from trainer.errors import ConfigError, DataError
 from trainer.exact.plan import Ids, Plan, count_occurrences
 from trainer.exact.seeding import key

@@ -21,9 +21,10 @@ from tests.distributed.small import config
 from trainer import Trainer
 from trainer.config.schema import DataConfig
 from trainer.core.build import build_run
+from trainer.data.batches import MicroBatch, Request
 from trainer.data.geometry import SampleTransform
 from trainer.data.loading import Loader, Normalize
-from trainer.data.samples import KeyedDataset, MicroBatch, Request
+from trainer.data.samples import KeyedDataset
 from trainer.data.transforms import build_transforms
 from trainer.errors import ConfigError, DataError
 

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from trainer.config.schema import Config
     from trainer.core.observers import Observer, Stateful
     from trainer.core.run import Run
+    from trainer.data.batches import MicroBatch
     from trainer.data.datasets import MapDataset
-    from trainer.data.samples import MicroBatch
     from trainer.errors import ConfigError, DataError, LockstepError, Stopped
     from trainer.exact.plan import Step
     from trainer.inspection.predictor import Predictor
@@ -45,7 +45,7 @@ HOMES = {
     "DataError": "errors",
     "LockstepError": "errors",
     "MapDataset": "data.datasets",
-    "MicroBatch": "data.samples",
+    "MicroBatch": "data.batches",
     "Observer": "core.observers",
     "Predictor": "inspection.predictor",
     "Run": "core.run",

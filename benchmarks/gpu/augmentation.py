@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.gpu.check import ON_GPU_ONLY, Answer, Setting, Unanswered
 from trainer.data.batch_transforms.base import BatchTransforms
 from trainer.data.batch_transforms.build import build_batch_transforms
-from trainer.data.samples import Source
+from trainer.data.batches import Source
 
 ROUNDS = 20
 CROP_AND_FLIP: list[dict[str, Any]] = [

@@ -19,7 +19,7 @@ from trainer import ConfigError, LockstepError, Observer, Trainer, WeightedSum
 from trainer.config.schema import ObserverConfig
 from trainer.core.metrics import Row
 from trainer.core.run import Run
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.exact.plan import Step
 from trainer.reporting.jsonl import read_rows
 

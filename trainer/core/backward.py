@@ -8,7 +8,7 @@ from torch import nn
 
 from trainer.components.task import WeightedSum
 from trainer.core.run import Run
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.exact.plan import Step
 from trainer.exact.reduction import Reduction
 

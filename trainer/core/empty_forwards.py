@@ -12,7 +12,7 @@ import torch
 from trainer.components.task import WeightedSum
 from trainer.core.observers import Observer
 from trainer.core.run import Run
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.exact.plan import Step
 
 

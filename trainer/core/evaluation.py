@@ -22,11 +22,11 @@ from trainer.core.metrics import Meter, detach
 from trainer.core.misfit import explained
 from trainer.core.samples import samples_not_finite
 from trainer.data.bad_samples import Quarantine
+from trainer.data.batches import MicroBatch, Request
 from trainer.data.datasets import MapDataset
 from trainer.data.loading import Loader
 from trainer.data.passes import passes
 from trainer.data.requests import whole_requests
-from trainer.data.samples import MicroBatch, Request
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import preserved_modes
 from trainer.exact.moving_buffers import preserved_buffers

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.exact.seeding import draw_state
 
 MAX_BYTES = 1 << 30  # of features per process; if there are more, none are cached

@@ -19,7 +19,7 @@ from trainer.core.misfit import (
 )
 from trainer.core.mix import Mix, blended_loss
 from trainer.core.precision import Precision
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import Fused
 from trainer.exact.host_draws import HostDraws

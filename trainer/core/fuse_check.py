@@ -14,7 +14,7 @@ from trainer.core.precision import Precision, check_gradient
 from trainer.core.proof.state import without_trace
 from trainer.core.run import Run
 from trainer.core.whole_step import loss_by_sample
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.fuse import REMEDY
 from trainer.exact.host_draws import mentions_host_generators

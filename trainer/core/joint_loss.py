@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer.components.task import as_weighted_sum
 from trainer.core.forward import Forward, count_samples
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.exact.plan import Step
 from trainer.exact.seeding import draw_state
 from trainer.exact.structures import map_tensors, tensors_in

@@ -15,7 +15,7 @@ from trainer.components.task import Task, WeightedSum, metrics_add_up
 from trainer.core.forward import count_samples
 from trainer.core.misfit import explained
 from trainer.core.separate_sums import Scalar, SeparateSums
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.structures import map_tensors, part_of
 from trainer.process.device import sum_dtype

@@ -11,7 +11,7 @@ from trainer.core.evaluated_weights import evaluated_phase
 from trainer.core.evaluation import OnBatch
 from trainer.core.metrics import Row
 from trainer.core.run import Run
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.plan import Ids, Step
 

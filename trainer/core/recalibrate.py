@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from trainer.core.run import Run
+from trainer.data.batches import Request
 from trainer.data.left_out import remaining_steps
 from trainer.data.requests import step_requests
-from trainer.data.samples import Request
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import preserved_modes
 from trainer.exact.plan import Step

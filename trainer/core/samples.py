@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from trainer.data.batches import MicroBatch
 from trainer.data.loading import Loader
 from trainer.data.names import printable
-from trainer.data.samples import MicroBatch
 from trainer.errors import listed
 from trainer.exact.plan import Ids
 

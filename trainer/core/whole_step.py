@@ -24,7 +24,7 @@ from trainer.components.task import Task, WeightedSum
 from trainer.core.metrics import Meter
 from trainer.core.precision import check_gradient
 from trainer.core.run import Run
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.moving_buffers import Copies, other_buffers

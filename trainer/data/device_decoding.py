@@ -14,11 +14,12 @@ from torch import Tensor
 from trainer.config.schema import DataConfig
 from trainer.data.bad_samples import is_bad_sample
 from trainer.data.batch_transforms.base import BatchTransforms
+from trainer.data.batches import Loaded, MicroBatch
 from trainer.data.datasets import MapDataset
 from trainer.data.device_decoders import FileDecoder
 from trainer.data.folder import ImageFolder
 from trainer.data.image_list import Entry, ImageList, PackedImages, turned_upright
-from trainer.data.samples import KeyedDataset, Loaded, MicroBatch
+from trainer.data.samples import KeyedDataset
 from trainer.errors import ConfigError, DataError
 from trainer.exact.structures import map_tensors
 

@@ -10,10 +10,10 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from time import perf_counter
 
 from trainer.data.bad_samples import BadSample, Quarantine
+from trainer.data.batches import Loaded, MicroBatch, Request
 from trainer.data.loading import Loader
 from trainer.data.look_up import LookUpLoader, can_look_up
 from trainer.data.requests import step_request, step_requests
-from trainer.data.samples import Loaded, MicroBatch, Request
 from trainer.data.train_loader import TrainLoader
 from trainer.exact.plan import Plan, Step
 from trainer.exact.remaining import remaining_step

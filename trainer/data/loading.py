@@ -14,6 +14,7 @@ from torch.utils.data._utils.pin_memory import pin_memory  # what a DataLoader p
 from trainer.config.schema import DataConfig
 from trainer.data.batch_transforms.base import BatchTransforms
 from trainer.data.batch_transforms.build import build_batch_transforms
+from trainer.data.batches import Loaded, MicroBatch, Request
 from trainer.data.collation import build_collation
 from trainer.data.datasets import Datasets, MapDataset
 from trainer.data.device_decoders import file_decoder
@@ -21,7 +22,7 @@ from trainer.data.device_decoding import DeviceDecoding, check_decoding
 from trainer.data.image_list import PackedImages
 from trainer.data.normalize import Normalize
 from trainer.data.on_device import DeviceSet
-from trainer.data.samples import KeyedDataset, Loaded, MicroBatch, Request
+from trainer.data.samples import KeyedDataset
 from trainer.data.stand_ins import load_with_stand_ins
 from trainer.data.transforms import build_transforms
 from trainer.data.workers import load_in_workers

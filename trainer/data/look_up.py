@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.batches import MicroBatch
 from trainer.data.datasets import ImageArrays
 from trainer.data.loading import Loader
-from trainer.data.samples import MicroBatch
 from trainer.data.train_loader import TrainLoader
 from trainer.exact.plan import Ids, Plan, Step
 from trainer.process.activity import COMPUTING, LOADING, activity

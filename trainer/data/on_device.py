@@ -9,14 +9,9 @@ import torch
 from torch import Tensor
 
 from trainer.data.bad_samples import BadSample
+from trainer.data.batches import Loaded, MicroBatch, Request, source_of
 from trainer.data.conversion import describe
-from trainer.data.samples import (
-    KeyedDataset,
-    Loaded,
-    MicroBatch,
-    Request,
-    source_of,
-)
+from trainer.data.samples import KeyedDataset
 from trainer.errors import DataError
 from trainer.process.activity import activity
 

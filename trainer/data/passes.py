@@ -8,9 +8,9 @@ from collections.abc import Generator, Iterator, Sequence
 import numpy as np
 
 from trainer.data.bad_samples import BadSample, Quarantine
+from trainer.data.batches import Loaded, MicroBatch, Request
 from trainer.data.left_out import load_now, loaded
 from trainer.data.loading import Loader
-from trainer.data.samples import Loaded, MicroBatch, Request
 
 
 class Passes:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from trainer.data.samples import Request
+from trainer.data.batches import Request
 from trainer.exact.plan import Plan, Step, split_evenly
 
 

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from trainer.data.bad_samples import BadSample, is_bad_sample
+from trainer.data.batches import Loaded, MicroBatch, Request, source_of
 from trainer.data.collation import Collation, describe_ids
 from trainer.data.conversion import (
     as_pair,
@@ -34,7 +33,7 @@ from trainer.data.no_batch import why_no_batch
 from trainer.data.one_range import OneRange
 from trainer.data.worker_failure import is_limit
 from trainer.errors import DataError, data_error
-from trainer.exact.plan import Ids, IndexRange
+from trainer.exact.plan import Ids
 from trainer.exact.seeding import (
     host_state,
     key,
@@ -43,83 +42,6 @@ from trainer.exact.seeding import (
     seed_cpu,
     seed_torch,
 )
-
-
-class Source(NamedTuple):
-    """Which samples a batch holds: what they are looked up and their draws are keyed by."""
-
-    epoch: int
-    ids: Tensor  # int64 `(B,)`
-    occurrences: Tensor | None = None  # the same; None: none came before in its epoch
-
-
-class MicroBatch(NamedTuple):
-    """The samples of one micro-batch, or of `fused` neighbouring ones of equal size that run in one forward."""
-
-    first: int  # the index of the (first) micro-batch among those of its step
-    inputs: Any
-    targets: Any
-    fused: int = 1
-    # How `train.mix` blended it, where it did (`trainer.core.mix.Blend`): the loss is of two targets for each sample.
-    blend: Any = None
-    samples: int | None = None  # how many there are, where that is known
-    # Which samples they are, for what is looked up or drawn on the device; elsewhere None.
-    source: Source | None = None
-
-    @property
-    def indices(self) -> IndexRange:
-        """The indices of its micro-batches: the first, and the one past the last."""
-        return self.first, self.first + self.fused
-
-
-class Request(NamedTuple):
-    """What a loader is asked for: the sample ids of one micro-batch, or of `fused` of them (see `MicroBatch`).
-
-    `occurrences` says how often each sample came before in its epoch; None: it did not.
-    """
-
-    first: int
-    epoch: int
-    ids: Ids
-    fused: int = 1
-    occurrences: Ids | None = None
-
-    def pairs(self) -> Iterator[tuple[int, int]]:
-        """The id and the occurrence of each sample."""
-        ids = self.ids.tolist()
-        occurrences = (
-            [0] * len(ids) if self.occurrences is None else self.occurrences.tolist()
-        )
-        return zip(ids, occurrences, strict=True)
-
-    def only(self, positions: npt.ArrayLike) -> Request:
-        """The same of the samples at `positions` alone: indices, or a mask."""
-        kept = np.asarray(positions)
-        if not kept.size:
-            kept = kept.astype(np.int64)
-        occurrences = self.occurrences
-        return self._replace(
-            ids=self.ids[kept],
-            occurrences=None if occurrences is None else occurrences[kept],
-        )
-
-
-def source_of(request: Request) -> Source:
-    """The samples of a request, as tensors."""
-    occurrences = request.occurrences
-    return Source(
-        request.epoch,
-        torch.from_numpy(request.ids),
-        None if occurrences is None else torch.from_numpy(occurrences),
-    )
-
-
-class Loaded(NamedTuple):
-    """What there is of a request: its readable part, as a `batch` (None if there is none), and the bad samples."""
-
-    batch: MicroBatch | None
-    request: Request
-    bad: list[BadSample]
 
 
 class KeyedDataset(Dataset[Any]):
@@ -149,11 +71,7 @@ class KeyedDataset(Dataset[Any]):
         self.dataset = dataset
         self.leaves_out = leaves_out
         self.collation = collation
-        if transforms_key is None:
-            # Files to predict go through the transforms of validation.
-            part = "val" if purpose == "predict" else purpose
-            transforms_key = f"data.{part}_transforms"
-        self.transforms_key = transforms_key
+        self.transforms_key = transforms_key or _key_of_transforms(purpose)
         self._transform = (
             None
             if transform is None
@@ -189,11 +107,9 @@ class KeyedDataset(Dataset[Any]):
     def __getitem__(self, request: Request) -> MicroBatch | Loaded | DataError:
         if self.leaves_out:
             return self.load_readable(request)
-        if self._batch is not None:
-            return self._look_up(self._batch, request)
-        cropped = self._cropped(request)
-        if cropped is not None:
-            return cropped
+        batch = self._in_one_piece(request)
+        if batch is not None:
+            return batch
         try:
             samples = [
                 self._sample_of_batch(request.epoch, sample_id, occurrence)
@@ -202,6 +118,39 @@ class KeyedDataset(Dataset[Any]):
             return self._batch_of(samples, request)
         except DataError as error:
             return error
+
+    def load_readable(self, request: Request) -> Loaded | DataError:
+        """What there is of a request; an error where what can be read makes no batch, or the machine fails."""
+        if not len(request.ids):
+            return Loaded(None, request, [])
+        batch = self._in_one_piece(request)
+        if batch is not None:
+            return Loaded(batch, request, [])
+        samples = []
+        positions = []
+        bad = []
+        for position, (sample_id, occurrence) in enumerate(request.pairs()):
+            try:
+                sample = self._sample_of_batch(request.epoch, sample_id, occurrence)
+                samples.append(sample)
+                positions.append(position)
+            except DataError as error:
+                if not is_bad_sample(error):
+                    return error
+                bad.append(self.describe_bad(sample_id, error))
+        readable = request.only(positions)
+        if not samples:
+            return Loaded(None, readable, bad)
+        try:
+            return Loaded(self._batch_of(samples, readable), readable, bad)
+        except DataError as error:
+            return error
+
+    def _in_one_piece(self, request: Request) -> MicroBatch | None:
+        """The batch, where no sample of it need be made by itself: looked up, or cropped; else None."""
+        if self._batch is not None:
+            return self._look_up(self._batch, request)
+        return self._cropped(request)
 
     def _look_up(
         self, batch: Callable[[Tensor], tuple[Any, Any]], request: Request
@@ -269,34 +218,6 @@ class KeyedDataset(Dataset[Any]):
         return MicroBatch(
             request.first, inputs, targets, request.fused, None, count, source
         )
-
-    def load_readable(self, request: Request) -> Loaded | DataError:
-        """What there is of a request; an error where what can be read makes no batch, or the machine fails."""
-        if self._batch is not None:
-            batch = self._look_up(self._batch, request) if len(request.ids) else None
-            return Loaded(batch, request, [])
-        cropped = self._cropped(request)
-        if cropped is not None:
-            return Loaded(cropped, request, [])
-        samples = []
-        positions = []
-        bad = []
-        for position, (sample_id, occurrence) in enumerate(request.pairs()):
-            try:
-                sample = self._sample_of_batch(request.epoch, sample_id, occurrence)
-                samples.append(sample)
-                positions.append(position)
-            except DataError as error:
-                if not is_bad_sample(error):
-                    return error
-                bad.append(self.describe_bad(sample_id, error))
-        readable = request.only(positions)
-        if not samples:
-            return Loaded(None, readable, bad)
-        try:
-            return Loaded(self._batch_of(samples, readable), readable, bad)
-        except DataError as error:
-            return error
 
     def describe_bad(self, sample_id: int, error: DataError) -> BadSample:
         paths = getattr(self.dataset, "paths", None)
@@ -438,3 +359,9 @@ def _last_line(error: BaseException) -> str:
     """Where an error was raised, as text: the traceback itself may not travel between processes."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}, line {frame.lineno}"
+
+
+def _key_of_transforms(purpose: str) -> str:
+    # Files to predict go through the transforms of validation.
+    part = "val" if purpose == "predict" else purpose
+    return f"data.{part}_transforms"

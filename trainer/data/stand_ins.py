@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from trainer.data.samples import Loaded, Request
+from trainer.data.batches import Loaded, Request
 from trainer.errors import DataError
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from time import perf_counter
 
+from trainer.data.batches import MicroBatch, Request
 from trainer.data.loading import Loader
 from trainer.data.requests import step_request
-from trainer.data.samples import MicroBatch, Request
 from trainer.errors import listed
 from trainer.exact.plan import Ids, IndexRange, Plan, Step
 from trainer.process.activity import COMPUTING, LOADING, activity

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from trainer.data.samples import KeyedDataset, MicroBatch, Request
+from trainer.data.batches import MicroBatch, Request
+from trainer.data.samples import KeyedDataset
 from trainer.data.worker_failure import WorkerNotes, without_sigchld_handler
 from trainer.errors import DataError, LockstepError
 from trainer.process.loader_worker import begin_loader_process

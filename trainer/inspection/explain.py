@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from trainer.components.optimizer import load_named_state, named_state
 from trainer.components.task import WeightedSum
 from trainer.config.schema import Config
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.errors import DataError
 from trainer.exact.batch_norm import named_norm_layers
 from trainer.exact.model_and_loss import ModelAndLoss

@@ -22,10 +22,11 @@ from trainer.core.further import LossState, restore_evaluated
 from trainer.core.precision import Precision
 from trainer.core.run import settings_of
 from trainer.core.trust import read_trusted_config
+from trainer.data.batches import MicroBatch, Request
 from trainer.data.collation import Collation, build_collation
 from trainer.data.image_reading import ImageReading
 from trainer.data.normalize import Normalize
-from trainer.data.samples import KeyedDataset, MicroBatch, Request
+from trainer.data.samples import KeyedDataset
 from trainer.data.transforms import build_transforms
 from trainer.data.workers import iterate
 from trainer.errors import ConfigError, DataError, LockstepError

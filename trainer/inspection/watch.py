@@ -16,7 +16,7 @@ from trainer.components.task import Task, WeightedSum
 from trainer.core.metrics import detach
 from trainer.core.mix import blended_loss
 from trainer.core.observers import Observer
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.exact.batch_norm import named_norm_layers
 from trainer.exact.plan import Step
 from trainer.process.device import check_fp64_analysis

@@ -24,7 +24,7 @@ from trainer.core.graphs.recorded import COMPARISONS, Recorded
 from trainer.core.graphs.refusal import why_eager
 from trainer.core.proof.state import ModuleState
 from trainer.core.run import Run
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.errors import first_line
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Step

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 
 
 class NotRecordable(Exception):

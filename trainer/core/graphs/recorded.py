@@ -14,7 +14,7 @@ from trainer.components.task import WeightedSum
 from trainer.core.graphs.layout import NotRecordable
 from trainer.core.proof.state import without_trace
 from trainer.core.run import Run
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Step
 from trainer.exact.reduction import Reduction

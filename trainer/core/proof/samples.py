@@ -15,7 +15,7 @@ from trainer.core.proof.finding import Finding
 from trainer.core.proof.generators import describe, generators_in, preserved_in
 from trainer.core.proof.state import same_bits
 from trainer.core.proof.trial import Trial
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.errors import DataError
 
 CHECK = "samples"

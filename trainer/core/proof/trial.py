@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from trainer.components.task import WeightedSum
 from trainer.core.observers import Stateful
 from trainer.core.run import Run
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.data.train_loader import TrainLoader
 from trainer.exact.plan import Ids, Step, split_evenly
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from trainer.data.batches import Source
 from trainer.data.conversion import describe
 from trainer.data.image_list import ImageList
-from trainer.data.samples import Source
 from trainer.errors import ConfigError, LockstepError, config_error
 from trainer.exact.counter_draws import CounterDraws, check_hash
 from trainer.exact.seeding import key
