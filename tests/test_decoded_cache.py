@@ -27,18 +27,15 @@ from trainer.__main__ import main
 from trainer.config.fields import read_section
 from trainer.config.schema import Config, DataConfig
 from trainer.core.decoded_images import with_decoded_images
+from trainer.data.batches import MicroBatch, Request
 from trainer.data.datasets import Datasets, build_datasets
 from trainer.data.decoding import decode
 from trainer.data.fast_crop import fast_form
 from trainer.data.image_reading import ImageReading
 from trainer.data.image_store import ABOUT_FILE, ImageStore
-from trainer.data.samples import KeyedDataset, MicroBatch, Request
-from trainer.data.short_side import (
-    check_short_side,
-    choose_short_side,
-    shrink,
-    with_short_side,
-)
+from trainer.data.samples import KeyedDataset
+from trainer.data.short_side import choose_short_side, shrink, with_short_side
+from trainer.data.transform_sizes import check_image_sizes
 from trainer.errors import ConfigError, DataError, LockstepError
 from trainer.process.ranks import Ranks
 from trainer.storage import cache_build
@@ -164,7 +161,7 @@ def test_auto_is_what_the_transforms_need(
     assert choose_short_side(replace(section, cache=0.0)).pixels is None
     assert choose_short_side(replace(section, short_side=30)).pixels == 30
     # What is chosen is never refused, as where a run goes on by its config.yaml.
-    check_short_side(config.data)
+    check_image_sizes(config.data)
 
 
 @pytest.mark.parametrize(
@@ -177,26 +174,31 @@ def test_auto_is_what_the_transforms_need(
         ([RESIZE | {"interpolation": "bicubic"}], 232),
         # A later one is given what the first one makes.
         ([RESIZE | {"size": 28}, {"name": "Pad", "padding": 2}, CROP], 28),
+        # One within another may be left out.
+        ([{"name": "RandomApply", "transforms": [RESIZE]}, CROP], 232),
+        ([{"name": "RandomApply", "transforms": [FLIP]}, CROP], 224),
     ],
 )
 @pytest.mark.parametrize("place", ["train_transforms", "val_transforms", "test"])
-def test_a_short_side_below_what_the_transforms_ask_for(
-    transforms: list[dict[str, Any]], least: int, place: str
+@pytest.mark.parametrize("key", ["short_side", "decode_short_side"])
+def test_images_made_smaller_than_the_transforms_ask_for(
+    transforms: list[dict[str, Any]], least: int, place: str, key: str
 ) -> None:
     value: Any = (
         transforms if place != "test" else {"transforms": transforms, "root": "y"}
     )
-    section = DataConfig(name="folder", root="x", short_side=least, **{place: value})
-    check_short_side(section)
-    check_short_side(replace(section, short_side="auto"))
+    section = DataConfig(name="folder", root="x", **{place: value})
+    check_image_sizes(section)
+    check_image_sizes(replace(section, **{key: least}))
     with pytest.raises(ConfigError, match=f"set it to {least} or more") as caught:
-        build_datasets(replace(section, short_side=least - 1), Any)  # type: ignore[arg-type]
-    assert caught.value.key == "data.short_side"
+        build_datasets(replace(section, **{key: least - 1}), Any)  # type: ignore[arg-type]
+    assert caught.value.key == f"data.{key}"
 
 
-def test_a_short_side_for_a_transform_of_ones_own() -> None:
+def test_images_made_smaller_for_a_transform_of_ones_own() -> None:
     own = [{"name": "my_package.Mine", "size": 50}]
-    check_short_side(DataConfig(short_side=1, train_transforms=own))
+    sides = {"short_side": 1, "decode_short_side": 1}
+    check_image_sizes(DataConfig(train_transforms=own, **sides))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import HASHES, config, header_of
 from trainer import Config, Predictor, Trainer
-from trainer.data.samples import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.errors import ConfigError
 
 IMAGES = 12  # of each class
@@ -86,7 +86,7 @@ def test_files_decoded_smaller_give_one_run_on_any_processes_and_workers(
     ("transforms", "place"),
     [
         (
-            [{"name": "Resize", "size": 16}, {"name": "CenterCrop", "size": [8, 17]}],
+            [{"name": "ToDtype"}, {"name": "CenterCrop", "size": [8, 17]}],
             "[1]",
         ),
         (

@@ -18,7 +18,6 @@ import torch
 from trainer.config.evaluation_sets import validation_sets
 from trainer.config.registry import build, resolve
 from trainer.config.schema import DataConfig
-from trainer.data.decode_size import check_decode_size
 from trainer.data.folder import image_folders
 from trainer.data.image_reading import ImageReading
 from trainer.data.imported import imported_parts, names_of_parameters
@@ -27,7 +26,7 @@ from trainer.data.parts import check_part, shared_class_names
 from trainer.data.rows import as_pairs
 from trainer.data.shapes import Shapes, check_target
 from trainer.data.shapes import class_names as class_names_of_shapes
-from trainer.data.short_side import check_short_side
+from trainer.data.transform_sizes import check_image_sizes
 from trainer.errors import ConfigError, DataError, UnreadableError, may_pass
 from trainer.exact.seeding import numpy_generator
 
@@ -128,8 +127,7 @@ def build_datasets(
     A download (`data.download=true`) runs within `device_main_first()`, which lets one process go ahead.
     Raises `ConfigError` for a wrong name or argument, `DataError` for files that are missing or of no use.
     """
-    check_decode_size(section)
-    check_short_side(section)
+    check_image_sizes(section)
     target = resolve("data", section.name, MAKERS)
     parameters = names_of_parameters(target)
     _check_section(section, parameters)

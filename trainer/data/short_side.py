@@ -7,47 +7,17 @@ key of its own, which gives the same pixels with `data.cache=decoded` and withou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trainer.config.evaluation_sets import test_set, validation_sets
 from trainer.config.schema import Config, DataConfig
-from trainer.errors import ConfigError
+from trainer.data.transform_sizes import SIZELESS, name_of, own_size, transform_lists
 
 # A random resized crop of 224 pixels has images of 256: what validation customarily makes of them, too.
 CROP_MARGIN = 8 / 7
-
-# Of v2: what they do to an image does not depend on its size, nor changes it, so a Resize after them may come first.
-SIZELESS = frozenset(
-    {
-        "ToImage",
-        "ToPILImage",
-        "PILToTensor",
-        "ToDtype",
-        "ConvertImageDtype",
-        "RGB",
-        "Grayscale",
-        "RandomGrayscale",
-        "RandomHorizontalFlip",
-        "RandomVerticalFlip",
-        "ColorJitter",
-        "RandomChannelPermutation",
-        "RandomPhotometricDistort",
-        "RandomInvert",
-        "RandomPosterize",
-        "RandomSolarize",
-        "Normalize",
-        "Identity",
-    }
-)
-
-
-# Of v2: where a transform says how large it makes an image, unless in `size`.
-SIZE_ARGUMENTS = {"RandomShortestSize": "min_size", "RandomResize": "max_size"}
 
 
 class ShortSide(NamedTuple):
@@ -114,7 +84,7 @@ def choose_short_side(section: DataConfig) -> ShortSide:
     if section.cache != "decoded":
         return ShortSide(None)
     largest = 0
-    for key, items in _transform_lists(section):
+    for key, items in transform_lists(section):
         pixels, name = _needed_by(items)
         if pixels is None:
             return ShortSide(None, f"{key} {name}")
@@ -122,60 +92,13 @@ def choose_short_side(section: DataConfig) -> ShortSide:
     return ShortSide(largest)
 
 
-def check_short_side(section: DataConfig) -> None:
-    """Raise `ConfigError` if images would be made smaller than the first transform that asks for a size wants them."""
-    side = section.short_side
-    if not isinstance(side, int):
-        return
-    for key, items in _transform_lists(section):
-        name, size = _first_size(items)
-        if size is not None and size > side:
-            raise ConfigError(
-                "data.short_side",
-                f"{side} is less than the {size} pixels of {name} in {key}, so images would be made smaller only to "
-                f"be enlarged; set it to {size} or more",
-            )
-
-
-def _transform_lists(
-    section: DataConfig,
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    yield "data.train_transforms", section.train_transforms
-    yield "data.val_transforms", section.val_transforms
-    sets = {f"val.{name}": item for name, item in validation_sets(section.val).items()}
-    test = test_set(section.test)
-    if test is not None:
-        sets["test"] = test
-    for name, item in sets.items():
-        if item.transforms is not None:
-            yield f"data.{name}.transforms", item.transforms
-
-
-def _first_size(items: list[dict[str, Any]]) -> tuple[str, int | None]:
-    """The first transform for which an image's size matters, and the size that it asks for, if it does.
-
-    Later ones are given what that one makes. Those of an import path are their author's.
-    """
-    for item in items:
-        name = str(item.get("name")) if isinstance(item, dict) else ""
-        if name in SIZELESS:
-            continue
-        size = None if "." in name or not name else _own_size(name, item)
-        return name, size
-    return "", None
-
-
-def _own_size(name: str, arguments: dict[str, Any]) -> int | None:
-    return _largest(arguments.get(SIZE_ARGUMENTS.get(name, "size")))
-
-
 def _needed_by(items: list[dict[str, Any]]) -> tuple[int | None, str]:
     """The short side that a list of transforms needs; None, and what is the reason, for the whole image."""
     for item in items:
-        name = item.get("name") if isinstance(item, dict) else None
+        name = name_of(item)
         if name in SIZELESS:
             continue
-        pixels = _needed_size(str(name), item if isinstance(item, dict) else {})
+        pixels = _needed_size(name, item if isinstance(item, dict) else {})
         return pixels, f"has {name}, which reads an image at its own scale"
     return None, "makes no image smaller"
 
@@ -185,16 +108,9 @@ def _needed_size(name: str, arguments: dict[str, Any]) -> int | None:
     is_bilinear = arguments.get("interpolation", "bilinear") == "bilinear"
     if is_resize and not (is_bilinear and arguments.get("antialias", True)):
         return None  # nothing would be left for it to do
-    size = _own_size(name, arguments)
+    size = own_size(name, arguments)
     if is_resize:
         return size
     if name == "RandomResizedCrop" and size is not None:
         return math.ceil(size * CROP_MARGIN)
     return None
-
-
-def _largest(size: Any) -> int | None:
-    """The larger of one or several numbers; None for anything else, of which the transform itself will tell."""
-    sizes = size if isinstance(size, list) else [size]
-    numbers = [number for number in sizes if type(number) is int and number > 0]
-    return max(numbers) if numbers and len(numbers) == len(sizes) else None

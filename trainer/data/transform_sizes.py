@@ -1,0 +1,132 @@
+"""How large transforms want an image, and the keys that must not make it smaller before: it would only be enlarged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from trainer.config.evaluation_sets import test_set, validation_sets
+from trainer.config.schema import DataConfig
+from trainer.errors import ConfigError
+
+# Of v2: what they do to an image does not depend on its size, nor changes it, so a Resize after them may come first.
+SIZELESS = frozenset(
+    {
+        "ToImage",
+        "ToPILImage",
+        "PILToTensor",
+        "ToDtype",
+        "ConvertImageDtype",
+        "RGB",
+        "Grayscale",
+        "RandomGrayscale",
+        "RandomHorizontalFlip",
+        "RandomVerticalFlip",
+        "ColorJitter",
+        "RandomChannelPermutation",
+        "RandomPhotometricDistort",
+        "RandomInvert",
+        "RandomPosterize",
+        "RandomSolarize",
+        "Normalize",
+        "Identity",
+    }
+)
+# Of v2: where a transform says how large it makes an image, unless in `size`.
+SIZE_ARGUMENTS = {"RandomShortestSize": "min_size", "RandomResize": "max_size"}
+
+
+class AskedSize(NamedTuple):
+    """The longest side that a transform makes an image, in pixels, and the key that says so."""
+
+    key: str
+    pixels: int
+
+
+def check_image_sizes(section: DataConfig) -> None:
+    """Raise `ConfigError` if images are decoded or made smaller than the transforms first want them."""
+    sides = {
+        "data.decode_short_side": section.decode_short_side,
+        "data.short_side": section.short_side,
+    }
+    for key, side in sides.items():
+        if not isinstance(side, int):
+            continue
+        for asked in _all_asked_sizes(section):
+            if asked.pixels > side:
+                raise ConfigError(
+                    key,
+                    f"{side} is less than the {asked.pixels} pixels of {asked.key}, so images would be made smaller "
+                    f"only to be enlarged; set it to {asked.pixels} or more",
+                )
+    decoded, shrunk = sides.values()
+    if isinstance(decoded, int) and isinstance(shrunk, int) and shrunk > decoded:
+        raise ConfigError(
+            "data.decode_short_side",
+            f"{decoded} is less than data.short_side={shrunk}; set it to that or more",
+        )
+
+
+def _all_asked_sizes(section: DataConfig) -> Iterator[AskedSize]:
+    for key, items in transform_lists(section):
+        yield from _asked_sizes(key, items)
+
+
+def _asked_sizes(key: str, items: Any) -> Iterator[AskedSize]:
+    """The size that the first sizing transform of a list asks for; with lists within it, each of theirs, too.
+
+    Later ones are given what that one makes. Those of an import path are their author's, and after a transform that
+    may change the size in another way, as Pad does, nothing can be said.
+    """
+    if not isinstance(items, list):
+        return
+    for index, item in enumerate(items):
+        name = name_of(item)
+        if name in SIZELESS:
+            continue
+        place = f"{key}[{index}]"
+        if isinstance(item, dict) and "transforms" in item:
+            # They may be left out, as by RandomApply: the next one may be the first, too.
+            yield from _asked_sizes(f"{place}.transforms", item["transforms"])
+            continue
+        if name and "." not in name:
+            pixels = own_size(name, item)
+            if pixels is not None:
+                yield AskedSize(f"{place}.{_size_argument(name)}", pixels)
+        return
+
+
+def transform_lists(
+    section: DataConfig,
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The key and the items of each list of transforms: those of evaluation sets of their own come last."""
+    yield "data.train_transforms", section.train_transforms
+    yield "data.val_transforms", section.val_transforms
+    sets = {f"val.{name}": item for name, item in validation_sets(section.val).items()}
+    test = test_set(section.test)
+    if test is not None:
+        sets["test"] = test
+    for name, item in sets.items():
+        if item.transforms is not None:
+            yield f"data.{name}.transforms", item.transforms
+
+
+def name_of(item: Any) -> str:
+    """The name of one item of a list of transforms; "" for what is no such item, which is refused elsewhere."""
+    return str(item.get("name", "")) if isinstance(item, dict) else ""
+
+
+def own_size(name: str, arguments: dict[str, Any]) -> int | None:
+    """The longest side, in pixels, that a transform of v2 asks for in its own arguments; None if it asks for none."""
+    return _largest(arguments.get(_size_argument(name)))
+
+
+def _size_argument(name: str) -> str:
+    return SIZE_ARGUMENTS.get(name, "size")
+
+
+def _largest(size: Any) -> int | None:
+    """The larger of one or several numbers; None for anything else, of which the transform itself will tell."""
+    sizes = size if isinstance(size, list) else [size]
+    numbers = [number for number in sizes if type(number) is int and number > 0]
+    return max(numbers) if numbers and len(numbers) == len(sizes) else None
