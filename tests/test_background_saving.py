@@ -20,6 +20,7 @@ from benchmarks.checkpoint import measure
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import HASHES, Images, bitwise_config, conv_net, rows_of
 from trainer import Observer, Trainer
+from trainer.core.profile.observer import ProfileObserver
 from trainer.errors import LockstepError, Stopped
 from trainer.exact.finite import first_not_finite
 from trainer.exact.plan import Step
@@ -301,3 +302,52 @@ def test_the_benchmark_measures_each_way_of_saving() -> None:
         "`torch.load`",
     ]
     assert text.startswith("A checkpoint of 13 MB; ")
+
+
+class FailingAt(Observer):
+    def __init__(self, step: int) -> None:
+        self.last = step
+
+    def step(self, step: Step) -> None:
+        if step.number == self.last:
+            raise LockstepError("as told")
+
+
+def test_a_failure_at_the_profiles_end_does_not_cut_a_checkpoint_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, close = checkpoint.write, SnapshotWriter.close
+    is_closing = Event()
+
+    def write_late(*arguments: Any, **options: Any) -> Path:
+        is_closing.wait(30)
+        return write(*arguments, **options)
+
+    def close_writer(writer: SnapshotWriter) -> Any:
+        is_closing.set()
+        return close(writer)
+
+    def fail(_: ProfileObserver) -> None:
+        raise RuntimeError("no trace")
+
+    monkeypatch.setattr(checkpoint, "write", write_late)
+    monkeypatch.setattr(SnapshotWriter, "close", close_writer)
+    monkeypatch.setattr(ProfileObserver, "end_session", fail)
+    settings = bitwise_config(
+        tmp_path,
+        "run",
+        batch__size=4,
+        batch__micro_size=4,
+        train__checkpoint_every=20,
+        train__profile=1,
+        train__epochs=1,
+    )
+    trainer = Trainer(
+        settings, model=conv_net(), train_data=Images(), observers=[FailingAt(21)]
+    )
+    with pytest.raises(RuntimeError, match="no trace") as caught:
+        trainer.fit()
+    assert str(caught.value.__context__) == "as told"
+    is_written = (tmp_path / "run" / "checkpoints" / "step_00000020").is_dir()
+    is_closing.set()  # the thread ends where nothing else lets it
+    assert is_written

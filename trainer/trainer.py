@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from trainer.components.optimizer import (
     learning_rates,
     set_learning_rate,
 )
-from trainer.components.optimizer_modes import begin_training, evaluation_weights
+from trainer.components.optimizer_modes import begin_training
 from trainer.components.optimizer_step import forget_gradients
 from trainer.components.schedule import Schedule, build_schedule
 from trainer.components.task import Task, WeightedSum
@@ -24,6 +24,7 @@ from trainer.config.registry import build_observers
 from trainer.config.schema import Config
 from trainer.core.backward import forward_and_backward
 from trainer.core.build import build_run
+from trainer.core.build_reduction import build_reduction
 from trainer.core.ema import build_average
 from trainer.core.empty_forwards import EmptyForwards
 from trainer.core.ending import Ending
@@ -31,37 +32,33 @@ from trainer.core.evaluations import Evaluations
 from trainer.core.finite_watch import FiniteWatch
 from trainer.core.graphs.graphs import build_graphs
 from trainer.core.left_out import LeftOut
-from trainer.core.metrics import Meter, Row, Stopwatch, Totals
+from trainer.core.metrics import Meter, Row, Stopwatch
 from trainer.core.observers import Observer, Observers, Stateful
-from trainer.core.preflight import check_order, notes_on
+from trainer.core.preflight import check_order
 from trainer.core.profile.begin import add_profile
 from trainer.core.profile.observer import ProfileObserver
 from trainer.core.proof.prove import Proof, prove
-from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.rehearsal import check_states
-from trainer.core.resuming import Resuming
+from trainer.core.resuming import Resuming, epoch_to_go_on_in
+from trainer.core.row_means import RowMeans
 from trainer.core.run import settings_of
 from trainer.core.save_predictions import SHORT_NAMES
 from trainer.core.saved_state import SavedState
 from trainer.core.saving import Saving
 from trainer.core.stateful import StatefulObjects, keeps_statistics
-from trainer.core.test_set import FinalResult, evaluate_test_set
 from trainer.core.timetable import Timetable
 from trainer.core.try_out import explained, try_out
 from trainer.core.whole_step import WholeStep
+from trainer.data.batches import MicroBatch
 from trainer.data.datasets import MapDataset
 from trainer.data.left_out import train_loader
-from trainer.data.samples import MicroBatch
 from trainer.data.train_loader import TrainLoader
 from trainer.errors import LockstepError, Stopped
-from trainer.exact.bitwise import BitwiseReduction
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import modes_of_others, restore_modes
 from trainer.exact.plan import Plan, Step
 from trainer.exact.reduction import Reduction
 from trainer.exact.sharded import ShardedReduction
-from trainer.exact.shards import has_shards
-from trainer.exact.standard import StandardReduction
 from trainer.process.activity import (
     ENDING,
     EXCHANGING,
@@ -74,14 +71,14 @@ from trainer.process.ranks import Ranks
 from trainer.process.signals import StopRequest
 from trainer.process.watchdog import watching
 from trainer.reporting import summary as report
-from trainer.reporting.figures import drawing
+from trainer.reporting.conclusion import draw_figures, log_test
+from trainer.reporting.introduction import introduce
 from trainer.reporting.journal import Journal
 from trainer.reporting.trackers.base import Tracker
 from trainer.reporting.trackers.group import build_trackers
 from trainer.reporting.wandb.histograms import HistogramObserver
 from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.digest import digest, digest_of_shards, hexadecimal
-from trainer.storage.environment import environment
 
 
 class Trainer:
@@ -138,37 +135,8 @@ class Trainer:
             )
             self.run.freezing.apply(epoch=0)
             self.reduction = self.reduction_for(self.module, loss=self.run.task)
-        self.timetable = Timetable(
-            self.config.train,
-            self.plan,
-            has_validation=self.run.evaluator is not None,
-        )
-        self.observers = self._build_observers(observers)
-        self._average = build_average(self.run, self.optimizer)
-        self.evaluations = Evaluations(
-            self.run, self.optimizer, self.reduction, self._average, self.observers
-        )
-        self._ending = Ending(self.run)
         self.stateful: dict[str, Stateful] = dict(stateful or {})
         self.progress = Progress()
-        self.schedule = self._build_schedule()
-        self.meter = Meter(self.run.task, self.ranks, exact=self.run.bitwise)
-        self.whole_step = self._build_whole_step()
-        self.graphs = build_graphs(self.run, self.reduction)
-        self.finite = FiniteWatch(self.run)
-        self.left_out = LeftOut(self.run)
-        saved_state = SavedState(self.run, self.optimizer, self.reduction)
-        self.saving = Saving(
-            self.run,
-            saved_state,
-            reduction=self.reduction,
-            average=self._average,
-            evaluations=self.evaluations,
-            finite=self.finite,
-        )
-        self.resuming = Resuming(self.run, saved_state)
-        self.interval_totals = Totals()
-        self.epoch_totals = Totals()
         self.grad_norm: Tensor | None = None
         self.fuse = 1  # micro-batches in one forward, chosen before training
         self.fuse_note = ""  # why batch.fuse=auto chose 1
@@ -177,8 +145,45 @@ class Trainer:
         self._batches: TrainLoader | None = None
         self._profile: ProfileObserver | None = None
         self._journal: Journal | None = None
+        self._build_parts_of_step(observers)
+        self._build_parts_between_steps()
         self._attributes_of_trainer = frozenset(vars(self)) - attributes_before
         self._stateful_objects()  # refuses now what could not be saved later
+
+    def _build_parts_of_step(self, observers: Sequence[Observer]) -> None:
+        run = self.run
+        self.timetable = Timetable(
+            self.config.train,
+            self.plan,
+            has_validation=run.evaluator is not None,
+        )
+        self.observers = self._build_observers(observers)
+        self.schedule = self._build_schedule()
+        self.meter = Meter(run.task, self.ranks, exact=run.bitwise)
+        self.whole_step = self._build_whole_step()
+        self.graphs = build_graphs(run, self.reduction)
+        self.finite = FiniteWatch(run)
+        self._average = build_average(run, self.optimizer)
+
+    def _build_parts_between_steps(self) -> None:
+        """What logs, evaluates, saves, resumes and ends."""
+        run = self.run
+        self.row_means = RowMeans(self.meter)
+        self.left_out = LeftOut(run)
+        self.evaluations = Evaluations(
+            run, self.optimizer, self.reduction, self._average, self.observers
+        )
+        saved_state = SavedState(run, self.optimizer, self.reduction)
+        self.saving = Saving(
+            run,
+            saved_state,
+            reduction=self.reduction,
+            average=self._average,
+            evaluations=self.evaluations,
+            finite=self.finite,
+        )
+        self.resuming = Resuming(run, saved_state)
+        self._ending = Ending(run)
 
     @property
     def config(self) -> Config:
@@ -205,18 +210,7 @@ class Trainer:
         For a step of your own that trains another module beside the model: drive it as `train_step` does `reduction`,
         with the parameters that require a gradient now. Every rank goes on with rank 0's weights.
         """
-        kind: type[Reduction] = StandardReduction
-        if self.run.bitwise:
-            kind = BitwiseReduction
-        elif has_shards(module):
-            kind = ShardedReduction
-        return kind(
-            module,
-            self.config.batch_norm,
-            self.ranks,
-            find_unused_parameters=self.config.train.find_unused_parameters,
-            loss=loss,
-        )
+        return build_reduction(self.run, module, loss)
 
     @property
     def last_step(self) -> int:
@@ -257,16 +251,23 @@ class Trainer:
                 if is_resumed:
                     self.prove()  # on the samples of its next step
                 self._introduce()
-                try:
-                    # Also here: a hang is reported before anything is cleaned up.
-                    with explained(self.run, self._position):
-                        return self._train(stop)
-                finally:
-                    activity.leave(sys.exception())
-                    self.end_loading()
-                    if self._profile is not None:
-                        self._profile.end_session()
-                    self.saving.close(self._journal)
+                # `explained` also here: a hang is reported before anything is cleaned up.
+                with self._cleaned_up(), explained(self.run, self._position):
+                    return self._train(stop)
+
+    @contextmanager
+    def _cleaned_up(self) -> Iterator[None]:
+        """However the body ends, end what works beside it: all of that, whatever goes wrong with one of them."""
+        with ExitStack() as at_end:  # which begins with the last
+            at_end.callback(self.saving.close, self.journal)
+            at_end.callback(self._end_profile)
+            at_end.callback(self.end_loading)
+            at_end.push(lambda _kind, error, _trace: activity.leave(error))
+            yield
+
+    def _end_profile(self) -> None:
+        if self._profile is not None:
+            self._profile.end_session()
 
     def _build_trackers(self) -> list[Tracker]:
         """The trackers of the config, on the main process; the others need no packages for them."""
@@ -313,14 +314,12 @@ class Trainer:
 
     def _introduce(self) -> None:
         """Show what will run, and its first samples."""
-        journal = self.journal
-        journal.console.name_sets(list(self.run.data.named))
         header = report.header(
             self.run,
             self.schedule,
             self.fuse,
             self.fuse_note,
-            directory=journal.directory,
+            directory=self.journal.directory,
             proof=self.proof,
             optimizer=self.optimizer,
         )
@@ -328,29 +327,12 @@ class Trainer:
             header.append(("resumed", self.resuming.rate_note))
         if line := self._begin_profile():
             header.append(("profile", line))
-        facts = journal.with_sharing(self.run.facts_of_ranks)
-        journal.begin(
-            header,
-            self.progress,
-            self.resuming.data_record,
-            partial(
-                environment,
-                self.ranks,
-                facts_of_ranks=facts,
-                device_decoder=self.run.train_loader.device_decoder,
-            ),
-        )
-        if self.resuming.data_note:
-            journal.note(self.resuming.data_note)
-        for note in notes_on(facts):
-            journal.note(note)
-        if self.config.run.figures and not self.progress.step:
-            self.ranks.on_main(
-                lambda: journal.figures(drawing.draw_batch(self.run, journal.directory))
-            )
+        introduce(self.run, self.journal, header, self.progress, self.resuming)
         every = self.config.wandb.log_histograms_every
-        if every is not None and journal.wandb is not None:
-            self.observers.add(HistogramObserver(self.module, journal.wandb, every))
+        if every is not None and self.journal.wandb is not None:
+            self.observers.add(
+                HistogramObserver(self.module, self.journal.wandb, every)
+            )
 
     def _begin_profile(self) -> str:
         """Profile what `train.profile` asks for; returns the header's line."""
@@ -603,10 +585,10 @@ class Trainer:
 
     def measure(self, step: Step) -> Row:
         """A row of the steps since the last row. A collective; only here does training wait for the device."""
-        self._read_meter()
+        self.row_means.read_meter()
         skipped = self.finite.count(self.progress)
         row: Row = {"step": step.number, "epoch": step.epoch + 1}
-        row |= _with_prefix("train/", self.interval_totals.means())
+        row |= self.row_means.end_interval()
         row |= learning_rates(self.optimizer)
         if self.grad_norm is not None:
             row["grad_norm"] = self.grad_norm.item()
@@ -615,8 +597,6 @@ class Trainer:
         row |= self.stopwatch.pace(
             self.progress.samples_seen, self.batches.take_waited()
         )
-        self.epoch_totals.add(self.interval_totals)
-        self.interval_totals = Totals()
         return row
 
     def log(self, step: Step) -> None:
@@ -642,14 +622,10 @@ class Trainer:
         whole = ModelAndLoss(self.module, self.run.task)
         return hexadecimal(digest(weights | whole.trained_loss_parameters()))
 
-    def _read_meter(self) -> None:
-        self.interval_totals.add(self.meter.read())
-
     def end_epoch(self, step: Step) -> None:
         """Log the epoch's row: means over its samples, and an evaluation every `train.evaluate_every` epochs."""
         self.saving.check_unsaved(self.progress, self.journal)
-        means = _with_prefix("train/epoch_", self.epoch_totals.means())
-        self.epoch_totals = Totals()
+        means = self.row_means.end_epoch()
         self._log_epoch(step, means, evaluate=self.timetable.is_evaluated(step))
         self.progress.epoch_end_is_due = False
 
@@ -713,10 +689,9 @@ class Trainer:
         """
         activity.mark(SAVING)
         self.saving.check_state(self.progress, self.journal)
-        self._read_meter()
+        self.row_means.read_meter()
         self.stopwatch.stop(self.progress)
-        self.progress.interval = self.interval_totals.sums
-        self.progress.epoch = self.epoch_totals.sums
+        self.row_means.save(self.progress)
         self.left_out.save(self.progress)
         self.saving.write_checkpoint(
             self.progress, self._stateful_objects(), self.journal
@@ -750,37 +725,27 @@ class Trainer:
         self.progress = content.progress
         self.saving.go_on_from(self.progress)
         self.left_out.restore(self.progress)
-        self.interval_totals = Totals(content.progress.interval)
-        self.epoch_totals = Totals(content.progress.epoch)
+        self.row_means.restore(self.progress)
         self.schedule = self._build_schedule()
         if self.progress.step:  # the row of an epoch that ended there shows its rate
             factor = self.schedule.factor(self.progress.step - 1)
             set_learning_rate(self.optimizer, factor)
-        self._freeze(self._epoch_to_go_on_in())
+        self._freeze(epoch_to_go_on_in(self.progress, self.plan))
         self.run.forget_features()
         self.resuming.describe_rate(content, self.schedule)
 
-    def _epoch_to_go_on_in(self) -> int:
-        """The epoch of the next step; that of the last one where its epoch has not ended yet."""
-        next_step = min(self.progress.step, self.plan.total_steps - 1)
-        step = self.progress.step - 1 if self.progress.epoch_end_is_due else next_step
-        return step // self.plan.steps_per_epoch
-
     def _stateful_objects(self) -> dict[str, Stateful]:
         """What `stateful` holds, a subclass's own attributes, and observers with a state, by name."""
-        # Saved with the model.
-        model_parts = {id(part) for part in self.module.modules()}
-        attributes = {}
-        for name, value in vars(self).items():
-            if name not in self._attributes_of_trainer and id(value) not in model_parts:
-                attributes[name] = value
+        attributes = dict(vars(self))
+        for name in self._attributes_of_trainer:
+            attributes.pop(name, None)
         objects = StatefulObjects()
         if self._average.is_on:
             objects.add_named({"ema": self._average})
         if self._ending.early_stop is not None:
             objects.add_named({"early_stop": self._ending.early_stop})
         objects.add_named(self.stateful)
-        objects.add_attributes(attributes)
+        objects.add_attributes(attributes, model=self.module)
         objects.add_observers(self.observers)
         return objects.by_name
 
@@ -802,13 +767,7 @@ class Trainer:
         activity.mark(ENDING)
         last = self.plan.step(self.progress.step - 1)
         self.reduction.gather()
-        recalibrate = self.config.batch_norm.recalibrate_at == "end"
-        is_changed = recalibrate and recalibrate_statistics(
-            self.run, self.progress.step
-        )
-        if is_changed and self._average.is_on:
-            with self.evaluations.weights(is_average=True):
-                recalibrate_statistics(self.run, self.progress.step)
+        is_changed = self.evaluations.recalibrate_at_end(self.progress.step)
         if not self._is_logged(last):
             self.log(last)
         if is_changed or not self.timetable.is_evaluated(last):
@@ -817,7 +776,7 @@ class Trainer:
         activity.mark(ENDING)
         self.stopwatch.stop(self.progress)
         self.finite.check_end(self.progress)
-        test = self._log_test(last)
+        test = log_test(self.run, self.journal, self.optimizer, self.progress, last)
         summary = report.summary(
             self.run, self.progress, self.optimizer, self.proof, self._average.tensors()
         )
@@ -827,40 +786,10 @@ class Trainer:
         self.journal.finish(
             summary,
             report.closing(summary, self.journal.directory),
-            self._draw_figures(),
+            draw_figures(self.run, self.journal, self.progress, self.schedule),
         )
         self.observers.end(summary)
         return summary
-
-    def _log_test(self, last: Step) -> FinalResult | None:
-        """Evaluate the test set and log its row, the run's last; None without one, or if the run is to go on."""
-        is_stopped = self.last_step <= last.number < self.plan.total_steps
-        goes_on = is_stopped and not self.progress.stopped_by
-        if self.run.test is None or goes_on:
-            return None
-        with evaluation_weights(self.optimizer):
-            result = evaluate_test_set(self.run, self.run.test, self.progress)
-        activity.mark(ENDING)
-        if result.note:
-            self.journal.note(result.note)
-        self.journal.test({"step": last.number, "epoch": last.epoch + 1, **result.row})
-        return result
-
-    def _draw_figures(self) -> dict[str, Path]:
-        """Draw the figures of the finished run. A full disk or a damaged best model costs them, never the summary."""
-        if not self.config.run.figures:
-            return {}
-        has_best = self.progress.best is not None
-        try:
-            return drawing.draw(
-                self.run,
-                self.journal.directory,
-                has_best=has_best,
-                schedule=self.schedule,
-            )
-        except LockstepError as error:
-            self.journal.note(f"the figures are not complete: {error}")
-            return {}
 
     def _build_observers(self, passed: Sequence[Observer]) -> Observers:
         """Those of the config, those that were passed, and what the run itself needs."""
@@ -886,8 +815,3 @@ class Trainer:
             history=self.progress.history,
             mode=self.config.best.mode or "min",  # `build_run` has resolved it
         )
-
-
-def _with_prefix(prefix: str, row: Row) -> Row:
-    """The row with `prefix` before the name of every column."""
-    return {prefix + name: value for name, value in row.items()}

@@ -57,6 +57,20 @@ class Evaluations:
                 recalibrate_statistics(run, steps_done)
             return run.evaluate(self._watch)
 
+    def recalibrate_at_end(self, steps_done: int) -> bool:
+        """Give the weights, and their average, exact statistics where `batch_norm.recalibrate_at` is "end".
+
+        A collective. True if it changed any; the running statistics must be the true ones.
+        """
+        run = self._run
+        if run.config.batch_norm.recalibrate_at != "end":
+            return False
+        is_changed = recalibrate_statistics(run, steps_done)
+        if is_changed and self._average.is_on:
+            with self.weights(is_average=True):
+                recalibrate_statistics(run, steps_done)
+        return is_changed
+
     def columns(self, step: Step, evaluate: Callable[[], Row]) -> Row:
         """The columns of all evaluations after `step`, each made by `evaluate`. A collective."""
         row: Row = {}

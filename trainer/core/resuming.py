@@ -17,8 +17,9 @@ from trainer.core.run import Run
 from trainer.core.saved_state import SavedState
 from trainer.core.stateful import load_states
 from trainer.errors import ConfigError
+from trainer.exact.plan import Plan
 from trainer.storage import best_model, checkpoint
-from trainer.storage.checkpoint import Checkpoint
+from trainer.storage.checkpoint import Checkpoint, Progress
 from trainer.storage.data_record import (
     DataRecord,
     check_same_data,
@@ -133,3 +134,10 @@ class Resuming:
         if self._states is not None:
             self.notes += load_states(objects, self._states)
             self._states = None
+
+
+def epoch_to_go_on_in(progress: Progress, plan: Plan) -> int:
+    """The epoch of the next step; that of the last one where its epoch has not ended yet."""
+    next_step = min(progress.step, plan.total_steps - 1)
+    step = progress.step - 1 if progress.epoch_end_is_due else next_step
+    return step // plan.steps_per_epoch

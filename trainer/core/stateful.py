@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from trainer.core.observers import Stateful
@@ -45,10 +45,13 @@ class StatefulObjects:
                 )
             self._add(name, value)
 
-    def add_attributes(self, attributes: Mapping[str, object]) -> None:
-        """Add those that are stateful under their names, without leading underscores."""
+    def add_attributes(
+        self, attributes: Mapping[str, object], *, model: nn.Module
+    ) -> None:
+        """Add those that are stateful under their names, without leading underscores, and are no part of `model`."""
+        model_parts = {id(part) for part in model.modules()}
         for name, value in attributes.items():
-            if is_stateful(value):
+            if is_stateful(value) and id(value) not in model_parts:
                 self._add(name.lstrip("_"), value)
 
     def add_observers(self, observers: Iterable[object]) -> None:
