@@ -12,6 +12,8 @@ from trainer.errors import ConfigError, DataError
 from trainer.exact.structures import map_tensors
 
 LARGEST_UINT16 = 65535
+# Of a core's cache: what one pass leaves there, the next one need not fetch from memory.
+CACHE_BYTES = 1 << 20
 # Whole numbers of other widths. Ids, which models embed, are int64.
 UNSCALED = (torch.int8, torch.int16, torch.int32, torch.uint32, torch.uint64)
 
@@ -61,11 +63,9 @@ class Normalize(nn.Module):
         """
         if not isinstance(images, Tensor):
             return self._structure(images)
-        is_new = images.dtype == torch.uint8
-        if is_new:
-            images = images.to(self._dtype, memory_format=self._format)
-            images = images.mul_(self.scale)
-        elif images.is_floating_point():
+        if images.dtype == torch.uint8:
+            return self._from_bytes(images)
+        if images.is_floating_point():
             images = images.to(self._dtype)
         elif images.dtype == torch.uint16:
             images = images.to(self._dtype) / LARGEST_UINT16
@@ -78,10 +78,40 @@ class Normalize(nn.Module):
         if not self._shifts:
             return images
         self._check_channels(images)
-        if is_new:
-            # In place: on the CPU, new memory costs more than the arithmetic.
-            return images.sub_(self.mean).div_(self.std)
         return (images - self.mean) / self.std
+
+    def _from_bytes(self, images: Tensor) -> Tensor:
+        if self._shifts:
+            self._check_channels(images)
+        if self._is_worked_on_in_parts(images):
+            return self._in_parts(images)
+        result = images.to(self._dtype, memory_format=self._format)
+        return self._normalize_(result)
+
+    def _is_worked_on_in_parts(self, images: Tensor) -> bool:
+        # A program that is made of this takes batches of any size.
+        if images.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        size = images.numel() * self._dtype.itemsize
+        return images.dim() == 4 and size > CACHE_BYTES
+
+    def _in_parts(self, images: Tensor) -> Tensor:
+        """The same of a few images at a time, all passes over them while they are in the cache."""
+        result = torch.empty_like(images, dtype=self._dtype, memory_format=self._format)
+        # Every pass is shared out among the threads in the same way.
+        of_all_cores = CACHE_BYTES * torch.get_num_threads()
+        count = max(1, of_all_cores // result[0].nbytes)
+        for part, source in zip(result.split(count), images.split(count), strict=True):
+            self._normalize_(part.copy_(source))
+        return result
+
+    def _normalize_(self, images: Tensor) -> Tensor:
+        """Brightness from 0 to 255, in the run's dtype, made what the model sees."""
+        # In place: on the CPU, new memory costs more than the arithmetic.
+        images.mul_(self.scale)
+        if self._shifts:
+            images.sub_(self.mean).div_(self.std)
+        return images
 
     def _structure(self, inputs: Any) -> Any:
         if self._structured and are_images(inputs):
@@ -104,11 +134,12 @@ class Normalize(nn.Module):
             )
 
     def _check_channels(self, images: Tensor) -> None:
-        if images.dim() < 3 or not images.is_floating_point():
+        is_brightness = images.is_floating_point() or images.dtype == torch.uint8
+        if images.dim() < 3 or not is_brightness:
             raise ConfigError(
                 "data.mean",
                 f"and data.std are for images, not for inputs of {tuple(images.shape)}"
-                + ("" if images.is_floating_point() else f" and {images.dtype}"),
+                + ("" if is_brightness else f" and {images.dtype}"),
             )
         channels = images.shape[-3]
         if len(self.mean) not in (1, channels) or len(self.std) not in (1, channels):
