@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,10 +26,12 @@ from tests.distributed.test_on_device import Pictures
 from tests.image_damage import encode
 from trainer import ConfigError, DataError, Predictor, Trainer
 from trainer.commands import evaluate
+from trainer.core.decoding_notes import DecodingNotes
 from trainer.core.preflight import check_ranks
 from trainer.data.batches import MicroBatch, Request
 from trainer.data.decoding import decode, read_for_device
 from trainer.data.device_decoders import FileDecoder, file_decoder, try_out
+from trainer.data.device_decoding import DecodedImages
 from trainer.data.image_list import JpegFile, turned_upright
 from trainer.errors import LockstepError
 
@@ -220,6 +223,41 @@ def test_what_the_device_cannot_decode_the_cpu_does(root: Path, tmp_path: Path) 
         whole, _ = run.data.train[sample_id]
         expected = whole if "progr" in paths[sample_id] else whole // 2
         assert torch.equal(image, expected)
+
+
+def test_an_epoch_says_how_many_images_the_device_did_not_decode(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with device_that_decodes():
+        trainer = make(root, tmp_path, train__epochs=2, batch_norm__recalibrate=2)
+        trainer.fit()
+    lines = " ".join(capsys.readouterr().out.split())
+    # Of each class a grey JPEG file and a PNG file, and a progressive one. The second epoch's line would be the same.
+    assert lines.count("the device did not decode") == 1
+    assert (
+        "epoch 1: of 26 images the device did not decode 6: 4 are of kinds that it is not given, 2 are JPEG files that"
+        in lines
+    )
+
+
+def test_a_note_is_of_all_ranks_and_only_where_it_is_news() -> None:
+    of_rank = {0: DecodedImages(20, 0, 0), 1: DecodedImages(20, 3, 1)}
+    of_rank[2] = of_rank[4] = DecodedImages(19, 3, 1)
+    of_rank[3] = DecodedImages(20, 0, 2)
+    decoding = SimpleNamespace(take_decoded=of_rank.__getitem__)
+    loader = SimpleNamespace(
+        dataset=SimpleNamespace(reads_files=True), train_decoding=decoding
+    )
+    ranks = SimpleNamespace(gather=lambda items: items * 3)
+    run: Any = SimpleNamespace(ranks=ranks, train_loader=loader)
+    notes = DecodingNotes(run)
+    found = [notes.take_note(epoch) for epoch in range(5)]
+    assert not found[0] and not found[2]
+    assert "epoch 2: of 60 images the device did not decode 12: 9 " in found[1]
+    assert "epoch 4: of 60 images the device did not decode 6: 6 are JPEG" in found[3]
+    assert "epoch 5: of 57 images the device did not decode 12" in found[4]
+    loader.dataset.reads_files = False
+    assert not notes.take_note(1)
 
 
 @pytest.mark.parametrize("decoding", ["cpu", "device"])

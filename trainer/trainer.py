@@ -25,6 +25,7 @@ from trainer.config.schema import Config
 from trainer.core.backward import forward_and_backward
 from trainer.core.build import build_run
 from trainer.core.build_reduction import build_reduction
+from trainer.core.decoding_notes import DecodingNotes
 from trainer.core.ema import build_average
 from trainer.core.empty_forwards import EmptyForwards
 from trainer.core.ending import Ending
@@ -170,6 +171,7 @@ class Trainer:
         run = self.run
         self.row_means = RowMeans(self.meter)
         self.left_out = LeftOut(run)
+        self._decoding_notes = DecodingNotes(run)
         self.evaluations = Evaluations(
             run, self.optimizer, self.reduction, self._average, self.observers
         )
@@ -626,6 +628,9 @@ class Trainer:
         """Log the epoch's row: means over its samples, and an evaluation every `train.evaluate_every` epochs."""
         self.saving.check_unsaved(self.progress, self.journal)
         means = self.row_means.end_epoch()
+        note = self._decoding_notes.take_note(step.epoch)
+        if note:
+            self.journal.note(note)
         self._log_epoch(step, means, evaluate=self.timetable.is_evaluated(step))
         self.progress.epoch_end_is_due = False
 

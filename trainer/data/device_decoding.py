@@ -7,6 +7,7 @@ every other kind of file, the CPU's libraries decode.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +84,14 @@ def _exclusions(section: DataConfig) -> list[tuple[str, bool, str]]:
     ]
 
 
+class DecodedImages(NamedTuple):
+    """How many images there were, and of how many the CPU decoded the file."""
+
+    images: int = 0
+    not_given: int = 0  # the device is not given such files
+    refused: int = 0  # it was given them, and did not decode them
+
+
 class DeviceDecoding:
     """Decodes what loader processes hand over: `PackedImages` with files in, an `ImageList` on `device` out."""
 
@@ -92,6 +101,11 @@ class DeviceDecoding:
         self._dataset = dataset
         self._device = device
         self.decoder = decoder
+        self._decoded: dict[int, DecodedImages] = {}  # by epoch
+
+    def take_decoded(self, epoch: int) -> DecodedImages:
+        """What there was to decode for `epoch`, here, since the last call for it."""
+        return self._decoded.pop(epoch, DecodedImages())
 
     def __call__(self, item: MicroBatch | Loaded) -> MicroBatch | Loaded:
         """The same with decoded images, of a `Loaded` without those that are bad.
@@ -131,6 +145,7 @@ class DeviceDecoding:
         decoded = iter(self._decode([part for entry, part in parts if entry.is_file]))
         images: list[Tensor] = []
         errors: dict[int, DataError] = {}
+        refused = 0
         for position, (entry, part) in enumerate(parts):
             image: Tensor | None = part
             if entry.is_file:
@@ -141,7 +156,12 @@ class DeviceDecoding:
                 except DataError as error:
                     errors[position] = error
                     continue
+                refused += 1
             images.append(image.to(self._device, non_blocking=True))
+        not_given = sum(not entry.is_file for entry, _ in parts)
+        of_batch = DecodedImages(len(images), not_given, refused)
+        before = self._decoded.get(source.epoch, DecodedImages())
+        self._decoded[source.epoch] = total([before, of_batch])
         return images, errors
 
     def _decode(self, files: list[Tensor]) -> Sequence[Tensor | None]:
@@ -176,3 +196,9 @@ class DeviceDecoding:
             torch.empty(entry.shape, device="meta"), entry.orientation
         )
         return image if image.shape == expected.shape else None
+
+
+def total(parts: Sequence[DecodedImages]) -> DecodedImages:
+    """All of some parts together."""
+    columns = zip(*parts, strict=True)
+    return DecodedImages(*(sum(column) for column in columns))

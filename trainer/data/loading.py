@@ -150,7 +150,7 @@ class Loader:
 
     def _read_all(self, requests: Iterable[Request]) -> Iterator[MicroBatch | Loaded]:
         items = self._load_all(requests)
-        return map(self._decoded, items) if self.dataset.reads_files else items
+        return map(self.train_decoding, items) if self.dataset.reads_files else items
 
     def _load_all(self, requests: Iterable[Request]) -> Iterator[MicroBatch | Loaded]:
         if self._section.workers:
@@ -166,6 +166,11 @@ class Loader:
     def decoding(self) -> DeviceDecoding:
         """What decodes files on the device. Raises `ConfigError` where nothing does."""
         return DeviceDecoding(self.dataset, file_decoder(self.device), self.device)
+
+    @cached_property
+    def train_decoding(self) -> DeviceDecoding:
+        """The same for what is asked for ahead: it counts this alone, and nothing that is looked at besides."""
+        return DeviceDecoding(self.dataset, self.decoding.decoder, self.device)
 
     @property
     def device_decoder(self) -> str:

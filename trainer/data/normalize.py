@@ -101,8 +101,9 @@ class Normalize(nn.Module):
         # Every pass is shared out among the threads in the same way.
         of_all_cores = CACHE_BYTES * torch.get_num_threads()
         count = max(1, of_all_cores // result[0].nbytes)
-        for part, source in zip(result.split(count), images.split(count), strict=True):
-            self._normalize_(part.copy_(source))
+        for first in range(0, len(images), count):
+            part = slice(first, first + count)
+            self._normalize_(result[part].copy_(images[part]))
         return result
 
     def _normalize_(self, images: Tensor) -> Tensor:
