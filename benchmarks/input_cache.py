@@ -1,6 +1,6 @@
 """Batches from `data.cache=decoded`: images a second of one core, beside the tutorials' loader and decoding anew.
 
-python -m benchmarks.input_cache                        500- and 2000-pixel files, about two minutes
+python -m benchmarks.input_cache                        500- and 2000-pixel files, about a minute
 python -m benchmarks.input_cache --save docs/results/input_cache.md
 python -m benchmarks.input_cache --photos ROOT          the photographs of a folder, ROOT/train/<class>/*.jpg
 python -m benchmarks.input_cache --quick                fewer files and rounds, half a minute
