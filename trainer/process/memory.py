@@ -10,7 +10,8 @@ import sys
 TRIM_THRESHOLD = -1
 MMAP_THRESHOLD = -3
 MOST_BYTES_KEPT = 2**31 - 1
-LARGEST_BLOCK_KEPT = 2**30  # bytes
+# Bytes: the most that is asked for, and the most that glibc before 2.35 takes.
+LARGEST_BLOCK_KEPT = (2**30, 2**25)
 # Whoever sets one of these has chosen another malloc, or other settings of it.
 USER_SETTINGS = (
     "GLIBC_TUNABLES",
@@ -31,6 +32,8 @@ def keep_freed_memory(device_type: str) -> None:
     if sys.platform != "linux" or any(os.environ.get(name) for name in USER_SETTINGS):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, LARGEST_BLOCK_KEPT)
+    if mallopt is None:
+        return
+    # The second alone would fix the first at its default: every block of 128 KiB would be mapped anew.
+    if any(mallopt(MMAP_THRESHOLD, size) for size in LARGEST_BLOCK_KEPT):
         mallopt(TRIM_THRESHOLD, MOST_BYTES_KEPT)
