@@ -89,3 +89,14 @@ def test_bytes_of_a_mean_and_std_of_one_value_and_of_none() -> None:
     assert torch.equal(Normalize(None, None, torch.float32)(batch), scaled)
     expected = (scaled - 0.5) / torch.tensor(0.3)
     assert torch.equal(Normalize([0.5], [0.3], torch.float32)(batch), expected)
+
+
+def test_an_exported_program_takes_any_number_of_large_images() -> None:
+    normalize = Normalize(MEAN, STD, torch.float32)
+    size = {0: torch.export.Dim("batch")}
+    program = torch.export.export(
+        normalize, (images(2, 300, 310),), dynamic_shapes={"images": size}
+    )
+    for count in (3, 7):
+        batch = images(count, 300, 310)
+        assert torch.equal(program.module()(batch), of_whole(batch, torch.float32))

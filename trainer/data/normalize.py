@@ -78,7 +78,7 @@ class Normalize(nn.Module):
         if not self._shifts:
             return images
         self._check_channels(images)
-        return (images - self.mean) / self.std
+        return (images - self.mean).div_(self.std)
 
     def _from_bytes(self, images: Tensor) -> Tensor:
         if self._shifts:
