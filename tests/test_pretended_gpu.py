@@ -50,9 +50,7 @@ class OneGpu(Ranks):
             no_sync=lambda model: nullcontext(), free_memory=lambda: None
         )
 
-    def prepare(
-        self, model: nn.Module, *, find_unused_parameters: bool = False
-    ) -> nn.Module:
+    def prepare(self, model: nn.Module) -> nn.Module:
         return model
 
 

@@ -81,17 +81,30 @@ def ranks_that_use_it(micro_size: int, ranks: int) -> list[list[bool]]:
     return steps
 
 
-@pytest.mark.parametrize("reproducibility", ["standard", "bitwise"])
-@pytest.mark.parametrize("micro_size", [14, 5])
+@pytest.mark.parametrize(
+    ("micro_size", "reproducibility", "may_be_unused_at_first"),
+    [
+        (14, "standard", False),
+        (14, "bitwise", False),
+        (5, "standard", False),
+        (5, "standard", True),
+        (5, "bitwise", False),
+    ],
+)
 def test_the_ranks_agree_on_what_was_used(
-    tmp_path: Path, micro_size: int, reproducibility: str
+    tmp_path: Path, micro_size: int, reproducibility: str, may_be_unused_at_first: bool
 ) -> None:
+    """With steps that leave a rank idle, which are run without DDP."""
     patterns = ranks_that_use_it(micro_size, ranks=2)
     assert any(patterns[0])
     assert not all(patterns[0])
     assert [True, False] in patterns
     assert [False, False] in patterns
-    arguments = {"run__reproducibility": reproducibility, "micro_size": micro_size}
+    arguments: dict[str, Any] = {
+        "run__reproducibility": reproducibility,
+        "train__find_unused_parameters": may_be_unused_at_first,
+        "micro_size": micro_size,
+    }
     (reference,) = on_ranks(1, train, tmp_path / "1", **arguments)
     bound = 0.0 if reproducibility == "bitwise" else 1e-12
     for weights in on_ranks(2, train, tmp_path / "2", **arguments):
@@ -113,7 +126,7 @@ def test_a_complaint_that_names_no_parameter(monkeypatch: pytest.MonkeyPatch) ->
         "trainer.exact.completion._what_is_missing", lambda model: "something is wrong"
     )
     model = nn.Linear(2, 2)
-    with pytest.raises(ConfigError, match="DDP does not say which; set it to true"):
+    with pytest.raises(ConfigError, match="DDP does not say which; set it to bitwise"):
         complete_backward(model, dict(model.named_parameters()))
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.errors import ConfigError
@@ -40,17 +40,25 @@ def complete_backward(model: nn.Module, parameters: Mapping[str, nn.Parameter]) 
         torch.autograd.backward(missing, zeros)
     if not missing or not is_complete(model):
         raise ConfigError(
-            "train.find_unused_parameters",
-            "a micro-batch uses only a part of the parameters, and DDP does not say which; set it to true",
+            "run.reproducibility",
+            "a micro-batch uses only a part of the parameters, and DDP does not say which; set it to bitwise, which "
+            "does without DDP",
         )
-    for parameter in missing:
-        if parameter.grad is not None and _is_negative_zero(parameter.grad):
+    _forget_unused(missing)
+
+
+def _forget_unused(parameters: list[nn.Parameter]) -> None:
+    """Take the gradients from parameters to whose −0.0 no rank has added: any number but −0.0 would have changed it."""
+    untouched = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        assert gradient is not None
+        untouched.append(((gradient == 0) & gradient.signbit()).all())
+    for parameter, is_unused in zip(
+        parameters, torch.stack(untouched).tolist(), strict=True
+    ):
+        if is_unused:
             parameter.grad = None
-
-
-def _is_negative_zero(gradient: Tensor) -> bool:
-    """True if no rank has added anything to the −0.0 of all: any number but −0.0 would have changed it."""
-    return bool(((gradient == 0) & gradient.signbit()).all())
 
 
 def _what_is_missing(model: nn.Module) -> str | None:

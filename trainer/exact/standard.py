@@ -32,15 +32,10 @@ class _Synchronized(AbstractContextManager[nn.Module]):
     """The context of a rank's last micro-batch, in whose backward DDP adds up the gradients of all ranks."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        *,
-        completes: bool,
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter]
     ) -> None:
         self._model = model
         self._parameters = parameters
-        self._completes = completes
         self.count = 0  # of those that have ended
 
     def __enter__(self) -> nn.Module:
@@ -50,7 +45,7 @@ class _Synchronized(AbstractContextManager[nn.Module]):
         if kind is not None:
             return
         self.count += 1
-        if self._completes and not is_complete(self._model):
+        if not is_complete(self._model):
             complete_backward(self._model, self._parameters)
 
 
@@ -60,19 +55,15 @@ class StandardReduction(Reduction):
     _statistics: StatisticsShare
 
     def _wrap(self) -> RunningStatistics:
-        self._model = self._ranks.prepare(
-            self._module, find_unused_parameters=self._find_unused_parameters
-        )
+        # Without DDP's own search for unused parameters. In steps without DDP it would note what is used as well, and
+        # fail where the next step does not use it.
+        self._model = self._ranks.prepare(self._module)
         self._ranks_averaged_over = self._ranks.count
+        self._has_ddp = self._ranks.count > 1
         # Contexts, made once.
         self._alone = nullcontext(self._module)
         self._is_compiled = is_compiled(self._module)
-        self._in_step_with_others = _Synchronized(
-            self._model,
-            self._parameters,
-            # With find_unused_parameters, DDP itself looks for them.
-            completes=not self._find_unused_parameters,
-        )
+        self._in_step_with_others = _Synchronized(self._model, self._parameters)
         return StatisticsShare(self._module, self._section, self._ranks, self._loss)
 
     def micro_batch(
@@ -82,10 +73,10 @@ class StandardReduction(Reduction):
             self._statistics.micro_batch(indices)
         if self._moving.has_candidates:
             self._moving.micro_batch()
+        if step.has_idle_rank or not self._has_ddp:
+            return self._alone
         _, end = indices
         _, end_of_rank = step.ranks[self._ranks.rank]
-        if step.has_idle_rank or self._ranks.count == 1:
-            return self._alone
         if end == end_of_rank:
             return self._in_step_with_others
         has_buckets = self._in_step_with_others.count >= EXCHANGES_UNTIL_BUCKETS

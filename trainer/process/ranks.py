@@ -101,15 +101,12 @@ class Ranks:
 
     # ---------------------------------------------------------------- models
 
-    def prepare(
-        self, model: nn.Module, *, find_unused_parameters: bool = False
-    ) -> nn.Module:
+    def prepare(self, model: nn.Module) -> nn.Module:
         """The model on its device, wrapped in DDP if there are several processes; releases one prepared before."""
         self.accelerator.free_memory()
         self.accelerator.ddp_handler = DistributedDataParallelKwargs(
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            find_unused_parameters=find_unused_parameters,
         )
         # Newer torch renames the option, older torch has the old name only.
         with warnings.catch_warnings():
