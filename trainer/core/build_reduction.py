@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from trainer.core.graphs.refusal import sums_after_backward
 from trainer.core.run import Run
 from trainer.exact.bitwise import BitwiseReduction
+from trainer.exact.flat import FlatReduction
 from trainer.exact.reduction import Reduction
 from trainer.exact.sharded import ShardedReduction
 from trainer.exact.shards import has_shards
@@ -19,6 +21,8 @@ def build_reduction(run: Run, module: nn.Module, loss: nn.Module | None) -> Redu
         kind = BitwiseReduction
     elif has_shards(module):
         kind = ShardedReduction
+    elif sums_after_backward(run):
+        kind = FlatReduction
     return kind(
         module,
         run.config.batch_norm,

@@ -15,7 +15,7 @@ BYTES_TOGETHER = 25 << 20  # as many as in one of DDP's buckets
 @torch.no_grad()
 def sum_together(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
     """Add up each tensor over all ranks, in place. A collective; the tensors have the same shapes on every rank."""
-    for group in _groups(tensors):
+    for group in neighbours(tensors):
         if len(group) == 1:
             ranks.sum_(group[0])
             continue
@@ -25,8 +25,11 @@ def sum_together(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def _groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype; sparse tensors, whose elements differ from rank to rank, by themselves."""
+def neighbours(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups of neighbours with one dtype, of 25 MiB at most or of one tensor.
+
+    Sparse tensors, whose elements differ from rank to rank, are by themselves.
+    """
     group: list[Tensor] = []
     size = 0
     for tensor in tensors:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from trainer.components.task import WeightedSum
+from trainer.core.graphs.exchange import RefuseExchange
 from trainer.core.graphs.layout import NotRecordable
 from trainer.core.proof.state import without_trace
 from trainer.core.run import Run
@@ -53,7 +54,7 @@ class Recorded:
         self._batch = _copy_of(example)
         self._scale = torch.ones_like(like)
         versions = [buffer._version for buffer in self.buffers]
-        with unseen(run, self.buffers):
+        with unseen(run, self.buffers), RefuseExchange():
             results, self._replay = recorder.record(self._compute)
             moved = [buffer._version for buffer in self.buffers]
         self._output, self._loss, gradients = results

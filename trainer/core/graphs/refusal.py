@@ -18,12 +18,26 @@ def why_eager(run: Run) -> str:
         )
     if run.is_sharded:
         return "train.parallel=fsdp gathers parameters between the layers"
-    if run.ranks.count > 1 and not run.bitwise:
-        return (
-            "several processes exchange gradients within the backward; with run.reproducibility=bitwise they do it "
-            "after it"
-        )
+    if run.ranks.count > 1 and run.config.batch_norm.mode == "sync":
+        return "batch_norm.mode=sync exchanges statistics within each forward"
+    if any(getattr(module, "sparse", False) for module in run.module.modules()):
+        return "an embedding with sparse=True has sparse gradients"
     return ""
+
+
+def sums_after_backward(run: Run) -> bool:
+    """Whether the gradients of several processes are summed after the backward, and not within it as DDP does.
+
+    Bitwise mode has an exchange of its own. It follows from the config, the model and the kind of device, not from what
+    a process replays: the same on every rank.
+    """
+    return (
+        run.config.train.cuda_graphs
+        and run.ranks.count > 1
+        and not run.bitwise
+        and recorder_for(run.ranks.device) is not None
+        and not why_eager(run)
+    )
 
 
 def describe_graphs(run: Run) -> str:
@@ -33,7 +47,10 @@ def describe_graphs(run: Run) -> str:
     reason = why_eager(run)
     if reason:
         return f"none: {reason}"
+    exchange = ""
+    if sums_after_backward(run):
+        exchange = "gradients are summed over the processes after the backward, replayed or eager; "
     return (
-        "micro-batches are recorded after the first steps, and replayed if that gives the bits of eager; CUDA graphs "
-        "have not been tried on a GPU with this trainer"
+        "micro-batches are recorded after the first steps, and replayed if that gives the bits of eager; "
+        f"{exchange}CUDA graphs have not been tried on a GPU with this trainer"
     )
