@@ -33,6 +33,7 @@ from tests.device_decoders import device_that_decodes, stand_in
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import largest_difference, state
 from tests.programs import run_program
+from tests.recorded_graphs import graphs_on_cpu
 from tests.test_configs import image_folder
 from trainer.exact.refused import RefusedOperations
 
@@ -304,6 +305,7 @@ def answer_as_on_gpu(name: str, directory: Path) -> Answer:
     with (
         device_that_decodes(),
         patch("benchmarks.gpu.device_decoding.file_decoder", stand_in),
+        graphs_on_cpu(),
     ):
         return check_named(name).answer(AsOnGpu("cpu", False, directory))
 
@@ -321,6 +323,7 @@ def answer_as_on_gpu(name: str, directory: Path) -> Answer:
             "a stand-in: 0 of 3 images differ alone, 1 are refused",
         ),
         ("device-decoding-pace", None, " decoded by the GPU, 2 workers"),
+        ("graphs-two-processes", True, "micro-batches were replayed; largest"),
         ("host-waits", False, "torch does not report a wait that is there"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import config
 from tests.pretended_ranks import Traffic, TrafficLog, one_of
+from tests.recorded_graphs import graphs_on_cpu
 from tests.test_pretended_gpu import in_a_fork
 from trainer import Trainer
 from trainer.data.datasets import ImageArrays
@@ -23,6 +24,7 @@ from trainer.exact.exchange_cost import (
     describe_exchange,
     exchange_cost,
 )
+from trainer.exact.joint_sum import neighbours
 from trainer.exact.plan import Plan
 from trainer.exact.tree import nodes_of_range
 from trainer.process.levels import ranks_per_machine
@@ -98,6 +100,24 @@ def test_standard_sends_each_bucket_once_a_step(
     assert len(buckets) > 1
     assert traffic.calls == {"ddp": len(buckets)}
     assert traffic.bytes == {"ddp": bytes_of(trainer.module)}
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+@in_a_fork
+def test_with_graphs_a_step_sends_all_gradients_after_the_backward(
+    tmp_path: Path, is_short: bool
+) -> None:
+    """Replayed or eager, with idle ranks or not; and a number for each parameter: how many ranks have used it."""
+    with one_of(8), graphs_on_cpu():
+        trainer, traffic = traffic_of_a_step(
+            tmp_path, 16, MORE_THAN_A_BUCKET, is_short=is_short, train__cuda_graphs=True
+        )
+    parameters = list(trainer.module.parameters())
+    pieces = len(list(neighbours(parameters)))
+    assert pieces > 1
+    assert traffic.calls == {"allreduce": pieces}
+    uses = FLOAT * len(parameters)
+    assert traffic.bytes["allreduce"] == bytes_of(trainer.module) + uses
 
 
 @in_a_fork

@@ -157,6 +157,12 @@ CHECKS: list[Check] = [
         SHORT,
     ),
     _correctness(
+        "graphs-two-processes",
+        "Do two processes on this device that replay end as one eager one does, in fp64?",
+        equality.replayed_on_two,
+        SHORT,
+    ),
+    _correctness(
         "cudnn-benchmark",
         "Does a run with train.cudnn_benchmark=true learn?",
         partial(equality.learns, train__cudnn_benchmark=True),

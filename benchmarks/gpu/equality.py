@@ -91,6 +91,35 @@ def sync_on_two(setting: Setting) -> Answer:
     )
 
 
+def replayed_on_two(setting: Setting) -> Answer:
+    """Two processes that replay micro-batches from graphs, and sum gradients after the backward, end as one does."""
+    common = {"batch__micro_size": 8, "train__precision": "fp64"}
+    config = settings(setting.directory / "graphs", train__cuda_graphs=True, **common)
+    device = setting.device_type
+    ends = on_processes(2, _replayed, config, device, device=device)
+    eager = _end_on(setting, 1, **common)
+    if not setting.on_gpu:
+        raise Unanswered(ON_GPU_ONLY)
+    replays = [count for _, count, _ in ends]
+    if not all(replays):
+        reasons = " and ".join(reason for _, _, reason in ends)
+        return Answer(f"not replayed: {reasons}", {"replays": replays}, passed=False)
+    answer = _compare(ends[0][0], eager)
+    return Answer(
+        f"{replays[0]} and {replays[1]} micro-batches were replayed; {answer.text}",
+        answer.values | {"replays": replays},
+        passed=answer.passed,
+    )
+
+
+def _replayed(config: Config, device_type: str) -> tuple[State, int, str]:
+    """The state at the end of the same run, how many micro-batches this process replayed, and why no more."""
+    trainer = _fitted_to_patterns(config, device_type)
+    graphs = trainer.graphs
+    replays, reason = (0, "") if graphs is None else (graphs.replays, graphs.reason)
+    return _on_cpu(trainer), replays, reason
+
+
 def _end_on(setting: Setting, processes: int, **changes: Any) -> State:
     """The state at the end of a run on so many processes."""
     config = settings(setting.directory / str(processes), **changes)
@@ -99,7 +128,11 @@ def _end_on(setting: Setting, processes: int, **changes: Any) -> State:
     return state
 
 
-def _trained(config: Config, device_type: str) -> dict[str, Tensor]:
+def _trained(config: Config, device_type: str) -> State:
+    return _on_cpu(_fitted_to_patterns(config, device_type))
+
+
+def _fitted_to_patterns(config: Config, device_type: str) -> Trainer:
     """21 steps, the last of a single micro-batch, so that one of two ranks has nothing to do in it.
 
     In bitwise mode even a small net's gradients go in several buckets, during the backward.
@@ -108,6 +141,10 @@ def _trained(config: Config, device_type: str) -> dict[str, Tensor]:
     exchange.BUCKET_BYTES, exchange.LAST_BUCKET_BYTES = SMALL_BUCKETS
     trainer = fitted(config, partial(small_cnn, 10), patterns(64 * 20 + 5))
     assert trainer.ranks.device.type == device_type
+    return trainer
+
+
+def _on_cpu(trainer: Trainer) -> State:
     return {name: tensor.cpu() for name, tensor in trainer.module.state_dict().items()}
 
 
