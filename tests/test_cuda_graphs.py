@@ -395,6 +395,28 @@ def test_a_failed_recording_leaves_stream_and_generator_as_they_were(
     assert asked[1]["capture_error_mode"] == "thread_local"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "is_exact"), [(torch.float32, False), (torch.float64, True)]
+)
+def test_a_rate_in_fp32_updates_to_other_bits(
+    dtype: torch.dtype, is_exact: bool
+) -> None:
+    """Why updates are not recorded: CUDA's fused kernels read a rate that is a tensor in fp32 alone."""
+
+    def updated(rate: float | Tensor) -> Tensor:
+        draw = torch.Generator().manual_seed(0)
+        weights = nn.Parameter(torch.randn(1000, generator=draw))
+        weights.grad = torch.randn(1000, generator=draw)
+        torch.optim.AdamW([weights], lr=rate, weight_decay=0.05, fused=True).step()
+        return weights.detach()
+
+    rates = [1e-3 * number / 50 for number in range(1, 50)]
+    equal = [
+        torch.equal(updated(r), updated(torch.tensor(r, dtype=dtype))) for r in rates
+    ]
+    assert all(equal) is is_exact
+
+
 # ---------------------------------------------------------------- processes, and a resume
 
 
