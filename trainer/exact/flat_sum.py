@@ -88,7 +88,9 @@ class _Piece:
         if self.length > 1:
             self._flat = memory[tensors[0].dtype][: sum(sizes)]
             # Elements in row-major order, since strides may differ from rank to rank.
-            for tensor, part in zip(tensors, self._flat.split(sizes), strict=True):
+            for tensor, part in zip(
+                tensors, torch.split(self._flat, sizes), strict=True
+            ):
                 self._parts.append(part.view(tensor.shape))
 
     def sum_(self, tensors: list[Tensor]) -> None:

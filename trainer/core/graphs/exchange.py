@@ -12,8 +12,11 @@ from trainer.core.graphs.layout import NotRecordable
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
-class RefuseExchange(TorchDispatchMode):
+class RefuseExchange(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within it, an exchange raises `NotRecordable` before it begins: other processes may not take part in it now."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
