@@ -28,6 +28,7 @@ from tests.distributed.small import (
 )
 from tests.recorded_graphs import GraphsOnCpu, graphs_on_cpu
 from trainer import Config, ConfigError, Observer, Trainer
+from trainer.core.graphs.exchange import RefuseExchange
 from trainer.core.no_effect import keys_without_effect
 from trainer.exact import exchange
 from trainer.exact.plan import Step
@@ -415,6 +416,20 @@ def test_a_rate_in_fp32_updates_to_other_bits(
         torch.equal(updated(r), updated(torch.tensor(r, dtype=dtype))) for r in rates
     ]
     assert all(equal) is is_exact
+
+
+def test_what_is_compiled_within_a_model_is_recorded_compiled() -> None:
+    """torch compiles nothing within most modes that see operations."""
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    function = torch.compile(lambda tensor: tensor.sin() + 1, backend=backend)
+    with RefuseExchange():
+        function(torch.ones(2))
+    assert compiled
 
 
 # ---------------------------------------------------------------- processes, and a resume

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,7 +54,10 @@ class Recorded:
         self._batch = _copy_of(example)
         self._scale = torch.ones_like(like)
         versions = [buffer._version for buffer in self.buffers]
-        with unseen(run, self.buffers), RefuseExchange():
+        without_exchange: AbstractContextManager[object] = nullcontext()
+        if run.ranks.count > 1:
+            without_exchange = RefuseExchange()
+        with unseen(run, self.buffers), without_exchange:
             results, self._replay = recorder.record(self._compute)
             moved = [buffer._version for buffer in self.buffers]
         self._output, self._loss, gradients = results
