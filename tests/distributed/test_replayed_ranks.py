@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -420,3 +420,22 @@ def test_the_sum_of_gradients_of_all_kinds() -> None:
                 assert gradient.numel() == 0
             else:
                 assert bool((gradient == value).all())
+
+
+class SumsNothing:
+    """Stands for the ranks."""
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def test_a_rank_that_has_all_gradients_reads_nothing() -> None:
+    """On `meta`, where there is nothing to read."""
+    parameters = [nn.Parameter(torch.zeros(n, device="meta")) for n in (1, 2)]
+    total = FlatSum(cast(Ranks, SumsNothing()), parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    total.sum_()
+    parameters[0].grad = None
+    with pytest.raises(NotImplementedError, match="meta"):
+        total.sum_()
