@@ -27,16 +27,25 @@ from tests.distributed.small import (
     rows_of,
 )
 from trainer import ConfigError, LockstepError, Task, Trainer
+from trainer.components.models import small_cnn
 from trainer.config.sharded_parameters import NEEDS
 from trainer.core.observers import Observer
 from trainer.core.run import Run
+from trainer.exact import sharding
 from trainer.exact.block_calls import BlockCalls
+from trainer.exact.block_outputs import BlockOutputs
 from trainer.exact.plan import Step
 from trainer.exact.sharding import blocks_of
 from trainer.exact.shards import is_shard, local_part, whole
 from trainer.storage.digest import digest, hexadecimal
 
 BOUND = 1e-12
+
+
+@pytest.fixture(autouse=True)
+def small_layers_are_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of these models are all too small to be gathered by themselves."""
+    monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
 
 
 class Blocks(nn.Module):
@@ -129,6 +138,7 @@ def results_of(trainer: Trainer) -> dict[str, Any]:
         "evaluation": trainer.evaluate(),
         "held": held / total,
         "held of gradient": gradients.elements / parameters,
+        "parallel": header_of(trainer, Path()).get("parallel"),
         "digest": trainer.digest(),
         "digest of whole": digest_of_whole(trainer),
     }
@@ -219,6 +229,9 @@ def test_equals_one_process_and_changes_places_with_ddp(tmp_path: Path) -> None:
     for shards, resumed in on_ranks(2, runs_with_shards, tmp_path):
         assert_same(shards, expected)
         assert_same(resumed, expected)
+        assert shards["parallel"].endswith(
+            "in 2 parts, gathered in 3 blocks and a rest"
+        )
         assert shards["digest"] == shards["digest of whole"]
         # Rows are rounded up to whole ones, so a rank may hold a little more than its share.
         assert max(shards["held"], shards["held of gradient"]) < 0.55
@@ -246,6 +259,33 @@ class HalfUnused(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.always(x)
         return out + self.sometimes(x) if x[0, 0] < 0.4 else out
+
+
+class Branches(nn.Module):
+    """Four blocks, two of which the second output alone depends on, and with `has_third` one that none does."""
+
+    def __init__(self, *, has_third: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(4 + has_third)])
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first = self.blocks[1](torch.tanh(self.blocks[0](x)))
+        second = self.blocks[3](torch.tanh(self.blocks[2](first)))
+        for block in self.blocks[4:]:
+            block(first)
+        return self.head(first), self.head(second), x
+
+
+class SometimesBoth(Task):
+    """The second output counts in micro-batches that hold a small first input only."""
+
+    def loss_sum(self, output: tuple[Tensor, ...], targets: Tensor) -> Any:
+        first, second, x = output
+        logits = first + second if x[0, 0] < 0.4 else first
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return loss, len(targets)
 
 
 class Tied(nn.Module):
@@ -327,12 +367,15 @@ def run_points(
 
 
 def runs_of_points(directory: Path, parallel: str) -> list[dict[str, Tensor]]:
-    """A head that some ranks use and others do not, shared and frozen weights, rates by layer, a step left out."""
+    """Heads and blocks that some ranks use and others do not, shared and frozen weights, rates by layer, a step left
+    out.
+    """
     shared: dict[str, Any] = {"train__parallel": parallel}
     model = mlp()  # which goes on in a second run
     return [
         run_points(directory / "half", HalfUnused(), **shared),
         run_points(directory / "tied", Tied(), run__figures=True, **shared),
+        run_points(directory / "parts", Branches(), task=SometimesBoth(), **shared),
         run_points(directory / "layers", model, optimizer__layer_decay=0.5, **shared),
         run_points(directory / "frozen", mlp(), model__freeze=["0"], **shared),
         run_points(
@@ -366,6 +409,7 @@ def refused_runs(directory: Path) -> list[str]:
         message_of(directory / "nan", mlp(), bad=17),
         message_of(directory / "val", mlp(), bad_in_validation=33),
         message_of(directory / "unused", HalfUnused(has_third=True)),
+        message_of(directory / "block", Branches(has_third=True), task=SometimesBoth()),
         message_of(directory / "scalar", Scalar()),
         message_of(directory / "loss", mlp(), task=TrainedLoss()),
         message_of(directory / "whole", mlp(), task=WholeLoss()),
@@ -381,6 +425,7 @@ def test_what_ends_a_run_ends_it_on_every_rank_with_the_same_message(
         "not finite already in the data: 17",
         "it is of validation samples 33",
         "2 parameters got no gradient in the first step (never.weight, never.bias)",
+        "2 parameters got no gradient in the first step (blocks.4.weight, blocks.4.bias)",
         "train.parallel: fsdp cuts parameters along their first dimension, and scale is a single number",
         "train.parallel: fsdp shares out the model's parameters, and the loss has some of its own",
         "train.parallel: fsdp cannot be combined with a loss of the whole step",
@@ -432,6 +477,58 @@ def test_blocks_are_items_of_containers_or_what_the_model_names() -> None:
     ]
 
 
+def test_small_layers_are_gathered_with_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    with torch.device("meta"):
+        assert blocks_of(small_cnn(10, 3)) == []
+        # 4 MB, 8 kB, and layers of 400 kB each.
+        big, small = nn.Linear(1000, 1000), nn.Linear(1000, 2)
+        few = [nn.Linear(100, 1000) for _ in range(10)]
+        many = [nn.Linear(100, 1000) for _ in range(100)]
+    assert blocks_of(nn.Sequential(big, small, *few)) == ["0"]
+    # These would be 40 MB with the model, at all times.
+    names = blocks_of(nn.Sequential(big, small, *many))
+    assert names == ["0", *map(str, range(2, 102))]
+    named = nn.Sequential(big, small)
+    named._no_split_modules = ["Linear"]  # type: ignore[assignment]
+    assert blocks_of(named) == ["0", "1"]
+
+
+def test_a_backward_reaches_every_block_in_the_same_order_whatever_the_loss_uses() -> (
+    None
+):
+    model = Branches(has_third=True)
+    names = blocks_of(model)
+    order: list[str] = []
+    for name in names:
+
+        def note(
+            part: nn.Module, inputs: Any, output: Tensor, name: str = name
+        ) -> None:
+            output.register_hook(lambda gradient: order.append(name))
+
+        model.get_submodule(name).register_forward_hook(note)
+    outputs = BlockOutputs(model, names)
+    task = SometimesBoth()
+    for first in (0.0, 1.0):
+        points, targets = torch.full((2, 6), first), torch.tensor([1, 3])
+        outputs.begin()
+        loss, _ = task.loss_sum(model(points), targets)
+        expected = torch.autograd.grad(
+            loss, list(model.parameters()), retain_graph=True, allow_unused=True
+        )
+        order.clear()
+        outputs.tie(loss).backward()
+        assert order == ["blocks.4", "blocks.3", "blocks.2", "blocks.1", "blocks.0"]
+        for parameter, gradient in zip(model.parameters(), expected, strict=True):
+            assert (parameter.grad is None) == (gradient is None)
+            if gradient is not None:
+                assert torch.equal(parameter.grad, gradient)
+            parameter.grad = None
+
+
 class SkipsBlocks(nn.Module):
     """A random depth, as some models have it in training: skipped, or a block too many."""
 
@@ -439,10 +536,12 @@ class SkipsBlocks(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
         self.order = [0, 1, 2]
+        self.fixed = 3  # from this one on, without gradients
 
     def forward(self, x: Tensor) -> Tensor:
         for index in self.order:
-            x = self.blocks[index](x)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index < self.fixed):
+                x = self.blocks[index](x)
         return x
 
 
@@ -453,6 +552,7 @@ class SkipsBlocks(nn.Module):
         ([0, 1], 'leaves out "blocks.2"'),
         ([0, 1, 2, 2], 'calls "blocks.2" out of turn'),
         ([2, 1, 0], 'calls "blocks.2" out of turn'),
+        ([0, 1, 2], 'calls "blocks.2" without gradients out of turn'),
     ],
 )
 def test_a_forward_that_calls_other_blocks_is_refused(
@@ -466,6 +566,8 @@ def test_a_forward_that_calls_other_blocks_is_refused(
     model.eval().order = [1]  # evaluation may be another function
     model(torch.ones(2))
     model.train().order = order
+    if order == [0, 1, 2]:
+        model.fixed = 2
     with pytest.raises(ConfigError, match=what):
         model(torch.ones(2))
 

@@ -10,19 +10,20 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from trainer.errors import ConfigError
 
 
 class BlockCalls:
-    """Compares each forward of a model with the first one in the same mode, training or not.
+    """Compares each forward of a model with the first one in the same mode, training or not, with gradients or not.
 
     Raises `ConfigError` before a block is gathered out of turn. All ranks make the first forward on the same samples.
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[str]) -> None:
-        self._expected: dict[bool, list[str]] = {}
+        self._expected: dict[tuple[bool, bool], list[str]] = {}
         self._calls: list[str] = []
         self._is_running = False
         module.register_forward_pre_hook(self._begin)
@@ -34,24 +35,28 @@ class BlockCalls:
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
         self._calls = []
-        self._training = module.training
+        self._mode = (module.training, torch.is_grad_enabled())
         self._is_running = True
 
     def _call(self, name: str, block: nn.Module, inputs: Any) -> None:
         # Else activation checkpointing runs it again, in the backward.
         if not self._is_running:
             return
-        expected = self._expected.get(self._training)
+        expected = self._expected.get(self._mode)
         number = len(self._calls)
-        if expected is not None and expected[number : number + 1] != [name]:
-            raise _other_calls(f'calls "{name}" out of turn')
-        self._calls.append(name)
+        call = f'"{name}"'
+        if not torch.is_grad_enabled() and self._mode[1]:
+            # Its backward will gather nothing.
+            call = f"{call} without gradients"
+        if expected is not None and expected[number : number + 1] != [call]:
+            raise _other_calls(f"calls {call} out of turn")
+        self._calls.append(call)
 
     def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._is_running = False
-        expected = self._expected.setdefault(self._training, self._calls)
+        expected = self._expected.setdefault(self._mode, self._calls)
         if len(self._calls) < len(expected):
-            raise _other_calls(f'leaves out "{expected[len(self._calls)]}"')
+            raise _other_calls(f"leaves out {expected[len(self._calls)]}")
 
 
 def _other_calls(what: str) -> ConfigError:
