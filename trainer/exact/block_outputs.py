@@ -40,7 +40,7 @@ class BlockOutputs:
         """The loss, with a graph that has the outputs of all forwards since `begin`."""
         ends, self._ends = self._ends, []
         self._is_expected = False
-        tied: Tensor = _Tie.apply(loss, *ends)  # type: ignore[no-untyped-call]
+        tied: Tensor = _Tie.apply(loss, *ends)
         return tied
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
@@ -52,7 +52,7 @@ class BlockOutputs:
             return
         outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         if outputs:
-            self._ends.append(_End.apply(*outputs))  # type: ignore[no-untyped-call]
+            self._ends.append(_End.apply(*outputs))
 
     def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._note(module, inputs, output)
@@ -68,7 +68,7 @@ class _End(torch.autograd.Function):
         return outputs[0].new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return (None,) * ctx.count
 
 
@@ -81,5 +81,5 @@ class _Tie(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return gradient, *[None] * ctx.count
