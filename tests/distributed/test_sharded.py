@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,26 @@ class HeldGradients(Observer):
         self.elements = sum(local_part(gradient).numel() for gradient in gradients)
 
 
+class Killed(Observer):
+    """Kills its process in the step `at`, before the update."""
+
+    may_stop = False
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def gradient(self, step: Step) -> None:
+        if step.number == self._at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_until_killed(directory: Path) -> None:
+    """What is left of it is the checkpoint at the end of the first epoch, if that was complete."""
+    trainer = trainer_of(directory, "fsdp")
+    trainer.observers.add(Killed(at=6))
+    trainer.fit()
+
+
 def results_of(trainer: Trainer) -> dict[str, Any]:
     """What a run has come to, whole, and what this rank holds of it."""
     held, total = memory_of(trainer)
@@ -224,7 +246,7 @@ def assert_same_files(actual: Path, expected: Path) -> None:
 
 
 def test_equals_one_process_and_changes_places_with_ddp(tmp_path: Path) -> None:
-    """AdamW, clipping, class weights, norm layers, dropout, idle ranks, accumulation, uneven evaluations, resumes."""
+    """AdamW, clipping, class weights, norm layers, dropout, idle ranks, uneven evaluations, resumes, a kill."""
     (expected,) = on_ranks(1, runs_on_one_process, tmp_path)
     for shards, resumed in on_ranks(2, runs_with_shards, tmp_path):
         assert_same(shards, expected)
@@ -237,6 +259,8 @@ def test_equals_one_process_and_changes_places_with_ddp(tmp_path: Path) -> None:
         assert max(shards["held"], shards["held of gradient"]) < 0.55
     (resumed,) = on_ranks(1, run, tmp_path / "to ddp", "ddp")
     assert_same(resumed, expected)
+    with pytest.raises(EOFError):
+        on_ranks(2, run_until_killed, tmp_path / "3")
     for shards in on_ranks(3, run, tmp_path / "3", "fsdp"):
         assert_same(shards, expected)
         assert max(shards["held"], shards["held of gradient"]) < 0.4
