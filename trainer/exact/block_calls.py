@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from trainer.errors import ConfigError
+from trainer.exact.structures import tensors_in
+
+
+class _Call(NamedTuple):
+    """A block that was called, and whether what it gave has a gradient: else its backward gathers nothing."""
+
+    name: str
+    has_gradient: bool
 
 
 class BlockCalls:
@@ -23,14 +31,15 @@ class BlockCalls:
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[str]) -> None:
-        self._expected: dict[tuple[bool, bool], list[str]] = {}
-        self._calls: list[str] = []
+        self._expected: dict[tuple[bool, bool], list[_Call]] = {}
+        self._calls: list[_Call] = []
         self._is_running = False
         module.register_forward_pre_hook(self._begin)
         for name in blocks:
             block = module.get_submodule(name)
             # Before the hook of `fully_shard`, which gathers the block.
             block.register_forward_pre_hook(partial(self._call, name), prepend=True)
+            block.register_forward_hook(partial(self._called, name))
         module.register_forward_hook(self._end)
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
@@ -44,19 +53,29 @@ class BlockCalls:
             return
         expected = self._expected.get(self._mode)
         number = len(self._calls)
-        call = f'"{name}"'
-        if not torch.is_grad_enabled() and self._mode[1]:
-            # Its backward will gather nothing.
-            call = f"{call} without gradients"
-        if expected is not None and expected[number : number + 1] != [call]:
-            raise _other_calls(f"calls {call} out of turn")
-        self._calls.append(call)
+        if expected is None:
+            return
+        if number == len(expected) or expected[number].name != name:
+            raise _other_calls(f'calls "{name}" out of turn')
+
+    def _called(self, name: str, block: nn.Module, inputs: Any, output: Any) -> None:
+        if not self._is_running:
+            return
+        has_gradient = any(tensor.requires_grad for tensor in tensors_in(output))
+        expected = self._expected.get(self._mode)
+        if (
+            expected is not None
+            and expected[len(self._calls)].has_gradient != has_gradient
+        ):
+            word = "with" if has_gradient else "without"
+            raise _other_calls(f'calls "{name}" {word} gradients')
+        self._calls.append(_Call(name, has_gradient))
 
     def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._is_running = False
         expected = self._expected.setdefault(self._mode, self._calls)
         if len(self._calls) < len(expected):
-            raise _other_calls(f"leaves out {expected[len(self._calls)]}")
+            raise _other_calls(f'leaves out "{expected[len(self._calls)].name}"')
 
 
 def _other_calls(what: str) -> ConfigError:
