@@ -63,13 +63,11 @@ class BlockCalls:
             return
         has_gradient = any(tensor.requires_grad for tensor in tensors_in(output))
         expected = self._expected.get(self._mode)
-        if (
-            expected is not None
-            and expected[len(self._calls)].has_gradient != has_gradient
-        ):
+        call = _Call(name, has_gradient)
+        if expected is not None and expected[len(self._calls)] != call:
             word = "with" if has_gradient else "without"
             raise _other_calls(f'calls "{name}" {word} gradients')
-        self._calls.append(_Call(name, has_gradient))
+        self._calls.append(call)
 
     def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._is_running = False
