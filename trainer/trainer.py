@@ -801,7 +801,7 @@ class Trainer:
         named = build_observers(self.config.observers, Observer, SHORT_NAMES)
         observers = Observers([*named, *passed])
         if isinstance(self.reduction, ShardedReduction):
-            empty = EmptyForwards(self.run)
+            empty = EmptyForwards(self.run, self.reduction)
             observers.add(empty)
             self.reduction.run_empty = empty.run
         return observers

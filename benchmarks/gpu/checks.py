@@ -84,6 +84,12 @@ CHECKS: list[Check] = [
         equality.bitwise_on_two,
         SHORT,
     ),
+    _correctness(
+        "fsdp-two-processes",
+        "Do two processes with a half of the parameters each, in fp64?",
+        equality.fsdp_on_two,
+        SHORT,
+    ),
     _correctness("fused", "Is fuse=8 what fuse=1 is, in fp64?", equality.fused, SHORT),
     _correctness(
         "sync-batch-norm",

@@ -16,8 +16,9 @@ from benchmarks.processes import on_processes
 from benchmarks.subjects import fitted, noise, patterns, settings
 from trainer import Config, Trainer
 from trainer.components.models import small_cnn
-from trainer.exact import exchange
+from trainer.exact import exchange, sharding
 from trainer.exact.determinism import run_settings
+from trainer.exact.shards import whole
 from trainer.reporting.jsonl import read_rows
 from trainer.storage import checkpoint
 
@@ -78,6 +79,15 @@ def bitwise_on_two(setting: Setting) -> Answer:
     )
 
 
+def fsdp_on_two(setting: Setting) -> Answer:
+    """Two processes that hold a half of the parameters each end as one that holds all."""
+    common = {"batch__micro_size": 8, "train__precision": "fp64", "run__proof": "off"}
+    return _compare(
+        _end_on(setting, 2, train__parallel="fsdp", **common),
+        _end_on(setting, 1, **common),
+    )
+
+
 def sync_on_two(setting: Setting) -> Answer:
     """With SyncBatchNorm a micro-batch on each of two processes is one of twice the size on one."""
     if not setting.on_gpu:
@@ -135,17 +145,20 @@ def _trained(config: Config, device_type: str) -> State:
 def _fitted_to_patterns(config: Config, device_type: str) -> Trainer:
     """21 steps, the last of a single micro-batch, so that one of two ranks has nothing to do in it.
 
-    In bitwise mode even a small net's gradients go in several buckets, during the backward.
+    In bitwise mode even a small net's gradients go in several buckets, during the backward. With fsdp each of its
+    layers is gathered by itself.
     """
     # This process is of this run alone.
     exchange.BUCKET_BYTES, exchange.LAST_BUCKET_BYTES = SMALL_BUCKETS
+    sharding.SMALL_BYTES = 0
     trainer = fitted(config, partial(small_cnn, 10), patterns(64 * 20 + 5))
     assert trainer.ranks.device.type == device_type
     return trainer
 
 
 def _on_cpu(trainer: Trainer) -> State:
-    return {name: tensor.cpu() for name, tensor in trainer.module.state_dict().items()}
+    state = trainer.module.state_dict()
+    return {name: whole(tensor).cpu() for name, tensor in state.items()}
 
 
 # ---------------------------------------------------------------- one process

@@ -148,7 +148,11 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """The largest |a - b| over all tensors, relative to the largest |b| of each."""
     assert a.keys() == b.keys()
     return max(
-        float((a[k] - b[k]).abs().max() / b[k].abs().max().clamp(min=1e-300))
+        float(
+            (a[k] - b[k]).abs().max()
+            # fp64 also for integers, of which 1e-300 were 0.
+            / b[k].abs().max().double().clamp(min=1e-300)
+        )
         for k in a
         if a[k].numel()
     )

@@ -30,8 +30,8 @@ def test_values_and_turns() -> None:
         ranks = Ranks("fp32")
         gathered = ranks.gather([ranks.rank] * (ranks.rank + 1))
         votes = (
-            *ranks.any_rank_each_async([ranks.rank == 2])(),
-            *ranks.any_rank_each_async([False])(),
+            *ranks.any_rank_each([ranks.rank == 2]),
+            *ranks.any_rank_each([False]),
         )
         with ranks.main_first():
             start = time.monotonic()
@@ -89,7 +89,6 @@ def test_nothing_the_host_agrees_on_uses_the_devices_group(tmp_path: Path) -> No
 
             setattr(distributed, name, recorded)
         ranks.gather([1])
-        ranks.any_rank_each_async([True])()
         assert ranks.any_rank_each([ranks.is_main, False]) == [True, False]
         ranks.on_main(lambda: 1)
         ranks.on_each(lambda: 1)

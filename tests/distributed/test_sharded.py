@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,25 @@ from tests.distributed.small import (
     rows_of,
 )
 from trainer import ConfigError, LockstepError, Task, Trainer
+from trainer.components.models import small_cnn
 from trainer.config.sharded_parameters import NEEDS
 from trainer.core.observers import Observer
 from trainer.core.run import Run
+from trainer.exact import sharding
 from trainer.exact.block_calls import BlockCalls
+from trainer.exact.block_outputs import BlockOutputs
 from trainer.exact.plan import Step
 from trainer.exact.sharding import blocks_of
 from trainer.exact.shards import is_shard, local_part, whole
 from trainer.storage.digest import digest, hexadecimal
 
 BOUND = 1e-12
+
+
+@pytest.fixture(autouse=True)
+def small_layers_are_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of these models are all too small to be gathered by themselves."""
+    monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
 
 
 class Blocks(nn.Module):
@@ -83,6 +94,7 @@ def trainer_of(directory: Path, parallel: str, **changes: Any) -> Trainer:
         "run__proof": "off",
         "train__parallel": parallel,
         "train__max_grad_norm": 0.5,
+        "batch_norm__recalibrate": 4,
         "batch__micro_size": 7,
         "batch__eval_size": 3,
         "optimizer__name": "adamw",
@@ -119,6 +131,26 @@ class HeldGradients(Observer):
         self.elements = sum(local_part(gradient).numel() for gradient in gradients)
 
 
+class Killed(Observer):
+    """Kills its process in the step `at`, before the update."""
+
+    may_stop = False
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def gradient(self, step: Step) -> None:
+        if step.number == self._at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_until_killed(directory: Path) -> None:
+    """What is left of it is the checkpoint at the end of the first epoch, if that was complete."""
+    trainer = trainer_of(directory, "fsdp")
+    trainer.observers.add(Killed(at=6))
+    trainer.fit()
+
+
 def results_of(trainer: Trainer) -> dict[str, Any]:
     """What a run has come to, whole, and what this rank holds of it."""
     held, total = memory_of(trainer)
@@ -129,6 +161,7 @@ def results_of(trainer: Trainer) -> dict[str, Any]:
         "evaluation": trainer.evaluate(),
         "held": held / total,
         "held of gradient": gradients.elements / parameters,
+        "parallel": header_of(trainer, Path()).get("parallel"),
         "digest": trainer.digest(),
         "digest of whole": digest_of_whole(trainer),
     }
@@ -214,16 +247,21 @@ def assert_same_files(actual: Path, expected: Path) -> None:
 
 
 def test_equals_one_process_and_changes_places_with_ddp(tmp_path: Path) -> None:
-    """AdamW, clipping, class weights, norm layers, dropout, idle ranks, accumulation, uneven evaluations, resumes."""
+    """AdamW, clipping, class weights, norm layers, dropout, idle ranks, uneven evaluations, resumes, a kill."""
     (expected,) = on_ranks(1, runs_on_one_process, tmp_path)
     for shards, resumed in on_ranks(2, runs_with_shards, tmp_path):
         assert_same(shards, expected)
         assert_same(resumed, expected)
+        assert shards["parallel"].endswith(
+            "in 2 parts, gathered in 3 blocks and a rest"
+        )
         assert shards["digest"] == shards["digest of whole"]
         # Rows are rounded up to whole ones, so a rank may hold a little more than its share.
         assert max(shards["held"], shards["held of gradient"]) < 0.55
     (resumed,) = on_ranks(1, run, tmp_path / "to ddp", "ddp")
     assert_same(resumed, expected)
+    with pytest.raises(EOFError):
+        on_ranks(2, run_until_killed, tmp_path / "3")
     for shards in on_ranks(3, run, tmp_path / "3", "fsdp"):
         assert_same(shards, expected)
         assert max(shards["held"], shards["held of gradient"]) < 0.4
@@ -246,6 +284,33 @@ class HalfUnused(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.always(x)
         return out + self.sometimes(x) if x[0, 0] < 0.4 else out
+
+
+class Branches(nn.Module):
+    """Four blocks, two of which the second output alone depends on, and with `has_third` one that none does."""
+
+    def __init__(self, *, has_third: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(4 + has_third)])
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first = self.blocks[1](torch.tanh(self.blocks[0](x)))
+        second = self.blocks[3](torch.tanh(self.blocks[2](first)))
+        for block in self.blocks[4:]:
+            block(first)
+        return self.head(first), self.head(second), x
+
+
+class SometimesBoth(Task):
+    """The second output counts in micro-batches that hold a small first input only."""
+
+    def loss_sum(self, output: tuple[Tensor, ...], targets: Tensor) -> Any:
+        first, second, x = output
+        logits = first + second if x[0, 0] < 0.4 else first
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return loss, len(targets)
 
 
 class Tied(nn.Module):
@@ -327,12 +392,15 @@ def run_points(
 
 
 def runs_of_points(directory: Path, parallel: str) -> list[dict[str, Tensor]]:
-    """A head that some ranks use and others do not, shared and frozen weights, rates by layer, a step left out."""
+    """Heads and blocks that some ranks use and others do not, shared and frozen weights, rates by layer, a step left
+    out.
+    """
     shared: dict[str, Any] = {"train__parallel": parallel}
     model = mlp()  # which goes on in a second run
     return [
         run_points(directory / "half", HalfUnused(), **shared),
         run_points(directory / "tied", Tied(), run__figures=True, **shared),
+        run_points(directory / "parts", Branches(), task=SometimesBoth(), **shared),
         run_points(directory / "layers", model, optimizer__layer_decay=0.5, **shared),
         run_points(directory / "frozen", mlp(), model__freeze=["0"], **shared),
         run_points(
@@ -366,6 +434,7 @@ def refused_runs(directory: Path) -> list[str]:
         message_of(directory / "nan", mlp(), bad=17),
         message_of(directory / "val", mlp(), bad_in_validation=33),
         message_of(directory / "unused", HalfUnused(has_third=True)),
+        message_of(directory / "block", Branches(has_third=True), task=SometimesBoth()),
         message_of(directory / "scalar", Scalar()),
         message_of(directory / "loss", mlp(), task=TrainedLoss()),
         message_of(directory / "whole", mlp(), task=WholeLoss()),
@@ -381,6 +450,7 @@ def test_what_ends_a_run_ends_it_on_every_rank_with_the_same_message(
         "not finite already in the data: 17",
         "it is of validation samples 33",
         "2 parameters got no gradient in the first step (never.weight, never.bias)",
+        "2 parameters got no gradient in the first step (blocks.4.weight, blocks.4.bias)",
         "train.parallel: fsdp cuts parameters along their first dimension, and scale is a single number",
         "train.parallel: fsdp shares out the model's parameters, and the loss has some of its own",
         "train.parallel: fsdp cannot be combined with a loss of the whole step",
@@ -397,7 +467,6 @@ OTHER_VALUES = {
     "train.channels_last": True,
     "train.find_unused_parameters": True,
     "batch_norm.mode": "sync",
-    "batch_norm.recalibrate": 3,
     "model.unfreeze": {1: "backbone"},
     "data.bad_samples": "quarantine",
     "wandb.log_histograms_every": 10,
@@ -432,6 +501,59 @@ def test_blocks_are_items_of_containers_or_what_the_model_names() -> None:
     ]
 
 
+def test_small_layers_are_gathered_with_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    with torch.device("meta"):
+        assert blocks_of(small_cnn(10, 3)) == []
+        # 4 MB, 8 kB, and layers of 400 kB each.
+        big, small = nn.Linear(1000, 1000), nn.Linear(1000, 2)
+        few = [nn.Linear(100, 1000) for _ in range(10)]
+        many = [nn.Linear(100, 1000) for _ in range(100)]
+    assert blocks_of(nn.Sequential(big, small, *few)) == ["0"]
+    # These would be 40 MB with the model, at all times.
+    names = blocks_of(nn.Sequential(big, small, *many))
+    assert names == ["0", *map(str, range(2, 102))]
+    named = nn.Sequential(big, small)
+    named._no_split_modules = ["Linear"]  # type: ignore[assignment]
+    assert blocks_of(named) == ["0", "1"]
+
+
+def test_a_backward_reaches_every_block_in_the_same_order_whatever_the_loss_uses() -> (
+    None
+):
+    model = Branches(has_third=True)
+    names = blocks_of(model)
+    order: list[str] = []
+    for name in names:
+
+        def note(
+            part: nn.Module, inputs: Any, output: Tensor, name: str = name
+        ) -> None:
+            output.register_hook(lambda gradient: order.append(name))
+
+        model.get_submodule(name).register_forward_hook(note)
+    outputs = BlockOutputs(model, names)
+    task = SometimesBoth()
+    for first in (0.0, 1.0):
+        points, targets = torch.full((2, 6), first), torch.tensor([1, 3])
+        outputs.begin()
+        loss, _ = task.loss_sum(model(points), targets)
+        expected = torch.autograd.grad(
+            loss, list(model.parameters()), retain_graph=True, allow_unused=True
+        )
+        order.clear()
+        torch.autograd.backward(outputs.tie(loss))
+        assert order == ["blocks.4", "blocks.3", "blocks.2", "blocks.1", "blocks.0"]
+        for parameter, gradient in zip(model.parameters(), expected, strict=True):
+            if parameter.grad is None or gradient is None:
+                assert parameter.grad is gradient
+            else:
+                assert torch.equal(parameter.grad, gradient)
+            parameter.grad = None
+
+
 class SkipsBlocks(nn.Module):
     """A random depth, as some models have it in training: skipped, or a block too many."""
 
@@ -439,10 +561,12 @@ class SkipsBlocks(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
         self.order = [0, 1, 2]
+        self.fixed = 3  # from this one on, without gradients
 
     def forward(self, x: Tensor) -> Tensor:
         for index in self.order:
-            x = self.blocks[index](x)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index < self.fixed):
+                x = self.blocks[index](x)
         return x
 
 
@@ -453,6 +577,7 @@ class SkipsBlocks(nn.Module):
         ([0, 1], 'leaves out "blocks.2"'),
         ([0, 1, 2, 2], 'calls "blocks.2" out of turn'),
         ([2, 1, 0], 'calls "blocks.2" out of turn'),
+        ([0, 1, 2], 'calls "blocks.2" without gradients'),
     ],
 )
 def test_a_forward_that_calls_other_blocks_is_refused(
@@ -466,6 +591,8 @@ def test_a_forward_that_calls_other_blocks_is_refused(
     model.eval().order = [1]  # evaluation may be another function
     model(torch.ones(2))
     model.train().order = order
+    if order == [0, 1, 2]:
+        model.fixed = 2
     with pytest.raises(ConfigError, match=what):
         model(torch.ones(2))
 

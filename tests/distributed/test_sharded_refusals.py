@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Points, config, largest_difference
 from trainer import ConfigError, Task, Trainer, WeightedSum
+from trainer.exact import sharding
 from trainer.exact.shards import whole
+
+
+@pytest.fixture(autouse=True)
+def small_layers_are_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of these models are all too small to be gathered by themselves."""
+    monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
 
 
 class Tower(nn.Module):

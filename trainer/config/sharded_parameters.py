@@ -55,11 +55,6 @@ NEEDS = (
     ),
     Need("batch_norm.mode", ("micro", "frozen"), "sync was not tried; use micro"),
     Need(
-        "batch_norm.recalibrate",
-        (0,),
-        "it runs other numbers of forwards on each process, and with fsdp each forward is one of all; use 0",
-    ),
-    Need(
         "model.unfreeze",
         ({},),
         "which parameters are trained is settled before the first forward; use model.freeze for the whole run",

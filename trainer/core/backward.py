@@ -19,5 +19,5 @@ def forward_and_backward(
     """Add a micro-batch's share of the step's gradient; returns its output and its loss."""
     output, loss = run.forward(model, batch, step)
     scale = reduction.loss_scale(step, batch.indices, *loss)
-    run.precision.backward(loss.total, scale)
+    run.precision.backward(reduction.root(loss.total), scale)
     return output, loss

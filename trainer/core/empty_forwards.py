@@ -14,6 +14,7 @@ from trainer.core.observers import Observer
 from trainer.core.run import Run
 from trainer.data.batches import MicroBatch
 from trainer.exact.plan import Step
+from trainer.exact.reduction import Reduction
 
 
 class EmptyForwards(Observer):
@@ -25,8 +26,9 @@ class EmptyForwards(Observer):
 
     may_stop = False
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, reduction: Reduction) -> None:
         self._run = run
+        self._reduction = reduction
         self._last: MicroBatch | None = None
 
     def micro_batch(
@@ -43,7 +45,8 @@ class EmptyForwards(Observer):
         if self._last is None:
             self._last = self._first_of(step)
         _, loss = run.forward(run.module, self._last, step)
-        run.precision.backward(loss.total, torch.zeros_like(loss.total))
+        root = self._reduction.root(loss.total)
+        run.precision.backward(root, torch.zeros_like(root))
 
     def _first_of(self, step: Step) -> MicroBatch:
         """The step's first micro-batch, for a rank that has none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 from trainer.core.run import Run
@@ -12,7 +12,7 @@ from trainer.data.requests import step_requests
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import preserved_modes
 from trainer.exact.plan import Step
-from trainer.exact.recalibration import recalibrate
+from trainer.exact.recalibration import Forwards, recalibrate
 from trainer.process.activity import RECALIBRATING, activity
 
 
@@ -44,9 +44,7 @@ def recalibrate_statistics(run: Run, steps_done: int) -> bool:
     return True
 
 
-def _forwards(
-    run: Run, steps: list[Step]
-) -> Iterator[tuple[int, Callable[[], object]]]:
+def _forwards(run: Run, steps: list[Step]) -> Forwards:
     """This rank's forwards, each with its index among all micro-batches of all ranks."""
     requests: list[Request] = []
     steps_of_requests: list[Step] = []
@@ -59,6 +57,31 @@ def _forwards(
             firsts.append(micro_batches)
         micro_batches += len(step.micro_batches)
     batches = run.train_loader.run(requests)
+    forward: Callable[[], object] | None = None
     for batch, step, first in zip(batches, steps_of_requests, firsts, strict=True):
         activity.mark(RECALIBRATING)
-        yield first + batch.first, partial(run.forward, run.module, batch, step)
+        forward = partial(run.forward, run.module, batch, step)
+        yield first + batch.first, forward
+    if run.is_sharded:
+        for _ in range(_missing_forwards(run, steps)):
+            forward = forward or _first_forward(run, steps[0])
+            yield None, forward
+
+
+def _missing_forwards(run: Run, steps: list[Step]) -> int:
+    """How many fewer forwards this rank has than the busiest one. Each forward is one of all ranks."""
+    counts = [0] * run.ranks.count
+    for step in steps:
+        for rank, (first, end) in enumerate(step.ranks):
+            counts[rank] += end - first
+    return max(counts) - counts[run.ranks.rank]
+
+
+def _first_forward(run: Run, step: Step) -> Callable[[], object]:
+    """The step's first one, for a rank that has none."""
+    batch = run.train_loader.peek(
+        run.plan.sample_ids(step, 0),
+        epoch=step.epoch,
+        occurrences=run.plan.occurrences(step, 0),
+    )
+    return partial(run.forward, run.module, batch, step)

@@ -5,7 +5,10 @@ the step's micro-batches. What a micro-batch contributes is its gradient and its
 rank sums its own range of the tree, and `trainer.exact.exchange` finishes the tree over all ranks.
 
 A rank holds about log2(M) contributions at once. On several ranks the exchange keeps three buffers of that size (two
-where a rank's range is one node of the tree), and one of a single contribution.
+where a rank's range is one node of the tree), and one of a single contribution; on two ranks with a node each, two.
+
+Which parameters were used travels with the sums, as a number for each: what a rank's micro-batches use can depend on
+their pixels, so no rank knows alone.
 """
 
 from __future__ import annotations
@@ -146,14 +149,11 @@ class BitwiseReduction(Reduction):
         return gradients
 
     def _sum_over_ranks(self, step: Step) -> None:
-        # What a rank's own micro-batches use can depend on their pixels, so no rank decides alone. The hosts exchange
-        # the flags while the devices exchange the gradients.
-        is_used = self._ranks.any_rank_each_async(list(self._has_gradient.values()))
-        total = self._total(step)
+        total, is_used = self._total(step)
         self._tree_sum.nodes.clear()  # the optimizer's step needs the memory
         count = len(self._parameters)
         for parameter, gradient, used in zip(
-            self._parameters.values(), total[:count], is_used(), strict=True
+            self._parameters.values(), total[:count], is_used, strict=True
         ):
             # To an optimizer, no gradient and a zero one are not the same.
             parameter.grad = gradient if used else None
@@ -171,22 +171,46 @@ class BitwiseReduction(Reduction):
 
     @property
     def _tensors(self) -> int:
-        """How many tensors a contribution has."""
+        """How many tensors the contribution of a micro-batch has."""
         return len(self._parameters) + len(self._statistics.buffers)
 
-    def _total(self, step: Step) -> Contribution:
-        """The sum of all micro-batches of all ranks."""
+    def _total(self, step: Step) -> tuple[Contribution, list[bool]]:
+        """The sum of all micro-batches of all ranks, and whether any of them used each parameter."""
+        is_used = list(self._has_gradient.values())
         if self._ranks.count == 1:
-            return self._tree_sum.root()[0]
+            return self._tree_sum.root()[0], is_used
         if self._exchange is None:
-            parameters = list(self._parameters.values())
-            self._exchange = ShardExchange(
-                self._ranks,
-                [*parameters, *self._statistics.buffers],
-                # A compiled model's gradients come all at once.
-                None if self._is_compiled else buckets_of(parameters, self._tensors),
-            )
-        return self._exchange.sum(step, self._terms())
+            self._exchange = self._new_exchange()
+        uses = self._uses(is_used)
+        nodes = self._terms()
+        for terms in nodes:
+            for term in terms:
+                term.append(uses)
+        *total, uses = self._exchange.sum(step, nodes)
+        if not all(is_used):
+            # Another rank may have used more. One that used all need not look, and wait for its device.
+            is_used = (uses > 0).tolist()
+        return total, is_used
+
+    def _uses(self, is_used: list[bool]) -> Tensor:
+        """A number above 0 for each parameter that this rank has used, `(parameters,)`, on the device."""
+        if all(is_used):
+            return self._all_used
+        like = self._all_used
+        # A copy that the host does not wait for.
+        return torch.tensor(is_used, dtype=like.dtype).to(like, non_blocking=True)
+
+    def _new_exchange(self) -> ShardExchange:
+        parameters = list(self._parameters.values())
+        self._all_used = torch.ones(
+            len(parameters), dtype=parameters[0].dtype, device=parameters[0].device
+        )
+        return ShardExchange(
+            self._ranks,
+            [*parameters, *self._statistics.buffers, self._all_used],
+            # A compiled model's gradients come all at once.
+            None if self._is_compiled else buckets_of(parameters, self._tensors + 1),
+        )
 
 
 def _join(left: Terms, right: Terms) -> Terms:

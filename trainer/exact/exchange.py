@@ -5,6 +5,8 @@ moves data and never adds, so the additions are those of one process.
 
 This is done bucket by bucket: of each, the shards are on their way before the next is packed, and so are the results.
 
+Two ranks with a node each send it whole, and both finish the tree: no more bytes than two shards, in one exchange.
+
 On several machines there are two levels: the ranks of a machine finish their part of the tree as far as it goes, and
 then those of the same place on each machine finish the rest. So what a machine has crosses the network once. The
 additions are the same: the tree does not say who makes them.
@@ -122,17 +124,25 @@ class _BucketExchange:
         self._shard_size = math.ceil(self._size / ranks.count)
         self._dtype = dtype
         self._buffers: dict[str, Tensor] = {}
+        # By the address of what was unpacked. The same memory is unpacked in every step.
+        self._views: dict[int, list[Tensor]] = {}
         self._received: Callable[[], Tensor]
 
     def start(self, step: Step, nodes: Sequence[Terms]) -> None:
-        """Send the members of the first level their shards of this rank's `nodes`."""
+        """Send the members of the first level their shards of this rank's `nodes`, or its only node."""
         level = self._ranks.levels[0]
-        self._received = self._send_shards(step, level, self._pack(nodes))
+        if _sends_whole_nodes(step, level):
+            self._received = self._send_node(level, nodes[0])
+        else:
+            self._received = self._send_shards(step, level, self._pack(nodes))
 
     def finish_tree(self, step: Step) -> Callable[[], list[Tensor]]:
         """Wait for the shards, finish the tree on them, and spread it: the function returned waits for the result."""
         first, *others = self._ranks.levels
         nodes = self._finish_part(step, first, self._received())
+        if _sends_whole_nodes(step, first):
+            (root,) = nodes
+            return lambda: self._unpack(root)
         for level in others:
             received = self._send_shards(step, level, nodes)
             nodes = self._finish_part(step, level, received())
@@ -146,12 +156,34 @@ class _BucketExchange:
         """This rank's nodes, each of `(ranks · shard size,)`. The last shard may have some elements to spare."""
         size = self._ranks.count * self._shard_size
         packed = self._buffer("packed", len(nodes), size)
-        for row, (first, *others) in zip(packed, nodes, strict=True):
-            parts = self._unpack(row)
-            torch._foreach_copy_(parts, first)
-            for term in others:
-                torch._foreach_add_(parts, term)
-        return list(packed)
+        rows = list(packed)
+        for row, terms in zip(rows, nodes, strict=True):
+            self._pack_node(row, terms)
+        return rows
+
+    def _pack_node(self, row: Tensor, terms: Terms) -> None:
+        """Put the sum of `terms` into `row`."""
+        first, *others = terms
+        parts = self._unpack(row)
+        torch._foreach_copy_(parts, first)
+        for term in others:
+            torch._foreach_add_(parts, term)
+
+    def _send_node(self, level: Level, terms: Terms) -> Callable[[], Tensor]:
+        """Start to send all members this rank's only node.
+
+        The function returned waits for the nodes of all members, `(members, elements)`.
+        """
+        nodes = self._buffer("nodes", len(level.members), self._size)
+        own = nodes[level.members.index(self._ranks.rank)]
+        self._pack_node(own, terms)
+        wait_for_all = self._ranks.all_gather_by_sends_async(own, nodes, level)
+
+        def wait() -> Tensor:
+            wait_for_all()
+            return nodes
+
+        return wait
 
     def _finish_part(self, step: Step, level: Level, shards: Tensor) -> list[Tensor]:
         """What the tree has left once the nodes of all members are summed, of this rank's shard of each."""
@@ -210,8 +242,12 @@ class _BucketExchange:
 
     def _unpack(self, packed: Tensor) -> list[Tensor]:
         """Views of the tensors that `packed` has in a row."""
-        flat_tensors = torch.split(packed.view(-1)[: self._size], self._sizes)
-        return list(map(_unflatten, flat_tensors, self._memory_orders))
+        views = self._views.get(packed.data_ptr())
+        if views is None:
+            flat_tensors = torch.split(packed.view(-1)[: self._size], self._sizes)
+            views = list(map(_unflatten, flat_tensors, self._memory_orders))
+            self._views[packed.data_ptr()] = views
+        return views
 
     def _buffer(self, name: str, *shape: int) -> Tensor:
         """Memory that is kept from step to step: allocating it anew costs as much as filling it."""
@@ -220,6 +256,7 @@ class _BucketExchange:
         if buffer is None or buffer.numel() < size:
             buffer = torch.empty(size, dtype=self._dtype, device=self._ranks.device)
             self._buffers[name] = buffer
+            self._views.clear()  # some may be of the smaller buffer
         return buffer[:size].view(shape)
 
 
@@ -232,6 +269,16 @@ def _nodes_by_member(step: Step, level: Level) -> list[list[Node]]:
         _, end = step.ranks[first_rank + level.span - 1]
         nodes_by_member.append(nodes_of_range(first, end, len(step.micro_batches)))
     return nodes_by_member
+
+
+def _sends_whole_nodes(step: Step, level: Level) -> bool:
+    """True for two ranks in all, each of which has one node of the step's tree: all ranks decide alike.
+
+    Then whole nodes are as many bytes as two shards, and there is nothing to spread.
+    """
+    if len(level.members) != 2 or len(step.ranks) != 2:
+        return False
+    return all(len(nodes) == 1 for nodes in _nodes_by_member(step, level))
 
 
 class _MemoryOrder(NamedTuple):

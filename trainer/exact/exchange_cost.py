@@ -12,7 +12,7 @@ all-reduce sends 2 (N-1)/N P, so the exchange sends (k + 1)/2 times as much.
 On several machines the law holds for each of the two levels: within a machine for its ranks, and between the machines
 for what each of them has summed. A machine then sends what one rank alone would send.
 
-Beside them, one byte a parameter between the hosts (which parameters were used).
+The gradient's bytes have a number for each parameter among them: by how many it was used.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from trainer.exact.moving_buffers import preserved_buffers
 from trainer.process.device import sum_dtype
 from trainer.process.ranks import Ranks
 
-Forwards = Iterable[tuple[int, Callable[[], object]]]
+# Each with its index among those of all ranks; None for one that counts nowhere.
+Forwards = Iterable[tuple[int | None, Callable[[], object]]]
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def recalibrate(
 ) -> None:
     """Set the statistics of the BatchNorm layers of model and loss from `count` forwards. A collective.
 
-    `forwards` are this rank's, each with its index among all. The sums of each forward are kept apart and meet only
+    `forwards` are this rank's. The sums of each forward are kept apart and meet only
     zeros between ranks, so the result is the same, bit for bit, on any number of ranks. Layers in eval mode, frozen
     ones among them, all other buffers, and counters of batches are left alone.
     """
@@ -71,11 +72,13 @@ class _Moments:
         columns = 1 + 2 * layer.num_features
         self._dtype = sum_dtype(device)
         self.rows = torch.zeros(forwards, columns, dtype=self._dtype, device=device)
-        self.index = 0
+        self.index: int | None = None
         self.hook = layer.register_forward_pre_hook(self._add)
         self._layer = layer
 
     def _add(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self.index is None:
+            return
         x = inputs[0].detach()
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         all_but_channels = [dim for dim in range(x.dim()) if dim != 1]

@@ -7,7 +7,8 @@ and `trainer.exact.bitwise`, differ in how they sum; all compute what one proces
     for batch in batches:
         with reduction.micro_batch(step, batch.indices) as model:
             loss, weight = …
-            loss.backward(reduction.loss_scale(step, batch.indices, loss, weight))
+            scale = reduction.loss_scale(step, batch.indices, loss, weight)
+            reduction.root(loss).backward(scale)
     reduction.finish(step)
     reduction.clip(max_norm)
 """
@@ -147,6 +148,10 @@ class Reduction(ABC):
                 factor, dtype=like.dtype, device=like.device
             )
         return scale
+
+    def root(self, loss: Tensor) -> Tensor:
+        """What the backward of a micro-batch starts from: the loss itself, unless others wait for parts of it."""
+        return loss
 
     def finish(self, step: Step) -> None:
         """Leave the same gradient on every rank: that of the step's loss sum divided by its weight. A collective."""

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from trainer.exact.block_outputs import BlockOutputs
 from trainer.exact.moving_buffers import Copies, other_buffers
 from trainer.exact.plan import IndexRange, Step
 from trainer.exact.reduction import Reduction
 from trainer.exact.running_statistics import RunningStatistics, StatisticsShare
-from trainer.exact.shards import is_shard, local_part
+from trainer.exact.shards import blocks_in, is_shard, local_part
 
 
 class ShardedReduction(Reduction):
@@ -42,6 +43,7 @@ class ShardedReduction(Reduction):
     def _wrap(self) -> RunningStatistics:
         self._ranks_averaged_over = self._ranks.count
         self._use = _UseOfParameters(self._module)
+        self._outputs = BlockOutputs(self._module, blocks_in(self._module))
         return StatisticsShare(self._module, self._section, self._ranks, self._loss)
 
     def micro_batch(
@@ -51,7 +53,12 @@ class ShardedReduction(Reduction):
             self._statistics.micro_batch(indices)
         if self._moving.has_candidates:
             self._moving.micro_batch()
+        self._outputs.begin()
         return nullcontext(self._module)
+
+    def root(self, loss: Tensor) -> Tensor:
+        # One without a graph stays so: it is refused, as on one process.
+        return self._outputs.tie(loss) if loss.requires_grad else loss
 
     def finish(self, step: Step) -> None:
         if self._statistics.is_on:
@@ -72,6 +79,7 @@ class ShardedReduction(Reduction):
             return
         buffers = Copies(other_buffers(self._whole, norms=True))
         for _ in range(missing):
+            self._outputs.begin()
             self.run_empty(step)
             buffers.restore()
 
@@ -137,7 +145,9 @@ class _UseOfParameters:
                 self._handles.append(hook)
 
     def _note(self, name: str, parameter: Tensor) -> None:
-        self.names.add(name)
+        # A backward passes through what no loss uses as well (`BlockOutputs`), and leaves no gradient there.
+        if parameter.grad is not None:
+            self.names.add(name)
 
     def end(self) -> None:
         for handle in self._handles:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,17 +20,46 @@ from trainer.exact.shards import has_shards, original_class
 from trainer.process.ranks import Ranks
 
 CONTAINERS = (nn.Sequential, nn.ModuleList)
+# A gather takes its time however little it gathers, and a layer of a few thousand numbers is soon computed. So small
+# layers are gathered together, with the model, as far as they add up to little.
+SMALL_BYTES = 1 << 20
+SMALL_BYTES_TOGETHER = 32 << 20
 
 
 def blocks_of(module: nn.Module) -> list[str]:
     """The names of the blocks that are gathered one by one; what is in none of them is gathered with the model.
 
     Blocks are the modules of the classes that `_no_split_modules` names, as in Hugging Face's models. Without these,
-    they are the items of every `nn.Sequential` and `nn.ModuleList`. No block lies within another, and none shares a
-    parameter with what is outside of it.
+    they are the items of every `nn.Sequential` and `nn.ModuleList`, but for small ones. No block lies within another,
+    and none shares a parameter with what is outside of it.
     """
     classes = getattr(module, "_no_split_modules", None)
-    found = _of_classes(module, set(classes)) if classes else _items(module)
+    if classes:
+        return _that_are_apart(module, _of_classes(module, set(classes)))
+    return _without_small(module, _that_are_apart(module, _items(module)))
+
+
+def _without_small(module: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those that are large, and small ones of which there are too many. Blocks of one size are treated alike."""
+    sizes = {name: _bytes(module.get_submodule(name)) for name in names}
+    with_model: set[int] = set()
+    together = 0
+    for size in sorted(set(sizes.values())):
+        together += size * list(sizes.values()).count(size)
+        if size >= SMALL_BYTES or together > SMALL_BYTES_TOGETHER:
+            break
+        with_model.add(size)
+    return [name for name, size in sizes.items() if size not in with_model]
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _that_are_apart(
+    module: nn.Module, found: Iterable[tuple[str, nn.Module]]
+) -> list[str]:
+    """The names of those with parameters, which share none with what is outside of them."""
     places: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)

@@ -25,6 +25,15 @@ def has_shards(module: nn.Module) -> bool:
     return any(map(is_shard, module.parameters()))
 
 
+def blocks_in(module: nn.Module) -> list[str]:
+    """The names of the blocks that are gathered one by one; the rest of the model is gathered with the model."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    parts = module.named_modules()
+    return [name for name, part in parts if name and isinstance(part, fsdp.FSDPModule)]
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that the module's author wrote: `fully_shard` puts a subclass in its place."""
     kind = type(module)

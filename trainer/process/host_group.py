@@ -139,12 +139,8 @@ class HostGroup:
 
     def any_each(self, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is true on any rank."""
-        return self.any_each_async(flags)()
-
-    def any_each_async(self, flags: list[bool]) -> Callable[[], list[bool]]:
-        """Start asking, for each flag, whether it is true on any rank. The function returned waits for the answer."""
         largest = self.largest_each_async([int(flag) for flag in flags])
-        return lambda: list(map(bool, largest()))
+        return list(map(bool, largest()))
 
     def largest_each_async(self, values: list[int]) -> Callable[[], list[int]]:
         """Start asking for the largest of all ranks' values in each place, from 0 to 255. The function waits for it."""

@@ -213,7 +213,8 @@ class Ranks:
             )
             return partial(_wait_for, [gathered])
         own = members.index(self.rank)
-        whole[own].copy_(shard)
+        if whole[own].data_ptr() != shard.data_ptr():
+            whole[own].copy_(shard)
         exchanges = []
         for distance in range(1, len(members)):
             to = (own + distance) % len(members)
@@ -247,10 +248,6 @@ class Ranks:
     def any_rank_each(self, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is true on any rank: waits for the other hosts, never for a GPU."""
         return self._host.any_each(flags)
-
-    def any_rank_each_async(self, flags: list[bool]) -> Callable[[], list[bool]]:
-        """Start asking the same. The function returned waits for the other hosts, and gives the answer."""
-        return self._host.any_each_async(flags)
 
     def largest_each_async(self, values: list[int]) -> Callable[[], list[int]]:
         """Start asking for the largest of all ranks' values, 0 to 255, in each place; the function returned waits."""

@@ -29,7 +29,7 @@ from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
 from trainer.exact.exchange_cost import describe_exchange
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Plan
-from trainer.exact.sharding import blocks_of
+from trainer.exact.shards import blocks_in
 from trainer.process.device import device_name
 from trainer.process.levels import ranks_per_machine
 from trainer.storage import bad_samples
@@ -147,10 +147,13 @@ def _describe_parallel(run: Run) -> str:
     parts = (
         f"fsdp: parameters, gradients and optimizer state in {run.ranks.count} parts"
     )
-    count = len(blocks_of(run.module))
+    count = len(blocks_in(run.module))
     if count:
         return f"{parts}, gathered in {count} blocks and a rest"
-    return f"{parts}, gathered all at once: the model has no blocks (docs/multi-gpu.md)"
+    return (
+        f"{parts}, gathered all at once: the model has no large blocks "
+        f"(docs/multi-gpu.md)"
+    )
 
 
 def _describe_figures(run: Run) -> str:

@@ -6,7 +6,6 @@ runs all of them in order, so what a layer keeps from one micro-batch for the ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
@@ -145,10 +144,6 @@ class SimulatedRanks:
         result: list[bool] = self.combine(list(flags), _any_each)
         return result
 
-    def any_rank_each_async(self, flags: list[bool]) -> Callable[[], list[bool]]:
-        answer = self.any_rank_each(flags)
-        return lambda: answer
-
 
 class SimulatedStandard(StandardReduction):
     """The gradient of the ranks so far, averaged as DDP does."""
@@ -168,8 +163,9 @@ class SimulatedStandard(StandardReduction):
 class SimulatedBitwise(BitwiseReduction):
     """The tree of the ranks so far, without an exchange."""
 
-    def _total(self, step: Step) -> Contribution:
+    def _total(self, step: Step) -> tuple[Contribution, list[bool]]:
         ranks = cast(SimulatedRanks, self._ranks)
+        is_used = ranks.any_rank_each(list(self._has_gradient.values()))
         self._add_up()
         own = list(self._tree_sum.nodes)
         if ranks.count > 1:
@@ -177,13 +173,13 @@ class SimulatedBitwise(BitwiseReduction):
             if ranks.rank + 1 < ranks.count:
                 # Of no use, as the last rank has the sum; a copy, because it is scaled in place.
                 _, (last,) = own[-1]
-                return [tensor.clone() for tensor in last]
+                return [tensor.clone() for tensor in last], is_used
             self._tree_sum.nodes.clear()
             for node, terms in nodes:
                 self._tree_sum.push(node, terms)
             self._add_up()
         (total,) = self._tree_sum.root()
-        return total
+        return total, is_used
 
 
 def _no_sync(_: nn.Module) -> AbstractContextManager[None]:
