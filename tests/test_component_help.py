@@ -12,8 +12,9 @@ import trainer.__main__ as program
 from trainer.commands.component_help import topic_help
 from trainer.commands.component_places import PLACES
 from trainer.commands.docstrings import argument_notes
+from trainer.config.component_lists import LISTS
 from trainer.config.fields import declared_keys
-from trainer.config.schema import LISTS, SECTIONS
+from trainer.config.schema import SECTIONS
 from trainer.errors import ConfigError
 
 

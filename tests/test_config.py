@@ -20,6 +20,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from trainer.config.component_lists import ObserverConfig
 from trainer.config.load import command_line, help_text, load
 from trainer.config.registry import build, build_observers, resolve
 from trainer.config.schema import (
@@ -29,7 +30,6 @@ from trainer.config.schema import (
     DataConfig,
     LossConfig,
     ModelConfig,
-    ObserverConfig,
     OptimizerConfig,
     RunConfig,
     TrainConfig,

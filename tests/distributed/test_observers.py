@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Points, config, mlp, state
 from trainer import ConfigError, LockstepError, Observer, Trainer, WeightedSum
-from trainer.config.schema import ObserverConfig
+from trainer.config.component_lists import ObserverConfig
 from trainer.core.metrics import Row
 from trainer.core.run import Run
 from trainer.data.batches import MicroBatch

@@ -17,6 +17,7 @@ from trainer.commands.docstrings import (
     plain,
     summary,
 )
+from trainer.config.component_lists import LISTS
 from trainer.config.fields import (
     ComponentSection,
     Key,
@@ -26,7 +27,7 @@ from trainer.config.fields import (
     type_name,
 )
 from trainer.config.registry import resolve
-from trainer.config.schema import LISTS, SECTIONS, MixConfig
+from trainer.config.schema import SECTIONS, MixConfig
 from trainer.errors import ConfigError, nearest
 
 WIDTH = 110

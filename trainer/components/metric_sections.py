@@ -10,8 +10,8 @@ from torch import Tensor
 
 from trainer.components.constructor_arguments import constructor_arguments
 from trainer.components.metrics import NamedMetric
+from trainer.config.component_lists import MetricConfig
 from trainer.config.fields import PLAIN_TYPES
-from trainer.config.schema import MetricConfig
 
 
 def without_names(

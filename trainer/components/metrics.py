@@ -15,8 +15,8 @@ from trainer.components.base_task import Task
 from trainer.components.classification import CrossEntropy
 from trainer.components.directions import Direction
 from trainer.components.element_losses import ElementLoss
+from trainer.config.component_lists import MetricConfig
 from trainer.config.registry import build, refuse_other_class, resolve
-from trainer.config.schema import MetricConfig
 from trainer.errors import ConfigError, nearest
 
 # Of torchmetrics' class names: the same metric for another kind of answer.

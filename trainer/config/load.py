@@ -13,9 +13,10 @@ from typing import Any
 
 from trainer.config.base import Origins, read_alone, read_with_bases
 from trainer.config.changes import lay_over
+from trainer.config.component_lists import TrackerConfig
 from trainer.config.fields import ComponentSection, declared_keys, show, type_name
 from trainer.config.overrides import TOO_DEEP, Overrides, is_unset, read_overrides
-from trainer.config.schema import SECTIONS, Config, TrackerConfig
+from trainer.config.schema import SECTIONS, Config
 from trainer.config.trees import Tree
 from trainer.config.yaml_file import find_config
 from trainer.errors import ConfigError

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from trainer.config.annotations import check_texts
-from trainer.config.schema import ObserverConfig, keys_of
+from trainer.config.component_lists import ObserverConfig
+from trainer.config.schema import keys_of
 from trainer.config.secrets import redacted, redacted_output
 from trainer.errors import ConfigError, LockstepError, config_error, nearest
 

@@ -7,13 +7,18 @@ its signature when it is built.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
+from trainer.config.component_lists import (
+    LISTS,
+    MetricConfig,
+    ObserverConfig,
+    TrackerConfig,
+    read_list,
+)
 from trainer.config.evaluation_sets import (
     EvaluationSetConfig,
     key_of_set,
@@ -29,13 +34,12 @@ from trainer.config.fields import (
     show,
 )
 from trainer.config.interpolation import References, escape, resolve, restore_references
+from trainer.config.optimizer_groups import check_group
 from trainer.config.several_optimizers import refuse_several_optimizers
 from trainer.config.sharded_parameters import check_needs_of_shards
 from trainer.config.trees import Tree, map_leaves
 from trainer.errors import ConfigError, nearest
 
-# Of a metric, without its phase.
-COLUMN_NAME = re.compile(r"[\w.@-]+")
 MAX_PROFILED_STEPS = 100
 
 
@@ -213,6 +217,16 @@ class DataConfig(ComponentSection):
                 "is not set; data.cache=decoded needs a folder for the decoded images, on a fast disk with room for "
                 "them (docs/cache.md says how much)",
             )
+        fraction = self.val_fraction
+        if fraction is not None and not 0 < fraction < 1:
+            raise ConfigError(
+                "data.val_fraction", f"{fraction:g} is not above 0 and below 1"
+            )
+        if not all(deviation > 0 for deviation in self.std or []):
+            raise ConfigError(
+                "data.std",
+                f"{self.std} is not all above 0: channels are divided by it",
+            )
         validation_sets(self.val)
         test_set(self.test)
         # An empty mapping would be no key of a flat list of keys, by which runs are compared.
@@ -242,6 +256,14 @@ class BatchConfig(Section):
     eval_size: int = key(
         256, "samples of one validation forward", unit="samples", minimum=1
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.micro_size is not None and self.micro_size > self.size:
+            raise ConfigError(
+                "batch.micro_size",
+                f"{self.micro_size} is more than batch.size={self.size}; lower it",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +323,11 @@ class BatchNormConfig(Section):
         "evaluation", "before each evaluation, or only at the end"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.momentum is not None and self.momentum > 1:
+            raise ConfigError("batch_norm.momentum", f"{self.momentum} is more than 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(ComponentSection):
@@ -348,7 +375,7 @@ class OptimizerConfig(ComponentSection):
     def __post_init__(self) -> None:
         super().__post_init__()
         for index, group in enumerate(self.groups):
-            _check_group(f"optimizer.groups[{index}]", group)
+            check_group(f"optimizer.groups[{index}]", group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -509,6 +536,17 @@ class TrainConfig(Section):
                 f"{self.SECTION}.profile",
                 f"{self.profile} is more than {MAX_PROFILED_STEPS}, whose trace is too large to look at; 10 say enough",
             )
+        if self.max_grad_norm == 0:
+            raise ConfigError(
+                "train.max_grad_norm",
+                "0 would make every gradient zero; null turns clipping off",
+            )
+        if self.cuda_graphs and self.compile:
+            raise ConfigError(
+                "train.cuda_graphs",
+                "cannot be combined with train.compile, which has graphs of its own in the mode reduce-overhead; keep "
+                "one of them",
+            )
         if self.mix:
             read_section(MixConfig, self.mix)  # which checks it
 
@@ -572,6 +610,14 @@ class EmaConfig(Section):
         "beside: evaluate the average too, as val_ema/…; instead: in place of the weights, as val/…; none: not at all",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decay is not None and self.decay >= 1:
+            raise ConfigError(
+                "ema.decay",
+                f"{self.decay:g} is not below 1, and the average would never move; 0.999 is a usual value",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig(Section):
@@ -611,89 +657,6 @@ class WandbConfig(Section):
     )
 
 
-OBSERVERS = ("save_predictions",)  # those that come with Lockstep
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObserverConfig(ComponentSection):
-    """One of `observers`."""
-
-    SECTION = "observers"
-    EXAMPLE: ClassVar[str] = "MyObserver"
-
-    name: str = key("", "save_predictions, or an import path to an observer")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if "." not in self.name and self.name not in OBSERVERS:
-            raise ConfigError(
-                f"{self.SECTION}.name",
-                f'"{self.name}" is not an import path, nor one of {", ".join(OBSERVERS)}'
-                f"{nearest(self.name, OBSERVERS)}; write {{name: my_package.MyObserver, argument: value}}",
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricConfig(ComponentSection):
-    """One of `metrics`."""
-
-    SECTION = "metrics"
-    EXAMPLE: ClassVar[str] = "MyMetric"
-
-    name: str = key("", "import path to a torchmetrics.Metric")
-    log_as: str | None = key(
-        None,
-        "its column, val/<log_as>; null = its class in small letters: f1_score for MulticlassF1Score",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if "." not in self.name:
-            raise ConfigError(
-                f"{self.SECTION}.name",
-                f'"{self.name}" is not an import path; write '
-                f"{{name: torchmetrics.classification.MulticlassF1Score, average: macro}}",
-            )
-        if self.log_as is not None and not COLUMN_NAME.fullmatch(self.log_as):
-            raise ConfigError(
-                f"{self.SECTION}.log_as",
-                f'"{self.log_as}" is no name of a column; use letters, digits and _ - . @',
-            )
-
-
-TRACKERS = ("tensorboard", "mlflow", "trackio", "csv")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackerConfig(ComponentSection):
-    """One of `trackers`."""
-
-    SECTION = "trackers"
-    EXAMPLE: ClassVar[str] = "MyTracker"
-
-    name: str = key(
-        "",
-        "tensorboard, mlflow, trackio, csv, or an import path to a trainer.Tracker or a tracker of Accelerate's",
-    )
-    strict: bool = key(
-        False, "stop the run with an error when the tracker fails, instead of a warning"
-    )
-    timeout: float = key(
-        30.0,
-        "how long to wait for the tracker at the start, at a checkpoint and at the end",
-        unit="seconds",
-        minimum=0.1,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if "." not in self.name and self.name not in TRACKERS:
-            raise ConfigError(
-                f"{self.SECTION}.name",
-                f'"{self.name}" is not one of {", ".join(TRACKERS)}, nor an import path{nearest(self.name, TRACKERS)}',
-            )
-
-
 _SECTION_CLASSES = (
     RunConfig,
     DataConfig,
@@ -711,10 +674,6 @@ _SECTION_CLASSES = (
 )
 # In the order of --help and config.yaml.
 SECTIONS: dict[str, Any] = {cls.SECTION: cls for cls in _SECTION_CLASSES}
-# Lists, not sections: several observers can watch one run.
-LISTS: dict[str, Any] = {
-    cls.SECTION: cls for cls in (MetricConfig, ObserverConfig, TrackerConfig)
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -775,65 +734,33 @@ class Config:
         object.__setattr__(self, name, tuple(items))
 
     def _check_combinations(self) -> None:
-        """Check what takes more than one key to judge, or more than a key's type and least value."""
-        batch = self.batch
-        batch_norm = self.batch_norm
-        if batch.micro_size is not None and batch.micro_size > batch.size:
+        """Check what takes keys of several sections to judge; each section checks its own."""
+        if self.batch_norm.mode == "sync":
+            self._check_sync()
+        if self.train.parallel == "fsdp":
+            check_needs_of_shards(lambda key: attrgetter(key)(self))
+        fuse = self.batch.fuse
+        refusal = self.fuse_refusal()
+        if refusal is not None and fuse not in (1, "auto"):
             raise ConfigError(
-                "batch.micro_size",
-                f"{batch.micro_size} is more than batch.size={batch.size}; lower it",
+                "batch.fuse", f"{fuse} {refusal}; use batch.fuse=1, or auto"
             )
+        if self.run.reproducibility == "bitwise":
+            self._refuse_choice_by_timing()
+
+    def _check_sync(self) -> None:
         # Of the two settings it is reproducibility that a user means to keep, so the message is on the other.
-        if self.run.reproducibility == "bitwise" and batch_norm.mode == "sync":
+        if self.run.reproducibility == "bitwise":
             raise ConfigError(
                 "batch_norm.mode",
                 "sync takes its statistics over the samples that all processes run at once, which depends on their "
                 "number; run.reproducibility=bitwise needs batch_norm.mode=micro",
             )
-        if self.data.bad_samples == "quarantine" and batch_norm.mode == "sync":
+        if self.data.bad_samples == "quarantine":
             raise ConfigError(
                 "data.bad_samples",
                 "quarantine may leave a process without samples in a part of a step, and batch_norm.mode=sync needs "
                 "some of every process; use batch_norm.mode=micro, or data.bad_samples=stop",
-            )
-        if self.train.parallel == "fsdp":
-            check_needs_of_shards(lambda key: attrgetter(key)(self))
-        if self.train.cuda_graphs and self.train.compile:
-            raise ConfigError(
-                "train.cuda_graphs",
-                "cannot be combined with train.compile, which has graphs of its own in the mode reduce-overhead; keep "
-                "one of them",
-            )
-        refusal = self.fuse_refusal()
-        if refusal is not None and batch.fuse not in (1, "auto"):
-            raise ConfigError(
-                "batch.fuse", f"{batch.fuse} {refusal}; use batch.fuse=1, or auto"
-            )
-        if batch_norm.momentum is not None and batch_norm.momentum > 1:
-            raise ConfigError(
-                "batch_norm.momentum", f"{batch_norm.momentum} is more than 1"
-            )
-        if self.ema.decay is not None and self.ema.decay >= 1:
-            raise ConfigError(
-                "ema.decay",
-                f"{self.ema.decay:g} is not below 1, and the average would never move; 0.999 is a usual value",
-            )
-        fraction = self.data.val_fraction
-        if fraction is not None and not 0 < fraction < 1:
-            raise ConfigError(
-                "data.val_fraction", f"{fraction:g} is not above 0 and below 1"
-            )
-        if self.train.max_grad_norm == 0:
-            raise ConfigError(
-                "train.max_grad_norm",
-                "0 would make every gradient zero; null turns clipping off",
-            )
-        if self.run.reproducibility == "bitwise":
-            self._refuse_choice_by_timing()
-        if not all(deviation > 0 for deviation in self.data.std or []):
-            raise ConfigError(
-                "data.std",
-                f"{self.data.std} is not all above 0: channels are divided by it",
             )
 
     def _refuse_choice_by_timing(self) -> None:
@@ -888,7 +815,7 @@ class Config:
         resolved, references = resolve(tree, _is_setting)
         for name, section in resolved.items():
             if name in LISTS:
-                values[name] = _read_list(LISTS[name], section)
+                values[name] = read_list(LISTS[name], section)
             elif name in SECTIONS:
                 if name == "optimizer":
                     refuse_several_optimizers(section)
@@ -916,30 +843,6 @@ class Config:
         return document
 
 
-def _check_group(key: str, group: dict[str, Any]) -> None:
-    """Raise `ConfigError` unless one of `optimizer.groups` has a pattern, and options that a group can have."""
-    pattern = group.get("match")
-    if not isinstance(pattern, str):
-        raise ConfigError(
-            f"{key}.match",
-            f"{show(pattern)} is not text; write a regular expression: {{match: head, lr: 0.01}}",
-        )
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"{key}.match", f'"{pattern}" is no regular expression: {error}'
-        ) from None
-    if len(group) == 1:
-        raise ConfigError(key, "gives no option beside match, such as weight_decay: 0")
-    if "params" in group:
-        raise ConfigError(f"{key}.params", "is what match finds; leave it out")
-    rate = group.get("lr", 0)
-    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
-    if not is_number or not 0 <= rate < math.inf:
-        raise ConfigError(f"{key}.lr", f"{show(rate)} is not a number, 0 or more")
-
-
 def _is_setting(path: tuple[Any, ...]) -> bool:
     """True for the path of a key that a section declares; False for what is within a component's arguments."""
     section, *rest = path
@@ -951,26 +854,6 @@ def _is_setting(path: tuple[Any, ...]) -> bool:
         and rest[0] in keys_of(section)
         and not str(rest[0]).endswith("transforms")
     )
-
-
-def _read_list(cls: Any, items: Any) -> tuple[Any, ...]:
-    """The components of a list, each of the class `cls`."""
-    if items is None:
-        return ()
-    if not isinstance(items, list | tuple):
-        raise ConfigError(
-            cls.SECTION,
-            f"{show(items)} is not a list such as [{{name: my_package.{cls.EXAMPLE}}}]",
-        )
-    sections = []
-    for index, item in enumerate(items):
-        try:
-            sections.append(read_section(cls, item))
-        except ConfigError as error:
-            # A section does not know its place in the list.
-            place = error.key.replace(cls.SECTION, f"{cls.SECTION}[{index}]", 1)
-            raise ConfigError(place, error.message) from None
-    return tuple(sections)
 
 
 def _describe(value: Any) -> str:

@@ -13,9 +13,10 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 
+from trainer.config.component_lists import LISTS
 from trainer.config.evaluation_sets import EvaluationSetConfig, key_of_set
 from trainer.config.fields import declared_keys, is_union
-from trainer.config.schema import LISTS, SECTIONS
+from trainer.config.schema import SECTIONS
 from trainer.errors import ConfigError
 
 STRING_TAG = "tag:yaml.org,2002:str"

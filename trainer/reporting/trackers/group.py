@@ -7,8 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from trainer.config.component_lists import TrackerConfig
 from trainer.config.registry import build, refuse_other_class, resolve
-from trainer.config.schema import Config, TrackerConfig
+from trainer.config.schema import Config
 from trainer.config.secrets import redacted
 from trainer.errors import ConfigError
 from trainer.reporting.trackers.accelerate import adapted

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
 
-from trainer.config.schema import TrackerConfig
+from trainer.config.component_lists import TrackerConfig
 from trainer.errors import LockstepError
 from trainer.reporting.formats import shorten_error
 from trainer.reporting.trackers.base import Ending, Row, Session, Tracker
