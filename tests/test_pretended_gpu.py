@@ -87,7 +87,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Random states are numbers, which fake tensors do not have.
     monkeypatch.setattr("trainer.exact.fuse.Fused._check_draws", lambda self: None)
     monkeypatch.setattr(
-        "trainer.core.build.signature_of_samples", lambda *args, **kwargs: None
+        "trainer.core.build_input.signature_of_samples", lambda *args, **kwargs: None
     )
     yield
 
@@ -269,7 +269,7 @@ def test_no_bitwise_exchange_waits_for_the_device(
     )
     with ExitStack() as stack:
         stack.enter_context(patch("trainer.core.build.Ranks", FirstOfFour))
-        stack.enter_context(patch("trainer.core.build.check_data"))
+        stack.enter_context(patch("trainer.core.build_input.check_data"))
         for name in collectives:
             stack.enter_context(patch.object(torch.distributed, name))
         stack.enter_context(pretended_cuda())

@@ -56,16 +56,7 @@ def main(arguments: list[str]) -> None:
         row = _train_first_step(trainer)
         seconds = perf_counter() - start
         refused = refused_operations(trainer.run) if trainer.run.bitwise else []
-    size = trainer.run.remaining(trainer.plan.step(0)).size
-    samples = f"{size} sample" if size == 1 else f"{size} samples"
-    metrics = [
-        f"{name} {value:.4g}"
-        for name, value in row.items()
-        if name.startswith("train/")
-    ]
-    console.note(
-        f"this runs: a first step of {samples} in {seconds:.2f} s, {', '.join(metrics)}"
-    )
+    console.note(_describe_first_step(trainer, row, seconds))
     for bad in trainer.run.quarantine.samples if trainer.run.quarantine else []:
         console.note(f"left out: {bad.name()}: {bad.reason}")
     for line in refused:
@@ -73,6 +64,18 @@ def main(arguments: list[str]) -> None:
             f"on a GPU, run.reproducibility=bitwise would be refused for {line}"
         )
     trainer.ranks.close()
+
+
+def _describe_first_step(trainer: Trainer, row: Row, seconds: float) -> str:
+    size = trainer.run.remaining(trainer.plan.step(0)).size
+    samples = f"{size} sample" if size == 1 else f"{size} samples"
+    metrics = []
+    for name, value in row.items():
+        if name.startswith("train/"):
+            metrics.append(f"{name} {value:.4g}")
+    return (
+        f"this runs: a first step of {samples} in {seconds:.2f} s, {', '.join(metrics)}"
+    )
 
 
 def _train_first_step(trainer: Trainer) -> Row:

@@ -16,45 +16,27 @@ from trainer.components.freezing import Freezing
 from trainer.components.metrics import Metrics, NamedMetric
 from trainer.components.task import Task, collate_of, loss_arguments
 from trainer.config.schema import BestConfig, Config
-from trainer.core.build_data import count_classes, run_data, with_notes
+from trainer.core.build_data import run_data
 from trainer.core.build_evaluation import run_evaluation_sets
-from trainer.core.build_loaders import (
-    Loaders,
-    check_first_batches,
-    run_loaders,
-)
-from trainer.core.build_model import (
-    check_can_be_sharded,
-    is_sharded,
-    run_model,
-    run_task,
-)
+from trainer.core.build_input import RunInput, build_input
+from trainer.core.build_model import build_model_and_task
 from trainer.core.early_stop import with_early_stop_metric
 from trainer.core.evaluated_weights import logged_phases
 from trainer.core.evaluation_metrics import EvaluationMetrics
-from trainer.core.first_samples import check_classes, first_inputs
 from trainer.core.forward import Forward
 from trainer.core.further import LossState
 from trainer.core.logged_metrics import LoggedMetrics
 from trainer.core.mix import Mix, build_mix
 from trainer.core.precision import Precision
-from trainer.core.preflight import check_data, check_order, check_ranks
+from trainer.core.preflight import check_ranks
 from trainer.core.run import Run
 from trainer.core.run_metrics import run_metrics
 from trainer.data.bad_samples import Quarantine
-from trainer.data.classes import with_classes
 from trainer.data.datasets import Datasets, MapDataset
-from trainer.data.evaluation_loaders import loader_as_files
-from trainer.data.loading import Loader
-from trainer.data.samplers import build_order
 from trainer.data.short_side import with_short_side
-from trainer.errors import listed
-from trainer.exact.plan import Plan
-from trainer.exact.sharding import shard
 from trainer.exact.shards import original_class
 from trainer.process.device import check_reproducibility
 from trainer.process.ranks import Ranks
-from trainer.storage.signature import Signature, signature_of_samples
 
 
 def build_run(
@@ -83,62 +65,33 @@ def build_run(
     check_reproducibility(ranks.device.type, config.run.reproducibility)
     facts_of_ranks = check_ranks(config, ranks)
     precision = Precision(config.train.precision, ranks.device)
+    dtype = precision.dtype
 
     build_data = partial(run_data, config, ranks, train_data, val_data, test_data)
-    data = ranks.on_each(build_data)
-    if classes is not None:
-        data = with_classes(data, classes)
-    data = with_notes(config, data)
-    check_data(data, ranks)
-    plan = _plan(config, ranks, data)
-    loaders = run_loaders(config, ranks, data, plan, precision.dtype)
-    inputs = ranks.on_each(partial(first_inputs, loaders.train, loaders.evaluated))
-    device_note = check_first_batches(ranks, loaders)
-    num_classes = count_classes(config, data)
-    signature = _signature(config, data, loaders, num_classes)
-
-    build_module = partial(
-        run_model,
-        config,
-        ranks,
-        dtype=precision.dtype,
-        model=model,
-        inputs=inputs,
-        num_classes=num_classes,
-        classes=data.classes,
+    run_input = build_input(config, ranks, build_data, classes=classes, dtype=dtype)
+    trained = build_model_and_task(config, ranks, run_input, model, task, dtype=dtype)
+    config, named_metrics = _with_metrics(
+        config, ranks, metrics, run_input, trained.task
     )
-    # A machine may lack the file of the weights.
-    module, weights_note = ranks.on_each(build_module)
-    the_task = run_task(config, task, num_classes, module)
-    the_task.to(ranks.device, precision.dtype)
-    sharding_note = _share_out(config, ranks, module, the_task)
-    check_classes(the_task, num_classes, data)
-    build_metrics = partial(
-        run_metrics, config, metrics, the_task, loaders.measured, num_classes
-    )
-    # A machine may lack what a metric needs.
-    config, named_metrics = ranks.on_each(build_metrics)
-    config = _with_watched_metrics(config, data, the_task, named_metrics)
-
-    mix = ranks.on_each(partial(_mix, config, the_task, loaders.train, plan))
-    forward = Forward(the_task, precision, ranks.device, config.run.seed, mix)
-    freezing = Freezing(module, config.model)
     quarantine = _quarantine(config, ranks)
     evaluation_metrics = EvaluationMetrics(
         named_metrics,
-        the_task,
+        trained.task,
         ranks,
-        classes=data.classes or (),
+        classes=run_input.data.classes or (),
         seed=config.run.seed,
-        precision=precision.dtype,
+        precision=dtype,
         best_metric=config.best.metric,
     )
+    mix = ranks.on_each(partial(_mix, config, trained.task, run_input))
+    forward = Forward(trained.task, precision, ranks.device, config.run.seed, mix)
+    freezing = Freezing(trained.module, config.model)
     sets = run_evaluation_sets(
         config,
         ranks,
-        data,
-        loaders,
-        module=module,
+        run_input.data,
+        run_input.loaders,
+        module=trained.module,
         forward=forward,
         freezing=freezing,
         quarantine=quarantine,
@@ -149,20 +102,20 @@ def build_run(
         ranks=ranks,
         facts_of_ranks=facts_of_ranks,
         precision=precision,
-        data=data,
-        plan=plan,
-        train_loader=loaders.train,
-        device_note=device_note,
-        signature=signature,
-        module=module,
-        weights_note=weights_note,
-        sharding_note=sharding_note,
-        task=the_task,
-        loss_state=LossState(module, the_task),
+        data=run_input.data,
+        plan=run_input.plan,
+        train_loader=run_input.loaders.train,
+        device_note=run_input.device_note,
+        signature=run_input.signature,
+        module=trained.module,
+        weights_note=trained.weights_note,
+        sharding_note=trained.sharding_note,
+        task=trained.task,
+        loss_state=LossState(trained.module, trained.task),
         forward=forward,
         freezing=freezing,
         metrics=evaluation_metrics,
-        validation=[sets[phase] for phase in data.validation()],
+        validation=[sets[phase] for phase in run_input.data.validation()],
         test=sets.get("test"),
         quarantine=quarantine,
     )
@@ -196,59 +149,34 @@ def _with_collate(config: Config, task: Task | nn.Module | None) -> Config:
     return replace(config, data=replace(config.data, collate=collate))
 
 
-def _plan(config: Config, ranks: Ranks, data: Datasets) -> Plan:
-    # A machine may lack a file that a sampler reads.
-    order = ranks.on_each(lambda: build_order(config.data, data, seed=config.run.seed))
-    plan = Plan(
-        samples=len(data.train) if order is None else order.samples,
-        batch_size=config.batch.size,
-        micro_size=config.batch.micro_size or config.batch.size,
-        ranks=ranks.count,
-        epochs=config.train.epochs,
-        seed=config.run.seed,
-        max_steps=config.train.max_steps,
-        equal_ranks=config.batch_norm.mode == "sync",
-        order=order,
-    )
-    check_order(plan, ranks, epoch=0)
-    return plan
-
-
-def _mix(config: Config, task: Task, loader: Loader, plan: Plan) -> Mix | None:
+def _mix(config: Config, task: Task, run_input: RunInput) -> Mix | None:
     if not config.train.mix:
         return None
+    loader = run_input.loaders.train
     return build_mix(
         config.train,
         task,
         loader.peek([loader.first_id]),
         seed=config.run.seed,
-        total_steps=plan.total_steps,
+        total_steps=run_input.plan.total_steps,
     )
 
 
-def _signature(
-    config: Config, data: Datasets, loaders: Loaders, num_classes: int | None
-) -> Signature:
-    loader = loader_as_files(config.data, loaders.evaluated) or loaders.train
-    return signature_of_samples(loader, num_classes=num_classes, classes=data.classes)
-
-
-def _share_out(config: Config, ranks: Ranks, module: nn.Module, task: Task) -> str:
-    """Let each rank hold a part of the parameters, with `train.parallel=fsdp`. A collective.
-
-    Returns a line on what no longer sees the model's parameters, "" if there is nothing.
-    """
-    if config.train.parallel == "fsdp":
-        ranks.on_each(partial(check_can_be_sharded, module, task))
-    if not is_sharded(config, ranks):
-        return ""
-    held = shard(module, ranks)
-    if not held:
-        return ""
-    return (
-        f"train.parallel=fsdp has put parts in the place of parameters that code outside the model still holds "
-        f"({listed(held, 3)}): what is computed with those has no effect on training; read them from the model"
+def _with_metrics(
+    config: Config, ranks: Ranks, metrics: Metrics, run_input: RunInput, task: Task
+) -> tuple[Config, list[NamedMetric]]:
+    """The metrics of whole evaluations, and the config with them and with those that the run watches."""
+    build = partial(
+        run_metrics,
+        config,
+        metrics,
+        task,
+        run_input.loaders.measured,
+        run_input.num_classes,
     )
+    # A machine may lack what a metric needs.
+    config, named = ranks.on_each(build)
+    return _with_watched_metrics(config, run_input.data, task, named), named
 
 
 def _with_watched_metrics(

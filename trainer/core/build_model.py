@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,18 +19,65 @@ from trainer.components.task import (
 )
 from trainer.components.weights import start_from_weights, weights_file
 from trainer.config.schema import Config
-from trainer.errors import ConfigError
+from trainer.core.build_input import RunInput
+from trainer.core.first_samples import check_classes
+from trainer.errors import ConfigError, listed
 from trainer.exact.batch_norm import configure, refuse_cumulative_average
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
-from trainer.exact.sharding import refuse_what_cannot_be_cut
+from trainer.exact.sharding import refuse_what_cannot_be_cut, shard
 from trainer.process.ranks import Ranks
 from trainer.storage.signature import (
     describe_other_classes,
 )
 
 
-def run_model(
+@dataclass(frozen=True)
+class ModelAndTask:
+    """What a run trains: the model, in its dtype and place, and the loss, which may have parameters of its own.
+
+    `sharding_note` says what no longer sees the model's parameters, "" for nothing.
+    """
+
+    module: nn.Module
+    task: Task
+    weights_note: str
+    sharding_note: str
+
+
+def build_model_and_task(
+    config: Config,
+    ranks: Ranks,
+    run_input: RunInput,
+    model: nn.Module | None,
+    task: Task | nn.Module | None,
+    *,
+    dtype: torch.dtype,
+) -> ModelAndTask:
+    """Build those of the config, or take over those that were passed. A collective.
+
+    Raises `ConfigError`, also where the data give the loss nothing to learn.
+    """
+    build = partial(
+        _run_model,
+        config,
+        ranks,
+        dtype=dtype,
+        model=model,
+        inputs=run_input.first,
+        num_classes=run_input.num_classes,
+        classes=run_input.data.classes,
+    )
+    # A machine may lack the file of the weights.
+    module, weights_note = ranks.on_each(build)
+    the_task = _run_task(config, task, run_input.num_classes, module)
+    the_task.to(ranks.device, dtype)
+    sharding_note = _share_out(config, ranks, module, the_task)
+    check_classes(the_task, run_input.num_classes, run_input.data)
+    return ModelAndTask(module, the_task, weights_note, sharding_note)
+
+
+def _run_model(
     config: Config,
     ranks: Ranks,
     *,
@@ -75,7 +124,7 @@ def is_sharded(config: Config, ranks: Ranks) -> bool:
     return config.train.parallel == "fsdp" and ranks.count > 1
 
 
-def check_can_be_sharded(module: nn.Module, task: Task) -> None:
+def _check_can_be_sharded(module: nn.Module, task: Task) -> None:
     """Raise `ConfigError` for a model or a loss that `train.parallel=fsdp` cannot train, on one process as on many."""
     if task.whole_step:
         raise ConfigError(
@@ -92,7 +141,7 @@ def check_can_be_sharded(module: nn.Module, task: Task) -> None:
     refuse_what_cannot_be_cut(module)
 
 
-def run_task(
+def _run_task(
     config: Config,
     task: Task | nn.Module | None,
     num_classes: int | None,
@@ -116,3 +165,21 @@ def run_task(
             for parameter in part.parameters(recurse=False):
                 parameter.requires_grad_(False)
     return the_task
+
+
+def _share_out(config: Config, ranks: Ranks, module: nn.Module, task: Task) -> str:
+    """Let each rank hold a part of the parameters, with `train.parallel=fsdp`. A collective.
+
+    Returns a line on what no longer sees the model's parameters, "" if there is nothing.
+    """
+    if config.train.parallel == "fsdp":
+        ranks.on_each(partial(_check_can_be_sharded, module, task))
+    if not is_sharded(config, ranks):
+        return ""
+    held = shard(module, ranks)
+    if not held:
+        return ""
+    return (
+        f"train.parallel=fsdp has put parts in the place of parameters that code outside the model still holds "
+        f"({listed(held, 3)}): what is computed with those has no effect on training; read them from the model"
+    )

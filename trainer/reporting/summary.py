@@ -36,6 +36,8 @@ from trainer.storage import bad_samples
 from trainer.storage.checkpoint import Progress
 from trainer.storage.sha256 import tensors_sha256
 
+Fact = tuple[str, str]  # a line of the header: its name and its text
+
 MAX_LISTED_RANKS = 8
 MAX_LISTED_GROUPS = 12
 
@@ -49,55 +51,83 @@ def header(
     directory: Path,
     proof: Proof,
     optimizer: Optimizer,
-) -> list[tuple[str, str]]:
-    """What a person wants to see before a run begins."""
-    config = run.config
-    plan = run.plan
-    length = f"{plan.total_steps:,} steps · {plan.steps_per_epoch:,} an epoch"
-    stop_after = config.train.stop_after
-    if stop_after is not None and stop_after < plan.total_steps:
-        length += f" · stops after step {stop_after:,} (train.stop_after)"
-    device = f"{run.ranks.count} × {device_name(run.ranks.device)} · {config.train.precision}"
+) -> list[Fact]:
+    """What a person wants to see before a run begins. A fact without text is left out."""
     facts = [
         ("run", str(directory)),
-        *(("config", note) for note in config.notes),
-        ("model", f"{config.model.name} · {_describe_parameters(run)}"),
-        ("weights", run.weights_note),
-        ("loss", _describe_loss(run)),
-        ("metrics", _describe_metrics(run)),
-        ("data", _describe_data(run)),
-        ("decoding", _describe_decoding(run)),
-        ("images", run.data.images),
-        ("on device", run.device_note),
-        ("batch transforms", _describe_batch_transforms(run)),
-        ("sampler", _describe_sampler(plan)),
-        ("batch", batch_arithmetic(plan, fuse)),
+        *(("config", note) for note in run.config.notes),
+        *_facts_of_model(run),
+        *_facts_of_data(run),
+        ("batch", batch_arithmetic(run.plan, fuse)),
         ("mix", "" if run.forward.mix is None else run.forward.mix.describe()),
-        ("optimizer", _describe_optimizer(run)),
-        *(("optimizer", line) for line in _describe_groups(run, optimizer)),
-        ("schedule", schedule.describe()),
-        ("length", length),
-        ("evaluation", _describe_evaluations(config.train)),
-        ("best", _describe_best(config.best)),
-        ("average", describe_average(config)),
-        ("early stop", describe_early_stop(config.early_stop)),
-        ("device", device),
-        ("compile", describe_compile(config.train.compile, run.ranks.device.type)),
-        ("graphs", describe_graphs(run)),
-        ("tf32", describe_tf32(config, run.ranks.device)),
-        ("parallel", _describe_parallel(run)),
-        ("figures", _describe_figures(run)),
+        *_facts_of_length(run, schedule, optimizer),
+        *_facts_of_devices(run),
         ("fuse", f"1: {fuse_note}" if fuse_note else ""),
         ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
         ("exchange", _describe_exchange(run)),
         ("bad samples", _describe_quarantine(run)),
         ("note", run.data.note),
         ("note", run.sharding_note),
-        ("note", schedule.note(plan.total_steps)),
+        ("note", schedule.note(run.plan.total_steps)),
         *(("note", line) for line in keys_without_effect(run)),
         *proof.facts(),
     ]
     return [(name, text) for name, text in facts if text]
+
+
+def _facts_of_model(run: Run) -> list[Fact]:
+    return [
+        ("model", f"{run.config.model.name} · {_describe_parameters(run)}"),
+        ("weights", run.weights_note),
+        ("loss", _describe_loss(run)),
+        ("metrics", _describe_metrics(run)),
+    ]
+
+
+def _facts_of_data(run: Run) -> list[Fact]:
+    return [
+        ("data", _describe_data(run)),
+        ("decoding", _describe_decoding(run)),
+        ("images", run.data.images),
+        ("on device", run.device_note),
+        ("batch transforms", _describe_batch_transforms(run)),
+        ("sampler", _describe_sampler(run.plan)),
+    ]
+
+
+def _facts_of_length(run: Run, schedule: Schedule, optimizer: Optimizer) -> list[Fact]:
+    """How the weights are updated, how often, and how the run is judged on the way."""
+    config = run.config
+    return [
+        ("optimizer", _describe_optimizer(run)),
+        *(("optimizer", line) for line in _describe_groups(run, optimizer)),
+        ("schedule", schedule.describe()),
+        ("length", _describe_length(run.plan, config.train.stop_after)),
+        ("evaluation", _describe_evaluations(config.train)),
+        ("best", _describe_best(config.best)),
+        ("average", describe_average(config)),
+        ("early stop", describe_early_stop(config.early_stop)),
+    ]
+
+
+def _facts_of_devices(run: Run) -> list[Fact]:
+    config = run.config
+    device = device_name(run.ranks.device)
+    return [
+        ("device", f"{run.ranks.count} × {device} · {config.train.precision}"),
+        ("compile", describe_compile(config.train.compile, run.ranks.device.type)),
+        ("graphs", describe_graphs(run)),
+        ("tf32", describe_tf32(config, run.ranks.device)),
+        ("parallel", _describe_parallel(run)),
+        ("figures", _describe_figures(run)),
+    ]
+
+
+def _describe_length(plan: Plan, stop_after: int | None) -> str:
+    length = f"{plan.total_steps:,} steps · {plan.steps_per_epoch:,} an epoch"
+    if stop_after is None or stop_after >= plan.total_steps:
+        return length
+    return f"{length} · stops after step {stop_after:,} (train.stop_after)"
 
 
 def _describe_exchange(run: Run) -> str:
@@ -307,7 +337,7 @@ def _describe_bad(values: dict[str, Any]) -> str:
     return f" · {count:,} left out as bad: {bad_samples.FILE}" if count else ""
 
 
-def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
+def closing(values: dict[str, Any], directory: Path) -> list[Fact]:
     """What a person wants to see when a run is over, from the `values` of `summary.json`."""
     best = "none"
     if values["best"] is not None:
@@ -338,7 +368,7 @@ def closing(values: dict[str, Any], directory: Path) -> list[tuple[str, str]]:
     ]
 
 
-def _describe_test(values: dict[str, Any]) -> list[tuple[str, str]]:
+def _describe_test(values: dict[str, Any]) -> list[Fact]:
     metrics = []
     for name, value in values.items():
         if name.startswith("test/"):

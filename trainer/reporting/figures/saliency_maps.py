@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.components.task import Task
+from trainer.exact.modes import preserved_modes
 from trainer.exact.seeding import key, keyed_draws
 
 
@@ -25,28 +26,21 @@ def compute_saliency(task: Task, model: nn.Module, images: Tensor) -> Tensor | N
     None for a model that is not a classifier, and where no gradient reaches the input. The model stays as it is: no
     gradient is kept, no statistic or mode changed, no hook left.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         # A compiled model would skip the hooks, and compile again for inputs that need a gradient.
         with (
+            preserved_modes(model),
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
             # Of a model that draws in evaluation mode: the same maps each time.
             keyed_draws(key(0, "saliency"), images.device),
             _record_feature_maps(model) as features,
         ):
+            model.eval()
             inputs = images.detach().clone().requires_grad_()
-            output = task.predict(model, inputs)
-            probabilities = task.probabilities(output)
-            if (
-                probabilities is None
-                or not isinstance(output, Tensor)
-                or output.shape != probabilities.shape
-            ):
+            score = _score_of_predictions(task, model, inputs)
+            if score is None:
                 return None
-            # Samples do not influence each other in evaluation mode, so the gradient of the sum has that of each.
-            score = output.gather(1, probabilities.argmax(1, keepdim=True)).sum()
             last_features = features[1:][-1:]
             input_gradient, *feature_gradients = torch.autograd.grad(
                 score, [inputs, *last_features]
@@ -54,10 +48,6 @@ def compute_saliency(task: Task, model: nn.Module, images: Tensor) -> Tensor | N
     except RuntimeError:
         # No gradient reaches the input, or an operation has no (deterministic) backward.
         return None
-    finally:
-        # Not `model.train()`: a layer may be in evaluation mode for good.
-        for module, training in modes:
-            module.training = training
 
     size = images.shape[-2:]
     maps = _scale(input_gradient.abs().amax(1), size)
@@ -67,6 +57,20 @@ def compute_saliency(task: Task, model: nn.Module, images: Tensor) -> Tensor | N
         # A map of zeros says that no feature map speaks for the class.
         maps = torch.where(cam.amax((1, 2), keepdim=True) > 0, cam, maps)
     return maps
+
+
+def _score_of_predictions(
+    task: Task, model: nn.Module, inputs: Tensor
+) -> Tensor | None:
+    """The sum of the predicted classes' outputs; None for a model that is not a classifier."""
+    output = task.predict(model, inputs)
+    probabilities = task.probabilities(output)
+    if probabilities is None or not isinstance(output, Tensor):
+        return None
+    if output.shape != probabilities.shape:
+        return None
+    # Samples do not influence each other in evaluation mode, so the gradient of the sum has that of each.
+    return output.gather(1, probabilities.argmax(1, keepdim=True)).sum()
 
 
 @contextmanager
