@@ -134,6 +134,7 @@ class Trainer:
                 head=self.config.model.head,
                 loss=self.run.task,
             )
+            # The optimizer has what is thawed later, too; the reduction has what requires a gradient now.
             self.run.freezing.apply(epoch=0)
             self.reduction = self.reduction_for(self.module, loss=self.run.task)
         self.stateful: dict[str, Stateful] = dict(stateful or {})
@@ -355,11 +356,12 @@ class Trainer:
         if self._batches is None:  # the proof may have started loading
             self.load_from(self.progress.step)
         self.module.train()
-        self.resuming.restore_modes()
+        self.resuming.restore_modes()  # after `train`, which reaches every module
         self.run.loss_state.begin()
         begin_training(self.optimizer)
         self._average.begin()
         self.observers.begin(self.run)
+        # After `begin`, in which an observer may make what has the state.
         self.resuming.load_states(stateful)
         check_states(stateful, self.run)
         # The average asks for them itself, at its own steps.

@@ -113,11 +113,9 @@ class CommandParser(argparse.ArgumentParser):
     def _check_option(self, argument: str) -> None:
         """Raise `ConfigError`, with the nearest option, if there is none of that name."""
         name = argument.partition("=")[0].removeprefix("--")
-        options = [
-            option.removeprefix("--")
-            for action in self._actions
-            for option in action.option_strings
-        ]
+        options = []
+        for action in self._actions:
+            options += [option.removeprefix("--") for option in action.option_strings]
         if name not in options:
             hint = (
                 "; a key of the config is set as section.key=value"

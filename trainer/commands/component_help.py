@@ -118,7 +118,8 @@ def _component_lines(place: str, name: str) -> Iterator[str]:
     target = _find(place, name)
     home = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
     is_own = home.startswith("trainer.")
-    yield f"{place}.{name}" if is_own or home == name else f"{place}.{name}  ({home})"
+    is_plain = is_own or home == name
+    yield f"{place}.{name}" if is_plain else f"{place}.{name}  ({home})"
     for paragraph in summary(target, whole=is_own).splitlines():
         yield _wrapped(paragraph, "  ")
     section = place.partition(".")[0]

@@ -114,6 +114,7 @@ def _prefixes(longer: Tensors, shorter: Tensors) -> list[str]:
             rest = ".".join(parts[depth:])
             if rest in shorter and shorter[rest].shape == tensor.shape:
                 counts[".".join(parts[:depth]) + "."] += 1
+    # Each is tried on all names, and the one that fits best is among the commonest.
     return [prefix for prefix, _ in counts.most_common(10)]
 
 

@@ -72,11 +72,11 @@ def _with_whole_lists(before: Any, after: Any, key: str) -> Any:
     if isinstance(before, list) and all(str(name).isdecimal() for name in after):
         items = list(before)
         for number, value in after.items():
-            if int(number) >= len(items):
-                raise ConfigError(
-                    f"{key}[{number}]", f"there are {len(items)} items, from 0 on"
-                )
-            items[int(number)] = _merged(items[int(number)], value, f"{key}[{number}]")
+            place = f"{key}[{number}]"
+            index = int(number)
+            if index >= len(items):
+                raise ConfigError(place, f"there are {len(items)} items, from 0 on")
+            items[index] = _merged(items[index], value, place)
         return items
     names = _names_in(before)
     changed = {}

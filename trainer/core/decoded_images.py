@@ -70,7 +70,9 @@ def _open_store(
 ) -> ImageStore:
     """The cache of all images of one root: how its parts share them out makes no difference."""
     first = next(iter(folders))
-    paths = {path for folder in folders for path in folder.paths}
+    paths: set[str] = set()
+    for folder in folders:
+        paths.update(folder.paths)
     source = CacheSource(
         first.root,
         sorted(paths, key=normal_form),

@@ -114,6 +114,7 @@ class WeightAverage:
     def _decay_after(self, updates: int) -> float:
         if not self._section.warmup:
             return self._decay
+        # As TensorFlow's ExponentialMovingAverage has it.
         return min(self._decay, (1 + updates) / (10 + updates))
 
     def _update_on_device(self, updates: Tensor, skipped: Tensor | None) -> None:

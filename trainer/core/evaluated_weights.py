@@ -22,11 +22,10 @@ def evaluated_phase(phase: str, evaluation: str) -> str:
 
 def logged_phases(section: EmaConfig, validation: list[str]) -> list[str]:
     """The phases of all evaluations of validation sets, `validation` by theirs."""
-    return [
-        evaluated_phase(phase, evaluation)
-        for evaluation in evaluated_phases(section)
-        for phase in validation
-    ]
+    phases = []
+    for evaluation in evaluated_phases(section):
+        phases += [evaluated_phase(phase, evaluation) for phase in validation]
+    return phases
 
 
 def best_evaluation(config: Config) -> str:

@@ -144,7 +144,8 @@ class Evaluator:
         requests = self._largest_share or self._passes.requests
         if not requests:
             return
-        first, last = requests[0].ids[0], requests[-1].ids[-1]
+        first = requests[0].ids[0]
+        last = requests[-1].ids[-1]
         count = min(last - first + 1, SAMPLES_TO_REHEARSE, len(requests[0].ids))
         ids = np.linspace(first, last, count).astype(np.int64)
         task = self._forward.task

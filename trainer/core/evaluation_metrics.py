@@ -154,7 +154,9 @@ class EvaluationMetrics:
         # What a metric draws, as a bootstrap does, is the same in every evaluation.
         with keyed_draws(self._key, torch.device("cpu")):
             for index, item in enumerate(self._items):
-                parts = [part for of_rank in of_ranks for part in of_rank[index]]
+                parts = []
+                for of_rank in of_ranks:
+                    parts += of_rank[index]
                 if parts:
                     self._compute(item, parts, columns, notes)
         for name, reason in columns.left_out.items():
@@ -234,7 +236,8 @@ def _checked_inputs(inputs: Any) -> Inputs:
 
 def _is_empty(inputs: Inputs) -> bool:
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    return any(isinstance(v, torch.Tensor) and v.dim() and not len(v) for v in values)
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return any(tensor.dim() and not len(tensor) for tensor in tensors)
 
 
 def _are_maps(inputs: Inputs) -> bool:

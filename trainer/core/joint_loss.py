@@ -55,6 +55,7 @@ def loss_adds_up(
 
 
 def _differ(joint: Tensor, parts: Tensor) -> bool:
+    # The others are bf16 and fp16, of which a number has two or three digits.
     bound = TOLERANCE.get(joint.dtype, 1e-2) * parts.abs().sum()
     return bool((joint - parts.sum()).abs() > bound)
 

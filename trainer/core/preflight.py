@@ -139,7 +139,8 @@ def notes_on(facts: Sequence[RankFacts]) -> list[str]:
             continue
         other = _first_different(facts, name)
         if other is not None:
-            values = f"{other[name]} on rank {other['rank']} ({other['host']}), {facts[0][name]} on rank 0"
+            place = f"rank {other['rank']} ({other['host']})"
+            values = f"{other[name]} on {place}, {facts[0][name]} on rank 0"
             notes.append(f"the ranks differ in {name}: {values}")
     for values_of_rank in facts:
         skew = values_of_rank["clock_skew"]

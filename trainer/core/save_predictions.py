@@ -224,7 +224,7 @@ def _as_csv(arrays: Arrays) -> str:
     writer.writerow(headings)
     for rows in zip(*tables, strict=True):
         # NumPy's own text of a number is the shortest that reads back as the same.
-        writer.writerow([str(value) for row in rows for value in row])
+        writer.writerow(map(str, chain.from_iterable(rows)))
     return text.getvalue()
 
 

@@ -64,6 +64,7 @@ class SavedState:
         """The whole weights; the run's own tensors, unless they were collected."""
         if not self._run.is_sharded:
             return checkpoint.model_tensors(self._run.module)
+        # Given away, so that they are freed once they are written.
         weights, self._weights = self._weights, {}
         return weights
 

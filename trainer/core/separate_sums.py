@@ -38,21 +38,19 @@ class SeparateSums:
 
     def read(self) -> list[list[float]]:
         """All rows in turn. Waits for the device once."""
-        on_device = [
-            column
-            for block in self._blocks
-            for column in block
-            if isinstance(column, Tensor)
-        ]
+        on_device: list[Tensor] = []
+        for block in self._blocks:
+            on_device += [column for column in block if isinstance(column, Tensor)]
+        # Copied together: each copy by itself would be a wait of its own.
         values = iter(torch.cat(on_device).tolist() if on_device else ())
         rows: list[list[float]] = []
         for block in self._blocks:
-            columns = [
-                list(islice(values, len(column)))
-                if isinstance(column, Tensor)
-                else column
-                for column in block
-            ]
+            columns = []
+            for column in block:
+                if isinstance(column, Tensor):
+                    columns.append(list(islice(values, len(column))))
+                else:
+                    columns.append(column)
             for row in zip(*columns, strict=True):
                 # A sum of -0.0 is one of nothing, and reads 0.
                 rows.append([value + 0.0 for value in row])

@@ -18,7 +18,8 @@ class Timetable:
     section: TrainConfig
     plan: Plan
     has_validation: bool
-    # Steps that are known to be quiet: the first, and the one past the last.
+    # Steps that are known to be quiet: the first, and the one past the last. Remembered, because every step asks; in a
+    # list, which a frozen instance can change.
     _quiet: list[int] = field(
         default_factory=lambda: [0, 0], init=False, repr=False, compare=False
     )
@@ -44,6 +45,7 @@ class Timetable:
         for every in (section.evaluate_every_steps, section.checkpoint_every):
             if every is not None:
                 intervals.append(every)
+        # The first multiple of each interval that is not below `number`.
         events = [-(-number // every) * every for every in intervals]
         return min(*events, max(number, self.last_step))
 

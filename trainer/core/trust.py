@@ -134,7 +134,8 @@ def _refuse_unknown_packages(
     if not unknown:
         return
     names = ", ".join(f"{path.key}={path.name}" for path in unknown)
-    flags = " ".join(f"--trust {name}" for name in sorted({p.package for p in unknown}))
+    unknown_packages = sorted({path.package for path in unknown})
+    flags = " ".join(f"--trust {package}" for package in unknown_packages)
     raise ConfigError(
         unknown[0].key,
         f"{run} was not made here, or has been changed, and would import and run {names}; nothing was. If you know "

@@ -16,7 +16,7 @@ from trainer.errors import DataError
 IMAGE_KEYS = ("image", "img", "pixel_values")
 TARGET_KEYS = ("label", "labels", "target", "mask")
 
-CHANNELS = (1, 3, 4)
+CHANNELS = (1, 3, 4)  # grey, colour, and colour with transparency
 # PIL modes whose numbers are no brightness, and the mode that shows the same.
 SHOWN_AS = {"P": "RGB", "PA": "RGBA", "1": "L", "CMYK": "RGB", "YCbCr": "RGB"}
 

@@ -31,7 +31,7 @@ from trainer.errors import ConfigError, DataError, UnreadableError, may_pass
 from trainer.exact.seeding import numpy_generator
 
 SMALLEST_SHAPES = 32  # pixels of a side
-LARGEST_VARIATION = 0.5
+LARGEST_VARIATION = 0.5  # of a side's length
 
 
 class MapDataset(Protocol):

@@ -152,10 +152,10 @@ def _is_common_frame(frame: memoryview) -> bool:
     if len(frame) != JPEG_FRAME_OF_THREE or frame[0] != 8 or frame[5] != 3:
         return False
     names = (frame[6], frame[9], frame[12])
-    sampling = (frame[7], frame[10], frame[13])
-    return names == (1, 2, 3) and (
-        sampling[0] in JPEG_LUMA_SAMPLING and sampling[1:] == (0x11, 0x11)
-    )
+    # The factor across in the upper half of a byte, that of height in the lower.
+    luma, blue, red = frame[7], frame[10], frame[13]
+    is_common_sampling = luma in JPEG_LUMA_SAMPLING and blue == red == 0x11
+    return names == (1, 2, 3) and is_common_sampling
 
 
 def _exif_orientation(data: memoryview) -> int:
@@ -179,9 +179,11 @@ def _exif_orientation(data: memoryview) -> int:
 
 
 def _webp_size(data: memoryview) -> tuple[int, int] | None:
+    # Up to where the longest of the three headers below has its size.
     if len(data) < 30:
         return None
     match bytes(data[12:16]):
+        # Extended, lossless, lossy: 24, 14 and 14 bits for each side, the first two less one.
         case b"VP8X":
             width = int.from_bytes(data[24:27], "little") + 1
             height = int.from_bytes(data[27:30], "little") + 1
@@ -256,6 +258,7 @@ def png_with_gamma(image: bytes, source: memoryview) -> bytes:
 def _png_chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     """The type of each chunk before the end mark, and the chunk with its length and checksum."""
     start = len(PNG_SIGNATURE)
+    # Besides its data, a chunk has 4 bytes each for its length, its type and its checksum.
     while start + 12 <= len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
         if end > len(data):

@@ -25,7 +25,8 @@ from trainer.process.activity import COMPUTING, LOADING, activity
 
 BYTES_AT_ONCE = 1 << 20
 STEPS_AT_ONCE = 32
-CACHE_LINE = 64  # bytes
+# Bytes; torch's own memory begins at a multiple of them, too. Kernels take other ways through tensors that do not.
+CACHE_LINE = 64
 
 
 class Cut(NamedTuple):

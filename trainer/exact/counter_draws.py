@@ -66,8 +66,11 @@ class CounterDraws:
         self._counts = list(counts)
         self._bases = torch.tensor([signed(base) for base in bases], device=device)
         # Of each column of draws: its purpose, and its number among those of the purpose.
-        purposes = [i for i, count in enumerate(counts) for _ in range(count)]
-        numbers = [number for count in counts for number in range(count)]
+        purposes: list[int] = []
+        numbers: list[int] = []
+        for purpose, count in enumerate(counts):
+            purposes += [purpose] * count
+            numbers += range(count)
         self._purposes = torch.tensor(purposes, dtype=torch.int64, device=device)
         self._numbers = torch.tensor(numbers, dtype=torch.int64, device=device)
         self._of_epoch: tuple[int, Tensor] | None = None  # the last epoch's keys

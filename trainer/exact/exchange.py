@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from trainer.process.ranks import Ranks
 # Of each node: lists of tensors whose sum it is, added up in this order.
 Terms = list[list[Tensor]]
 
-BUCKET_BYTES = 25 << 20
+BUCKET_BYTES = 25 << 20  # as large as DDP's own
 # What is exchanged last has nothing left to hide behind.
 LAST_BUCKET_BYTES = 1 << 20
 
@@ -55,7 +56,7 @@ class ShardExchange:
         self._count = len(layout)
         self.buckets = buckets or [range(len(layout))]
         self._exchanges = [
-            _BucketExchange(ranks, [layout[index] for index in bucket], dtype)
+            _BucketExchange(ranks, _take(layout, bucket), dtype)
             for bucket in self.buckets
         ]
         self._started = 0
@@ -68,9 +69,9 @@ class ShardExchange:
     def start(self, step: Step, nodes: Sequence[Terms]) -> None:
         """Send the next bucket of this rank's `nodes`. A collective that waits for nobody."""
         bucket = self.next_bucket
-        of_bucket = [
-            [[term[index] for index in bucket] for term in terms] for terms in nodes
-        ]
+        of_bucket = []
+        for terms in nodes:
+            of_bucket.append([_take(term, bucket) for term in terms])
         self._exchanges[self._started].start(step, of_bucket)
         self._started += 1
 
@@ -88,6 +89,10 @@ class ShardExchange:
             for index, tensor in zip(bucket, spread(), strict=True):
                 total[index] = tensor
         return [tensor for tensor in total if tensor is not None]
+
+
+def _take(tensors: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
+    return [tensors[index] for index in indices]
 
 
 def buckets_of(parameters: Sequence[Tensor], count: int) -> list[list[int]]:
@@ -188,7 +193,7 @@ class _BucketExchange:
     def _finish_part(self, step: Step, level: Level, shards: Tensor) -> list[Tensor]:
         """What the tree has left once the nodes of all members are summed, of this rank's shard of each."""
         tree_sum: TreeSum[Tensor] = TreeSum(len(step.micro_batches), Tensor.add_)
-        nodes = [node for nodes in _nodes_by_member(step, level) for node in nodes]
+        nodes = list(chain.from_iterable(_nodes_by_member(step, level)))
         for node, shard in zip(nodes, shards, strict=True):
             tree_sum.push(node, shard)
         return [shard for _, shard in tree_sum.nodes]

@@ -32,7 +32,8 @@ def exchange_cost(micro_batches: int, ranks: int, a_machine: int = 1) -> float:
     most = 1
     for span in (1, a_machine):
         for start in range(0, ranks, span):
-            first, end = ranges[start][0], ranges[start + span - 1][1]
+            first, _ = ranges[start]
+            _, end = ranges[start + span - 1]
             most = max(most, len(nodes_of_range(first, end, micro_batches)))
     return (most + 1) / 2
 

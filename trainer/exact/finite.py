@@ -70,8 +70,10 @@ class FiniteFlags:
         bad = BadSteps()
         if not self._steps:
             return bad
-        flags = torch.cat([*self._full, self._flags])[: len(self._steps)].tolist()
-        for step, (of_loss, of_gradient) in zip(self._steps, flags, strict=True):
+        flags = torch.cat([*self._full, self._flags])[: len(self._steps)]
+        # One copy for all steps since the last row: this is where the host waits.
+        for step, flags_of_step in zip(self._steps, flags.tolist(), strict=True):
+            of_loss, of_gradient = flags_of_step
             if of_loss:
                 bad.loss.append(step)
             if of_gradient:
@@ -114,9 +116,10 @@ def first_not_finite(tensors: dict[str, Tensor]) -> str | None:
     if not values or _have_finite_sum(values):
         return None
     are_finite = _are_finite(values).tolist()
-    return next(
-        (name for name, good in zip(names, are_finite, strict=True) if not good), None
-    )
+    for name, is_finite in zip(names, are_finite, strict=True):
+        if not is_finite:
+            return name
+    return None
 
 
 def _have_finite_sum(tensors: list[Tensor]) -> bool:

@@ -27,6 +27,7 @@ class ModelAndLoss:
 
     def named_loss_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that the loss alone has."""
+        # Most losses have none, and then the model's need not be gathered.
         if self.loss is None or next(self.loss.parameters(), None) is None:
             return
         of_model = set(self.model.parameters())
@@ -77,10 +78,10 @@ class ModelAndLoss:
         layers = named_norm_layers(self.model)
         of_loss = [] if self.loss is None else named_norm_layers(self.loss)
         if of_loss:  # seldom, and this is called in the hot loop of `batch.fuse`
-            own = {layer for _, layer in layers}
-            layers += [
-                (LOSS_PREFIX + n, layer) for n, layer in of_loss if layer not in own
-            ]
+            of_model = {layer for _, layer in layers}
+            for name, layer in of_loss:
+                if layer not in of_model:
+                    layers.append((LOSS_PREFIX + name, layer))
         return layers
 
     def loss_tensors(self) -> list[Tensor]:

@@ -207,9 +207,8 @@ class MovingBuffers:
         self._start = None
         keep_objects(self.moving)
         if self.moving:
-            last = len(step.micro_batches)
-            owner = next(r for r, (_, end) in enumerate(step.ranks) if end == last)
-            self._ranks.broadcast_together([b.tensor for b in self.moving], owner)
+            tensors = [buffer.tensor for buffer in self.moving]
+            self._ranks.broadcast_together(tensors, _owner_of_last(step))
 
     def settle(self) -> list[str]:
         """Let the late ones follow the rule too, from rank 0's values on; returns their names. A collective."""
@@ -254,3 +253,12 @@ class MovingBuffers:
         for buffer, mark in zip(self._still, self._marks, strict=True):
             if buffer.mark != mark and buffer.name not in self.late:
                 self.late.append(buffer.name)
+
+
+def _owner_of_last(step: Step) -> int:
+    """The rank that runs the step's last micro-batch: the ranks after it have none."""
+    count = len(step.micro_batches)
+    for rank, (_, end) in enumerate(step.ranks):
+        if end == count:
+            return rank
+    raise AssertionError("some rank runs the last micro-batch")

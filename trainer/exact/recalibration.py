@@ -82,10 +82,13 @@ class _Moments:
         x = inputs[0].detach()
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         all_but_channels = [dim for dim in range(x.dim()) if dim != 1]
+        # Not Σ x² of fp32 numbers at once: where the mean is large, that leaves no digits for the variance.
         variance, mean = torch.var_mean(x, all_but_channels, correction=0)
         variance, mean = variance.to(self._dtype), mean.to(self._dtype)
         count = x.numel() // x.shape[1]
-        sums = [mean.new_full((1,), count), count * mean, count * (variance + mean**2)]
+        mean_of_squares = variance + mean**2
+        sums = [mean.new_full((1,), count), count * mean, count * mean_of_squares]
+        # Added: a layer may be called more than once in a forward.
         self.rows[self.index] += torch.cat(sums)
 
     def set_statistics(self, total: Tensor) -> None:

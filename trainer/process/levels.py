@@ -52,7 +52,9 @@ def levels_of(machines: Sequence[str], rank: int, timeout: timedelta) -> list[Le
 def ranks_per_machine(machines: Sequence[str]) -> int:
     """How many ranks each machine has, all in a row; 1 where the numbers are unequal or the ranks are scattered."""
     size = len(machines) // len(set(machines))
-    in_a_row = [name for name in dict.fromkeys(machines) for _ in range(size)]
+    in_a_row: list[str] = []
+    for name in dict.fromkeys(machines):
+        in_a_row += [name] * size
     return size if in_a_row == list(machines) else 1
 
 

@@ -9,7 +9,7 @@ import sys
 # mallopt's parameters, from https://man7.org/linux/man-pages/man3/mallopt.3.html
 TRIM_THRESHOLD = -1
 MMAP_THRESHOLD = -3
-MOST_BYTES_KEPT = 2**31 - 1
+MOST_BYTES_KEPT = 2**31 - 1  # mallopt takes a C int
 # Bytes: the most that is asked for, and the most that glibc before 2.35 takes.
 LARGEST_BLOCK_KEPT = (2**30, 2**25)
 # Whoever sets one of these has chosen another malloc, or other settings of it.

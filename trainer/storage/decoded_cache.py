@@ -32,6 +32,7 @@ from trainer.storage.files import sync
 from trainer.storage.sha256 import file_sha256
 
 FORMAT = 1
+# Processes share out the making of a cache by chunks, and each is two files: neither too few nor too many.
 SMALLEST_CHUNK = 16  # images
 MOST_CHUNKS = 1024
 ESTIMATED_FROM = 64  # images

@@ -33,7 +33,7 @@ def digest(tensors: Mapping[str, Tensor]) -> Tensor:
     generators"). Does not wait for the device.
     """
     total = torch.zeros((), dtype=torch.int64)
-    position = 1
+    position = 1  # not 0, of which every multiple is 0
     for bits in _chunks(tensors):
         total = total.to(bits.device) + _mixed(bits, position).sum()
         position += len(bits)
@@ -50,6 +50,7 @@ def digest_of_shards(tensors: Mapping[str, Tensor], ranks: Ranks) -> Tensor:
     position = 1
     for name in sorted(tensors):
         tensor = tensors[name]
+        # What every rank holds whole counts once.
         if is_shard(tensor) or ranks.is_main:
             start = position + first_element(tensor)
             for piece in _pieces(local_part(tensor)):

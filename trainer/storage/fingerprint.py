@@ -14,6 +14,7 @@ from trainer.data.datasets import ImageArrays, MapDataset
 from trainer.storage.contents import columns
 from trainer.storage.sha256 import raw_bytes
 
+# Few: ranks compare them before every run.
 QUICK_SAMPLES = 64
 # By which a first difference is found; an integer power of two of samples share one.
 MOST_BLOCKS = 1024

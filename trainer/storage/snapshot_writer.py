@@ -71,7 +71,7 @@ class SnapshotWriter:
             return False
         available = share_of_main_memory()
         if size > available:
-            self._has_room = False
+            self._has_room = False  # for good: it is said once
             self._note(
                 f"checkpoints are written while training waits: a copy of the run's state takes {size / GIB:.1f} GiB "
                 f"of main memory, and there is room for {available / GIB:.1f} GiB"

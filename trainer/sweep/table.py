@@ -122,8 +122,11 @@ def format_line(sweep: Sweep, trial: Trial) -> str:
             for name in list_varying(sweep)
         ]
         return f"trial {trial.number}  {' '.join(values)}"
-    line = f"trial {trial.number}  {trial.state}  {sweep.metric} {format_metric(trial)}  {trial.seconds:.0f} s"
-    return f"{line}  {trial.reason}" if trial.reason else line
+    metric = f"{sweep.metric} {format_metric(trial)}"
+    parts = [f"trial {trial.number}", trial.state, metric, f"{trial.seconds:.0f} s"]
+    if trial.reason:
+        parts.append(trial.reason)
+    return "  ".join(parts)
 
 
 def list_varying(sweep: Sweep) -> list[str]:

@@ -13,7 +13,8 @@ def union(intervals: Iterable[tuple[float, float]]) -> Intervals:
     merged: Intervals = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+            last_start, last_end = merged[-1]
+            merged[-1] = last_start, max(end, last_end)
         elif end > start:
             merged.append((start, end))
     return merged

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from trainer.config.schema import Config
 from trainer.core.profile.trace import StepTimes, TracedStep
 
-# Shares of a step from which on there is something to say.
+# Shares of a step from which on there is something to say; docs/profile.md lists them.
 NOTABLE = 0.1
 MOSTLY_IDLE = 0.3
 MOSTLY_MEMORY = 0.6

@@ -23,7 +23,11 @@ class Windows(NamedTuple):
     traced: tuple[int, int]
 
     def describe(self) -> str:
-        return f"steps {self.timed[0]} to {self.timed[1]} are timed, {self.traced[0]} to {self.traced[1]} traced"
+        timed_first, timed_last = self.timed
+        first, last = self.traced
+        return (
+            f"steps {timed_first} to {timed_last} are timed, {first} to {last} traced"
+        )
 
 
 def steps_needed(count: int) -> int:

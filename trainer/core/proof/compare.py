@@ -63,6 +63,7 @@ def compare(
 def _farthest(distances: Mapping[str, float]) -> list[str]:
     """The names of those that take part in the whole distance, the farthest first."""
     whole = math.hypot(*distances.values())
+    # Where all take part alike, each is at whole / √n. What is far below that is rounding.
     bound = 0.1 * whole / math.sqrt(len(distances))
     names = [name for name, distance in distances.items() if distance > bound]
     return sorted(names, key=lambda name: -distances[name])
@@ -80,7 +81,8 @@ def _norms(first: Tensor | None, second: Tensor | None) -> tuple[float, float]:
         return size, size
     if one.shape != other.shape:
         return math.inf, 1.0
-    return float((one - other).norm()), max(float(one.norm()), float(other.norm()))
+    larger = max(float(one.norm()), float(other.norm()))
+    return float((one - other).norm()), larger
 
 
 def _as_floats(tensor: Tensor | None) -> Tensor | None:

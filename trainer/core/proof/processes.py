@@ -27,7 +27,9 @@ from trainer.exact.standard import StandardReduction
 from trainer.process.ranks import Ranks
 
 CHECK = "processes"
+# A rank's part depends on the state at the step's start and on its own micro-batches, so two show what many would do.
 RANKS = 2
+# In fp64 and fp32 what docs/guarantees.md promises. On a GPU a kernel may add in another order each time.
 TOLERANCES = Tolerances(fp64=1e-12, fp32=1e-5, autocast=1e-2, on_gpu=1e-4)
 NAMES_IN_A_MESSAGE = 3
 

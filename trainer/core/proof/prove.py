@@ -45,6 +45,7 @@ CHECKS = (
     Check("moved", check_moved, 2),
     Check("rebuild", check_rebuild, 3),
 )
+# Few, because every run begins with them; `check` may take its time.
 SAMPLES = 4
 SAMPLES_IN_CHECK = 32
 MICRO_BATCHES_IN_CHECK = 8

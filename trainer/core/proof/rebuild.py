@@ -38,7 +38,7 @@ from trainer.storage.host_copies import host_copies
 
 CHECK = "rebuild"
 NAMES_IN_A_MESSAGE = 3
-TOLERANCE_ON_GPU = 1e-4
+TOLERANCE_ON_GPU = 1e-4  # where a kernel may add in another order each time
 REMEDY = (
     "keep it in a buffer, or return it by get_extra_state (a module) or state_dict (an optimizer), or pass an object "
     "with state_dict and load_state_dict in `stateful`"

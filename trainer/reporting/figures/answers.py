@@ -75,9 +75,11 @@ def images_in(run: Run, inputs: Any) -> list[Tensor] | None:
     """The images of a batch as they were before normalisation; None if there are none."""
     normalize = run.train_loader.normalize
     if isinstance(inputs, Mapping):
-        of_images = [v for v in inputs.values() if isinstance(v, Tensor)]
-        inputs = next((v for v in of_images if v.dim() == 4 and v.shape[1] <= 4), None)
-        return None if inputs is None else [image.float().cpu() for image in inputs]
+        for batch in inputs.values():
+            # Of up to four channels: others are no pictures, such as features.
+            if isinstance(batch, Tensor) and batch.dim() == 4 and batch.shape[1] <= 4:
+                return [image.float().cpu() for image in batch]
+        return None
     if isinstance(inputs, Tensor) and inputs.dim() == 4:
         return list(normalize.undo(inputs))
     if are_images(inputs):

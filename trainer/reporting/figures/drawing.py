@@ -122,7 +122,10 @@ def rates_by_step(
             return None
     last = max(step for step, _ in logged)
     every = max(1, last // MAX_RATES)
-    return [(s, base * schedule.factor(s - 1)) for s in range(1, last + 1, every)]
+    rates = []
+    for step in range(1, last + 1, every):
+        rates.append((step, base * schedule.factor(step - 1)))
+    return rates
 
 
 def _draw_decisions(

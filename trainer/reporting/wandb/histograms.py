@@ -68,7 +68,9 @@ def _count(tensor: Tensor) -> Histogram | None:
         # Bins need a width: equal values fall into the middle one.
         low, high = low - 0.5, high + 0.5
     # Not `torch.histc`: on CUDA, bitwise mode refuses it. Whole numbers add up to the same counts in any order.
-    bins = ((values - low) * (BINS / (high - low))).long().clamp(0, BINS - 1)
+    bins_a_unit = BINS / (high - low)
+    # The largest value would be in a bin of its own, past the last.
+    bins = ((values - low) * bins_a_unit).long().clamp(0, BINS - 1)
     counts = torch.bincount(bins, minlength=BINS)
     edges = torch.linspace(low, high, BINS + 1)
     return Histogram(counts.tolist(), edges.tolist())
