@@ -122,7 +122,7 @@ def rates_by_step(
             return None
     last = max(step for step, _ in logged)
     every = max(1, last // MAX_RATES)
-    rates = []
+    rates: list[tuple[float, float]] = []
     for step in range(1, last + 1, every):
         rates.append((step, base * schedule.factor(step - 1)))
     return rates
