@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import signal
 import sys
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -37,7 +38,7 @@ def main(directory: str) -> NoReturn:
     try:
         _run(Path(directory))
     except KeyboardInterrupt:
-        status = 130
+        status = 128 + signal.SIGINT
     except Exception as error:
         status = _leave_error(Path(directory), error)
     exit_process(status)
@@ -73,6 +74,7 @@ def _leave_group() -> None:
 
 def _leave_error(directory: Path, error: Exception) -> int:
     """Leave this rank's failure in a file; returns the exit status."""
+    # The launcher prints it. That this rank would have is what makes it the one whose message is the cause.
     with redirect_stderr(io.StringIO()) as report:
         status = report_error(error)
     failure = Failure(status, describe_error(error), bool(report.getvalue()))
@@ -82,6 +84,7 @@ def _leave_error(directory: Path, error: Exception) -> int:
 
 
 def _write(path: Path, content: bytes) -> None:
+    # The launcher may kill this process at any moment, and is to find the whole file or none.
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_bytes(content)
     partial.replace(path)

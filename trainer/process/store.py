@@ -74,6 +74,7 @@ def _ask(question: Callable[[], Any]) -> tuple[Callable[[], Any], Thread]:
             raise ConnectionError(f"the store is gone: {failures[0]}")
         raise StoreSilentError("the store does not answer")
 
+    # In a thread, which is left behind if the store hangs: its own calls wait for as long as the group's timeout.
     thread = Thread(target=ask, daemon=True, name="store")
     thread.start()
     return answer, thread
