@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.page import page_parser, write_page
 from benchmarks.subjects import noise
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.data.batches import Request
 from trainer.data.loading import Loader, build_loader
 from trainer.process.memory import keep_freed_memory

@@ -29,7 +29,7 @@ from torchvision import datasets
 from torchvision import transforms as v1
 
 from benchmarks.page import page_parser, write_page
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.data import decoders, decoding
 from trainer.data.batches import Request
 from trainer.data.datasets import build_datasets

@@ -40,7 +40,7 @@ from benchmarks.input import (
     tutorial,
 )
 from benchmarks.page import page_parser, write_page
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.core.decoded_images import with_decoded_images
 from trainer.data.batches import Request
 from trainer.data.datasets import build_datasets

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from trainer.config.schema import Config, RunConfig
+from trainer.config.run_sections import RunConfig
+from trainer.config.schema import Config
 from trainer.errors import ConfigError, LockstepError
 from trainer.storage import best_model, checkpoint, files
 from trainer.storage.checkpoint import Checkpoint, Progress

@@ -19,7 +19,7 @@ from trainer import ConfigError, DataError, Trainer
 from trainer.components.calling import call_model, scores_of
 from trainer.components.small_models import small_detector
 from trainer.components.task import CrossEntropy, Detection
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.core.build import build_run
 from trainer.data.batches import Loaded, Request
 from trainer.data.collation import build_collation, lists

@@ -21,7 +21,7 @@ from tests.distributed.ranks import on_ranks
 from tests.programs import run_program
 from trainer import Trainer, load
 from trainer.components.task import CrossEntropy
-from trainer.config.schema import LossConfig
+from trainer.config.model_sections import LossConfig
 from trainer.storage import checkpoint
 from trainer.storage.run_directory import check_same_run
 

@@ -21,20 +21,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trainer.config.component_lists import ObserverConfig
+from trainer.config.data_section import DataConfig
 from trainer.config.load import command_line, help_text, load
-from trainer.config.registry import build, build_observers, resolve
-from trainer.config.schema import (
-    BatchConfig,
+from trainer.config.model_sections import (
     BatchNormConfig,
-    Config,
-    DataConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
-    RunConfig,
-    TrainConfig,
 )
+from trainer.config.registry import build, build_observers, resolve
+from trainer.config.run_sections import BatchConfig, RunConfig
+from trainer.config.schema import Config
 from trainer.config.secrets import redacted, redacted_arguments, redacted_message
+from trainer.config.train_section import TrainConfig
 from trainer.config.yaml_file import find_config
 from trainer.errors import ConfigError
 from trainer.storage.run_directory import check_same_run, config_yaml

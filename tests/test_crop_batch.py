@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.data import fast_crop
 from trainer.data.batch_transforms.boxes import middle_part
 from trainer.data.batch_transforms.resizing import RandomResizedCrop

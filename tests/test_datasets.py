@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, MNIST
 
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.data.datasets import Datasets, ImageArrays, build_datasets
 from trainer.data.decoding import decode
 from trainer.errors import ConfigError, DataError

@@ -24,8 +24,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from trainer.__main__ import main
+from trainer.config.data_section import DataConfig
 from trainer.config.fields import read_section
-from trainer.config.schema import Config, DataConfig
+from trainer.config.schema import Config
 from trainer.core.decoded_images import with_decoded_images
 from trainer.data.batches import MicroBatch, Request
 from trainer.data.datasets import Datasets, build_datasets

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, conv_net
 from trainer import Config, ConfigError, Step, Trainer
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.core import build
 from trainer.data import loading
 from trainer.data.batches import MicroBatch, Request

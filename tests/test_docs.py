@@ -13,7 +13,8 @@ from tests.distributed.small import Points, mlp
 from tests.test_architecture import LEVELS
 from trainer import MicroBatch, Run
 from trainer.__main__ import COMMANDS
-from trainer.config.schema import SECTIONS, ComponentSection
+from trainer.config.fields import ComponentSection
+from trainer.config.schema import SECTIONS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

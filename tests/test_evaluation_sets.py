@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from trainer import Config, ConfigError, DataError, Trainer, load
 from trainer.__main__ import main
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.data.datasets import Datasets, build_datasets
 from trainer.data.evaluation_loaders import evaluation_loaders
 from trainer.data.evaluation_sets import with_evaluation_sets

@@ -28,7 +28,7 @@ from tests.programs import run_program
 from trainer import Config, ConfigError, Task, Trainer
 from trainer.components.task import build_task
 from trainer.config.load import load
-from trainer.config.schema import LossConfig
+from trainer.config.model_sections import LossConfig
 from trainer.reporting.jsonl import read_rows
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ from matplotlib.text import Text
 from torch import Tensor
 
 from trainer.components.schedule import build_schedule
-from trainer.config.schema import ScheduleConfig
+from trainer.config.model_sections import ScheduleConfig
 from trainer.reporting.figures.confusion import draw_confusion_matrix
 from trainer.reporting.figures.curves import draw_curves
 from trainer.reporting.figures.drawing import rates_by_step

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.components.task import build_task
-from trainer.config.schema import LossConfig
+from trainer.config.model_sections import LossConfig
 from trainer.core.forward import Forward
 from trainer.core.precision import Precision
 from trainer.data.batches import MicroBatch

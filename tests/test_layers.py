@@ -13,7 +13,7 @@ from trainer.components.heads import find_head
 from trainer.components.layers import layers_of
 from trainer.components.learning_rates import base_rates, describe_layers
 from trainer.components.optimizer import build_optimizer
-from trainer.config.schema import OptimizerConfig
+from trainer.config.model_sections import OptimizerConfig
 from trainer.errors import ConfigError
 
 

@@ -262,7 +262,7 @@ def test_reduction_mean_and_sum_are_one_run_without_nan(
 
 def test_another_reduction_is_refused() -> None:
     from trainer.components.task import build_task
-    from trainer.config.schema import LossConfig
+    from trainer.config.model_sections import LossConfig
 
     with pytest.raises(
         ConfigError, match=r'loss\.reduction: "none" is not one of mean, sum'

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.data.batches import MicroBatch, Request
 from trainer.data.datasets import Datasets, ImageArrays, digits
 from trainer.data.loading import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.data.datasets import ImageArrays
 from trainer.data.left_out import train_loader
 from trainer.data.loading import Loader, build_loader

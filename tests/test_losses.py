@@ -20,7 +20,7 @@ from tests.test_task import (
 from trainer import WeightedSum
 from trainer.components.task import as_task, as_weighted_sum, build_task
 from trainer.components.torch_losses import REFUSED, RULES
-from trainer.config.schema import LossConfig
+from trainer.config.model_sections import LossConfig
 from trainer.errors import ConfigError
 
 PIXEL_WEIGHTS = SMALL_WEIGHTS.view(3, 1, 1)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.ranks import on_ranks
 from trainer.components.task import build_task
-from trainer.config.schema import LossConfig
+from trainer.config.model_sections import LossConfig
 from trainer.core import metrics
 from trainer.core.metrics import Meter, Stopwatch, Totals
 from trainer.core.separate_sums import SeparateSums

@@ -24,7 +24,8 @@ from tests.distributed.small import (
 )
 from trainer import Trainer
 from trainer.components.task import Task, WeightedSum, as_task
-from trainer.config.schema import LossConfig, MixConfig
+from trainer.config.model_sections import LossConfig
+from trainer.config.train_section import MixConfig
 from trainer.core.mix import Blend, Mix, blended_loss
 from trainer.core.no_effect import keys_without_effect
 from trainer.data.batches import MicroBatch

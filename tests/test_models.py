@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trainer.components.models import build_model, count_parameters, input_channels
-from trainer.config.schema import ModelConfig
+from trainer.config.model_sections import ModelConfig
 from trainer.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from trainer.components.optimizer import (
     named_state,
     set_learning_rate,
 )
-from trainer.config.schema import OptimizerConfig
+from trainer.config.model_sections import OptimizerConfig
 from trainer.errors import ConfigError, LockstepError
 
 

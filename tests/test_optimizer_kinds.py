@@ -21,7 +21,7 @@ from trainer.components.optimizer import (
     set_learning_rate,
 )
 from trainer.components.optimizer_modes import begin_training, evaluation_weights
-from trainer.config.schema import OptimizerConfig
+from trainer.config.model_sections import OptimizerConfig
 
 HASHES = ("weights_sha256", "optimizer_sha256")
 

@@ -15,7 +15,7 @@ from torch.distributions import Normal
 
 from trainer import Task, WeightedSum
 from trainer.components.task import build_task
-from trainer.config.schema import LossConfig
+from trainer.config.model_sections import LossConfig
 from trainer.core.forward import Forward
 from trainer.core.metrics import detach
 from trainer.core.precision import Precision

@@ -22,7 +22,8 @@ from trainer.components.optimizer import (
     set_learning_rate,
 )
 from trainer.components.parameter_groups import describe_groups
-from trainer.config.schema import Config, ModelConfig, OptimizerConfig
+from trainer.config.model_sections import ModelConfig, OptimizerConfig
+from trainer.config.schema import Config
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.sweep.check import check
 from trainer.sweep.description import read_sweep

@@ -9,7 +9,7 @@ from torch import Tensor
 from trainer import ConfigError
 from trainer.components.models import build_model
 from trainer.components.resnet9 import ResNet9
-from trainer.config.schema import ModelConfig
+from trainer.config.model_sections import ModelConfig
 
 
 def images(channels: int, side: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from trainer.config.schema import RunConfig
+from trainer.config.run_sections import RunConfig
 from trainer.errors import ConfigError
 from trainer.storage.files import is_locked, lock_directory
 from trainer.storage.run_directory import RunDirectory, sees_token

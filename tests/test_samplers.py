@@ -15,9 +15,10 @@ from torch.utils.data import ConcatDataset, RandomSampler, Subset, TensorDataset
 from tests.distributed.small import SAMPLES, Points, config, header_of, mlp
 from trainer import Trainer
 from trainer.commands import evaluate
+from trainer.config.data_section import DataConfig
 from trainer.config.import_paths import import_paths
 from trainer.config.load import load
-from trainer.config.schema import Config, DataConfig
+from trainer.config.schema import Config
 from trainer.core.known_components import is_known
 from trainer.data.batches import MicroBatch, Request
 from trainer.data.classes import Relabelled

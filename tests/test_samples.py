@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from tests.distributed.small import config
 from trainer import Trainer
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.core.build import build_run
 from trainer.data.batches import MicroBatch, Request
 from trainer.data.geometry import SampleTransform

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
 from trainer.components.schedule import Schedule, build_schedule
-from trainer.config.schema import ScheduleConfig
+from trainer.config.model_sections import ScheduleConfig
 from trainer.errors import ConfigError
 
 STEPS_PER_EPOCH = 5

@@ -17,7 +17,7 @@ from trainer import ConfigError, Trainer
 from trainer.components.directions import direction_of
 from trainer.components.schedule import build_schedule
 from trainer.components.task import CrossEntropy
-from trainer.config.schema import ScheduleConfig
+from trainer.config.model_sections import ScheduleConfig
 from trainer.storage.run_directory import read_config
 from trainer.sweep.check import check
 from trainer.sweep.description import read_sweep

@@ -30,7 +30,7 @@ from trainer.components.task import (
     build_task,
 )
 from trainer.components.torch_losses import REFUSED
-from trainer.config.schema import LossConfig
+from trainer.config.model_sections import LossConfig
 from trainer.errors import ConfigError, DataError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from trainer.config.schema import TrainConfig
+from trainer.config.train_section import TrainConfig
 from trainer.core.timetable import Timetable
 from trainer.exact.plan import Plan
 

@@ -26,7 +26,7 @@ from trainer.components.weights import (
     start_from_weights,
     weights_file,
 )
-from trainer.config.schema import BatchNormConfig, ModelConfig, OptimizerConfig
+from trainer.config.model_sections import BatchNormConfig, ModelConfig, OptimizerConfig
 from trainer.errors import ConfigError, LockstepError
 from trainer.process.ranks import Ranks
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.wandb_server import WandbServer
-from trainer.config.schema import WandbConfig
+from trainer.config.run_sections import WandbConfig
 from trainer.errors import ConfigError
 from trainer.reporting.wandb.run import start_wandb
 
@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[1]
 PREAMBLE = """
 import json, sys, time
 from pathlib import Path
-from trainer.config.schema import WandbConfig
+from trainer.config.run_sections import WandbConfig
 from trainer.reporting.wandb.run import start_wandb
 
 notes = []

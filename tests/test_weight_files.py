@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from trainer.components.weights import load_weights, start_from_weights
-from trainer.config.schema import ModelConfig
+from trainer.config.model_sections import ModelConfig
 from trainer.errors import ConfigError
 
 

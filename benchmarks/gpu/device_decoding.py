@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu.check import ON_GPU_ONLY, Answer, Setting, Unanswered
 from benchmarks.gpu.images import MOST_WORKERS, jpegs, write_folder
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.data.datasets import build_datasets
 from trainer.data.decoders import COLOR, decoder
 from trainer.data.device_decoders import file_decoder

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from benchmarks.gpu.check import Answer, Setting, Unanswered
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.data.datasets import build_datasets
 from trainer.data.loading import build_loaders
 from trainer.data.requests import whole_requests

@@ -16,7 +16,7 @@ from benchmarks.gpu.check import ON_GPU_ONLY, Answer, Setting, Unanswered
 from benchmarks.subjects import noise, patterns, settings
 from trainer import Trainer
 from trainer.components.models import small_cnn
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.data.datasets import Datasets, ImageArrays
 from trainer.data.loading import Loader, build_loaders
 from trainer.data.requests import whole_requests

@@ -20,7 +20,7 @@ from tests.distributed.small import (
     state,
 )
 from trainer import ConfigError, Trainer
-from trainer.config.schema import BatchNormConfig
+from trainer.config.model_sections import BatchNormConfig
 from trainer.exact.batch_norm import norm_layers
 from trainer.exact.plan import Plan
 from trainer.exact.running_statistics import StatisticsShare

@@ -16,7 +16,8 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.small import CLASSES, Images, config, conv_net, mlp, rows_of
 from tests.distributed.small import Points as AllPoints
 from trainer import ConfigError, LockstepError, Observer, Run, Step, Task, Trainer
-from trainer.config.schema import Config, EmaConfig
+from trainer.config.run_sections import EmaConfig
+from trainer.config.schema import Config
 from trainer.core.ema import WeightAverage
 from trainer.reporting.jsonl import read_rows
 

@@ -13,7 +13,7 @@ import pytest
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Points, config, mlp, rows_of
 from trainer import ConfigError, Observer, Run, Step, Trainer
-from trainer.config.schema import EarlyStopConfig
+from trainer.config.run_sections import EarlyStopConfig
 from trainer.core.early_stop import EarlyStop
 from trainer.core.metrics import Row
 from trainer.reporting.jsonl import read_rows

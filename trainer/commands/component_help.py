@@ -27,7 +27,8 @@ from trainer.config.fields import (
     type_name,
 )
 from trainer.config.registry import resolve
-from trainer.config.schema import SECTIONS, MixConfig
+from trainer.config.schema import SECTIONS
+from trainer.config.train_section import MixConfig
 from trainer.errors import ConfigError, nearest
 
 WIDTH = 110

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     parser.add_overrides("changes a key of the run's config")
     options = parser.parse(arguments)
 
-    from trainer.config.schema import BestConfig
+    from trainer.config.run_sections import BestConfig
     from trainer.core.build import build_run
     from trainer.core.evaluated_weights import best_evaluation
     from trainer.core.run import settings_of

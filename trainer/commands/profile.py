@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.commands.arguments import CommandParser, load_config, whole_number
-from trainer.config.schema import MAX_PROFILED_STEPS
+from trainer.config.train_section import MAX_PROFILED_STEPS
 from trainer.errors import ConfigError
 from trainer.process.memory import keep_freed_memory
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from trainer.components.heads import find_head, parent_names
-from trainer.config.schema import ModelConfig
+from trainer.config.model_sections import ModelConfig
 from trainer.errors import ConfigError, nearest
 from trainer.exact.batch_norm import hold_in_eval, is_held, release
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from trainer.components.heads import find_head
 from trainer.components.layers import layers_of
-from trainer.config.schema import OptimizerConfig
+from trainer.config.model_sections import OptimizerConfig
 
 
 def base_rates(

@@ -18,8 +18,8 @@ from trainer.components.small_models import (
     small_segmenter,
 )
 from trainer.components.weights import torchvision_weights
+from trainer.config.model_sections import ModelConfig
 from trainer.config.registry import build, refuse_other_class, resolve
-from trainer.config.schema import ModelConfig
 from trainer.errors import ConfigError, nearest
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
 

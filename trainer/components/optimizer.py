@@ -20,8 +20,8 @@ from trainer.components.parameter_groups import (
     options_of,
     parameter_groups,
 )
+from trainer.config.model_sections import OptimizerConfig
 from trainer.config.registry import build, refuse_other_class, resolve
-from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError
 from trainer.exact.model_and_loss import ModelAndLoss
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from trainer.components.optimizer_modes import is_switched
 from trainer.components.optimizer_state import load_named_state, named_state
-from trainer.config.schema import OptimizerConfig
+from trainer.config.model_sections import OptimizerConfig
 from trainer.errors import ConfigError, LockstepError
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.seeding import preserved_cpu_generators

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer.components.optimizer_modes import is_switched
 from trainer.components.parameter_groups import Group
-from trainer.config.schema import OptimizerConfig
+from trainer.config.model_sections import OptimizerConfig
 from trainer.errors import ConfigError
 from trainer.exact.seeding import preserved_cpu_generators
 from trainer.exact.shards import is_shard, part_like, whole

@@ -15,7 +15,7 @@ from trainer.components.layers import NORMS
 from trainer.components.learning_rates import base_rates
 from trainer.components.optimizer_parts import with_inner
 from trainer.config.fields import show
-from trainer.config.schema import OptimizerConfig
+from trainer.config.model_sections import OptimizerConfig
 from trainer.config.trees import map_leaves
 from trainer.errors import ConfigError, listed, nearest
 from trainer.exact.model_and_loss import ModelAndLoss

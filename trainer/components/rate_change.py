@@ -8,7 +8,8 @@ from typing import Any
 
 from trainer.components.schedule import Schedule, build_schedule
 from trainer.config.fields import read_section
-from trainer.config.schema import Config, ScheduleConfig
+from trainer.config.model_sections import ScheduleConfig
+from trainer.config.schema import Config
 from trainer.errors import LockstepError
 from trainer.exact.plan import Plan
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, SupportsFloat
 
+from trainer.config.model_sections import ScheduleConfig
 from trainer.config.registry import build, resolve
-from trainer.config.schema import ScheduleConfig
 from trainer.errors import ConfigError
 
 # (position → factor, what the run's header calls it).

@@ -37,8 +37,8 @@ from trainer.components.torch_losses import (
     rule_of,
     with_reduction,
 )
+from trainer.config.model_sections import LossConfig
 from trainer.config.registry import build, refuse_other_class, resolve
-from trainer.config.schema import LossConfig
 from trainer.errors import ConfigError
 
 __all__ = [

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trainer.components.heads import find_head, fit_head
 from trainer.components.state_files import FILE_TYPES, read_state_dicts
 from trainer.components.weight_names import match_names
-from trainer.config.schema import ModelConfig
+from trainer.config.model_sections import ModelConfig
 from trainer.errors import ConfigError, LockstepError, nearest
 
 SERVER_TIMEOUT = 20.0  # seconds that a server may be silent during a download

@@ -15,7 +15,8 @@ from torch import nn
 from trainer.components.freezing import Freezing
 from trainer.components.metrics import Metrics, NamedMetric
 from trainer.components.task import Task, collate_of, loss_arguments
-from trainer.config.schema import BestConfig, Config
+from trainer.config.run_sections import BestConfig
+from trainer.config.schema import Config
 from trainer.core.build_data import run_data
 from trainer.core.build_evaluation import run_evaluation_sets
 from trainer.core.build_input import RunInput, build_input

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.core.cache_progress import BuildProgress, NoProgress
 from trainer.data.datasets import Datasets, MapDataset
 from trainer.data.folder import ImageFolder

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from trainer.config.schema import Config, EarlyStopConfig
+from trainer.config.run_sections import EarlyStopConfig
+from trainer.config.schema import Config
 from trainer.core.logged_metrics import LoggedMetrics, epoch_column
 from trainer.core.metrics import Row
 from trainer.core.saved_state import is_best

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.components.optimizer_modes import is_switched
-from trainer.config.schema import EmaConfig
+from trainer.config.run_sections import EmaConfig
 from trainer.core.run import Run
 from trainer.errors import ConfigError, LockstepError
 from trainer.exact.finite import first_not_finite

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trainer.config.schema import Config, EmaConfig
+from trainer.config.run_sections import EmaConfig
+from trainer.config.schema import Config
 
 
 def evaluated_phases(section: EmaConfig) -> dict[str, bool]:

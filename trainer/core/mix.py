@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trainer.components.base_task import Task, WeightedSum, as_weighted_sum
 from trainer.config.fields import read_section
-from trainer.config.schema import MixConfig, TrainConfig
+from trainer.config.train_section import MixConfig, TrainConfig
 from trainer.data.batches import MicroBatch
 from trainer.errors import ConfigError
 from trainer.exact.plan import Step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trainer.config.schema import TrainConfig
+from trainer.config.train_section import TrainConfig
 from trainer.exact.plan import Plan, Step
 
 

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from trainer.config.data_section import DataConfig
 from trainer.config.evaluation_sets import validation_sets
 from trainer.config.registry import build, resolve
-from trainer.config.schema import DataConfig
 from trainer.data.folder import image_folders
 from trainer.data.image_reading import ImageReading
 from trainer.data.imported import imported_parts, names_of_parameters

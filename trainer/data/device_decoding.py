@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.data.bad_samples import is_bad_sample
 from trainer.data.batch_transforms.base import BatchTransforms
 from trainer.data.batches import Loaded, MicroBatch

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 import torch
 
+from trainer.config.data_section import DataConfig
 from trainer.config.evaluation_sets import (
     EvaluationSetConfig,
     test_set,
     validation_sets,
 )
-from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets
 from trainer.data.loading import Loader, build_loader
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trainer.config.data_section import DataConfig
 from trainer.config.evaluation_sets import (
     EvaluationSetConfig,
     test_set,
@@ -15,7 +16,6 @@ from trainer.config.evaluation_sets import (
 )
 from trainer.config.fields import declared_keys
 from trainer.config.registry import resolve
-from trainer.config.schema import DataConfig
 from trainer.data.classes import with_classes
 from trainer.data.datasets import (
     MAKERS,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.data.decoding import decode, read_for_device
 from trainer.data.image_list import JpegFile
 from trainer.data.short_side import choose_short_side, shrink

@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from trainer.config.data_section import DataConfig
 from trainer.config.registry import build
-from trainer.config.schema import DataConfig
 from trainer.errors import ConfigError
 
 # Parameters that say which part is made: what they are for the training part, and for the validation part.

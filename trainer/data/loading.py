@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data._utils.pin_memory import pin_memory  # what a DataLoader pins with
 
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.data.batch_transforms.base import BatchTransforms
 from trainer.data.batch_transforms.build import build_batch_transforms
 from trainer.data.batches import Loaded, MicroBatch, Request

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer.config.data_section import DataConfig
 from trainer.config.registry import build, resolve
-from trainer.config.schema import DataConfig
 from trainer.data.datasets import Datasets
 from trainer.data.sampler import (
     KEY,

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.config.schema import Config, DataConfig
+from trainer.config.data_section import DataConfig
+from trainer.config.schema import Config
 from trainer.data.transform_sizes import SIZELESS, name_of, own_size, transform_lists
 
 # A random resized crop of 224 pixels has images of 256: what validation customarily makes of them, too.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.data.datasets import Datasets, ImageArrays, MapDataset
 from trainer.data.folder import ImageFolder
 from trainer.data.labels import Labels, find_labels

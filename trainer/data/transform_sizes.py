@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from trainer.config.data_section import DataConfig
 from trainer.config.evaluation_sets import test_set, validation_sets
-from trainer.config.schema import DataConfig
 from trainer.errors import ConfigError
 
 # Of v2: what they do to an image does not depend on its size, nor changes it, so a Resize after them may come first.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from trainer.config.schema import BatchNormConfig
+from trainer.config.model_sections import BatchNormConfig
 from trainer.errors import ConfigError
 
 TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)

@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from trainer.config.schema import BatchNormConfig
+from trainer.config.model_sections import BatchNormConfig
 from trainer.errors import ConfigError
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.moving_buffers import Buffer, MovingBuffers

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from trainer.config.schema import BatchNormConfig
+from trainer.config.model_sections import BatchNormConfig
 from trainer.errors import ConfigError
 from trainer.exact.batch_norm import is_held
 from trainer.exact.compiled import is_compiled

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from trainer.components.answers import Answer
 from trainer.components.models import build_model
 from trainer.components.task import build_task
-from trainer.config.schema import DataConfig
+from trainer.config.data_section import DataConfig
 from trainer.core.forward import Forward
 from trainer.core.further import LossState, restore_evaluated
 from trainer.core.precision import Precision

@@ -15,7 +15,8 @@ from trainer.components.models import count_parameters
 from trainer.components.optimizer import named_state
 from trainer.components.parameter_groups import describe_groups
 from trainer.components.schedule import Schedule
-from trainer.config.schema import BestConfig, TrainConfig
+from trainer.config.run_sections import BestConfig
+from trainer.config.train_section import TrainConfig
 from trainer.core.cuda_keys import describe_tf32
 from trainer.core.early_stop import describe_early_stop
 from trainer.core.evaluated_weights import describe_average

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.config.schema import RunConfig
+from trainer.config.run_sections import RunConfig
 from trainer.data.datasets import Datasets, MapDataset
 from trainer.errors import DataError, LockstepError, data_error
 from trainer.storage.files import write_json

@@ -11,7 +11,8 @@ from uuid import uuid4
 
 from trainer.config.fields import current_path
 from trainer.config.load import load_resolved
-from trainer.config.schema import Config, RunConfig
+from trainer.config.run_sections import RunConfig
+from trainer.config.schema import Config
 from trainer.config.secrets import holds_secret, redacted_value
 from trainer.config.yaml_dump import to_yaml
 from trainer.errors import ConfigError, LockstepError, config_error

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from trainer.components.task import build_task
 from trainer.config.load import load
-from trainer.config.schema import BestConfig, Config
+from trainer.config.run_sections import BestConfig
+from trainer.config.schema import Config
 from trainer.core.evaluated_weights import logged_phases
 from trainer.core.logged_metrics import LoggedMetrics, epoch_column
 from trainer.core.mean_iou import NAME as MEAN_IOU

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import Any, Literal
 
-from trainer.config.schema import WandbConfig
+from trainer.config.run_sections import WandbConfig
 from trainer.config.secrets import redacted_arguments
 from trainer.errors import ConfigError, LockstepError
 from trainer.process.signals import stop_run

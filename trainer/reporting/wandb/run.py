@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.config.schema import WandbConfig
+from trainer.config.run_sections import WandbConfig
 from trainer.config.secrets import redacted, without_logins
 from trainer.errors import LockstepError
 from trainer.reporting.formats import shorten_error
