@@ -159,6 +159,12 @@ def test_auto_is_what_the_transforms_need(
     assert choose_short_side(section).pixels == expected
     config = with_short_side(Config(data=section))
     assert config.data.short_side == (expected or "auto")
+    # Transforms of whole micro-batches come after those of samples.
+    for split in range(len(train)):
+        moved = replace(
+            section, train_transforms=train[:split], batch_transforms=train[split:]
+        )
+        assert choose_short_side(moved).pixels == expected
     assert choose_short_side(replace(section, cache=0.0)).pixels is None
     assert choose_short_side(replace(section, short_side=30)).pixels == 30
     # What is chosen is never refused, as where a run goes on by its config.yaml.
@@ -180,7 +186,9 @@ def test_auto_is_what_the_transforms_need(
         ([{"name": "RandomApply", "transforms": [FLIP]}, CROP], 224),
     ],
 )
-@pytest.mark.parametrize("place", ["train_transforms", "val_transforms", "test"])
+@pytest.mark.parametrize(
+    "place", ["train_transforms", "val_transforms", "batch_transforms", "test"]
+)
 @pytest.mark.parametrize("key", ["short_side", "decode_short_side"])
 def test_images_made_smaller_than_the_transforms_ask_for(
     transforms: list[dict[str, Any]], least: int, place: str, key: str

@@ -7,6 +7,7 @@ key of its own, which gives the same pixels with `data.cache=decoded` and withou
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +16,13 @@ from torch import Tensor
 
 from trainer.config.data_section import DataConfig
 from trainer.config.schema import Config
-from trainer.data.transform_sizes import SIZELESS, name_of, own_size, transform_lists
+from trainer.data.transform_sizes import (
+    SIZELESS,
+    Listed,
+    name_of,
+    own_size,
+    transform_lists,
+)
 
 # A random resized crop of 224 pixels has images of 256: what validation customarily makes of them, too.
 CROP_MARGIN = 8 / 7
@@ -85,23 +92,26 @@ def choose_short_side(section: DataConfig) -> ShortSide:
     if section.cache != "decoded":
         return ShortSide(None)
     largest = 0
-    for key, items in transform_lists(section):
-        pixels, name = _needed_by(items)
-        if pixels is None:
-            return ShortSide(None, f"{key} {name}")
-        largest = max(largest, pixels)
+    for key, transforms in transform_lists(section):
+        needed = _needed_by(key, transforms)
+        if needed.pixels is None:
+            return needed
+        largest = max(largest, needed.pixels)
     return ShortSide(largest)
 
 
-def _needed_by(items: list[dict[str, Any]]) -> tuple[int | None, str]:
-    """The short side that a list of transforms needs; None, and what is the reason, for the whole image."""
-    for item in items:
-        name = name_of(item)
+def _needed_by(key: str, transforms: Sequence[Listed]) -> ShortSide:
+    """The short side that a list of transforms needs, which begins with `key`."""
+    for listed in transforms:
+        name, item = name_of(listed.item), listed.item
         if name in SIZELESS:
             continue
         pixels = _needed_size(name, item if isinstance(item, dict) else {})
-        return pixels, f"has {name}, which reads an image at its own scale"
-    return None, "makes no image smaller"
+        return ShortSide(
+            pixels,
+            f"{listed.list_key} has {name}, which reads an image at its own scale",
+        )
+    return ShortSide(None, f"{key} makes no image smaller")
 
 
 def _needed_size(name: str, arguments: dict[str, Any]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from trainer.config.data_section import DataConfig
@@ -34,6 +34,14 @@ SIZELESS = frozenset(
 )
 # Of v2: where a transform says how large it makes an image, unless in `size`.
 SIZE_ARGUMENTS = {"RandomShortestSize": "min_size", "RandomResize": "max_size"}
+
+
+class Listed(NamedTuple):
+    """An item of a list of transforms: the key of the list, and its own, such as `data.train_transforms[2]`."""
+
+    list_key: str
+    key: str
+    item: Any
 
 
 class AskedSize(NamedTuple):
@@ -68,47 +76,59 @@ def check_image_sizes(section: DataConfig) -> None:
 
 
 def _all_asked_sizes(section: DataConfig) -> Iterator[AskedSize]:
-    for key, items in transform_lists(section):
-        yield from _asked_sizes(key, items)
+    for _, transforms in transform_lists(section):
+        yield from _asked_sizes(transforms)
 
 
-def _asked_sizes(key: str, items: Any) -> Iterator[AskedSize]:
+def _asked_sizes(transforms: Sequence[Listed]) -> Iterator[AskedSize]:
     """The size that the first sizing transform of a list asks for; with lists within it, each of theirs, too.
 
     Later ones are given what that one makes. Those of an import path are their author's, and after a transform that
     may change the size in another way, as Pad does, nothing can be said.
     """
-    if not isinstance(items, list):
-        return
-    for index, item in enumerate(items):
-        name = name_of(item)
+    for listed in transforms:
+        name, item = name_of(listed.item), listed.item
         if name in SIZELESS:
             continue
-        place = f"{key}[{index}]"
         if isinstance(item, dict) and "transforms" in item:
             # They may be left out, as by RandomApply: the next one may be the first, too.
-            yield from _asked_sizes(f"{place}.transforms", item["transforms"])
+            yield from _asked_sizes(_in(f"{listed.key}.transforms", item["transforms"]))
             continue
         if name and "." not in name:
             pixels = own_size(name, item)
             if pixels is not None:
-                yield AskedSize(f"{place}.{_size_argument(name)}", pixels)
+                yield AskedSize(f"{listed.key}.{_size_argument(name)}", pixels)
         return
 
 
 def transform_lists(
     section: DataConfig,
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The key and the items of each list of transforms: those of evaluation sets of their own come last."""
-    yield "data.train_transforms", section.train_transforms
-    yield "data.val_transforms", section.val_transforms
+) -> Iterator[tuple[str, Sequence[Listed]]]:
+    """What the images of each set go through, in order, and the key that it begins with.
+
+    Evaluation sets with transforms of their own come last.
+    """
+    key = "data.train_transforms"
+    train = _in(key, section.train_transforms)
+    # A micro-batch goes on where its samples' own transforms end.
+    yield key, [*train, *_in("data.batch_transforms", section.batch_transforms)]
+    key = "data.val_transforms"
+    yield key, _in(key, section.val_transforms)
     sets = {f"val.{name}": item for name, item in validation_sets(section.val).items()}
     test = test_set(section.test)
     if test is not None:
         sets["test"] = test
     for name, item in sets.items():
         if item.transforms is not None:
-            yield f"data.{name}.transforms", item.transforms
+            key = f"data.{name}.transforms"
+            yield key, _in(key, item.transforms)
+
+
+def _in(key: str, items: Any) -> list[Listed]:
+    """The items of a list; none of what is no list, which is refused elsewhere."""
+    if not isinstance(items, list):
+        return []
+    return [Listed(key, f"{key}[{index}]", item) for index, item in enumerate(items)]
 
 
 def name_of(item: Any) -> str:
