@@ -24,7 +24,7 @@ from tests.image_damage import (
     with_right_checksums,
 )
 from tests.programs import SERVER
-from trainer.data.decoding import decode
+from trainer.data.decoding import decode, read_for_device
 from trainer.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -183,3 +183,16 @@ def test_every_kind_gives_one_channel_where_one_is_asked_for(
 ) -> None:
     (tmp_path / name).write_bytes(image_files()[name])
     assert len(decode(tmp_path / name, 1)) == 1
+
+
+def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "pipe.jpg"
+    os.mkfifo(path)
+    # Somebody who may write keeps a reader from waiting for one.
+    writer = os.open(path, os.O_RDWR)
+    try:
+        for read in (decode, read_for_device):
+            with pytest.raises(DataError, match="it is no regular file"):
+                read(path)
+    finally:
+        os.close(writer)

@@ -97,6 +97,24 @@ def test_each_library_gives_the_same_pixels_and_no_warning(
             assert torch.equal(image, pixels_by_pillow(file, channels)), name
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "AVIF"])
+def test_what_pillow_warns_of_is_no_damage(
+    tmp_path: Path, library: str, kind: str
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010E] = "a description that lies at the end, of which the last is missing"
+    path = tmp_path / "short"
+    path.write_bytes(encode(smooth(40, 24), kind, exif=exif.tobytes()[:-50]))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        image = decode(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(decode(path), image)
+    assert not said
+
+
 def smooth(width: int, height: int) -> Image.Image:
     across = np.linspace(0, 255, width)
     down = np.linspace(0, 255, height)[:, None]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import resource
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import Images, config, conv_net
-from trainer import Trainer
+from trainer import Config, Trainer
+from trainer.config.schema import DataConfig
 from trainer.core import loader_limits
-from trainer.core.loader_limits import check_loader_limits
+from trainer.core.loader_limits import check_loader_limits, loader_note
+from trainer.data.workers import WorkerLoader
 from trainer.errors import ConfigError
 
 # A micro-batch of 7 float64 images of (2, 5, 5), and their int64 labels: a page each. An evaluation's of 103: 11 pages
@@ -111,3 +115,20 @@ def test_a_system_that_does_not_tell_is_not_asked(
     monkeypatch.setattr(loader_limits, key, tmp_path / "none")
     free, files = (0, None) if key == "SHARED_MEMORY" else (2**40, 100)
     assert on_ranks(1, error_of, tmp_path, free, files) == [""]
+
+
+def test_more_loader_processes_than_processors_are_said_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loader_limits, "usable_processors", lambda: 2)
+    notes = [loader_note(Config(data=DataConfig(workers=count))) for count in (2, 3)]
+    assert notes == [
+        "",
+        "data.workers=3 are more than the 2 processors here, which is seldom faster and takes memory",
+    ]
+    # Else torch says it in each rank, for each set, when a loader is made and when it is first used.
+    with pytest.warns(UserWarning, match="DataLoader will create"):
+        DataLoader([0], num_workers=10_000)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        WorkerLoader([0], num_workers=10_000)  # type: ignore[arg-type]

@@ -12,11 +12,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.config.schema import Config
 from trainer.core.run import Run
 from trainer.data.loading import Loader
 from trainer.errors import ConfigError
 from trainer.exact.structures import tensors_in
 from trainer.process import launcher
+from trainer.process.machine import usable_processors
 
 SHARED_MEMORY = Path("/dev/shm")  # where PyTorch's loaders put micro-batches, on Linux
 OPEN_FILES = Path("/proc/self/fd")
@@ -55,6 +57,15 @@ def check_loader_limits(run: Run) -> None:
         )
     if section.workers and sys.platform == "linux":
         run.ranks.on_each(lambda: _check(run))
+
+
+def loader_note(config: Config) -> str:
+    """What a run's header says of more loader processes than processors; "" otherwise."""
+    workers, processors = config.data.workers, usable_processors()
+    if workers <= processors:
+        return ""
+    noun = "processor" if processors == 1 else "processors"
+    return f"data.workers={workers} are more than the {processors} {noun} here, which is seldom faster and takes memory"
 
 
 def _check(run: Run) -> None:

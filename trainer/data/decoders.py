@@ -21,6 +21,7 @@ from trainer.errors import first_line
 COLOR, GREY = 3, 1  # channels
 Decode = Callable[[Tensor], Tensor]
 DecodeFiles = Callable[[list[Tensor]], list[Tensor]]
+PILLOWS_MODULES = re.compile(r"PIL\.")
 
 # What each library decodes here, by kind and channels; Pillow decodes the rest.
 # TorchCodec decodes AVIF files, too, but tells their size only by decoding them.
@@ -84,6 +85,16 @@ def decoder_name() -> str:
     if _torchcodec() is not None:
         return "torchcodec"
     return "pillow" if _torchvision() is None else "torchvision"
+
+
+def ignore_warnings_of_pillow() -> None:
+    """Let Pillow say nothing of files that it decodes, such as that their EXIF data have an end too soon.
+
+    Nothing is wrong with the pixels then. Each loader process would say it anew, and with `python -W error` the image
+    would be taken for a damaged one. Not by `catch_warnings`, which threads that decode would take from one another.
+    """
+    if not any(entry[3] == PILLOWS_MODULES for entry in warnings.filters):
+        warnings.filterwarnings("ignore", module=PILLOWS_MODULES.pattern)
 
 
 @cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.decoders import COLOR, GREY, decoder, grey_of_right_png
+from trainer.data.decoders import (
+    COLOR,
+    GREY,
+    decoder,
+    grey_of_right_png,
+    ignore_warnings_of_pillow,
+)
 from trainer.data.image_checks import (
     GIF_START,
     JPEG_START,
@@ -130,9 +138,17 @@ def _naming(path: Path) -> Iterator[None]:
 def _read(path: Path) -> Tensor:
     # Not torchvision's `read_file`, which takes no name that is not UTF-8.
     try:
-        return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise Unusable.damaged("it is no regular file")
+            return torch.from_numpy(np.fromfile(file, dtype=np.uint8))
     except OSError as error:
         raise Unusable.damaged(error.strerror or str(error)) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Also a pipe into which nobody writes, for which `open` would wait."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _kind(data: Tensor) -> str:
@@ -227,6 +243,7 @@ def _open(file: io.BytesIO, kind: str) -> Any:
     from PIL import Image
     from PIL.JpegImagePlugin import JpegImageFile
 
+    ignore_warnings_of_pillow()
     if kind not in Image.OPEN:
         Image.init()
     # Of several images in one JPEG file, as cameras write them, the first is the photograph.

@@ -17,7 +17,7 @@ from trainer.data.decoding import IMAGE_TYPES
 from trainer.data.image_list import JpegFile
 from trainer.data.image_reading import ImageReading
 from trainer.data.image_store import ImageStore
-from trainer.data.names import check_utf8, normal_form
+from trainer.data.names import check_utf8, normal_form, printable
 from trainer.errors import ConfigError, DataError, data_error, may_pass, nearest
 
 # Images decoded before it is known whether they fit into the cache.
@@ -169,7 +169,7 @@ def image_folders(
     for name, paths in train.items():
         if not paths:
             raise DataError(
-                f"{root / train_folder / name} holds no {_types()}; add images or remove the folder"
+                f"{printable(root / train_folder / name)} holds no {_types()}; add images or remove the folder"
             )
     classes = list(train)
     train_images = _image_folder(root, train, classes, reading)
@@ -179,8 +179,8 @@ def image_folders(
         for name in val:
             if name not in train:
                 raise DataError(
-                    f"{root / val_folder / name} is a class that {train_folder}/ lacks{nearest(name, train)}; "
-                    f"add {root / train_folder / name} or remove the folder"
+                    f"{printable(root / val_folder / name)} is a class that {train_folder}/ lacks"
+                    f"{nearest(name, train)}; add {printable(root / train_folder / name)} or remove the folder"
                 )
         val_images = _image_folder(root, val, classes, reading)
     return train_images, val_images, classes, _notes(left_out)
@@ -209,8 +209,8 @@ def evaluation_folder(
     for name in paths:
         if name not in classes:
             raise DataError(
-                f"{folder / name} is a class that the training data lack{nearest(name, classes)}; remove or rename "
-                f"the folder"
+                f"{printable(folder / name)} is a class that the training data lack{nearest(name, classes)}; remove or "
+                f"rename the folder"
             )
     images = _image_folder(root, paths, classes, reading)
     return images, _notes(left_out)
@@ -349,7 +349,7 @@ def _is_image(path: str) -> bool:
 def _raise_unreadable(error: OSError) -> None:
     remedy = "" if may_pass(error) else "; permit it or remove the folder"
     raise data_error(
-        f"{error.filename} cannot be read: {error.strerror}{remedy}", error
+        f"{printable(error.filename)} cannot be read: {error.strerror}{remedy}", error
     )
 
 
@@ -361,4 +361,5 @@ def _note(reason: str, files: list[str]) -> str:
     """How many files were left out and why, the first three by name."""
     more = ", …" if len(files) > 3 else ""
     noun = "files" if len(files) > 1 else "file"
-    return f"{len(files)} {noun} left out: {reason} ({', '.join(files[:3])}{more})"
+    names = ", ".join(map(printable, files[:3]))
+    return f"{len(files)} {noun} left out: {reason} ({names}{more})"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from trainer.errors import DataError
 
+IDEOGRAPHIC_SPACE = "\u3000"  # which Python does not count as printable
+
 
 def normal_form(name: str) -> str:
     """A name in Unicode's composed form, NFC: file systems and archives may spell one "é" in two ways."""
@@ -15,8 +17,22 @@ def normal_form(name: str) -> str:
 
 
 def printable(path: str | Path) -> str:
-    """A path as text for a message, with an escape for each byte that is not UTF-8."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+    """A path as text for a message of one line: escapes stand for bytes that are not UTF-8 and for control characters.
+
+    A terminal would follow these, and a line end would make two messages of one.
+    """
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    if text.isprintable():
+        return text
+    characters = []
+    for character in text:
+        is_shown = character.isprintable() or character == IDEOGRAPHIC_SPACE
+        characters.append(character if is_shown else _escape(character))
+    return "".join(characters)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def check_utf8(path: str) -> None:

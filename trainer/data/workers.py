@@ -17,6 +17,16 @@ from trainer.errors import DataError, LockstepError
 from trainer.process.loader_worker import begin_loader_process
 
 
+class WorkerLoader(DataLoader[Any]):
+    """A PyTorch loader that does not warn of more processes than processors: each rank would, for each set.
+
+    `trainer.core.loader_limits` says it once.
+    """
+
+    def check_worker_number_rationality(self) -> None:
+        pass
+
+
 def load_in_workers(
     dataset: KeyedDataset,
     requests: Iterable[Request],
@@ -29,7 +39,7 @@ def load_in_workers(
 
     Raises `LockstepError` if one of them ends, or if they run out of shared memory or file handles.
     """
-    loader = DataLoader(
+    loader = WorkerLoader(
         dataset,
         sampler=requests,
         batch_size=None,

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from trainer.components.answers import Answer
 from trainer.components.models import build_model
@@ -28,7 +27,7 @@ from trainer.data.image_reading import ImageReading
 from trainer.data.normalize import Normalize
 from trainer.data.samples import KeyedDataset
 from trainer.data.transforms import build_transforms
-from trainer.data.workers import iterate
+from trainer.data.workers import WorkerLoader, iterate
 from trainer.errors import ConfigError, DataError, LockstepError
 from trainer.process import launcher
 from trainer.process.ranks import Ranks
@@ -227,7 +226,7 @@ class Predictor:
         dataset = KeyedDataset(
             files, transform, seed=config.run.seed, purpose="predict"
         )
-        loader: DataLoader[Any] = DataLoader(
+        loader = WorkerLoader(
             dataset,
             sampler=[Request(0, 0, np.array([i])) for i in range(len(paths))],
             batch_size=config.batch.eval_size,

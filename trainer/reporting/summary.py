@@ -21,6 +21,7 @@ from trainer.core.cuda_keys import describe_tf32
 from trainer.core.early_stop import describe_early_stop
 from trainer.core.evaluated_weights import describe_average
 from trainer.core.graphs.refusal import describe_graphs
+from trainer.core.loader_limits import loader_note
 from trainer.core.no_effect import has_image_files, keys_without_effect
 from trainer.core.proof.prove import Proof
 from trainer.core.run import Run
@@ -69,6 +70,7 @@ def header(
         ("bad samples", _describe_quarantine(run)),
         ("note", run.data.note),
         ("note", run.sharding_note),
+        ("note", loader_note(run.config)),
         ("note", schedule.note(run.plan.total_steps)),
         *(("note", line) for line in keys_without_effect(run)),
         *proof.facts(),

@@ -57,4 +57,4 @@ def from_rows(rows: Sequence[Sequence[Any]]) -> list[BadSample]:
 
 def _as_field(value: object) -> str:
     """A value as text without tabs and line ends."""
-    return " ".join(printable(str(value)).split())
+    return printable(" ".join(str(value).split()))

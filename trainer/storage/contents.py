@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset
 from trainer.data.bad_samples import is_bad_sample
 from trainer.data.datasets import FakeImages, ImageArrays
 from trainer.data.folder import ImageFolder
-from trainer.data.names import normal_form
+from trainer.data.names import normal_form, printable
 from trainer.data.shapes import Shapes
 from trainer.errors import DataError, data_error, may_pass
 from trainer.storage.sha256 import raw_bytes
@@ -81,12 +81,14 @@ def file_size(path: Path) -> int:
     except OSError as error:  # a dangling link, for example
         remedy = "" if may_pass(error) else "; remove or replace the file"
         raise data_error(
-            f"{path} cannot be read ({error.strerror}){remedy}", error
+            f"{printable(path)} cannot be read ({error.strerror}){remedy}", error
         ) from None
     if not os.access(path, os.R_OK):
-        raise DataError(f"{path} may not be read; permit it or remove the file")
+        raise DataError(
+            f"{printable(path)} may not be read; permit it or remove the file"
+        )
     if size == 0:
-        raise DataError(f"{path} is empty; remove or replace the file")
+        raise DataError(f"{printable(path)} is empty; remove or replace the file")
     return size
 
 

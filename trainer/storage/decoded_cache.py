@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.data.bad_samples import is_bad_sample
-from trainer.data.decoders import decoder_name
+from trainer.data.decoders import decoder_name, ignore_warnings_of_pillow
 from trainer.data.image_reading import ImageReading
 from trainer.data.image_store import ABOUT_FILE, CHANNELS, ImageStore, chunk_path
 from trainer.data.names import normal_form
@@ -110,9 +110,13 @@ class CacheSource:
         """About how many bytes the images take, from the headers of some."""
         sizes = []
         step = max(1, len(self.paths) // ESTIMATED_FROM)
+        ignore_warnings_of_pillow()
         for path in self.paths[::step]:
+            file = self.root / path
+            if not file.is_file():
+                continue  # to open a pipe might take for ever
             # Anything may be wrong with a file; the build tells of it.
-            with suppress(Exception), Image.open(self.root / path) as image:
+            with suppress(Exception), Image.open(file) as image:
                 sizes.append(self._decoded_size(*image.size))
         return sum(sizes) * len(self.paths) // max(1, len(sizes))
 

@@ -1,0 +1,48 @@
+"""Names of files in messages and lists: one line of text that no terminal follows as a command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainer.data.bad_samples import BadSample
+from trainer.data.decoding import decode
+from trainer.data.folder import image_folders
+from trainer.errors import DataError
+from trainer.storage.bad_samples import FILE, write
+from trainer.storage.contents import file_size
+
+NAMES = {
+    "ünï 日本\u3000ö.jpg": "ünï 日本\u3000ö.jpg",
+    "two\nlines\x1b[31m\u2028.jpg": r"two\nlines\x1b[31m\u2028.jpg",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_one_line_of_text(tmp_path: Path, name: str) -> None:
+    text = NAMES[name]
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    path = folder / name
+    path.write_bytes(b"")
+    for read in (decode, file_size):
+        with pytest.raises(DataError) as caught:
+            read(path)
+        assert str(caught.value).startswith(f"{folder / text} ")
+    write(tmp_path, [BadSample("train", 0, str(path), f"{path} is\nbad")])
+    listed = (tmp_path / FILE).read_text()
+    assert listed.count("\n") == 2 and "\x1b" not in listed
+    (folder / f"{name}.txt").touch()
+    *_, note = image_folders(tmp_path, needs_val=False)
+    assert note.endswith(f"(train/a/{text}.txt)")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_of_a_class_is_one_line_of_text(tmp_path: Path, name: str) -> None:
+    for folder in ("train/a", f"val/{name}"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.jpg").touch()
+    with pytest.raises(DataError) as caught:
+        image_folders(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'val' / NAMES[name]} is a class")
