@@ -353,6 +353,8 @@ def test_every_name_is_torchvisions_with_its_defaults() -> None:
         ({"name": "RandomHorizontalFlip", "p": 2}, "from 0 to 1"),
         ({"name": "Resize", "size": 8}, "[height, width]"),
         ({"name": "RandomResizedCrop", "size": 8, "scale": [1, 0]}, "low ≤ high"),
+        ({"name": "RandomResizedCrop", "size": 8, "scale": [2, 3]}, "larger than"),
+        ({"name": "RandomErasing", "ratio": [True, True]}, "ratio is [low, high]"),
         ({"name": "ColorJitter", "hue": 0.6}, "hue is from 0 to 0.5"),
         ({"name": "ColorJitter", "brightness": -1}, "brightness"),
         ({"name": "torch.nn.Flatten"}, "docs/on-device.md"),

@@ -23,7 +23,12 @@ from trainer.config.data_section import DataConfig
 from trainer.core.build import build_run
 from trainer.data.batches import MicroBatch, Request
 from trainer.data.geometry import SampleTransform
-from trainer.data.loading import Loader, Normalize
+from trainer.data.loading import (
+    BY_BATCH_TRANSFORMS,
+    WITHOUT_DEVICE_SET,
+    Loader,
+    Normalize,
+)
 from trainer.data.samples import KeyedDataset
 from trainer.data.transforms import build_transforms
 from trainer.errors import ConfigError, DataError
@@ -319,6 +324,43 @@ def test_channels_that_do_not_fit_are_named_at_the_start(tmp_path: Path) -> None
         tmp_path, model__num_classes=2, train_data=images(3), val_data=images(1)
     )
     assert "training images have 3 channels and validation images 1" in message
+
+
+def test_arrays_whose_channels_lie_last_are_noted(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    for shape, noted in {
+        (24, 20, 3): True,
+        (3, 24, 20): False,
+        (64, 4, 4): False,
+    }.items():
+        data = [(draws.random(shape), label) for label in (0, 1, 0, 1)]
+        settings = config(tmp_path, model__name="small_cnn", model__num_classes=2)
+        run = build_run(settings, train_data=data, val_data=data)
+        assert bool(run.inputs_note) == noted
+        if noted:
+            assert "images of 24 channels and 20 × 3 pixels" in run.inputs_note
+
+
+def test_images_of_several_sizes_are_advised_by_the_batch_transforms(
+    tmp_path: Path,
+) -> None:
+    data = [(torch.zeros(3, 8 + n, 8, dtype=torch.uint8), 0) for n in range(4)]
+    crop, flip = (
+        {"name": "RandomResizedCrop", "size": 8},
+        {"name": "RandomHorizontalFlip"},
+    )
+    for changes, advice in (
+        (
+            {"data__batch_transforms": [crop], "data__on_device": True},
+            WITHOUT_DEVICE_SET,
+        ),
+        ({"data__batch_transforms": [flip, crop]}, BY_BATCH_TRANSFORMS),
+        ({}, "does"),
+    ):
+        run = build_run(config(tmp_path, **changes), train_data=data, val_data=data[:1])
+        with pytest.raises(DataError) as caught:
+            run.train_loader.peek([0, 1])
+        assert str(caught.value).endswith(advice)
 
 
 def test_one_class_alone_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from trainer.core.build_model import build_model_and_task
 from trainer.core.early_stop import with_early_stop_metric
 from trainer.core.evaluated_weights import logged_phases
 from trainer.core.evaluation_metrics import EvaluationMetrics
+from trainer.core.first_samples import channels_note
 from trainer.core.forward import Forward
 from trainer.core.further import LossState
 from trainer.core.logged_metrics import LoggedMetrics
@@ -110,6 +111,7 @@ def build_run(
         signature=run_input.signature,
         module=trained.module,
         weights_note=trained.weights_note,
+        inputs_note=channels_note(run_input.first),
         sharding_note=trained.sharding_note,
         task=trained.task,
         loss_state=LossState(trained.module, trained.task),

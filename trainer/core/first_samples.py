@@ -11,6 +11,8 @@ from trainer.data.datasets import Datasets
 from trainer.data.loading import Loader
 from trainer.errors import ConfigError, DataError
 
+IMAGE_CHANNELS = (1, 3, 4)
+
 
 def first_inputs(train: Loader, evaluated: Mapping[str, Loader]) -> Any:
     """The first training input as the model sees it, as a batch of one.
@@ -28,6 +30,20 @@ def first_inputs(train: Loader, evaluated: Mapping[str, Loader]) -> Any:
                 f"{{name: RGB}} or {{name: Grayscale}} in data.train_transforms and data.val_transforms do"
             )
     return inputs
+
+
+def channels_note(inputs: Any) -> str:
+    """What a run's header says of images whose channels seem to lie last, as NumPy's often do; "" for others."""
+    if input_channels(inputs) is None:
+        return ""
+    first, height, last = inputs.shape[1:]
+    is_last = last in IMAGE_CHANNELS and first not in IMAGE_CHANNELS
+    if not is_last or height <= max(IMAGE_CHANNELS):
+        return ""  # such as features of 4 × 4 places
+    return (
+        f"inputs {tuple(inputs.shape[1:])} are taken for images of {first} channels and {height} × {last} pixels; if "
+        f"their channels lie last, let the data set return (C, H, W), as {{name: ToImage}} makes it of an array"
+    )
 
 
 def check_classes(task: Task, num_classes: int | None, data: Datasets) -> None:

@@ -57,6 +57,7 @@ class Run:
     signature: Signature
     module: nn.Module
     weights_note: str
+    inputs_note: str  # what may be wrong with the first training input
     task: Task
     loss_state: LossState
     forward: Forward

@@ -32,6 +32,15 @@ from trainer.exact.seeding import preserved_cpu_generators
 from trainer.exact.structures import tensors_in
 from trainer.process.device import KINDS_WITH_STREAMS, device_module
 
+# What else makes one size of images of several.
+WITHOUT_DEVICE_SET = (
+    ", or leave data.on_device out, without which data.batch_transforms do so"
+)
+BY_BATCH_TRANSFORMS = (
+    ", or let data.batch_transforms begin with {name: RandomResizedCrop, size: 224} or "
+    "{name: Resize, size: [224, 224]}"
+)
+
 # What is done to what a data set gave, before it is used.
 Finish = Callable[[MicroBatch | Loaded | DataError], MicroBatch | Loaded]
 
@@ -66,6 +75,10 @@ class Loader:
         dataset.packs_images = (
             takes_several_sizes and not section.on_device and not section.collate
         )
+        if takes_several_sizes and section.on_device:
+            dataset.advice_on_sizes = WITHOUT_DEVICE_SET
+        elif batch_transforms is not None and not takes_several_sizes:
+            dataset.advice_on_sizes = BY_BATCH_TRANSFORMS
         # Of a sample that the run reads: what is looked at before training.
         self.first_id = 0
 

@@ -21,10 +21,12 @@ def why_no_batch(
     label: str,
     name: Callable[[int], str],
     transforms_key: str,
+    advice_on_sizes: str = "",
 ) -> DataError:
     """The first sample that is not like the one before it, or that is of no kind that has batches.
 
     `error` is what `default_collate` raised for `samples`. Messages call them `label`, and one of them by `name`.
+    `advice_on_sizes` is what else makes one size of images of several.
     """
     for index, part in ((0, "input"), (1, "target")):
         values = [sample[index] for sample in samples]
@@ -37,6 +39,8 @@ def why_no_batch(
                 return _of_no_kind(part, values[0], first, reason)
             are_images = part == "input" and isinstance(values[0], Tensor)
             remedy = _remedy_for_sizes(transforms_key if are_images else None)
+            if are_images:
+                remedy += advice_on_sizes
             return DataError(
                 f"{label} samples do not fit into one batch: the {part} of sample {ids[0]} is "
                 f"{describe_parts(values[0])}, that of sample {ids[other]} {describe_parts(values[other])}; {remedy}"

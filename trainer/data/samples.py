@@ -100,6 +100,8 @@ class KeyedDataset(Dataset[Any]):
         self.tells_source = False  # whether a batch says which samples it holds
         # Set where `data.batch_transforms` take images of several sizes, and files that the device decodes.
         self.packs_images = False
+        # What a message of images that make no batch says besides their transforms.
+        self.advice_on_sizes = ""
         self.reads_files = False
         # Set in a loader process: told of each sample before it is loaded.
         self.at_sample: Callable[[int], None] | None = None
@@ -320,6 +322,7 @@ class KeyedDataset(Dataset[Any]):
                 label=self.label,
                 name=self.name,
                 transforms_key=self.transforms_key,
+                advice_on_sizes=self.advice_on_sizes,
             ) from error
         return inputs, targets
 

@@ -69,6 +69,7 @@ def header(
         ("exchange", _describe_exchange(run)),
         ("bad samples", _describe_quarantine(run)),
         ("note", run.data.note),
+        ("note", run.inputs_note),
         ("note", run.sharding_note),
         ("note", loader_note(run.config)),
         ("note", schedule.note(run.plan.total_steps)),

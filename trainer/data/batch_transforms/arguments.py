@@ -28,7 +28,7 @@ def height_and_width(size: Any) -> tuple[int, int]:
 def interval(name: str, value: Any) -> tuple[float, float]:
     """`[low, high]`, both above 0. Raises `ValueError` for anything else."""
     is_pair = isinstance(value, list | tuple) and len(value) == 2
-    if not is_pair or not all(isinstance(end, int | float) for end in value):
+    if not is_pair or not all(map(_is_number, value)):
         raise ValueError(f"{name} is [low, high], not {value}")
     low, high = value
     if not 0 < low <= high:

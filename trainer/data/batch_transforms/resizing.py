@@ -41,7 +41,12 @@ class RandomResizedCrop:
     ) -> None:
         self._height, self._width = height_and_width(size)
         self._ratio = interval("ratio", ratio)
-        self._boxes = BoxDraw(interval("scale", scale), self._ratio, inside=False)
+        area = interval("scale", scale)
+        if area[0] > 1:
+            raise ValueError(
+                f"scale is of the image's area, and no part is larger than the image: {scale}"
+            )
+        self._boxes = BoxDraw(area, self._ratio, inside=False)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         require_bytes(images, type(self).__name__)
