@@ -357,7 +357,8 @@ def test_images_of_several_sizes_are_advised_by_the_batch_transforms(
         ({"data__batch_transforms": [flip, crop]}, BY_BATCH_TRANSFORMS),
         ({}, "does"),
     ):
-        run = build_run(config(tmp_path, **changes), train_data=data, val_data=data[:1])
+        settings = config(tmp_path, model__num_classes=2, **changes)
+        run = build_run(settings, train_data=data, val_data=data[:1])
         with pytest.raises(DataError) as caught:
             run.train_loader.peek([0, 1])
         assert str(caught.value).endswith(advice)
