@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from trainer.data.bad_samples import BadSample
 from trainer.data.decoding import decode
 from trainer.data.folder import image_folders
+from trainer.data.labelled_images import labelled_images
 from trainer.errors import DataError
 from trainer.storage.bad_samples import FILE, write
 from trainer.storage.contents import file_size
@@ -46,3 +48,29 @@ def test_the_name_of_a_class_is_one_line_of_text(tmp_path: Path, name: str) -> N
     with pytest.raises(DataError) as caught:
         image_folders(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'val' / NAMES[name]} is a class")
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_names_that_are_spelt_like_one_have_an_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_reversed: bool
+) -> None:
+    names = [
+        "e\u0301.jpg",
+        "\u00e9.jpg",
+        "a.jpg",
+    ]  # the first two are one name to Unicode
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
+
+    def walk(*_: object, **__: object) -> Iterator[tuple[str, list[str], list[str]]]:
+        yield str(folder), [], names[::-1] if is_reversed else names
+
+    monkeypatch.setattr("trainer.data.folder.os.walk", walk)
+    images, *_ = image_folders(tmp_path, needs_val=False)
+    assert images.paths == [f"train/a/{names[i]}" for i in (2, 0, 1)]
+    rows = "".join(f"{path},a\n" for path in images.paths[:: -1 if is_reversed else 1])
+    (tmp_path / "labels.csv").write_text(f"path,label\n{rows}")
+    labelled, *_ = labelled_images(tmp_path, "labels.csv", needs_val=False)
+    assert labelled.paths == images.paths

@@ -11,7 +11,7 @@ from trainer.core.cache_progress import BuildProgress, NoProgress
 from trainer.data.datasets import Datasets, MapDataset
 from trainer.data.folder import ImageFolder
 from trainer.data.image_store import ImageStore
-from trainer.data.names import normal_form
+from trainer.data.names import sort_key
 from trainer.data.short_side import choose_short_side
 from trainer.errors import ConfigError
 from trainer.process import launcher
@@ -75,7 +75,7 @@ def _open_store(
         paths.update(folder.paths)
     source = CacheSource(
         first.root,
-        sorted(paths, key=normal_form),
+        sorted(paths, key=sort_key),
         first.reading,
         first.decode,
     )

@@ -17,7 +17,7 @@ from trainer.data.decoding import IMAGE_TYPES
 from trainer.data.image_list import JpegFile
 from trainer.data.image_reading import ImageReading
 from trainer.data.image_store import ImageStore
-from trainer.data.names import check_utf8, normal_form, printable
+from trainer.data.names import check_utf8, normal_form, printable, sort_key
 from trainer.errors import ConfigError, DataError, data_error, may_pass, nearest
 
 # Images decoded before it is known whether they fit into the cache.
@@ -283,7 +283,7 @@ def _list_part(
             )
         paths_by_class[name] = []
         files = _files(root, entry, left_out[LINK_UPWARDS])
-        for path in sorted(files, key=normal_form):
+        for path in sorted(files, key=sort_key):
             check_utf8(path)
             group = paths_by_class[name] if _is_image(path) else left_out[OTHER_TYPE]
             group.append(path)
@@ -302,7 +302,7 @@ def _sort_key(path: Path) -> str:
 
 def image_files(folder: Path) -> list[Path]:
     """The image files under `folder`, sorted by path."""
-    paths = sorted(_files(folder, folder, []), key=normal_form)
+    paths = sorted(_files(folder, folder, []), key=sort_key)
     return [folder / path for path in paths if _is_image(path)]
 
 

@@ -21,7 +21,7 @@ from trainer.data.label_file import (
     read_settings,
     refuse_duplicates,
 )
-from trainer.data.names import normal_form
+from trainer.data.names import normal_form, sort_key
 from trainer.errors import ConfigError, DataError, listed, nearest
 
 
@@ -111,7 +111,7 @@ def _read(
     """What `data.labels` says, and the file's rows, sorted by path, of each part; the part is None without a column."""
     check_root(root, "the images")
     file = read_settings(root, labels)
-    rows = sorted(read_rows(root, file), key=lambda row: normal_form(row.path))
+    rows = sorted(read_rows(root, file), key=lambda row: sort_key(row.path))
     refuse_duplicates(file, rows)
     by_split: dict[str | None, list[Row]] = {}
     for row in rows:

@@ -16,6 +16,11 @@ def normal_form(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
+def sort_key(path: str) -> tuple[str, str]:
+    """The order of paths, the same whatever order a file system lists them in, also of two that are spelt like one."""
+    return normal_form(path), path
+
+
 def printable(path: str | Path) -> str:
     """A path as text for a message of one line: escapes stand for bytes that are not UTF-8 and for control characters.
 
