@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from trainer.commands.tables import add_rows, make_table
 from trainer.data.bad_samples import BadSample
 from trainer.data.decoding import decode
 from trainer.data.folder import image_folders
@@ -74,3 +77,13 @@ def test_names_that_are_spelt_like_one_have_an_order(
     (tmp_path / "labels.csv").write_text(f"path,label\n{rows}")
     labelled, *_ = labelled_images(tmp_path, "labels.csv", needs_val=False)
     assert labelled.paths == images.paths
+
+
+def test_tables_show_names_as_they_are() -> None:
+    output = StringIO()
+    table = make_table(["id", "file"])
+    names = ["be[old]es/x[copy].jpg", "x[/y].jpg", "two\nlines\x1b[31m.jpg"]
+    add_rows(table, enumerate(names))
+    Console(file=output, width=80).print(table)
+    for name in (*names[:2], r"two\nlines\x1b[31m.jpg"):
+        assert name in output.getvalue()

@@ -18,6 +18,7 @@ from rich.text import Text
 from trainer.commands.answer_text import HEADINGS, ClassName, describe, row
 from trainer.components.answers import Answer
 from trainer.data.folder import image_files
+from trainer.data.names import printable
 from trainer.errors import ConfigError, DataError
 from trainer.inspection.predictor import Predictor
 
@@ -153,7 +154,7 @@ def _print_table(
             table.add_column("file", overflow="fold")
             for heading in HEADINGS[answer.kind]:
                 table.add_column(heading, overflow="fold")
-        table.add_row(Text(str(file)), *row(answer, name, top))
+        table.add_row(Text(printable(file)), *row(answer, name, top))
     if table.row_count:
         Console().print(table)
     return table.row_count

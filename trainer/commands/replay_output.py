@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from trainer.commands.tables import add_rows, make_table
 from trainer.inspection.replay import Replay, loss_rank
@@ -19,7 +20,7 @@ def print_replay(result: Replay, run: Path, directory: Path) -> None:
     """Print whether the step is the one that the run trained, and what it looked like inside."""
     console = Console(highlight=False)
     for title, text in _facts(result, run):
-        console.print(f"[dim]{title:<10}[/] {text}")
+        _print_fact(console, title, text)
     console.print(
         _table("samples, largest loss first", sorted(result.samples, key=loss_rank))
     )
@@ -28,9 +29,14 @@ def print_replay(result: Replay, run: Path, directory: Path) -> None:
         title = "BatchNorm's statistics of one channel in one micro-batch"
         console.print(_table(title, _named_rows("layer", result.batch_norm)))
     console.print(_table("weights", _named_rows("parameter", result.weights)))
-    console.print(
-        f"[dim]files     [/] {directory}: replay.json has every row of these tables"
+    _print_fact(
+        console, "files", f"{directory}: replay.json has every row of these tables"
     )
+
+
+def _print_fact(console: Console, title: str, text: str) -> None:
+    # Not by markup, for which rich would take what a path has in brackets.
+    console.print(Text(f"{title:<10} ", "dim").append(text, "not dim"))
 
 
 def _facts(result: Replay, run: Path) -> list[tuple[str, str]]:

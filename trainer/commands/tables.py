@@ -7,6 +7,9 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
+
+from trainer.data.names import printable
 
 Row = Sequence[Any]  # text, numbers, or None for what there is not
 
@@ -37,11 +40,12 @@ def make_table(
 def add_rows(table: Table, rows: Iterable[Row]) -> None:
     """Add rows, their numbers with four significant digits."""
     for row in rows:
-        table.add_row(*map(format_cell, row))
+        # As text: of a plain string rich would take parts in brackets, such as `x[copy].jpg` has, for styles.
+        table.add_row(*[Text(format_cell(value)) for value in row])
 
 
 def format_cell(value: Any) -> str:
-    """Text as it is, a float with four significant digits, a dash for None."""
+    """Text in one line, a float with four significant digits, a dash for None."""
     if value is None:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
