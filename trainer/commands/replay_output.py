@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.commands.tables import add_rows, make_table
+from trainer.data.names import printable
 from trainer.inspection.replay import Replay, loss_rank
 
 MOST_ROWS = 12  # of a table
@@ -37,6 +38,11 @@ def print_replay(result: Replay, run: Path, directory: Path) -> None:
 def _print_fact(console: Console, title: str, text: str) -> None:
     # Not by markup, for which rich would take what a path has in brackets.
     console.print(Text(f"{title:<10} ", "dim").append(text, "not dim"))
+
+
+def _in_one_line(value: Any) -> Any:
+    """A file's or a class's name without what a terminal would follow; a number as it is."""
+    return printable(value) if isinstance(value, str) else value
 
 
 def _facts(result: Replay, run: Path) -> list[tuple[str, str]]:
@@ -103,7 +109,7 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         title=title,
     )
     for row in rows[:MOST_ROWS]:
-        add_rows(table, [[row.get(name) for name in columns]])
+        add_rows(table, [[_in_one_line(row.get(name)) for name in columns]])
     if len(rows) > MOST_ROWS:
         table.caption = f"{len(rows) - MOST_ROWS} more in replay.json"
     return table

@@ -9,8 +9,6 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from trainer.data.names import printable
-
 Row = Sequence[Any]  # text, numbers, or None for what there is not
 
 
@@ -45,7 +43,7 @@ def add_rows(table: Table, rows: Iterable[Row]) -> None:
 
 
 def format_cell(value: Any) -> str:
-    """Text in one line, a float with four significant digits, a dash for None."""
+    """Text as it is, a float with four significant digits, a dash for None."""
     if value is None:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
