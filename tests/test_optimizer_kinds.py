@@ -293,6 +293,9 @@ def test_sparse_gradients_are_for_those_who_take_them() -> None:
         build_optimizer(OptimizerConfig(name=name), model)
     with pytest.raises(ConfigError, match='"adam" takes no sparse gradient'):
         build_optimizer(OptimizerConfig(name="adam"), model)
+    # Its momentum would be sparse as well, and fail at the first checkpoint.
+    with pytest.raises(ConfigError, match="weight has a sparse gradient"):
+        build_optimizer(OptimizerConfig(name="sgd", args={"momentum": 0.9}), model)
 
 
 # ---------------------------------------------------------------- rates and modes

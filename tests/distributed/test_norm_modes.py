@@ -293,6 +293,37 @@ def test_what_ranks_cannot_know_of_one_another_is_refused_by_name(
     assert 'norm layer "stem.1" replaces' in "".join(messages)
 
 
+class SharingNet(Net):
+    """Two layers that keep their statistics in the same buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first, second = self.stem[1], self.body[1]
+        assert isinstance(first, nn.BatchNorm2d)
+        assert isinstance(second, nn.BatchNorm2d)
+        second.running_mean = first.running_mean
+
+
+def converted() -> nn.Module:
+    return nn.SyncBatchNorm.convert_sync_batchnorm(Net())  # type: ignore[no-untyped-call,no-any-return]
+
+
+def refused_each(
+    directory: Path, makers: list[Callable[[], nn.Module]], mode: str
+) -> list[str]:
+    return [refused(directory, make, mode) for make in makers]
+
+
+@pytest.mark.parametrize("mode", ["standard", "bitwise"])
+def test_layers_whose_statistics_are_not_their_own_are_refused_by_name(
+    tmp_path: Path, mode: str
+) -> None:
+    messages = on_ranks(2, refused_each, tmp_path, [SharingNet, converted], mode)
+    for of_sharing, of_converted in messages:
+        assert 'norm layers "stem.1" and "body.1" share' in of_sharing
+        assert 'layer "stem.1" of the model is a SyncBatchNorm already' in of_converted
+
+
 def test_a_layer_that_is_trained_and_read_needs_bitwise(tmp_path: Path) -> None:
     for message in on_ranks(2, refused, tmp_path / "2", Attacked, "standard"):
         assert 'norm layer "stem.1" is called in training and in eval mode' in message

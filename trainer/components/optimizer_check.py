@@ -94,6 +94,12 @@ def _check_sparse(
                 f'"{section.name}" takes the gradients of embeddings with sparse=True alone, and that of {name} is '
                 f"dense; use adam",
             )
+        if kind == "SGD" and section.args.get("momentum") and id(parameter) in sparse:
+            raise ConfigError(
+                "optimizer.momentum",
+                f"{name} has a sparse gradient, whose momentum no checkpoint can hold; make its embedding with "
+                f"sparse=False, or set momentum to 0",
+            )
         if kind not in TAKES_SPARSE and id(parameter) in sparse:
             raise ConfigError(
                 "optimizer.name",

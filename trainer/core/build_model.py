@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from trainer.components.compiling import compile_model
+from trainer.components.dtypes import cast
 from trainer.components.lazy import give_lazy_layers_sizes
 from trainer.components.models import build_model, input_channels
+from trainer.components.refused_models import refuse_untrainable
 from trainer.components.task import (
     Task,
     as_task,
@@ -70,8 +72,8 @@ def build_model_and_task(
     )
     # A machine may lack the file of the weights.
     module, weights_note = ranks.on_each(build)
-    the_task = _run_task(config, task, run_input.num_classes, module)
-    the_task.to(ranks.device, dtype)
+    the_task = _run_task(config, task, run_input.num_classes, module, dtype)
+    cast(the_task, dtype, ranks.device)
     sharding_note = _share_out(config, ranks, module, the_task)
     check_classes(the_task, run_input.num_classes, run_input.data)
     return ModelAndTask(module, the_task, weights_note, sharding_note)
@@ -97,6 +99,7 @@ def _run_model(
             in_channels=input_channels(inputs),
         )
     give_lazy_layers_sizes(model, inputs, config.run.seed)
+    refuse_untrainable(model, "model.name", dtype)
     weights_note = start_from_weights(
         weights, model, config.model, num_classes, config.run.seed
     )
@@ -104,9 +107,9 @@ def _run_model(
         weights_note += describe_other_classes(weights, classes)
     model = configure(model, config.batch_norm, ranks=ranks.count, device=ranks.device)
     if is_sharded(config, ranks):
-        model.to(dtype=dtype)  # the whole of it may not fit on the device
+        cast(model, dtype)  # the whole of it may not fit on the device
     else:
-        model.to(ranks.device, dtype)
+        cast(model, dtype, ranks.device)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.train.compile:
@@ -146,6 +149,7 @@ def _run_task(
     task: Task | nn.Module | None,
     num_classes: int | None,
     module: nn.Module,
+    dtype: torch.dtype,
 ) -> Task:
     """The loss and its metrics. Weights of its own are a function of `run.seed`, or those that it comes with.
 
@@ -158,6 +162,7 @@ def _run_task(
             the_task = as_task(config.loss, num_classes)
     else:
         the_task = as_task(task, num_classes)
+    refuse_untrainable(the_task, "loss.name", dtype)
     for name, part in ModelAndLoss(module, the_task).named_loss_modules():
         if isinstance(part, _NormBase) and part.training:
             refuse_cumulative_average(name, part)

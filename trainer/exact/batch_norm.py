@@ -29,6 +29,10 @@ def configure(
             layer.momentum = section.momentum
     for name, layer in named_norm_layers(model):
         refuse_cumulative_average(name, layer)
+    # In eval mode a GPU has no use for the other processes, and DDP takes them there.
+    is_fixed = section.mode == "frozen" and device.type != "cpu"
+    if ranks > 1 and section.mode != "sync" and not is_fixed:
+        _refuse_sync_layers(model, device)
     if section.mode == "frozen":
         _refuse_layers_without_statistics(model)
         for layer in norm_layers(model):
@@ -93,6 +97,20 @@ def refuse_cumulative_average(name: str, layer: _NormBase) -> None:
             f'layer "{name}" has momentum=None, a cumulative average over all updates so far, which no step '
             f"size or resume can leave unchanged; set batch_norm.momentum=0.1, or use batch_norm.recalibrate",
         )
+
+
+def _refuse_sync_layers(model: nn.Module, device: torch.device) -> None:
+    """They wait for one another in every forward, and ranks may run unequal numbers of micro-batches."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.SyncBatchNorm):
+            remedy = "leave the conversion out"
+            if device.type != "cpu":
+                remedy += ", or set batch_norm.mode=sync"
+            raise ConfigError(
+                "batch_norm.mode",
+                f'layer "{name}" of the model is a SyncBatchNorm already, which normalises over all processes; '
+                f"{remedy}",
+            )
 
 
 def _refuse_layers_of_ones_own(model: nn.Module) -> None:

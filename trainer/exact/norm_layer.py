@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +21,13 @@ class NormLayer:
     def __init__(self, name: str, module: _NormBase) -> None:
         assert module.running_mean is not None
         assert module.running_var is not None
-        assert module.num_batches_tracked is not None
+        if module.num_batches_tracked is None:
+            # torch allows it, and then nothing tells how often the layer is called.
+            raise ConfigError(
+                "model",
+                f'norm layer "{name}" keeps running statistics and has no counter num_batches_tracked; set it to '
+                f"torch.tensor(0)",
+            )
         self.name = name
         self.module = module
         self.buffers = [module.running_mean, module.running_var]
@@ -76,6 +82,20 @@ class NormLayer:
         if not self.counts_calls:
             return moves
         return max(1, int(self.counter - counter_before) // count)
+
+
+def refuse_shared_statistics(layers: Sequence[NormLayer]) -> None:
+    """Raise `ConfigError` if two layers hold the same running statistics, which both would be given back."""
+    owners: dict[int, str] = {}
+    for layer in layers:
+        for tensor in (*layer.buffers, layer.counter):
+            owner = owners.setdefault(id(tensor), layer.name)
+            if owner != layer.name:
+                raise ConfigError(
+                    "model",
+                    f'norm layers "{owner}" and "{layer.name}" share their running statistics, which are counted layer '
+                    f"by layer; use one layer in both places, or give each its own",
+                )
 
 
 class CallWatch:

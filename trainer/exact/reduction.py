@@ -263,7 +263,7 @@ class Reduction(ABC):
         total = self._ranks.sum_(weights).sum()
         factor = torch.where(total > 0, step.size / total, torch.zeros_like(total))
         gradients = self.gradients()
-        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype.to_real()))
 
     def _refuse_unused_parameters(self) -> None:
         """A parameter without a gradient would make DDP wait for ever on several ranks, so one refuses it as well."""

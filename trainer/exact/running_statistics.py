@@ -22,7 +22,7 @@ from trainer.exact.batch_norm import is_held
 from trainer.exact.compiled import is_compiled
 from trainer.exact.joint_sum import sum_together
 from trainer.exact.model_and_loss import ModelAndLoss
-from trainer.exact.norm_layer import CallWatch, NormLayer
+from trainer.exact.norm_layer import CallWatch, NormLayer, refuse_shared_statistics
 from trainer.exact.observation import (
     Observation,
     agree_on_calls,
@@ -117,6 +117,8 @@ class StatisticsShare(RunningStatistics):
             if not isinstance(layer.module, nn.SyncBatchNorm)
         ]
         self.is_on = ranks.count > 1 and bool(self._candidates)
+        if self.is_on:
+            refuse_shared_statistics(self._layers)
         self._is_compiled = is_compiled(model)
         self._is_gathered = True  # every rank holds the true statistics, not its share
         self._modes: list[bool] = []
@@ -267,6 +269,7 @@ class StatisticsDifferences(RunningStatistics):
         loss: nn.Module | None = None,
     ) -> None:
         super().__init__(model, section, ranks, loss)
+        refuse_shared_statistics(self._layers)
         self.buffers = [buffer for layer in self._layers for buffer in layer.buffers]
         self._start = [torch.empty_like(buffer) for buffer in self.buffers]
         self._watch = CallWatch(self._layers)

@@ -148,6 +148,8 @@ def refuse_what_cannot_be_cut(module: nn.Module) -> None:
             reason = "has no elements; leave it out"
         elif not parameter.is_contiguous():
             reason = "is not contiguous; make it so with .contiguous()"
+        elif parameter.is_complex():
+            reason = "is complex; hold it as real numbers, by torch.view_as_real"
         if reason:
             raise ConfigError(
                 "train.parallel",

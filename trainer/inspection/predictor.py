@@ -13,6 +13,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from trainer.components.answers import Answer
+from trainer.components.dtypes import cast
 from trainer.components.models import build_model
 from trainer.components.task import build_task
 from trainer.config.data_section import DataConfig
@@ -70,11 +71,13 @@ class Predictor:
         precision = Precision(self.config.train.precision, self.device)
 
         module = self._build_model() if model is None else model
-        self.module = module.to(self.device, precision.dtype).eval()
+        cast(module, precision.dtype, self.device)
+        self.module = module.eval()
         # After the change of dtype, which would round an fp64 run's weights.
         self._load_weights(run)
         task = build_task(self.config.loss, self.signature.num_classes)
-        self.task = task.to(self.device, precision.dtype).eval()
+        cast(task, precision.dtype, self.device)
+        self.task = task.eval()
         restore_evaluated(
             best_model.load_further(run),
             self.module,

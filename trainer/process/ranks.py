@@ -116,8 +116,19 @@ class Ranks:
             # DDP keeps to the device that the model is on. Accelerate would name LOCAL_RANK's, which does not exist
             # where a launcher shows each process one GPU (`srun --gpus-per-task=1`).
             with patch_environment(accelerate_bypass_device_map="true"):
-                prepared: nn.Module = self.accelerator.prepare_model(model)
+                prepared: nn.Module = self.accelerator.prepare_model(
+                    model, device_placement=not self._has(model)
+                )
         return prepared
+
+    def _has(self, model: nn.Module) -> bool:
+        """True if all of it is on the run's device: to move it there again would part buffers that modules share."""
+        # "cpu" and "cpu:0" are two devices to torch.
+        kind = self.device.type
+        return all(
+            tensor.device == self.device or tensor.device.type == kind == "cpu"
+            for tensor in chain(model.parameters(), model.buffers())
+        )
 
     def broadcast_parameters(self, model: nn.Module) -> nn.Module:
         """The model with rank 0's parameters and buffers on every rank."""

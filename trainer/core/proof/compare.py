@@ -89,6 +89,8 @@ def _as_floats(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
     tensor = tensor.detach()
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
     return tensor if tensor.is_floating_point() else tensor.to(torch.float32)
 
 
