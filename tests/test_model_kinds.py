@@ -24,6 +24,7 @@ class Complex(nn.Module):
         torch.manual_seed(3)
         self.matrix = nn.Parameter(torch.randn(6, 8, dtype=torch.complex64))
         self.register_buffer("phase", torch.randn(8, dtype=torch.complex64))
+        self.phase: Tensor
         self.head = nn.Linear(8, CLASSES)
 
     def forward(self, points: Tensor) -> Tensor:
@@ -43,6 +44,7 @@ class Shared(nn.Module):
         self.second.register_buffer("table", table)
         self.weight = nn.Parameter(torch.ones(1, 3).expand(2, 3))
         self.register_buffer("rows", torch.ones(1, 3).expand(2, 3))
+        self.rows: Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -109,7 +111,7 @@ def a_buffer_of_weights() -> nn.Module:
 
 
 def scripted() -> nn.Module:
-    return torch.jit.script(mlp())  # type: ignore[no-any-return]
+    return torch.jit.script(mlp())
 
 
 def with_a_traced_part() -> nn.Module:

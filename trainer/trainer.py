@@ -31,6 +31,7 @@ from trainer.core.empty_forwards import EmptyForwards
 from trainer.core.ending import Ending
 from trainer.core.evaluations import Evaluations
 from trainer.core.finite_watch import FiniteWatch
+from trainer.core.given_objects import check_given
 from trainer.core.graphs.graphs import build_graphs
 from trainer.core.left_out import LeftOut
 from trainer.core.metrics import Meter, Row, Stopwatch
@@ -68,6 +69,7 @@ from trainer.process.activity import (
     UPDATING,
     activity,
 )
+from trainer.process.one_at_a_time import one_at_a_time
 from trainer.process.ranks import Ranks
 from trainer.process.signals import StopRequest
 from trainer.process.watchdog import watching
@@ -116,9 +118,14 @@ class Trainer:
         observers: Sequence[Observer] = (),
         stateful: Mapping[str, Stateful] | None = None,
     ) -> None:
+        check_given(config, model)
         # Those that a subclass assigned before this call.
         attributes_before = frozenset(vars(self))
-        with settings_of(config), watching(config.run.timeout):
+        with (
+            one_at_a_time(),
+            settings_of(config),
+            watching(config.run.timeout),
+        ):
             self.run = build_run(
                 config,
                 model=model,
@@ -233,6 +240,7 @@ class Trainer:
             )
         self._stateful_objects()  # refuses now what could not be saved later
         with (
+            one_at_a_time(),
             self.run.settings(),
             watching(self.config.run.timeout),
             explained(self.run, self._position),

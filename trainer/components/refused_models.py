@@ -13,9 +13,11 @@ from trainer.errors import ConfigError
 def refuse_untrainable(module: nn.Module, key: str, dtype: torch.dtype) -> None:
     """Raise `ConfigError`, at `key` unless another one is at fault, for what cannot be trained as it is meant.
 
-    That is TorchScript, parameters that share memory by `data` alone, and complex numbers in fp64, the run's `dtype`.
+    That is TorchScript, tensors of torch.inference_mode, parameters that share memory by `data` alone, and complex
+    numbers in fp64, the run's `dtype`.
     """
     _refuse_scripted(module, key)
+    _refuse_inference(module, key)
     _refuse_shared_memory(module, key)
     if dtype == torch.float64:
         _refuse_complex(module)
@@ -35,6 +37,16 @@ def _refuse_scripted(module: nn.Module, key: str) -> None:
                 key,
                 f"{where} is TorchScript (torch.jit.script or torch.jit.trace), whose layers cannot be told apart; "
                 f"give the module that it was made of, and use train.compile for speed",
+            )
+
+
+def _refuse_inference(module: nn.Module, key: str) -> None:
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_inference():
+            raise ConfigError(
+                key,
+                f'"{name}" was made within torch.inference_mode, and can take no part in training; make the model '
+                f"outside of it",
             )
 
 

@@ -110,6 +110,8 @@ def _run_model(
         cast(model, dtype)  # the whole of it may not fit on the device
     else:
         cast(model, dtype, ranks.device)
+    # What a backward of the caller's own has left would be part of the first step.
+    model.zero_grad()
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)
     if config.train.compile:
@@ -163,6 +165,7 @@ def _run_task(
     else:
         the_task = as_task(task, num_classes)
     refuse_untrainable(the_task, "loss.name", dtype)
+    the_task.zero_grad()
     for name, part in ModelAndLoss(module, the_task).named_loss_modules():
         if isinstance(part, _NormBase) and part.training:
             refuse_cumulative_average(name, part)

@@ -41,6 +41,7 @@ def run_settings(
     draws after a run does not depend on it.
     """
     with ExitStack() as stack:
+        stack.enter_context(_without_modes_of_the_caller())
         stack.enter_context(preserved_generators())
         if bitwise or tf32 is not None:
             stack.enter_context(tf32_policy(tf32))
@@ -51,6 +52,28 @@ def run_settings(
             if compiled:
                 stack.enter_context(_one_kernel_a_shape())
         yield
+
+
+@contextmanager
+def _without_modes_of_the_caller() -> Iterator[None]:
+    """Gradients on, no autocast, and floats of 32 bits unless somebody asks for others.
+
+    A run is a function of its config, and processes that it starts would not have these modes.
+    """
+    kinds = {"cpu"}
+    if torch.accelerator.is_available():
+        kinds.add(torch.accelerator.current_accelerator().type)  # type: ignore[union-attr]
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 @contextmanager

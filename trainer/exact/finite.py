@@ -29,13 +29,14 @@ class FiniteFlags:
     """A flag for the loss and one for the gradient of each step since the last `read`. Marking never waits."""
 
     def __init__(self, device: torch.device) -> None:
-        self._flags = torch.zeros(CAPACITY, 2, device=device)
+        self._flags = torch.zeros(CAPACITY, 2, dtype=torch.float32, device=device)
         # Views, made once: taking one apart in every step would cost as much as the check.
         self._cells = torch.split(self._flags.view(-1), 1)
         self._full: list[Tensor] = []
         self._steps: list[int] = []
-        self._one = torch.ones(1, device=device)
-        self._any = torch.zeros(1, device=device)  # of one step, for `are_finite`
+        self._one = torch.ones(1, dtype=torch.float32, device=device)
+        # Of one step, for `are_finite`.
+        self._any = torch.zeros(1, dtype=torch.float32, device=device)
         # torch.amp's check is one operation for any number of tensors, on the devices that have it.
         self._has_fast_check = device.type in ("cpu", "cuda", "xpu")
 
