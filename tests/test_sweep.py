@@ -646,6 +646,17 @@ def test_importance_finds_the_parameter_that_matters(tmp_path: Path) -> None:
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_pictures_of_trials_with_one_value_say_nothing(tmp_path: Path) -> None:
+    sweep = bowl(tmp_path, "random")
+    search(sweep, tmp_path, 0, most=1)
+    study = open_study(sweep, tmp_path).optuna_study
+    assert [path.name for path in draw_pictures(sweep, study, tmp_path)] == [
+        "history.png",
+        "trials.png",
+    ]
+
+
 # ---------------------------------------------------------------- whole sweeps
 
 

@@ -88,12 +88,12 @@ def draw_pictures(sweep: Sweep, study: optuna.Study, directory: Path) -> list[Pa
 def _draw(path: Path, width: float, plot: Callable[[], object]) -> None:
     """Write what one of Optuna's functions plots."""
     import matplotlib.pyplot as plt
-    from optuna.exceptions import ExperimentalWarning
 
     plt.switch_backend("agg")  # files only: no window, and no display needed
     # The context restores what the functions change for the whole process.
     with plt.rc_context({"figure.figsize": (width, 4.8)}), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
+        # Of functions that are experimental, and of axes that one value gives no length.
+        warnings.simplefilter("ignore")
         plot()
         write(plt.gcf(), path, cropped=True)
         plt.close()
