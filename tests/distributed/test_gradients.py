@@ -273,3 +273,37 @@ def test_a_step_without_targets_changes_nothing(tmp_path: Path) -> None:
 
     for weights in on_ranks(2, run, tmp_path):
         assert largest_difference(weights, mlp().double().state_dict()) == 0
+
+
+class Bagged(nn.Module):
+    """An embedding whose gradient is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(4, 4, sparse=True)
+
+    def forward(self, points: Tensor) -> Tensor:
+        result: Tensor = self.rows((points > 0).long()).sum(1)
+        return result
+
+
+def refusal_of_sparse_gradients(directory: Path, mode: str) -> str:
+    settings = config(
+        directory,
+        batch__micro_size=7,
+        optimizer__momentum=0.0,
+        run__reproducibility=mode,
+    )
+    try:
+        Trainer(settings, model=Bagged(), train_data=Points()).fit()
+    except ConfigError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize("mode", ["standard", "bitwise"])
+def test_sparse_gradients_are_refused_on_several_ranks(
+    tmp_path: Path, mode: str
+) -> None:
+    for message in on_ranks(2, refusal_of_sparse_gradients, tmp_path, mode):
+        assert 'the gradient of "rows" is sparse' in message

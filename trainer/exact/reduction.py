@@ -69,6 +69,8 @@ class Reduction(ABC):
         self._build()
 
     def _build(self) -> None:
+        if self._ranks.count > 1:
+            _refuse_sparse(self._whole)
         self._parameters = {
             name: p for name, p in self._whole.named_parameters() if p.requires_grad
         }
@@ -300,3 +302,15 @@ class Reduction(ABC):
                     "train.find_unused_parameters",
                     f"{name} got no gradient in the first step and has one now; set it to true",
                 )
+
+
+def _refuse_sparse(model: ModelAndLoss) -> None:
+    """Raise `ConfigError` for a trained embedding with `sparse=True`: ranks would have other rows each."""
+    for name, module in model.named_modules():
+        trained = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if getattr(module, "sparse", False) is True and trained:
+            raise ConfigError(
+                "model",
+                f'the gradient of "{name}" is sparse, and processes exchange dense ones; make it with sparse=False, '
+                f"or train on one process",
+            )
