@@ -14,7 +14,7 @@ from trainer.data.left_out import train_loader
 from trainer.data.loading import Loader, build_loader
 from trainer.data.look_up import BYTES_AT_ONCE, CACHE_LINE, LookUpLoader
 from trainer.data.train_loader import TrainLoader
-from trainer.exact.plan import Plan
+from trainer.exact.plan import Plan, Step
 
 SAMPLES = 103
 SHAPE = (2, 4, 4)
@@ -95,6 +95,37 @@ def test_the_same_bits(ranks: int, rank: int, first_step: int, fuse: int) -> Non
             assert mine.inputs.data_ptr() % CACHE_LINE == 0
             assert mine.inputs.stride() == other.inputs.stride()
     assert len(data.look_ups) <= 2 < micro_batches
+
+
+@pytest.mark.parametrize("max_steps", [None, 13])
+def test_ids_of_many_steps_are_those_of_each(max_steps: int | None) -> None:
+    plan = plan_of(max_steps=max_steps)
+    for first, end in ((0, 1), (0, 5), (3, 7), (2, plan.total_steps), (9, 13)):
+        parts = []
+        for step in plan.steps(first, end):
+            parts += plan.sample_ids(step, 0, len(step.micro_batches)).tolist()
+            assert plan.step_size(step.number - 1) == step.size
+        assert plan.ids_of_steps(range(first, end)).tolist() == parts
+
+
+def test_a_look_up_makes_no_plan_of_each_step() -> None:
+    """One process takes all samples of a step, so those of many steps are one piece of the epoch's order."""
+    steps = 0
+
+    class CountedPlan(Plan):
+        def step(self, index: int) -> Step:
+            nonlocal steps
+            steps += 1
+            return super().step(index)
+
+    settings = {"batch_size": 8, "micro_size": 4, "ranks": 1, "epochs": 2, "seed": 1}
+    plan = CountedPlan(samples=SAMPLES, **settings)
+    loader = train(loader_of(images()), plan)
+    loader.peek()
+    steps = 0
+    loader.step(plan.step(0))
+    loader.step(plan.step(1))
+    assert steps <= 2 + 2  # the two above, and one of each size
 
 
 def test_what_a_model_writes_to_its_input_is_no_change_of_another_one() -> None:

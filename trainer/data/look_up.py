@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from time import perf_counter
 from typing import NamedTuple
 
@@ -69,23 +70,30 @@ class LookUpLoader(TrainLoader):
         activity.mark(LOADING)
         start = perf_counter()
         end = min(self._next_step + self._steps_at_once, self._plan.total_steps)
-        steps = list(self._plan.steps(self._next_step, end))
+        steps = range(self._next_step, end)
         self._next_step = end
-        ids = []
-        sizes = []
-        for step in steps:
-            cuts = self._cuts(step)
-            if cuts:
-                ids.append(self._plan.sample_ids(step, *step.ranks[self._rank]))
-                sizes += [cut.samples for cut in cuts]
-        parts = self._parts(np.concatenate(ids), sizes) if ids else iter(())
-        for step in steps:
+        cuts_of_steps = [self._cuts(step) for step in steps]
+        sizes = [cut.samples for cut in chain.from_iterable(cuts_of_steps)]
+        parts = self._parts(self._ids(steps), sizes) if sizes else iter(())
+        for step, cuts in zip(steps, cuts_of_steps, strict=True):
             batches = []
-            for first, fused, samples in self._cuts(step):
+            for first, fused, samples in cuts:
                 inputs, targets = next(parts)
                 batches.append(MicroBatch(first, inputs, targets, fused, None, samples))
-            self._ready.append((step.number, batches))
+            self._ready.append((step + 1, batches))
         self._seconds_waited += perf_counter() - start
+
+    def _ids(self, steps: range) -> Ids:
+        """The ids of this rank's samples of the steps with these 0-based numbers, in order."""
+        if self._plan.ranks == 1:
+            return self._plan.ids_of_steps(steps)
+        ids = []
+        for index in steps:
+            step = self._plan.step(index)
+            first, end = step.ranks[self._rank]
+            if end > first:
+                ids.append(self._plan.sample_ids(step, first, end))
+        return np.concatenate(ids)
 
     def _parts(self, ids: Ids, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and targets of the samples `ids`, cut into parts of these sizes."""
@@ -100,11 +108,13 @@ class LookUpLoader(TrainLoader):
             strict=True,
         )
 
-    def _cuts(self, step: Step) -> list[Cut]:
-        """What this rank runs of `step`."""
-        cuts = self._cuts_by_size.get(step.size)
+    def _cuts(self, index: int) -> list[Cut]:
+        """What this rank runs of the step after `index` others."""
+        size = self._plan.step_size(index)
+        cuts = self._cuts_by_size.get(size)
         if cuts is None:
-            cuts = self._cuts_by_size[step.size] = []
+            step = self._plan.step(index)
+            cuts = self._cuts_by_size[size] = []
             for first, end in self._groups(step):
                 start, _ = step.micro_batches[first]
                 _, stop = step.micro_batches[end - 1]

@@ -154,6 +154,11 @@ class Plan:
         is_last = index_in_epoch + 1 == self.steps_per_epoch
         return Step(index + 1, epoch, start, size, is_last, *layout)
 
+    def step_size(self, index: int) -> int:
+        """The number of samples of the step after `index` others."""
+        start = index % self.steps_per_epoch * self.batch_size
+        return min(self.batch_size, self.samples - start)
+
     def steps(self, first: int = 0, end: int | None = None) -> Iterator[Step]:
         """The run's steps without the first ones, as many as `first` says, up to step number `end` if it is given."""
         return map(self.step, range(first, self.total_steps if end is None else end))
@@ -167,6 +172,21 @@ class Plan:
     def sample_ids(self, step: Step, first: int, end: int | None = None) -> Ids:
         """The sample ids of micro-batch `first` of `step`, in order, or of all micro-batches `[first, end)`."""
         return _cut(self.permutation(step.epoch), step, first, end)
+
+    def ids_of_steps(self, steps: range) -> Ids:
+        """The sample ids of all steps with these 0-based numbers, in order: what `sample_ids` gives, joined."""
+        ids = []
+        first = steps.start
+        while first < steps.stop:
+            epoch, index_in_epoch = divmod(first, self.steps_per_epoch)
+            end_in_epoch = index_in_epoch + steps.stop - first
+            start, end = (
+                index_in_epoch * self.batch_size,
+                end_in_epoch * self.batch_size,
+            )
+            ids.append(self.permutation(epoch)[start:end])
+            first = (epoch + 1) * self.steps_per_epoch
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
 
     def occurrences(self, step: Step, first: int, end: int | None = None) -> Ids | None:
         """The occurrence of each of these samples within its epoch; None where no sample of the epoch comes twice."""
