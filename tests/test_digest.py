@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tests.operations import Operations
 from trainer.storage import digest as module
 from trainer.storage.digest import digest, hexadecimal
 
@@ -64,6 +65,18 @@ def test_one_bit_and_an_exchange_count() -> None:
     tensors["b"].view(torch.int32)[3, 1] ^= 1
     tensors["a"][[0, 1]] = tensors["a"][[1, 0]]
     assert len({int(before), int(flipped), int(digest(tensors))}) == 3
+
+
+def test_a_small_tensor_takes_three_operations() -> None:
+    """Every row has a digest: operations on each of many small tensors would take longer than the arithmetic."""
+
+    def operations(tensors: int) -> int:
+        weights = {str(number): torch.randn(3, 4) for number in range(tensors)}
+        with Operations() as counted:
+            digest(weights)
+        return counted.counts.total()
+
+    assert operations(9) - operations(1) <= 8 * 3
 
 
 def test_a_model_without_weights_has_one() -> None:

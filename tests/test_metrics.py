@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.ranks import on_ranks
+from tests.operations import Operations
 from trainer.components.task import build_task
 from trainer.config.model_sections import LossConfig
 from trainer.core import metrics
@@ -109,16 +109,63 @@ def test_the_stopwatch_goes_on_from_earlier_sessions(
     assert progress.seconds == 45
 
 
-class Operations(TorchDispatchMode):
-    """Counts what a GPU would launch, or take for a view."""
+@pytest.mark.parametrize(
+    ("arguments", "of_flush", "a_micro_batch"),
+    [({}, 12, 0), ({"ignore_index": IGNORED}, 16, 1)],
+)
+def test_a_flush_takes_few_operations(
+    arguments: dict[str, Any], of_flush: int, a_micro_batch: int
+) -> None:
+    """A row is part of its interval's steps: each operation of its meter takes time of theirs."""
+    task = build_task(LossConfig(args=arguments), 3)
+    output, target = torch.randn(4, 3), torch.arange(4) % 3
+    meter = Meter(task, Ranks("fp32"))
+    for _ in range(50):
+        loss = task.loss_sum(output, target)
+        meter.add(MicroBatch(0, None, target), output, loss)
+    with Operations() as operations:
+        meter.flush()
+    assert operations.counts.total() <= of_flush + 50 * a_micro_batch
 
-    count = 0
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.count += 1
-        return function(*args, **(kwargs or {}))
+def test_outputs_of_several_shapes_are_measured_one_by_one() -> None:
+    """Maps of pixels as large as their images, and one image without any pixel that counts."""
+    task = build_task(LossConfig(args={"ignore_index": IGNORED}), 3)
+    meter = Meter(task, Ranks("fp32"))
+    hits = counted = 0
+    for size in ((4, 4), (2, 5), (2, 5), (1, 1)):
+        output = torch.randn(2, 3, *size, dtype=torch.float64)
+        target = torch.randint(-1, 3, (2, *size))
+        if size == (1, 1):
+            target.fill_(IGNORED)
+        meter.add(MicroBatch(0, None, target), output, task.loss_sum(output, target))
+        is_counted = target != IGNORED
+        hits += int(((output.argmax(1) == target) & is_counted).sum())
+        counted += int(is_counted.sum())
+    totals = meter.read()
+    assert totals.sums["accuracy"] == ([hits], [counted])
+
+
+def test_a_marked_place_is_gone_back_to() -> None:
+    """Also where something was read, and so forgotten, before."""
+    task = build_task(LossConfig(), 3)
+    meter = Meter(task, Ranks("fp32"))
+    output, target = torch.randn(4, 3), torch.arange(4) % 3
+
+    def add() -> None:
+        loss = task.loss_sum(output, target)
+        meter.add(MicroBatch(0, None, target), output, loss)
+
+    add()
+    of_one = meter.read().sums
+    add()
+    forget = meter.mark()
+    add()
+    meter.flush()
+    add()
+    forget()
+    assert meter.read().sums == of_one
+    assert meter.read().means() == {}
 
 
 def test_sums_kept_apart_take_no_operations_a_micro_batch_but_the_metrics_own() -> None:
@@ -134,9 +181,9 @@ def test_sums_kept_apart_take_no_operations_a_micro_batch_but_the_metrics_own() 
             meter.add(MicroBatch(0, None, target), output, loss)
         with Operations() as all_of_them:
             meter.flush()
-        return all_of_them.count
+        return all_of_them.counts.total()
 
-    assert operations(9) - operations(1) == 8 * own.count
+    assert operations(9) - operations(1) == 8 * own.counts.total()
 
 
 def test_sums_kept_apart_are_rounded_by_nothing() -> None:

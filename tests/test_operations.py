@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from tests.distributed.small import config
+from tests.operations import Operations
 from tests.test_pretended_gpu import in_a_fork
 from trainer import Trainer
 from trainer.data.datasets import ImageArrays
@@ -25,20 +25,6 @@ MORE_OF_A_MICRO_BATCH = 4
 MORE_OF_A_STEP = 4  # such as whether its loss and gradient are finite
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class Operations(TorchDispatchMode):
-    """Counts what autograd and the optimizer hand to the device, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.counts[str(function)] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def no_norm(channels: int) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.distributed.small import (
     state,
 )
 from trainer import Task, Trainer, WeightedSum
+from trainer.components.targets import largest_class
 from trainer.components.task import (
     NegativeLogLikelihood,
     as_task,
@@ -89,6 +91,21 @@ def test_soft_targets() -> None:
     )
     accuracy, _ = task("cross_entropy").metric_sums(output, targets)["accuracy"]
     assert int(accuracy) == int((output.argmax(1) == targets.argmax(1)).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(40, 7), (40, 1), (0, 7), (3, 7, 5, 4)])
+def test_the_largest_class_is_torchs_argmax(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Of equals the first, and NaN above all."""
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randint(-1, 2, shape, generator=generator).to(dtype)
+    odd = few.clone()
+    odd[few == -1] = -math.inf
+    is_nan = torch.rand(shape, generator=generator) < 0.1
+    for scores in (few, odd, few.masked_fill(is_nan, math.nan)):
+        assert torch.equal(largest_class(scores), scores.argmax(1))
 
 
 def test_no_label_is_ignored_unless_asked() -> None:

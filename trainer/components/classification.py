@@ -11,7 +11,12 @@ from torch import Tensor
 
 from trainer.components.answers import Answer
 from trainer.components.base_task import ScoresTask, WeightedSum
-from trainer.components.targets import as_class_targets, check_output, is_plain_ids
+from trainer.components.targets import (
+    as_class_targets,
+    check_output,
+    is_plain_ids,
+    largest_class,
+)
 from trainer.errors import ConfigError, DataError
 
 # An ignore_index that no target has; torch's default of -100 would hide wrong labels.
@@ -76,32 +81,39 @@ class CrossEntropy(ScoresTask):
         if output.dim() > 2:
             scores, labels = _pixels_as_samples(output, targets)
         ignored = NO_LABEL if self.ignore_index is None else self.ignore_index
+        # Looked up once, where a module keeps it: `self.class_weights` takes ten times as long.
+        class_weights = self._buffers["class_weights"]
         try:
-            total = self._total(scores, labels, ignored)
+            total = self._total(scores, labels, ignored, class_weights)
         except IndexError as error:
             # On the CPU only: a GPU reports a wrong label as a failed assertion.
             raise DataError(
                 f"{str(error).rstrip('.').lower()}: the model gives {output.shape[1]} classes, 0 to "
                 f"{output.shape[1] - 1}; correct the data, or set model.num_classes or loss.ignore_index"
             ) from None
-        return WeightedSum(total, self._weight(targets))
+        return WeightedSum(total, self._weight(targets, class_weights))
 
-    def _total(self, output: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    def _total(
+        self,
+        output: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        class_weights: Tensor | None,
+    ) -> Tensor:
         return F.cross_entropy(
             output,
             targets,
-            self.class_weights,
+            class_weights,
             ignore_index=ignore_index,
             label_smoothing=self.label_smoothing,
             reduction="sum",
         )
 
-    def _weight(self, targets: Tensor) -> Tensor | int:
+    def _weight(self, targets: Tensor, class_weights: Tensor | None) -> Tensor | int:
         """What torch's mean divides by: a count of targets, or the sum of their classes' weights."""
         # Probabilities: torch divides by the samples (pixels), weighted or not.
         if targets.is_floating_point():
             return targets.numel() // targets.shape[1]
-        class_weights = self.class_weights
         if self.ignore_index is None:
             if class_weights is None:
                 return targets.numel()
@@ -115,8 +127,8 @@ class CrossEntropy(ScoresTask):
 
     def metric_sums(self, output: Tensor, targets: Tensor) -> dict[str, WeightedSum]:
         targets = self.convert_targets(output, targets)
-        labels = targets.argmax(1) if targets.is_floating_point() else targets
-        hits = {"accuracy": output.argmax(1) == labels}
+        labels = largest_class(targets) if targets.is_floating_point() else targets
+        hits = {"accuracy": largest_class(output) == labels}
         for k in self.top_k:
             best = output.topk(min(k, output.shape[1]), 1).indices
             hits[f"top{k}_accuracy"] = (best == labels.unsqueeze(1)).any(1)
@@ -151,11 +163,17 @@ class NegativeLogLikelihood(CrossEntropy):
 
     _takes_probabilities = False
 
-    def _total(self, output: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    def _total(
+        self,
+        output: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        class_weights: Tensor | None,
+    ) -> Tensor:
         return F.nll_loss(
             output,
             targets,
-            self.class_weights,
+            class_weights,
             ignore_index=ignore_index,
             reduction="sum",
         )

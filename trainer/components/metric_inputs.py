@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.components.answers import Answer
+from trainer.components.targets import largest_class
 
 
 def as_metric_inputs(
@@ -28,10 +29,10 @@ def as_metric_inputs(
     if answer.kind == "values":
         return _without_last_one(values), _without_last_one(targets)
     # Shares of classes count as the strongest one, as they do for accuracy.
-    labels = targets.argmax(1) if targets.is_floating_point() else targets
+    labels = largest_class(targets) if targets.is_floating_point() else targets
     if answer.kind == "class_map":
         # Probabilities of pixels would take C times the memory where a metric keeps them.
-        return values.argmax(1), labels
+        return largest_class(values), labels
     if ignore_index is None or targets.is_floating_point():
         return values, labels
     is_counted = labels != ignore_index

@@ -76,6 +76,17 @@ def _as_ids(targets: Tensor, *, check_values: bool) -> Tensor:
     return targets.long()
 
 
+def largest_class(scores: Tensor) -> Tensor:
+    """What `scores.argmax(1)` gives: of each sample or pixel the class with the largest score, the first of equals.
+
+    NaN counts as the largest.
+    """
+    if scores.device.type != "cpu":
+        return scores.argmax(1)
+    # torch's `max` finds the same index there, in a half to a seventh of the time.
+    return scores.max(1).indices
+
+
 def as_id_sets(output: Tensor, targets: Any) -> Tensor:
     """Sets of class ids, int64 in the output's shape, padded by -1: what `torch.nn.MultiLabelMarginLoss` takes."""
     labels = _as_tensor(output, targets)

@@ -21,7 +21,12 @@ from trainer.components.divisor import (
     count_rows,
     count_samples,
 )
-from trainer.components.targets import as_class_targets, as_id_sets, match_targets
+from trainer.components.targets import (
+    as_class_targets,
+    as_id_sets,
+    largest_class,
+    match_targets,
+)
 from trainer.errors import ConfigError
 
 _CALL_IT = "write a trainer.Task whose loss_sum calls it"
@@ -113,8 +118,8 @@ def _right_sign(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
 
 
 def _right_class(loss: Any, output: Tensor, targets: Tensor) -> Tensor:
-    labels = targets.argmax(1) if targets.is_floating_point() else targets
-    return output.argmax(1) == labels
+    labels = largest_class(targets) if targets.is_floating_point() else targets
+    return largest_class(output) == labels
 
 
 def _as_it_is(loss: Any, output: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -136,7 +136,11 @@ class Meter:
         self._joins = metrics_add_up(task)
         self._names = ("loss", *task.metrics)
         self._dtype = sum_dtype(ranks.device)
-        self._sums: Tensor | None = None
+        self._sums = torch.zeros(
+            len(self._names), 2, dtype=self._dtype, device=ranks.device
+        )
+        # Views of the single numbers, made once: `sums[0, 0] += …` takes four operations.
+        self._cells = self._sums.view(-1).unbind()
         self._separate = SeparateSums(self._dtype, ranks.device) if exact else None
         self._clear()
 
@@ -160,12 +164,12 @@ class Meter:
     def mark(self) -> Callable[[], None]:
         """A function that forgets all that is added after this call. What waits is measured now."""
         self.flush()
-        sums = None if self._sums is None else self._sums.clone()
+        sums = self._sums.clone()
         separate = None if self._separate is None else self._separate.copy()
 
         def forget() -> None:
             self._clear()
-            self._sums = sums
+            self._sums.copy_(sums)
             self._separate = separate
 
         return forget
@@ -186,14 +190,9 @@ class Meter:
             rows = self._separate.read()
             self._separate = SeparateSums(self._dtype, self._ranks.device)
             return self._ranks.gather(rows)
-        sums = self._zeros() if self._sums is None else self._sums
-        self._sums = None
-        return [self._ranks.sum_(sums).flatten().tolist()]
-
-    def _zeros(self) -> Tensor:
-        return torch.zeros(
-            len(self._names), 2, dtype=self._dtype, device=self._ranks.device
-        )
+        sums = self._ranks.sum_(self._sums).flatten().tolist()
+        self._sums.zero_()
+        return [sums]
 
     def _clear(self) -> None:
         self._losses: list[WeightedSum] = []
@@ -206,9 +205,7 @@ class Meter:
         if self._losses and self._separate is not None:
             self._separate.add(self._rows())
         elif self._losses:
-            if self._sums is None:
-                self._sums = self._zeros()
-            self._add_all(self._sums)
+            self._add_all()
         self._clear()
 
     def _rows(self) -> list[list[Scalar]]:
@@ -222,18 +219,17 @@ class Meter:
             rows.append(row)
         return rows
 
-    def _add_all(self, sums: Tensor) -> None:
-        """Add what waits to `sums`, `(1 + metrics, 2)`: the loss in the first row, then a row for each metric."""
-        for total, weight in _combine_losses(self._losses):
-            sums[0, 0] += total
-            sums[0, 1] += weight
+    def _add_all(self) -> None:
+        """Add what waits to `_sums`, `(1 + metrics, 2)`: the loss in the first row, then a row for each metric."""
+        totals, weights = self._cells[::2], self._cells[1::2]
+        _add_losses(self._losses, totals[0], weights[0])
         outputs = _join_outputs(self._outputs) if self._joins else self._outputs
         for output, targets in outputs:
             with explained(self._task, "metric_sums", output, targets):
                 metrics = self._metric_sums(output, targets)
                 for row, (total, weight) in enumerate(metrics, start=1):
-                    sums[row, 0] += total
-                    sums[row, 1] += weight
+                    totals[row].add_(total)
+                    weights[row].add_(weight)
 
     def _metric_sums(
         self, output: Any, targets: Any
@@ -260,34 +256,31 @@ def _scalar(value: Tensor | float) -> Scalar:
     return value
 
 
-def _combine_losses(losses: list[WeightedSum]) -> Iterator[WeightedSum]:
-    """The same sum in fewer operations: all totals and all plain counts as one, then each weight that is a tensor."""
+def _add_losses(losses: list[WeightedSum], total: Tensor, weight: Tensor) -> None:
+    """Add all totals to `total`, and all weights to `weight`, the plain counts as one."""
     totals = []
     count = 0
-    tensor_weights = []
-    for total, weight in losses:
-        totals.append(total)
-        if isinstance(weight, Tensor):
-            tensor_weights.append(weight)
+    for of_batch, weight_of_batch in losses:
+        totals.append(of_batch)
+        if isinstance(weight_of_batch, Tensor):
+            weight.add_(weight_of_batch)
         else:
-            count += weight
-    dtype = sum_dtype(totals[0].device)
-    yield WeightedSum(torch.stack(totals).sum(dtype=dtype), count)
-    for weight in tensor_weights:
-        yield WeightedSum(weight.new_zeros(()), weight)
+            count += weight_of_batch
+    total.add_(torch.stack(totals).sum(dtype=total.dtype))
+    weight.add_(count)
 
 
 def _join_outputs(outputs: list[OutputAndTargets]) -> list[OutputAndTargets]:
     """The same outputs and targets, joined along the samples if they are tensors of fitting shapes."""
-    shapes = set()
     for output, targets in outputs:
         if not isinstance(output, Tensor) or not isinstance(targets, Tensor):
             return outputs
-        shapes.add((output.shape[1:], targets.shape[1:]))
-    if len(shapes) > 1:
-        return outputs
     all_outputs, all_targets = zip(*outputs, strict=True)
-    return [(torch.cat(all_outputs), torch.cat(all_targets))]
+    try:
+        return [(torch.cat(all_outputs), torch.cat(all_targets))]
+    except RuntimeError:
+        # Of other shapes. It is left to torch to find: comparing them here takes longer than joining small tensors.
+        return outputs
 
 
 def split_by_micro_batch(output: Any, batch: MicroBatch) -> list[OutputAndTargets]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer.components.answers import Answer
+from trainer.components.targets import largest_class
 from trainer.core.metrics import Row
 from trainer.core.observers import Observer
 from trainer.core.run import Run
@@ -155,7 +156,7 @@ def _answers(answer: Answer | None, output: Any, samples: int) -> Arrays:
             "(docs/bring-your-own.md)",
         )
     if answer.kind == "class_map":
-        return {"classes": _to_numpy(answer.values.argmax(1))}
+        return {"classes": _to_numpy(largest_class(answer.values))}
     name = "values" if answer.kind == "values" else "probabilities"
     kept = {name: _to_numpy(answer.values)}
     if answer.kind == "class":

@@ -7,7 +7,7 @@ runs apart but is no cryptographic hash (`summary.json` has those).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -32,12 +32,13 @@ def digest(tensors: Mapping[str, Tensor]) -> Tensor:
     The mixing is one round of SplitMix64's (Steele, Lea and Flood, 2014, "Fast splittable pseudorandom number
     generators"). Does not wait for the device.
     """
-    total = torch.zeros((), dtype=torch.int64)
+    total = None
     position = 1  # not 0, of which every multiple is 0
     for bits in _chunks(tensors):
-        total = total.to(bits.device) + _mixed(bits, position).sum()
+        part = _mixed(bits, position).sum()
+        total = part if total is None else total.to(part.device) + part
         position += len(bits)
-    return total
+    return torch.zeros((), dtype=torch.int64) if total is None else total
 
 
 @torch.no_grad()
@@ -53,7 +54,8 @@ def digest_of_shards(tensors: Mapping[str, Tensor], ranks: Ranks) -> Tensor:
         # What every rank holds whole counts once.
         if is_shard(tensor) or ranks.is_main:
             start = position + first_element(tensor)
-            for piece in _pieces(local_part(tensor)):
+            bits = _bits(local_part(tensor))
+            for piece in torch.split(bits, _chunk_on(bits.device)):
                 total += _mixed(piece.long(), start).sum()
                 start += len(piece)
         position += tensor.numel()
@@ -75,23 +77,23 @@ def hexadecimal(value: Tensor) -> str:
 
 def _chunks(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
     """The bits of all elements as int64, in pieces: small tensors are joined and large ones cut."""
-    pieces: list[Tensor] = []
+    group: list[Tensor] = []
     length = 0
     for name in sorted(tensors):
-        for piece in _pieces(tensors[name]):
-            pieces.append(piece)
-            length += len(piece)
-            if length >= _chunk_on(piece.device):
-                yield torch.cat(pieces).long()
-                pieces = []
-                length = 0
-    if pieces:
-        yield torch.cat(pieces).long()
-
-
-def _pieces(tensor: Tensor) -> Sequence[Tensor]:
-    bits = _bits(tensor)
-    return torch.split(bits, _chunk_on(bits.device))
+        bits = _bits(tensors[name])
+        chunk = _chunk_on(bits.device)
+        if group and length + len(bits) > chunk:
+            yield torch.cat(group).long()
+            group = []
+            length = 0
+        if len(bits) > chunk:
+            for piece in torch.split(bits, chunk):
+                yield piece.long()
+        else:
+            group.append(bits)
+            length += len(bits)
+    if group:
+        yield torch.cat(group).long()
 
 
 def _chunk_on(device: torch.device) -> int:
@@ -100,7 +102,7 @@ def _chunk_on(device: torch.device) -> int:
 
 def _bits(tensor: Tensor) -> Tensor:
     """The bits of a tensor's elements, `(n,)`, as integers of the same size."""
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
     return flat.view(INTEGER_TYPES[flat.element_size()])

@@ -117,7 +117,7 @@ def lock_directory(directory: Path) -> TextIO | None:
         except BlockingIOError:
             file.close()
             return None
-        if is_in(file, directory):
+        if is_at(file, directory / LOCK_FILE):
             file.truncate(0)
             _locks.add(file)
             return file
@@ -126,10 +126,10 @@ def lock_directory(directory: Path) -> TextIO | None:
     return None
 
 
-def is_in(file: TextIO, directory: Path) -> bool:
-    """True if the lock file at the directory's path is this open one."""
+def is_at(file: TextIO, path: Path) -> bool:
+    """True if the file at `path` is this open one."""
     try:
-        at_path = (directory / LOCK_FILE).stat()
+        at_path = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     return os.path.samestat(os.fstat(file.fileno()), at_path)

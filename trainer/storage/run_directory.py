@@ -20,7 +20,7 @@ from trainer.storage import checkpoint
 from trainer.storage.files import (
     LOCK_ATTEMPTS,
     LOCK_FILE,
-    is_in,
+    is_at,
     lock_directory,
     write_text,
 )
@@ -77,6 +77,7 @@ class RunDirectory:
 
     def __init__(self, section: RunConfig) -> None:
         self.path = run_path(section)
+        self._lock_path = self.path / LOCK_FILE  # asked for before every row
         self.resume_from: list[Path] = []
         self.moved_to: Path | None = None
         resumes = section.resume != "never"
@@ -125,7 +126,7 @@ class RunDirectory:
         """
         assert self._lock is not None
         # Not the directory's number, which a file system may give to the next one.
-        if is_in(self._lock, self.path):
+        if is_at(self._lock, self._lock_path):
             return
         raise LockstepError(
             f"{self.path}, the directory of this run, was {self._whereabouts()}; what the run would write from now on "
@@ -138,7 +139,7 @@ class RunDirectory:
         link = Path(f"/proc/self/fd/{self._lock.fileno()}")
         with suppress(OSError):  # it is deleted, or this system does not say
             now = link.readlink().parent
-            if is_in(self._lock, now):
+            if is_at(self._lock, now / LOCK_FILE):
                 return (
                     f"moved to {now} (run.dir={now.parent} run.name={now.name} "
                     f"run.resume=auto goes on from its newest checkpoint)"
