@@ -186,7 +186,12 @@ class Reduction(ABC):
 
     def gradients(self) -> list[Tensor]:
         """The gradients that there are: of the step, after `finish`."""
-        return [p.grad for p in self._parameters.values() if p.grad is not None]
+        gradients = []
+        for parameter in self._parameters.values():
+            gradient = parameter.grad
+            if gradient is not None:
+                gradients.append(gradient)
+        return gradients
 
     def gradients_to_check(self) -> list[Tensor]:
         """Tensors that are finite if the step's whole gradient is: the same answer on every rank."""
