@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.components.optimizer_step import update
+from trainer.core.autograd_engine import backward
 from trainer.errors import ConfigError
 from trainer.exact.structures import map_tensors
 
@@ -54,7 +55,7 @@ class Precision:
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
         # As the gradient of the loss itself, the factor costs less than a product and its backward.
-        torch.autograd.backward(loss, loss_scale)
+        backward(loss, loss_scale)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Bring the gradients to their true size. Call it at most once a step, before anything reads them."""
