@@ -316,6 +316,7 @@ def answer_as_on_gpu(name: str, directory: Path) -> Answer:
         ("copy-overlap", None, "% of the shorter one is hidden: copies "),
         ("memory-resnet18", None, "1.0000 × the raw loop's (0 and 0 MiB), within"),
         ("max-pool-backward", True, "the same in 4 of 4"),
+        ("backward", True, "by the engine alone: 8 gradients, the same bits"),
         ("jpeg", None, " by the GPU"),
         (
             "device-decoding",
