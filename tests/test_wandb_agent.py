@@ -137,45 +137,35 @@ def assert_checkpoint(run: Path, directory: Path) -> None:
     assert (run / "checkpoints" / "last").exists(), agent_log(directory)
 
 
-def test_a_grid_on_two_processes_is_one_run_a_trial(
+def test_a_trial_on_two_processes_is_one_run(
     tmp_path: Path, server: WandbServer, backend: SweepBackend
 ) -> None:
+    """The agent ends with the grid. Each trial of more costs 15 s of a core; the test below has several."""
     parameters = {
         "optimizer.lr": {"values": [1e-5]},
-        "train.max_grad_norm": {"values": [None, 1]},
+        "train.max_grad_norm": {"values": [None]},
     }
     file = sweep_file(
         tmp_path, "cpu", parameters, "train.max_steps=3", "train.log_every=1"
     )
     agent = start_agents(server, tmp_path, str(file))
     assert agent.wait(timeout=240) == 0, (tmp_path / "agent.log").read_text()
-    assert len(backend.runs) == 2
-    for run in backend.runs.values():
-        assert (run["state"], len(run["writers"]), run["rewritten"]) == (
-            "finished",
-            1,
-            0,
-        )
-        rows = backend.history(run["name"])
-        assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3]
-    directories = sorted((tmp_path / "runs").iterdir())
-    assert [path.name for path in directories] == [
-        f"digits-{name}" for name in sorted(backend.runs)
-    ]
-    settings = []
-    for path in directories:
-        assert json.loads((path / "summary.json").read_text())["world_size"] == 2
-        config = yaml.safe_load((path / "config.yaml").read_text())
-        settings.append((config["optimizer"]["lr"], config["train"]["max_grad_norm"]))
-    assert sorted(settings, key=str) == [(1e-5, 1.0), (1e-5, None)]
+    (run,) = backend.runs.values()
+    assert (run["state"], len(run["writers"]), run["rewritten"]) == ("finished", 1, 0)
+    rows = backend.history(run["name"])
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3]
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert directory.name == f"digits-{run['name']}"
+    assert json.loads((directory / "summary.json").read_text())["world_size"] == 2
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    assert config["optimizer"]["lr"] == 1e-5
+    assert config["train"]["max_grad_norm"] is None
 
 
 def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(
     tmp_path: Path, server: WandbServer, backend: SweepBackend
 ) -> None:
-    parameters = {
-        "optimizer": {"parameters": {"lr": {"values": [0.05, 1e30, -1.0, 0.01]}}}
-    }
+    parameters = {"optimizer": {"parameters": {"lr": {"values": [0.05, -1.0, 0.01]}}}}
     long = sweep_file(
         tmp_path, "one_gpu", parameters, "train.epochs=5000", "train.log_every=5"
     )
@@ -199,7 +189,7 @@ def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(
     ((name, sweep),) = backend.sweeps.items()
     agent = start_agents(server, tmp_path, f"tester/uncategorized/{name}")
     runs, logged = tmp_path / "runs", "metrics.jsonl"
-    first, blown_up, refused_value, last = (f"{name}r{i}" for i in range(4))
+    first, refused_value, last = (f"{name}r{i}" for i in range(3))
 
     wait_for((runs / f"digits-{first}" / logged).exists, tmp_path)
     assert processes(runs)
@@ -209,14 +199,9 @@ def test_a_trial_stopped_or_failed_leaves_no_process_and_the_sweep_goes_on(
     wait_for(lambda: not is_locked(runs / f"digits-{first}"), tmp_path)
     assert_checkpoint(runs / f"digits-{first}", tmp_path)
 
-    # The second and third failed.
+    # The second failed.
     wait_for((runs / f"digits-{last}" / logged).exists, tmp_path)
-    assert (
-        backend.runs[blown_up]["state"]
-        == backend.runs[refused_value]["state"]
-        == "failed"
-    )
-    assert "the loss is" in backend.runs[blown_up]["summary"]["failure"]
+    assert backend.runs[refused_value]["state"] == "failed"
     assert (
         "optimizer.lr: -1.0 is less than 0"
         in backend.runs[refused_value]["summary"]["failure"]

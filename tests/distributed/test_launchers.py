@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,19 +20,11 @@ from trainer.core.metrics import TIMINGS
 from trainer.reporting.jsonl import read_rows
 
 ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-LAUNCHERS = {
-    "python": [],
-    "accelerate": [
-        str(BIN / "accelerate"),
-        "launch",
-        "--config_file",
-        "launch/cpu.yaml",
-    ],
-    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "3"],
-}
-# A fresh process uses the CPU for 5 s before its first step, so there are no more of them than needed.
-TORCHRUN_OF_TWO = [*LAUNCHERS["torchrun"][:-1], "2"]
+# What the commands `accelerate` and `torchrun` run. A launcher itself is forked; the ranks it starts are fresh.
+# Each of those uses the CPU for 5 s before its first step, so there are no more of them than needed.
+ACCELERATE_CLI = ["-m", "accelerate.commands.accelerate_cli"]
+ACCELERATE = [*ACCELERATE_CLI, "launch", "--config_file", "launch/cpu.yaml"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SHORT = [
     "train.epochs=3",
     "train.max_steps=40",
@@ -50,69 +41,48 @@ ENDLESS = [
 ]
 
 
-def launch(launcher: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command as a user types it: the launcher and its ranks are fresh processes."""
-    return run_fresh(*LAUNCHERS[launcher], *arguments)
-
-
-def run_fresh(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
 def summary(directory: Path) -> dict[str, Any]:
     return dict(json.loads((directory / "digits" / "summary.json").read_text()))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The default config, fp64 and cut short inside its second epoch, by each launcher."""
-    directories = {
-        launcher: tmp_path_factory.mktemp(launcher) for launcher in LAUNCHERS
-    }
-    for launcher, directory in directories.items():
-        arguments = ["train.py", f"run.dir={directory}", *SHORT]
-        # Without a launcher, a forked program is as good as a fresh one, and quicker.
-        is_launched = launcher != "python"
-        result = launch(launcher, *arguments) if is_launched else run_program(arguments)
+    """The default config, fp64 and cut short inside its second epoch, with a launcher and without."""
+    directories = {}
+    for name, launcher in (("python", []), ("accelerate", ACCELERATE)):
+        directory = directories[name] = tmp_path_factory.mktemp(name)
+        result = run_program([*launcher, "train.py", f"run.dir={directory}", *SHORT])
         assert result.returncode == 0, result.stdout + result.stderr
     return directories
 
 
-# How many processes a launcher starts, and whether they join.
-@pytest.mark.fresh_process
-def test_each_launcher_starts_the_processes_it_should(runs: dict[str, Path]) -> None:
-    assert {
-        launcher: summary(directory)["world_size"]
-        for launcher, directory in runs.items()
-    } == {
-        "python": 1,
-        "accelerate": 2,
-        "torchrun": 3,
-    }
+def check_same_run(directory: Path, reference: Path) -> None:
+    """What launchers set in the environment must not change a run: its last checkpoint, and every row."""
 
-
-# What launchers set in the environment must not change a run.
-@pytest.mark.fresh_process
-def test_the_run_is_the_same(runs: dict[str, Path]) -> None:
     def last(directory: Path) -> dict[str, Any]:
-        return load_file(
-            directory / "digits" / "checkpoints" / "step_00000040" / "model.safetensors"
-        )
+        checkpoints = directory / "digits" / "checkpoints"
+        name = (checkpoints / "last").read_text().strip()
+        return load_file(checkpoints / name / "model.safetensors")
 
-    reference = runs["python"]
-    for launcher in ("accelerate", "torchrun"):
-        assert largest_difference(last(runs[launcher]), last(reference)) < 1e-12
-        for row, expected in zip(
-            read_rows(runs[launcher] / "digits" / "metrics.jsonl"),
-            read_rows(reference / "digits" / "metrics.jsonl"),
-            strict=True,
-        ):
-            for column in (*TIMINGS, "digest"):  # no bound holds for these
-                row.pop(column, None)
-                expected.pop(column, None)
-            assert row == pytest.approx(expected, rel=1e-10)
+    assert largest_difference(last(directory), last(reference)) < 1e-12
+    for row, expected in zip(
+        read_rows(directory / "digits" / "metrics.jsonl"),
+        read_rows(reference / "digits" / "metrics.jsonl"),
+        strict=True,
+    ):
+        for column in (*TIMINGS, "digest"):  # no bound holds for these
+            row.pop(column, None)
+            expected.pop(column, None)
+        assert row == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.fresh_process  # how many processes a launcher starts, and whether they join
+def test_accelerate_starts_the_processes_it_should_and_the_run_is_the_same(
+    runs: dict[str, Path],
+) -> None:
+    worlds = [summary(runs[name])["world_size"] for name in ("python", "accelerate")]
+    assert worlds == [1, 2]
+    check_same_run(runs["accelerate"], runs["python"])
 
 
 def test_the_best_model_gives_its_numbers_again(runs: dict[str, Path]) -> None:
@@ -173,15 +143,17 @@ def test_a_mistake_is_reported_once(
     ("launcher", "mistake", "message"),
     [
         # Found before anything heavy is imported.
-        (LAUNCHERS["accelerate"], ["optimizr.lr=1"], 'did you mean "optimizer"?'),
+        (ACCELERATE, ["optimizr.lr=1"], 'did you mean "optimizer"?'),
         # Found when the ranks have joined.
-        (TORCHRUN_OF_TWO, MISSPELT, MOMENTUM),
+        (TORCHRUN, MISSPELT, MOMENTUM),
     ],
 )
 def test_a_mistake_is_reported_once_under_a_launcher(
     tmp_path: Path, launcher: list[str], mistake: list[str], message: str
 ) -> None:
-    result = run_fresh(*launcher, "train.py", f"run.dir={tmp_path}", *SHORT, *mistake)
+    result = run_program(
+        [*launcher, "train.py", f"run.dir={tmp_path}", *SHORT, *mistake]
+    )
     check_one_message(result, message, tmp_path)
     assert result.returncode == 1
 
@@ -196,13 +168,17 @@ def wait_for_rows(directory: Path, is_running: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def step_of_stop(directory: Path) -> int:
+    checkpoints = directory / "digits" / "checkpoints"
+    last = checkpoints / (checkpoints / "last").read_text().strip()
+    return int(json.loads((last / "manifest.json").read_text())["step"])
+
+
 def check_checkpoint_of_stop(directory: Path, stderr: str) -> None:
     """The message is printed once and names the checkpoint's step, and the run resumes from there."""
     assert stderr.count("a checkpoint is kept") == 1
     assert "trainer/trainer.py" not in stderr
-    checkpoints = directory / "digits" / "checkpoints"
-    last = checkpoints / (checkpoints / "last").read_text().strip()
-    step = json.loads((last / "manifest.json").read_text())["step"]
+    step = step_of_stop(directory)
     assert f"after step {step}" in stderr
     length = [f"train.max_steps={step + 3}", "train.epochs=1000", "run.resume=auto"]
     result = run_program(["train.py", f"run.dir={directory}", *SHORT, *length])
@@ -250,13 +226,22 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
 def test_a_signal_to_a_launcher_ends_the_run_at_a_step_with_a_checkpoint(
     tmp_path: Path,
 ) -> None:
-    command = [*TORCHRUN_OF_TWO, "train.py", f"run.dir={tmp_path}", *ENDLESS]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    wait_for_rows(tmp_path, lambda: process.poll() is None)
-    process.send_signal(signal.SIGTERM)
-    check_checkpoint_of_stop(tmp_path, process.communicate(timeout=240)[1])
+    """Until then, it is the run that one process does without a launcher."""
+    directory, reference = tmp_path / "torchrun", tmp_path / "python"
+    program = Program([*TORCHRUN, "train.py", f"run.dir={directory}", *ENDLESS])
+    try:
+        wait_for_rows(directory, program.is_running)
+        program.send_signal(signal.SIGTERM)
+        stderr = program.wait(timeout=240).stderr
+    finally:
+        program.kill()
+    environment = json.loads((directory / "digits" / "environment.json").read_text())
+    assert len(environment["ranks"]) == 2
+    stop = f"train.stop_after={step_of_stop(directory)}"
+    alone = run_program(["train.py", f"run.dir={reference}", *ENDLESS, stop])
+    assert alone.returncode == 0, alone.stderr
+    check_same_run(directory, reference)
+    check_checkpoint_of_stop(directory, stderr)
 
 
 def test_a_launcher_that_asks_for_more_than_the_config_is_refused(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import run_program
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -91,9 +92,8 @@ def free_port() -> int:
 
 
 @pytest.mark.fresh_process  # the script starts its tasks
-def test_a_job_stops_with_a_checkpoint_and_the_same_line_goes_on(
-    tmp_path: Path,
-) -> None:
+def test_a_job_goes_on_and_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    """With the line of a job before it, of which forked processes do the part."""
     line = [
         f"run.dir={tmp_path}",
         "train.epochs=1000",
@@ -107,19 +107,20 @@ def test_a_job_stops_with_a_checkpoint_and_the_same_line_goes_on(
         "data.image_size=8",
         "data.num_classes=10",
     ]
+    before = ["train.py", "configs/digits.yaml", *line, "train.stop_after=3"]
+    assert run_program(before, ranks=2).returncode == 0
     last = tmp_path / "digits/checkpoints/last"
+    assert last.read_text() == "step_00000003\n"
+    rows = tmp_path / "digits/metrics.jsonl"
+    size = rows.stat().st_size
     job = Job(tmp_path, *line)
-    wait_until(lambda: last.exists() or job.process.poll() is not None)
+    wait_until(lambda: rows.stat().st_size > size or job.process.poll() is not None)
     job.stop()
     status, output = job.wait()
     assert status == 143, output
+    assert "resumed after step 3" in output
     assert output.count("stopped by signal 15") == 1
+    assert int(last.read_text().strip().removeprefix("step_")) > 3
     assert json.loads(job.record.read_text())[1] == ["--cpus-per-task=1", "--wait=120"]
-    stopped_at = int(last.read_text().strip().removeprefix("step_"))
-
-    status, output = Job(tmp_path, *line, f"train.max_steps={stopped_at + 3}").wait()
-    assert status == 0, output
-    assert f"resumed after step {stopped_at}" in output
-    summary = json.loads((tmp_path / "digits/summary.json").read_text())
-    assert summary["steps"] == stopped_at + 3
-    assert summary["world_size"] == 2
+    environment = json.loads((tmp_path / "digits/environment.json").read_text())
+    assert len(environment["ranks"]) == 2
