@@ -278,12 +278,12 @@ def test_gpu_report_says_what_is_not_installed(tmp_path: Path) -> None:
     assert "- open jpeg: torchvision, which decodes images, is not inst" in printed
 
 
-@pytest.mark.fresh_process
 def test_without_a_gpu_one_line_says_so() -> None:
-    status, printed, _ = gpu()
-    assert status == 0
-    assert printed.startswith("no CUDA GPU here")
-    assert printed.count("\n") == 1
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    printed = run_program(["-m", "benchmarks.gpu"], env=environment)
+    assert printed.returncode == 0
+    assert printed.stdout.startswith("no CUDA GPU here")
+    assert printed.stdout.count("\n") == 1
 
 
 class AsOnGpu(Setting):

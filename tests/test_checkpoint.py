@@ -173,6 +173,7 @@ def save_best(run: Path, step: int, **more: Any) -> None:
         "run: {}\n",
         {"step": step, "val/loss": 1 / step},
         {},
+        private=False,
     )
     best_model.write(run, snapshot, **more)
 

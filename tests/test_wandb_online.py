@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import itertools
 import json
@@ -15,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch._dynamo
-import wandb.sdk.launch  # noqa: F401 - this and the one above: imported once, before the ranks are forked
+import torch
 
 from benchmarks.wandb_server import WandbServer
 from tests.distributed.ranks import on_ranks
@@ -97,6 +97,12 @@ class Diverging(Trainer):
 
 
 client_asked = threading.Event()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_before_the_ranks_are_forked() -> None:
+    """By the one worker that runs this file: it takes a second and a half."""
+    importlib.import_module("wandb.sdk.launch")
 
 
 def train_stopped(settings: Config, server: WandbServer) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import multiprocessing
@@ -15,11 +16,16 @@ from typing import Any
 
 import torch
 
-# Every optimizer imports it: once, here, and not in each rank again.
+# Every optimizer imports the first and every DDP the second: once, here, and not in each rank again.
 import torch._dynamo
+import torch.distributed.algorithms.ddp_comm_hooks.default_hooks
 from accelerate.state import AcceleratorState
 
 from trainer.process.local_ranks import free_port, rank_variables
+
+# Decodes the images of a folder. It looks through all that is imported, so late it would take a second of each rank.
+with contextlib.suppress(ImportError, RuntimeError):  # as the trainer does without
+    import torchcodec.decoders  # noqa: F401
 
 # Torch is imported once, here, and not in each process again.
 FORK = multiprocessing.get_context("fork")

@@ -200,7 +200,8 @@ def test_compiled_models_too(tmp_path: Path) -> None:
         "batch_norm__recalibrate": 3,
     }
     (reference,) = on_ranks(1, run, tmp_path / "1", **changes)
-    assert on_ranks(3, run, tmp_path / "3", **changes)[0] == reference
+    # Each rank compiles for itself, which takes 3 s of a core.
+    assert on_ranks(2, run, tmp_path / "2", **changes)[0] == reference
 
 
 def test_bitwise_and_standard_are_the_same_mathematics(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from trainer.components.optimizer import load_named_state, named_state
 from trainer.components.optimizer_modes import evaluation_weights
+from trainer.config.secrets import holds_secret
 from trainer.core.further import of_best, read_further, restore_evaluated
 from trainer.core.metrics import Row
 from trainer.core.not_finite import refuse_not_finite
@@ -103,12 +105,22 @@ class SavedState:
         with evaluation_weights(self._optimizer):
             snapshot = best_model.take(
                 self._take_weights(),
-                config_yaml(self._run.config),
+                self._config_yaml,
                 row,
                 self._run.signature.to_dict(),
+                private=self._config_is_private,
                 further=of_best(self._further()),
             )
             write(self._with_collected(snapshot))
+
+    # A run's config stays as it is, and to write it as YAML takes longer than many small steps.
+    @cached_property
+    def _config_yaml(self) -> str:
+        return config_yaml(self._run.config)
+
+    @cached_property
+    def _config_is_private(self) -> bool:
+        return holds_secret(self._run.config.to_dict())
 
     def _with_collected(self, snapshot: Snapshot) -> Snapshot:
         """Mark the files whose tensors were collected: those are copies already."""

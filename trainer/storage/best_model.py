@@ -10,14 +10,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors.torch import load_file
 
-from trainer.config.secrets import holds_secret
 from trainer.errors import LockstepError
 from trainer.storage.checkpoint import FURTHER, MODEL_FILE, READ_ERRORS, verify
 from trainer.storage.files import new_directory
@@ -37,12 +34,15 @@ def take(
     metrics: Mapping[str, float],
     signature: Mapping[str, Any],
     *,
+    private: bool,
     further: Mapping[str, Any] | None = None,
 ) -> Snapshot:
-    """The files of a best model; `further` is state that is not among its tensors, such as a loss's own."""
+    """The files of a best model; `further` is state that is not among its tensors, such as a loss's own.
+
+    A `private` config has secrets, and is for its owner's eyes alone.
+    """
     snapshot = Snapshot(int(metrics["step"]))
     snapshot.files[MODEL_FILE] = model
-    private = _is_private(config_yaml)
     snapshot.add_text("config.yaml", config_yaml, private=private)
     snapshot.add_json(METRICS_FILE, dict(metrics))
     snapshot.add_json("signature.json", dict(signature))
@@ -112,11 +112,6 @@ def load_further(run: Path) -> dict[str, Any]:
         return load_state(best, FURTHER)
     except READ_ERRORS as error:
         raise LockstepError(f"{best} cannot be read ({error})") from error
-
-
-@lru_cache(maxsize=1)  # a run has one
-def _is_private(config_yaml: str) -> bool:
-    return holds_secret(yaml.safe_load(config_yaml))
 
 
 def _step_of(path: Path) -> int | None:
