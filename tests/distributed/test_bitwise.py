@@ -77,6 +77,7 @@ def run(
         directory,
         run__reproducibility="bitwise",
         run__resume="auto",
+        run__proof="off",
         train__precision="fp32",
         data__name="fake",
         data__size=86,
