@@ -28,12 +28,8 @@ if (
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 import pytest  # noqa: E402
-import torch  # noqa: E402 - reads the environment
 from hypothesis import settings  # noqa: E402
 
-from trainer.process.machine import package_versions  # noqa: E402
-
-torch.set_num_threads(1)
 # A busy machine is no failure, and half of the usual examples find the same.
 settings.register_profile("untimed", deadline=None, max_examples=50)
 settings.load_profile("untimed")
@@ -53,7 +49,6 @@ LONGEST = {
     "test_restart.py": 20,
     "test_lessons.py": 20,
     "test_notebook.py": 20,
-    "test_benchmark_suite.py": 20,
     "test_background_saving.py": 20,
     "test_proof.py": 20,
     "test_faults.py": 15,
@@ -73,6 +68,14 @@ LONGEST = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread of torch's, wherever tests run. A process that deals them out to others imports no torch."""
+    if not config.getoption("numprocesses", None):
+        import torch  # reads the environment
+
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; the others stay in their order."""
     items.sort(key=lambda item: -LONGEST.get(item.path.name, 0))
@@ -84,6 +87,8 @@ def pytest_collection_finish() -> None:
     Every run that a test makes collects garbage when it begins, which took two thirds of a small run's time: there are
     a million objects of torch's, pytest's and others', none of them garbage.
     """
+    from trainer.process.machine import package_versions
+
     package_versions()  # what it has read once, the ranks forked from here need not read again
     gc.collect()
     gc.freeze()

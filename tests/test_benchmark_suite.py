@@ -92,6 +92,7 @@ def test_small_benchmarks_print_what_they_save(name: str, tmp_path: Path) -> Non
 TINY = Workload("tiny", "mlp", batch_size=8, cuts=4, ranks=2, steps=2)
 
 
+@pytest.mark.slow
 def test_peers_take_turns_and_end_with_the_same_weights(tmp_path: Path) -> None:
     """Real processes, two ranks each; an adapter that is not there is a failure in a line."""
     python = Path(sys.executable)

@@ -21,13 +21,7 @@ def run(directory: Path, *kinds: str) -> Result:
 
 
 def test_runs_survive_or_are_refused_in_a_sentence(tmp_path: Path) -> None:
-    kinds = [
-        "SIGKILL",
-        "NaN gradient, stop",
-        "loader process killed",
-        "two starts at once",
-        "damaged image",
-    ]
+    kinds = ["SIGKILL", "two starts at once", "damaged image"]
     result = run(tmp_path, *kinds)
     assert not result.lines
     assert not result.bad()
