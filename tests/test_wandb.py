@@ -53,7 +53,7 @@ def run(tmp_path):
             env={**inherited, **home, "PYTHONPATH": str(REPOSITORY), **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             check=False,
         )
         assert process.returncode == 0, process.stderr
