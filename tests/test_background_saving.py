@@ -19,7 +19,8 @@ from torch import nn
 from benchmarks.checkpoint import measure
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import HASHES, Images, bitwise_config, conv_net, rows_of
-from trainer import Observer, Trainer
+from trainer import Config, Observer, Trainer
+from trainer.core import saved_state
 from trainer.core.profile.observer import ProfileObserver
 from trainer.errors import LockstepError, Stopped
 from trainer.exact.finite import first_not_finite
@@ -245,6 +246,26 @@ def test_a_stop_and_a_full_disk_while_one_is_written(
         assert failure.startswith("cannot write ")
         assert "No space left on device" in failure
         assert hashes[0] == hashes[1] == hashes[2]
+
+
+def test_a_new_best_makes_no_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made while training waits, and a run's config stays as it is."""
+    texts: list[str] = []
+    make = saved_state.config_yaml
+
+    def counted(settings: Config) -> str:
+        texts.append(make(settings))
+        return texts[-1]
+
+    monkeypatch.setattr(saved_state, "config_yaml", counted)
+    train(tmp_path, "run")
+    run = tmp_path / "run"
+    metrics = json.loads((run / "best" / "metrics.json").read_text())
+    assert metrics["epoch"] == 2  # the first epoch's was the best before
+    assert (run / ".best.previous").is_dir()
+    assert texts == [(run / "best" / "config.yaml").read_text()]
 
 
 class KilledAt:
