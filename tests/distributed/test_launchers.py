@@ -65,11 +65,11 @@ def check_same_run(directory: Path, reference: Path) -> None:
         return load_file(checkpoints / name / "model.safetensors")
 
     assert largest_difference(last(directory), last(reference)) < 1e-12
-    for row, expected in zip(
-        read_rows(directory / "digits" / "metrics.jsonl"),
-        read_rows(reference / "digits" / "metrics.jsonl"),
-        strict=True,
-    ):
+    rows = read_rows(directory / "digits" / "metrics.jsonl")
+    references = read_rows(reference / "digits" / "metrics.jsonl")
+    assert len(rows) > 3
+    # A run that a signal stops leaves the evaluation of its last step to a resume.
+    for row, expected in zip(rows, references[: len(rows)], strict=True):
         for column in (*TIMINGS, "digest"):  # no bound holds for these
             row.pop(column, None)
             expected.pop(column, None)
