@@ -100,7 +100,7 @@ def test_a_rank_that_hangs_in_its_own_code(tmp_path: Path) -> None:
     check_message(
         result.stderr,
         "rank 0 on ",
-        "at trainer/core/precision.py:",
+        "at trainer/core/autograd_engine.py:",
         "rank 1 on ",
         ", in forward and backward, at tests/distributed/hanging.py:",
         " in wait_here; stacks in ",
