@@ -92,7 +92,7 @@ def test_a_file_that_cannot_be_read(
     path = tmp_path / "0.png"
     error = OSError(number, os.strerror(number), str(path))
     for owner, name, read in (
-        (np, "fromfile", lambda: decode(path)),
+        (os, "open", lambda: decode(path)),
         (Path, "stat", lambda: file_size(path)),
         (Path, "stat", lambda: file_fingerprint(path)),
         (os, "scandir", lambda: image_folders(tmp_path)),

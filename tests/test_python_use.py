@@ -17,11 +17,11 @@ from trainer import ConfigError, LockstepError, Observer, Trainer
 from trainer.exact.plan import Step
 
 
-def fit(directory: Path, model: nn.Module) -> dict[str, Any]:
+def fit(directory: Path, model: nn.Module, precision: str = "fp32") -> dict[str, Any]:
     settings = config(
         directory,
         run__reproducibility="bitwise",
-        train__precision="fp32",
+        train__precision=precision,
         train__max_steps=2,
         batch__micro_size=7,
     )
@@ -58,6 +58,15 @@ def test_a_run_does_not_depend_on_the_state_of_its_program(tmp_path: Path) -> No
             assert fit(tmp_path / name, model) == reference, name
             is_on = torch.is_autocast_enabled("cpu")
             assert is_on == (name == "autocast")  # the program's own state is back
+
+
+def test_autocast_within_autocast_sees_every_update(tmp_path: Path) -> None:
+    """torch keeps the weights that it has cast until the outermost autocast ends."""
+    reference = fit(tmp_path / "reference", conv_net(), "bf16")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fit(tmp_path / "within", conv_net(), "bf16") == reference
+        depth = torch.autocast_increment_nesting()
+        assert depth - 1 == torch.autocast_decrement_nesting() == 1
 
 
 def test_what_cannot_be_used_is_one_message(tmp_path: Path) -> None:

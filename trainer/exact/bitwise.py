@@ -79,6 +79,8 @@ class BitwiseReduction(Reduction):
             yield self._module
         if watch is not None and watch.in_pieces:
             self._note_pieces(watch.in_pieces, is_summed=sibling is not None)
+        if not self._knows_pieces:
+            self._refuse_sparse_gradients()
         gradients = self._take_gradients()
         differences = self._statistics.difference(step, index)
         if sibling is not None:

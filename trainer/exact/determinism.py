@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -67,13 +67,35 @@ def _without_modes_of_the_caller() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind in kinds:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_outside_autocast(kinds))
         torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:
             torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def _outside_autocast(kinds: Iterable[str]) -> Iterator[None]:
+    """As if the caller used no autocast on these kinds of devices.
+
+    `torch.autocast(…, enabled=False)` would not do: torch drops the weights that it has cast when the outermost
+    autocast ends. Within one, a run in bf16 would compute with those of its first step for ever.
+    """
+    were_on = {kind: torch.is_autocast_enabled(kind) for kind in kinds}
+    depth = torch.autocast_increment_nesting() - 1
+    for _ in range(depth + 1):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+    for kind in were_on:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        for kind, was_on in were_on.items():
+            torch.set_autocast_enabled(kind, was_on)
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
 
 
 @contextmanager

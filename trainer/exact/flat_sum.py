@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.errors import ConfigError
 from trainer.exact.joint_sum import neighbours
 from trainer.process.ranks import Ranks
 
@@ -39,7 +38,7 @@ class FlatSum:
     def sum_(self) -> None:
         """Leave the sum of all ranks' gradients in `grad`, None where no rank has one. A collective.
 
-        Waits for the device on a rank that lacks a gradient. Raises `ConfigError` for a sparse gradient.
+        Waits for the device on a rank that lacks a gradient.
         """
         has_gradient = [parameter.grad is not None for parameter in self._parameters]
         is_complete = all(has_gradient)
@@ -51,8 +50,6 @@ class FlatSum:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.full_like(parameter, -0.0)
-            elif parameter.grad.layout != torch.strided:
-                raise _refuse_sparse()
             tensors.append(parameter.grad)
         start = 0
         for piece in self._pieces:
@@ -118,10 +115,3 @@ def _memory_for(groups: Sequence[Sequence[Tensor]]) -> dict[torch.dtype, Tensor]
         dtype: torch.empty(size, dtype=dtype, device=device)
         for dtype, size in sizes.items()
     }
-
-
-def _refuse_sparse() -> ConfigError:
-    return ConfigError(
-        "train.cuda_graphs",
-        "a gradient is sparse, which no graph has and no sum after the backward takes; set it to false",
-    )

@@ -69,8 +69,6 @@ class Reduction(ABC):
         self._build()
 
     def _build(self) -> None:
-        if self._ranks.count > 1:
-            _refuse_sparse(self._whole)
         self._parameters = {
             name: p for name, p in self._whole.named_parameters() if p.requires_grad
         }
@@ -157,6 +155,8 @@ class Reduction(ABC):
 
     def finish(self, step: Step) -> None:
         """Leave the same gradient on every rank: that of the step's loss sum divided by its weight. A collective."""
+        if self._is_first_step:
+            self._refuse_sparse_gradients()
         self._sum_over_ranks(step)
         if self._moving.has_candidates:
             self._moving.finish(step)
@@ -272,6 +272,18 @@ class Reduction(ABC):
         gradients = self.gradients()
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype.to_real()))
 
+    def _refuse_sparse_gradients(self) -> None:
+        """Ranks have other rows each. One process can train on them."""
+        if self._ranks.count == 1:
+            return
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise ConfigError(
+                    "model",
+                    f'the gradient of "{name}" is sparse, and processes exchange dense ones; make its embedding with '
+                    f"sparse=False, or train on one process",
+                )
+
     def _refuse_unused_parameters(self) -> None:
         """A parameter without a gradient would make DDP wait for ever on several ranks, so one refuses it as well."""
         unused = self._unused_parameters()
@@ -307,15 +319,3 @@ class Reduction(ABC):
                     "train.find_unused_parameters",
                     f"{name} got no gradient in the first step and has one now; set it to true",
                 )
-
-
-def _refuse_sparse(model: ModelAndLoss) -> None:
-    """Raise `ConfigError` for a trained embedding with `sparse=True`: ranks would have other rows each."""
-    for name, module in model.named_modules():
-        trained = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if getattr(module, "sparse", False) is True and trained:
-            raise ConfigError(
-                "model",
-                f'the gradient of "{name}" is sparse, and processes exchange dense ones; make it with sparse=False, '
-                f"or train on one process",
-            )

@@ -20,8 +20,6 @@ def why_eager(run: Run) -> str:
         return "train.parallel=fsdp gathers parameters between the layers"
     if run.ranks.count > 1 and run.config.batch_norm.mode == "sync":
         return "batch_norm.mode=sync exchanges statistics within each forward"
-    if any(getattr(module, "sparse", False) for module in run.module.modules()):
-        return "an embedding with sparse=True has sparse gradients"
     return ""
 
 

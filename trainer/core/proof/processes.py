@@ -147,7 +147,14 @@ class SimulatedRanks:
         return result
 
 
-class SimulatedStandard(StandardReduction):
+class _TakesSparse:
+    """A run on one process may have sparse gradients, which ranks that take turns add up as well."""
+
+    def _refuse_sparse_gradients(self) -> None:
+        """None is refused."""
+
+
+class SimulatedStandard(_TakesSparse, StandardReduction):
     """The gradient of the ranks so far, averaged as DDP does."""
 
     def _sum_over_ranks(self, step: Step) -> None:
@@ -162,7 +169,7 @@ class SimulatedStandard(StandardReduction):
             parameter.grad = None if gradient is None else gradient / ranks.count
 
 
-class SimulatedBitwise(BitwiseReduction):
+class SimulatedBitwise(_TakesSparse, BitwiseReduction):
     """The tree of the ranks so far, without an exchange."""
 
     def _total(self, step: Step) -> tuple[Contribution, list[bool]]:
