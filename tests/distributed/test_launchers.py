@@ -176,7 +176,7 @@ def step_of_stop(directory: Path) -> int:
 
 def check_checkpoint_of_stop(directory: Path, stderr: str) -> None:
     """The message is printed once and names the checkpoint's step, and the run resumes from there."""
-    assert stderr.count("a checkpoint is kept") == 1
+    assert stderr.count("a checkpoint is kept") == 1, stderr
     assert "trainer/trainer.py" not in stderr
     step = step_of_stop(directory)
     assert f"after step {step}" in stderr

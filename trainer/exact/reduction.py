@@ -16,7 +16,7 @@ and `trainer.exact.bitwise`, differ in how they sum; all compute what one proces
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -273,16 +273,8 @@ class Reduction(ABC):
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype.to_real()))
 
     def _refuse_sparse_gradients(self) -> None:
-        """Ranks have other rows each. One process can train on them."""
-        if self._ranks.count == 1:
-            return
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None and parameter.grad.layout != torch.strided:
-                raise ConfigError(
-                    "model",
-                    f'the gradient of "{name}" is sparse, and processes exchange dense ones; make its embedding with '
-                    f"sparse=False, or train on one process",
-                )
+        if self._ranks.count > 1:
+            refuse_sparse_gradients(self._parameters)
 
     def _refuse_unused_parameters(self) -> None:
         """A parameter without a gradient would make DDP wait for ever on several ranks, so one refuses it as well."""
@@ -319,3 +311,14 @@ class Reduction(ABC):
                     "train.find_unused_parameters",
                     f"{name} got no gradient in the first step and has one now; set it to true",
                 )
+
+
+def refuse_sparse_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise `ConfigError` for a sparse gradient: ranks have other rows each. One process can train on them."""
+    for name, parameter in parameters.items():
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            raise ConfigError(
+                "model",
+                f'the gradient of "{name}" is sparse, and processes exchange dense ones; make its embedding with '
+                f"sparse=False, or train on one process",
+            )

@@ -22,7 +22,7 @@ from trainer.exact.compiled import is_compiled
 from trainer.exact.completion import complete_backward, is_complete
 from trainer.exact.joint_sum import sum_together
 from trainer.exact.plan import IndexRange, Step
-from trainer.exact.reduction import Reduction
+from trainer.exact.reduction import Reduction, refuse_sparse_gradients
 from trainer.exact.running_statistics import RunningStatistics, StatisticsShare
 
 EXCHANGES_UNTIL_BUCKETS = 2  # are in the order in which gradients come
@@ -43,6 +43,8 @@ class _Synchronized(AbstractContextManager[nn.Module]):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
+            # On its way in DDP, such a gradient fails with words of torch's.
+            refuse_sparse_gradients(self._parameters)
             return
         self.count += 1
         if not is_complete(self._model):
