@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,10 +11,12 @@ import pytest
 
 from tests.programs import Program
 from trainer import LockstepError
-from trainer.data.batches import Request
+from trainer.data import workers
+from trainer.data.batches import MicroBatch, Request
 from trainer.data.datasets import digits
 from trainer.data.samples import KeyedDataset
 from trainer.data.workers import load_in_workers
+from trainer.process.command import STOP_SIGNALS
 
 PROGRAM = """
 import os, resource, signal, sys, torch
@@ -123,3 +127,23 @@ def test_a_killed_server_of_loader_processes_is_one_message(
     requests = [Request(0, 0, np.arange(4))]
     with pytest.raises(LockstepError, match=r"was killed while it started one; .*auto"):
         next(load_in_workers(data, requests, workers=1, prefetch=2, pin_memory=False))
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_signal_to_the_group_ends_no_process_that_is_being_started(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """torchrun sends its SIGTERM to the group of each rank. A loader process leaves it first thing."""
+    begin = workers.begin_loader_process
+
+    def begin_after_signal() -> None:
+        os.kill(os.getpid(), number)
+        begin()
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    monkeypatch.setattr(workers, "begin_loader_process", begin_after_signal)
+    data = KeyedDataset(digits().train, None, seed=0, purpose="train")
+    requests = [Request(0, 0, np.arange(4))]
+    (batch,) = load_in_workers(data, requests, workers=1, prefetch=2, pin_memory=False)
+    assert isinstance(batch, MicroBatch)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())

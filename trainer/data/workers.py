@@ -14,7 +14,10 @@ from trainer.data.batches import MicroBatch, Request
 from trainer.data.samples import KeyedDataset
 from trainer.data.worker_failure import WorkerNotes, without_sigchld_handler
 from trainer.errors import DataError, LockstepError
-from trainer.process.loader_worker import begin_loader_process
+from trainer.process.loader_worker import (
+    begin_loader_process,
+    starting_loader_processes,
+)
 
 
 class WorkerLoader(DataLoader[Any]):
@@ -63,7 +66,7 @@ def iterate(loader: DataLoader[Any], dataset: KeyedDataset) -> Iterator[Any]:
     while True:
         try:
             if batches is None:
-                with without_sigchld_handler():
+                with without_sigchld_handler(), starting_loader_processes():
                     batches = iter(loader)
                 # Those that have ended are no longer listed later.
                 processes = list(set(multiprocessing.active_children()) - others)

@@ -9,11 +9,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 
+from trainer.process.command import STOP_SIGNALS
 from trainer.process.parent import end_with_parent
 from trainer.process.stacks import STACK_LINE, is_library, short_path
 
@@ -24,6 +25,20 @@ SECONDS_TO_ANSWER = 0.5
 LOADER_FUNCTION = "_worker_loop"  # of PyTorch's loader processes
 
 
+@contextmanager
+def starting_loader_processes() -> Iterator[None]:
+    """A context in which loader processes are started: they hear no stop signal before `begin_loader_process`.
+
+    Until then they belong to their rank's group, and torchrun sends its SIGTERM to the whole of that. The rank hears of
+    one by a thread that does not start any, or when this ends.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def begin_loader_process() -> None:
     """To be called first thing in a loader process."""
     # A signal to the whole group is for the rank, which must outlive its loaders.
@@ -31,11 +46,20 @@ def begin_loader_process() -> None:
     # Not the rank's own handlers, which a fork inherits.
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _drop_stop_signals()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     _end_with_rank()
     if hasattr(os, "memfd_create"):
         faulthandler.register(
             ASK_FOR_STACK, file=os.memfd_create(STACKS), all_threads=False
         )
+
+
+def _drop_stop_signals() -> None:
+    """Forget those that have come since this process was started: to ignore a signal for a moment drops it."""
+    for number in signal.sigpending().intersection(STOP_SIGNALS):
+        handler = signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _end_with_rank() -> None:
