@@ -26,23 +26,15 @@ def sum_together(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
 
 
 def neighbours(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups of neighbours with one dtype, of 25 MiB at most or of one tensor.
-
-    Sparse tensors, whose elements differ from rank to rank, are by themselves.
-    """
+    """Groups of neighbours with one dtype, of 25 MiB at most or of one tensor."""
     group: list[Tensor] = []
     size = 0
     for tensor in tensors:
         fits = size + tensor.nbytes <= BYTES_TOGETHER
-        if group and not (fits and _can_join(group[-1], tensor)):
+        if group and not (fits and tensor.dtype == group[-1].dtype):
             yield group
             group, size = [], 0
         group.append(tensor)
         size += tensor.nbytes
     if group:
         yield group
-
-
-def _can_join(first: Tensor, second: Tensor) -> bool:
-    is_dense = first.layout == second.layout == torch.strided
-    return is_dense and first.dtype == second.dtype
