@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from trainer.commands.tables import Row, add_rows, format_cell, make_table
+from trainer.reporting.plain_text import plain_console
 
 MAX_WIDTH = 100  # columns
 FIRST_ROWS, LAST_ROWS = 6, 4  # of a long table that is cut short
@@ -24,15 +25,16 @@ Part = RenderableType
 
 def print_lesson(report: Report, most_rows: int | None) -> None:
     """Print the lesson. Tables of more than `most_rows` rows are cut short; None prints every row."""
+    terminal = plain_console()
     width = MAX_WIDTH
-    if Console().is_terminal:
-        width = min(width, Console().width)
-    console = Console(width=width, highlight=False)
+    if terminal.is_terminal:
+        width = min(width, terminal.width)
+    console = plain_console(width=width)
     for title, parts in lesson(report, most_rows):
         console.print(
             Panel(
                 Group(*parts),
-                title=f"[bold]{title}",
+                title=Text(title, "bold"),
                 title_align="left",
                 box=box.ROUNDED,
                 padding=(0, 1),
@@ -110,7 +112,9 @@ def _explain_loss(report: Report, most_rows: int | None) -> list[Part]:
             rows,
             most_rows,
         ),
-        f"the step's loss is {total:.4g} ÷ {weight:.4g} = [bold]{mean}[/].",
+        Text.assemble(
+            f"the step's loss is {total:.4g} ÷ {weight:.4g} = ", (mean, "bold"), "."
+        ),
         _explain_epoch_loss(loss["epoch"]),
     ]
 
@@ -178,7 +182,11 @@ def _explain_gradients(report: Report, most_rows: int | None) -> list[Part]:
     clipping = ""
     if limit is not None:
         clipping = f", clipped to {limit:g}" if norm > limit else f", under {limit:g}"
-    parts.append(f"The whole gradient's norm is [bold]{norm:.4g}[/]{clipping}.")
+    parts.append(
+        Text.assemble(
+            "The whole gradient's norm is ", (f"{norm:.4g}", "bold"), f"{clipping}."
+        )
+    )
     return parts
 
 

@@ -21,6 +21,7 @@ from trainer.data.folder import image_files
 from trainer.data.names import printable
 from trainer.errors import ConfigError, DataError
 from trainer.inspection.predictor import Predictor
+from trainer.reporting.plain_text import plain_console
 
 MOST_CLASSES_OF_A_MASK = 256  # of 8 bits
 
@@ -70,7 +71,7 @@ def print_predictions(
 
     A file that has no answer is named on stderr at once. Raises `DataError` at the end if there was one.
     """
-    errors = Console(stderr=True)
+    errors = plain_console(stderr=True)
     results: Results = predictor.predict(files)
     if not as_json:
         results = track(
@@ -94,9 +95,7 @@ def _report_unusable(
     """Pass on the answers; print each error instead."""
     for file, result in results:
         if isinstance(result, DataError):
-            errors.print(
-                f"error: {result}", markup=False, highlight=False, soft_wrap=True
-            )
+            errors.print(f"error: {result}", soft_wrap=True)
         else:
             yield file, result
 
@@ -156,5 +155,5 @@ def _print_table(
                 table.add_column(heading, overflow="fold")
         table.add_row(Text(printable(file)), *row(answer, name, top))
     if table.row_count:
-        Console().print(table)
+        plain_console().print(table)
     return table.row_count

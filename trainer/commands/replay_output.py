@@ -13,13 +13,14 @@ from rich.text import Text
 from trainer.commands.tables import add_rows, make_table
 from trainer.data.names import printable
 from trainer.inspection.replay import Replay, loss_rank
+from trainer.reporting.plain_text import plain_console
 
 MOST_ROWS = 12  # of a table
 
 
 def print_replay(result: Replay, run: Path, directory: Path) -> None:
     """Print whether the step is the one that the run trained, and what it looked like inside."""
-    console = Console(highlight=False)
+    console = plain_console()
     for title, text in _facts(result, run):
         _print_fact(console, title, text)
     console.print(
@@ -36,7 +37,6 @@ def print_replay(result: Replay, run: Path, directory: Path) -> None:
 
 
 def _print_fact(console: Console, title: str, text: str) -> None:
-    # Not by markup, for which rich would take what a path has in brackets.
     console.print(Text(f"{title:<10} ", "dim").append(text, "not dim"))
 
 

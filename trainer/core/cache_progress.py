@@ -7,6 +7,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from trainer.process.terminal import is_terminal
+
 MB = 10**6
 
 
@@ -36,7 +38,7 @@ class BuildProgress:
             file=sys.stderr,
             flush=True,
         )
-        if sys.stderr.isatty():
+        if is_terminal(sys.stderr):
             self._bar = _terminal_bar(images)
             self._bar.start()
 

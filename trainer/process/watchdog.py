@@ -27,6 +27,7 @@ from trainer.process.hang_report import HangReport, describe_samples
 from trainer.process.rank_states import SECONDS_BETWEEN_LOOKS, Claim, RankStates
 from trainer.process.signs_of_life import SignsOfLife
 from trainer.process.stacks import stacks_on_crash
+from trainer.process.terminal import is_terminal
 
 MAX_SECONDS_BETWEEN_LOOKS = 5.0
 SECONDS_BETWEEN_LOOKS_AT_A_STOP = 0.5
@@ -293,7 +294,7 @@ def _say(message: str) -> None:
     """Print to stderr, whose reader may have stopped reading."""
     message = redacted_output(message)
     # On a terminal the progress bar stands in the line.
-    text = f"\n{message}" if sys.stderr.isatty() else message
+    text = f"\n{message}" if is_terminal(sys.stderr) else message
 
     def say() -> None:
         print(text, file=sys.stderr, flush=True)

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from time import monotonic
 
-import rich.console
 from rich import box
 from rich.live import Live
 from rich.panel import Panel
@@ -21,9 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.config.secrets import redacted_output
+from trainer.process.terminal import is_terminal
 from trainer.reporting.epoch_table import EpochTable
 from trainer.reporting.formats import GAP, MUTED, Row
 from trainer.reporting.notebook import NotebookTable, is_notebook
+from trainer.reporting.plain_text import plain_console
 from trainer.reporting.progress_bar import RunProgress
 
 BAR_INTERVAL = 0.1  # seconds between drawings of the bar
@@ -38,9 +39,9 @@ class Console:
 
     def __init__(self, *, active: bool) -> None:
         self._active = active
-        # In a notebook rich would draw HTML widgets; header and notes are plain lines there.
-        self._rich = rich.console.Console(force_jupyter=False)
-        self._on_terminal = active and sys.stdout.isatty() and self._rich.is_interactive
+        self._rich = plain_console()
+        is_shown = active and is_terminal(sys.stdout)
+        self._on_terminal = is_shown and self._rich.is_interactive
         self._in_notebook = active and not self._on_terminal and is_notebook()
         self._interval = BAR_INTERVAL if self._on_terminal else LINE_INTERVAL
         if self._in_notebook:

@@ -12,10 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from trainer.config.secrets import REDACTED, redacted_value
 from trainer.reporting.figures.style import write
+from trainer.reporting.plain_text import plain_console
 from trainer.storage.files import write_text
 from trainer.sweep.description import Sweep
 from trainer.sweep.same_data import describe_other_data
@@ -44,9 +43,8 @@ img{{max-width:100%}}</style>
 def write_results(sweep: Sweep, study: SweepStudy, directory: Path) -> None:
     """Print the best trials; write the pictures (`trials.png`, `history.png`, `importance.png`) and `sweep.html`."""
     order = sort_trials(sweep, study.trials)
-    Console(force_jupyter=False, soft_wrap=True).print(
-        build_table(sweep, order[:PRINTED_TRIALS])
-    )
+    table = build_table(sweep, order[:PRINTED_TRIALS])
+    plain_console().print(table, soft_wrap=True)
     other_data = describe_other_data(sweep, directory)
     if other_data:
         print(f"note  {other_data}")

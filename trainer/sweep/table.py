@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import sys
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from trainer.config.fields import show
 from trainer.config.secrets import redacted_value
+from trainer.reporting.plain_text import plain_console
 from trainer.sweep.description import Sweep
 from trainer.sweep.study import State, Trial
 
@@ -30,7 +30,7 @@ class LiveTable:
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
-        self._console = Console(force_jupyter=False)
+        self._console = plain_console()
         self._live: Live | None = None
         if sys.stdout.isatty() and self._console.is_interactive:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
@@ -88,7 +88,6 @@ def build_table(sweep: Sweep, trials: list[Trial]) -> Table:
     # The reason: what is left of the width.
     table.add_column("", overflow="ellipsis", no_wrap=True, ratio=1)
     for trial, row in zip(trials, rows, strict=True):
-        # As text, not as rich's markup.
         number, state, *numbers, reason = map(Text, [*row, trial.reason])
         state.stylize(STYLES[trial.state])
         table.add_row(number, state, *numbers, reason)
