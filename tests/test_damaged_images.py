@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import resource
 import time
 from multiprocessing.connection import Connection
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import to_dtype
 
@@ -196,3 +197,17 @@ def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path) -> None:
                 read(path)
     finally:
         os.close(writer)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "bmp", "tiff"])
+def test_a_file_that_ends_too_soon_is_refused_in_any_program(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many a program lets Pillow fill in grey, for images of its own."""
+    path = tmp_path / f"image.{kind}"
+    Image.effect_noise((64, 64), 50).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(DataError, match=re.escape(path.name)):
+        decode(path, short_side=16)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES

@@ -7,6 +7,7 @@ which of them a machine has. `trainer.data.decoding` looks at a file before it g
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -95,6 +96,39 @@ def ignore_warnings_of_pillow() -> None:
     """
     if not any(entry[3] == PILLOWS_MODULES for entry in warnings.filters):
         warnings.filterwarnings("ignore", module=PILLOWS_MODULES.pattern)
+
+
+class _WholeFiles:
+    """A context in which Pillow refuses a file that ends too soon, also where the program has it fill in grey.
+
+    `ImageFile.LOAD_TRUNCATED_IMAGES` belongs to the process, and the program's own images may need it. Several threads
+    may be within the context: the last to leave puts the setting back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._before = False
+
+    def __enter__(self) -> None:
+        from PIL import ImageFile
+
+        with self._lock:
+            if not self._threads:
+                self._before = ImageFile.LOAD_TRUNCATED_IMAGES
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+            self._threads += 1
+
+    def __exit__(self, *_: object) -> None:
+        from PIL import ImageFile
+
+        with self._lock:
+            self._threads -= 1
+            if not self._threads:
+                ImageFile.LOAD_TRUNCATED_IMAGES = self._before
+
+
+whole_files = _WholeFiles()
 
 
 @cache

@@ -21,6 +21,7 @@ from trainer.data.decoders import (
     decoder,
     grey_of_right_png,
     ignore_warnings_of_pillow,
+    whole_files,
 )
 from trainer.data.image_checks import (
     GIF_START,
@@ -223,7 +224,7 @@ def _decode_by_pillow(
     content = data.numpy().data
     file = png_of_pixels(content) if kind == "PNG" else content
     try:
-        with _open(io.BytesIO(file), kind) as image:
+        with whole_files, _open(io.BytesIO(file), kind) as image:
             check_size(image.size, max_pixels)
             images = getattr(image, "n_frames", 1)
             if images > 1:
