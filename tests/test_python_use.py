@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    redirect_stderr,
+    redirect_stdout,
+)
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from tests.distributed.small import HASHES, Images, Points, config, conv_net, mlp
-from trainer import ConfigError, LockstepError, Observer, Trainer
+from trainer import Config, ConfigError, LockstepError, Observer, Run, Trainer
 from trainer.exact.plan import Step
+
+DATA, VALIDATION = Images(28), Images(10)
 
 
 def fit(directory: Path, model: nn.Module, precision: str = "fp32") -> dict[str, Any]:
@@ -25,9 +34,18 @@ def fit(directory: Path, model: nn.Module, precision: str = "fp32") -> dict[str,
         train__max_steps=2,
         batch__micro_size=7,
     )
-    data, validation = Images(28), Images(10)
-    summary = Trainer(settings, model=model, train_data=data, val_data=validation).fit()
+    trainer = Trainer(settings, model=model, train_data=DATA, val_data=VALIDATION)
+    summary = trainer.fit()
     return {name: summary[name] for name in HASHES}
+
+
+@contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
 
 
 @contextmanager
@@ -51,6 +69,8 @@ def test_a_run_does_not_depend_on_the_state_of_its_program(tmp_path: Path) -> No
         "no gradients": torch.no_grad(),
         "autocast": torch.autocast("cpu", torch.bfloat16),
         "float64": default_dtype(torch.float64),
+        "device": torch.device("meta"),
+        "default device": default_device("meta"),
     }
     for name, state in states.items():
         model = conv_net()
@@ -58,6 +78,112 @@ def test_a_run_does_not_depend_on_the_state_of_its_program(tmp_path: Path) -> No
             assert fit(tmp_path / name, model) == reference, name
             is_on = torch.is_autocast_enabled("cpu")
             assert is_on == (name == "autocast")  # the program's own state is back
+            assert (torch.empty(1).device.type == "meta") == ("device" in name)
+    assert torch.empty(1).device.type == "cpu"
+
+
+class Arithmetic(Observer):
+    """How the process computes within a run."""
+
+    def begin(self, run: Run) -> None:
+        self.seen = arithmetic()
+
+
+def arithmetic() -> tuple[Any, ...]:
+    mkldnn = torch.backends.mkldnn
+    precisions = [part.fp32_precision for part in (mkldnn.matmul, mkldnn.conv)]
+    denormal = torch.tensor(1e-310, dtype=torch.float64) * 1
+    return (*precisions, bool(denormal))
+
+
+def test_the_program_sets_no_arithmetic_of_a_bitwise_run(tmp_path: Path) -> None:
+    observer = Arithmetic()
+    trainer = Trainer(
+        config(tmp_path, run__reproducibility="bitwise", train__max_steps=1),
+        model=conv_net(),
+        train_data=DATA,
+        observers=[observer],
+    )
+    torch.set_float32_matmul_precision("medium")
+    torch.set_flush_denormal(True)
+    try:
+        before = arithmetic()
+        trainer.fit()
+        after = arithmetic()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.set_flush_denormal(False)
+    assert observer.seen == ("ieee", "ieee", True)
+    assert before == after != observer.seen
+
+
+class OnlyWrites:
+    """What programs put in the place of `sys.stdout`, to write to a file as well."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        pass
+
+
+def test_a_program_may_have_another_stdout_or_none(tmp_path: Path) -> None:
+    stdout: Any = OnlyWrites()
+    for name, stream in (("writes", stdout), ("none", None)):
+        with redirect_stdout(stream), redirect_stderr(stream):
+            fit(tmp_path / name, conv_net())
+    assert "trained" in stdout.text
+
+
+class Traveller(Observer):
+    """Goes to another directory whenever it is called."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def begin(self, run: Run) -> None:
+        os.chdir(self.directory)
+
+    def step(self, step: Step) -> None:
+        os.chdir(self.directory)
+
+    def epoch(self, step: Step, row: dict[str, Any]) -> None:
+        os.chdir(self.directory)
+
+
+def test_relative_paths_begin_where_the_trainer_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for label, colour in (("dark", 10), ("light", 240)):
+        for part, count in (("train", 8), ("val", 2)):
+            folder = home / "images" / part / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (5, 5), (colour, i, i)).save(folder / f"{i}.png")
+    elsewhere.mkdir()
+    monkeypatch.chdir(home)
+    settings = config(
+        Path("runs"), batch__size=4, train__checkpoint_every=1, train__epochs=2
+    ).to_dict()
+    settings["data"] |= {"name": "folder", "root": "images", "workers": 0}
+    model = nn.Sequential(nn.Flatten(), nn.Linear(75, 2))
+    trainer = Trainer(
+        Config.from_dict(settings), model=model, observers=[Traveller(elsewhere)]
+    )
+
+    os.chdir(elsewhere)
+    trainer.fit()
+    assert Path.cwd() == elsewhere
+    trainer.load_best()
+    assert trainer.evaluate()
+    run = home / "runs" / "run"
+    assert (run / "best" / "model.safetensors").exists()
+    assert (run / "checkpoints" / "last").read_text() == "step_00000008\n"
+    assert list(elsewhere.iterdir()) == []
 
 
 def test_autocast_within_autocast_sees_every_update(tmp_path: Path) -> None:
@@ -78,6 +204,7 @@ def test_what_cannot_be_used_is_one_message(tmp_path: Path) -> None:
         (settings, nn.Identity, r"model: Identity is a class; give an object"),
         (settings, "resnet18", "model: 'resnet18' is a str; give a torch.nn.Module"),
         (settings, made_in_inference_mode, "was made within torch.inference_mode"),
+        (settings, nn.Linear(6, 4, device="meta"), '"weight" is on the meta device'),
     ]
     for given, model, message in mistakes:
         with pytest.raises(ConfigError, match=message):

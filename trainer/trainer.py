@@ -512,8 +512,13 @@ class Trainer:
             reduction.gather_statistics()
         if is_averaged and not is_held_back:
             self._average.update(self.finite.gradient_flag)
+        self._observe(step)
+
+    def _observe(self, step: Step) -> None:
         for observer in self.observers.all:
             observer.step(step)
+        if self.observers.all:
+            self.observers.after()
 
     def _run_micro_batches(self, step: Step) -> list[Tensor]:
         """The forward and backward of this rank's micro-batches of `step`; returns their losses."""
@@ -553,8 +558,7 @@ class Trainer:
         """A step of which no sample can be read changes nothing but the run's position."""
         self.grad_norm = None
         self.progress.step = step.number
-        for observer in self.observers.all:
-            observer.step(step)
+        self._observe(step)
 
     def _undo_of_step(self) -> Callable[[], None]:
         """A function that undoes what a step without its update does: to buffers, and to the sums of the next row."""
@@ -809,7 +813,7 @@ class Trainer:
     def _build_observers(self, passed: Sequence[Observer]) -> Observers:
         """Those of the config, those that were passed, and what the run itself needs."""
         named = build_observers(self.config.observers, Observer, SHORT_NAMES)
-        observers = Observers([*named, *passed])
+        observers = Observers([*named, *passed], self.run.working_directory.enter)
         if isinstance(self.reduction, ShardedReduction):
             empty = EmptyForwards(self.run, self.reduction)
             observers.add(empty)

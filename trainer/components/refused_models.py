@@ -13,10 +13,11 @@ from trainer.errors import ConfigError
 def refuse_untrainable(module: nn.Module, key: str, dtype: torch.dtype) -> None:
     """Raise `ConfigError`, at `key` unless another one is at fault, for what cannot be trained as it is meant.
 
-    That is TorchScript, tensors of torch.inference_mode, parameters that share memory by `data` alone, and complex
-    numbers in fp64, the run's `dtype`.
+    That is TorchScript, tensors of torch.inference_mode or without values, parameters that share memory by `data`
+    alone, and complex numbers in fp64, the run's `dtype`.
     """
     _refuse_scripted(module, key)
+    _refuse_meta(module, key)
     _refuse_inference(module, key)
     _refuse_shared_memory(module, key)
     if dtype == torch.float64:
@@ -37,6 +38,16 @@ def _refuse_scripted(module: nn.Module, key: str) -> None:
                 key,
                 f"{where} is TorchScript (torch.jit.script or torch.jit.trace), whose layers cannot be told apart; "
                 f"give the module that it was made of, and use train.compile for speed",
+            )
+
+
+def _refuse_meta(module: nn.Module, key: str) -> None:
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_meta:
+            raise ConfigError(
+                key,
+                f'"{name}" is on the meta device, where a tensor has no values; make the model outside of '
+                f'torch.device("meta"), or give it values before: model.to_empty(device="cpu"), and then weights',
             )
 
 

@@ -39,6 +39,7 @@ from trainer.data.short_side import with_short_side
 from trainer.exact.shards import original_class
 from trainer.process.device import check_reproducibility
 from trainer.process.ranks import Ranks
+from trainer.process.working_directory import WorkingDirectory
 
 
 def build_run(
@@ -120,6 +121,9 @@ def build_run(
         metrics=evaluation_metrics,
         validation=[sets[phase] for phase in run_input.data.validation()],
         test=sets.get("test"),
+        working_directory=WorkingDirectory(
+            [config.run.dir, config.data.root, config.data.cache_dir]
+        ),
         quarantine=quarantine,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -103,6 +103,10 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any, /) -> Any: ...
 
 
+def _do_nothing() -> None:
+    pass
+
+
 class Observers:
     """Several observers, called in their order.
 
@@ -110,10 +114,14 @@ class Observers:
     unscaled in every step.
     """
 
-    def __init__(self, observers: list[Observer]) -> None:
+    def __init__(
+        self, observers: list[Observer], after: Callable[[], None] = _do_nothing
+    ) -> None:
+        """`after` is called once they have been, to undo what they did to the process. Not by steps, which call it."""
         for observer in observers:
             check_observer(observer)
         self.all = observers
+        self.after = after
         self._note_methods()
 
     def __iter__(self) -> Iterator[Observer]:
@@ -155,6 +163,7 @@ class Observers:
     def begin(self, run: Run) -> None:
         for observer in self.all:
             observer.begin(run)
+        self.after()
 
     def watch(self, evaluation: str, phase: str) -> OnBatch | None:
         """What `evaluation` calls after each batch of the set of `phase`; None if no observer looks at them."""
@@ -166,12 +175,14 @@ class Observers:
         def see(ids: Ids, output: Any, targets: Any) -> None:
             for observer in watchers:
                 observer.evaluation_batch(name, ids, output, targets)
+            self.after()
 
         return see
 
     def evaluation(self, evaluation: str, step: Step, metrics: Row) -> None:
         for observer in self.all:
             observer.evaluation(evaluation, step, dict(metrics))
+        self.after()
 
     def figures(self, step: Step, directory: Path) -> dict[str, Path]:
         """The files that they have drawn. On the main process."""
@@ -181,6 +192,7 @@ class Observers:
             drawn = observer.figures(step, directory)
             _check_figures(observer, drawn)
             files |= drawn
+        self.after()
         return files
 
     @property
@@ -193,14 +205,17 @@ class Observers:
             before = dict(row)
             observer.row(row)
             _check_row(observer, before, row)
+        self.after()
 
     def epoch(self, step: Step, row: Row) -> None:
         for observer in self.all:
             observer.epoch(step, row)
+        self.after()
 
     def end(self, summary: Mapping[str, Any]) -> None:
         for observer in self.all:
             observer.end(summary)
+        self.after()
 
 
 def _check_row(observer: Observer, before: Row, after: Row) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from trainer.exact.determinism import run_settings
 from trainer.exact.plan import Plan, Step
 from trainer.exact.remaining import remaining_step
 from trainer.process.ranks import Ranks
+from trainer.process.working_directory import WorkingDirectory
 from trainer.storage import best_model, checkpoint
 from trainer.storage.run_directory import run_path
 from trainer.storage.signature import (
@@ -65,6 +66,7 @@ class Run:
     metrics: EvaluationMetrics
     validation: list[EvaluationSet]
     test: EvaluationSet | None
+    working_directory: WorkingDirectory  # in which the config's paths begin
     device_note: str = ""  # what lies on the device, with data.on_device
     sharding_note: str = ""  # which parameters are in use outside the model, with fsdp
     quarantine: Quarantine | None = None  # with data.bad_samples=quarantine
@@ -101,9 +103,11 @@ class Run:
         bad = self.quarantine.ids("train", step.number)
         return remaining_step(self.plan, step, bad)
 
-    def settings(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def settings(self) -> Iterator[None]:
         """A context with the process-wide settings that the run needs; it restores those before at the end."""
-        return settings_of(self.config)
+        with self.working_directory.entered(), settings_of(self.config):
+            yield
 
     def stop(self, reason: str) -> None:
         """Ask for the run's end: after the next logged row, with a checkpoint, an evaluation and a summary.
@@ -139,9 +143,8 @@ class Run:
         """
         row: Row
         tensors: dict[str, Tensor] = {}  # on the main process
-        row, further = self.ranks.on_main(
-            lambda: self._read_best(directory or run_path(self.config.run), tensors)
-        )
+        path = directory or self.working_directory.absolute(run_path(self.config.run))
+        row, further = self.ranks.on_main(lambda: self._read_best(path, tensors))
         if self.is_sharded:
             spread(self.module, tensors, self.ranks)
         else:

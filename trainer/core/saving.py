@@ -172,16 +172,19 @@ class Saving:
         snapshot = self._state.take(progress, states)
         writer.write(
             snapshot,
-            partial(self._write_checkpoint, files),
+            # The writer's thread may work while an observer has another working directory.
+            partial(self._write_checkpoint, files, files.directory.absolute()),
             partial(self._state.refuse_not_finite, progress.step),
         )
 
-    def _write_checkpoint(self, files: RunFiles, snapshot: Snapshot) -> None:
+    def _write_checkpoint(
+        self, files: RunFiles, directory: Path, snapshot: Snapshot
+    ) -> None:
         """In the writer's thread."""
         files.sync_rows()  # a checkpoint never counts rows that a crash can take
         # One that is written is kept, even by keep_checkpoints=0: a stopped run goes on from it.
         keep = max(1, self._run.config.train.keep_checkpoints)
-        checkpoint.write(files.directory / "checkpoints", snapshot, keep=keep)
+        checkpoint.write(directory / "checkpoints", snapshot, keep=keep)
         self._complete_step = snapshot.step
 
     def _writer_for(self, files: RunFiles) -> SnapshotWriter:
@@ -224,9 +227,10 @@ class Saving:
         writer.wait()
         files.check_directory()
         saved_best_step = self._saved_best_step
+        directory = files.directory.absolute()
 
         def write(snapshot: Snapshot) -> None:
-            best_model.write(files.directory, snapshot, saved_best_step=saved_best_step)
+            best_model.write(directory, snapshot, saved_best_step=saved_best_step)
 
         self._state.with_best(row, lambda snapshot: writer.write(snapshot, write))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from trainer.errors import LockstepError
+from trainer.exact.default_device import without_default_device
 from trainer.exact.seeding import preserved_generators
 from trainer.exact.tf32 import tf32 as tf32_policy
 
@@ -56,7 +58,7 @@ def run_settings(
 
 @contextmanager
 def _without_modes_of_the_caller() -> Iterator[None]:
-    """Gradients on, no autocast, and floats of 32 bits unless somebody asks for others.
+    """Gradients on, no autocast, and floats of 32 bits on the CPU unless somebody asks for others.
 
     A run is a function of its config, and processes that it starts would not have these modes.
     """
@@ -68,6 +70,7 @@ def _without_modes_of_the_caller() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_outside_autocast(kinds))
+        stack.enter_context(without_default_device())
         torch.set_default_dtype(torch.float32)
         try:
             yield
@@ -105,14 +108,18 @@ def _deterministic() -> Iterator[None]:
     See https://docs.pytorch.org/docs/stable/notes/randomness.html.
     """
     threads = torch.get_num_threads()
-    flags: list[tuple[Any, str, bool]] = [
+    flags: list[tuple[Any, str, object]] = [
         (torch.backends.cudnn, "benchmark", False),
         (torch.backends.cudnn, "deterministic", True),
         # Filling what is about to be overwritten changes no bit, and costs a kernel for every tensor.
         (torch.utils.deterministic, "fill_uninitialized_memory", False),
+        # On processors that have such products, `set_float32_matmul_precision` goes for the CPU, too.
+        (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),
+        (torch.backends.mkldnn.conv, "fp32_precision", "ieee"),
+        (torch.backends.mkldnn.rnn, "fp32_precision", "ieee"),
     ]
     before = [getattr(owner, name) for owner, name, _ in flags]
-    with _environment(ENVIRONMENT), deterministic_algorithms():
+    with _environment(ENVIRONMENT), deterministic_algorithms(), _with_denormals():
         try:
             for owner, name, value in flags:
                 setattr(owner, name, value)
@@ -123,6 +130,22 @@ def _deterministic() -> Iterator[None]:
             for (owner, name, _), value in zip(flags, before, strict=True):
                 setattr(owner, name, value)
             torch.set_num_threads(threads)
+
+
+@contextmanager
+def _with_denormals() -> Iterator[None]:
+    """A context in which this thread's numbers may be smaller than the smallest normal one.
+
+    The caller may have set that to zero, and so does many a library as it is loaded.
+    """
+    were_zero = sys.float_info.min / 2 == 0
+    if were_zero:
+        torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        if were_zero:
+            torch.set_flush_denormal(True)
 
 
 @contextmanager
