@@ -233,6 +233,40 @@ def test_validation_samples_that_are_not_finite(tmp_path: Path) -> None:
     assert newest.name == "step_00000004"
 
 
+class Steep(nn.Module):
+    """Finite for what is normalised, and for no large numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+
+class Large(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1e9
+
+
+def of_slow_statistics(directory: Path) -> str:
+    torch.manual_seed(3)
+    slow = nn.BatchNorm1d(6, momentum=1e-15)
+    model = nn.Sequential(Large(), slow, Steep(), nn.Linear(6, 4))
+    data = Points(56, ignored=False)
+    settings = config(directory, train__epochs=1, batch__micro_size=14)
+    trainer = Trainer(settings, model=model, train_data=data, val_data=data)
+    with pytest.raises(LockstepError) as caught:
+        trainer.fit()
+    assert not slow.weight.isnan().any()
+    assert slow.training
+    return str(caught.value)
+
+
+def test_running_statistics_that_hardly_move_are_named(tmp_path: Path) -> None:
+    messages = on_ranks(2, of_slow_statistics, tmp_path)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith("the validation loss is nan: the data are not at")
+    assert 'At momentum 1e-15 (layer "1")' in messages[0]
+    assert "set batch_norm.momentum=0.1" in messages[0]
+
+
 def test_weights_that_overflow_in_the_last_update(tmp_path: Path) -> None:
     """The loss and the gradient of the last step are finite, and the update is not."""
     changes = {

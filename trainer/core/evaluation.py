@@ -20,6 +20,7 @@ from trainer.core.forward import Forward
 from trainer.core.mean_iou import MeanIoU, add_counts
 from trainer.core.metrics import Meter, detach
 from trainer.core.misfit import explained
+from trainer.core.running_at_fault import is_finite_without_them
 from trainer.core.samples import samples_not_finite
 from trainer.data.bad_samples import Quarantine
 from trainer.data.batches import MicroBatch, Request
@@ -158,24 +159,40 @@ class Evaluator:
                 self._metrics.rehearse(output, batch.targets)
 
     @torch.no_grad()
-    def samples_not_finite(self) -> list[int]:
-        """The samples of the first batch whose loss is not finite: those with such inputs, else all. A collective."""
-        with self._eval_mode():
-            found = self._own_samples_not_finite()
-        return self._ranks.gather(found)
+    def samples_not_finite(self) -> tuple[list[int], bool]:
+        """The samples of the first batch whose loss is not finite: those with such inputs, else all. A collective.
 
-    def _own_samples_not_finite(self) -> list[int]:
+        And True if they are not to blame, but the running statistics of norm layers.
+        """
+        with self._eval_mode():
+            own = self._own_samples_not_finite()
+        of_ranks = self._ranks.gather([own])
+        found = list(chain.from_iterable(ids for ids, _ in of_ranks))
+        return found, any(by_statistics for _, by_statistics in of_ranks)
+
+    def _own_samples_not_finite(self) -> tuple[list[int], bool]:
         found: list[int] = []
+        by_statistics = False
         for request in self._passes.requests:
             batch = self._loader.peek(request.ids)
             _, loss = self._evaluated(self._model, batch)
             if not found and not loss.total.isfinite():
                 bad = samples_not_finite(self._loader, batch, request.ids, 0)
                 found = bad or request.ids.tolist()
+                by_statistics = not bad and self._is_finite_by_itself(batch)
             if found and not self._largest_share:
                 break
         self._keep_up(self._evaluated, None)
-        return found
+        return found, by_statistics
+
+    def _is_finite_by_itself(self, batch: MicroBatch) -> bool:
+        """True if the batch's loss is finite by its own statistics."""
+        if self._largest_share:
+            return False  # another forward would be one of all ranks
+        whole = ModelAndLoss(self._model, self._forward.task)
+        return is_finite_without_them(
+            whole, lambda: self._evaluated(self._model, batch)[1].total
+        )
 
     @torch.no_grad()
     def decisions(self) -> list[Decision]:

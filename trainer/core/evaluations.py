@@ -18,6 +18,7 @@ from trainer.core.not_finite import validation_not_finite
 from trainer.core.observers import Observers
 from trainer.core.recalibrate import recalibrate_statistics
 from trainer.core.run import Run
+from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Step
 from trainer.exact.reduction import Reduction
 
@@ -105,4 +106,6 @@ class Evaluations:
             loss = row.get(f"{item.phase}/loss", 0.0)
             if not math.isfinite(loss):
                 with self.weights(is_average=is_average):
-                    raise validation_not_finite(item, loss, kept_step())
+                    run = self._run
+                    whole = ModelAndLoss(run.module, run.task)
+                    raise validation_not_finite(item, loss, kept_step(), whole)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainer.core import running_at_fault
 from trainer.core.evaluation import EvaluationSet
 from trainer.core.run import Run
 from trainer.core.samples import name_samples, samples_not_finite
@@ -75,14 +76,19 @@ def _describe_samples(run: Run, step: Step) -> str:
 
 
 def validation_not_finite(
-    item: EvaluationSet, loss: float, saved_step: int | None
+    item: EvaluationSet, loss: float, saved_step: int | None, whole: ModelAndLoss
 ) -> LockstepError:
     """The error for a validation loss that is not finite. A collective."""
     kept = f"the checkpoint of step {saved_step} is kept"
     if not saved_step:
         kept = "no checkpoint was written yet"
     name = "validation" if item.phase == "val" else item.phase
-    bad = item.evaluator.samples_not_finite()
+    bad, by_statistics = item.evaluator.samples_not_finite()
+    if by_statistics:
+        reason = running_at_fault.describe(whole)
+        return LockstepError(
+            f"the {name} loss is {loss}: {reason}; the weights are finite, and {kept}"
+        )
     samples = "no batch by itself has such a loss, so their sum is too large"
     if bad:
         samples = f"it is of {name} samples {name_samples(item.dataset, bad)}"
