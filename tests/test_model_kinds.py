@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.distributed.small import CLASSES, Points, config
+from tests.distributed.small import CLASSES, Points, config, header_of
 from trainer import ConfigError, Trainer
 from trainer.components.dtypes import cast
 
@@ -100,6 +100,25 @@ def tied_by_data() -> nn.Module:
     assert isinstance(second, nn.Linear)
     second.weight.data = first.weight.data
     return model
+
+
+class OwnDtype(nn.Linear):
+    """A layer that computes in the dtype that it was made with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.bfloat16)).to(x.dtype)
+
+
+def test_layers_with_a_dtype_of_their_own_are_named(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    own = OwnDtype(6, CLASSES, dtype=torch.bfloat16)
+    model = nn.Sequential(nn.Linear(6, 6), own)
+    settings = config(tmp_path, train__precision="fp32")
+    trainer = Trainer(settings, model=model, train_data=Points(ignored=False))
+    note = 'makes float32 of all floating parameters and buffers, also of "1.weight"'
+    assert note in header_of(trainer, tmp_path)["note"]
+    with pytest.raises(ConfigError, match=rf"{note}.* x.to\(self.weight.dtype\)"):
+        trainer.fit()
 
 
 def a_buffer_of_weights() -> nn.Module:

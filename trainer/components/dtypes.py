@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trainer.errors import listed
+
 
 def cast(
     module: nn.Module, dtype: torch.dtype, device: torch.device | None = None
@@ -33,6 +35,29 @@ def cast(
         if _is_expanded(tensor):
             # Through `data`: it stays the same parameter, in the modules that share it.
             tensor.data = tensor.data.contiguous()
+
+
+def describe_converted(module: nn.Module, dtype: torch.dtype) -> str:
+    """A line on parameters and buffers that have a dtype of their own, before `cast`; "" if none has.
+
+    Not on float32, which torch gives them if nobody asks for another.
+    """
+    names: dict[str, list[str]] = {}
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        is_own = tensor.dtype not in (dtype, torch.float32)
+        if is_own and tensor.is_floating_point():
+            names.setdefault(_name_of(tensor.dtype), []).append(f'"{name}"')
+    if not names:
+        return ""
+    converted = [f"{listed(of, 3)} of {kind}" for kind, of in names.items()]
+    return (
+        f"train.precision makes {_name_of(dtype)} of all floating parameters and buffers, also of "
+        f"{' and '.join(converted)}"
+    )
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class _Owner(NamedTuple):

@@ -112,6 +112,7 @@ def build_run(
         signature=run_input.signature,
         module=trained.module,
         weights_note=trained.weights_note,
+        dtypes_note=trained.dtypes_note,
         inputs_note=channels_note(run_input.first),
         sharding_note=trained.sharding_note,
         task=trained.task,

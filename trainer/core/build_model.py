@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from trainer.components.compiling import compile_model
-from trainer.components.dtypes import cast
+from trainer.components.dtypes import cast, describe_converted
 from trainer.components.lazy import give_lazy_layers_sizes
 from trainer.components.models import build_model, input_channels
 from trainer.components.refused_models import refuse_untrainable
@@ -38,12 +38,14 @@ from trainer.storage.signature import (
 class ModelAndTask:
     """What a run trains: the model, in its dtype and place, and the loss, which may have parameters of its own.
 
-    `sharding_note` says what no longer sees the model's parameters, "" for nothing.
+    `dtypes_note` says which of the model's tensors had another dtype, and `sharding_note` what no longer sees its
+    parameters; "" for nothing.
     """
 
     module: nn.Module
     task: Task
     weights_note: str
+    dtypes_note: str
     sharding_note: str
 
 
@@ -71,12 +73,12 @@ def build_model_and_task(
         classes=run_input.data.classes,
     )
     # A machine may lack the file of the weights.
-    module, weights_note = ranks.on_each(build)
+    module, weights_note, dtypes_note = ranks.on_each(build)
     the_task = _run_task(config, task, run_input.num_classes, module, dtype)
     cast(the_task, dtype, ranks.device)
     sharding_note = _share_out(config, ranks, module, the_task)
     check_classes(the_task, run_input.num_classes, run_input.data)
-    return ModelAndTask(module, the_task, weights_note, sharding_note)
+    return ModelAndTask(module, the_task, weights_note, dtypes_note, sharding_note)
 
 
 def _run_model(
@@ -88,8 +90,8 @@ def _run_model(
     inputs: Any,
     num_classes: int | None,
     classes: list[str] | None,
-) -> tuple[nn.Module, str]:
-    """The model with its initial weights, on its device and in its dtype; and a note on the weights."""
+) -> tuple[nn.Module, str, str]:
+    """The model with its initial weights, on its device and in its dtype; notes on the weights and on other dtypes."""
     weights = weights_file(config.model, ranks.main_first)
     if model is None:
         model = build_model(
@@ -106,6 +108,7 @@ def _run_model(
     if weights is not None:
         weights_note += describe_other_classes(weights, classes)
     model = configure(model, config.batch_norm, ranks=ranks.count, device=ranks.device)
+    dtypes_note = describe_converted(model, dtype)
     if is_sharded(config, ranks):
         cast(model, dtype)  # the whole of it may not fit on the device
     else:
@@ -121,7 +124,7 @@ def _run_model(
             bitwise=config.run.reproducibility == "bitwise",
             device=ranks.device,
         )
-    return model, weights_note
+    return model, weights_note, dtypes_note
 
 
 def is_sharded(config: Config, ranks: Ranks) -> bool:

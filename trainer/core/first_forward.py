@@ -24,6 +24,19 @@ FEW = 4  # samples: what does not fit does not fit for four
 
 def check_first_forward(run: Run) -> None:
     """Raise `ConfigError` or `DataError` where the first samples, the model and the task do not fit together."""
+    try:
+        _run_few(run)
+    except ConfigError as error:
+        if error.key != "model.name" or not run.dtypes_note:
+            raise
+        raise ConfigError(
+            error.key,
+            f"{error.message}. {run.dtypes_note}: let such a layer take its input in the dtype of its weights, by "
+            f"x.to(self.weight.dtype)",
+        ) from error
+
+
+def _run_few(run: Run) -> None:
     ids = run.plan.sample_ids(run.plan.step(0), 0)
     try:
         _run(run, ids[:FEW])

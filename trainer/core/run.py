@@ -58,6 +58,7 @@ class Run:
     signature: Signature
     module: nn.Module
     weights_note: str
+    dtypes_note: str  # which tensors of the model had another dtype
     inputs_note: str  # what may be wrong with the first training input
     task: Task
     loss_state: LossState

@@ -83,6 +83,7 @@ def _facts_of_model(run: Run) -> list[Fact]:
     return [
         ("model", f"{run.config.model.name} · {_describe_parameters(run)}"),
         ("weights", run.weights_note),
+        ("note", run.dtypes_note),
         ("loss", _describe_loss(run)),
         ("metrics", _describe_metrics(run)),
     ]
