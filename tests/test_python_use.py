@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import (
@@ -243,3 +245,59 @@ def test_a_second_thread_is_refused_while_one_trains(tmp_path: Path) -> None:
     assert "another thread of this process builds or trains" in second.message
     second.try_to_train()
     assert second.message == "made"
+
+
+class FailsAtFirst(Observer):
+    """Ends the first step before its update, once."""
+
+    def __init__(self) -> None:
+        self.is_due = True
+
+    def gradient(self, step: Step) -> None:
+        if self.is_due:
+            self.is_due = False
+            raise ValueError("not now")
+
+
+def of_points(directory: Path, **more: Any) -> Trainer:
+    kind = more.pop("kind", Trainer)
+    settings = config(directory, train__max_steps=2)
+    data = Points(ignored=False)
+    trainer: Trainer = kind(settings, model=mlp(), train_data=data, **more)
+    return trainer
+
+
+def test_a_trainer_that_failed_within_a_step_does_not_go_on(tmp_path: Path) -> None:
+    """Its gradients and statistics are those of half a step."""
+    trainer = of_points(tmp_path, observers=[FailsAtFirst()])
+    with pytest.raises(ValueError, match="not now"):
+        trainer.fit()
+    with pytest.raises(LockstepError, match="has trained already; make a new one"):
+        trainer.fit()
+
+
+class TrainsNothing(Trainer):
+    def train_step(self, step: Step) -> None:
+        pass
+
+
+def test_what_would_train_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LockstepError, match=r"TrainsNothing.train_step has not"):
+        of_points(tmp_path, kind=TrainsNothing).fit()
+    trainer = of_points(tmp_path)
+    trainer.optimizer = torch.optim.Adam(trainer.module.parameters())
+    with pytest.raises(LockstepError, match="was replaced by Adam after the Trainer"):
+        trainer.fit()
+
+
+def test_a_model_with_frozen_layers_can_be_copied_and_pickled(tmp_path: Path) -> None:
+    settings = config(tmp_path, batch_norm__mode="frozen", model__freeze=["0"])
+    model = Trainer(settings, model=conv_net(), train_data=DATA).module
+    inputs = DATA.points[:4]
+    expected = model.eval()(inputs)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied.train()
+        frozen = [copied[0], copied[1]]
+        assert not any(layer.training for layer in frozen) and copied[4].training
+        assert torch.equal(copied.eval()(inputs), expected)
+    assert model.train()[4].training

@@ -151,6 +151,7 @@ class Trainer:
         self.fuse_note = ""  # why batch.fuse=auto chose 1
         self.proof = Proof(off="not made")  # until `prove`
         self._statistics_are_read = False  # after each step, by an observer or its like
+        self._has_begun = False  # in `fit`, which may have failed within its first step
         self._batches: TrainLoader | None = None
         self._profile: ProfileObserver | None = None
         self._journal: Journal | None = None
@@ -234,7 +235,7 @@ class Trainer:
 
         Raises `LockstepError` if the loss is not finite or the run cannot go on, `Stopped` after a signal.
         """
-        if self.progress.step:
+        if self.progress.step or self._has_begun:
             raise LockstepError(
                 "this Trainer has trained already; make a new one, with run.resume=auto to go on"
             )
@@ -290,6 +291,7 @@ class Trainer:
         return self.fuse, self.progress.step + 1
 
     def _train(self, stop: StopRequest) -> dict[str, Any]:
+        self._has_begun = True
         self.start()
         for note in self.resuming.notes:
             self.journal.note(note)
@@ -360,6 +362,7 @@ class Trainer:
     def start(self) -> None:
         """Begin at the step after those that are done. A loop of one's own calls it once before `train_step`."""
         stateful = self._stateful_objects()  # refuses now what could not be saved later
+        self._refuse_other_optimizer()
         self.stopwatch = Stopwatch(self.progress)
         if self._batches is None:  # the proof may have started loading
             self.load_from(self.progress.step)
@@ -379,6 +382,14 @@ class Trainer:
         )
         is_subclass = type(self) is not Trainer
         self._ending.begin(code_may_stop=self.observers.may_stop or is_subclass)
+
+    def _refuse_other_optimizer(self) -> None:
+        """Raise `LockstepError` for one that has been put in the place of the run's own."""
+        if self.evaluations.optimizer is not self.optimizer:
+            raise LockstepError(
+                f"the optimizer was replaced by {type(self.optimizer).__name__} after the Trainer was made, and "
+                f"checkpoints would hold the state of the one before; name yours in optimizer.name"
+            )
 
     def load_from(self, steps_done: int) -> None:
         """Load the samples of the step after `steps_done` next."""
@@ -421,6 +432,11 @@ class Trainer:
             return
         for step in self.plan.steps(self.progress.step, self.last_step):
             self.train_step(step)
+            if self.progress.step != step.number:
+                raise LockstepError(
+                    f"{type(self).__name__}.train_step has not trained step {step.number}: call "
+                    f"super().train_step(step) in it"
+                )
             activity.is_first_step = False
             has_row = False
             if self.finite.is_held_back or not self.timetable.is_quiet(step):

@@ -35,7 +35,7 @@ class Evaluations:
         observers: Observers,
     ) -> None:
         self._run = run
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._reduction = reduction
         self._average = average
         self._observers = observers
@@ -52,7 +52,7 @@ class Evaluations:
     def evaluate(self, steps_done: int) -> Row:
         """The loss and metrics over all validation samples, with the present weights. A collective."""
         run = self._run
-        with run.settings(), evaluation_weights(self._optimizer):
+        with run.settings(), evaluation_weights(self.optimizer):
             self._reduction.gather()
             if run.config.batch_norm.recalibrate_at == "evaluation":
                 recalibrate_statistics(run, steps_done)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 
 import torch
 from torch import nn
@@ -71,8 +71,9 @@ def freeze(layer: nn.Module) -> None:
 def hold_in_eval(module: nn.Module) -> None:
     """Keep the module and its submodules in eval mode, even when `train()` is called on a model that contains it."""
     module.eval()
-    # An instance attribute hides the class's method: `train` of the parent calls this one.
-    module.train = MethodType(_stay, module)  # type: ignore[method-assign]
+    # An instance attribute hides the class's method: `train` of the parent calls this one. No bound method, which
+    # pickle would look for in the module's class.
+    module.train = partial(_stay, module)  # type: ignore[method-assign]
 
 
 def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -81,7 +82,7 @@ def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
 
 def is_held(module: nn.Module) -> bool:
     """True after `hold_in_eval`."""
-    return getattr(vars(module).get("train"), "__func__", None) is _stay
+    return getattr(vars(module).get("train"), "func", None) is _stay
 
 
 def release(module: nn.Module) -> None:
