@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode, _len_torch_function_stack
-from torch.overrides import _pop_mode as pop_mode
-from torch.overrides import _push_mode as push_mode
+from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 from torch.utils._device import DeviceContext
+
+# With functions of torch's own, which have no types.
+_stack: Any = torch.overrides
 
 
 @contextmanager
@@ -58,13 +59,13 @@ def _put_at_bottom(modes: list[DeviceContext]) -> None:
 
 def _pop_all() -> list[TorchFunctionMode]:
     """The modes on torch's stack, the topmost first. None is left there."""
-    modes: list[Any] = []
-    for _ in range(_len_torch_function_stack()):
-        modes.append(pop_mode())
+    modes: list[TorchFunctionMode] = []
+    for _ in range(_stack._len_torch_function_stack()):
+        modes.append(_stack._pop_mode())
     return modes
 
 
-def _push_all(modes: list[Any]) -> None:
+def _push_all(modes: Sequence[TorchFunctionMode]) -> None:
     """Put modes on the stack; the first one becomes the topmost."""
     for mode in reversed(modes):
-        push_mode(mode)
+        _stack._push_mode(mode)

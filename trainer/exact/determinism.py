@@ -108,15 +108,16 @@ def _deterministic() -> Iterator[None]:
     See https://docs.pytorch.org/docs/stable/notes/randomness.html.
     """
     threads = torch.get_num_threads()
+    mkldnn: Any = torch.backends.mkldnn
     flags: list[tuple[Any, str, object]] = [
         (torch.backends.cudnn, "benchmark", False),
         (torch.backends.cudnn, "deterministic", True),
         # Filling what is about to be overwritten changes no bit, and costs a kernel for every tensor.
         (torch.utils.deterministic, "fill_uninitialized_memory", False),
         # On processors that have such products, `set_float32_matmul_precision` goes for the CPU, too.
-        (torch.backends.mkldnn.matmul, "fp32_precision", "ieee"),
-        (torch.backends.mkldnn.conv, "fp32_precision", "ieee"),
-        (torch.backends.mkldnn.rnn, "fp32_precision", "ieee"),
+        (mkldnn.matmul, "fp32_precision", "ieee"),
+        (mkldnn.conv, "fp32_precision", "ieee"),
+        (mkldnn.rnn, "fp32_precision", "ieee"),
     ]
     before = [getattr(owner, name) for owner, name, _ in flags]
     with _environment(ENVIRONMENT), deterministic_algorithms(), _with_denormals():
