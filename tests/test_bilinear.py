@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.data.batch_transforms import bilinear
 from trainer.data.batch_transforms.resizing import RandomResizedCrop, Resize
@@ -62,6 +64,31 @@ def test_parts_are_resized_by_the_formula(
         rows = resized_rows(image, top, height, 11).transpose(0, 2, 1)
         expected = resized_rows(rows, left, width, 8).transpose(0, 2, 1)
         assert np.array_equal(mine, expected)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations of torch and the values that they make."""
+
+    count = values = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.count += 1
+        self.values += result.numel() if isinstance(result, Tensor) else 0
+        return result
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 9000), (9000, 1), (1, 1)])
+def test_a_line_of_pixels_is_no_work(height: int, width: int) -> None:
+    image, size = noise(3, height, width), (24, 20)
+    with Calls() as calls:
+        result = Resize(list(size)).of_several_sizes([image], torch.zeros(1, 0))
+    assert calls.count < 200 and calls.values < 100 * image.numel() + 10**6
+    rows = resized_rows(image.numpy(), 0, height, size[0]).transpose(0, 2, 1)
+    expected = resized_rows(rows, 0, width, size[1]).transpose(0, 2, 1)
+    assert np.array_equal(result[0].numpy(), expected)
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one size", "several sizes"])
