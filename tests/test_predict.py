@@ -361,6 +361,24 @@ def test_files_that_no_decoder_survives_cost_no_other_its_answer(
         assert sum(str(tmp_path / f"{name}.png") in line for line in errors) == 1
 
 
+@pytest.mark.parametrize(
+    "state",
+    [torch.device("meta"), torch.autocast("cpu", torch.bfloat16)],
+    ids=["device", "autocast"],
+)
+def test_the_program_of_a_predictor_has_no_say(
+    held: tuple[Path, list[Decision]], state: Any
+) -> None:
+    """Nor do the paths' types."""
+    root, _ = held
+    run, file = root / "digits", root / "images" / "00.png"
+    ((_, expected),) = Predictor(run).classify([file])
+    with state:
+        ((path, answer),) = Predictor(str(run)).classify([str(file)])
+    assert path == file
+    assert torch.equal(answer, expected)
+
+
 class Drawings:
     """Colour images, `(3, 6, 6)` uint8, whose targets are what `make_target` reads off them."""
 

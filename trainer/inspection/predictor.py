@@ -52,12 +52,13 @@ class Predictor:
 
     def __init__(
         self,
-        run: Path,
+        run: str | Path,
         overrides: Sequence[str] = (),
         *,
         model: nn.Module | None = None,
         trust: Sequence[str] = (),
     ) -> None:
+        run = Path(run)
         config_file(run)  # the error for a directory that is no run
         best = best_model.directory(run)
         imports = ["loss", "data.val_transforms", "data.collate"]
@@ -66,6 +67,11 @@ class Predictor:
         self.config = read_trusted_config(
             run, overrides, trust, imports=imports, directory=best
         )
+        # A model is built in them in training, too.
+        with settings_of(self.config):
+            self._build(run, best, model)
+
+    def _build(self, run: Path, best: Path, model: nn.Module | None) -> None:
         self.signature = signature.read(best)
         self.device = _device_of_one_process(self.config.train.precision)
         precision = Precision(self.config.train.precision, self.device)
@@ -94,7 +100,7 @@ class Predictor:
         self._forward = Forward(self.task, precision, self.device, self.config.run.seed)
 
     def classify(
-        self, paths: Sequence[Path]
+        self, paths: Sequence[str | Path]
     ) -> Iterator[tuple[Path, Tensor | DataError]]:
         """Each file in order, with the probability of every class, or with an error that says why there is none.
 
@@ -113,16 +119,18 @@ class Predictor:
                 )
 
     def predict(
-        self, paths: Sequence[Path]
+        self, paths: Sequence[str | Path]
     ) -> Iterator[tuple[Path, Answer | DataError]]:
         """Each file in order, with the model's answer for it, or with an error that says why there is none.
 
         Raises `ConfigError` if it is not known what the run's task answers.
         """
         size = self.config.batch.eval_size
-        batches = self._load_files(paths)
-        for start in range(0, len(paths), size):
-            batch_paths = paths[start : start + size]
+        files = list(map(Path, paths))
+        with settings_of(self.config):
+            batches = self._load_files(files)
+        for start in range(0, len(files), size):
+            batch_paths = files[start : start + size]
             # Around one batch, not the loop: a generator must not leave settings changed while its caller runs.
             with settings_of(self.config), torch.inference_mode():
                 answers = self._answer_batch(batch_paths, next(batches))
