@@ -21,7 +21,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tests.distributed.small import HASHES, Images, Points, config, conv_net, mlp
+from tests.distributed.small import (
+    HASHES,
+    Images,
+    Points,
+    config,
+    conv_net,
+    header_of,
+    mlp,
+)
 from trainer import Config, ConfigError, LockstepError, Observer, Run, Trainer
 from trainer.exact.plan import Step
 
@@ -138,6 +146,16 @@ def test_a_program_may_have_another_stdout_or_none(tmp_path: Path) -> None:
         with redirect_stdout(stream), redirect_stderr(stream):
             fit(tmp_path / name, conv_net())
     assert "trained" in stdout.text
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_a_bitwise_run_names_what_else_the_program_has_set(tmp_path: Path) -> None:
+    settings = config(tmp_path, run__reproducibility="bitwise")
+    trainer = Trainer(settings, model=conv_net(), train_data=DATA)
+    plain = header_of(trainer, tmp_path)["bitwise"]
+    with torch.backends.mkldnn.flags(enabled=False):
+        line = header_of(trainer, tmp_path)["bitwise"]
+    assert line == f"{plain} · torch.backends.mkldnn.enabled=False, by the program"
 
 
 class Traveller(Observer):

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ from trainer.exact.seeding import preserved_generators
 from trainer.exact.tf32 import tf32 as tf32_policy
 
 SUMMARY = "deterministic algorithms · no autotuning · 1 CPU thread a process"
+# What else decides how torch computes, below `torch.backends`, as torch has it. A program may have its reasons.
+DEFAULTS_OF_TORCH = {
+    "mkldnn.enabled": True,
+    "cudnn.enabled": True,
+    "cuda.matmul.allow_fp16_reduced_precision_reduction": True,
+    "cuda.matmul.allow_bf16_reduced_precision_reduction": True,
+    "cuda.matmul.allow_fp16_accumulation": False,
+}
 ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # read when cuBLAS starts
     # train.compile: no kernel is chosen by timing it.
@@ -54,6 +63,16 @@ def run_settings(
             if compiled:
                 stack.enter_context(_one_kernel_a_shape())
         yield
+
+
+def describe_settings() -> str:
+    """The settings of a bitwise run in words, with those that the program has made: another one may get other bits."""
+    parts = [SUMMARY]
+    for name, default in DEFAULTS_OF_TORCH.items():
+        value = attrgetter(name)(torch.backends)
+        if value != default:
+            parts.append(f"torch.backends.{name}={value}, by the program")
+    return " · ".join(parts)
 
 
 @contextmanager

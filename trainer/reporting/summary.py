@@ -27,7 +27,7 @@ from trainer.core.proof.prove import Proof
 from trainer.core.run import Run
 from trainer.core.whole_step import describe_scope
 from trainer.data.sampler import DrawnOrder
-from trainer.exact.determinism import SUMMARY as BITWISE_SETTINGS
+from trainer.exact.determinism import describe_settings
 from trainer.exact.exchange_cost import describe_exchange
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Plan
@@ -65,7 +65,7 @@ def header(
         *_facts_of_length(run, schedule, optimizer),
         *_facts_of_devices(run),
         ("fuse", f"1: {fuse_note}" if fuse_note else ""),
-        ("bitwise", BITWISE_SETTINGS if run.bitwise else ""),
+        ("bitwise", describe_settings() if run.bitwise else ""),
         ("exchange", _describe_exchange(run)),
         ("bad samples", _describe_quarantine(run)),
         ("note", run.data.note),
