@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.distributed.ranks import on_ranks
@@ -16,7 +17,7 @@ from tests.distributed.small import config
 from tests.pretended_ranks import Traffic, TrafficLog, one_of
 from tests.recorded_graphs import graphs_on_cpu
 from tests.test_pretended_gpu import in_a_fork
-from trainer import Trainer
+from trainer import Task, Trainer, WeightedSum
 from trainer.data.datasets import ImageArrays
 from trainer.exact.exchange import ShardExchange
 from trainer.exact.exchange_cost import (
@@ -54,6 +55,7 @@ def traffic_of_a_step(
     width: int = 10,
     *,
     is_short: bool = False,
+    task: Task | None = None,
     **changes: Any,
 ) -> tuple[Trainer, Traffic]:
     """The third step of rank 0, with `micro_batches` in all; two full steps come before it."""
@@ -70,7 +72,10 @@ def traffic_of_a_step(
         "best__metric": "train/loss",
     }
     trainer = Trainer(
-        config(directory, **(settings | changes)), model=net(width), train_data=data
+        config(directory, **(settings | changes)),
+        model=net(width),
+        train_data=data,
+        task=task,
     )
     with trainer.run.settings():
         trainer.start()
@@ -124,12 +129,34 @@ def test_with_graphs_a_step_sends_all_gradients_after_the_backward(
 def test_a_step_with_idle_ranks_sends_all_parameters_in_one_piece(
     tmp_path: Path,
 ) -> None:
+    """With a number for each parameter: how many ranks have used it."""
     with one_of(8):
         trainer, traffic = traffic_of_a_step(tmp_path, 16, is_short=True)
     parameters = list(trainer.module.parameters())
-    gradients, flags = 1, 1
-    assert traffic.calls == {"allreduce": gradients + flags}
-    assert traffic.bytes["allreduce"] == bytes_of(trainer.module) + len(parameters)
+    uses = FLOAT * len(parameters)
+    assert traffic.calls == {"allreduce": 1}
+    assert traffic.bytes["allreduce"] == bytes_of(trainer.module) + uses
+
+
+class Scaled(Task):
+    """Has a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def loss_sum(self, output: Tensor, targets: Tensor) -> WeightedSum:
+        total = F.cross_entropy(output * self.scale, targets, reduction="sum")
+        return WeightedSum(total, len(targets))
+
+
+@in_a_fork
+def test_the_parameters_of_a_loss_are_one_sum_more(tmp_path: Path) -> None:
+    """No rank asks the others which of them it has used: that is summed with them."""
+    with one_of(8):
+        _, traffic = traffic_of_a_step(tmp_path, 16, task=Scaled())
+    assert traffic.calls["allreduce"] == 1
+    assert traffic.bytes["allreduce"] == 2 * FLOAT
 
 
 @in_a_fork

@@ -20,7 +20,7 @@ from trainer.config.model_sections import BatchNormConfig
 from trainer.errors import ConfigError
 from trainer.exact.batch_norm import is_held
 from trainer.exact.compiled import is_compiled
-from trainer.exact.joint_sum import sum_together
+from trainer.exact.joint_sum import JointSum
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.norm_layer import CallWatch, NormLayer, refuse_shared_statistics
 from trainer.exact.observation import (
@@ -162,7 +162,8 @@ class StatisticsShare(RunningStatistics):
             return
         self._age(0)
         counters = [layer.counter for layer in self._share]
-        sum_together(self._ranks, [*self._buffers(), *counters])
+        shares = [*self._buffers(), *counters]
+        JointSum(self._ranks, shares).sum_(shares)
         self._is_gathered = True
 
     def restart(self) -> None:

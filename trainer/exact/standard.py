@@ -15,12 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import torch
 from torch import nn
 
 from trainer.exact.compiled import is_compiled
 from trainer.exact.completion import complete_backward, is_complete
-from trainer.exact.joint_sum import sum_together
+from trainer.exact.flat_sum import FlatSum
 from trainer.exact.plan import IndexRange, Step
 from trainer.exact.reduction import Reduction, refuse_sparse_gradients
 from trainer.exact.running_statistics import RunningStatistics, StatisticsShare
@@ -108,16 +107,8 @@ class StandardReduction(Reduction):
         if self._ranks.count == 1 or not summed_here:
             return
         parameters = list(summed_here.values())
-        has_gradient = [parameter.grad is not None for parameter in parameters]
-        is_used = self._ranks.any_rank_each(has_gradient)
-        gradients = []
-        for parameter, used in zip(parameters, is_used, strict=True):
-            if not used:
-                continue
-            # Every rank takes part in the sum, also one whose micro-batches did not use the parameter.
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        sum_together(self._ranks, gradients)
-        for gradient in gradients:
-            gradient.div_(self._ranks_averaged_over)
+        # Made anew each time: kept, it would hold memory that few steps need.
+        FlatSum(self._ranks, parameters).sum_()
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(self._ranks_averaged_over)
