@@ -326,13 +326,6 @@ def build_loader(
         label=label,
         transforms_key=key,
     )
-    normalize = Normalize(
-        section.mean,
-        section.std,
-        dtype,
-        structured=collation is not None or section.columns is not None,
-        puts_channels_apart=keyed.keeps_channels_together,
-    ).to(device)
     batch_transforms = None
     if purpose == "train":
         batch_transforms = build_batch_transforms(
@@ -341,6 +334,18 @@ def build_loader(
         if section.decode == "device":
             check_decoding(section, dataset, batch_transforms)
             keyed.reads_files = True
+    # Where nothing comes between, Normalize puts channels apart. A batch of another making may lie in memory as a user
+    # means it.
+    keyed.stacks_decoded = (
+        collation is None and keyed.arrays is None and batch_transforms is None
+    )
+    normalize = Normalize(
+        section.mean,
+        section.std,
+        dtype,
+        structured=collation is not None or section.columns is not None,
+        puts_channels_apart=keyed.keeps_channels_together,
+    ).to(device)
     return Loader(keyed, section, device, normalize, batch_transforms)
 
 

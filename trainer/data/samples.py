@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,6 +31,7 @@ from trainer.data.image_list import are_of_several_sizes, pack
 from trainer.data.names import printable
 from trainer.data.no_batch import why_no_batch
 from trainer.data.one_range import OneRange
+from trainer.data.stacking import stack_decoded
 from trainer.data.worker_failure import is_limit
 from trainer.errors import DataError, data_error
 from trainer.exact.plan import Ids
@@ -97,6 +98,8 @@ class KeyedDataset(Dataset[Any]):
             self._seed_draws = seed_torch
         self._crops = self._find_crops()
         self._range = OneRange()
+        # Set where channels are put apart later: a batch of decoded images is then as `stack_decoded` makes it.
+        self.stacks_decoded = False
         self.tells_source = False  # whether a batch says which samples it holds
         # Set where `data.batch_transforms` take images of several sizes, and files that the device decodes.
         self.packs_images = False
@@ -163,7 +166,7 @@ class KeyedDataset(Dataset[Any]):
     @property
     def keeps_channels_together(self) -> bool:
         """True if its batches of images may lie in memory as `torch.channels_last`, and mean nothing by it."""
-        return self._crops is not None
+        return self._crops is not None or self.stacks_decoded
 
     def preserved_draws(self) -> AbstractContextManager[None]:
         """A context that puts back the generators that a request draws from."""
@@ -306,10 +309,8 @@ class KeyedDataset(Dataset[Any]):
 
     def _collate(self, samples: list[tuple[Any, Any]], ids: Ids) -> tuple[Any, Any]:
         try:
-            if self.packs_images and self._is_to_be_packed(samples):
-                images, targets = zip(*samples, strict=True)
-                return pack(images), default_collate(list(targets))
-            inputs, targets = default_collate(samples)
+            images, targets = zip(*samples, strict=True)
+            return self._join(images), default_collate(list(targets))
         except Exception as error:
             if self.at_sample is not None and is_limit(error):
                 # The batch is made in memory shared with the rank, which tells of its end.
@@ -324,10 +325,16 @@ class KeyedDataset(Dataset[Any]):
                 transforms_key=self.transforms_key,
                 advice_on_sizes=self.advice_on_sizes,
             ) from error
-        return inputs, targets
 
-    def _is_to_be_packed(self, samples: list[tuple[Any, Any]]) -> bool:
-        return self.reads_files or are_of_several_sizes([image for image, _ in samples])
+    def _join(self, inputs: Sequence[Any]) -> Any:
+        """The inputs of a batch as one."""
+        if self.packs_images and (self.reads_files or are_of_several_sizes(inputs)):
+            return pack(inputs)
+        if self.stacks_decoded:
+            batch = stack_decoded(inputs)
+            if batch is not None:
+                return batch
+        return default_collate(list(inputs))
 
     def _collate_by(
         self, collation: Collation, samples: list[tuple[Any, Any]], request: Request
