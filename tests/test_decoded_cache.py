@@ -308,9 +308,19 @@ def test_transforms_draw_and_give_the_same_and_never_change_the_cache(
         v2.RandomResizedCrop(30, scale=(1, 1), ratio=(0.1, 0.2)),
         v2.RandomHorizontalFlip(),
         v2.RandomHorizontalFlip(0.9),
+        v2.Resize(61),
+        v2.Resize([61, 80]),
+        v2.Resize([80, 61]),
+        v2.Resize(40),
+        v2.Resize(61, max_size=70),
+        v2.Resize(None, max_size=61),
+        v2.CenterCrop(48),
+        v2.CenterCrop([60, 77]),  # halves of a pixel are left over
+        v2.CenterCrop([61, 80]),
+        v2.CenterCrop([70, 30]),
     ],
 )
-def test_the_fast_crop_gives_the_bits_of_torchvisions(crop: Any) -> None:
+def test_the_fast_form_gives_the_bits_of_torchvisions(crop: Any) -> None:
     draw = torch.Generator().manual_seed(2)
     pixels = torch.randint(0, 256, (61, 80, 3), generator=draw, dtype=torch.uint8)
     decoded = pixels.permute(2, 0, 1)

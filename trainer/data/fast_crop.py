@@ -1,7 +1,8 @@
-"""torchvision's RandomResizedCrop and RandomHorizontalFlip of images alone in less time, with the same bits.
+"""Some of torchvision's transforms, of images alone, in less time and with the same bits.
 
 torch resizes bytes fastest where the channels of a pixel lie together, as in decoded images. Of a part of one image by
-itself it does not see that, and copies the pixels to and fro.
+itself it does not see that, and copies the pixels to and fro. What a centre crop takes, and the resizing of an image
+that has its size already, is torchvision's care for inputs of every kind.
 """
 
 from __future__ import annotations
@@ -20,19 +21,26 @@ from trainer.data.short_side import resize_uint8
 
 
 def fast_form(transform: Any) -> Any:
-    """A transform of an image alone that gives what `transform` gives, faster if it is one of the two, or itself.
+    """A transform of an image alone that gives what `transform` gives, faster if it is one of those here, or itself.
 
     Whether the bits are the same is tried, not believed: it depends on the processor and on torchvision's version.
     """
     from torchvision.transforms import v2
 
-    if type(transform) is v2.RandomHorizontalFlip:
+    kind = type(transform)
+    if kind is v2.RandomHorizontalFlip:
         return Flip(transform)
-    if type(transform) is not v2.RandomResizedCrop or not transform.antialias:
+    if kind is v2.CenterCrop:
+        return CenterCrop(transform)
+    if kind not in (v2.Resize, v2.RandomResizedCrop):
         return transform
     # Text, or a member of an enumeration: as it was given.
     mode = getattr(transform.interpolation, "value", transform.interpolation)
-    return ResizedCrop(transform) if mode == "bilinear" and _is_same() else transform
+    if mode != "bilinear":
+        return transform
+    if kind is v2.Resize:
+        return Resize(transform)
+    return ResizedCrop(transform) if transform.antialias and _is_same() else transform
 
 
 def is_decoded_image(image: Any) -> bool:
@@ -107,6 +115,46 @@ class Flip:
     def draw(self) -> bool:
         """Whether the next image is to be flipped."""
         return not torch.rand(1) >= self._transform.p
+
+
+class Resize:
+    """torchvision's, which is not asked for an image that has the size."""
+
+    def __init__(self, transform: Any) -> None:
+        self._transform = transform
+        size = transform.size
+        self._short_side: int | None = None
+        self._sides: tuple[int, ...] = ()
+        if isinstance(size, list | tuple) and transform.max_size is None:
+            if len(size) == 1:
+                self._short_side = size[0]
+            else:
+                self._sides = tuple(size)
+
+    def __call__(self, image: Any) -> Any:
+        if is_decoded_image(image):
+            sides = image.shape[1:]
+            if sides == self._sides or min(sides) == self._short_side:
+                return image
+        return self._transform(image)
+
+
+class CenterCrop:
+    """torchvision's, where nothing is to be padded."""
+
+    def __init__(self, transform: Any) -> None:
+        self._transform = transform
+        self._height, self._width = transform.size
+
+    def __call__(self, image: Any) -> Any:
+        if not is_decoded_image(image):
+            return self._transform(image)
+        _, height, width = image.shape
+        if height < self._height or width < self._width:
+            return self._transform(image)
+        top = round((height - self._height) / 2)
+        left = round((width - self._width) / 2)
+        return image[:, top : top + self._height, left : left + self._width]
 
 
 class CropBatch:
