@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from tests.programs import Program
-from trainer import LockstepError
+from tests.programs import Program, run_program
+from trainer import ConfigError, LockstepError
 from trainer.data import workers
 from trainer.data.batches import MicroBatch, Request
 from trainer.data.datasets import digits
 from trainer.data.samples import KeyedDataset
+from trainer.data.worker_failure import WorkerNotes
 from trainer.data.workers import load_in_workers
 from trainer.process.command import STOP_SIGNALS
+from trainer.process.loader_start import TRAINS_AT_IMPORT
 
 PROGRAM = """
 import os, resource, signal, sys, torch
@@ -147,3 +154,96 @@ def test_a_stop_signal_to_the_group_ends_no_process_that_is_being_started(
     (batch,) = load_in_workers(data, requests, workers=1, prefetch=2, pin_memory=False)
     assert isinstance(batch, MicroBatch)
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.fixture
+def start_method(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
+
+
+class Images:
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.zeros(1, 8, 8), index % 2
+
+
+class WithLock(Images):
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"], indirect=True)
+def test_what_pickle_cannot_copy_to_loader_processes_is_named(
+    start_method: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    """As on macOS, and from Python 3.14 on: it was a traceback, and a warning of PyTorch's."""
+    cases = (
+        (WithLock(), None, "the train data set (WithLock)", "TypeError"),
+        (Images(), lambda image: image, "data.train_transforms", ""),
+    )
+    requests = [Request(0, 0, np.arange(4))]
+    for images, transform, part, kind in cases:
+        data = KeyedDataset(images, transform, seed=0, purpose="train")
+        loading = load_in_workers(
+            data, requests, workers=1, prefetch=2, pin_memory=False
+        )
+        with pytest.raises(ConfigError) as caught:
+            next(loading)
+        text = str(caught.value)
+        assert f"are started by {start_method} here" in text
+        assert f"it cannot copy {part} ({kind}" in text and "data.workers=0" in text
+    assert not [w for w in recwarn if "pickle" in str(w.message)]
+
+
+class Ended:
+    """A loader process that has ended, as multiprocessing has it."""
+
+    pid = 12345
+
+    def __init__(self, exitcode: int) -> None:
+        self.exitcode = exitcode
+
+
+@pytest.mark.parametrize("start_method", ["spawn"], indirect=True)
+def test_a_loader_process_that_ends_before_it_begins_says_what_to_change(
+    start_method: str,
+) -> None:
+    notes = WorkerNotes(1)
+    error = RuntimeError("DataLoader worker exited unexpectedly")
+    early = notes.failure(error, [Ended(1)], str)
+    assert "while it imported what it needs" in str(early)
+    imported = notes.failure(error, [Ended(TRAINS_AT_IMPORT)], str)
+    assert isinstance(imported, ConfigError)
+    assert 'under `if __name__ == "__main__":`' in str(imported)
+
+
+UNGUARDED = """
+import multiprocessing, sys, torch
+from trainer import Trainer, load
+
+if multiprocessing.current_process().name == "MainProcess":
+    multiprocessing.set_start_method(sys.argv[1])
+Trainer(load("configs/digits.yaml", sys.argv[2:])).fit()
+"""
+
+
+@pytest.mark.slow  # each loader process imports torch
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_program_that_trains_where_it_is_imported_is_one_message(
+    tmp_path: Path, method: str, ranks: int
+) -> None:
+    """Each loader process trained, too, and was told to name another run."""
+    program = tmp_path / "program.py"
+    program.write_text(UNGUARDED)
+    options = [f"run.dir={tmp_path}", "run.proof=off", *OPTIONS]
+    done = run_program([program, method, *options], ranks=ranks)
+    (message,) = (line for line in done.stderr.splitlines() if line)
+    assert message.startswith("error: data.workers: loader processes are started by ")
+    assert 'under `if __name__ == "__main__":`' in message
+    assert done.returncode == 2

@@ -61,6 +61,7 @@ from trainer.exact.modes import modes_of_others, restore_modes
 from trainer.exact.plan import Plan, Step
 from trainer.exact.reduction import Reduction
 from trainer.exact.sharded import ShardedReduction
+from trainer.process import launcher
 from trainer.process.activity import (
     ENDING,
     EXCHANGING,
@@ -69,6 +70,7 @@ from trainer.process.activity import (
     UPDATING,
     activity,
 )
+from trainer.process.loader_start import end_if_imported_to_load
 from trainer.process.one_at_a_time import one_at_a_time
 from trainer.process.ranks import Ranks
 from trainer.process.signals import StopRequest
@@ -119,6 +121,8 @@ class Trainer:
         stateful: Mapping[str, Stateful] | None = None,
     ) -> None:
         check_given(config, model)
+        if launcher.world_size() > 1:  # it would join as a rank that is there already
+            end_if_imported_to_load()
         # Those that a subclass assigned before this call.
         attributes_before = frozenset(vars(self))
         with (
@@ -235,6 +239,7 @@ class Trainer:
 
         Raises `LockstepError` if the loss is not finite or the run cannot go on, `Stopped` after a signal.
         """
+        end_if_imported_to_load()
         if self.progress.step or self._has_begun:
             raise LockstepError(
                 "this Trainer has trained already; make a new one, with run.resume=auto to go on"

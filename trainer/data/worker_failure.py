@@ -16,6 +16,7 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from trainer.errors import LockstepError
+from trainer.process.loader_start import explain_early_end
 from trainer.process.parent import signal_name
 
 NO_SAMPLE = -1
@@ -84,6 +85,10 @@ class WorkerNotes:
             )
         if ended is None:
             return None
+        if worker is None:
+            early = explain_early_end(ended.pid, exit_status)
+            if early is not None:
+                return early
         return LockstepError(
             f"loader process {ended.pid} {_end(exit_status)}{loading}"
             + (f" ({reason})" if reason else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -13,7 +14,13 @@ from torch.utils.data import DataLoader
 from trainer.data.batches import MicroBatch, Request
 from trainer.data.samples import KeyedDataset
 from trainer.data.worker_failure import WorkerNotes, without_sigchld_handler
-from trainer.errors import DataError, LockstepError
+from trainer.errors import DataError
+from trainer.process.loader_start import (
+    copy_failure,
+    is_copy_failure,
+    is_copyable,
+    server_failure,
+)
 from trainer.process.loader_worker import (
     begin_loader_process,
     starting_loader_processes,
@@ -40,7 +47,8 @@ def load_in_workers(
 ) -> Iterator[MicroBatch | DataError]:
     """What `dataset` gives for each request, loaded ahead by processes that run until the last or until this is closed.
 
-    Raises `LockstepError` if one of them ends, or if they run out of shared memory or file handles.
+    Raises `LockstepError` if one of them ends, or if they run out of shared memory or file handles, and `ConfigError`
+    for a data set that cannot be sent to them.
     """
     loader = WorkerLoader(
         dataset,
@@ -66,24 +74,45 @@ def iterate(loader: DataLoader[Any], dataset: KeyedDataset) -> Iterator[Any]:
     while True:
         try:
             if batches is None:
-                with without_sigchld_handler(), starting_loader_processes():
-                    batches = iter(loader)
+                batches = _start(loader, dataset)
                 # Those that have ended are no longer listed later.
                 processes = list(set(multiprocessing.active_children()) - others)
             batch = next(batches)
         except StopIteration:
             return
-        except (RuntimeError, OSError, EOFError) as error:
+        except (RuntimeError, OSError) as error:
             failure = notes.failure(error, processes, dataset.name)
-            if failure is None and batches is None and isinstance(error, EOFError):
-                failure = LockstepError(
-                    "the process that starts loader processes was killed while it started one; start the run again, "
-                    "with run.resume=auto"
-                )
             if failure is None:
                 raise
             raise failure from None
         yield batch
+
+
+def _start(loader: DataLoader[Any], dataset: KeyedDataset) -> Iterator[Any]:
+    try:
+        with (
+            without_sigchld_handler(),
+            starting_loader_processes(),
+            warnings.catch_warnings(),
+        ):
+            # PyTorch's own words for what is raised next.
+            warnings.filterwarnings("ignore", "Got pickle error")
+            return iter(loader)
+    except (EOFError, ConnectionError):
+        raise server_failure() from None
+    except Exception as error:
+        if not is_copy_failure(error):
+            raise
+        raise copy_failure(error, _not_copyable(dataset)) from None
+
+
+def _not_copyable(dataset: KeyedDataset) -> str:
+    """What a message calls the part of a data set that pickle cannot copy."""
+    if not is_copyable(dataset.dataset):
+        return f"the {dataset.label} data set ({type(dataset.dataset).__name__})"
+    if not is_copyable(dataset.collation):
+        return "the function of data.collate"
+    return dataset.transforms_key
 
 
 def _return_as_is(batch: Any) -> Any:
