@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from tests.distributed.ranks import on_ranks
 from tests.distributed.small import HASHES, Points, config, header_of, mlp
@@ -111,6 +112,52 @@ def test_the_mode_is_torchs(monkeypatch: pytest.MonkeyPatch, mode: bool | str) -
     monkeypatch.setattr(nn.Module, "compile", lambda _, **words: asked.append(words))
     compile_model(nn.Linear(1, 1), mode, bitwise=False, device=torch.device("cpu"))
     assert asked == [{"dynamic": None, "mode": None if mode is True else mode}]
+
+
+class FailingOnce(torch.autograd.Function):
+    """Its backward fails as one that torch.compile compiles when it first runs."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> Tensor:
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise no_python_headers()
+
+
+def no_python_headers() -> Exception:
+    output = "In file included from main.cpp:2:\nx.h:7:10: fatal error: Python.h: No such file\ncompilation terminated."
+    return CppCompileError(["g++", "main.cpp"], output)
+
+
+def no_compiler() -> Exception:
+    return InductorError(InvalidCxxCompiler(), None)
+
+
+@pytest.mark.parametrize("fails", ["forward", "backward"])
+def test_what_torch_compile_lacks_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """It was a traceback of 40 lines. Nothing is compiled here: the errors are those of torch."""
+
+    def compile_in_vain(model: nn.Module, **_: Any) -> None:
+        def call(inputs: Tensor) -> Tensor:
+            if fails == "forward":
+                raise no_compiler()
+            return FailingOnce.apply(model.forward(inputs))  # type: ignore[no-any-return]
+
+        model._compiled_call_impl = call
+
+    monkeypatch.setattr(nn.Module, "compile", compile_in_vain)
+    settings = config(tmp_path, run__proof="off", train__compile=True)
+    trainer = Trainer(settings, model=mlp(), train_data=Points(ignored=False))
+    with pytest.raises(ConfigError) as caught:
+        trainer.fit()
+    reason = "No working C++ compiler" if fails == "forward" else "Python.h: No such"
+    text = str(caught.value)
+    assert text.startswith("train.compile: ") and reason in text
+    assert "train.compile=false" in text
 
 
 class _GraphedLinear(torch.autograd.Function):

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.errors import ConfigError, first_line
 from trainer.exact.structures import map_tensors
 
+# Whose errors are about compiling.
+COMPILER_PACKAGES = ("torch._dynamo.", "torch._inductor.")
+LONGEST_REASON = 300  # characters
 # Modes in which torch.compile records CUDA graphs.
 MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -60,3 +64,24 @@ def describe_compile(mode: bool | str, device_type: str) -> str:
     if mode == "reduce-overhead":
         return f"reduce-overhead is what default is on {device_type}: there are no CUDA graphs"
     return f"max-autotune, without CUDA graphs on {device_type}"
+
+
+def compile_failure(error: BaseException) -> ConfigError | None:
+    """The message for an error of torch.compile itself, as without a C++ compiler; None for any other error."""
+    # Their modules are not imported for it: where one has failed, they are there.
+    modules = [kind.__module__ for kind in type(error).__mro__]
+    if not any(module.startswith(COMPILER_PACKAGES) for module in modules):
+        return None
+    return ConfigError(
+        "train.compile",
+        f"torch.compile cannot compile this model here ({_reason(error)}); it needs a C++ compiler (g++, or what CXX "
+        f"names) and Python's headers, on a GPU triton, too; train.compile=false trains the same without it",
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """What of an error's text tells most: a compiler's own error stands below the command that was run."""
+    for line in str(error).splitlines():
+        if " error: " in line:
+            return line.strip()[:LONGEST_REASON]
+    return first_line(error)[:LONGEST_REASON]

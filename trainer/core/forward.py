@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from trainer.components.compiling import compile_failure
 from trainer.components.task import Task, WeightedSum, as_weighted_sum
 from trainer.core.misfit import (
     KINDS,
@@ -268,9 +269,9 @@ class Forward:
                     "it, or batch.size if this is an epoch's short last step, or set batch_norm.mode=frozen; "
                     "data.bad_samples=quarantine, too, may leave a micro-batch one sample",
                 ) from None
-            of_shards = shard_misfit(error)
-            if of_shards is not None:
-                raise of_shards from error
+            known = shard_misfit(error) or compile_failure(error)
+            if known is not None:
+                raise known from error
             # Within DDP a lost rank is a RuntimeError, too.
             is_bare = not isinstance(model, nn.parallel.DistributedDataParallel)
             if is_bare and is_misfit(error) and is_from_a_layer(error):

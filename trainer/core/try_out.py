@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from trainer.components.compiling import compile_failure
 from trainer.core.first_forward import check_first_forward
 from trainer.core.fuse_check import choose_fuse
 from trainer.core.loader_limits import check_loader_limits
@@ -42,8 +43,10 @@ def explained(run: Run, position: Callable[[], tuple[int, int]]) -> Iterator[Non
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         cause: LockstepError | None = None
         if isinstance(error, RuntimeError):
+            # The backward, too, is compiled when it first runs.
             cause = (
-                refused_operation(error)
+                compile_failure(error)
+                or refused_operation(error)
                 or explain_out_of_memory(error, run, *position())
                 or run.ranks.explain(error)
             )
