@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from trainer.process.exit import report_error
+from trainer.reporting.jsonl import MetricsFile
 from trainer.storage.files import (
     is_locked,
     lock_directory,
+    make_file,
     make_folder,
     new_directory,
     new_file,
@@ -96,3 +102,54 @@ def test_a_directory_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             make_folder(run, name)
     assert not run.exists()
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """A context in which no file may grow beyond `size` bytes: much like a full disk."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+
+
+LONG = "x" * 100_000
+
+
+def write_in_new_file(path: Path) -> None:
+    with new_file(path) as partial, partial.open("w") as file:
+        file.write(LONG)
+
+
+def write_in_new_directory(path: Path) -> None:
+    with new_directory(path) as partial:
+        (partial / "part").write_text(LONG)
+
+
+def log_a_row(path: Path) -> None:
+    MetricsFile(path).log({"step": 1, "note": LONG})
+
+
+WRITERS = (
+    lambda path: write_text(path, LONG),
+    lambda path: make_file(path, LONG, private=False),
+    write_in_new_file,
+    write_in_new_directory,
+    log_a_row,
+)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_full_disk_names_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], write: Callable[[Path], None]
+) -> None:
+    """Python names none where an open file is written to: it was "cannot write a file", or a traceback."""
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(OSError, match="File too large") as caught, room_for(10_000):
+        write(path)
+    assert report_error(caught.value) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and line.endswith(": File too large")
+    assert "metrics.jsonl" in line

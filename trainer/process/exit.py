@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import multiprocessing
 import os
 import select
@@ -37,13 +38,23 @@ SECONDS_TO_TRACE = 0.5
 # gloo's thread needs this long to release the tensors of the last collective.
 SECONDS_FOR_GLOO = 0.2
 CLOSED_PIPE_STATUS = 128 + signal.SIGPIPE
+# What a disk or its permissions refuse: a traceback would tell nothing that the path does not.
+REFUSED_BY_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+)
 
 
 def report_error(error: BaseException) -> int:
     """Print `error` on one rank only, and return the exit status.
 
-    A `LockstepError` is printed as its message, any other error with its traceback. When one rank fails, the
-    others fail soon after because it is gone. Only the first rank to get here prints, so its message is the cause.
+    A `LockstepError` is printed as its message, and so is what a disk refuses; any other error with its traceback.
+    When one rank fails, the others fail soon after because it is gone. Only the first rank to get here prints, so its
+    message is the cause.
     """
     with signals_ignored():
         return _report(error)
@@ -56,7 +67,8 @@ def _report(error: BaseException) -> int:
     if not _is_first_to_report(error):
         time.sleep(SECONDS_TO_REPORT)
         return status
-    is_mistake = isinstance(error, LockstepError) and not isinstance(error, Stopped)
+    is_message = isinstance(error, LockstepError) or _is_refused_by_disk(error)
+    is_mistake = is_message and not isinstance(error, Stopped)
     prefix = "error: " if is_mistake else ""
     # The one place where errors are printed.
     print(f"{prefix}{describe_error(error)}", file=sys.stderr, flush=True)
@@ -67,13 +79,22 @@ def _report(error: BaseException) -> int:
 
 
 def describe_error(error: BaseException) -> str:
-    """The message of a `LockstepError`, of any other error its traceback, without secrets.
+    """The message of a `LockstepError` or of a disk, of any other error its traceback, without secrets.
 
     No message needs to think of them by itself.
     """
     if isinstance(error, LockstepError):
         return redacted_output(str(error))
+    if _is_refused_by_disk(error):
+        assert isinstance(error, OSError)
+        return redacted_output(f"{error.filename}: {error.strerror}")
     return redacted_output("".join(traceback.format_exception(error)).rstrip())
+
+
+def _is_refused_by_disk(error: BaseException) -> bool:
+    if not isinstance(error, OSError) or error.filename is None:
+        return False
+    return error.errno in REFUSED_BY_DISK
 
 
 def report_interrupt(message: str = "interrupted") -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import LockstepError
-from trainer.storage.files import write_text
+from trainer.storage.files import named_in_errors, write_text
 
 
 class MetricsFile:
@@ -25,18 +25,21 @@ class MetricsFile:
         lines = [line for line in lines if _parse(line) is not None]
         write_text(path, "".join(lines))
         self.rows = len(lines)
+        self._path = path
         self._file = path.open("a")
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a row, its keys in their order. Floats read back exactly, NaN and infinities included."""
-        self._file.write(json.dumps(dict(row)) + "\n")
-        # To the operating system, so that a killed process loses no row.
-        self._file.flush()
+        with named_in_errors(self._path):
+            self._file.write(json.dumps(dict(row)) + "\n")
+            # To the operating system, so that a killed process loses no row.
+            self._file.flush()
         self.rows += 1
 
     def sync(self) -> None:
         """Wait until the disk holds every row: a checkpoint counts them."""
-        os.fsync(self._file.fileno())
+        with named_in_errors(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

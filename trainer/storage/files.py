@@ -30,12 +30,24 @@ def make_file(path: Path, text: str, *, private: bool) -> None:
     """Write a file that is not there yet."""
     if private:
         path.touch(mode=0o600)  # before there is anything to read
-    path.write_text(text)
+    with named_in_errors(path):
+        path.write_text(text)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a file's contents by `value` as indented JSON, at once."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """A context whose errors of the system name `path`, where they name no file: those of writing to an open one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -48,10 +60,11 @@ def new_file(path: Path) -> Iterator[Path]:
     # Of a process that was killed while it wrote; or a link, which must not be written through.
     partial.unlink(missing_ok=True)
     try:
-        yield partial
-        sync(partial)
-        partial.replace(path)
-        sync(path.parent)
+        with named_in_errors(path):
+            yield partial
+            sync(partial)
+            partial.replace(path)
+            sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -70,14 +83,15 @@ def new_directory(path: Path) -> Iterator[Path]:
     # Not the folder that holds it: a run's own directory that was deleted is not to come back, empty.
     partial.mkdir()
     try:
-        yield partial
-        for file in partial.iterdir():
-            sync(file)
-        sync(partial)
-        if path.exists():
-            path.rename(replaced)
-        partial.rename(path)
-        sync(path.parent)
+        with named_in_errors(path):
+            yield partial
+            for file in partial.iterdir():
+                sync(file)
+            sync(partial)
+            if path.exists():
+                path.rename(replaced)
+            partial.rename(path)
+            sync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -99,7 +113,8 @@ def sync(path: Path) -> None:
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named_in_errors(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
