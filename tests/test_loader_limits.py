@@ -25,6 +25,8 @@ from trainer.errors import ConfigError
 PAGE = 4096
 TRAINING = 2 * 3 * 2 * PAGE
 EVALUATION = (11 + 1) * PAGE
+# The whole set of 103 is read at once, whatever the batches: first the one, then the other.
+ON_DEVICE = EVALUATION
 
 
 def error_of(directory: Path, free: int, files: int | None, **changes: Any) -> str:
@@ -61,9 +63,14 @@ def test_shared_memory_that_would_run_out_is_named_at_the_start(
             error_of(tmp_path, needed - 1, None),
             error_of(tmp_path, 0, None, data__workers=0),
             error_of(tmp_path, 0, None, data__collate="lists"),
+            error_of(tmp_path, ON_DEVICE, None, data__on_device=True),
+            error_of(tmp_path, ON_DEVICE - 1, None, data__on_device=True),
         ]
 
-    [(enough, short, without, unknown)] = on_ranks(1, all_cases)
+    [(enough, short, without, unknown, *on_device)] = on_ranks(1, all_cases)
+    assert on_device[0] == ""
+    assert "that keep 3 times 256 samples (data.on_device) ready" in on_device[1]
+    assert "set data.workers or data.prefetch lower, or give it more" in on_device[1]
     assert (enough, without, unknown) == ("", "", "")
     assert short == (
         f"data.workers: 2 loader processes that keep 3 micro-batches ready (data.prefetch) need {needed / 1e6:.1f} MB "

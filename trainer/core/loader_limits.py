@@ -15,6 +15,7 @@ from pathlib import Path
 from trainer.config.schema import Config
 from trainer.core.run import Run
 from trainer.data.loading import Loader
+from trainer.data.on_device import CHUNK
 from trainer.errors import ConfigError
 from trainer.exact.structures import tensors_in
 from trainer.process import launcher
@@ -71,13 +72,28 @@ def loader_note(config: Config) -> str:
 def _check(run: Run) -> None:
     if run.train_loader.dataset.collation is not None:
         return  # what it makes of the samples is not known from one of them
-    # The training loader keeps its micro-batches while one of the others runs.
-    in_flight = [_of_training(run)]
-    evaluated = [_of_evaluation(run, item.loader) for item in run.evaluation_sets]
-    if evaluated:
-        in_flight.append(max(evaluated, key=lambda item: item.total_bytes))
+    if run.config.data.on_device:
+        in_flight = [_of_device_sets(run)]
+    else:
+        # The training loader keeps its micro-batches while one of the others runs.
+        in_flight = [_of_training(run)]
+        evaluated = [_of_evaluation(run, item.loader) for item in run.evaluation_sets]
+        if evaluated:
+            in_flight.append(max(evaluated, key=lambda item: item.total_bytes))
     _check_shared_memory(run, sum(item.total_bytes for item in in_flight))
     _check_open_files(run, sum(item.total_tensors for item in in_flight))
+
+
+def _of_device_sets(run: Run) -> InFlight:
+    """Sets that are to lie on the device are read in parts, one set after the other: what is in memory already, not."""
+    largest = InFlight()
+    for loader in (run.train_loader, *(item.loader for item in run.evaluation_sets)):
+        if loader.dataset.arrays is None:
+            samples = len(loader.dataset.dataset)
+            parts = math.ceil(samples / CHUNK)
+            one = _in_flight(run, loader, min(CHUNK, samples), parts)
+            largest = max(largest, one, key=lambda item: item.total_bytes)
+    return largest
 
 
 def _of_training(run: Run) -> InFlight:
@@ -124,11 +140,16 @@ def _check_shared_memory(run: Run, needed: int) -> None:
     each = f"the {section.workers} loader processes of each of {ranks} ranks"
     who = each if ranks > 1 else f"{section.workers} loader processes"
     gib = math.ceil(needed * ranks / 2**30)
+    parts = "micro-batches"
+    smaller = "data.workers, data.prefetch, batch.micro_size or batch.eval_size lower"
+    if section.on_device:
+        parts = f"times {CHUNK} samples (data.on_device)"
+        smaller = "data.workers or data.prefetch lower"
     raise ConfigError(
         "data.workers",
-        f"{who} that keep {section.prefetch} micro-batches ready (data.prefetch) need {needed * ranks / 1e6:,.1f} MB "
-        f"of shared memory, and {SHARED_MEMORY} has {free / 1e6:,.1f} MB free; set data.workers, data.prefetch, "
-        f"batch.micro_size or batch.eval_size lower, or give it more (docker run --shm-size={gib}g)",
+        f"{who} that keep {section.prefetch} {parts} ready (data.prefetch) need {needed * ranks / 1e6:,.1f} MB of "
+        f"shared memory, and {SHARED_MEMORY} has {free / 1e6:,.1f} MB free; set {smaller}, or give it more (docker run "
+        f"--shm-size={gib}g)",
     )
 
 
