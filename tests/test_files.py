@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.full_disk import room_for
 from trainer.process.exit import report_error
 from trainer.reporting.jsonl import MetricsFile
 from trainer.storage.files import (
@@ -102,17 +101,6 @@ def test_a_directory_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             make_folder(run, name)
     assert not run.exists()
-
-
-@contextmanager
-def room_for(size: int) -> Iterator[None]:
-    """A context in which no file may grow beyond `size` bytes: much like a full disk."""
-    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
 
 
 LONG = "x" * 100_000

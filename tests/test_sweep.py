@@ -22,15 +22,16 @@ import yaml
 from rich.console import Console
 from scipy import stats
 
+from tests.full_disk import room_for
 from tests.programs import Program
 from trainer.config.load import load
 from trainer.config.schema import Config
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, LockstepError
 from trainer.sweep.check import check
 from trainer.sweep.description import Sweep, read_sweep
 from trainer.sweep.results import draw_pictures
 from trainer.sweep.space import Parameter, grid, read_parameters
-from trainer.sweep.study import SweepStudy, Trial
+from trainer.sweep.study import SweepStudy, Trial, explained_storage
 from trainer.sweep.table import build_table
 
 ROOT = Path(__file__).parents[1]
@@ -526,6 +527,22 @@ def test_a_damaged_state_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "sweep.sqlite").write_text("no database, but text of some length")
     with pytest.raises(ConfigError, match="cannot be used"):
         open_study(bowl(tmp_path, "random"), tmp_path)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_full_disk_is_no_fault_of_the_study(tmp_path: Path, is_new: bool) -> None:
+    """It was an advice to move the study away, or a traceback of Optuna's in the midst of the sweep."""
+    sweep = bowl(tmp_path, "random")
+    study = None if is_new else open_study(sweep, tmp_path)
+    with (
+        pytest.raises(LockstepError, match=r"sweep.sqlite cannot be written \(.*disk"),
+        room_for(8000),
+    ):
+        if study is None:
+            open_study(sweep, tmp_path)
+        else:
+            with explained_storage(study.path):
+                study.add_trial()
 
 
 def test_a_sweep_of_an_earlier_version_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from trainer.errors import ConfigError, LockstepError, Stopped
 from trainer.storage.files import is_locked
 from trainer.sweep.description import Sweep
 from trainer.sweep.process import KILL_AFTER, TrialProcess, read_curve
-from trainer.sweep.study import SweepStudy, Trial, best_value
+from trainer.sweep.study import SweepStudy, Trial, best_value, explained_storage
 
 # Seconds; short beside a trial, and as often as a table need be drawn.
 POLL_INTERVAL = 0.25
@@ -61,13 +61,8 @@ class LocalSweep:
             for number in (signal.SIGINT, signal.SIGTERM)
         }
         try:
-            while self._start_trials() or self._processes:
-                if self._signal:
-                    self._stop_all()
-                self._follow_all()
-                show(self.trials)
-                time.sleep(POLL_INTERVAL)
-            show(self.trials)
+            with explained_storage(self.study.path):
+                self._loop(show)
         finally:
             self._stop_all()  # trials that still run if the sweep itself fails
             for number, handler in handlers.items():
@@ -79,6 +74,15 @@ class LocalSweep:
                 "the sweep stopped, its trials at a checkpoint; the same command goes on",
                 self._signal,
             )
+
+    def _loop(self, show: Callable[[list[Trial]], None]) -> None:
+        while self._start_trials() or self._processes:
+            if self._signal:
+                self._stop_all()
+            self._follow_all()
+            show(self.trials)
+            time.sleep(POLL_INTERVAL)
+        show(self.trials)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         # The loop acts on it: a handler may interrupt a write to the study.

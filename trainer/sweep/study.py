@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.config.fields import show
-from trainer.errors import ConfigError, first_line
+from trainer.errors import ConfigError, LockstepError, first_line
 from trainer.exact.seeding import key
 from trainer.storage.files import lock_directory
 from trainer.sweep.description import Sweep
@@ -67,9 +68,11 @@ class SweepStudy:
             )
         self._lock = lock
         try:
-            self.optuna_study = _open_study(sweep, directory / "sweep.sqlite")
-            self._check_identity(identity, directory)
-        except ConfigError:
+            self.path = directory / "sweep.sqlite"
+            with explained_storage(self.path):
+                self.optuna_study = _open_study(sweep, self.path)
+                self._check_identity(identity, directory)
+        except LockstepError:
             self.close()
             raise
         self.trials = [
@@ -279,7 +282,7 @@ def _open_study(sweep: Sweep, path: Path) -> optuna.Study:
     import optuna
 
     assert sweep.goal is not None, "with_goal comes first"
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
     if sweep.hyperband is not None:
@@ -300,11 +303,32 @@ def _open_study(sweep: Sweep, path: Path) -> optuna.Study:
             pruner=pruner,
             load_if_exists=True,
         )
+    except (sqlite3.OperationalError, OperationalError) as error:
+        raise _not_written(path, error) from None
     except (sqlite3.DatabaseError, SQLAlchemyError, RuntimeError) as error:
         raise ConfigError(
             str(path),
             f"cannot be used ({first_line(error)}); move it away, or name this sweep otherwise",
         ) from None
+
+
+@contextmanager
+def explained_storage(path: Path) -> Iterator[None]:
+    """A context in which a study that cannot be written any more is a `LockstepError`, not an error of Optuna's."""
+    from optuna.exceptions import StorageInternalError
+
+    try:
+        yield
+    except StorageInternalError as error:
+        # Optuna's own words are a guess at the cause, which it keeps.
+        raise _not_written(path, error.__cause__ or error) from None
+
+
+def _not_written(path: Path, error: BaseException) -> LockstepError:
+    return LockstepError(
+        f"{path} cannot be written ({first_line(error)}); make room on its disk, or let it be written, and the same "
+        f"command goes on with the sweep"
+    )
 
 
 def _refuse_earlier_version(path: Path) -> None:
