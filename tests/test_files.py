@@ -116,8 +116,13 @@ def write_in_new_directory(path: Path) -> None:
         (partial / "part").write_text(LONG)
 
 
-def log_a_row(path: Path) -> None:
-    MetricsFile(path).log({"step": 1, "note": LONG})
+def log_rows(path: Path) -> None:
+    metrics = MetricsFile(path)
+    try:
+        for step in range(1000):
+            metrics.log({"step": step, "train/loss": 0.5})
+    finally:
+        metrics.close()  # which has still to write the row, and names no file
 
 
 WRITERS = (
@@ -125,7 +130,7 @@ WRITERS = (
     lambda path: make_file(path, LONG, private=False),
     write_in_new_file,
     write_in_new_directory,
-    log_a_row,
+    log_rows,
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ class MetricsFile:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        # What is left to write is a row whose `log` has failed, and has said so: the rest of a run's end must go on.
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
