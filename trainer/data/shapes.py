@@ -51,11 +51,13 @@ class Shapes:
         if not 0 <= index < self.size:
             raise IndexError(f"sample {index} of {self.size}")
         draw = numpy_generator(0, f"shapes/{self.part}", index)
-        low, high = 1 - self.vary, 1 + self.vary
-        height, width = (self.image_size * draw.uniform(low, high, size=2)).astype(int)
+        # In this order, and even where nothing varies: a sample is what its generator gives, draw by draw.
+        factors = draw.uniform(1 - self.vary, 1 + self.vary, size=2)
+        height, width = (self.image_size * factors).astype(int)
         pixels = draw.integers(NOISE, size=(3, height, width), dtype=np.uint8)
         mask = np.zeros((height, width), dtype=np.int64)
-        for _ in range(draw.integers(1, MOST_SHAPES + 1)):
+        count = draw.integers(1, MOST_SHAPES + 1)
+        for _ in range(count):
             _draw_shape(draw, pixels, mask)
         return torch.from_numpy(pixels), self._target(mask)
 
@@ -68,10 +70,15 @@ class Shapes:
             present = np.isin(np.arange(1, CLASSES), classes)
             return torch.from_numpy(present).float()
         if self.target == "area":
-            return torch.tensor([(classes > 0).mean()], dtype=torch.float32)
-        numbers = [number for number in np.unique(mask).tolist() if number]
-        boxes = [_box_of(mask == number) for number in numbers]
-        labels = [number % CLASSES for number in numbers]
+            share = (classes > 0).mean()
+            return torch.tensor([share], dtype=torch.float32)
+        boxes = []
+        labels = []
+        for number in np.unique(mask).tolist():
+            if number == 0:  # the background
+                continue
+            boxes.append(_box_of(mask == number))
+            labels.append(number % CLASSES)
         return {"boxes": torch.tensor(boxes), "labels": torch.tensor(labels)}
 
 
@@ -79,12 +86,15 @@ def class_names(target: str) -> list[str] | None:
     """The names of the classes that a target tells apart, by id."""
     if target == "area":
         return None
-    return list(KINDS) if target == "labels" else ["background", *KINDS]
+    if target == "labels":
+        return list(KINDS)
+    return ["background", *KINDS]
 
 
 def check_target(target: str) -> None:
     if target not in TARGETS:
-        raise ConfigError("data.target", f"{target} is not one of {', '.join(TARGETS)}")
+        known = ", ".join(TARGETS)
+        raise ConfigError("data.target", f"{target} is not one of {known}")
 
 
 def _draw_shape(
@@ -95,13 +105,15 @@ def _draw_shape(
     Its pixels in the mask get a number of its own: `CLASSES` times how many there are, plus 1, 2 or 3 for its kind.
     """
     height, width = mask.shape
-    largest = max(LEAST_RADIUS + 1, min(height, width) // 5)
+    fifth = min(height, width) // 5
+    largest = max(LEAST_RADIUS + 1, fifth)
     radius = int(draw.integers(LEAST_RADIUS, largest + 1))
     kind = int(draw.integers(len(KINDS)))
     x = int(draw.integers(radius, width - radius))
     y = int(draw.integers(radius, height - radius))
     rows, columns = np.ogrid[:height, :width]
-    down, across = np.abs(rows - y), np.abs(columns - x)
+    down = np.abs(rows - y)
+    across = np.abs(columns - x)
     around = np.maximum(down, across) <= radius
     if (mask[around] > 0).any():
         return
@@ -109,11 +121,13 @@ def _draw_shape(
     if KINDS[kind] == "disc":
         inside = down**2 + across**2 <= radius**2
     elif KINDS[kind] == "cross":
-        inside = around & (np.minimum(down, across) <= radius // 3)
+        arm = radius // 3
+        inside = around & (np.minimum(down, across) <= arm)
     colour = draw.integers(120, 256, size=3, dtype=np.uint8)
     pixels[:, inside] = colour[:, None] - pixels[:, inside]
-    before = int(mask.max()) // CLASSES + 1
-    mask[inside] = before * CLASSES + 1 + kind
+    last_number = int(mask.max())
+    shapes = last_number // CLASSES + 1
+    mask[inside] = shapes * CLASSES + 1 + kind
 
 
 def _box_of(inside: npt.NDArray[np.bool_]) -> list[float]:

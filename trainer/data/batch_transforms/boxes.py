@@ -57,30 +57,51 @@ class BoxDraw:
         self._largest = -1 if inside else 0
         roots = []
         for area in _midpoints(*scale):
-            roots.append(round(math.sqrt(area) * ONE))
+            root = math.sqrt(area)
+            roots.append(round(root * ONE))
+        lowest, highest = ratio
         wider, higher = [], []
-        for logarithm in _midpoints(math.log(ratio[0]), math.log(ratio[1])):
-            wider.append(round(math.exp(logarithm / 2) * ONE))
-            higher.append(round(math.exp(-logarithm / 2) * ONE))
-        self._tables = [torch.tensor(table) for table in (roots, wider, higher)]
+        for logarithm in _midpoints(math.log(lowest), math.log(highest)):
+            # Half of it for each side: their product is the area, whatever the ratio.
+            factor_of_width = math.exp(logarithm / 2)
+            factor_of_height = math.exp(-logarithm / 2)
+            wider.append(round(factor_of_width * ONE))
+            higher.append(round(factor_of_height * ONE))
+        self._tables = [
+            torch.tensor(roots),
+            torch.tensor(wider),
+            torch.tensor(higher),
+        ]
 
     def __call__(self, draws: Tensor, sizes: Sizes) -> Boxes:
         """Boxes in images of some sizes, from int64 `(B, DRAWS)`."""
         roots, wider, higher = self._tables_on(draws.device)
-        area = roots[below(draws[:, :ATTEMPTS], STEPS)]
-        ratio = below(draws[:, ATTEMPTS : 2 * ATTEMPTS], STEPS)
+        area_draws = draws[:, :ATTEMPTS]
+        ratio_draws = draws[:, ATTEMPTS : 2 * ATTEMPTS]
+        top_draw, left_draw = draws[:, -2], draws[:, -1]
+        # Every attempt of every image at once: which one fits is never asked on the host, which would have to wait.
+        area = roots[below(area_draws, STEPS)]
+        ratio = below(ratio_draws, STEPS)
         height, width, root = sizes
-        widths = _scaled(area, wider[ratio], _by_row(root))
-        heights = _scaled(area, higher[ratio], _by_row(root))
+        root = _by_row(root)
+        widths = _scaled(area, wider[ratio], root)
+        heights = _scaled(area, higher[ratio], root)
         fits = (widths >= 1) & (widths <= _by_row(width) + self._largest)
         fits &= (heights >= 1) & (heights <= _by_row(height) + self._largest)
         # The first of equal ones.
         first = fits.long().argmax(1, keepdim=True)
         box_height = heights.gather(1, first).squeeze(1)
         box_width = widths.gather(1, first).squeeze(1)
-        top = below(draws[:, -2], (height - box_height + 1).clamp_min(1))
-        left = below(draws[:, -1], (width - box_width + 1).clamp_min(1))
-        return Boxes(top, left, box_height, box_width, fits.any(1))
+        # At least one place: a box that does not fit is drawn, too.
+        tops = (height - box_height + 1).clamp_min(1)
+        lefts = (width - box_width + 1).clamp_min(1)
+        return Boxes(
+            below(top_draw, tops),
+            below(left_draw, lefts),
+            box_height,
+            box_width,
+            fits.any(1),
+        )
 
     def _tables_on(self, device: torch.device) -> list[Tensor]:
         if self._tables[0].device != device:
@@ -101,13 +122,15 @@ def middle_part(
         part_height = max(1, round(width / low))
     elif width / height > high:
         part_width = max(1, round(height * high))
-    top, left = (height - part_height) // 2, (width - part_width) // 2
+    top = (height - part_height) // 2
+    left = (width - part_width) // 2
     return top, left, part_height, part_width
 
 
 def _midpoints(low: float, high: float) -> list[float]:
     """`STEPS` numbers evenly between two, each in the middle of its part."""
-    return [low + (high - low) * (step + 0.5) / STEPS for step in range(STEPS)]
+    span = high - low
+    return [low + span * (step + 0.5) / STEPS for step in range(STEPS)]
 
 
 def _by_row(value: int | Tensor) -> int | Tensor:
@@ -117,6 +140,8 @@ def _by_row(value: int | Tensor) -> int | Tensor:
 
 def _scaled(area: Tensor, ratio: Tensor, root: int | Tensor) -> Tensor:
     """`area · ratio · root`, of the roots of the first two, rounded to whole pixels."""
-    product = ((area * ratio) >> 16) * root
+    side_of_square = (area * ratio) >> 16
+    product = side_of_square * root
     bits = 16 + ROOT_BITS
-    return (product + (1 << (bits - 1))) >> bits
+    half = 1 << (bits - 1)
+    return (product + half) >> bits

@@ -66,33 +66,47 @@ class ColorJitter:
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         require_bytes(images, type(self).__name__)
-        factors = []
-        for index, (low, high) in enumerate(self._factors):
-            factors.append(between(draws[:, index], low, high).int())
-        if self._turns_hue:
-            factors.append(between(draws[:, HUE + 1], *self._turns).int())
+        factors = self._draw_factors(draws)
         if self._orders.device != draws.device:
             self._orders = self._orders.to(draws.device)
-        kinds = self._orders[below(draws[:, ORDER], len(self._orders))]
+        order = below(draws[:, ORDER], len(self._orders))
+        kinds = self._orders[order]
         pixels = images.int()
         for kind in kinds.unbind(1):
             pixels = self._change(pixels, _by_image(kind), factors)
         return pixels.byte()
 
+    def _draw_factors(self, draws: Tensor) -> list[Tensor]:
+        """A factor of each image for each kind of change, int32 `(B,)`; of the hue, its turn."""
+        factors = []
+        for index, (low, high) in enumerate(self._factors):
+            factor = between(draws[:, index], low, high)
+            factors.append(factor.int())
+        if self._turns_hue:
+            low, high = self._turns
+            turn = between(draws[:, HUE + 1], low, high)
+            factors.append(turn.int())
+        return factors
+
     def _change(self, pixels: Tensor, kind: Tensor, factors: list[Tensor]) -> Tensor:
         """Each image blended with black, its mean grey or its own grey, or turned in its hue, as its `kind` says."""
+        # Every image goes through every kind, and keeps its own: to sort them by kind, the host would have to wait.
         gray = _gray(pixels)
         mean = _mean(gray)
-        other = torch.where(kind == SATURATION, gray, torch.zeros_like(gray))
+        black = torch.zeros_like(gray)
+        other = torch.where(kind == SATURATION, gray, black)
         other = torch.where(kind == CONTRAST, mean, other)
-        factor = torch.where(kind == SATURATION, _by_image(factors[SATURATION]), 0)
+        saturation = _by_image(factors[SATURATION])
+        factor = torch.where(kind == SATURATION, saturation, 0)
         for each in (BRIGHTNESS, CONTRAST):
-            factor = torch.where(kind == each, _by_image(factors[each]), factor)
+            factor_of_kind = _by_image(factors[each])
+            factor = torch.where(kind == each, factor_of_kind, factor)
         blend = pixels * factor + other * (ONE - factor) + HALF
         blended = (blend >> 16).clamp_(0, 255)
         if not self._turns_hue:
             return blended
-        return torch.where(kind == HUE, turn_hue(pixels, factors[HUE]), blended)
+        turned = turn_hue(pixels, factors[HUE])
+        return torch.where(kind == HUE, turned, blended)
 
 
 class RandomGrayscale:
@@ -107,8 +121,9 @@ class RandomGrayscale:
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         require_bytes(images, type(self).__name__)
-        is_gray = happens(draws, self._p).view(-1, 1, 1, 1)
-        return torch.where(is_gray, _gray(images.int()).byte(), images)
+        is_gray = _by_image(happens(draws, self._p))
+        gray = _gray(images.int()).byte()
+        return torch.where(is_gray, gray, images)
 
 
 class RandomErasing:
@@ -145,12 +160,15 @@ class RandomErasing:
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         sizes = Sizes(height, width, root_of_area(height, width))
-        boxes = self._boxes(draws[:, :-1], sizes)
-        is_erased = boxes.fits & happens(draws[:, -1], self._p)
-        rows = _inside(boxes.top, boxes.height, height) & is_erased.unsqueeze(1)
+        box_draws, happens_draw = draws[:, :-1], draws[:, -1]
+        boxes = self._boxes(box_draws, sizes)
+        is_erased = boxes.fits & happens(happens_draw, self._p)
+        rows = _inside(boxes.top, boxes.height, height)
+        rows &= is_erased.unsqueeze(1)
         columns = _inside(boxes.left, boxes.width, width)
         area = rows[:, None, :, None] & columns[:, None, None, :]
-        return torch.where(area, color(self._value, images), images)
+        value = color(self._value, images)
+        return torch.where(area, value, images)
 
 
 def _factors(name: str, amount: Amount) -> tuple[int, int]:
@@ -160,7 +178,8 @@ def _factors(name: str, amount: Amount) -> tuple[int, int]:
             raise ValueError(
                 f"{name} must be from 0 to {LARGEST_FACTOR - 1:g}, not {amount}"
             )
-        low, high = max(0.0, 1.0 - amount), 1.0 + amount
+        low = max(0.0, 1.0 - amount)
+        high = 1.0 + amount
     else:
         low, high = amount
         if not 0 <= low <= high <= LARGEST_FACTOR:
@@ -182,8 +201,10 @@ def _gray(pixels: Tensor) -> Tensor:
         return pixels
     if channels != len(LUMA):
         raise ValueError(f"colours are of images with 1 or 3 channels, not {channels}")
-    red, green, blue = (pixels[:, i : i + 1] * weight for i, weight in enumerate(LUMA))
-    return (red + green + blue + HALF) >> 16
+    red, green, blue = pixels.split(1, dim=1)
+    of_red, of_green, of_blue = LUMA
+    weighted = red * of_red + green * of_green + blue * of_blue
+    return (weighted + HALF) >> 16
 
 
 def _mean(gray: Tensor) -> Tensor:
@@ -196,5 +217,6 @@ def _mean(gray: Tensor) -> Tensor:
 def _inside(start: Tensor, length: Tensor, size: int) -> Tensor:
     """Which of `size` places are in `[start, start + length)`: bool `(B, size)`."""
     places = torch.arange(size, device=start.device)
-    start, length = start.unsqueeze(1), length.unsqueeze(1)
-    return (places >= start) & (places < start + length)
+    start = start.unsqueeze(1)
+    end = start + length.unsqueeze(1)
+    return (places >= start) & (places < end)

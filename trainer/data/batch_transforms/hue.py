@@ -23,7 +23,10 @@ def turns(hue: float | list[float] | tuple[float, float]) -> tuple[int, int]:
 
     Raises `ValueError` for anything else.
     """
-    low, high = (-hue, hue) if isinstance(hue, int | float) else hue
+    if isinstance(hue, int | float):
+        low, high = -hue, hue
+    else:
+        low, high = hue
     if not -LARGEST_SHARE <= low <= high <= LARGEST_SHARE:
         raise ValueError(
             f"hue is from 0 to {LARGEST_SHARE}, or [low, high] from {-LARGEST_SHARE} to {LARGEST_SHARE}, not {hue}"
@@ -36,24 +39,30 @@ def turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
     if pixels.shape[1] == 1:
         return pixels
     largest = pixels.amax(1, keepdim=True)
-    spread = largest - pixels.amin(1, keepdim=True)
-    hue = _hue(pixels, largest, spread) + turn.view(-1, 1, 1, 1)
+    smallest = pixels.amin(1, keepdim=True)
+    spread = largest - smallest
+    turn_of_image = turn.view(-1, 1, 1, 1)
+    hue = _hue(pixels, largest, spread) + turn_of_image
     channels = []
     for start in STARTS:
         position = torch.remainder(hue + start * SIXTH, CIRCLE)
         # How far the channel is from the largest, of `spread`: it rises, stays and falls around the circle.
         distance = torch.minimum(position, 4 * SIXTH - position).clamp_(0, SIXTH)
-        channels.append(largest - ((spread * distance + HALF) >> 16))
+        below = (spread * distance + HALF) >> 16
+        channels.append(largest - below)
     return torch.cat(channels, 1)
 
 
 def _hue(pixels: Tensor, largest: Tensor, spread: Tensor) -> Tensor:
     """The hue of each pixel, int32 `(B, 1, H, W)`; of grey ones 0."""
-    red, green, blue = (pixels[:, index : index + 1] for index in range(3))
-    is_red, is_green = largest == red, largest == green
+    red, green, blue = pixels.split(1, dim=1)
+    # Where two channels are the largest, the first of red, green and blue counts.
+    is_red = largest == red
+    is_green = largest == green
     difference = torch.where(is_green, blue - red, red - green)
     difference = torch.where(is_red, green - blue, difference)
     start = torch.where(is_green, 2 * SIXTH, 4 * SIXTH)
     start = torch.where(is_red, 0, start)
-    part = torch.div(difference << 16, spread.clamp_min(1), rounding_mode="floor")
+    divisor = spread.clamp_min(1)  # of a grey pixel, whose difference is 0
+    part = torch.div(difference << 16, divisor, rounding_mode="floor")
     return part + start.int()

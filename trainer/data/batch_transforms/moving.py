@@ -29,7 +29,8 @@ class RandomHorizontalFlip:
         both = torch.cat([images, images.flip(self.dimension)])
         count = len(images)
         is_flipped = happens(draws.squeeze(1), self._p)
-        rows = torch.arange(count, device=images.device) + is_flipped * count
+        originals = torch.arange(count, device=images.device)
+        rows = originals + is_flipped * count
         return both.index_select(0, rows)
 
 
@@ -89,8 +90,10 @@ class RandomCrop:
             return images
         count, channels, height, width = images.shape
         if self._mode == "constant":
-            shape = (count, channels, height + 2 * padding, width + 2 * padding)
-            padded = images.new_empty(shape).copy_(color(self._fill, images))
+            full_height = height + 2 * padding
+            full_width = width + 2 * padding
+            padded = images.new_empty((count, channels, full_height, full_width))
+            padded.copy_(color(self._fill, images))
             padded[:, :, padding:-padding, padding:-padding] = images
             return padded
         if self._mode == "reflect" and padding >= min(height, width):
@@ -108,7 +111,8 @@ class RandomCrop:
         if self._mode == "edge":
             return positions.clamp(0, length - 1)
         positions = positions.abs()
-        return torch.minimum(positions, 2 * (length - 1) - positions)
+        mirrored = 2 * (length - 1) - positions
+        return torch.minimum(positions, mirrored)
 
 
 def windows(
@@ -118,10 +122,13 @@ def windows(
     images = images.contiguous()
     count, channels, full_height, full_width = images.shape
     # Every run of `width` neighbouring values, as a view: a row of a part is one of them, and is copied as a whole.
-    runs = images.as_strided((images.numel() - width + 1, width), (1, 1))
+    count_of_runs = images.numel() - width + 1
+    runs = images.as_strided((count_of_runs, width), (1, 1))
     device = images.device
-    planes = torch.arange(count * channels, device=device) * (full_height * full_width)
-    corners = planes.view(count, channels) + (top * full_width + left).unsqueeze(1)
+    area = full_height * full_width
+    planes = torch.arange(count * channels, device=device) * area
+    corner_in_plane = top * full_width + left
+    corners = planes.view(count, channels) + corner_in_plane.unsqueeze(1)
     rows = torch.arange(height, device=device) * full_width
     starts = corners.unsqueeze(2) + rows
     parts = runs.index_select(0, starts.flatten())

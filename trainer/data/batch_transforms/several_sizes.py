@@ -31,9 +31,11 @@ def _groups(images: Sequence[Tensor]) -> list[tuple[int, int]]:
     first = 0
     channels, height, width = images[0].shape
     for index, image in enumerate(images):
-        height, width = max(height, image.shape[1]), max(width, image.shape[2])
-        size = (index + 1 - first) * channels * height * width
-        if size > MOST_BYTES and index > first:
+        height = max(height, image.shape[1])
+        width = max(width, image.shape[2])
+        canvas = channels * height * width
+        count = index + 1 - first
+        if count * canvas > MOST_BYTES and index > first:
             groups.append((first, index))
             first = index
             _, height, width = image.shape
@@ -44,11 +46,12 @@ def on_canvas(images: Sequence[Tensor]) -> Tensor:
     """Images `(C, H, W)`, each at the top left of its canvas: `(B, C, height, width)`."""
     height = max(image.shape[1] for image in images)
     width = max(image.shape[2] for image in images)
-    first = images[0]
-    canvas = first.new_empty((len(images), first.shape[0], height, width))
-    for place, image in zip(canvas, images, strict=True):
-        place[:, : image.shape[1], : image.shape[2]] = image
-    return canvas
+    channels = images[0].shape[0]
+    canvases = images[0].new_empty((len(images), channels, height, width))
+    for canvas, image in zip(canvases, images, strict=True):
+        _, image_height, image_width = image.shape
+        canvas[:, :image_height, :image_width] = image
+    return canvases
 
 
 def numbers_on(

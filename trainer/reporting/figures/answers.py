@@ -56,19 +56,28 @@ def draw_answers(run: Run, folder: Path) -> dict[str, Path]:
         return {}
     paths: dict[str, Path] = {}
     images = images_in(run, inputs)
-    if images is not None:
-        pictures = []
-        by_sample = targets_by_sample(targets, len(images))
-        for image, answer, target in zip(images, answers, by_sample, strict=False):
-            picture = _picture(image, answer, target, run)
-            if picture is not None:
-                pictures.append(picture)
-        if pictures:
-            paths["predictions"] = folder / "predictions.png"
-            _draw(pictures, answers[0], len(run.data.val), paths["predictions"])
+    pictures = [] if images is None else _pictures(run, images, targets, answers)
+    if pictures:
+        path = folder / "predictions.png"
+        _draw(pictures, answers[0], len(run.data.val), path)
+        paths["predictions"] = path
     if answers[0].kind == "values":
         paths |= _draw_regression(run, folder)
     return paths
+
+
+def _pictures(
+    run: Run, images: Sequence[Tensor], targets: Any, answers: Sequence[Answer]
+) -> list[_Picture]:
+    """A picture of each image whose answer can be shown."""
+    pictures = []
+    by_sample = targets_by_sample(targets, len(images))
+    # Not strict: a task of other people's may answer for fewer samples than there are.
+    for image, answer, target in zip(images, answers, by_sample, strict=False):
+        picture = _picture(image, answer, target, run)
+        if picture is not None:
+            pictures.append(picture)
+    return pictures
 
 
 def images_in(run: Run, inputs: Any) -> list[Tensor] | None:
@@ -77,7 +86,8 @@ def images_in(run: Run, inputs: Any) -> list[Tensor] | None:
     if isinstance(inputs, Mapping):
         for batch in inputs.values():
             # Of up to four channels: others are no pictures, such as features.
-            if isinstance(batch, Tensor) and batch.dim() == 4 and batch.shape[1] <= 4:
+            is_batch = isinstance(batch, Tensor) and batch.dim() == 4
+            if is_batch and batch.shape[1] <= 4:
                 return [image.float().cpu() for image in batch]
         return None
     if isinstance(inputs, Tensor) and inputs.dim() == 4:
@@ -96,13 +106,19 @@ def targets_by_sample(targets: Any, samples: int) -> Sequence[Any]:
 
 def true_boxes(target: Any) -> Tensor | None:
     """The boxes `(K, 4)` of a detector's target."""
-    boxes = target.get("boxes") if isinstance(target, Mapping) else None
-    return boxes if isinstance(boxes, Tensor) and boxes.dim() == 2 else None
+    if not isinstance(target, Mapping):
+        return None
+    boxes = target.get("boxes")
+    if isinstance(boxes, Tensor) and boxes.dim() == 2:
+        return boxes
+    return None
 
 
 def _spread(samples: int, most: int) -> list[int]:
-    ids = np.linspace(0, samples - 1, min(samples, most)).round().astype(int)
-    return sorted(set(ids.tolist()))
+    count = min(samples, most)
+    positions = np.linspace(0, samples - 1, count)
+    ids = positions.round().astype(int).tolist()
+    return sorted(set(ids))
 
 
 def _picture(image: Tensor, answer: Answer, target: Any, run: Run) -> _Picture | None:
@@ -123,14 +139,26 @@ def _labels(
     image: Tensor, probabilities: Tensor, target: Any, names: list[str] | None
 ) -> _Picture:
     predicted = _names_of(probabilities >= LEAST_SCORE, names)
+    # A target may be soft, by mixing or by label smoothing.
     true = _names_of(target.flatten().cpu() >= LEAST_SCORE, names)
-    title = f"{', '.join(predicted) or 'none'}\ntrue: {', '.join(true) or 'none'}"
-    return _Picture(as_colour(image), title, BLUE if predicted == true else VERMILION)
+    title = f"{_list_text(predicted)}\ntrue: {_list_text(true)}"
+    colour = BLUE if predicted == true else VERMILION
+    return _Picture(as_colour(image), title, colour)
 
 
 def _names_of(holds: Tensor, names: list[str] | None) -> list[str]:
-    ids = holds.nonzero().flatten().tolist()
-    return [names[i] if names and i < len(names) else str(i) for i in ids]
+    """The labels that hold, by name or, where there is none, by number."""
+    labels = []
+    for label_id in holds.nonzero().flatten().tolist():
+        if names and label_id < len(names):
+            labels.append(names[label_id])
+        else:
+            labels.append(str(label_id))
+    return labels
+
+
+def _list_text(labels: list[str]) -> str:
+    return ", ".join(labels) or "none"
 
 
 def _numbers(image: Tensor, values: Tensor, target: Any) -> _Picture | None:
@@ -141,7 +169,8 @@ def _numbers(image: Tensor, values: Tensor, target: Any) -> _Picture | None:
 
 
 def _format(values: Tensor) -> str:
-    return ", ".join(f"{value:.3g}" for value in values.flatten().tolist())
+    numbers = values.flatten().tolist()
+    return ", ".join(f"{number:.3g}" for number in numbers)
 
 
 def _class_map(image: Tensor, values: Tensor, target: Any, run: Run) -> _Picture | None:
@@ -149,7 +178,8 @@ def _class_map(image: Tensor, values: Tensor, target: Any, run: Run) -> _Picture
         return None
     names = run.data.classes
     shows_first = not names or names[0] != "background"
-    true, predicted = target.cpu(), values.argmax(0)
+    true = target.cpu()
+    predicted = values.argmax(0)
     is_counted = torch.ones_like(true, dtype=torch.bool)
     if run.task.ignore_index is not None:
         is_counted = true != run.task.ignore_index
@@ -160,15 +190,18 @@ def _class_map(image: Tensor, values: Tensor, target: Any, run: Run) -> _Picture
     )
     title = "true and predicted"
     if true.shape == predicted.shape and is_counted.any():
-        share = (true == predicted)[is_counted].double().mean().item()
+        is_right = true == predicted
+        share = is_right[is_counted].double().mean().item()
         title = f"{100 * share:.1f} % of the pixels"
     return _Picture(pixels, title, INK)
 
 
 def _boxes(image: Tensor, values: Tensor, target: Any) -> _Picture:
-    found = values[values[:, 4] >= LEAST_SCORE, :4]
+    scores = values[:, 4]
+    found = values[scores >= LEAST_SCORE, :4]
     true = true_boxes(target)
-    true = values.new_zeros(0, 4) if true is None else true
+    if true is None:
+        true = values.new_zeros(0, 4)
     pixels = with_boxes(image, [(true, TRUE), (found, PREDICTED)])
     return _Picture(pixels, f"{len(found)} found, {len(true)} true", INK)
 
@@ -203,12 +236,13 @@ def _draw_regression(run: Run, folder: Path) -> dict[str, Path]:
     _, targets, answers = run.evaluator.answers(ids)
     if not isinstance(targets, Tensor) or len(targets) != len(answers):
         return {}
-    true = targets.flatten().double().cpu().numpy()
-    predicted = torch.stack([answer.values for answer in answers]).flatten().double()
+    true = targets.flatten().double().cpu()
+    stacked = torch.stack([answer.values for answer in answers])
+    predicted = stacked.flatten().double()
     if len(true) != len(predicted) or len(true) > MOST_POINTS * MOST_NUMBERS:
         return {}
     path = folder / "regression.png"
-    draw_regression(true, predicted.numpy(), path)
+    draw_regression(true.numpy(), predicted.numpy(), path)
     return {"regression": path}
 
 
@@ -216,13 +250,15 @@ def draw_regression(true: Any, predicted: Any, path: Path) -> None:
     """Draw each predicted value over its true one, and the line on which both are equal."""
     figure = new_figure(5.0, 5.0)
     axes = figure.subplots()
-    finite = np.isfinite(true) & np.isfinite(predicted)
-    both = np.concatenate([true[finite], predicted[finite]])
+    is_finite = np.isfinite(true) & np.isfinite(predicted)
+    true = true[is_finite]
+    predicted = predicted[is_finite]
+    both = np.concatenate([true, predicted])
     ends = (both.min(), both.max()) if len(both) else (0.0, 1.0)
     axes.plot(ends, ends, color=GREY, linewidth=1)
-    axes.plot(true[finite], predicted[finite], "o", color=BLUE, markersize=3, alpha=0.5)
+    axes.plot(true, predicted, "o", color=BLUE, markersize=3, alpha=0.5)
     axes.set_title(
-        f"{finite.sum():,} values of validation samples",
+        f"{len(true):,} values of validation samples",
         loc="left",
         fontsize=TITLE,
         color=INK,

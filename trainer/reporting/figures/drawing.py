@@ -111,29 +111,37 @@ def rates_by_step(
 
     They are not where a resume has changed the rate or the schedule.
     """
-    logged = [(int(row["step"]), row["lr"]) for row in rows if "lr" in row]
-    factors = [schedule.factor(step - 1) for step, _ in logged]
-    bases = [rate / f for (_, rate), f in zip(logged, factors, strict=True) if f]
-    if not bases:
+    base = None  # the rate where the schedule's factor is 1
+    last = 0
+    logged = []
+    for row in rows:
+        if "lr" not in row:
+            continue
+        step, rate = int(row["step"]), row["lr"]
+        factor = schedule.factor(step - 1)
+        logged.append((rate, factor))
+        last = max(last, step)
+        # A factor of 0, as at the start of a warmup, says nothing of the base.
+        if base is None and factor:
+            base = rate / factor
+    if base is None:
         return None
-    base = bases[0]
-    for (_, rate), factor in zip(logged, factors, strict=True):
+    for rate, factor in logged:
         if not math.isclose(rate, base * factor, rel_tol=1e-6, abs_tol=1e-12):
             return None
-    last = max(step for step, _ in logged)
     every = max(1, last // MAX_RATES)
     rates: list[tuple[float, float]] = []
     for step in range(1, last + 1, every):
-        rates.append((step, base * schedule.factor(step - 1)))
+        rate = base * schedule.factor(step - 1)
+        rates.append((step, rate))
     return rates
 
 
 def _draw_decisions(
     run: Run, decisions: list[Decision], folder: Path
 ) -> dict[str, Path]:
-    return _draw_confusion(decisions, run.data.classes, folder) | _draw_samples(
-        run, decisions, folder
-    )
+    paths = _draw_confusion(decisions, run.data.classes, folder)
+    return paths | _draw_samples(run, decisions, folder)
 
 
 def draw_batch(run: Run, directory: Path) -> dict[str, Path]:
@@ -147,10 +155,9 @@ def draw_batch(run: Run, directory: Path) -> dict[str, Path]:
     path.parent.mkdir(exist_ok=True)
     pictures = images
     targets = targets_by_sample(batch.targets, len(images))
-    if any(true_boxes(target) is not None for target in targets):
-        pictures = [
-            _with_true_boxes(*pair) for pair in zip(images, targets, strict=True)
-        ]
+    has_boxes = any(true_boxes(target) is not None for target in targets)
+    if has_boxes:
+        pictures = list(map(_with_true_boxes, images, targets))
     labels = [_label(target, run.data.classes) for target in targets]
     draw_batch_grid(_as_one(pictures), labels, path)
     return {"batch": path}
@@ -176,12 +183,12 @@ def split_by_correctness(
     by_confidence = sorted(
         decisions, key=lambda decision: (decision.confidence, -decision.sample_id)
     )
-    right = [
-        decision for decision in by_confidence if decision.predicted == decision.true
-    ]
-    wrong = [
-        decision for decision in by_confidence if decision.predicted != decision.true
-    ]
+    right, wrong = [], []
+    for decision in by_confidence:
+        if decision.predicted == decision.true:
+            right.append(decision)
+        else:
+            wrong.append(decision)
     wrong.reverse()
     return wrong, right
 
@@ -197,7 +204,8 @@ def _draw_confusion(
 
 def _draw_pixels(counts: Counts, run: Run, folder: Path) -> dict[str, Path]:
     """The confusion matrix of a segmentation, and the table of its classes."""
-    missing = max(0, len(run.data.classes or []) - len(counts))
+    named = len(run.data.classes or [])
+    missing = max(0, named - len(counts))
     counts = np.pad(counts, (0, missing))  # classes that are nowhere
     labels = [_label(i, run.data.classes) for i in range(len(counts))]
     table = pixel_table(counts, labels)
@@ -218,37 +226,29 @@ def _draw_samples(run: Run, decisions: list[Decision], folder: Path) -> dict[str
     """Validation samples with their predictions, and with their saliency maps; nothing if they are no images."""
     wrong, right = split_by_correctness(decisions)
     of_all = f"of {len(decisions):,} validation samples"
-    sections = [
-        (
-            f"Wrong: {len(wrong):,} {of_all}, the most confident first",
-            wrong[:MAX_WRONG],
-        ),
-        (
-            f"Right: {len(right):,} {of_all}, the least confident first",
-            right[:MAX_RIGHT],
-        ),
-    ]
-    with_maps = [*wrong[:MAX_WRONG], *right[:MAX_RIGHT]][:MAX_MAPS]
+    of_wrong = f"Wrong: {len(wrong):,} {of_all}, the most confident first"
+    of_right = f"Right: {len(right):,} {of_all}, the least confident first"
+    wrong, right = wrong[:MAX_WRONG], right[:MAX_RIGHT]
+    sections = [(of_wrong, wrong), (of_right, right)]
+    with_maps = [*wrong, *right][:MAX_MAPS]
     inputs = _validation_inputs(run, with_maps)
     if not _are_images(inputs):
         return {}
     paths = {"predictions": folder / "predictions.png"}
-    groups = [
-        _prediction_group(run, heading, samples)
-        for heading, samples in sections
-        if samples
-    ]
+    groups = []
+    for heading, samples in sections:
+        if samples:
+            groups.append(_prediction_group(run, heading, samples))
     draw_predictions(groups, paths["predictions"])
     if run.is_sharded:  # maps run the model on the main process alone
         return paths
     # On the inputs as the model sees them; the pictures show them before normalisation.
     maps = compute_saliency(run.task, run.module, inputs)
     if maps is not None:
-        paths["saliency"] = folder / "saliency.png"
         heading = "What the predicted class rests on: bright regions count most"
-        draw_saliency(
-            _prediction_group(run, heading, with_maps), maps, paths["saliency"]
-        )
+        group = _prediction_group(run, heading, with_maps)
+        paths["saliency"] = folder / "saliency.png"
+        draw_saliency(group, maps, paths["saliency"])
     return paths
 
 
@@ -257,9 +257,10 @@ def _prediction_group(
 ) -> PredictionGroup:
     assert run.val_loader is not None
     names = run.data.classes
+    inputs = _validation_inputs(run, decisions)
     return PredictionGroup(
         heading,
-        images=run.val_loader.normalize.undo(_validation_inputs(run, decisions)),
+        images=run.val_loader.normalize.undo(inputs),
         predicted=[_label(decision.predicted, names) for decision in decisions],
         confidence=[decision.confidence for decision in decisions],
         true=[_label(decision.true, names) for decision in decisions],
@@ -268,7 +269,8 @@ def _prediction_group(
 
 def _validation_inputs(run: Run, decisions: Sequence[Decision]) -> Any:
     assert run.val_loader is not None
-    return run.val_loader.peek([decision.sample_id for decision in decisions]).inputs
+    ids = [decision.sample_id for decision in decisions]
+    return run.val_loader.peek(ids).inputs
 
 
 def _are_images(inputs: Any) -> bool:

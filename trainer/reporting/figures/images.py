@@ -46,11 +46,14 @@ class PredictionGroup:
 
 def draw_batch_grid(images: Tensor, labels: Sequence[str], path: Path) -> None:
     """Draw up to 64 images, float `(N, C, H, W)` in [0, 1], in a near-square grid, each below its label."""
-    count = min(len(images), MAX_IMAGES)
-    columns = math.ceil(math.sqrt(count))
+    images = images[:MAX_IMAGES]
+    columns = math.ceil(math.sqrt(len(images)))
+    # A grid about six inches wide, whose cells are neither too small for a label nor larger than a few pixels deserve.
     cell = min(max(1.1, 6 / columns), 2.0)
-    titles = [shorten(label, fitting_characters(cell)) for label in labels[:count]]
-    block = _Block("", _to_pictures(images[:count]), titles, [INK] * count)
+    room = fitting_characters(cell)
+    titles = [shorten(label, room) for label in labels[: len(images)]]
+    colours = [INK] * len(images)
+    block = _Block("", _to_pictures(images), titles, colours)
     _draw_grid([block], path, columns=columns, cell=cell)
 
 
@@ -62,20 +65,25 @@ def draw_pictures(
     path: Path,
 ) -> None:
     """Draw images, float `(N, C, H, W)` in [0, 1], under one heading, each below its title in its colour."""
-    cell = 1.8 if images.shape[-1] <= 1.5 * images.shape[-2] else 3.0
+    height, width = images.shape[-2:]
+    is_wide = width > 1.5 * height  # as two pictures side by side are
+    cell, columns = (3.0, 3) if is_wide else (1.8, 4)
     room = fitting_characters(cell)
     shortened = []
     for title in titles:
         lines = [shorten(line, room) for line in title.split("\n")]
         shortened.append("\n".join(lines))
     block = _Block(heading, _to_pictures(images), shortened, colours)
-    _draw_grid([block], path, columns=4 if cell < 3 else 3, cell=cell)
+    _draw_grid([block], path, columns=columns, cell=cell)
 
 
 def draw_predictions(groups: Sequence[PredictionGroup], path: Path) -> None:
     """Draw images with their predictions, one group below the other."""
     cell = 1.8
-    blocks = [_to_block(group, _to_pictures(group.images), cell) for group in groups]
+    blocks = []
+    for group in groups:
+        pictures = _to_pictures(group.images)
+        blocks.append(_to_block(group, pictures, cell))
     _draw_grid(blocks, path, columns=4, cell=cell)
 
 
@@ -85,19 +93,23 @@ def draw_saliency(group: PredictionGroup, maps: Tensor, path: Path) -> None:
 
     pictures = _to_pictures(group.images)
     if pictures.ndim == 3:
-        pictures = np.repeat(pictures[..., None], 3, axis=-1)
+        one_channel = pictures[..., None]
+        pictures = np.repeat(one_channel, 3, axis=-1)
     saliency = _to_array(maps)
     # A muted grey leaves the bright end of the scale to the map; the root makes weak regions visible, too.
     grey = 0.2 + 0.6 * pictures.mean(axis=-1, keepdims=True)
     opacity = 0.85 * np.sqrt(saliency)[..., None]
     # From 0.25 on: the colours below it are nearly black, as if the image were dark there.
-    heat = colormaps["inferno"](0.25 + 0.65 * saliency)[..., :3]
+    colours = colormaps["inferno"](0.25 + 0.65 * saliency)
+    heat = colours[..., :3]  # without the opacity
     overlaid = (1 - opacity) * grey + opacity * heat
     count, height, width, _ = pictures.shape
-    white_gap = np.ones((count, height, max(1, width // 24), 3))
+    gap_width = max(1, width // 24)
+    white_gap = np.ones((count, height, gap_width, 3))
     pairs = np.concatenate([pictures, white_gap, overlaid], axis=2)
     cell = 3.0
-    _draw_grid([_to_block(group, pairs, cell)], path, columns=3, cell=cell)
+    block = _to_block(group, pairs, cell)
+    _draw_grid([block], path, columns=3, cell=cell)
 
 
 @dataclass(frozen=True)
@@ -204,7 +216,6 @@ def _to_pictures(images: Tensor) -> Floats:
 
 def _to_array(values: Tensor) -> Floats:
     """Values in [0, 1], NaN as 0."""
-    array: Floats = (
-        values.detach().to("cpu", torch.float64).nan_to_num().clamp(0, 1).numpy()
-    )
+    on_host = values.detach().to("cpu", torch.float64)
+    array: Floats = on_host.nan_to_num().clamp(0, 1).numpy()
     return array

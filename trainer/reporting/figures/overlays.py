@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,15 +20,20 @@ TRUE, PREDICTED = BLUE, VERMILION
 
 def as_colour(image: Tensor) -> Tensor:
     """An image `(C, H, W)` in [0, 1] as `(3, H, W)`; of other than three channels the first."""
-    image = image.detach().float().cpu().nan_to_num().clamp(0, 1)
-    return image if len(image) == 3 else image[:1].expand(3, -1, -1)
+    image = image.detach().float().cpu()
+    image = image.nan_to_num().clamp(0, 1)
+    if len(image) == 3:
+        return image
+    return image[:1].expand(3, -1, -1)
 
 
 def enlarge(image: Tensor) -> tuple[Tensor, int]:
     """The image in whole multiples of its pixels, at least 160 on the longer side, and the multiple."""
-    factor = max(1, -(-LEAST_SIDE // max(image.shape[-2:])))
-    rows = image.repeat_interleave(factor, -2)
-    return rows.repeat_interleave(factor, -1), factor
+    longer_side = max(image.shape[-2:])
+    factor = max(1, math.ceil(LEAST_SIDE / longer_side))
+    enlarged = image.repeat_interleave(factor, -2)
+    enlarged = enlarged.repeat_interleave(factor, -1)
+    return enlarged, factor
 
 
 def with_boxes(image: Tensor, groups: Sequence[tuple[Tensor, str]]) -> Tensor:
@@ -38,37 +44,45 @@ def with_boxes(image: Tensor, groups: Sequence[tuple[Tensor, str]]) -> Tensor:
     ends = torch.tensor([width, height, width, height], dtype=torch.int32)
     for boxes, colour in groups:
         corners = (boxes.cpu() * factor).round().int()
+        # A model may answer boxes that reach beyond the image.
         within = corners.clamp(min=0).minimum(ends)
+        rgb = _rgb(colour)
         for box in within.tolist():
-            _draw_box(picture, box, _rgb(colour))
+            _draw_box(picture, box, rgb)
     return picture
 
 
 def _draw_box(picture: Tensor, box: Sequence[int], colour: Tensor) -> None:
     """A frame two pixels wide."""
-    x1, y1, x2, y2 = box
+    left, top, right, bottom = box
+    height, width = slice(top, bottom), slice(left, right)
+    # From 0 on at least: a negative start would count from the picture's other end.
+    bottom_line = slice(max(bottom - 2, 0), bottom)
+    right_line = slice(max(right - 2, 0), right)
     colour = colour[:, None, None]
-    picture[:, y1 : y1 + 2, x1:x2] = colour
-    picture[:, max(y2 - 2, 0) : y2, x1:x2] = colour
-    picture[:, y1:y2, x1 : x1 + 2] = colour
-    picture[:, y1:y2, max(x2 - 2, 0) : x2] = colour
+    picture[:, top : top + 2, width] = colour
+    picture[:, bottom_line, width] = colour
+    picture[:, height, left : left + 2] = colour
+    picture[:, height, right_line] = colour
 
 
 def with_classes(image: Tensor, classes: Tensor, shows_first: bool) -> Tensor:
     """The image with the class of each pixel `(H, W)` in its colour; class 0 has none unless `shows_first`."""
     picture = as_colour(image).clone()
     if classes.shape != picture.shape[-2:]:
-        # A model may answer at another size than that of its input.
-        size = classes.float()[None, None]
-        classes = F.interpolate(size, tuple(picture.shape[-2:]))[0, 0].long()
+        # A model may answer at another size than that of its input. Of the nearest pixel: classes have no mean.
+        batch = classes.float()[None, None]
+        resized = F.interpolate(batch, tuple(picture.shape[-2:]))
+        classes = resized[0, 0].long()
     first = 0 if shows_first else 1
     for class_id in torch.unique(classes).tolist():
         if class_id == 0 and not shows_first:
             continue
-        colour = _rgb(PALETTE[(class_id - first) % len(PALETTE)])
+        index = (class_id - first) % len(PALETTE)
+        colour = _rgb(PALETTE[index])
         inside = classes == class_id
-        blended = (1 - OPACITY) * picture[:, inside] + OPACITY * colour[:, None]
-        picture[:, inside] = blended
+        below = (1 - OPACITY) * picture[:, inside]
+        picture[:, inside] = below + OPACITY * colour[:, None]
     return picture
 
 
@@ -83,10 +97,11 @@ def on_one_size(pictures: Sequence[Tensor]) -> Tensor:
     """Pictures of any sizes as `(N, 3, H, W)`, with white beside the smaller ones."""
     height = max(picture.shape[1] for picture in pictures)
     width = max(picture.shape[2] for picture in pictures)
-    padded = torch.ones(len(pictures), 3, height, width)
-    for canvas, picture in zip(padded, pictures, strict=True):
-        canvas[:, : picture.shape[1], : picture.shape[2]] = picture
-    return padded
+    canvases = torch.ones(len(pictures), 3, height, width)
+    for canvas, picture in zip(canvases, pictures, strict=True):
+        _, picture_height, picture_width = picture.shape
+        canvas[:, :picture_height, :picture_width] = picture
+    return canvases
 
 
 def _rgb(colour: str) -> Tensor:
