@@ -82,11 +82,10 @@ def describe(answer: Answer, name: ClassName, top: int) -> dict[str, Any]:
         case "values":
             return {"values": answer.values.tolist()}
         case "class_map":
-            shares = [
-                candidate.to_dict(number="share")
-                for candidate in _pixel_shares(answer.values, name)
-            ]
-            return {"shape": list(answer.values.shape[1:]), "classes": shares}
+            candidates = _pixel_shares(answer.values, name)
+            shares = [candidate.to_dict(number="share") for candidate in candidates]
+            _, *shape = answer.values.shape
+            return {"shape": shape, "classes": shares}
         case "boxes":
             return {"boxes": [found.to_dict() for found in _objects(answer, name)]}
 
@@ -99,21 +98,26 @@ def row(answer: Answer, name: ClassName, top: int) -> list[Text]:
             then = _join(others)
             return [Text(likeliest.name), _draw_bar(likeliest.share), Text(then, "dim")]
         case "labels":
-            labels = ", ".join(_names_of_set(answer.values.flatten(), name)) or "none"
-            candidates = _largest(answer.values.flatten(), name, top)
-            return [Text(labels), Text(_join(candidates), "dim")]
+            probabilities = answer.values.flatten()
+            labels = ", ".join(_names_of_set(probabilities, name))
+            candidates = _largest(probabilities, name, top)
+            return [Text(labels or "none"), Text(_join(candidates), "dim")]
         case "values":
-            return [Text(_format_numbers(answer.values.flatten().tolist()))]
+            numbers = answer.values.flatten().tolist()
+            return [Text(_format_numbers(numbers))]
         case "class_map":
-            return [Text(_join(_pixel_shares(answer.values, name)[:top]))]
+            candidates = _pixel_shares(answer.values, name)
+            return [Text(_join(candidates[:top]))]
         case "boxes":
-            found = [found.to_text() for found in _objects(answer, name)[:top]]
-            return [Text(" · ".join(found) or "none")]
+            objects = _objects(answer, name)[:top]
+            texts = " · ".join(found.to_text() for found in objects)
+            return [Text(texts or "none")]
 
 
 def _largest(probabilities: Tensor, name: ClassName, top: int) -> list[Candidate]:
     """The likeliest classes, the likeliest first."""
-    values, class_ids = probabilities.topk(min(top, len(probabilities)))
+    count = min(top, len(probabilities))
+    values, class_ids = probabilities.topk(count)
     candidates = []
     for class_id, value in zip(class_ids.tolist(), values.tolist(), strict=True):
         candidates.append(Candidate(name(class_id), class_id, value))
@@ -133,15 +137,17 @@ def _pixel_shares(probabilities: Tensor, name: ClassName) -> list[Candidate]:
     candidates = []
     for class_id, count in enumerate(counts):
         if count:
-            candidates.append(Candidate(name(class_id), class_id, count / len(classes)))
+            share = count / len(classes)
+            candidates.append(Candidate(name(class_id), class_id, share))
     return sorted(candidates, key=lambda candidate: -candidate.share)
 
 
 def _objects(answer: Answer, name: ClassName) -> list[FoundObject]:
     """The objects of one image, the surest first."""
     objects = []
-    for *box, score, class_id in answer.values.tolist():
-        objects.append(FoundObject(name(int(class_id)), int(class_id), score, box))
+    for *box, score, number in answer.values.tolist():
+        class_id = int(number)  # a column of floats, beside the box
+        objects.append(FoundObject(name(class_id), class_id, score, box))
     return sorted(objects, key=lambda found: -found.score)
 
 

@@ -43,6 +43,10 @@ def topic_help(topic: str) -> str:
 
     Raises `ConfigError`, with the nearest name, for what is none of them.
     """
+    return "\n".join(_topic_lines(topic))
+
+
+def _topic_lines(topic: str) -> Iterator[str]:
     section, _, rest = topic.partition(".")
     if section not in SECTIONS and section not in LISTS:
         hint = nearest(section, [*SECTIONS, *LISTS])
@@ -51,16 +55,21 @@ def topic_help(topic: str) -> str:
     for place, cls in NESTED.items():
         inner = topic.removeprefix(f"{place}.")
         if inner != topic:
-            return "\n".join(_key_lines_of(topic, place, inner, declared_keys(cls)))
+            yield from _key_lines_of(topic, place, inner, declared_keys(cls))
+            return
     # Of `data.train_transforms.RandomCrop` the place is the longest.
     for place in sorted(PLACES, key=len, reverse=True):
         name = topic.removeprefix(f"{place}.")
-        if name != topic and name.partition(".")[0] not in keys:
-            return "\n".join(_component_lines(place, name))
+        first, _, _ = name.partition(".")
+        if name != topic and first not in keys:
+            yield from _component_lines(place, name)
+            return
     if not rest:
-        return "\n".join(_section_lines(section, keys))
-    lines = list(_key_lines_of(topic, section, rest, keys))
-    return "\n".join([*lines, *_inner_lines(topic), *_name_lines(topic)])
+        yield from _section_lines(section, keys)
+        return
+    yield from _key_lines_of(topic, section, rest, keys)
+    yield from _inner_lines(topic)
+    yield from _name_lines(topic)
 
 
 def _keys_of(section: str) -> dict[str, Key]:
@@ -117,32 +126,37 @@ def _component_lines(place: str, name: str) -> Iterator[str]:
     if place == "metrics":
         name = metric_path(name)
     target = _find(place, name)
-    home = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+    module = getattr(target, "__module__", "")
+    home = f"{module}.{getattr(target, '__qualname__', '')}"
     is_own = home.startswith("trainer.")
     is_plain = is_own or home == name
     yield f"{place}.{name}" if is_plain else f"{place}.{name}  ({home})"
     for paragraph in summary(target, whole=is_own).splitlines():
         yield _wrapped(paragraph, "  ")
-    section = place.partition(".")[0]
-    hidden = {*kind.supplied, *(_keys_of(section) if place == section else ())}
+    section, _, _ = place.partition(".")
+    # The section's own keys stand beside the arguments in a config, so no argument is given under their names.
+    keys = _keys_of(section) if place == section else {}
+    hidden = {*kind.supplied, *keys}
     # A schedule of one's own is given the position and the run's length.
     positional = 2 if place == "schedule" and "." in name else kind.positional
     lines = list(_argument_lines(place, target, positional, hidden, kind.filled))
     yield "\narguments" if lines else "\nIt takes no arguments."
     yield from lines
     if place == section:
-        keys = ", ".join(_keys_of(section))
         owner = "the section" if section in SECTIONS else "each item"
         yield f"\nkeys of {owner}, whatever the name (--help {section})"
-        yield _wrapped(keys, "  ")
+        yield _wrapped(", ".join(keys), "  ")
 
 
 def _find(place: str, name: str) -> Any:
     names = PLACES[place].names()
     if name not in names and "." not in name:
         keys = _keys_of(place) if place in SECTIONS | LISTS else {}
-        # Of a name that is an import path, its last part is what one remembers.
-        known = [*(short.rpartition(".")[2] for short in names), *keys]
+        known = list(keys)
+        for short in names:
+            # Of a name that is an import path, its last part is what one remembers.
+            _, _, last = short.rpartition(".")
+            known.append(last)
         raise ConfigError(
             f"{place}.{name}",
             f"neither one of the names that --help {place} lists nor an import path{nearest(name, known)}",
@@ -160,11 +174,12 @@ def _argument_lines(
     """A line for each argument that a config may give, and one for what is said of it."""
     notes = argument_notes(target)
     try:
-        parameters = list(inspect.signature(target).parameters.values())[positional:]
-    except (TypeError, ValueError):
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):  # as of what is written in C
         yield "  …  it does not say which arguments it takes"
         return
-    for parameter in parameters:
+    parameters = list(signature.parameters.values())
+    for parameter in parameters[positional:]:
         if parameter.kind is parameter.VAR_KEYWORD:
             yield from _passed_on_lines(place, target, hidden)
             continue
@@ -180,13 +195,15 @@ def _passed_on_lines(place: str, target: Any, hidden: set[str]) -> Iterator[str]
     other = None
     # A docstring may be wrong about it, as that of torchvision's SqueezeNet is.
     with suppress(ConfigError):
-        other = None if path is None else resolve(place, path, {})
+        if path is not None:
+            other = resolve(place, path, {})
     if other is None:
         yield "  …  any further key is passed on"
         return
     notes = argument_notes(other)
     for parameter in inspect.signature(other).parameters.values():
-        if parameter.default is not parameter.empty and parameter.name not in hidden:
+        has_default = parameter.default is not parameter.empty
+        if has_default and parameter.name not in hidden:
             yield from _parameter_lines(place, parameter, notes)
 
 
@@ -222,11 +239,10 @@ def _writable(value: Any) -> Any:
 def _annotation(parameter: inspect.Parameter) -> str:
     if parameter.annotation is parameter.empty:
         return ""
-    annotation = parameter.annotation
-    text = (
-        annotation
-        if isinstance(annotation, str)
-        else inspect.formatannotation(annotation)
-    )
+    text = parameter.annotation
+    if not isinstance(text, str):
+        text = inspect.formatannotation(text)
     text = MODULE_OF_NAME.sub(r"\1", text).replace("NoneType", "None")
-    return text if len(text) <= MAX_TYPE_LETTERS else f"{text[:MAX_TYPE_LETTERS]}…"
+    if len(text) > MAX_TYPE_LETTERS:
+        text = f"{text[:MAX_TYPE_LETTERS]}…"
+    return text

@@ -38,30 +38,39 @@ def summary(target: Callable[..., Any], *, whole: bool) -> str:
     """The first paragraph of the target's docstring; with `whole` all of them before `Args:`."""
     paragraphs: list[str] = []
     for paragraph in re.split(r"\n\s*\n", _docstring(target)):
-        first_line = paragraph.strip().partition("\n")[0]
+        first_line, _, _ = paragraph.strip().partition("\n")
+        # A directive, or an example.
         if SECTION.match(first_line) or first_line.startswith((".. ", ">>> ")):
             break
         paragraphs.append(plain(paragraph))
-    return "\n".join(paragraphs if whole else paragraphs[:1])
+    if not whole:
+        paragraphs = paragraphs[:1]
+    return "\n".join(paragraphs)
 
 
 def argument_notes(target: Callable[..., Any]) -> dict[str, ArgumentNote]:
     """What the docstrings of a function, or of a class and its constructor, say of each argument."""
     notes: dict[str, ArgumentNote] = {}
-    sources = [target, getattr(target, "__init__", None)]
-    for source in sources if inspect.isclass(target) else sources[:1]:
-        for name, text in _argument_texts(_docstring(source)).items():
-            head = ARGUMENT.match(text[0])
+    sources: list[Any] = [target]
+    if inspect.isclass(target):
+        sources.append(getattr(target, "__init__", None))
+    for source in sources:
+        texts = _argument_texts(_docstring(source))
+        for name, (first_line, *others) in texts.items():
+            head = ARGUMENT.match(first_line)
             assert head is not None
-            lines = [head[3] or "", *text[1:]]
-            notes[name] = ArgumentNote(_type(head[2] or ""), " ".join(lines))
+            _, type_text, description = head.groups(default="")
+            text = " ".join([description, *others])
+            notes[name] = ArgumentNote(_type(type_text), text)
     return notes
 
 
 def passed_on_to(target: Callable[..., Any]) -> str | None:
     """The import path of what a function passes `**kwargs` on to, if its docstring says so."""
     note = argument_notes(target).get("kwargs")
-    match = None if note is None else PASSED_ON_TO.search(note.text)
+    if note is None:
+        return None
+    match = PASSED_ON_TO.search(note.text)
     return None if match is None else match[1]
 
 
@@ -74,8 +83,11 @@ def plain(text: str) -> str:
     if len(text) <= MAX_LETTERS:
         return text
     start = text[:MAX_LETTERS]
-    end = start.rfind(". ") + 1
-    return start[:end] if end else f"{start.rpartition(' ')[0]} …"
+    end_of_sentence = start.rfind(". ") + 1
+    if end_of_sentence:
+        return start[:end_of_sentence]
+    whole_words, _, _ = start.rpartition(" ")
+    return f"{whole_words} …"
 
 
 def _docstring(source: Any) -> str:
@@ -92,7 +104,9 @@ def _argument_texts(docstring: str) -> dict[str, list[str]]:
         stripped = line.strip()
         indent = len(line) - len(line.lstrip())
         if SECTION.match(stripped):
-            section_indent, argument_indent, lines = indent, None, []
+            section_indent = indent
+            argument_indent = None  # until the first argument shows it
+            lines = []
         elif section_indent is None or not stripped:
             continue
         elif indent <= section_indent:
@@ -115,5 +129,7 @@ def _argument_at(
 
 def _type(text: str) -> str:
     """`float` of `(float, optional, default 1)`."""
-    parts = re.split(r",\s*\*?(?:optional|default)", plain(text))
-    return "" if parts[0] in ("optional", "*optional*") else parts[0]
+    kind, *_ = re.split(r",\s*\*?(?:optional|default)", plain(text))
+    if kind in ("optional", "*optional*"):
+        return ""
+    return kind

@@ -83,9 +83,8 @@ class Detection(Task):
         if isinstance(output, Mapping):  # losses
             return {"recall": nothing, "precision": nothing}
         met, true, found = 0, 0, 0
-        for answer, target in zip(
-            output, self.convert_targets(output, targets), strict=True
-        ):
+        converted = self.convert_targets(output, targets)
+        for answer, target in zip(output, converted, strict=True):
             is_sure = answer["scores"] >= self.score
             sure = {name: answer[name][is_sure] for name in ("boxes", "labels")}
             met += self._count_met(sure, target)
@@ -102,8 +101,11 @@ class Detection(Task):
         from torchvision.ops import box_iou
 
         # On the host: there are few boxes, and each depends on those before it.
-        overlaps = box_iou(answer["boxes"], target["boxes"].to(answer["boxes"])).cpu()
-        is_same_class = answer["labels"].cpu()[:, None] == target["labels"].cpu()
+        boxes = answer["boxes"]
+        overlaps = box_iou(boxes, target["boxes"].to(boxes)).cpu()
+        labels = answer["labels"].cpu()
+        is_same_class = labels[:, None] == target["labels"].cpu()
+        # Below any overlap: neither a box of another class nor one that is taken can be met.
         overlaps = overlaps.where(is_same_class, -1.0)
         met = 0
         for row in overlaps:
@@ -122,12 +124,13 @@ class Detection(Task):
         return output, self.convert_targets(output, targets)
 
     def answer(self, output: Any) -> Answer | None:
-        boxes = []
+        rows = []
         for answer in output:
-            columns = [answer["boxes"], answer["scores"][:, None]]
-            columns.append(answer["labels"][:, None].to(answer["boxes"]))
-            boxes.append(torch.cat(columns, 1))
-        return Answer("boxes", boxes)
+            boxes = answer["boxes"]
+            scores = answer["scores"][:, None]
+            labels = answer["labels"][:, None].to(boxes)
+            rows.append(torch.cat([boxes, scores, labels], 1))
+        return Answer("boxes", rows)
 
 
 def _convert(target: Any, dtype: torch.dtype) -> Target:
@@ -142,7 +145,7 @@ def _convert(target: Any, dtype: torch.dtype) -> Target:
         converted[name] = value.as_subclass(Tensor) if is_tensor else value
     boxes = torch.as_tensor(converted["boxes"])
     labels = torch.as_tensor(converted["labels"])
-    if not boxes.numel():
+    if not boxes.numel():  # of an empty list, with one dimension
         boxes = boxes.reshape(0, BOX_EDGES)
     if boxes.dim() != 2 or boxes.shape[1] != BOX_EDGES or len(labels) != len(boxes):
         raise DataError(
@@ -162,6 +165,6 @@ def _float_type(values: Any) -> torch.dtype:
 
 
 def _device_of(output: Any) -> torch.device | None:
-    tensors = output.values() if isinstance(output, Mapping) else output[0].values()
-    tensor: Tensor = next(iter(tensors))
+    tensors = output if isinstance(output, Mapping) else output[0]
+    tensor: Tensor = next(iter(tensors.values()))
     return tensor.device

@@ -7,7 +7,7 @@ than its targets, such as pairs of samples, has no such divisor and is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -75,26 +75,35 @@ def find_divisor(
     if not all(math.isfinite(value) and value for value in sums + means):
         return None
     tolerance = TOLERANCE.get(output.dtype, TOLERANCE_BELOW_FP64)
-    if len(parts) > 1 and not math.isclose(
-        sums[0], sums[1] + sums[2], rel_tol=tolerance
-    ):
-        raise ConfigError(
-            "loss.name",
-            f"{name} with reduction=sum gives {sums[0]:.6g} for {len(output)} samples and {sums[1] + sums[2]:.6g} for "
-            f"their two halves, so it is no sum over samples, and micro-batches cannot be added up; {OWN_TASK}",
-        )
+    if len(parts) > 1:
+        whole, first, second = sums
+        of_halves = first + second
+        if not math.isclose(whole, of_halves, rel_tol=tolerance):
+            raise ConfigError(
+                "loss.name",
+                f"{name} with reduction=sum gives {whole:.6g} for {len(output)} samples and {of_halves:.6g} for "
+                f"their two halves, so it is no sum over samples, and micro-batches cannot be added up; {OWN_TASK}",
+            )
     ratios = [s / m for s, m in zip(sums, means, strict=True)]
+    outputs = [part for part, _ in parts]
     for candidate in CANDIDATES:
-        if all(
-            math.isclose(ratio, candidate(part), rel_tol=tolerance)
-            for ratio, (part, _) in zip(ratios, parts, strict=True)
-        ):
+        divisors = [candidate(part) for part in outputs]
+        if _are_close(ratios, divisors, tolerance):
             return candidate
     raise ConfigError(
         "loss.name",
         f"the mean of {name} divides by {ratios[0]:.6g} for an output of {tuple(output.shape)}, which is the number of "
         f"neither its elements ({output.numel()}) nor its samples ({len(output)}); {OWN_TASK}",
     )
+
+
+def _are_close(
+    values: Sequence[float], others: Sequence[float], tolerance: float
+) -> bool:
+    for value, other in zip(values, others, strict=True):
+        if not math.isclose(value, other, rel_tol=tolerance):
+            return False
+    return True
 
 
 def _value(loss: Any, output: Tensor, targets: Tensor, *, name: str) -> float:

@@ -99,7 +99,8 @@ class _Reader:
         for number, group in enumerate(part.param_groups):
             is_shared = id(group) in outer_groups
             changed = {} if is_shared else _changed_entries(part, group)
-            groups.append(self._encode(changed, f"{name}/group {number}"))
+            entries = self._encode(changed, f"{name}/group {number}")
+            groups.append(entries)
         tree["groups"] = groups
         return tree
 
@@ -124,7 +125,7 @@ class _Reader:
             )
         odd = {}
         for key, value in entries.items():
-            if isinstance(key, str) and key and "." not in key and key != ODD_KEYS:
+            if _is_plain_key(key):
                 self._store(key, owner, value)
             else:
                 odd[key] = value
@@ -202,21 +203,21 @@ class _Writer:
 
     def write(self) -> None:
         optimizer, numbers = self._optimizer, self._numbers
-        _check_parameters(set(numbers.pop(PARAMETERS, [])), set(self._names))
+        saved_names = set(numbers.pop(PARAMETERS, []))
+        _check_parameters(saved_names, set(self._names))
         shared = self._decoder.decode(numbers.pop(SHARED, {}))
         attributes = self._decoder.decode(numbers.pop(ATTRIBUTES, {}))
         inner = self._decoder.decode(numbers.pop(INNER, {}))
+        # After the trees above: which tensors are flat entries is known once all trees have taken theirs.
         entries = self._entries_by_owner()
-        groups = optimizer.param_groups
         optimizer.state.clear()
-        for number, group in enumerate(groups):
+        for number, group in enumerate(optimizer.param_groups):
             group.update(entries.pop(f"group {number}", {}))
             for parameter in group["params"]:
                 name = self._name_by_id[id(parameter)]
-                if entries.get(name):
-                    optimizer.state[parameter] = self._placed(
-                        entries[name], name, group
-                    )
+                own = entries.get(name)
+                if own:
+                    optimizer.state[parameter] = self._placed(own, name, group)
         optimizer.state.update(shared)
         for name, value in attributes.items():
             set_attribute(optimizer, name, value)
@@ -225,17 +226,18 @@ class _Writer:
     def _entries_by_owner(self) -> dict[str, dict[str, Any]]:
         """The flat entries, by parameter or group; trees are decoded."""
         owners = {*self._names}
-        owners.update(f"group {i}" for i in range(len(self._optimizer.param_groups)))
+        for number in range(len(self._optimizer.param_groups)):
+            owners.add(f"group {number}")
+        decoded = {}
+        for name, tree in self._numbers.items():
+            decoded[name] = self._decoder.decode(tree)
+        values: dict[str, Any] = {}
+        for name, tensor in self._tensors.items():
+            if name not in self._decoder.used:
+                values[name] = tensor
+        values |= decoded
         entries: dict[str, dict[str, Any]] = {}
-        decoded = {
-            name: self._decoder.decode(tree) for name, tree in self._numbers.items()
-        }
-        flat = {
-            name: value
-            for name, value in self._tensors.items()
-            if name not in self._decoder.used
-        }
-        for name, value in (flat | decoded).items():
+        for name, value in values.items():
             key, _, owner = name.partition(".")
             if owner not in owners:
                 raise LockstepError(
@@ -260,7 +262,9 @@ class _Writer:
             # A tensor with a node of its own has been placed by it.
             is_flat = f"{key}.{name}" not in self._decoder.used
             if is_flat and isinstance(value, Tensor) and value is not parameter:
-                device = parameter.device if key != "step" or on_device else None
+                # torch keeps the counter on the host, unless the step itself runs on the device alone.
+                stays = key == "step" and not on_device
+                device = None if stays else parameter.device
                 placed[key] = _copy(value, parameter, device)
         return placed
 
@@ -284,19 +288,30 @@ class _Writer:
 def trained_names(optimizer: Optimizer, model: nn.Module | ModelAndLoss) -> list[str]:
     """The names of the optimizer's parameters, in its own order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [
-        names[id(parameter)]
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    ]
+    trained = []
+    for group in optimizer.param_groups:
+        trained += [names[id(parameter)] for parameter in group["params"]]
+    return trained
+
+
+def _is_plain_key(key: Any) -> bool:
+    """True for what can stand before the dot of an entry's name."""
+    if not isinstance(key, str):
+        return False
+    return key not in ("", ODD_KEYS) and "." not in key
 
 
 def _changed_entries(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     """The entries of a group that come neither from the config nor from the optimizer's defaults."""
-    built = {**getattr(optimizer, "defaults", {}), **group.get(FROM_CONFIG, {})}
+    built = {
+        **getattr(optimizer, "defaults", {}),
+        **group.get(FROM_CONFIG, {}),
+    }
     changed = {}
     for key, value in group.items():
-        if key not in CONFIG_ENTRIES and not _same(value, built.get(key)):
+        if key in CONFIG_ENTRIES:
+            continue
+        if not _same(value, built.get(key)):
             changed[key] = value
     return changed
 
@@ -325,9 +340,11 @@ def _copy(
 
     It is shared out over the ranks as the parameter is.
     """
-    if is_shard(parameter) and value.shape == parameter.shape:
-        return value.clone() if is_shard(value) else part_like(parameter, value).clone()
-    strides_from = parameter if value.shape == parameter.shape else value
+    has_its_shape = value.shape == parameter.shape
+    if is_shard(parameter) and has_its_shape:
+        part = value if is_shard(value) else part_like(parameter, value)
+        return part.clone()
+    strides_from = parameter if has_its_shape else value
     copy = torch.empty_like(
         strides_from, dtype=value.dtype, device=device or value.device
     )
@@ -340,7 +357,9 @@ def _check_parameters(saved: set[str], present: set[str]) -> None:
         present = {name for name in present if not name.startswith(LOSS_PREFIX)}
     for names, verb in ((present - saved, "lacks"), (saved - present, "has")):
         if names:
-            examples = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+            examples = ", ".join(sorted(names)[:3])
+            if len(names) > 3:
+                examples += ", …"
             raise LockstepError(
                 f"the saved optimizer state {verb} {examples}, unlike this run; train the parameters that were "
                 f"trained then"

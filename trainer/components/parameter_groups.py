@@ -55,7 +55,8 @@ def parameter_groups(
         # The first group's rate is logged as `lr`. Checkpoints do not depend on the order: state is kept by name.
         order = _order(section, options)
         # 0 and 0.0 are one value.
-        kind = (*order, json.dumps(map_leaves(options, _as_float), sort_keys=True))
+        text = json.dumps(map_leaves(options, _as_float), sort_keys=True)
+        kind = (*order, text)
         if kind not in groups:
             from_config = {FROM_CONFIG: chosen} if chosen else {}
             groups[kind] = {"params": [], **options, **from_config}
@@ -75,10 +76,14 @@ def _order(section: OptimizerConfig, options: Group) -> tuple[bool, bool, float]
 
 def _compile(section: OptimizerConfig, model: ModelAndLoss) -> list[re.Pattern[str]]:
     patterns = [re.compile(group["match"]) for group in section.groups]
-    names = [name for name, _ in model.named_parameters()] if patterns else []
+    if not patterns:
+        return []
+    names = [name for name, _ in model.named_parameters()]
     for index, pattern in enumerate(patterns):
         if not any(map(pattern.search, names)):
-            parts = {part for name in names for part in name.split(".")}
+            parts: set[str] = set()
+            for name in names:
+                parts.update(name.split("."))
             hint = nearest(pattern.pattern, [*names, *sorted(parts)])
             raise ConfigError(
                 f"optimizer.groups[{index}].match",
@@ -147,10 +152,13 @@ def spared_names(section: OptimizerConfig, model: ModelAndLoss) -> set[str]:
     names: set[str] = set()
     if not section.decay_norm_and_bias:
         names |= _norms_and_biases(model)
-    is_honoured = section.no_weight_decay == "honour" or (
-        section.no_weight_decay == "auto" and not section.decay_norm_and_bias
-    )
-    return names | (named_by_model(model.model) if is_honoured else set())
+    is_honoured = section.no_weight_decay == "honour"
+    if section.no_weight_decay == "auto":
+        # A config that decays norms, too, has been told to decay all.
+        is_honoured = not section.decay_norm_and_bias
+    if is_honoured:
+        names |= named_by_model(model.model)
+    return names
 
 
 def _norms_and_biases(model: ModelAndLoss) -> set[str]:
@@ -161,7 +169,8 @@ def _norms_and_biases(model: ModelAndLoss) -> set[str]:
             in_norms.update(module.parameters())
     names: set[str] = set()
     for name, parameter in model.named_parameters():
-        is_bias = name.rpartition(".")[2] == "bias"
+        _, _, last = name.rpartition(".")
+        is_bias = last == "bias"
         if is_bias or parameter.ndim <= 1 or parameter in in_norms:
             names.add(name)
     return names
@@ -170,18 +179,17 @@ def _norms_and_biases(model: ModelAndLoss) -> set[str]:
 def named_by_model(model: nn.Module) -> set[str]:
     """What `no_weight_decay()` of timm's models names, wildcards allowed, and Swin's `no_weight_decay_keywords()`."""
     patterns: set[str] = set()
-    for method, pattern in (
-        ("no_weight_decay", "{}"),
-        ("no_weight_decay_keywords", "*{}*"),
-    ):
-        names = getattr(model, method, None)
-        if callable(names):
-            patterns.update(pattern.format(name) for name in names())
-    return {
-        name
-        for name, _ in model.named_parameters()
-        if any(fnmatchcase(name, pattern) for pattern in patterns)
-    }
+    names = getattr(model, "no_weight_decay", None)
+    if callable(names):
+        patterns.update(names())
+    keywords = getattr(model, "no_weight_decay_keywords", None)
+    if callable(keywords):
+        patterns.update(f"*{keyword}*" for keyword in keywords())
+    matching: set[str] = set()
+    for name, _ in model.named_parameters():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            matching.add(name)
+    return matching
 
 
 def describe_groups(
@@ -213,19 +221,26 @@ def _describe(group: Group, keys: list[str]) -> str:
     count = sum(parameter.numel() for parameter in group["params"])
     # The base rate: a resumed run's is in the middle of its schedule.
     values = {**group, "lr": group["initial_lr"]}
-    options = []
+    parts = [f"group of {count:,} parameters"]
     for key in keys:
-        value = values.get(key)
+        if key not in values:
+            continue
+        value = values[key]
         text = f"{value:g}" if isinstance(value, float) else show(value)
-        options += [f"{key} {text}"] if key in values else []
-    return " · ".join([f"group of {count:,} parameters", *options])
+        parts.append(f"{key} {text}")
+    return " · ".join(parts)
 
 
 def _without_trained(
     section: OptimizerConfig, optimizer: Optimizer, model: ModelAndLoss
 ) -> Iterator[int]:
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    names = [name for name, p in model.named_parameters() if id(p) in trained]
+    trained: set[int] = set()
+    for group in optimizer.param_groups:
+        trained.update(map(id, group["params"]))
+    names = []
+    for name, parameter in model.named_parameters():
+        if id(parameter) in trained:
+            names.append(name)
     for index, group in enumerate(section.groups):
         if not any(re.search(group["match"], name) for name in names):
             yield index

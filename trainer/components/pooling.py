@@ -17,16 +17,16 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
         if not torch.are_deterministic_algorithms_enabled():
             return super().forward(x)
         height, width = self._output_shape(x)
-        if x.shape[-2] % height == 0 and x.shape[-1] % width == 0:
-            return nn.functional.avg_pool2d(
-                x, (x.shape[-2] // height, x.shape[-1] // width)
-            )
+        full_height, full_width = x.shape[-2:]
+        if full_height % height == 0 and full_width % width == 0:
+            window = (full_height // height, full_width // width)
+            return nn.functional.avg_pool2d(x, window)
         rows = []
-        for top, bottom in _windows(x.shape[-2], height):
-            means = [
-                x[..., top:bottom, left:right].mean((-2, -1))
-                for left, right in _windows(x.shape[-1], width)
-            ]
+        for top, bottom in _windows(full_height, height):
+            means = []
+            for left, right in _windows(full_width, width):
+                part = x[..., top:bottom, left:right]
+                means.append(part.mean((-2, -1)))
             rows.append(torch.stack(means, -1))
         return torch.stack(rows, -2)
 

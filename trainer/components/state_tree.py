@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-TENSOR, PARAMETER, TUPLE, DEQUE, ITEMS = (
-    *("$tensor", "$parameter", "$tuple"),
-    *("$deque", "$items"),
-)
+TENSOR = "$tensor"
+PARAMETER = "$parameter"
+TUPLE = "$tuple"
+DEQUE = "$deque"
+ITEMS = "$items"
 
 
 class UnsupportedValueError(Exception):
@@ -55,9 +56,10 @@ class Encoder:
         raise UnsupportedValueError(f'"{name}" is of type {type(value).__qualname__}')
 
     def _encode_items(self, values: Any, name: str) -> list[Any]:
-        return [
-            self.encode(value, f"{name}/{index}") for index, value in enumerate(values)
-        ]
+        trees = []
+        for index, value in enumerate(values):
+            trees.append(self.encode(value, f"{name}/{index}"))
+        return trees
 
     def _encode_tensor(self, tensor: Tensor, name: str) -> Any:
         if id(tensor) in self._names:
@@ -69,19 +71,22 @@ class Encoder:
         return describe_tensor(tensor, name)
 
     def _encode_mapping(self, values: Mapping[Any, Any], name: str) -> Any:
-        are_texts = all(
-            isinstance(key, str) and not key.startswith("$") for key in values
-        )
-        if are_texts:
-            return {
-                key: self.encode(value, f"{name}/{key}")
-                for key, value in values.items()
-            }
+        if all(map(_is_plain_key, values)):
+            trees = {}
+            for key, value in values.items():
+                trees[key] = self.encode(value, f"{name}/{key}")
+            return trees
         pairs = []
         for index, (key, value) in enumerate(values.items()):
             tree = self.encode(value, f"{name}/{index}")
-            pairs.append([self.encode(key, f"{name}/key {index}"), tree])
+            key_tree = self.encode(key, f"{name}/key {index}")
+            pairs.append([key_tree, tree])
         return {ITEMS: pairs}
+
+
+def _is_plain_key(key: Any) -> bool:
+    """False for what JSON would turn into text, and for text that looks like a word of ours."""
+    return isinstance(key, str) and not key.startswith("$")
 
 
 class Decoder:
@@ -113,17 +118,20 @@ class Decoder:
         if DEQUE in tree:
             return deque(self.decode(tree[DEQUE]), maxlen=tree["length"])
         if ITEMS in tree:
-            return {self.decode(key): self.decode(item) for key, item in tree[ITEMS]}
+            items = {}
+            for key, item in tree[ITEMS]:
+                items[self.decode(key)] = self.decode(item)
+            return items
         return {key: self.decode(item) for key, item in tree.items()}
 
     def _decode_tensor(self, tree: Mapping[str, Any]) -> Tensor:
         name = tree[TENSOR]
         self.used.add(name)
+        value = self._tensors[name]
         device = torch.device("cpu") if tree.get("cpu") else self._device
         # A run that stopped on a CPU may go on on a GPU, where all but counters is wanted.
-        if device.type == "cpu" and self._tensors[name].dim() > 0:
+        if device.type == "cpu" and value.dim() > 0:
             device = self._device
-        value = self._tensors[name]
         if "stride" not in tree:
             return value.to(device, copy=True)
         copy = torch.empty_strided(

@@ -44,7 +44,8 @@ def match_names(
     best = max(match.fitting for match in matches)
     equals = [match for match in matches if match.fitting == best]
     # A file that does not fit at all is told of as such, not as several.
-    if len(equals) > 1 and 2 * best >= len(own):
+    fits = 2 * best >= len(own)
+    if len(equals) > 1 and fits:
         keys = ", ".join(match.key or "(the names as they are)" for match in equals)
         raise ConfigError(
             "model.weights",
@@ -62,9 +63,10 @@ def _chosen(matches: list[Match], path: str, key: str) -> Match:
         chosen = [match for match in matches if match.key.endswith(f".{name}")]
     if not chosen:
         keys = [match.key for match in matches if match.key]
+        present = ", ".join(keys) or "one set of weights"
         raise ConfigError(
             "model.weights_key",
-            f'{path} has no "{key}"{nearest(key, keys)}; it has {", ".join(keys) or "one set of weights"}',
+            f'{path} has no "{key}"{nearest(key, keys)}; it has {present}',
         )
     return max(chosen, key=lambda match: match.fitting)
 
@@ -74,29 +76,24 @@ def _readings(
 ) -> list[Match]:
     """The names as they are, and without or with a prefix, where more tensors fit that way."""
     notes = [f"{name} of the file"] if name else []
-    if any(COMPILED in key for key in tensors) and not any(COMPILED in k for k in own):
+    if _are_compiled(tensors) and not _are_compiled(own):
+        # Anywhere in a name: a part of a model may be compiled by itself.
         tensors = {key.replace(COMPILED, ""): value for key, value in tensors.items()}
         notes.append(f'names without "{COMPILED}"')
-    plain = Match(tensors, name, ", ".join(notes), _count(tensors, own))
-    readings = [plain]
+
+    def reading(renamed: Tensors, key: str, *note: str) -> Match:
+        return Match(renamed, key, ", ".join([*notes, *note]), _count(renamed, own))
+
+    plain = reading(tensors, name)
+    readings = []
     for prefix in _prefixes(tensors, own):
-        renamed = {
-            key.removeprefix(prefix): value
-            for key, value in tensors.items()
-            if key.startswith(prefix)
-        }
-        # The rest stays, so that it is counted as not used.
-        for key, value in tensors.items():
-            if not key.startswith(prefix):
-                renamed.setdefault(key, value)
-        note = ", ".join([*notes, f'names without "{prefix}"'])
-        dotted = f"{name}.{prefix}".strip(".")
-        readings.append(Match(renamed, dotted, note, _count(renamed, own)))
+        renamed = _without_prefix(tensors, prefix)
+        key = f"{name}.{prefix}".strip(".")
+        readings.append(reading(renamed, key, f'names without "{prefix}"'))
     for prefix in _prefixes(own, tensors):
         renamed = {f"{prefix}{key}": value for key, value in tensors.items()}
-        note = ", ".join([*notes, f'names with "{prefix}" before them'])
-        readings.append(Match(renamed, name, note, _count(renamed, own)))
-    others = [match for match in readings[1:] if match.fitting > plain.fitting]
+        readings.append(reading(renamed, name, f'names with "{prefix}" before them'))
+    others = [match for match in readings if match.fitting > plain.fitting]
     if not others:
         return [plain]
     if not best_only:
@@ -105,22 +102,43 @@ def _readings(
     return [match for match in others if match.fitting == best]
 
 
+def _are_compiled(tensors: Tensors) -> bool:
+    return any(COMPILED in name for name in tensors)
+
+
+def _without_prefix(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    """The tensors, without the prefix where a name has it."""
+    renamed = {}
+    rest = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            renamed[name.removeprefix(prefix)] = tensor
+        else:
+            rest[name] = tensor
+    # The rest stays, so that it is counted as not used.
+    for name, tensor in rest.items():
+        renamed.setdefault(name, tensor)
+    return renamed
+
+
 def _prefixes(longer: Tensors, shorter: Tensors) -> list[str]:
     """Every prefix with which a name of `shorter` is a name of `longer` of the same shape, the commonest first."""
     counts: Counter[str] = Counter()
     for name, tensor in longer.items():
         parts = name.split(".")
         for depth in range(1, len(parts)):
+            prefix = ".".join(parts[:depth])
             rest = ".".join(parts[depth:])
             if rest in shorter and shorter[rest].shape == tensor.shape:
-                counts[".".join(parts[:depth]) + "."] += 1
+                counts[f"{prefix}."] += 1
     # Each is tried on all names, and the one that fits best is among the commonest.
     return [prefix for prefix, _ in counts.most_common(10)]
 
 
 def _count(tensors: Tensors, own: Tensors) -> int:
-    return sum(
-        1
-        for name, tensor in own.items()
-        if name in tensors and tensors[name].shape == tensor.shape
-    )
+    """How many of `own` are among `tensors`, by name and shape."""
+    count = 0
+    for name, tensor in own.items():
+        if name in tensors and tensors[name].shape == tensor.shape:
+            count += 1
+    return count

@@ -126,11 +126,10 @@ def load_weights(
     own = model.state_dict()
     match = match_names(read_state_dicts(path), own, str(path), key)
     source = match.tensors
-    fitting = {
-        name: source[name]
-        for name in own
-        if name in source and source[name].shape == own[name].shape
-    }
+    fitting = {}
+    for name, tensor in own.items():
+        if name in source and source[name].shape == tensor.shape:
+            fitting[name] = source[name]
     unused = sorted(source.keys() - own.keys())
     new: list[str] = []
     misfits: list[str] = []
@@ -142,7 +141,8 @@ def load_weights(
         elif name in source or not is_counter:
             misfits.append(name)
     if misfits:
-        _refuse(path, [name for name in own if name in misfits], unused, source, own)
+        in_order = [name for name in own if name in misfits]
+        _refuse(path, in_order, unused, source, own)
     model.load_state_dict(fitting, strict=False)
     notes = [f"{len(fitting)} of {len(own)} tensors of {path.name}"]
     if match.note:

@@ -69,21 +69,28 @@ def _with_whole_lists(before: Any, after: Any, key: str) -> Any:
     """`after`, what is laid over `before`: with a whole list where it changes items of one, `{0: …}`."""
     if not isinstance(after, dict):
         return after
-    if isinstance(before, list) and all(str(name).isdecimal() for name in after):
-        items = list(before)
-        for number, value in after.items():
-            place = f"{key}[{number}]"
-            index = int(number)
-            if index >= len(items):
-                raise ConfigError(place, f"there are {len(items)} items, from 0 on")
-            items[index] = _merged(items[index], value, place)
-        return items
+    are_numbers = all(str(name).isdecimal() for name in after)
+    if isinstance(before, list) and are_numbers:
+        return _with_changed_items(before, after, key)
     names = _names_in(before)
     changed = {}
     for name, value in after.items():
-        inner = before[names[str(name)]] if str(name) in names else None
-        changed[name] = _with_whole_lists(inner, value, f"{key}.{name}".lstrip("."))
+        text = str(name)
+        inner = before[names[text]] if text in names else None
+        inner_key = f"{key}.{text}".lstrip(".")
+        changed[name] = _with_whole_lists(inner, value, inner_key)
     return changed
+
+
+def _with_changed_items(before: list[Any], after: Tree, key: str) -> list[Any]:
+    items = list(before)
+    for number, value in after.items():
+        place = f"{key}[{number}]"
+        index = int(number)
+        if index >= len(items):
+            raise ConfigError(place, f"there are {len(items)} items, from 0 on")
+        items[index] = _merged(items[index], value, place)
+    return items
 
 
 def _merged(before: Any, after: Any, key: str) -> Any:
@@ -112,7 +119,9 @@ def _unset(tree: Tree, key: str, source: str, must_be_set: bool) -> None:
 
 def _names_in(mapping: Any) -> dict[str, Any]:
     """The keys of a mapping by their text: YAML has numbers as keys, in `model.unfreeze` for example."""
-    return {str(name): name for name in mapping} if isinstance(mapping, dict) else {}
+    if not isinstance(mapping, dict):
+        return {}
+    return {str(name): name for name in mapping}
 
 
 def _check_kinds(tree: Tree, changes: Tree, prefix: str = "") -> None:

@@ -29,27 +29,44 @@ def with_decoded_images(section: DataConfig, ranks: Ranks, data: Datasets) -> Da
     Every rank calls it: those of a machine make the cache together. Raises `ConfigError`, `DataError`.
     """
     side = choose_short_side(section)
-    folders = {id(part): part for part in _parts(data) if isinstance(part, ImageFolder)}
-    if not folders or (side.pixels is None and section.cache != "decoded"):
+    is_cached = section.cache == "decoded"
+    # By identity: several parts of the data may read one folder, and then go on to share it.
+    folders: dict[int, ImageFolder] = {}
+    for part in _parts(data):
+        if isinstance(part, ImageFolder):
+            folders[id(part)] = part
+    if not folders or (side.pixels is None and not is_cached):
         return data
     small = {}
     for number, folder in folders.items():
         small[number] = folder.with_short_side(side.pixels)
-    parts = [f"short side {side.pixels} (data.short_side)"]
+    notes = [f"short side {side.pixels} (data.short_side)"]
     if side.pixels is None:
-        parts = [f"as they are: {side.reason}"]
-    if section.cache == "decoded":
+        notes = [f"as they are: {side.reason}"]
+    if is_cached:
         assert section.cache_dir is not None, "the config is checked"
         cache_dir = Path(section.cache_dir).expanduser()
-        roots = list(dict.fromkeys(folder.root for folder in small.values()))
-        for root in roots:
-            _check_apart(cache_dir, root)
-        for root in roots:
-            of_root = {n: each for n, each in small.items() if each.root == root}
-            store = _open_store(of_root.values(), cache_dir, ranks)
-            small |= {n: each.with_store(store) for n, each in of_root.items()}
-            parts.append(f"decoded in {store.folder}, {store.size / MB:,.0f} MB")
-    return _replaced(data, small, " · ".join(parts))
+        notes += _read_from_stores(small, cache_dir, ranks)
+    return _replaced(data, small, " · ".join(notes))
+
+
+def _read_from_stores(
+    folders: dict[int, ImageFolder], cache_dir: Path, ranks: Ranks
+) -> list[str]:
+    """Let each of `folders` read from the cache of its root; returns where those are, in words."""
+    by_root: dict[Path, dict[int, ImageFolder]] = {}
+    for number, folder in folders.items():
+        by_root.setdefault(folder.root, {})[number] = folder
+    # Before the first is made: a mistake is told at once, and not after minutes of decoding.
+    for root in by_root:
+        _check_apart(cache_dir, root)
+    notes = []
+    for of_root in by_root.values():
+        store = _open_store(of_root.values(), cache_dir, ranks)
+        for number, folder in of_root.items():
+            folders[number] = folder.with_store(store)
+        notes.append(f"decoded in {store.folder}, {store.size / MB:,.0f} MB")
+    return notes
 
 
 def _check_apart(cache_dir: Path, root: Path) -> None:

@@ -120,7 +120,8 @@ class WeightAverage:
     def _update_on_device(self, updates: Tensor, skipped: Tensor | None) -> None:
         decay = torch.full_like(updates, self._decay)
         if self._section.warmup:
-            decay = torch.minimum(decay, (1 + updates) / (10 + updates))
+            of_warmup = (1 + updates) / (10 + updates)
+            decay = torch.minimum(decay, of_warmup)
         decay = torch.where(updates == 0, torch.zeros_like(decay), decay)
         if skipped is not None:
             is_skipped = skipped.reshape(()) != 0
@@ -128,7 +129,8 @@ class WeightAverage:
             updates += (~is_skipped).to(updates.dtype)
         else:
             updates += 1
-        averages, weights = self._averages(), self._weights()
+        averages = self._averages()
+        weights = self._weights()
         decay = decay.to(torch.float32)
         # Exact at both ends: a decay of 1 leaves the average, and one of 0 copies the weights.
         parts = torch._foreach_mul(weights, 1 - decay)

@@ -145,9 +145,11 @@ class Evaluator:
         requests = self._largest_share or self._passes.requests
         if not requests:
             return
-        first = requests[0].ids[0]
-        last = requests[-1].ids[-1]
-        count = min(last - first + 1, SAMPLES_TO_REHEARSE, len(requests[0].ids))
+        first_request, last_request = requests[0], requests[-1]
+        first = first_request.ids[0]
+        last = last_request.ids[-1]
+        of_share = last - first + 1
+        count = min(of_share, SAMPLES_TO_REHEARSE, len(first_request.ids))
         ids = np.linspace(first, last, count).astype(np.int64)
         task = self._forward.task
         with self._eval_mode():

@@ -65,16 +65,20 @@ class Features:
             calls.append((inputs, output))
 
         def check_head_is_last(_: nn.Module, inputs: Any, output: Any) -> None:
-            if len(calls) != 1 or output is not calls[0][1]:
+            if len(calls) != 1:
                 self._is_usable = False
                 return
-            head_inputs = calls[0][0]
-            if len(head_inputs) != 1 or not isinstance(head_inputs[0], Tensor):
+            head_inputs, head_output = calls[0]
+            takes_one_tensor = len(head_inputs) == 1 and isinstance(
+                head_inputs[0], Tensor
+            )
+            if output is not head_output or not takes_one_tensor:
                 self._is_usable = False
 
         def record(batch: MicroBatch) -> None:
             if self._is_usable:
-                features: Tensor = calls[0][0][0]
+                head_inputs, _ = calls[0]
+                features: Tensor = head_inputs[0]
                 self._batches.append(batch._replace(inputs=features))
                 self._bytes += features.nbytes
                 self._is_usable = self._bytes <= MAX_BYTES

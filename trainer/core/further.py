@@ -56,12 +56,14 @@ class LossState:
         for name, part in self._modules():
             tensors = _tensors(name, part)
             for key in tensors.keys() & state.keys():
-                if tensors[key].shape != state[key].shape:
+                tensor, saved = tensors[key], state[key]
+                if tensor.shape != saved.shape:
                     raise LockstepError(
-                        f"{key} is {tuple(state[key].shape)} in the checkpoint and {tuple(tensors[key].shape)} in this "
+                        f"{key} is {tuple(saved.shape)} in the checkpoint and {tuple(tensor.shape)} in this "
                         f"run; use the loss that the run was started with"
                     )
-                tensors[key].copy_(state[key])
+                tensor.copy_(saved)
+                # Such a module goes into later checkpoints, too, whether training changes it again or not.
                 self._restored.add(name)
 
     def _modules(self) -> list[tuple[str, nn.Module]]:
@@ -72,28 +74,32 @@ def _tensors(path: str, module: nn.Module) -> dict[str, Tensor]:
     """A module's own parameters and buffers, by their names in the loss."""
     dot = "" if path == LOSS_PREFIX else "."
     tensors = {}
-    for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+    for key, tensor in (module._parameters | module._buffers).items():
         if tensor is not None:
             tensors[f"{path}{dot}{key}"] = tensor
     return tensors
 
 
 def _mark(module: nn.Module) -> list[tuple[int, int]]:
-    tensors = _tensors("", module).values()
-    return [(id(tensor), tensor._version) for tensor in tensors]
+    """What tells whether a tensor was replaced or written: torch counts every write in place."""
+    marks = []
+    for tensor in _tensors("", module).values():
+        marks.append((id(tensor), tensor._version))
+    return marks
 
 
 def read_further(
     model: nn.Module, loss: LossState, moving: Sequence[Buffer]
 ) -> dict[str, Any]:
     """What a checkpoint keeps besides weights and optimizer state; {} if there is nothing."""
+    buffers = {}
+    for buffer in moving:
+        is_of_loss = buffer.name.startswith(LOSS_PREFIX)  # which has them all
+        if not buffer.is_saved and not is_of_loss:
+            buffers[buffer.name] = buffer.tensor
     entries: dict[str, Any] = {
         "loss": loss.read(moving),
-        "buffers": {
-            buffer.name: buffer.tensor
-            for buffer in moving
-            if not buffer.is_saved and not buffer.name.startswith(LOSS_PREFIX)
-        },
+        "buffers": buffers,
         "eval_modules": _modules_in_eval_mode(model),
         "extra_state": _extra_state(model),
     }
@@ -126,6 +132,7 @@ def restore_modes_of(state: Mapping[str, Any], model: nn.Module) -> None:
     names = set(state.get("eval_modules", []))
     for name, module in model.named_modules():
         if name in names and not is_held(module):
+            # Not `eval()`, which would put its parts into the mode, too.
             module.training = False
 
 
@@ -138,11 +145,11 @@ def _restore_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _modules_in_eval_mode(model: nn.Module) -> list[str]:
-    return [
-        name
-        for name, module in model.named_modules()
-        if not module.training and not is_held(module)
-    ]
+    names = []
+    for name, module in model.named_modules():
+        if not module.training and not is_held(module):
+            names.append(name)
+    return names
 
 
 def _extra_state(model: nn.Module) -> dict[str, Any]:

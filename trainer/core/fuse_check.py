@@ -38,14 +38,16 @@ def choose_fuse(run: Run) -> tuple[int, str]:
     give one by one, `auto` is 1, and any other setting raises `ConfigError`. A collective.
     """
     fuse = run.config.batch.fuse
+    is_auto = fuse == "auto"
     if fuse == 1 or run.config.fuse_refusal():
-        return 1, _note_on_collate(run) if fuse == "auto" else ""
-    if run.ranks.device.type not in ("cpu", *KINDS_WITH_STREAMS):
-        if fuse == "auto":
+        return 1, _note_on_collate(run) if is_auto else ""
+    kind = run.ranks.device.type
+    if kind not in ("cpu", *KINDS_WITH_STREAMS):
+        if is_auto:
             return 1, ""
         raise ConfigError(
             "batch.fuse",
-            f"{fuse} cannot be checked on {run.ranks.device.type}; {REMEDY}",
+            f"{fuse} cannot be checked on {kind}; {REMEDY}",
         )
     step = run.plan.step(0)
     limit = len(step.micro_batches) if fuse == "auto" else fuse
@@ -57,15 +59,16 @@ def choose_fuse(run: Run) -> tuple[int, str]:
         run.ranks.on_each(lambda: _check_two_micro_batches(run, step, first))
         return fuse, ""
     # Each rank may find another answer, by its memory, or by rounding near the tolerance: none decides alone.
-    answers: list[tuple[int, str]] = run.ranks.gather(
-        [_answer_of_this_rank(run, step, first, end)]
-    )
+    own = _answer_of_this_rank(run, step, first, end)
+    answers: list[tuple[int, str]] = run.ranks.gather([own])
     return min(answers)
 
 
 def _note_on_collate(run: Run) -> str:
     collate = run.config.data.collate
-    return "" if collate is None else f"data.collate={collate} makes each batch anew"
+    if collate is None:
+        return ""
+    return f"data.collate={collate} makes each batch anew"
 
 
 def _answer_of_this_rank(run: Run, step: Step, first: int, end: int) -> tuple[int, str]:
@@ -103,18 +106,23 @@ def _check_two_micro_batches(run: Run, step: Step, first: int) -> None:
     ids = run.plan.sample_ids(step, first)[:SAMPLES_TO_COMPARE]
     next_ids = run.plan.sample_ids(step, first + 1)[:SAMPLES_TO_COMPARE]
     loader = run.train_loader
-    one_by_one = [loader.peek(ids, first), loader.peek(next_ids, first + 1)]
+    one_by_one = [
+        loader.peek(ids, first),
+        loader.peek(next_ids, first + 1),
+    ]
     at_once = [loader.peek([*ids, *next_ids], first, 2)]
+    # A step that ends with the two, each of as many samples as are compared.
     count = first + 2
-    small_step = step._replace(micro_batches=split_evenly(count * len(ids), count))
+    micro_batches = split_evenly(count * len(ids), count)
+    small_step = step._replace(micro_batches=micro_batches)
 
+    device = run.ranks.device
     dtype = run.precision.dtype
     # Autocast rounds too much.
-    precision = Precision(
-        "fp64" if dtype == torch.float64 else "fp32", run.ranks.device
-    )
+    precision_name = "fp64" if dtype == torch.float64 else "fp32"
+    precision = Precision(precision_name, device)
     task = loss_by_sample(run.task)
-    forward = Forward(task, precision, run.ranks.device, run.config.run.seed)
+    forward = Forward(task, precision, device, run.config.run.seed)
     expected = _results(run, forward, small_step, one_by_one)
     try:
         actual = _results(run, forward, small_step, at_once)
@@ -152,10 +160,12 @@ def _results(
             _, (total, weight) = forward(run.module, batch, step)
             check_gradient(total)
             total.backward()  # type: ignore[no-untyped-call]
-            losses.append(
-                torch.stack([total.detach(), torch.as_tensor(weight).to(total)])
-            )
-        gradients = [p.grad.flatten() for p in whole.parameters() if p.grad is not None]
+            weight = torch.as_tensor(weight).to(total)
+            losses.append(torch.stack([total.detach(), weight]))
+        gradients = []
+        for parameter in whole.parameters():
+            if parameter.grad is not None:
+                gradients.append(parameter.grad.flatten())
         results = {
             "the loss": torch.stack(losses).sum(0),
             "the gradient": torch.cat(gradients),
@@ -198,6 +208,7 @@ def _fits(run: Run, step: Step, first: int, count: int) -> bool:
             batch = run.train_loader.peek(ids, first, count)
             # Copied while this one is computed.
             batch_ahead = run.train_loader.peek(ids, first, count)
+            # Held by name until the backward has run: what training will hold by then.
             reserved = [*_memory_of_an_optimizer(run), _margin(run.ranks.device)]
             _, loss = run.forward(run.module, batch, step)
             loss.total.backward()  # type: ignore[no-untyped-call]
@@ -243,6 +254,8 @@ def _memory_of_one(run: Run, step: Step, index: int) -> int:
         batch = run.train_loader.peek(ids, index)
         graph = run.forward(run.module, batch, step)
         del graph  # within the context, whose hooks its tensors came through
+    # Saved, too, and there however many micro-batches run at once.
     for parameter in run.module.parameters():
-        bytes_by_pointer.pop(parameter.untyped_storage().data_ptr(), None)
+        pointer = parameter.untyped_storage().data_ptr()
+        bytes_by_pointer.pop(pointer, None)
     return 2 * sum(bytes_by_pointer.values())

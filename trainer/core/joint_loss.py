@@ -47,11 +47,10 @@ def loss_adds_up(
     total, weight = as_weighted_sum(forward.task.loss_sum(output, targets))
     if draw_state(device) != state:
         return True
-    total_differs = _differ(total.detach(), torch.stack(totals))
-    return not (
-        total_differs
-        or _differ(torch.as_tensor(weight).to(total), torch.stack(weights))
-    )
+    if _differ(total.detach(), torch.stack(totals)):
+        return False
+    weight = torch.as_tensor(weight).to(total)
+    return not _differ(weight, torch.stack(weights))
 
 
 def _differ(joint: Tensor, parts: Tensor) -> bool:

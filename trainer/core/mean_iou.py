@@ -33,15 +33,20 @@ class MeanIoU:
     def add(self, inputs: Inputs) -> None:
         """Class ids `(N, H, W)`, predicted and true."""
         assert not isinstance(inputs, Mapping)
-        predicted, true = inputs[0].flatten(), inputs[1].flatten()
+        predicted = inputs[0].flatten()
+        true = inputs[1].flatten()
         if self.ignore_index is not None:
             is_counted = true != self.ignore_index
             predicted, true = predicted[is_counted], true[is_counted]
         if not len(true):
             return
-        size = 1 + int(torch.maximum(predicted.max(), true.max()))
-        counts = torch.bincount(true * size + predicted, minlength=size * size)
-        self._counts = add_counts([self._counts, counts.view(size, size).cpu()])
+        largest = torch.maximum(predicted.max(), true.max())
+        size = 1 + int(largest)
+        # A pixel's cell of the matrix, as one number.
+        cells = true * size + predicted
+        counts = torch.bincount(cells, minlength=size * size)
+        matrix = counts.view(size, size).cpu()
+        self._counts = add_counts([self._counts, matrix])
 
     def parts(self) -> list[Tensor]:
         return [self._counts] if self._counts.numel() else []

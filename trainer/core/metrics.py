@@ -45,6 +45,7 @@ class Stopwatch:
 
         Both by the host's clock. On a GPU the host queues work ahead, so it may wait for data while the GPU is busy.
         """
+        # Never 0, which is what a coarse clock says of a short interval.
         seconds = max(time.monotonic() - self._interval_start, 1e-9)
         samples = samples_seen - self._samples_at_start
         self.mark(samples_seen)
@@ -136,12 +137,13 @@ class Meter:
         self._joins = metrics_add_up(task)
         self._names = ("loss", *task.metrics)
         self._dtype = sum_dtype(ranks.device)
-        self._sums = torch.zeros(
-            len(self._names), 2, dtype=self._dtype, device=ranks.device
-        )
+        shape = (len(self._names), 2)  # a total and a weight each
+        self._sums = torch.zeros(shape, dtype=self._dtype, device=ranks.device)
         # Views of the single numbers, made once: `sums[0, 0] += …` takes four operations.
         self._cells = self._sums.view(-1).unbind()
-        self._separate = SeparateSums(self._dtype, ranks.device) if exact else None
+        self._separate: SeparateSums | None = None
+        if exact:
+            self._separate = SeparateSums(self._dtype, ranks.device)
         self._clear()
 
     def add(self, batch: MicroBatch, output: Any, loss: WeightedSum) -> None:
@@ -149,15 +151,16 @@ class Meter:
         if loss.total.requires_grad:
             loss = WeightedSum(loss.total.detach(), loss.weight)
         self._losses.append(loss)
-        output = output.detach() if isinstance(output, Tensor) else detach(output)
+        output = detach(output)
         if self._joins or batch.fused == 1:
             self._outputs.append((output, batch.targets))
         else:
             self._outputs += split_by_micro_batch(output, batch)
-        # The size of an output that is no tensor is unknown, so it does not wait.
-        self._elements += (
-            output.numel() if isinstance(output, Tensor) else MAX_WAITING_ELEMENTS
-        )
+        if isinstance(output, Tensor):
+            self._elements += output.numel()
+        else:
+            # Its size is unknown, so it does not wait.
+            self._elements += MAX_WAITING_ELEMENTS
         if self._elements >= MAX_WAITING_ELEMENTS:
             self.flush()
 
@@ -179,8 +182,10 @@ class Meter:
         self.flush()
         totals = Totals()
         for sums in self._sums_of_all_ranks():
-            pairs = zip(sums[::2], sums[1::2], strict=True)
-            for name, (total, weight) in zip(self._names, pairs, strict=True):
+            totals_of_row, weights_of_row = sums[::2], sums[1::2]
+            for name, total, weight in zip(
+                self._names, totals_of_row, weights_of_row, strict=True
+            ):
                 totals.count(name, total, weight)
         return totals
 
@@ -221,13 +226,16 @@ class Meter:
 
     def _add_all(self) -> None:
         """Add what waits to `_sums`, `(1 + metrics, 2)`: the loss in the first row, then a row for each metric."""
-        totals, weights = self._cells[::2], self._cells[1::2]
-        _add_losses(self._losses, totals[0], weights[0])
-        outputs = _join_outputs(self._outputs) if self._joins else self._outputs
+        total_of_loss, *totals = self._cells[::2]
+        weight_of_loss, *weights = self._cells[1::2]
+        _add_losses(self._losses, total_of_loss, weight_of_loss)
+        outputs = self._outputs
+        if self._joins:
+            outputs = _join_outputs(outputs)
         for output, targets in outputs:
             with explained(self._task, "metric_sums", output, targets):
                 metrics = self._metric_sums(output, targets)
-                for row, (total, weight) in enumerate(metrics, start=1):
+                for row, (total, weight) in enumerate(metrics):
                     totals[row].add_(total)
                     weights[row].add_(weight)
 
@@ -277,10 +285,12 @@ def _join_outputs(outputs: list[OutputAndTargets]) -> list[OutputAndTargets]:
             return outputs
     all_outputs, all_targets = zip(*outputs, strict=True)
     try:
-        return [(torch.cat(all_outputs), torch.cat(all_targets))]
+        joined = torch.cat(all_outputs)
+        joined_targets = torch.cat(all_targets)
     except RuntimeError:
         # Of other shapes. It is left to torch to find: comparing them here takes longer than joining small tensors.
         return outputs
+    return [(joined, joined_targets)]
 
 
 def split_by_micro_batch(output: Any, batch: MicroBatch) -> list[OutputAndTargets]:

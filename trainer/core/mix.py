@@ -111,16 +111,20 @@ class Mix:
         chance, choice, across, down = draws.random(4)
         if chance >= settings.prob:
             return images, 1.0
-        facts = {"labels": None, "batch_size": len(images)}
-        if self._is_cutmix(choice):
-            share = draws.beta(settings.cutmix, settings.cutmix)
-            height, width = images.shape[-2:]
-            box = _box(share, across, down, height=height, width=width)
-            x1, y1, x2, y2 = box
-            share = 1.0 - (x2 - x1) * (y2 - y1) / (width * height)
-            return self._cutmix.transform(images, {**facts, "box": box}), share
-        share = draws.beta(settings.mixup, settings.mixup)
-        return self._mixup.transform(images, {**facts, "lam": share}), share
+        # What torchvision's `make_params` would draw, from generators of its own.
+        arguments: dict[str, Any] = {"labels": None, "batch_size": len(images)}
+        if not self._is_cutmix(choice):
+            share = draws.beta(settings.mixup, settings.mixup)
+            arguments["lam"] = share
+            return self._mixup.transform(images, arguments), share
+        share = draws.beta(settings.cutmix, settings.cutmix)
+        height, width = images.shape[-2:]
+        box = _box(share, across, down, height=height, width=width)
+        arguments["box"] = box
+        # The share that is left: a box at the border is smaller than the one that was drawn.
+        x1, y1, x2, y2 = box
+        share = 1.0 - (x2 - x1) * (y2 - y1) / (width * height)
+        return self._cutmix.transform(images, arguments), share
 
     def _is_cutmix(self, choice: float) -> bool:
         settings = self._settings
@@ -143,8 +147,10 @@ def _box(
     `across` and `down` say where its centre is, in [0, 1) (Yun et al., 2019, as in torchvision's `CutMix`).
     """
     half = 0.5 * math.sqrt(1.0 - share)
-    x, y = int(across * width), int(down * height)
-    half_width, half_height = int(half * width), int(half * height)
+    x = int(across * width)
+    y = int(down * height)
+    half_width = int(half * width)
+    half_height = int(half * height)
     return (
         max(x - half_width, 0),
         max(y - half_height, 0),
@@ -156,15 +162,12 @@ def _box(
 def _stronger(blend: Blend) -> Tensor:
     """The target of the larger share of each image: what metrics are measured against."""
     count = len(blend.shares)
-    parts = []
-    for share, own, partner in zip(
-        blend.shares,
-        _parts(blend.targets, count),
-        _parts(blend.partners, count),
-        strict=True,
-    ):
-        parts.append(own if share >= 0.5 else partner)
-    return _join(parts)
+    targets = _parts(blend.targets, count)
+    partners = _parts(blend.partners, count)
+    stronger = []
+    for share, own, partner in zip(blend.shares, targets, partners, strict=True):
+        stronger.append(own if share >= 0.5 else partner)
+    return _join(stronger)
 
 
 def _parts(tensor: Tensor, count: int) -> Sequence[Tensor]:

@@ -93,9 +93,11 @@ def check_data(data: Datasets, ranks: Ranks) -> None:
     for name, part in (("train", data.train), *data.evaluated().items()):
         own[name] = len(part), quick_fingerprint(part)
     of_ranks = ranks.gather([own])
-    for rank, other in enumerate(of_ranks):
-        for name in sorted({*other, *of_ranks[0]}):
-            here, on_main = other.get(name), of_ranks[0].get(name)
+    of_main = of_ranks[0]
+    for rank, of_rank in enumerate(of_ranks):
+        for name in sorted({*of_rank, *of_main}):
+            here = of_rank.get(name)
+            on_main = of_main.get(name)
             if here != on_main:
                 raise DataError(
                     f"the {name} samples of {data.name} on rank {rank} ({ranks.machines[rank]}) are not those of rank "

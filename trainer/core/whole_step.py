@@ -123,8 +123,12 @@ class WholeStep:
             )
         check_gradient(loss.total)
         own = self._whole.trained_loss_parameters()
-        model = dict(self._run.module.named_parameters()) if self._is_first else {}
-        model = {name: p for name, p in model.items() if p.requires_grad}
+        # The model's, too, in the first step: a loss that reaches them by itself is refused.
+        model = {}
+        if self._is_first:
+            for name, parameter in self._run.module.named_parameters():
+                if parameter.requires_grad:
+                    model[name] = parameter
         asked = [leaf for leaf in leaves if leaf.requires_grad]
         gradients = torch.autograd.grad(
             loss.total,
@@ -132,16 +136,21 @@ class WholeStep:
             grad_outputs=_one_over(loss),
             allow_unused=True,
         )
+        # In the order in which they were asked for.
         remaining = iter(gradients)
-        self._gradients = [
-            next(remaining) if leaf.requires_grad else None for leaf in leaves
-        ]
+        self._gradients = []
+        for leaf in leaves:
+            gradient = next(remaining) if leaf.requires_grad else None
+            self._gradients.append(gradient)
         self._of_loss = []
         for parameter in own.values():
             gradient = next(remaining)
             if gradient is not None:
                 self._of_loss.append((parameter, gradient))
-        used = [n for n, g in zip(model, remaining, strict=True) if g is not None]
+        used = []
+        for name, gradient in zip(model, remaining, strict=True):
+            if gradient is not None:
+                used.append(name)
         if used:
             raise _reaches_model(used)
         self._output = map_tensors(Tensor.detach, self._output)

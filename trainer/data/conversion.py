@@ -76,7 +76,9 @@ def input_as_tensor(value: Any) -> Any:
         return value
     if is_pil(value):
         mode = SHOWN_AS.get(value.mode)
-        return _pil_as_tensor(value if mode is None else value.convert(mode))
+        if mode is not None:
+            value = value.convert(mode)
+        return _pil_as_tensor(value)
     if is_numeric_array(value):
         return array_as_tensor(value)
     return _with_pil_as_tensors(value, input_as_tensor)
@@ -84,14 +86,10 @@ def input_as_tensor(value: Any) -> Any:
 
 def array_as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
     """An array as a tensor. Bytes `(H, W, C)`, as images are decoded to, become `(C, H, W)`."""
-    has_channels_last = (
-        array.dtype == np.uint8
-        and array.ndim == 3
-        and array.shape[2] in CHANNELS
-        and array.shape[0] not in CHANNELS
-    )
-    if has_channels_last:
-        array = array.transpose(2, 0, 1)
+    if array.dtype == np.uint8 and array.ndim == 3:
+        first, _, last = array.shape
+        if last in CHANNELS and first not in CHANNELS:
+            array = array.transpose(2, 0, 1)
     return _from_numpy(array)
 
 
@@ -100,9 +98,10 @@ def target_as_tensor(value: Any) -> Any:
     if isinstance(value, int | Tensor):
         return value
     if is_pil(value):
-        # The values of a palette image are class ids.
-        tensor = _pil_as_tensor(value.convert("L") if value.mode == "1" else value)
-        if value.mode == "1":
+        # The values of a palette image are class ids, so it is not converted.
+        is_binary = value.mode == "1"
+        tensor = _pil_as_tensor(value.convert("L") if is_binary else value)
+        if is_binary:
             tensor = tensor > 0
         return tensor[0] if len(tensor) == 1 else tensor
     if is_numeric_array(value):
@@ -114,7 +113,10 @@ def _with_pil_as_tensors(value: Any, convert: Callable[[Any], Any]) -> Any:
     """A dict with every PIL image in it converted; anything else as it is."""
     if not isinstance(value, Mapping) or not any(map(is_pil, value.values())):
         return value
-    return {key: convert(v) if is_pil(v) else v for key, v in value.items()}
+    converted = {}
+    for key, entry in value.items():
+        converted[key] = convert(entry) if is_pil(entry) else entry
+    return converted
 
 
 def _pil_as_tensor(image: Any) -> Tensor:
@@ -141,10 +143,13 @@ def describe(value: Any) -> str:
     if isinstance(value, str):
         return f'the text "{value[:40]}"'
     if isinstance(value, Mapping):
-        return f"a {kind} of {', '.join(map(str, list(value)[:8]))}"
+        first_keys = list(value)[:8]
+        return f"a {kind} of {', '.join(map(str, first_keys))}"
     if isinstance(value, list | tuple):
         return f"a {kind} of {len(value)}"
-    return "None" if value is None else f"a {kind}"
+    if value is None:
+        return "None"
+    return f"a {kind}"
 
 
 def describe_parts(value: Any) -> str:

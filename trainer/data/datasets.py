@@ -116,7 +116,9 @@ class FakeImages:
         rows = np.arange(height) * 4 // height
         columns = np.arange(width) * 4 // width
         enlarged = pattern[:, rows][:, :, columns]
-        return torch.from_numpy(noise // 2 + enlarged // 2), target
+        # Halves first: bytes have no room for a sum of two levels.
+        pixels = noise // 2 + enlarged // 2
+        return torch.from_numpy(pixels), target
 
 
 def build_datasets(

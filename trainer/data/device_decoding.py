@@ -142,7 +142,8 @@ class DeviceDecoding:
         packed, source = batch.inputs, batch.source
         assert isinstance(packed, PackedImages) and source is not None
         parts = list(packed.parts())
-        decoded = iter(self._decode([part for entry, part in parts if entry.is_file]))
+        files = [part for entry, part in parts if entry.is_file]
+        decoded = iter(self._decode(files))
         images: list[Tensor] = []
         errors: dict[int, DataError] = {}
         refused = 0
@@ -158,7 +159,7 @@ class DeviceDecoding:
                     continue
                 refused += 1
             images.append(image.to(self._device, non_blocking=True))
-        not_given = sum(not entry.is_file for entry, _ in parts)
+        not_given = len(parts) - len(files)
         of_batch = DecodedImages(len(images), not_given, refused)
         before = self._decoded.get(source.epoch, DecodedImages())
         self._decoded[source.epoch] = total([before, of_batch])

@@ -40,7 +40,9 @@ def fast_form(transform: Any) -> Any:
         return transform
     if kind is v2.Resize:
         return Resize(transform)
-    return ResizedCrop(transform) if transform.antialias and _is_same() else transform
+    if transform.antialias and _is_same():
+        return ResizedCrop(transform)
+    return transform
 
 
 def is_decoded_image(image: Any) -> bool:
@@ -95,10 +97,16 @@ class ResizedCrop:
             part_width = round(math.sqrt(area * ratio))
             part_height = round(math.sqrt(area / ratio))
             if 0 < part_width <= width and 0 < part_height <= height:
-                top = self._index.random_(0, height - part_height + 1).item()
-                left = self._index.random_(0, width - part_width + 1).item()
-                return int(top), int(left), part_height, part_width
-        return middle_part(height, width, min(self._ratios), max(self._ratios))
+                # The top before the left, as torchvision draws them.
+                top = self._place(height - part_height)
+                left = self._place(width - part_width)
+                return top, left, part_height, part_width
+        lowest, highest = min(self._ratios), max(self._ratios)
+        return middle_part(height, width, lowest, highest)
+
+    def _place(self, last: int) -> int:
+        """One of 0 to `last`, drawn."""
+        return int(self._index.random_(0, last + 1).item())
 
 
 class Flip:
@@ -114,6 +122,7 @@ class Flip:
 
     def draw(self) -> bool:
         """Whether the next image is to be flipped."""
+        # The comparison is torchvision's own, turned around: a p that is no number flips here, too.
         return not torch.rand(1) >= self._transform.p
 
 
@@ -208,23 +217,32 @@ def _is_same() -> bool:
 def _gives_the_same() -> bool:
     from torchvision.transforms import v2
 
+    # Sides that are no multiple of a register's width, and pixels without a pattern; any others would do as well.
     height, width = 37, 53
     values = torch.arange(3 * height * width) * 2654435761 % 251
-    image = values.to(torch.uint8).view(height, width, 3).permute(2, 0, 1)
+    pixels = values.to(torch.uint8).view(height, width, 3)
+    image = pixels.permute(2, 0, 1)
     crop = v2.RandomResizedCrop([24, 30])
+    # The caller's generator is left as it is: the trial must not change what a run draws.
     with torch.random.fork_rng(devices=[]):
-        for seed in range(4):
-            torch.default_generator.manual_seed(seed)
-            expected, state = crop(image), torch.get_rng_state()
-            torch.default_generator.manual_seed(seed)
-            result = ResizedCrop(crop)(image)
-            same_draws = torch.equal(torch.get_rng_state(), state)
-            if not same_draws or not torch.equal(result, expected):
-                return False
-            torch.default_generator.manual_seed(seed)
-            crops = CropBatch(ResizedCrop(crop), None)
-            batch = crops.empty(1)
-            crops.fill(batch, 0, image)
-            if not torch.equal(batch[0], expected):
-                return False
-    return True
+        return all(_gives_the_same_of(crop, image, seed) for seed in range(4))
+
+
+def _gives_the_same_of(crop: Any, image: Tensor, seed: int) -> bool:
+    """Whether ours draw and give what torchvision's `crop` does after `seed`, by itself and into a batch."""
+    generator = torch.default_generator
+    generator.manual_seed(seed)
+    expected = crop(image)
+    expected_state = torch.get_rng_state()
+
+    generator.manual_seed(seed)
+    result = ResizedCrop(crop)(image)
+    state = torch.get_rng_state()
+    if not torch.equal(state, expected_state) or not torch.equal(result, expected):
+        return False
+
+    generator.manual_seed(seed)
+    crops = CropBatch(ResizedCrop(crop), None)
+    batch = crops.empty(1)
+    crops.fill(batch, 0, image)
+    return torch.equal(batch[0], expected)

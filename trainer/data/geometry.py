@@ -44,11 +44,12 @@ class SampleTransform:
             takes_arrays = not is_v2 or _name(each) in TAKES_ARRAYS
             self._chain.append((each, is_v2, takes_arrays))
         # The same for an image alone.
-        self._of_image = [
-            (fast_form(each), is_v2, takes_arrays)
-            for each, is_v2, takes_arrays in self._chain
-        ]
-        every = [inner for outer in chain for inner in _with_inner(outer)]
+        self._of_image = []
+        for each, is_v2, takes_arrays in self._chain:
+            self._of_image.append((fast_form(each), is_v2, takes_arrays))
+        every: list[Any] = []
+        for outer in chain:
+            every += _with_inner(outer)
         # torchvision's transforms leave their input alone, unless they are told otherwise.
         self.may_write = any(map(_may_write, every))
         self._geometric = _names(filter(_is_geometric, every))
@@ -59,15 +60,19 @@ class SampleTransform:
 
     def __call__(self, image: Any, target: Any) -> tuple[Any, Any]:
         """The image and the target, transformed. Raises `DataError` where the target would have to move and cannot."""
+        # The common case first: to look through the leaves takes longer than some transforms.
         is_plain = isinstance(target, int | float | str)
-        if is_plain and not isinstance(image, Mapping | list | tuple):
+        is_single_image = not isinstance(image, Mapping | list | tuple)
+        if is_plain and is_single_image:
             return self._transform_image(image), target
-        has_place = any(map(_is_tv_tensor, _leaves(target)))
+        has_place = _has_tv_tensor(target)
         if self._geometric or self._image_alone:
             image, target = self._with_masks(image, target)
-        is_pair = any(map(_is_tv_tensor, _leaves(target)))
+        # Masks have become tensors with a place by now.
+        is_pair = _has_tv_tensor(target)
         if not is_pair:
-            return _map_leaves(self._transform_image(image), _without_place), target
+            image = self._transform_image(image)
+            return _map_leaves(image, _without_place), target
         image, target = self._transform_pair(image, target, with_own=has_place)
         return image, _map_leaves(target, _without_place)
 
@@ -114,12 +119,16 @@ class SampleTransform:
     def _with_masks(self, image: Any, target: Any) -> tuple[Any, Any]:
         """The pair with each mask as a `tv_tensors.Mask`: of the target, and beside the image in a dict or list."""
         size = _size_of(image)
+
+        def place(leaf: Any) -> Any:
+            return self._placed(leaf, size)
+
         if isinstance(image, Mapping | list | tuple):
-            first = next((leaf for leaf in _leaves(image) if _is_image(leaf)), None)
+            first = _first_image(image)
             image = _map_leaves(
-                image, lambda leaf: leaf if leaf is first else self._placed(leaf, size)
+                image, lambda leaf: leaf if leaf is first else place(leaf)
             )
-        return image, _map_leaves(target, lambda leaf: self._placed(leaf, size))
+        return image, _map_leaves(target, place)
 
     def _placed(self, leaf: Any, size: tuple[int, int] | None) -> Any:
         """A part of a sample that is a mask as a `tv_tensors.Mask`; others as they are.
@@ -190,8 +199,9 @@ def _may_write(transform: Any) -> bool:
     from torchvision.transforms import v2
 
     is_known = _module(transform).startswith("torchvision.transforms.v2.")
-    is_others_code = isinstance(transform, v2.Lambda)
-    return not is_known or is_others_code or bool(getattr(transform, "inplace", False))
+    if not is_known or isinstance(transform, v2.Lambda):
+        return True  # other people's code
+    return bool(getattr(transform, "inplace", False))
 
 
 def _name(transform: Any) -> str:
@@ -217,9 +227,16 @@ def _moves_image_alone(transform: Any) -> bool:
 
     if _module(transform) == "torchvision.transforms.v2._auto_augment":
         return True
-    is_old = _module(transform) == "torchvision.transforms.transforms"
+    if _module(transform) != "torchvision.transforms.transforms":
+        return False
+    # What the older module has under a name, v2 has under the same.
     twin = getattr(v2, _name(transform), None)
-    return is_old and getattr(twin, "__module__", "").endswith("_geometry")
+    module_of_twin: str = getattr(twin, "__module__", "")
+    return module_of_twin.endswith("_geometry")
+
+
+def _has_tv_tensor(value: Any) -> bool:
+    return any(map(_is_tv_tensor, _leaves(value)))
 
 
 def _is_tv_tensor(value: Any) -> bool:
@@ -237,25 +254,40 @@ def _without_place(leaf: Any) -> Any:
 
 def _is_scaled_mask(tensor: Tensor, size: tuple[int, int]) -> bool:
     """True for whole numbers in the proportions of an image."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return False
     height, width = tensor.shape[-2:]
-    is_whole = not (tensor.is_floating_point() or tensor.is_complex())
+    image_height, image_width = size
     is_large = min(height, width) >= SMALLEST_MASK
-    return is_whole and is_large and height * size[1] == width * size[0]
+    # The two ratios of sides, without a division that would round.
+    return is_large and height * image_width == width * image_height
 
 
 def _size_of(image: Any) -> tuple[int, int] | None:
     """Height and width of an image, or of the first one in a dict, list or tuple; None if there is none."""
-    leaf: Any = next((leaf for leaf in _leaves(image) if _is_image(leaf)), None)
+    leaf = _first_image(image)
     if is_pil(leaf):
         return leaf.height, leaf.width
     if is_numeric_array(leaf):
         leaf = array_as_tensor(leaf)
-    return (leaf.shape[-2], leaf.shape[-1]) if isinstance(leaf, Tensor) else None
+    if not isinstance(leaf, Tensor):
+        return None
+    height, width = leaf.shape[-2:]
+    return height, width
+
+
+def _first_image(value: Any) -> Any:
+    for leaf in _leaves(value):
+        if _is_image(leaf):
+            return leaf
+    return None
 
 
 def _is_image(value: Any) -> bool:
+    if is_pil(value):
+        return True
     is_array = isinstance(value, Tensor) or is_numeric_array(value)
-    return is_pil(value) or (is_array and value.ndim >= 2)
+    return is_array and value.ndim >= 2
 
 
 def _leaves(value: Any) -> Iterator[Any]:

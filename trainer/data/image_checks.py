@@ -48,6 +48,7 @@ ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 GIF_START = b"GIF8"
 WEBP_START = b"RIFF"
 WEBP_KIND = b"WEBP"  # from byte 8 on
+WEBP_SIDE = 0x3FFF  # 14 bits
 
 
 class Unusable(Exception):
@@ -92,11 +93,20 @@ def size_from_header(data: memoryview) -> tuple[int, int] | None:
 
 def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
     for marker, start, _ in _jpeg_segments(data):
+        # A frame begins with a byte for its precision, and two each for height and width.
         if marker in JPEG_FRAMES and start + 5 <= len(data):
-            height = int.from_bytes(data[start + 1 : start + 3], "big")
-            width = int.from_bytes(data[start + 3 : start + 5], "big")
+            height = _big_endian(data, start + 1, 2)
+            width = _big_endian(data, start + 3, 2)
             return width, height
     return None
+
+
+def _big_endian(data: memoryview | bytes, start: int, length: int) -> int:
+    return int.from_bytes(data[start : start + length], "big")
+
+
+def _little_endian(data: memoryview, start: int, length: int) -> int:
+    return int.from_bytes(data[start : start + length], "little")
 
 
 def _jpeg_segments(data: memoryview) -> Iterator[tuple[int, int, int]]:
@@ -109,8 +119,10 @@ def _jpeg_segments(data: memoryview) -> Iterator[tuple[int, int, int]]:
         elif marker in JPEG_BARE:
             position += 2
         else:
+            # The length counts its own two bytes, and not those of the marker.
+            length = _big_endian(data, position + 2, 2)
             start = position + 4
-            position += 2 + int.from_bytes(data[position + 2 : start], "big")
+            position += 2 + length
             yield marker, start, position
 
 
@@ -134,16 +146,18 @@ def is_common_jpeg(data: memoryview) -> bool:
     """
     is_common = False
     for marker, start, end in _jpeg_segments(data):
+        content = data[start:end]
         if marker in JPEG_FRAMES:
-            is_common = marker in JPEG_COMMON_FRAMES and _is_common_frame(
-                data[start:end]
-            )
-        elif marker == JPEG_APP14 and bytes(data[start : start + 5]) == ADOBE:
+            is_common_kind = marker in JPEG_COMMON_FRAMES
+            is_common = is_common_kind and _is_common_frame(content)
+        elif marker == JPEG_APP14 and content[:5] == ADOBE:
             # The transform, without which the three channels are RGB.
-            if end - start < JPEG_ADOBE or data[start + JPEG_ADOBE - 1] != 1:
+            has_transform = len(content) >= JPEG_ADOBE
+            if not has_transform or content[JPEG_ADOBE - 1] != 1:
                 return False
         elif marker == JPEG_SCAN:
-            return is_common and bytes(data[end:]).rfind(JPEG_END) >= 0
+            has_end = JPEG_END in bytes(data[end:])
+            return is_common and has_end
     return False
 
 
@@ -169,11 +183,13 @@ def _exif_orientation(data: memoryview) -> int:
     if start_of_file not in (b"II", b"MM") or number(2, 2) != TIFF_MARK:
         return 1
     table = number(4, 4)
-    for entry in range(number(table, 2)):
+    entries = number(table, 2)
+    for entry in range(entries):
         start = table + 2 + entry * TIFF_ENTRY
         if start + TIFF_ENTRY > len(data):
             break
         if number(start, 2) == ORIENTATION:
+            # After the tag: its type in 2 bytes, its count in 4.
             return number(start + 8, 2)
     return 1
 
@@ -185,14 +201,15 @@ def _webp_size(data: memoryview) -> tuple[int, int] | None:
     match bytes(data[12:16]):
         # Extended, lossless, lossy: 24, 14 and 14 bits for each side, the first two less one.
         case b"VP8X":
-            width = int.from_bytes(data[24:27], "little") + 1
-            height = int.from_bytes(data[27:30], "little") + 1
+            width = _little_endian(data, 24, 3) + 1
+            height = _little_endian(data, 27, 3) + 1
         case b"VP8L":
-            bits = int.from_bytes(data[21:25], "little")
-            width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+            bits = _little_endian(data, 21, 4)
+            width = (bits & WEBP_SIDE) + 1
+            height = (bits >> 14 & WEBP_SIDE) + 1
         case b"VP8 ":
-            width = int.from_bytes(data[26:28], "little") & 0x3FFF
-            height = int.from_bytes(data[28:30], "little") & 0x3FFF
+            width = _little_endian(data, 26, 2) & WEBP_SIDE
+            height = _little_endian(data, 28, 2) & WEBP_SIDE
         case _:
             return None
     return width, height
@@ -218,7 +235,9 @@ def png_size(file: bytes) -> tuple[int, int]:
     """`(width, height)` of a PNG file that `png_of_pixels` gave. Raises `Unusable` unless it begins with its header."""
     if file[12:16] != b"IHDR" or len(file) < PNG_HEADER_END:
         raise Unusable.damaged("its first chunk is not IHDR")
-    return int.from_bytes(file[16:20], "big"), int.from_bytes(file[20:24], "big")
+    width = _big_endian(file, 16, 4)
+    height = _big_endian(file, 20, 4)
+    return width, height
 
 
 def png_of_pixels(data: memoryview) -> bytes:
@@ -236,8 +255,10 @@ def png_of_pixels(data: memoryview) -> bytes:
         if kind in PNG_CHUNKS_OF_PIXELS or is_orientation:
             parts.append(chunk)
             kinds.add(kind)
-    needs_palette = len(data) > PNG_COLOR_TYPE and data[PNG_COLOR_TYPE] == PNG_PALETTE
-    for kind in (b"IHDR", b"IDAT", *([b"PLTE"] if needs_palette else [])):
+    needed = [b"IHDR", b"IDAT"]
+    if len(data) > PNG_COLOR_TYPE and data[PNG_COLOR_TYPE] == PNG_PALETTE:
+        needed.append(b"PLTE")
+    for kind in needed:
         if kind not in kinds:
             raise Unusable.damaged(f"it has no {kind.decode()} chunk")
     parts.append(b"\0\0\0\0IEND\xae\x42\x60\x82")
@@ -252,7 +273,8 @@ def png_with_gamma(image: bytes, source: memoryview) -> bytes:
             break
         if kind in PNG_CHUNKS_OF_GAMMA:
             gamma.append(chunk)
-    return b"".join([image[:PNG_HEADER_END], *gamma, image[PNG_HEADER_END:]])
+    header, rest = image[:PNG_HEADER_END], image[PNG_HEADER_END:]
+    return b"".join([header, *gamma, rest])
 
 
 def _png_chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
@@ -260,13 +282,14 @@ def _png_chunks(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     start = len(PNG_SIGNATURE)
     # Besides its data, a chunk has 4 bytes each for its length, its type and its checksum.
     while start + 12 <= len(data):
-        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        end = start + 12 + _big_endian(data, start, 4)
         if end > len(data):
             raise Unusable.damaged("it is cut short")
-        checksum = int.from_bytes(data[end - 4 : end], "big")
-        if zlib.crc32(data[start + 4 : end - 4]) != checksum:
+        # Of type and data, not of the length.
+        checked = data[start + 4 : end - 4]
+        if zlib.crc32(checked) != _big_endian(data, end - 4, 4):
             raise Unusable.damaged("a checksum in it is wrong")
-        kind = bytes(data[start + 4 : start + 8])
+        kind = bytes(checked[:4])
         if kind == b"IEND":
             return
         yield kind, data[start:end]

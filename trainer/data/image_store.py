@@ -76,7 +76,10 @@ class ImageStore:
         starts = np.zeros(len(sizes), np.int64)
         for first in range(0, len(sizes), self._chunk_size):
             of_chunk = sizes[first : first + self._chunk_size]
-            starts[first + 1 : first + len(of_chunk)] = np.cumsum(of_chunk[:-1])
+            end = first + len(of_chunk)
+            # The first image begins at 0, and every other one where the one before it ends.
+            ends = np.cumsum(of_chunk)
+            starts[first + 1 : end] = ends[:-1]
         return starts
 
     def image(self, number: int) -> Tensor | None:

@@ -32,12 +32,16 @@ def find_labels(dataset: Any) -> Labels | None:
         return np.arange(dataset.size) % dataset.num_classes
     if isinstance(dataset, Subset):
         labels = find_labels(dataset.dataset)
-        return None if labels is None else labels[np.asarray(dataset.indices)]
+        if labels is None:
+            return None
+        return labels[np.asarray(dataset.indices)]
     if isinstance(dataset, ConcatDataset):
         return _joined([find_labels(part) for part in dataset.datasets])
     if isinstance(dataset, Relabelled):
         labels = find_labels(dataset.dataset)
-        return None if labels is None else np.asarray(dataset.new_ids)[labels]
+        if labels is None:
+            return None
+        return np.asarray(dataset.new_ids)[labels]
     if isinstance(dataset, Rows):
         column = _column(dataset.dataset, dataset.columns[1])
         return _as_labels(column, len(dataset))

@@ -74,12 +74,14 @@ class LookUpLoader(TrainLoader):
         self._next_step = end
         cuts_of_steps = [self._cuts(step) for step in steps]
         sizes = [cut.samples for cut in chain.from_iterable(cuts_of_steps)]
+        # A rank may have nothing to do in all of these steps.
         parts = self._parts(self._ids(steps), sizes) if sizes else iter(())
         for step, cuts in zip(steps, cuts_of_steps, strict=True):
             batches = []
             for first, fused, samples in cuts:
                 inputs, targets = next(parts)
-                batches.append(MicroBatch(first, inputs, targets, fused, None, samples))
+                batch = MicroBatch(first, inputs, targets, fused, None, samples)
+                batches.append(batch)
             self._ready.append((step + 1, batches))
         self._seconds_waited += perf_counter() - start
 

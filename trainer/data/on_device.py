@@ -73,7 +73,7 @@ class DeviceSet:
         assert batch.source is not None
         parts = (batch.inputs, batch.targets)
         if self._tensors is None:
-            self._tensors = self._empty(parts[0]), self._empty(parts[1])
+            self._tensors = self._empty(batch.inputs), self._empty(batch.targets)
         for whole, part in zip(self._tensors, parts, strict=True):
             if whole.shape[1:] != part.shape[1:] or whole.dtype != part.dtype:
                 first = int(batch.source.ids[0])

@@ -71,7 +71,8 @@ def random(
 
     With `replacement` each is drawn from all. Without, no sample comes again before all others have come.
     """
-    count = check_count("samples", source.samples if samples is None else samples)
+    wanted = source.samples if samples is None else samples
+    count = check_count("samples", wanted)
     if check_flag("replacement", replacement):
         generator = _generator(source, "random")
 
@@ -82,11 +83,11 @@ def random(
             count, draw, f"random · {count:,} samples an epoch, with replacement"
         )
     everything = np.arange(source.samples)
-    return DrawnOrder(
-        count,
-        lambda epoch: _shuffled(source.seed, epoch, everything, count),
-        f"random · {count:,} samples an epoch",
-    )
+
+    def shuffle(epoch: int) -> Ids:
+        return _shuffled(source.seed, epoch, everything, count)
+
+    return DrawnOrder(count, shuffle, f"random · {count:,} samples an epoch")
 
 
 def subset(
@@ -115,14 +116,18 @@ def subset(
     elif first is not None:
         chosen = np.arange(check_count("first", first, source.samples))
     else:
-        chosen = _fraction(source, fraction, source.seed if seed is None else seed)
-    count = check_count("samples", len(chosen) if samples is None else samples)
+        seed_of_fraction = source.seed if seed is None else seed
+        chosen = _fraction(source, fraction, seed_of_fraction)
+    wanted = len(chosen) if samples is None else samples
+    count = check_count("samples", wanted)
     described = f"subset · {len(chosen):,} of {source.samples:,} samples"
     if count != len(chosen):
         described += f", {count:,} an epoch"
-    return DrawnOrder(
-        count, lambda epoch: _shuffled(source.seed, epoch, chosen, count), described
-    )
+
+    def shuffle(epoch: int) -> Ids:
+        return _shuffled(source.seed, epoch, chosen, count)
+
+    return DrawnOrder(count, shuffle, described)
 
 
 def _fraction(source: SamplerSource, fraction: Any, seed: Any) -> Ids:
@@ -132,8 +137,10 @@ def _fraction(source: SamplerSource, fraction: Any, seed: Any) -> Ids:
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ConfigError(f"{KEY}.seed", f"{seed} is not a whole number")
     count = max(1, round(fraction * source.samples))
-    everything = numpy_generator(seed, "sampler/subset").permutation(source.samples)
-    return np.sort(everything[:count])
+    generator = numpy_generator(seed, "sampler/subset")
+    # The first of a permutation: a larger fraction of the same seed contains a smaller one.
+    chosen = generator.permutation(source.samples)[:count]
+    return np.sort(chosen)
 
 
 def balanced(
@@ -146,45 +153,47 @@ def balanced(
     of each class as the smallest one has.
     """
     classes, by_class = _ids_by_class(source)
-    smallest = min(range(len(classes)), key=lambda i: len(by_class[i]))
-    least = len(by_class[smallest])
-    if check_flag("replacement", replacement):
-        count = check_count("samples", source.samples if samples is None else samples)
-    else:
+    sizes = [len(ids) for ids in by_class]
+    least = min(sizes)
+    most = source.samples  # by default
+    if not check_flag("replacement", replacement):
         most = least * len(classes)
-        count = check_count("samples", most if samples is None else samples)
-        if count > most:
-            name = source.class_name(int(classes[smallest]))
-            raise ConfigError(
-                f"{KEY}.samples",
-                f"{count:,} samples of {len(classes)} classes would take some of {name} twice, which has {least:,}; "
-                f"set at most {most:,}, or replacement: true",
-            )
+    count = check_count("samples", most if samples is None else samples)
+    if not replacement and count > most:
+        name = source.class_name(int(classes[sizes.index(least)]))
+        raise ConfigError(
+            f"{KEY}.samples",
+            f"{count:,} samples of {len(classes)} classes would take some of {name} twice, which has {least:,}; "
+            f"set at most {most:,}, or replacement: true",
+        )
     generator = _generator(source, "balanced")
 
     def draw(epoch: int) -> Ids:
         draws = generator(epoch)
         share, left = divmod(count, len(classes))
         shares = np.full(len(classes), share)
-        shares[draws.permutation(len(classes))[:left]] += 1
-        parts = [
-            _passes(draws, ids, int(size))
-            for ids, size in zip(by_class, shares, strict=True)
-        ]
+        with_one_more = draws.permutation(len(classes))[:left]
+        shares[with_one_more] += 1
+        parts = []
+        for ids, size in zip(by_class, shares, strict=True):
+            parts.append(_passes(draws, ids, int(size)))
         return draws.permutation(np.concatenate(parts))
 
+    of_each = _shares(count, len(classes))
     return DrawnOrder(
         count,
         draw,
-        f"balanced · {count:,} samples an epoch, {_shares(count, len(classes))} of each of {len(classes)} classes",
+        f"balanced · {count:,} samples an epoch, {of_each} of each of {len(classes)} classes",
     )
 
 
 def _ids_by_class(source: SamplerSource) -> tuple[Ids, list[Ids]]:
     """The class ids that samples have, in order, and the sample ids of each."""
     labels = source.labels
+    by_label = np.argsort(labels, kind="stable")
     # Those below 0, of no class, come first.
-    by_label = np.argsort(labels, kind="stable")[np.count_nonzero(labels < 0) :]
+    without_class = np.count_nonzero(labels < 0)
+    by_label = by_label[without_class:]
     classes, starts = np.unique(labels[by_label], return_index=True)
     if not len(classes):
         raise ConfigError(f"{KEY}.name", "balances classes, and no sample has one")
@@ -236,7 +245,8 @@ def weighted(
             with np.errstate(divide="ignore"):
                 clocks = np.where(values > 0, clocks / values, np.inf)
             # The heavy ones come first, so they are shuffled.
-            return draws.permutation(np.argsort(clocks, kind="stable")[:count])
+            chosen = np.argsort(clocks, kind="stable")[:count]
+            return draws.permutation(chosen)
 
         described = "without replacement"
     return DrawnOrder(
@@ -286,9 +296,8 @@ def _generator(
 
 def _shuffled(seed: int, epoch: int, ids: Ids, count: int) -> Ids:
     """`count` of `ids`, none again before all others; as the plan without a sampler orders them, if that is all."""
-    positions = _passes(
-        numpy_generator(seed, "order", epoch), np.arange(len(ids)), count
-    )
+    draws = numpy_generator(seed, "order", epoch)
+    positions = _passes(draws, np.arange(len(ids)), count)
     return ids[positions]
 
 
@@ -297,4 +306,5 @@ def _passes(draws: np.random.Generator, ids: Ids, count: int) -> Ids:
     passes = math.ceil(count / len(ids))
     if passes == 0:
         return ids[:0]
-    return np.concatenate([draws.permutation(ids) for _ in range(passes)])[:count]
+    in_order = [draws.permutation(ids) for _ in range(passes)]
+    return np.concatenate(in_order)[:count]

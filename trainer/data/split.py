@@ -65,7 +65,9 @@ def split_ids(
     With `labels`, int64 `(count,)`, each class gives its share, rounded so that the sum is right, and keeps at least
     one sample to train on. If every class has one sample, labels are not regarded.
     """
-    wanted = min(max(1, round(fraction * count)), count - 1)
+    # At least one sample on either side.
+    wanted = max(1, round(fraction * count))
+    wanted = min(wanted, count - 1)
     # Lower numbers are taken first.
     priority = numpy_generator(seed, "data/split").permutation(count)
     strata = np.zeros(count, np.int64) if labels is None else labels
@@ -76,7 +78,9 @@ def split_ids(
     is_val = np.zeros(count, bool)
     for label, number in taken.items():
         ids = np.flatnonzero(strata == label)
-        is_val[ids[np.argsort(priority[ids])[:number]]] = True
+        by_priority = np.argsort(priority[ids])
+        chosen = ids[by_priority[:number]]
+        is_val[chosen] = True
     return np.flatnonzero(~is_val), np.flatnonzero(is_val)
 
 
@@ -100,7 +104,10 @@ def _shares(labels: Labels, wanted: int) -> dict[int, int]:
     by_remainder = sorted(size_of, key=lambda label: (-remainders[label], label))
     missing = wanted - sum(taken.values())
     while missing:
-        open_classes = [c for c in by_remainder if taken[c] < size_of[c] - 1]
+        open_classes = []
+        for label in by_remainder:
+            if taken[label] < size_of[label] - 1:
+                open_classes.append(label)
         for label in open_classes[:missing]:
             taken[label] += 1
         missing = wanted - sum(taken.values())

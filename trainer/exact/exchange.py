@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -55,10 +54,10 @@ class ShardExchange:
         self._ranks = ranks
         self._count = len(layout)
         self.buckets = buckets or [range(len(layout))]
-        self._exchanges = [
-            _BucketExchange(ranks, _take(layout, bucket), dtype)
-            for bucket in self.buckets
-        ]
+        self._exchanges = []
+        for bucket in self.buckets:
+            of_bucket = _take(layout, bucket)
+            self._exchanges.append(_BucketExchange(ranks, of_bucket, dtype))
         self._started = 0
 
     @property
@@ -72,7 +71,8 @@ class ShardExchange:
         of_bucket = []
         for terms in nodes:
             of_bucket.append([_take(term, bucket) for term in terms])
-        self._exchanges[self._started].start(step, of_bucket)
+        exchange = self._exchanges[self._started]
+        exchange.start(step, of_bucket)
         self._started += 1
 
     def sum(self, step: Step, nodes: Sequence[Terms]) -> list[Tensor]:
@@ -83,10 +83,12 @@ class ShardExchange:
         while self._started < len(self._exchanges):
             self.start(step, nodes)
         self._started = 0
-        spreads = [exchange.finish_tree(step) for exchange in self._exchanges]
+        # All are on their way before the first is waited for.
+        waits = [exchange.finish_tree(step) for exchange in self._exchanges]
         total: list[Tensor | None] = [None] * self._count
-        for bucket, spread in zip(self.buckets, spreads, strict=True):
-            for index, tensor in zip(bucket, spread(), strict=True):
+        for bucket, wait in zip(self.buckets, waits, strict=True):
+            tensors = wait()
+            for index, tensor in zip(bucket, tensors, strict=True):
                 total[index] = tensor
         return [tensor for tensor in total if tensor is not None]
 
@@ -106,14 +108,16 @@ def buckets_of(parameters: Sequence[Tensor], count: int) -> list[list[int]]:
         size += parameters[first].nbytes
         first += 1
     buckets: list[list[int]] = []
-    size = BUCKET_BYTES
+    size = BUCKET_BYTES  # full: the first parameter begins a bucket
     for index in reversed(range(first, len(parameters))):
         if size >= BUCKET_BYTES:
             buckets.append([])
             size = 0
         buckets[-1].append(index)
         size += parameters[index].nbytes
-    return [*buckets, [*range(first), *range(len(parameters), count)]]
+    first_layers = range(first)
+    others = range(len(parameters), count)
+    return [*buckets, [*first_layers, *others]]
 
 
 class _BucketExchange:
@@ -126,6 +130,7 @@ class _BucketExchange:
         self._memory_orders = [_memory_order(tensor) for tensor in layout]
         self._sizes = [tensor.numel() for tensor in layout]
         self._size = sum(self._sizes)
+        # The same of every rank, though the last shard may then have less to hold.
         self._shard_size = math.ceil(self._size / ranks.count)
         self._dtype = dtype
         self._buffers: dict[str, Tensor] = {}
@@ -137,9 +142,11 @@ class _BucketExchange:
         """Send the members of the first level their shards of this rank's `nodes`, or its only node."""
         level = self._ranks.levels[0]
         if _sends_whole_nodes(step, level):
-            self._received = self._send_node(level, nodes[0])
+            (only_node,) = nodes
+            self._received = self._send_node(level, only_node)
         else:
-            self._received = self._send_shards(step, level, self._pack(nodes))
+            packed = self._pack(nodes)
+            self._received = self._send_shards(step, level, packed)
 
     def finish_tree(self, step: Step) -> Callable[[], list[Tensor]]:
         """Wait for the shards, finish the tree on them, and spread it: the function returned waits for the result."""
@@ -153,9 +160,10 @@ class _BucketExchange:
             nodes = self._finish_part(step, level, received())
         (total,) = nodes  # the root, of which this rank has one shard
         for level in reversed(others):
-            total = self._spread(level, total)().view(-1)
-        spread = self._spread(first, total)
-        return lambda: self._unpack(spread())
+            wait_for_level = self._spread(level, total)
+            total = wait_for_level().view(-1)
+        wait_for_all = self._spread(first, total)
+        return lambda: self._unpack(wait_for_all())
 
     def _pack(self, nodes: Sequence[Terms]) -> list[Tensor]:
         """This rank's nodes, each of `(ranks · shard size,)`. The last shard may have some elements to spare."""
@@ -180,7 +188,8 @@ class _BucketExchange:
         The function returned waits for the nodes of all members, `(members, elements)`.
         """
         nodes = self._buffer("nodes", len(level.members), self._size)
-        own = nodes[level.members.index(self._ranks.rank)]
+        own_place = level.members.index(self._ranks.rank)
+        own = nodes[own_place]
         self._pack_node(own, terms)
         wait_for_all = self._ranks.all_gather_by_sends_async(own, nodes, level)
 
@@ -193,7 +202,9 @@ class _BucketExchange:
     def _finish_part(self, step: Step, level: Level, shards: Tensor) -> list[Tensor]:
         """What the tree has left once the nodes of all members are summed, of this rank's shard of each."""
         tree_sum: TreeSum[Tensor] = TreeSum(len(step.micro_batches), Tensor.add_)
-        nodes = list(chain.from_iterable(_nodes_by_member(step, level)))
+        nodes: list[Node] = []
+        for nodes_of_member in _nodes_by_member(step, level):
+            nodes += nodes_of_member
         for node, shard in zip(nodes, shards, strict=True):
             tree_sum.push(node, shard)
         return [shard for _, shard in tree_sum.nodes]
@@ -207,13 +218,15 @@ class _BucketExchange:
         members' order.
         """
         members = len(level.members)
+        # The levels before this one have shared the nodes out over `span` ranks.
         width = self._ranks.count * self._shard_size // level.span
         shard_size = width // members
+        size_for_each = len(nodes) * shard_size
         # One call for all members' shards: the first dimension must be that of the members.
         if len(nodes) == 1:
             sent = nodes[0]
         else:
-            sent = self._buffer(f"sent {level.span}", members, len(nodes) * shard_size)
+            sent = self._buffer(f"sent {level.span}", members, size_for_each)
             shards = [node.view(members, shard_size) for node in nodes]
             if shards:  # a rank without micro-batches has none
                 torch.cat(shards, dim=1, out=sent)
@@ -223,7 +236,7 @@ class _BucketExchange:
             received.view(-1),
             sent.view(-1),
             output_split_sizes=[count * shard_size for count in counts],
-            input_split_sizes=[len(nodes) * shard_size] * members,
+            input_split_sizes=[size_for_each] * members,
             group=level.group,
             async_op=True,
         )
@@ -247,11 +260,13 @@ class _BucketExchange:
 
     def _unpack(self, packed: Tensor) -> list[Tensor]:
         """Views of the tensors that `packed` has in a row."""
-        views = self._views.get(packed.data_ptr())
+        address = packed.data_ptr()
+        views = self._views.get(address)
         if views is None:
-            flat_tensors = torch.split(packed.view(-1)[: self._size], self._sizes)
+            flat = packed.view(-1)[: self._size]
+            flat_tensors = torch.split(flat, self._sizes)
             views = list(map(_unflatten, flat_tensors, self._memory_orders))
-            self._views[packed.data_ptr()] = views
+            self._views[address] = views
         return views
 
     def _buffer(self, name: str, *shape: int) -> Tensor:
@@ -269,10 +284,13 @@ def _nodes_by_member(step: Step, level: Level) -> list[list[Node]]:
     """The nodes that each member of the level has of the step's tree."""
     nodes_by_member = []
     for member in level.members:
+        # Above the first level a member stands for `span` neighbouring ranks, whose nodes are already one part.
         first_rank = member - member % level.span
+        last_rank = first_rank + level.span - 1
         first, _ = step.ranks[first_rank]
-        _, end = step.ranks[first_rank + level.span - 1]
-        nodes_by_member.append(nodes_of_range(first, end, len(step.micro_batches)))
+        _, end = step.ranks[last_rank]
+        nodes = nodes_of_range(first, end, len(step.micro_batches))
+        nodes_by_member.append(nodes)
     return nodes_by_member
 
 
@@ -295,9 +313,11 @@ class _MemoryOrder(NamedTuple):
 
 def _memory_order(tensor: Tensor) -> _MemoryOrder:
     strides = tensor.stride()
-    order = sorted(range(tensor.dim()), key=strides.__getitem__, reverse=True)
-    dims = [order.index(dim) for dim in range(tensor.dim())]
-    return _MemoryOrder([tensor.shape[dim] for dim in order], dims)
+    dimensions = range(tensor.dim())
+    order = sorted(dimensions, key=strides.__getitem__, reverse=True)
+    sizes = [tensor.shape[dim] for dim in order]
+    dims = [order.index(dim) for dim in dimensions]
+    return _MemoryOrder(sizes, dims)
 
 
 def _unflatten(flat: Tensor, order: _MemoryOrder) -> Tensor:

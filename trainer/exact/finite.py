@@ -71,10 +71,10 @@ class FiniteFlags:
         bad = BadSteps()
         if not self._steps:
             return bad
-        flags = torch.cat([*self._full, self._flags])[: len(self._steps)]
+        all_flags = torch.cat([*self._full, self._flags])
         # One copy for all steps since the last row: this is where the host waits.
-        for step, flags_of_step in zip(self._steps, flags.tolist(), strict=True):
-            of_loss, of_gradient = flags_of_step
+        rows = all_flags[: len(self._steps)].tolist()
+        for step, (of_loss, of_gradient) in zip(self._steps, rows, strict=True):
             if of_loss:
                 bad.loss.append(step)
             if of_gradient:
@@ -111,7 +111,8 @@ def first_not_finite(tensors: dict[str, Tensor]) -> str | None:
     values = []
     for name, tensor in tensors.items():
         part = local_part(tensor)
-        if (part.is_floating_point() or part.is_complex()) and part.numel():
+        may_be_infinite = part.is_floating_point() or part.is_complex()
+        if may_be_infinite and part.numel():
             names.append(name)
             values.append(part.detach())
     if not values or _have_finite_sum(values):
@@ -144,7 +145,8 @@ def wide_sum(tensor: Tensor) -> Tensor:
 
 def _are_finite(tensors: list[Tensor]) -> Tensor:
     """Whether each tensor is finite, by its largest absolute value: another norm could overflow."""
-    largest = torch._foreach_norm([_plain(tensor) for tensor in tensors], math.inf)
+    values = [_plain(tensor) for tensor in tensors]
+    largest = torch._foreach_norm(values, math.inf)
     return torch.stack([value.isfinite() for value in largest])
 
 
@@ -152,4 +154,6 @@ def _plain(tensor: Tensor) -> Tensor:
     """The values of a tensor as real numbers: of a sparse one those that are stored."""
     if tensor.is_sparse:
         tensor = tensor._values()
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    if not tensor.is_complex():
+        return tensor
+    return torch.view_as_real(tensor.resolve_conj())

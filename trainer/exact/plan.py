@@ -34,7 +34,10 @@ def split_evenly(count: int, parts: int) -> list[IndexRange]:
     [(0, 3), (3, 6), (6, 8)]
     """
     size, larger = divmod(count, parts)
-    bounds = [part * size + min(part, larger) for part in range(parts + 1)]
+    bounds = []
+    for part in range(parts + 1):
+        larger_before = min(part, larger)
+        bounds.append(part * size + larger_before)
     return list(itertools.pairwise(bounds))
 
 
@@ -116,16 +119,18 @@ class Plan:
         largest = min(self.batch_size, self.samples)
         micro_batches = self._count_micro_batches(largest)
         if self.ranks > micro_batches:
+            fitting = max(1, largest // self.ranks)
             raise ConfigError(
                 "batch.micro_size",
                 f"{self.ranks} processes share {micro_batches} micro-batches a step "
                 f"({largest} samples in micro-batches of {self.micro_size}), so some would never have work; "
-                f"set batch.micro_size={max(1, largest // self.ranks)} or less, raise batch.size, "
+                f"set batch.micro_size={fitting} or less, raise batch.size, "
                 f"or start fewer processes",
             )
 
     def _refuse_too_few_samples(self) -> None:
-        shortest = self.samples - (self.steps_per_epoch - 1) * self.batch_size
+        full_steps = self.steps_per_epoch - 1
+        shortest = self.samples - full_steps * self.batch_size
         if shortest < self.ranks:
             raise ConfigError(
                 "batch_norm.mode",
@@ -141,7 +146,9 @@ class Plan:
     @cached_property
     def total_steps(self) -> int:
         planned = self.epochs * self.steps_per_epoch
-        return planned if self.max_steps is None else min(planned, self.max_steps)
+        if self.max_steps is None:
+            return planned
+        return min(planned, self.max_steps)
 
     def step(self, index: int) -> Step:
         """The step after `index` others: a look-up, for which no earlier step is needed."""
@@ -161,7 +168,8 @@ class Plan:
 
     def steps(self, first: int = 0, end: int | None = None) -> Iterator[Step]:
         """The run's steps without the first ones, as many as `first` says, up to step number `end` if it is given."""
-        return map(self.step, range(first, self.total_steps if end is None else end))
+        stop = self.total_steps if end is None else end
+        return map(self.step, range(first, stop))
 
     def permutation(self, epoch: int) -> Ids:
         """The sample ids of `epoch` in order: a permutation of all, or what `order` chooses."""
@@ -180,10 +188,9 @@ class Plan:
         while first < steps.stop:
             epoch, index_in_epoch = divmod(first, self.steps_per_epoch)
             end_in_epoch = index_in_epoch + steps.stop - first
-            start, end = (
-                index_in_epoch * self.batch_size,
-                end_in_epoch * self.batch_size,
-            )
+            start = index_in_epoch * self.batch_size
+            # Perhaps past the epoch's end, where the slice ends.
+            end = end_in_epoch * self.batch_size
             ids.append(self.permutation(epoch)[start:end])
             first = (epoch + 1) * self.steps_per_epoch
         return ids[0] if len(ids) == 1 else np.concatenate(ids)
@@ -201,9 +208,8 @@ class Plan:
         """A rank's micro-batches of `step` in even ranges of at most `fuse` neighbours of one size."""
         sizes = [stop - start for start, stop in step.micro_batches]
         groups: list[IndexRange] = []
-        for _, neighbours in itertools.groupby(
-            range(*step.ranks[rank]), key=sizes.__getitem__
-        ):
+        own = range(*step.ranks[rank])
+        for _, neighbours in itertools.groupby(own, key=sizes.__getitem__):
             indices = list(neighbours)
             count = math.ceil(len(indices) / fuse)
             for start, stop in split_evenly(len(indices), count):
@@ -216,10 +222,9 @@ class Plan:
     def _layout(self, samples: int) -> Layout:
         count = self._count_micro_batches(samples)
         if self.equal_ranks:
-            micro_batches_a_rank = min(
-                math.ceil(count / self.ranks), samples // self.ranks
-            )
-            count = micro_batches_a_rank * self.ranks
+            even_share = math.ceil(count / self.ranks)
+            most = samples // self.ranks  # so that none is empty
+            count = min(even_share, most) * self.ranks
         return Layout(
             micro_batches=split_evenly(samples, count),
             ranks=split_evenly(count, self.ranks),
@@ -233,9 +238,10 @@ def _cut(in_order: Ids, step: Step, first: int, end: int | None) -> Ids:
     start, _ = step.micro_batches[first]
     _, stop = step.micro_batches[last]
     if step.left_out:
-        end_of_step = step.start + step.size + len(step.left_out)
-        planned = in_order[step.start : end_of_step]
-        return np.delete(planned, step.left_out)[start:stop]
+        planned_size = step.size + len(step.left_out)
+        planned = in_order[step.start : step.start + planned_size]
+        remaining = np.delete(planned, step.left_out)
+        return remaining[start:stop]
     return in_order[step.start + start : step.start + stop]
 
 
@@ -270,7 +276,8 @@ def count_occurrences(ids: Ids) -> Ids | None:
         return None
     places = np.arange(len(ids))
     # Of the run of equal ids that each place is in.
-    first_place = np.maximum.accumulate(np.where(is_first, places, 0))
+    starts = np.where(is_first, places, 0)
+    first_place = np.maximum.accumulate(starts)
     occurrences = np.empty(len(ids), dtype=np.int64)
     occurrences[by_id] = places - first_place
     return occurrences

@@ -80,16 +80,22 @@ class _Moments:
         if self.index is None:
             return
         x = inputs[0].detach()
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        at_least_fp32 = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(at_least_fp32)
         all_but_channels = [dim for dim in range(x.dim()) if dim != 1]
         # Not Σ x² of fp32 numbers at once: where the mean is large, that leaves no digits for the variance.
         variance, mean = torch.var_mean(x, all_but_channels, correction=0)
-        variance, mean = variance.to(self._dtype), mean.to(self._dtype)
+        variance = variance.to(self._dtype)
+        mean = mean.to(self._dtype)
         count = x.numel() // x.shape[1]
         mean_of_squares = variance + mean**2
-        sums = [mean.new_full((1,), count), count * mean, count * mean_of_squares]
+        row = [
+            mean.new_full((1,), count),
+            count * mean,
+            count * mean_of_squares,
+        ]
         # Added: a layer may be called more than once in a forward.
-        self.rows[self.index] += torch.cat(sums)
+        self.rows[self.index] += torch.cat(row)
 
     def set_statistics(self, total: Tensor) -> None:
         """Set the layer's mean and, as torch keeps it, the unbiased variance, from the sum of all rows."""

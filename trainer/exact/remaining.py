@@ -30,9 +30,11 @@ def remaining_step(plan: Plan, step: Step, bad: Collection[int]) -> Step:
     ranks: list[IndexRange] = []
     for first, end in step.ranks:
         first_of_rank = len(micro_batches)
-        for start, stop in step.micro_batches[first:end]:
-            if remaining_before[start] < remaining_before[stop]:
-                micro_batches.append((remaining_before[start], remaining_before[stop]))
+        for planned_start, planned_stop in step.micro_batches[first:end]:
+            start = remaining_before[planned_start]
+            stop = remaining_before[planned_stop]
+            if start < stop:
+                micro_batches.append((start, stop))
         ranks.append((first_of_rank, len(micro_batches)))
     return step._replace(
         size=remaining_before[-1],

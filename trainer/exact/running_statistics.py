@@ -210,14 +210,17 @@ class StatisticsShare(RunningStatistics):
     def _share_what_moved(self, step: Step, observation: Observation) -> None:
         """Turn the true statistics, which this step began with and its micro-batches moved, into shares."""
         first, end = step.ranks[self._ranks.rank]
+        own_count = end - first
         moves = dict(zip(self._candidates, self._watch.moves(), strict=True))
-        report = observation.end(moves, end - first)
-        calls = agree_on_calls(observation.layers, self._ranks.gather([report]))
+        report = observation.end(moves, own_count)
+        reports = self._ranks.gather([report])
+        calls = agree_on_calls(observation.layers, reports)
         for layer, count in zip(observation.layers, calls, strict=True):
             layer.calls = count
         self._share = [layer for layer in observation.layers if layer.calls]
+        # What the step began with is in the share of one rank alone.
         if not self._ranks.is_main:
-            observation.subtract(self._share, end - first)
+            observation.subtract(self._share, own_count)
         self._is_gathered = not self._share
         self._micro_batches_to_age_for = len(step.micro_batches) - end
 

@@ -51,13 +51,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def describe_tensors(value: Any) -> str:
     """The shape and dtype of a tensor, `(8, 3) float32`, or of those in a structure with the type of that."""
     if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{tuple(value.shape)} {dtype}"
     name = type(value).__name__
     parts = [describe_tensors(tensor) for tensor in tensors_in(value)]
     if not parts and isinstance(value, list | tuple):
         parts = sorted({type(item).__name__ for item in value})
-    shown = ", ".join(parts[:MOST_SHOWN]) + (", …" if len(parts) > MOST_SHOWN else "")
-    return f"{name} of {shown}" if parts else name
+    if not parts:
+        return name
+    shown = ", ".join(parts[:MOST_SHOWN])
+    if len(parts) > MOST_SHOWN:
+        shown += ", …"
+    return f"{name} of {shown}"
 
 
 def _map(
@@ -86,9 +91,15 @@ def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(value, OPAQUE):
         return []
     if is_dataclass(value):
-        names = [field.name for field in fields(value) if hasattr(value, field.name)]
-        return [(name, getattr(value, name)) for name in names]
-    return list(vars(value).items()) if hasattr(value, "__dict__") else []
+        parts = []
+        for field in fields(value):
+            # A field that was never set has no attribute.
+            if hasattr(value, field.name):
+                parts.append((field.name, getattr(value, field.name)))
+        return parts
+    if hasattr(value, "__dict__"):
+        return list(vars(value).items())
+    return []
 
 
 def _with_changes(value: Any, changes: dict[Any, Any]) -> Any:
@@ -100,7 +111,9 @@ def _with_changes(value: Any, changes: dict[Any, Any]) -> Any:
     if isinstance(value, list | tuple):
         items = [changes.get(index, item) for index, item in enumerate(value)]
         is_named = isinstance(value, tuple) and hasattr(value, "_fields")
-        return type(value)(*items) if is_named else type(value)(items)
+        if is_named:
+            return type(value)(*items)
+        return type(value)(items)
     copied = copy.copy(value)
     for name, part in changes.items():
         # A frozen dataclass refuses plain assignment, also to its own copy.

@@ -144,6 +144,7 @@ def _exchange(
         rows = rows_of(step, (first, end)) if end > first else slice(0, 0)
         rows_by_rank.append(rows.stop - rows.start)
     most = max(rows_by_rank)
+    # All ranks send as many bytes: those with fewer rows leave the end of each part empty.
     sizes = [_bytes_of_a_row(tensor) * most for tensor in layout]
     shard = torch.zeros(sum(sizes), dtype=torch.uint8, device=ranks.device)
     for part, tensor in zip(torch.split(shard, sizes), own, strict=False):
@@ -156,10 +157,9 @@ def _exchange(
     columns = torch.split(received, sizes, dim=1)
     for column, tensor in zip(columns, layout, strict=True):
         row_size = _bytes_of_a_row(tensor)
-        rows_of_ranks = [
-            row[: count * row_size]
-            for row, count in zip(column, rows_by_rank, strict=True)
-        ]
+        rows_of_ranks = []
+        for of_rank, count in zip(column, rows_by_rank, strict=True):
+            rows_of_ranks.append(of_rank[: count * row_size])
         # Joined bytes begin at an address that every dtype can have.
         flat = torch.cat(rows_of_ranks).view(tensor.dtype)
         whole.append(flat.view(step.size, *tensor.shape[1:]))

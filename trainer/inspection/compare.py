@@ -116,8 +116,9 @@ def _compare_columns(
             if repr(value) == repr(other):  # as text, since NaN does not equal itself
                 continue
             first_differences.setdefault(name, (step, value, other))
+            difference = _relative_difference(value, other)
             largest = largest_differences.get(name, 0.0)
-            largest_differences[name] = max(largest, _relative_difference(value, other))
+            largest_differences[name] = max(largest, difference)
     return first_differences, largest_differences
 
 

@@ -111,18 +111,17 @@ def _program(predictor: Predictor) -> _Program:
     signature = predictor.signature
     batch: dict[int, Any] = {0: torch.export.Dim(BATCH)}
     if signature.form == "named" and signature.parts:
-        parts = {
-            name: _example(part["shape"], part["dtype"])
-            for name, part in signature.parts.items()
-        }
+        # A collate function may pad to the longest sample of a batch, so any side may change.
         is_padded = predictor.config.data.collate is not None
+        parts = {}
         shapes: dict[str, dict[int, Any]] = {}
-        for name, value in parts.items():
+        for name, part in signature.parts.items():
+            value = _example(part["shape"], part["dtype"])
             others = range(1, value.dim()) if is_padded else ()
+            parts[name] = value
             shapes[name] = batch | dict.fromkeys(others, torch.export.Dim.AUTO)
-        return _Program(
-            _on_host(AnsweringModel(predictor)), parts, {"images": shapes}, list(parts)
-        )
+        module = _on_host(AnsweringModel(predictor))
+        return _Program(module, parts, {"images": shapes}, list(parts))
     if signature.shape is None or signature.dtype is None:
         raise ConfigError(
             "--export",

@@ -121,10 +121,13 @@ def _restore(trainer: Trainer, directory: Path, logged: Logged, *, before: int) 
     for path in (directory / "checkpoints").glob("step_*"):
         if path.name < f"step_{before:08d}":
             earlier_checkpoints.append(path)
+    progress = trainer.progress
     if earlier_checkpoints:
-        trainer.restore(checkpoint.load(max(earlier_checkpoints)))
-        if trainer.progress.epoch_end_is_due or trainer.progress.evaluation_is_due:
-            _evaluate_as_logged(trainer, trainer.progress.step, logged)
+        newest = max(earlier_checkpoints)
+        trainer.restore(checkpoint.load(newest))
+        # A run that was stopped at the end of an epoch evaluates when it goes on.
+        if progress.epoch_end_is_due or progress.evaluation_is_due:
+            _evaluate_as_logged(trainer, progress.step, logged)
     else:
         check_same_weights(directory, weights_file(trainer.config.model, nullcontext))
     trainer.left_out.take_over(directory)
@@ -213,7 +216,8 @@ def _samples(watch: StepWatch, step: Step) -> list[dict[str, Any]]:
     for record in watch.records:
         index = record.batch.first
         losses = record.sample_losses(trainer)
-        for row, sample_id in enumerate(trainer.plan.sample_ids(step, index).tolist()):
+        ids = trainer.plan.sample_ids(step, index).tolist()
+        for row, sample_id in enumerate(ids):
             sample: dict[str, Any] = {"id": sample_id}
             if paths is not None:
                 sample["file"] = paths[sample_id]
@@ -227,8 +231,11 @@ def _samples(watch: StepWatch, step: Step) -> list[dict[str, Any]]:
 def _target(targets: Any, row: int, classes: list[str] | None) -> Any:
     """The name of the target's class if it has one, else its plain value; a description of many values."""
     if isinstance(targets, list) and isinstance(targets[row], Mapping):
-        parts = targets[row].items()  # of a detector, say
-        return {n: describe(v) for n, v in parts if isinstance(v, Tensor)}
+        parts = {}  # of a detector, say
+        for name, value in targets[row].items():
+            if isinstance(value, Tensor):
+                parts[name] = describe(value)
+        return parts
     if not isinstance(targets, Tensor):
         return None
     target = targets[row]
@@ -245,7 +252,11 @@ def _weights(watch: StepWatch) -> dict[str, dict[str, float]]:
     weights: dict[str, dict[str, float]] = {}
     for name, change in watch.changes().items():
         before = watch.weights_before[name]
-        weights[name] = {"norm": before.norm().item(), "change": change.norm().item()}
+        weights[name] = {
+            "norm": before.norm().item(),
+            "change": change.norm().item(),
+        }
+    # A frozen parameter has none.
     for name, gradient in watch.applied_gradients().items():
         weights[name]["gradient"] = gradient.norm().item()
     return weights
@@ -261,7 +272,8 @@ def _images(watch: StepWatch) -> Tensor | None:
         batches.append(images)
     if not batches:
         return None
-    return watch.trainer.run.train_loader.normalize.undo(torch.cat(batches))
+    normalize = watch.trainer.run.train_loader.normalize
+    return normalize.undo(torch.cat(batches))
 
 
 def loss_rank(sample: Mapping[str, Any]) -> float:

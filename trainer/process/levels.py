@@ -40,12 +40,13 @@ def levels_of(machines: Sequence[str], rank: int, timeout: timedelta) -> list[Le
     size = ranks_per_machine(machines)
     if size in (1, count):
         return [all_ranks(count)]
-    ranks = range(count)
-    of_machines = [list(ranks[first : first + size]) for first in ranks[::size]]
-    of_places = [list(ranks[place::size]) for place in range(size)]
+    ranks = list(range(count))
+    of_machines = [ranks[first : first + size] for first in ranks[::size]]
+    of_places = [ranks[place::size] for place in range(size)]
+    machine, place = divmod(rank, size)
     return [
-        Level(of_machines[rank // size], 1, _group(of_machines, timeout)),
-        Level(of_places[rank % size], size, _group(of_places, timeout)),
+        Level(of_machines[machine], 1, _group(of_machines, timeout)),
+        Level(of_places[place], size, _group(of_places, timeout)),
     ]
 
 

@@ -48,10 +48,14 @@ class RankState:
 
     def describe(self) -> str:
         """Step, what it does and where its Python stands, in one line."""
-        step = f"step {self.step}" if self.step else "before the first step"
-        details = f" ({self.details})" if self.details else ""
-        stacks = f"; stacks in {self.stacks}" if self.stacks else ""
-        return f"{step}, {self.doing}{details}, at {self.position}{stacks}"
+        text = f"step {self.step}" if self.step else "before the first step"
+        text += f", {self.doing}"
+        if self.details:
+            text += f" ({self.details})"
+        text += f", at {self.position}"
+        if self.stacks:
+            text += f"; stacks in {self.stacks}"
+        return text
 
 
 @dataclass(frozen=True)
@@ -77,20 +81,26 @@ class RankStates:
         """
         if self.count == 1:
             return None
+        key = f"{STATE_KEY}/{self.rank}"
         text = json.dumps(asdict(state))
-        claim = self._client.ask(partial(_publish, f"{STATE_KEY}/{self.rank}", text))
-        return None if claim is None else Claim(**json.loads(claim))
+        claim = self._client.ask(partial(_publish, key, text))
+        if claim is None:
+            return None
+        return Claim(**json.loads(claim))
 
     def answer(self, state: RankState) -> None:
         """Tell the rank that makes the report."""
+        key = f"{ANSWER_KEY}/{self.rank}"
         text = json.dumps(asdict(state))
-        self._client.ask(lambda store: store.set(f"{ANSWER_KEY}/{self.rank}", text))
+        self._client.ask(lambda store: store.set(key, text))
 
     def claim(self, status: int) -> bool:
         """True for the one rank that is to make the report. Raises `ConnectionError` without an answer."""
         if self.count == 1:
             return True
-        text = json.dumps(asdict(Claim(self.rank, status)))
+        claim = Claim(self.rank, status)
+        text = json.dumps(asdict(claim))
+        # One operation of the store, so that of several ranks that find a hang at once one is the first.
         first = self._client.ask(lambda store: store.compare_set(CLAIM_KEY, "", text))
         return bool(first == text.encode())
 
@@ -110,26 +120,33 @@ class RankStates:
                 break
             time.sleep(SECONDS_BETWEEN_LOOKS)
         for rank in missing:
-            states[rank] = self._as_silent(self._read(f"{STATE_KEY}/{rank}"))
+            last = self._last_of(rank)
+            states[rank] = None if last is None else _as_silent(last)
         return states, missing
 
     def last_published(self, own: RankState) -> list[RankState | None]:
         """The states that all ranks published last, in rank order."""
-        states = [self._read(f"{STATE_KEY}/{rank}") for rank in range(self.count)]
+        states = [self._last_of(rank) for rank in range(self.count)]
         states[self.rank] = own
         return states
+
+    def _last_of(self, rank: int) -> RankState | None:
+        return self._read(f"{STATE_KEY}/{rank}")
 
     def find_ended(self, machine: str, seconds: float) -> list[int]:
         """The ranks whose processes have ended, as the ranks of their machine see it. This one looks on `machine`."""
         end = time.monotonic() + seconds
         while True:
             for rank in range(self.count):
-                state = self._read(f"{STATE_KEY}/{rank}")
-                if state and state.machine == machine and has_ended(state.process):
+                state = self._last_of(rank)
+                is_here = state is not None and state.machine == machine
+                if state is not None and is_here and has_ended(state.process):
                     self._add_ended(rank)
             ended = self._client.ask(partial(value_of, key=ENDED_KEY))
             if ended is not None:
-                return sorted(set(map(int, ended.decode().split())))
+                # Every rank of the machine may have added it, and in every look.
+                ranks = set(map(int, ended.decode().split()))
+                return sorted(ranks)
             if time.monotonic() >= end:
                 return []
             time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -158,13 +175,9 @@ class RankStates:
 
     def _read(self, key: str) -> RankState | None:
         value = self._client.ask(partial(value_of, key=key))
-        return None if value is None else RankState(**json.loads(value))
-
-    def _as_silent(self, state: RankState | None) -> RankState | None:
-        if state is None:
+        if value is None:
             return None
-        ago = max(0.0, time.time() - state.clock)
-        return replace(state, doing=f"silent; {ago:.0f} s ago it was {state.doing}")
+        return RankState(**json.loads(value))
 
 
 def listing(states: Sequence[RankState | None]) -> list[str]:
@@ -173,8 +186,12 @@ def listing(states: Sequence[RankState | None]) -> list[str]:
     for rank, state in enumerate(states):
         # What differs between ranks that do the same: the name of the file with the stacks.
         key = name_state([], state).replace(f"rank{rank}.", "rank*.")
-        groups.setdefault(key, (state, []))[1].append(rank)
-    return [name_state(ranks, state) for state, ranks in groups.values()]
+        _, ranks = groups.setdefault(key, (state, []))
+        ranks.append(rank)
+    lines = []
+    for state, ranks in groups.values():
+        lines.append(name_state(ranks, state))
+    return lines
 
 
 def name_state(ranks: Sequence[int], state: RankState | None) -> str:
@@ -190,8 +207,17 @@ def name_state(ranks: Sequence[int], state: RankState | None) -> str:
 def name_ranks(ranks: Sequence[int]) -> str:
     """`rank 3`, or `ranks 0, 1, 2`."""
     names = ", ".join(map(str, ranks[:MAX_NAMED_RANKS]))
+    if len(ranks) == 1:
+        return f"rank {names}"
     more = ", …" if len(ranks) > MAX_NAMED_RANKS else ""
-    return f"rank {names}" if len(ranks) == 1 else f"ranks {names}{more}"
+    return f"ranks {names}{more}"
+
+
+def _as_silent(state: RankState) -> RankState:
+    """The last known state of a rank that does not answer."""
+    # No less than 0: clocks of two machines differ.
+    ago = max(0.0, time.time() - state.clock)
+    return replace(state, doing=f"silent; {ago:.0f} s ago it was {state.doing}")
 
 
 def _publish(key: str, text: str, store: Any) -> bytes | None:

@@ -60,11 +60,17 @@ class NotebookTable:
         for label, row, seconds, best in self._epochs[-MAX_EPOCHS:]:
             cells = [label]
             for name in names:
+                _, _, short = name.rpartition("/")
                 value = row.get(name)
-                short = name.rpartition("/")[2]
-                cells.append(ABSENT if value is None else format_metric(short, value))
-            cells.append(format_learning_rate(row["lr"]) if "lr" in row else ABSENT)
-            lines.append([*cells, format_duration(seconds), "★" if best else ""])
+                cell = ABSENT if value is None else format_metric(short, value)
+                cells.append(cell)
+            rate = row.get("lr")
+            cells += [
+                ABSENT if rate is None else format_learning_rate(rate),
+                format_duration(seconds),
+                "★" if best else "",
+            ]
+            lines.append(cells)
         return lines
 
 

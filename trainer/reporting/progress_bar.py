@@ -56,12 +56,16 @@ class RunProgress:
         position = self._position()
         times = self._times()
         line_width = min(terminal_width - 1, MAX_WIDTH)
-        bar_width = max(0, line_width - len(position) - len(times) - 2 * len(GAP))
+        beside_bar = len(position) + len(times) + 2 * len(GAP)
+        bar_width = max(0, line_width - beside_bar)
         filled = math.floor(bar_width * self._fraction)
         text = Text("\n", no_wrap=True, overflow="ellipsis")
-        text.append(position, "bold").append(GAP)
-        text.append("━" * filled, "cyan").append("━" * (bar_width - filled), MUTED)
-        return text.append(f"{GAP}{times}\n").append_text(self._numbers())
+        text.append(position, "bold")
+        text.append(GAP)
+        text.append("━" * filled, "cyan")
+        text.append("━" * (bar_width - filled), MUTED)
+        text.append(f"{GAP}{times}\n")
+        return text.append_text(self._numbers())
 
     @property
     def _fraction(self) -> float:

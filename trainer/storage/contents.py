@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,13 @@ def columns(dataset: Any, depth: int = 0) -> list[Column]:
     if depth > DEEPEST_NESTING:
         return []
     if isinstance(dataset, FakeImages):
-        arguments = f"{dataset.part} {dataset.shape} {dataset.num_classes}".encode()
-        return [lambda first, end: arguments]
+        return [_same_everywhere(dataset.part, dataset.shape, dataset.num_classes)]
     if isinstance(dataset, Shapes):
-        arguments = f"{dataset.part} {dataset.image_size} {dataset.target} {dataset.vary}".encode()
-        return [lambda first, end: arguments]
+        return [
+            _same_everywhere(
+                dataset.part, dataset.image_size, dataset.target, dataset.vary
+            )
+        ]
     if isinstance(dataset, ImageFolder):
         return [lambda first, end: _file_lines(dataset, first, end)]
     if isinstance(dataset, list | tuple):
@@ -53,6 +56,12 @@ def columns(dataset: Any, depth: int = 0) -> list[Column]:
     if isinstance(dataset, Subset):
         return _subset_columns(dataset, depth)
     return _attribute_columns(dataset, depth)
+
+
+def _same_everywhere(*arguments: Any) -> Column:
+    """A column whose every range is the arguments that the images are made from."""
+    text = " ".join(map(str, arguments)).encode()
+    return lambda first, end: text
 
 
 def _file_lines(dataset: ImageFolder, first: int, end: int) -> bytes:
@@ -96,9 +105,11 @@ def _subset_columns(dataset: Subset[Any], depth: int) -> list[Column]:
     indices = dataset.indices
 
     def of_chosen(column: Column) -> Column:
-        return lambda first, end: b"\n".join(
-            column(index, index + 1) for index in indices[first:end]
-        )
+        def of_range(first: int, end: int) -> bytes:
+            parts = [column(index, index + 1) for index in indices[first:end]]
+            return b"\n".join(parts)
+
+        return of_range
 
     return [of_chosen(column) for column in columns(dataset.dataset, depth + 1)]
 
@@ -145,7 +156,8 @@ def _column(value: Any, count: int, root: Any) -> Column | None:
     if isinstance(value, Tensor):
         is_column = value.dim() > 0 and len(value) == count
         if is_column and value.nbytes <= LARGEST_ARRAY:
-            kind = f"{value.dtype} {tuple(value.shape[1:])} ".encode()
+            shape = tuple(value.shape[1:])
+            kind = f"{value.dtype} {shape} ".encode()
             return lambda first, end: kind + raw_bytes(value[first:end])
     elif isinstance(value, np.ndarray):
         if _is_plain_array(value) and len(value) == count:
@@ -154,12 +166,19 @@ def _column(value: Any, count: int, root: Any) -> Column | None:
     elif isinstance(value, list | tuple):
         if len(value) == count and _are_plain(value):
             return lambda first, end: _list_bytes(value[first:end], root)
-    elif hasattr(value, "iloc") and hasattr(value, "to_numpy") and len(value) == count:
-        # A data frame or series of pandas.
-        return lambda first, end: repr(
-            value.iloc[first:end].to_numpy().tolist()
-        ).encode()
+    elif _is_of_pandas(value) and len(value) == count:
+        return partial(_frame_bytes, value)
     return None
+
+
+def _is_of_pandas(value: Any) -> bool:
+    """True for a data frame or series, without an import of pandas."""
+    return hasattr(value, "iloc") and hasattr(value, "to_numpy")
+
+
+def _frame_bytes(frame: Any, first: int, end: int) -> bytes:
+    rows = frame.iloc[first:end].to_numpy().tolist()
+    return repr(rows).encode()
 
 
 def _is_numeric_array(value: Any) -> bool:
@@ -181,7 +200,8 @@ def _are_plain(values: Sequence[Any]) -> bool:
     """True if every entry is plain, an array, or a list of such, as a path and its class or an image and its class."""
     size = 0
     for value in values:
-        for part in value if isinstance(value, list | tuple) else (value,):
+        parts = value if isinstance(value, list | tuple) else [value]
+        for part in parts:
             if isinstance(part, Tensor) or _is_numeric_array(part):
                 size += part.nbytes
             elif not isinstance(part, PLAIN):

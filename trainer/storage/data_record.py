@@ -54,12 +54,12 @@ def record_data(
     """The record of a run on `data` that starts from the file `weights`, in the `order` of that digest."""
     sets = {phase: fingerprint(part) for phase, part in data.evaluated().items()}
     return DataRecord(
-        data.classes,
-        fingerprint(data.train),
-        sets.pop("val", None),
-        None if weights is None else file_fingerprint(weights),
-        order,
-        sets,
+        classes=data.classes,
+        train=fingerprint(data.train),
+        val=sets.pop("val", None),
+        weights=None if weights is None else file_fingerprint(weights),
+        order=order,
+        sets=sets,
     )
 
 
@@ -80,21 +80,27 @@ def read_record(run: Path) -> DataRecord | None:
         values = json.loads(path.read_text())
         if values["format"] != FORMAT:
             return None
-        return DataRecord(
-            values["classes"],
-            Fingerprint(**values["train"]),
-            None if values["val"] is None else Fingerprint(**values["val"]),
-            values["weights"],
-            values.get("order"),  # unknown to earlier versions
-            {
-                phase: Fingerprint(**fields)
-                for phase, fields in values.get("sets", {}).items()
-            },
-        )
+        return _record_of(values)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LockstepError(
             f"{path} cannot be read ({error}); remove it if the data are those of the run"
         ) from error
+
+
+def _record_of(values: dict[str, Any]) -> DataRecord:
+    """The record that was written as `values`. Raises `KeyError` or `TypeError` for what is none."""
+    val = values["val"]
+    sets = {}
+    for phase, fields in values.get("sets", {}).items():
+        sets[phase] = Fingerprint(**fields)
+    return DataRecord(
+        classes=values["classes"],
+        train=Fingerprint(**values["train"]),
+        val=None if val is None else Fingerprint(**val),
+        weights=values["weights"],
+        order=values.get("order"),  # unknown to earlier versions
+        sets=sets,
+    )
 
 
 def check_same_data(
@@ -169,9 +175,10 @@ def pairs_of_sets(
     before: DataRecord, data: Datasets
 ) -> Iterator[tuple[str, Fingerprint | None, MapDataset | None]]:
     """Each evaluated set of either, as it was and as it is."""
-    was, is_now = before.evaluated(), data.evaluated()
-    for phase in dict.fromkeys([*was, *is_now]):
-        yield phase, was.get(phase), is_now.get(phase)
+    sets_before = before.evaluated()
+    sets_now = data.evaluated()
+    for phase in dict.fromkeys([*sets_before, *sets_now]):
+        yield phase, sets_before.get(phase), sets_now.get(phase)
 
 
 def describe_part(
@@ -207,7 +214,8 @@ def file_fingerprint(path: Path) -> str:
         last = max(0, size - PIECE_SIZE)
         with path.open("rb") as file:
             for index in range(PIECES):
-                file.seek(last * index // (PIECES - 1))
+                start = last * index // (PIECES - 1)
+                file.seek(start)
                 sha256.update(file.read(PIECE_SIZE))
     except OSError as error:
         raise data_error(f"{path} cannot be read ({error.strerror})", error) from None
@@ -219,11 +227,10 @@ def _class_changes(before: list[str] | None, now: list[str] | None) -> str:
         return ""
     if len(before) != len(now):
         return f"{len(before)} classes were, {len(now)} are"
-    changes = [
-        f'class {index} was "{was}" and is "{name}"'
-        for index, (was, name) in enumerate(zip(before, now, strict=True))
-        if was != name
-    ]
+    changes = []
+    for index, (was, name) in enumerate(zip(before, now, strict=True)):
+        if was != name:
+            changes.append(f'class {index} was "{was}" and is "{name}"')
     return _first_few(changes)
 
 
@@ -235,21 +242,27 @@ def _count_changes(
         return ""
     changes = []
     for target in sorted({*before.by_class, *now.by_class}, key=int):
-        was, count = before.by_class.get(target, 0), now.by_class.get(target, 0)
-        if was != count:
-            is_named = classes is not None and 0 <= int(target) < len(classes)
-            name = classes[int(target)] if classes and is_named else f"class {target}"
-            changes.append(f"{name} {was:,} → {count:,}")
+        count_before = before.by_class.get(target, 0)
+        count = now.by_class.get(target, 0)
+        if count != count_before:
+            name = _class_name(int(target), classes)
+            changes.append(f"{name} {count_before:,} → {count:,}")
     return f" ({_first_few(changes)})" if changes else ""
+
+
+def _class_name(target: int, classes: Sequence[str] | None) -> str:
+    if classes and 0 <= target < len(classes):
+        return classes[target]
+    return f"class {target}"
 
 
 def _first_change(before: Fingerprint, now: Fingerprint, dataset: MapDataset) -> str:
     """Where the first difference is: a sample, or the block of samples that holds it."""
-    pairs = zip(before.blocks, now.blocks, strict=False)
-    shared = min(len(before.blocks), len(now.blocks))
-    block = next(
-        (index for index, (was, is_now) in enumerate(pairs) if was != is_now), shared
-    )
+    block = 0
+    for hash_before, hash_now in zip(before.blocks, now.blocks, strict=False):
+        if hash_before != hash_now:
+            break
+        block += 1
     first = block * before.block_size
     if first >= now.samples:
         return ", the last are missing"
@@ -262,9 +275,10 @@ def _first_change(before: Fingerprint, now: Fingerprint, dataset: MapDataset) ->
 
 
 def _first_few(changes: list[str]) -> str:
-    return ", ".join(changes[:MOST_CHANGES]) + (
-        ", …" if len(changes) > MOST_CHANGES else ""
-    )
+    text = ", ".join(changes[:MOST_CHANGES])
+    if len(changes) > MOST_CHANGES:
+        text += ", …"
+    return text
 
 
 def plain_values(record: DataRecord) -> dict[str, Any]:

@@ -66,5 +66,6 @@ def _share_states(
         trees[name], tensors[name] = split_state(name, state)
     results: dict[str, dict[Any, Any]] = {}
     for name, tree in ranks.on_main(lambda: trees).items():
-        results[name] = join_state(tree, ranks.broadcast_tensors(tensors.get(name, {})))
+        own = tensors.get(name, {})  # rank 0 alone has any
+        results[name] = join_state(tree, ranks.broadcast_tensors(own))
     return results

@@ -54,18 +54,23 @@ def signature_of_samples(
     loader: Loader, *, num_classes: int | None, classes: list[str] | None
 ) -> Signature:
     """The signature of a model for the samples of `loader`, read off the first of them."""
-    inputs = loader.fetch([loader.first_id]).inputs
+    first = loader.first_id
+    inputs = loader.fetch([first]).inputs
     if loader.batch_transforms is not None:
         # Without validation data: the model sees the size that these give.
-        shape = loader.peek([loader.first_id]).inputs.shape
+        shape = loader.peek([first]).inputs.shape
         inputs = torch.empty(shape, dtype=inputs.dtype, device="meta")
-    known: dict[str, Any] = {"num_classes": num_classes, "classes": classes}
-    known["channels"] = _count_channels(loader.raw(loader.first_id))
+    known: dict[str, Any] = {
+        "num_classes": num_classes,
+        "classes": classes,
+        "channels": _count_channels(loader.raw(first)),
+    }
     if isinstance(inputs, Tensor):
         return Signature(**known, **_of_rows(inputs), form="tensor")
     nothing: dict[str, Any] = {"shape": None, "dtype": None}
     if are_images(inputs) and loader.dataset.collation is not None:
-        return Signature(**known, **_of_rows(inputs[0][None]), form="list")
+        batch_of_one = inputs[0][None]
+        return Signature(**known, **_of_rows(batch_of_one), form="list")
     if isinstance(inputs, Mapping) and _are_named_rows(inputs):
         parts = {name: _of_rows(value) for name, value in inputs.items()}
         return Signature(**known, **nothing, form="named", parts=parts)

@@ -50,7 +50,9 @@ def copy_all(copies: Sequence[Copy], *, look: bool) -> set[int]:
         with ThreadPoolExecutor(threads) as pool:
             found = pool.map(lambda share: _copy_parts(share, look), shares)
             doubtful = set().union(*found)
-    return set(range(len(copies))) - doubtful if look else set()
+    if not look:
+        return set()
+    return set(range(len(copies))) - doubtful
 
 
 def _threads() -> int:

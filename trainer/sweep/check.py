@@ -130,18 +130,18 @@ def _check_metric(sweep: Sweep, config: Config) -> None:
     if best == BestConfig().metric:
         best = metrics.default
     # Means of an epoch have names of their own.
-    of_epochs = [
-        epoch_column(name) for name in metrics.names if name.startswith("train/")
-    ]
+    of_training = [name for name in metrics.names if name.startswith("train/")]
+    of_epochs = [epoch_column(name) for name in of_training]
     logged = [*metrics.names, *of_epochs, f"best/{best}"]
     # Whether targets are masks, only the data tell.
     unasked = [f"{phase}/{MEAN_IOU}" for phase in [*evaluated, *tested]]
     is_known = metrics.may_have(sweep.metric) or sweep.metric in unasked
     if not is_known and sweep.metric not in [*logged, *ROW_VALUES]:
         suggestion = nearest(sweep.metric, logged)
+        names = ", ".join(logged)
         raise ConfigError(
             "metric.name",
-            f'"{sweep.metric}" is not logged{suggestion}; a run logs {", ".join(logged)} ({sweep.file})',
+            f'"{sweep.metric}" is not logged{suggestion}; a run logs {names} ({sweep.file})',
         )
     is_by_epochs = config.train.evaluate_every_steps is None
     phases = tuple(f"{phase}/" for phase in evaluated)

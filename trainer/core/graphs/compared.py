@@ -68,8 +68,10 @@ def _traces_of(whole: ModelAndLoss, result: Result) -> Traces:
     if isinstance(loss.weight, Tensor):
         others["the loss's weight"] = loss.weight
     for number, tensor in enumerate(tensors_in(output)):
-        others[f"tensor {number} of the output" if number else "the output"] = tensor
-    others |= {f"buffer {name}": buffer for name, buffer in whole.named_buffers()}
+        name = f"tensor {number} of the output" if number else "the output"
+        others[name] = tensor
+    for name, buffer in whole.named_buffers():
+        others[f"buffer {name}"] = buffer
     for name, tensor in others.items():
         others[name] = tensor.detach().clone()
     return Traces(others, gradients)
@@ -81,7 +83,9 @@ def _difference(first: Traces, second: Traces, bound: float) -> Difference:
         if these.keys() != those.keys():
             missing = min(these.keys() ^ those.keys())
             return Difference(missing, is_rounding=False)
-        different += [name for name in those if not same_bits(these[name], those[name])]
+        for name, tensor in those.items():
+            if not same_bits(these[name], tensor):
+                different.append(name)
     if not different:
         return Difference("", is_rounding=True)
     return Difference(different[0], _is_rounding(first, second, bound))
@@ -92,16 +96,20 @@ def _is_rounding(first: Traces, second: Traces, bound: float) -> bool:
     for name, tensor in second.others.items():
         if not _is_close([first.others[name]], [tensor], bound):
             return False
-    gradients = list(first.gradients.values()), list(second.gradients.values())
-    return _is_close(*gradients, bound)
+    first_gradients = list(first.gradients.values())
+    second_gradients = list(second.gradients.values())
+    return _is_close(first_gradients, second_gradients, bound)
 
 
 def _is_close(first: list[Tensor], second: list[Tensor], bound: float) -> bool:
-    pairs = list(zip(first, second, strict=True))
-    if any(
-        one.shape != other.shape or one.dtype != other.dtype for one, other in pairs
-    ):
-        return False
-    squares = [(one.double() - other.double()).square().sum() for one, other in pairs]
-    norms = [other.double().square().sum() for other in second]
-    return bool(sum(squares) <= bound**2 * sum(norms))
+    """True if two lists of tensors, each taken as one vector, are equal up to `bound` of the second's norm."""
+    distances = []
+    norms = []
+    for one, other in zip(first, second, strict=True):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        difference = one.double() - other.double()
+        distances.append(difference.square().sum())
+        norms.append(other.double().square().sum())
+    # Squares throughout: no root is needed to compare.
+    return bool(sum(distances) <= bound**2 * sum(norms))

@@ -116,8 +116,10 @@ class MicroBatchGraphs:
             for line in lines:
                 by_line.setdefault(line, []).append(rank)
         for line, where in by_line.items():
-            is_everywhere = len(where) == ranks.count
-            who = "" if is_everywhere else f" (rank {', '.join(map(str, where))})"
+            who = ""
+            if len(where) < ranks.count:
+                numbers = ", ".join(map(str, where))
+                who = f" (rank {numbers})"
             note(f"train.cuda_graphs{who}: {line}")
 
     # ---------------------------------------------------------------- between steps

@@ -42,22 +42,8 @@ class Guard:
         self._entries: list[_Entries] = []
         self._empty: list[tuple[str, dict[str, Any]]] = []
         for name, module in whole.named_modules():
-            dot = f"{name}." if name else ""
-            attributes = vars(module)
-            own = [
-                key for key in attributes if key not in OF_TORCH or key == "training"
-            ]
-            self._entries.append(_entries_of(dot, attributes, own))
-            for key in TABLES:
-                if attributes[key]:
-                    table = attributes[key]
-                    self._entries.append(_entries_of(dot, table, list(table)))
-                else:
-                    self._empty.append((f"{dot}{key}", attributes[key]))
-            for key in HOOKS:
-                self._empty.append(
-                    (f"a hook of {name or 'the model'}", attributes[key])
-                )
+            self._watch_module(name, module)
+        # Asked for in each step: none of them has an entry as long as nothing has changed.
         self._empty_tables = [table for _, table in self._empty]
         named = [*whole.named_parameters(), *whole.named_buffers()]
         self._names = [name for name, _ in named]
@@ -65,6 +51,24 @@ class Guard:
         self._parameters = [p for p in self._tensors if isinstance(p, nn.Parameter)]
         self._memory = _memory_of(self._tensors)
         self._are_trained = [tensor.requires_grad for tensor in self._tensors]
+
+    def _watch_module(self, name: str, module: nn.Module) -> None:
+        dot = f"{name}." if name else ""
+        attributes = vars(module)
+        own = []
+        for key in attributes:
+            if key not in OF_TORCH or key == "training":
+                own.append(key)
+        self._entries.append(_entries_of(dot, attributes, own))
+        for key in TABLES:
+            table = attributes[key]
+            if table:
+                self._entries.append(_entries_of(dot, table, list(table)))
+            else:
+                self._empty.append((f"{dot}{key}", table))
+        for key in HOOKS:
+            hooks = attributes[key]
+            self._empty.append((f"a hook of {name or 'the model'}", hooks))
 
     def change(self) -> str:
         """What is no longer as it was, by its name; "" if all is."""
@@ -76,14 +80,16 @@ class Guard:
     def _change(self) -> str:
         for entries in self._entries:
             if len(entries.table) != entries.length:
-                return f"an attribute of {entries.dot.rstrip('.') or 'the model'}"
+                module = entries.dot.rstrip(".")
+                return f"an attribute of {module or 'the model'}"
             values = entries.get(entries.table)
             if not all(map(is_, values, entries.values)):
                 name = _changed_name(entries, values)
                 if name:
                     return name
-        if _memory_of(self._tensors) != self._memory:
-            return self._first_other(_memory_of(self._tensors), self._memory)
+        memory = _memory_of(self._tensors)
+        if memory != self._memory:
+            return self._first_other(memory, self._memory)
         are_trained = [tensor.requires_grad for tensor in self._tensors]
         if are_trained != self._are_trained:
             return self._first_other(are_trained, self._are_trained)

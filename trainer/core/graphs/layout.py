@@ -41,7 +41,10 @@ def _layout(value: Any, device: torch.device) -> Hashable:
             )
         return value.shape, value.dtype, value.stride()
     if isinstance(value, Mapping):
-        return type(value), tuple((k, _layout(v, device)) for k, v in value.items())
+        entries = []
+        for key, entry in value.items():
+            entries.append((key, _layout(entry, device)))
+        return type(value), tuple(entries)
     if isinstance(value, list | tuple):
         return type(value), tuple(_layout(item, device) for item in value)
     if value is None:

@@ -121,28 +121,32 @@ def _kind(event: Any) -> Kind | None:
 
 def measure(spans: Sequence[Span], steps: int) -> TracedStep:
     """One step of the `steps` that were traced, on average: what lies within the ranges of their phases."""
-    phases = [span for span in spans if span.kind == "phase"]
+    phases = _of_kinds(spans, "phase")
     start = min(span.start for span in phases)
     end = max(span.end for span in phases)
     spans = [span for span in spans if span.end > start and span.start < end]
     waiting = {RANGE + phase.name for phase in WAITING}
     loading = _union(span for span in phases if span.name in waiting)
     window = [(start, end)]
-    has_device = any(span.kind == "kernel" for span in spans)
+    kernels = _of_kinds(spans, "kernel")
+    has_device = bool(kernels)
     if has_device:
-        computing = _union(span for span in spans if span.kind in ("kernel", "copy"))
+        computing = _union(_of_kinds(spans, "kernel", "copy"))
         computing = intersect(computing, window)
     else:
-        operators = _union(span for span in spans if span.kind == "operator")
+        operators = _union(_of_kinds(spans, "operator"))
+        computing = intersect(operators, window)
         # What loads samples in this process is no part of the model.
-        computing = subtract(intersect(operators, window), loading)
-    kind = "collective" if has_device else "exchange"
-    collectives = _union(span for span in spans if span.kind == kind)
+        computing = subtract(computing, loading)
+    # Each moment counts once: a collective counts where nothing computes, and what is left is idle.
+    collectives = _union(_of_kinds(spans, "collective" if has_device else "exchange"))
     communicating = subtract(intersect(collectives, window), computing)
     idle = subtract(subtract(window, computing), communicating)
-    if not has_device:
+    if has_device:
+        waiting_for_data = intersect(idle, loading)
+    else:
         communicating = subtract(communicating, loading)
-    waiting_for_data = intersect(idle, loading) if has_device else loading
+        waiting_for_data = loading
     host = subtract(idle, waiting_for_data)
     largest, product_share = _operators(spans, loading, has_device=has_device)
     computed = length(computing) / steps
@@ -154,10 +158,14 @@ def measure(spans: Sequence[Span], steps: int) -> TracedStep:
         communication=length(communicating) / steps,
         host=length(host) / steps,
         has_device=has_device,
-        launches=sum(span.kind == "kernel" for span in spans) / steps,
-        host_waits=sum(span.kind == "wait" for span in spans) / steps,
+        launches=len(kernels) / steps,
+        host_waits=len(_of_kinds(spans, "wait")) / steps,
         largest=largest,
     )
+
+
+def _of_kinds(spans: Sequence[Span], *kinds: str) -> list[Span]:
+    return [span for span in spans if span.kind in kinds]
 
 
 def _union(spans: Iterable[Span]) -> Intervals:
@@ -179,6 +187,11 @@ def _operators(
     total = sum(seconds.values())
     if not total:
         return [], 0.0
-    products = sum(value for name, value in seconds.items() if PRODUCT.search(name))
-    ranked = sorted(seconds.items(), key=lambda item: -item[1])[:LARGEST]
-    return [(name, value / total) for name, value in ranked], products / total
+    products = 0.0
+    shares = []
+    for name, value in seconds.items():
+        shares.append((name, value / total))
+        if PRODUCT.search(name):
+            products += value
+    shares.sort(key=lambda item: -item[1])
+    return shares[:LARGEST], products / total

@@ -54,9 +54,10 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
     if callable(value) and hasattr(value, "__closure__"):
         cells = value.__closure__ or ()
         names = value.__code__.co_freevars
-        return [
-            (f".{name}", _cell(cell)) for name, cell in zip(names, cells, strict=True)
-        ]
+        captured = []
+        for name, cell in zip(names, cells, strict=True):
+            captured.append((f".{name}", _cell(cell)))
+        return captured
     attributes = getattr(value, "__dict__", None)
     if not isinstance(attributes, dict) or type(value).__name__ == "module":
         return []

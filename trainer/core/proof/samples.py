@@ -165,25 +165,31 @@ def _compare_with_loader_process(trial: Trial, ids: Sequence[int]) -> Finding | 
     batch = trial.batches.peek()
     if batch is None:
         return None  # a sample of it will be left out
-    start, _ = trial.step.micro_batches[batch.first]
-    _, stop = trial.step.micro_batches[batch.indices[1] - 1]
-    occurrences = trial.run.plan.occurrences(trial.step, *batch.indices)
+    plan, step = trial.run.plan, trial.step
+    occurrences = plan.occurrences(step, *batch.indices)
     if trial.run.train_loader.dataset.collation is not None:
         # A batch may be made in any way of its samples: only whole ones can be compared.
-        ids = trial.run.plan.sample_ids(trial.step, *batch.indices).tolist()
+        ids = plan.sample_ids(step, *batch.indices).tolist()
         here = trial.peek(ids, occurrences)
-        samples, theirs = (here.inputs, here.targets), (batch.inputs, batch.targets)
+        samples = (here.inputs, here.targets)
+        theirs = (batch.inputs, batch.targets)
     else:
+        first, end = batch.indices
+        start, _ = step.micro_batches[first]
+        _, stop = step.micro_batches[end - 1]
         ids = ids[: stop - start]
-        here = trial.peek(ids, None if occurrences is None else occurrences[: len(ids)])
+        if occurrences is not None:
+            occurrences = occurrences[: len(ids)]
+        here = trial.peek(ids, occurrences)
         samples = _first_samples(here, len(ids))
         theirs = _first_samples(batch, len(ids))
     parts = _differing_parts(samples, theirs, None if trial.exact else TOLERANCE)
     if not parts:
         return None
+    listed = ", ".join(map(str, ids[:MOST_LISTED]))
     return Finding(
         CHECK,
-        f"one of the train samples {', '.join(map(str, ids[:MOST_LISTED]))} has another {parts} in a loader process "
+        f"one of the train samples {listed} has another {parts} in a loader process "
         f"than in the run's own",
         f"let it depend on its index alone, not on the process (get_worker_info, the time, a process id): {REMEDY}",
     )

@@ -23,6 +23,8 @@ OF_TORCH = frozenset(vars(nn.Module()))
 LARGEST_CONTAINER = 10_000  # items; larger ones are data rather than state
 LARGEST_TENSOR = 1 << 28  # bytes of one in a plain attribute; a larger one is data, too
 NOTHING = "nothing"  # the content of None
+# Packages whose objects are no state of a model: functions, devices, generators, which have their own copies.
+FOREIGN = ("builtins", "torch", "numpy", "types", "functools", "random")
 DEPTH = 4  # of containers and objects within each other
 
 
@@ -48,13 +50,16 @@ class ModuleState:
         self._tables: list[tuple[str, dict[str, Any], frozenset[str]]] = []
         for prefix, part in module.named_modules():
             dot = f"{prefix}." if prefix else ""
-            tables = [part._buffers, part._parameters] if weights else [part._buffers]
+            tables: list[dict[str, Any]] = [part._buffers]
+            if weights:
+                tables.append(part._parameters)
             for table in tables:
                 self._keep(dot, table, list(table), _content_of_tensor)
             attributes = vars(part)
             names = [name for name in attributes if name not in OF_TORCH]
             # An object that several refer to is looked at once.
-            self._keep(dot, attributes, names, _Copier().content)
+            copier = _Copier()
+            self._keep(dot, attributes, names, copier.content)
 
     def _keep(
         self,
@@ -66,7 +71,8 @@ class ModuleState:
         self._tables.append((dot, table, frozenset(names)))
         for name in names:
             value = table[name]
-            self._slots.append(_Slot(dot + name, table, name, value, content(value)))
+            slot = _Slot(dot + name, table, name, value, content(value))
+            self._slots.append(slot)
 
     def restore(self, *, attributes: bool = True) -> None:
         """Put everything back; without `attributes`, the module's own tensors alone."""
@@ -118,13 +124,15 @@ def without_trace(run: Run, *, weights: bool = False) -> Iterator[list[ModuleSta
     states = [ModuleState(module, weights=weights) for module in modules]
     gradients = []
     for module in modules:
-        gradients += [(parameter, parameter.grad) for parameter in module.parameters()]
+        for parameter in module.parameters():
+            gradients.append((parameter, parameter.grad))
         module.zero_grad()
     try:
         with ExitStack() as stack:
             stack.enter_context(preserved_cpu_generators())
-            if run.ranks.device.type == "cuda":
-                stack.enter_context(preserved([device_generator(run.ranks.device)]))
+            device = run.ranks.device
+            if device.type == "cuda":
+                stack.enter_context(preserved([device_generator(device)]))
             for module in modules:
                 stack.enter_context(preserved_in(module))
             yield states
@@ -165,7 +173,9 @@ class _Copier:
             case Tensor():
                 return _content_of_tensor(value, LARGEST_TENSOR)
             case np.ndarray():
-                return value.copy() if value.nbytes <= LARGEST_TENSOR else None
+                is_small = value.nbytes <= LARGEST_TENSOR
+                return value.copy() if is_small else None
+        # Objects may refer to each other in a circle, and to a whole program.
         if not depth or id(value) in self._seen:
             return None
         self._seen.add(id(value))
@@ -179,34 +189,25 @@ class _Copier:
                 return [(item, self.content(item, depth)) for item in value]
             case dict():
                 return self._content_of_items(value, depth)
-        return (
-            self._content_of_items(vars(value), depth)
-            if _is_plain_object(value)
-            else None
-        )
+        if _is_plain_object(value):
+            return self._content_of_items(vars(value), depth)
+        return None
 
     def _content_of_items(self, items: dict[Any, Any], depth: int) -> Any:
         if len(items) > LARGEST_CONTAINER:
             return None
-        return {key: (item, self.content(item, depth)) for key, item in items.items()}
+        contents = {}
+        for key, item in items.items():
+            contents[key] = (item, self.content(item, depth))
+        return contents
 
 
 def _is_plain_object(value: Any) -> bool:
     """True for an object of somebody's own class, which may keep state in its attributes."""
-    package = type(value).__module__.partition(".")[0]
-    is_foreign = package in (
-        "builtins",
-        "torch",
-        "numpy",
-        "types",
-        "functools",
-        "random",
-    )
-    return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, type | nn.Module)
-        and not is_foreign
-    )
+    if not hasattr(value, "__dict__") or isinstance(value, type | nn.Module):
+        return False
+    package, _, _ = type(value).__module__.partition(".")
+    return package not in FOREIGN
 
 
 @torch.no_grad()
@@ -216,14 +217,17 @@ def _put_back(value: Any, content: Any) -> None:
     match value:
         case Tensor():
             if value.shape == content.shape and not _repeats_memory(value):
-                value.data.copy_(content)  # as if it had not been written
+                # Through `data`, autograd does not count it as a change: graphs that hold the tensor stay valid.
+                value.data.copy_(content)
         case np.ndarray():
             if value.flags.writeable:
                 value[...] = content
         case list() | deque() | set() | tuple():
+            items = []
             for item, inner in content:
                 _put_back(item, inner)
-            _put_back_items(value, [item for item, _ in content])
+                items.append(item)
+            _put_back_items(value, items)
         case dict():
             _put_back_values(value, content)
         case _ if isinstance(content, dict):
@@ -235,7 +239,10 @@ def _put_back_items(value: Any, items: list[Any]) -> None:
     if is_same or isinstance(value, tuple):
         return
     value.clear()
-    value.update(items) if isinstance(value, set) else value.extend(items)
+    if isinstance(value, set):
+        value.update(items)
+    else:
+        value.extend(items)
 
 
 def _put_back_values(table: dict[Any, Any], content: dict[Any, Any]) -> None:
@@ -282,7 +289,9 @@ def _is_equal(value: Any, content: Any) -> bool:
 
 def _is_same_item(value: Any, kept: tuple[Any, Any]) -> bool:
     item, content = kept
-    return value is item if content is None else _is_equal(value, content)
+    if content is None:
+        return value is item
+    return _is_equal(value, content)
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
@@ -293,4 +302,6 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    # As bytes, a NaN equals itself, and -0.0 is not 0.0.
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8)

@@ -93,14 +93,17 @@ def pixel_table(counts: Counts, names: Sequence[str]) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("class", "iou", "precision", "recall", "pixels"))
-    predicted, true = counts.sum(axis=0), counts.sum(axis=1)
+    predicted_pixels = counts.sum(axis=0)
+    true_pixels = counts.sum(axis=1)
     for i, right in enumerate(counts.diagonal().tolist()):
-        union = predicted[i] + true[i] - right
+        predicted, true = predicted_pixels[i], true_pixels[i]
+        union = predicted + true - right
         if union:
-            precision = right / max(predicted[i], 1)
-            recall = right / max(true[i], 1)
-            rounded = np.round([right / union, precision, recall], 6)
-            table.writerow([names[i], *rounded, true[i]])
+            iou = right / union
+            precision = right / max(predicted, 1)
+            recall = right / max(true, 1)
+            rounded = np.round([iou, precision, recall], 6)
+            table.writerow([names[i], *rounded, true])
     return text.getvalue()
 
 
