@@ -20,14 +20,13 @@ from trainer.components.optimizer_modes import begin_training
 from trainer.components.optimizer_step import forget_gradients
 from trainer.components.schedule import Schedule, build_schedule
 from trainer.components.task import Task, WeightedSum
-from trainer.config.registry import build_observers
 from trainer.config.schema import Config
 from trainer.core.backward import forward_and_backward
 from trainer.core.build import build_run
+from trainer.core.build_observers import observers_of_run
 from trainer.core.build_reduction import build_reduction
 from trainer.core.decoding_notes import DecodingNotes
 from trainer.core.ema import build_average
-from trainer.core.empty_forwards import EmptyForwards
 from trainer.core.ending import Ending
 from trainer.core.evaluations import Evaluations
 from trainer.core.finite_watch import FiniteWatch
@@ -35,7 +34,7 @@ from trainer.core.given_objects import check_given
 from trainer.core.graphs.graphs import build_graphs
 from trainer.core.left_out import LeftOut
 from trainer.core.metrics import Meter, Row, Stopwatch
-from trainer.core.observers import Observer, Observers, Stateful
+from trainer.core.observers import Observer, Stateful
 from trainer.core.preflight import check_order
 from trainer.core.profile.begin import add_profile
 from trainer.core.profile.observer import ProfileObserver
@@ -44,13 +43,12 @@ from trainer.core.rehearsal import check_states
 from trainer.core.resuming import Resuming, epoch_to_go_on_in
 from trainer.core.row_means import RowMeans
 from trainer.core.run import settings_of
-from trainer.core.save_predictions import SHORT_NAMES
 from trainer.core.saved_state import SavedState
 from trainer.core.saving import Saving
 from trainer.core.stateful import StatefulObjects, keeps_statistics
 from trainer.core.timetable import Timetable
 from trainer.core.try_out import explained, try_out
-from trainer.core.whole_step import WholeStep
+from trainer.core.whole_step import build_whole_step
 from trainer.data.batches import MicroBatch
 from trainer.data.datasets import MapDataset
 from trainer.data.left_out import train_loader
@@ -60,7 +58,6 @@ from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.modes import modes_of_others, restore_modes
 from trainer.exact.plan import Plan, Step
 from trainer.exact.reduction import Reduction
-from trainer.exact.sharded import ShardedReduction
 from trainer.process import launcher
 from trainer.process.activity import (
     ENDING,
@@ -76,7 +73,7 @@ from trainer.process.ranks import Ranks
 from trainer.process.signals import StopRequest
 from trainer.process.watchdog import watching
 from trainer.reporting import summary as report
-from trainer.reporting.conclusion import draw_figures, log_test
+from trainer.reporting.conclusion import conclude
 from trainer.reporting.introduction import introduce
 from trainer.reporting.journal import Journal
 from trainer.reporting.trackers.base import Tracker
@@ -125,11 +122,7 @@ class Trainer:
             end_if_imported_to_load()
         # Those that a subclass assigned before this call.
         attributes_before = frozenset(vars(self))
-        with (
-            one_at_a_time(),
-            settings_of(config),
-            watching(config.run.timeout),
-        ):
+        with one_at_a_time(), settings_of(config), watching(config.run.timeout):
             self.run = build_run(
                 config,
                 model=model,
@@ -139,15 +132,7 @@ class Trainer:
                 task=task,
                 metrics=metrics,
             )
-            self.optimizer = build_optimizer(
-                self.config.optimizer,
-                self.module,
-                head=self.config.model.head,
-                loss=self.run.task,
-            )
-            # The optimizer has what is thawed later, too; the reduction has what requires a gradient now.
-            self.run.freezing.apply(epoch=0)
-            self.reduction = self.reduction_for(self.module, loss=self.run.task)
+            self._build_update()
         self.stateful: dict[str, Stateful] = dict(stateful or {})
         self.progress = Progress()
         self.grad_norm: Tensor | None = None
@@ -164,6 +149,18 @@ class Trainer:
         self._attributes_of_trainer = frozenset(vars(self)) - attributes_before
         self._stateful_objects()  # refuses now what could not be saved later
 
+    def _build_update(self) -> None:
+        """What makes one gradient of all ranks', and what updates the weights by it. A collective."""
+        self.optimizer = build_optimizer(
+            self.config.optimizer,
+            self.module,
+            head=self.config.model.head,
+            loss=self.run.task,
+        )
+        # The optimizer has what is thawed later, too; the reduction has what requires a gradient now.
+        self.run.freezing.apply(epoch=0)
+        self.reduction = self.reduction_for(self.module, loss=self.run.task)
+
     def _build_parts_of_step(self, observers: Sequence[Observer]) -> None:
         run = self.run
         self.timetable = Timetable(
@@ -171,10 +168,10 @@ class Trainer:
             self.plan,
             has_validation=run.evaluator is not None,
         )
-        self.observers = self._build_observers(observers)
+        self.observers = observers_of_run(run, self.reduction, observers)
         self.schedule = self._build_schedule()
         self.meter = Meter(run.task, self.ranks, exact=run.bitwise)
-        self.whole_step = self._build_whole_step()
+        self.whole_step = build_whole_step(run, self.reduction, self.meter)
         self.graphs = build_graphs(run, self.reduction)
         self.finite = FiniteWatch(run)
         self._average = build_average(run, self.optimizer)
@@ -382,9 +379,8 @@ class Trainer:
         check_states(stateful, self.run)
         # The average asks for them itself, at its own steps.
         others = {n: v for n, v in stateful.items() if v is not self._average}
-        self._statistics_are_read = self.observers.read_statistics or keeps_statistics(
-            others
-        )
+        observers_read = self.observers.read_statistics
+        self._statistics_are_read = observers_read or keeps_statistics(others)
         is_subclass = type(self) is not Trainer
         self._ending.begin(code_may_stop=self.observers.may_stop or is_subclass)
 
@@ -816,36 +812,18 @@ class Trainer:
         activity.mark(ENDING)
         self.stopwatch.stop(self.progress)
         self.finite.check_end(self.progress)
-        test = log_test(self.run, self.journal, self.optimizer, self.progress, last)
-        summary = report.summary(
-            self.run, self.progress, self.optimizer, self.proof, self._average.tensors()
-        )
-        if test is not None:
-            summary |= {**test.row, "test_step": test.step}
-        self.journal.keep_summary(summary)
-        self.journal.finish(
-            summary,
-            report.closing(summary, self.journal.directory),
-            draw_figures(self.run, self.journal, self.progress, self.schedule),
+        summary = conclude(
+            self.run,
+            self.journal,
+            self.optimizer,
+            self.progress,
+            self.schedule,
+            last=last,
+            proof=self.proof,
+            average=self._average.tensors(),
         )
         self.observers.end(summary)
         return summary
-
-    def _build_observers(self, passed: Sequence[Observer]) -> Observers:
-        """Those of the config, those that were passed, and what the run itself needs."""
-        named = build_observers(self.config.observers, Observer, SHORT_NAMES)
-        observers = Observers([*named, *passed], self.run.working_directory.enter)
-        if isinstance(self.reduction, ShardedReduction):
-            empty = EmptyForwards(self.run, self.reduction)
-            observers.add(empty)
-            self.reduction.run_empty = empty.run
-        return observers
-
-    def _build_whole_step(self) -> WholeStep | None:
-        """What runs a step whose loss is of all its outputs at once; None for other tasks."""
-        if not self.run.task.whole_step:
-            return None
-        return WholeStep(self.run, self.reduction, self.meter)
 
     def _build_schedule(self) -> Schedule:
         return build_schedule(

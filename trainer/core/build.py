@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from trainer.components.freezing import Freezing
@@ -20,7 +21,7 @@ from trainer.config.schema import Config
 from trainer.core.build_data import run_data
 from trainer.core.build_evaluation import run_evaluation_sets
 from trainer.core.build_input import RunInput, build_input
-from trainer.core.build_model import build_model_and_task
+from trainer.core.build_model import ModelAndTask, build_model_and_task
 from trainer.core.early_stop import with_early_stop_metric
 from trainer.core.evaluated_weights import logged_phases
 from trainer.core.evaluation_metrics import EvaluationMetrics
@@ -30,7 +31,7 @@ from trainer.core.further import LossState
 from trainer.core.logged_metrics import LoggedMetrics
 from trainer.core.mix import Mix, build_mix
 from trainer.core.precision import Precision
-from trainer.core.preflight import check_ranks
+from trainer.core.preflight import RankFacts, check_ranks
 from trainer.core.run import Run
 from trainer.core.run_metrics import run_metrics
 from trainer.data.bad_samples import Quarantine
@@ -73,18 +74,35 @@ def build_run(
     build_data = partial(run_data, config, ranks, train_data, val_data, test_data)
     run_input = build_input(config, ranks, build_data, classes=classes, dtype=dtype)
     trained = build_model_and_task(config, ranks, run_input, model, task, dtype=dtype)
+    # The last change of the config: which metrics there are, the task and the data have to tell.
     config, named_metrics = _with_metrics(
         config, ranks, metrics, run_input, trained.task
     )
-    quarantine = _quarantine(config, ranks)
-    evaluation_metrics = EvaluationMetrics(
-        named_metrics,
-        trained.task,
+    return _assemble(
+        config,
         ranks,
-        classes=run_input.data.classes or (),
-        seed=config.run.seed,
-        precision=dtype,
-        best_metric=config.best.metric,
+        run_input,
+        trained,
+        named_metrics,
+        facts_of_ranks=facts_of_ranks,
+        precision=precision,
+    )
+
+
+def _assemble(
+    config: Config,
+    ranks: Ranks,
+    run_input: RunInput,
+    trained: ModelAndTask,
+    named_metrics: Sequence[NamedMetric],
+    *,
+    facts_of_ranks: list[RankFacts],
+    precision: Precision,
+) -> Run:
+    """The run of a config that is complete: with its forward, and what evaluates. A collective."""
+    quarantine = _quarantine(config, ranks)
+    metrics = _evaluation_metrics(
+        config, ranks, run_input, trained.task, named_metrics, dtype=precision.dtype
     )
     mix = ranks.on_each(partial(_mix, config, trained.task, run_input))
     forward = Forward(trained.task, precision, ranks.device, config.run.seed, mix)
@@ -98,7 +116,7 @@ def build_run(
         forward=forward,
         freezing=freezing,
         quarantine=quarantine,
-        metrics=evaluation_metrics,
+        metrics=metrics,
     )
     return Run(
         config=config,
@@ -119,7 +137,7 @@ def build_run(
         loss_state=LossState(trained.module, trained.task),
         forward=forward,
         freezing=freezing,
-        metrics=evaluation_metrics,
+        metrics=metrics,
         validation=[sets[phase] for phase in run_input.data.validation()],
         test=sets.get("test"),
         working_directory=WorkingDirectory(
@@ -200,6 +218,26 @@ def _with_watched_metrics(
     if best.mode is None:
         best = replace(best, mode=logged.direction("best.mode", best.metric))
     return with_early_stop_metric(replace(config, best=best), logged)
+
+
+def _evaluation_metrics(
+    config: Config,
+    ranks: Ranks,
+    run_input: RunInput,
+    task: Task,
+    named: Sequence[NamedMetric],
+    *,
+    dtype: torch.dtype,
+) -> EvaluationMetrics:
+    return EvaluationMetrics(
+        named,
+        task,
+        ranks,
+        classes=run_input.data.classes or (),
+        seed=config.run.seed,
+        precision=dtype,
+        best_metric=config.best.metric,
+    )
 
 
 def _quarantine(config: Config, ranks: Ranks) -> Quarantine | None:

@@ -69,10 +69,8 @@ class Features:
                 self._is_usable = False
                 return
             head_inputs, head_output = calls[0]
-            takes_one_tensor = len(head_inputs) == 1 and isinstance(
-                head_inputs[0], Tensor
-            )
-            if output is not head_output or not takes_one_tensor:
+            kinds = [isinstance(value, Tensor) for value in head_inputs]
+            if output is not head_output or kinds != [True]:
                 self._is_usable = False
 
         def record(batch: MicroBatch) -> None:

@@ -208,6 +208,13 @@ class WholeStep:
             )
 
 
+def build_whole_step(run: Run, reduction: Reduction, meter: Meter) -> WholeStep | None:
+    """What runs a step whose loss is of all its outputs at once; None for other tasks."""
+    if not run.task.whole_step:
+        return None
+    return WholeStep(run, reduction, meter)
+
+
 def _one_over(loss: WeightedSum) -> Tensor:
     """1 / (the step's targets), and 0 where it has none: then the gradient is 0."""
     weight = torch.as_tensor(loss.weight).to(loss.total)

@@ -128,7 +128,7 @@ class DeviceDecoding:
         for position, error in errors.items():
             if not is_bad_sample(error):
                 raise error
-            bad.append(self._dataset.describe_bad(ids[position], error))
+            bad.append(self._dataset.name.describe_bad(ids[position], error))
         positions = [i for i in range(len(ids)) if i not in errors]
         request = item.request.only(positions)
         if not positions:

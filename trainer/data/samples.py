@@ -5,8 +5,6 @@ A sample that comes again in the same epoch draws anew: its draws are keyed by i
 
 from __future__ import annotations
 
-import re
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -28,9 +26,9 @@ from trainer.data.fast_crop import CropBatch, is_decoded_image
 from trainer.data.folder import ImageFolder
 from trainer.data.geometry import SampleTransform
 from trainer.data.image_list import are_of_several_sizes, pack
-from trainer.data.names import printable
 from trainer.data.no_batch import why_no_batch
 from trainer.data.one_range import OneRange
+from trainer.data.sample_names import SampleNames, describe_failure
 from trainer.data.stacking import stack_decoded
 from trainer.data.worker_failure import is_limit
 from trainer.errors import DataError, data_error
@@ -73,22 +71,18 @@ class KeyedDataset(Dataset[Any]):
         self.leaves_out = leaves_out
         self.collation = collation
         self.transforms_key = transforms_key or _key_of_transforms(purpose)
-        self._transform = (
-            None
-            if transform is None
-            else SampleTransform(transform, self.transforms_key)
-        )
+        self._transform: SampleTransform | None = None
+        if transform is not None:
+            self._transform = SampleTransform(transform, self.transforms_key)
         self._seed = seed
         self._purpose = purpose
         self.label = label or purpose
+        self.name = SampleNames(dataset, self.label)
         # In-memory data without transforms has nothing random: a micro-batch is one look-up.
-        self.arrays = (
-            dataset
-            if isinstance(dataset, ImageArrays)
-            and transform is None
-            and collation is None
-            else None
-        )
+        is_untouched = transform is None and collation is None
+        self.arrays: ImageArrays | None = None
+        if isinstance(dataset, ImageArrays) and is_untouched:
+            self.arrays = dataset
         self._batch = None if self.arrays is None else self.arrays.batch
         self.draws = self._batch is None
         self._may_read_only = self._leaves_images_alone()
@@ -115,11 +109,11 @@ class KeyedDataset(Dataset[Any]):
         batch = self._in_one_piece(request)
         if batch is not None:
             return batch
+        samples = []
         try:
-            samples = [
-                self._sample_of_batch(request.epoch, sample_id, occurrence)
-                for sample_id, occurrence in request.pairs()
-            ]
+            for sample_id, occurrence in request.pairs():
+                sample = self._sample_of_batch(request.epoch, sample_id, occurrence)
+                samples.append(sample)
             return self._batch_of(samples, request)
         except DataError as error:
             return error
@@ -133,7 +127,7 @@ class KeyedDataset(Dataset[Any]):
             return Loaded(batch, request, [])
         samples = []
         positions = []
-        bad = []
+        bad: list[BadSample] = []
         for position, (sample_id, occurrence) in enumerate(request.pairs()):
             try:
                 sample = self._sample_of_batch(request.epoch, sample_id, occurrence)
@@ -142,7 +136,7 @@ class KeyedDataset(Dataset[Any]):
             except DataError as error:
                 if not is_bad_sample(error):
                     return error
-                bad.append(self.describe_bad(sample_id, error))
+                bad.append(self.name.describe_bad(sample_id, error))
         readable = request.only(positions)
         if not samples:
             return Loaded(None, readable, bad)
@@ -224,14 +218,6 @@ class KeyedDataset(Dataset[Any]):
             request.first, inputs, targets, request.fused, None, count, source
         )
 
-    def describe_bad(self, sample_id: int, error: DataError) -> BadSample:
-        paths = getattr(self.dataset, "paths", None)
-        path = "" if paths is None else printable(str(paths[sample_id]))
-        # One line, without the name, and without addresses in memory, which differ between processes.
-        reason = " ".join(str(error).split()).removeprefix(f"{self.name(sample_id)}: ")
-        reason = re.sub(r" at 0x[0-9a-f]+", "", reason)
-        return BadSample(self.label, sample_id, path, reason)
-
     def sample(
         self, epoch: int, sample_id: int, occurrence: int = 0
     ) -> tuple[Any, Any]:
@@ -252,8 +238,8 @@ class KeyedDataset(Dataset[Any]):
             raise
         except Exception as error:
             # Anything: the data set and the transforms are other people's code.
-            reason = f"{type(error).__name__}: {error} ({_last_line(error)})"
-            raise data_error(f"{self.name(sample_id)}: {reason}", error) from error
+            message = f"{self.name(sample_id)}: {describe_failure(error)}"
+            raise data_error(message, error) from error
 
     def _sample_of_batch(
         self, epoch: int, sample_id: int, occurrence: int
@@ -303,7 +289,7 @@ class KeyedDataset(Dataset[Any]):
         except Exception as error:
             # Anything: transforms are other people's code.
             name = self.name(sample_id)
-            reason = f"{type(error).__name__}: {error} ({_last_line(error)})"
+            reason = describe_failure(error)
             message = f"{name}: {self.transforms_key} failed with {reason}"
             raise data_error(message, error) from error
 
@@ -354,21 +340,9 @@ class KeyedDataset(Dataset[Any]):
             # Anything: the function is other people's code.
             message = (
                 f"data.collate={collation.name} failed on the {self.label} samples {describe_ids(ids)}: "
-                f"{type(error).__name__}: {error} ({_last_line(error)})"
+                f"{describe_failure(error)}"
             )
             raise data_error(message, error) from error
-
-    def name(self, sample_id: int) -> str:
-        """What a message calls a sample: its number, and its path if it has one."""
-        name = f"{self.label} sample {sample_id}"
-        paths = getattr(self.dataset, "paths", None)
-        return name if paths is None else f"{name} ({printable(str(paths[sample_id]))})"
-
-
-def _last_line(error: BaseException) -> str:
-    """Where an error was raised, as text: the traceback itself may not travel between processes."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{frame.filename}, line {frame.lineno}"
 
 
 def _key_of_transforms(purpose: str) -> str:

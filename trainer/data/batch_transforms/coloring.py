@@ -201,7 +201,7 @@ def _gray(pixels: Tensor) -> Tensor:
         return pixels
     if channels != len(LUMA):
         raise ValueError(f"colours are of images with 1 or 3 channels, not {channels}")
-    red, green, blue = pixels.split(1, dim=1)
+    red, green, blue = torch.split(pixels, 1, dim=1)
     of_red, of_green, of_blue = LUMA
     weighted = red * of_red + green * of_green + blue * of_blue
     return (weighted + HALF) >> 16

@@ -55,7 +55,7 @@ def turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
 
 def _hue(pixels: Tensor, largest: Tensor, spread: Tensor) -> Tensor:
     """The hue of each pixel, int32 `(B, 1, H, W)`; of grey ones 0."""
-    red, green, blue = pixels.split(1, dim=1)
+    red, green, blue = torch.split(pixels, 1, dim=1)
     # Where two channels are the largest, the first of red, green and blue counts.
     is_red = largest == red
     is_green = largest == green
