@@ -26,6 +26,7 @@ from tests.image_damage import (
 )
 from tests.programs import SERVER
 from trainer.data.decoding import decode, read_for_device
+from trainer.data.image_checks import is_common_jpeg
 from trainer.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -211,3 +212,9 @@ def test_a_file_that_ends_too_soon_is_refused_in_any_program(
     with pytest.raises(DataError, match=re.escape(path.name)):
         decode(path, short_side=16)
     assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_a_jpeg_file_that_ends_within_its_adobe_segment_is_no_common_one() -> None:
+    # A segment of 14 bytes, of which the transform is missing.
+    data = b"\xff\xd8\xff\xee\x00\x0eAdobe\x00"
+    assert not is_common_jpeg(memoryview(data))

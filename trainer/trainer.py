@@ -323,6 +323,7 @@ class Trainer:
                 batches=self._batches,
                 thorough=thorough,
             )
+        # Also Ctrl-C: loader processes may have been started for the proof.
         except BaseException:
             self.end_loading()
             raise

@@ -31,7 +31,7 @@ from trainer.config.schema import SECTIONS
 from trainer.config.train_section import MixConfig
 from trainer.errors import ConfigError, nearest
 
-WIDTH = 110
+WIDTH = 110  # columns of the text
 MODULE_OF_NAME = re.compile(r"\b(?:\w+\.)+(\w+)")
 MAX_TYPE_LETTERS = 80
 # Keys that hold keys of their own.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trainer.reporting.console import Console
     from trainer.trainer import Trainer
 
-STEPS = 10
+STEPS = 10  # traced, where nobody says how many
 
 
 def main(arguments: list[str]) -> None:

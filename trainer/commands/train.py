@@ -40,9 +40,13 @@ def print_topics(topics: list[str]) -> int:
 
 def _help_topics(arguments: list[str]) -> list[str]:
     """What stands after `--help`, such as `optimizer.adamw`."""
-    flags = [index for index, word in enumerate(arguments) if word in ("-h", "--help")]
-    after = arguments[flags[-1] + 1 :]
-    return [word for word in after if "=" not in word and not word.endswith(".yaml")]
+    topics: list[str] = []
+    for word in arguments:
+        if word in ("-h", "--help"):
+            topics = []  # those after the last flag count
+        elif "=" not in word and not word.endswith(".yaml"):
+            topics.append(word)
+    return topics
 
 
 def main(arguments: list[str]) -> int:

@@ -133,18 +133,18 @@ class CrossEntropy(ScoresTask):
             best = output.topk(min(k, output.shape[1]), 1).indices
             hits[f"top{k}_accuracy"] = (best == labels.unsqueeze(1)).any(1)
         # torch ignores no shares of classes either.
+        sums: dict[str, WeightedSum] = {}
         if self.ignore_index is None or targets.is_floating_point():
-            return {
-                name: WeightedSum(is_hit.sum(), labels.numel())
-                for name, is_hit in hits.items()
-            }
+            for name, is_hit in hits.items():
+                sums[name] = WeightedSum(is_hit.sum(), labels.numel())
+            return sums
         is_counted = labels != self.ignore_index
         count = is_counted.sum()
-        # The ignored value may be a class that the model predicts.
-        return {
-            name: WeightedSum((is_hit & is_counted).sum(), count)
-            for name, is_hit in hits.items()
-        }
+        for name, is_hit in hits.items():
+            # The ignored value may be a class that the model predicts.
+            counted_hits = is_hit & is_counted
+            sums[name] = WeightedSum(counted_hits.sum(), count)
+        return sums
 
     def probabilities(self, output: Tensor) -> Tensor | None:
         return self._normalized(output) if output.dim() == 2 else None
@@ -191,7 +191,8 @@ def _pixels_as_samples(output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
         return output, targets
     if output.shape[:1] + output.shape[2:] != targets.shape:
         return output, targets  # torch says what does not fit
-    return output.movedim(1, -1).flatten(0, -2), targets.flatten()
+    rows = output.movedim(1, -1).flatten(0, -2)
+    return rows, targets.flatten()
 
 
 def as_weights(weights: Sequence[float] | Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.exact.structures import describe_tensors
 
 MODEL = "as torchvision's do: model(images, targets) → a dict of losses in training, model(images) → a list of dicts"
-BOX_EDGES = 4
+BOX_EDGES = 4  # x1, y1, x2, y2
 
 Target = dict[str, Tensor]
 

@@ -32,13 +32,15 @@ def direction_of(metric: str, task: object = None) -> Direction | None:
     if isinstance(directions, Mapping) and name in directions:
         return _checked(name, directions[name])
     # The name of a validation set stands before that of the metric.
-    name = name.rpartition("/")[2]
+    _, _, name = name.rpartition("/")
     if isinstance(directions, Mapping) and name in directions:
         return _checked(name, directions[name])
-    last_word = name.lower().rpartition("_")[2]
+    _, _, last_word = name.lower().rpartition("_")
     if last_word in LESS_IS_BETTER:
         return "min"
-    return "max" if last_word in MORE_IS_BETTER else None
+    if last_word in MORE_IS_BETTER:
+        return "max"
+    return None
 
 
 def _without_phase(metric: str) -> str:

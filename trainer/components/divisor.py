@@ -19,7 +19,7 @@ from trainer.errors import ConfigError
 Divisor = Callable[[Tensor], int]
 # Relative; rounding stays far below, another divisor is at least one sample off.
 TOLERANCE = {torch.float64: 1e-9}
-TOLERANCE_BELOW_FP64 = 1e-4
+TOLERANCE_BELOW_FP64 = 1e-4  # their sums round more
 OWN_TASK = (
     "write a trainer.Task that returns the sum and what to divide it by (docs/bring-your-own.md, "
     '"Loss and metrics")'

@@ -29,21 +29,21 @@ class Freezing:
 
     def __init__(self, model: nn.Module, section: ModelConfig) -> None:
         self._model = model
-        self._modules = {name: module for name, module in model.named_modules() if name}
-        self._trainable = {
-            name: p for name, p in model.named_parameters() if p.requires_grad
-        }
+        self._modules = dict(model.named_modules())
+        del self._modules[""]  # the model itself
+        self._trainable: dict[str, nn.Parameter] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self._trainable[name] = parameter
         names_backbone = BACKBONE in (section.freeze, *section.unfreeze.values())
         self._head = find_head(model, section.head) if names_backbone else None
         self._frozen_from = self._plan(section)
         _, never_trained = self._frozen_from[-1]
         for name in never_trained & self._trainable.keys():
             self._trainable[name].requires_grad_(False)
-        self._whole_backbone = (
-            self._matching("model.freeze", BACKBONE)
-            if section.freeze == BACKBONE
-            else None
-        )
+        self._whole_backbone: set[str] | None = None
+        if section.freeze == BACKBONE:
+            self._whole_backbone = self._matching("model.freeze", BACKBONE)
         self._frozen: set[str] = set()
         # By this object; batch_norm.mode=frozen holds others.
         self._put_in_eval: set[str] = set()
@@ -139,7 +139,8 @@ class Freezing:
                     names.add(prefix + name)
             for name, _ in parent.named_parameters(recurse=False):
                 names.add(prefix + name)
-            parent, prefix = parent.get_submodule(step), f"{prefix}{step}."
+            parent = parent.get_submodule(step)
+            prefix = f"{prefix}{step}."
         return names
 
 

@@ -25,12 +25,11 @@ def base_rates(
     backbone_lr = section.lr if section.backbone_lr is None else section.backbone_lr
     rates: dict[str, float] = {}
     for name, layer in layers.items():
-        is_head = name.startswith(f"{head}.")
-        rates[name] = (
-            section.lr
-            if is_head
-            else backbone_lr * section.layer_decay ** (last - layer)
-        )
+        if name.startswith(f"{head}."):
+            rates[name] = section.lr
+        else:
+            layers_after = last - layer
+            rates[name] = backbone_lr * section.layer_decay**layers_after
     return rates
 
 

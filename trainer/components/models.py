@@ -23,7 +23,7 @@ from trainer.config.registry import build, refuse_other_class, resolve
 from trainer.errors import ConfigError, nearest
 from trainer.exact.seeding import key, preserved_cpu_generators, seed_cpu
 
-TORCHVISION_CHANNELS = 3
+TORCHVISION_CHANNELS = 3  # of images that its models take, without a choice
 # Python's own words, of a call within a function that takes any argument.
 UNEXPECTED_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
 NO_CLASSES = (

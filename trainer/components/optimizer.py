@@ -65,15 +65,14 @@ def build_optimizer(
     target = resolve("optimizer", section.name, OPTIMIZERS)
     refuse_other_class("optimizer", section.name, target, Optimizer)
     supplied = {"fused": True} if _can_be_fused(target, section.args, whole) else {}
-    arguments = {**supplied, "lr": section.lr}
 
     def make(of: list[Group], options: Mapping[str, Any]) -> Any:
         # Copies: optimizers add entries to the groups that they are given.
         own = [dict(group) for group in of]
-        rate = {"lr": options["lr"]} if "lr" in options else {}
-        others = {name: value for name, value in options.items() if name != "lr"}
-        own_arguments = {**section.args, **others}
-        return build("optimizer", target, own_arguments, own, **(arguments | rate))
+        own_arguments = {**section.args, **options}
+        # A key of the section, and so none of the component's own arguments.
+        rate = own_arguments.pop("lr", section.lr)
+        return build("optimizer", target, own_arguments, own, **supplied, lr=rate)
 
     check_optimizer(section, whole, lambda: make(groups, {}))
     optimizer: Optimizer = make(groups, {})
@@ -114,10 +113,11 @@ def _can_be_fused(target: Any, arguments: dict[str, Any], model: ModelAndLoss) -
         return False
     if any(getattr(module, "sparse", False) for module in model.modules()):
         return False  # fused updates take no sparse gradients
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return all(
-        parameter.is_cuda and parameter.is_floating_point() for parameter in trained
-    )
+    for parameter in model.parameters():
+        fits = parameter.is_cuda and parameter.is_floating_point()
+        if parameter.requires_grad and not fits:
+            return False
+    return True
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:

@@ -258,6 +258,7 @@ class _Writer:
         placed = {}
         on_device = group.get("capturable") or group.get("fused")
         for key, value in entries.items():
+            # An entry that is no tensor of its own stays as it was decoded.
             placed[key] = value
             # A tensor with a node of its own has been placed by it.
             is_flat = f"{key}.{name}" not in self._decoder.used

@@ -79,7 +79,8 @@ def _reason(before: Mapping[str, Any], now: Config) -> str:
     """The changed keys in brackets: ` (train.epochs was 10 and is 20)`."""
     changes = []
     for name in LENGTH_KEYS:
-        old, new = before["train"].get(name), getattr(now.train, name)
+        old = before["train"].get(name)
+        new = getattr(now.train, name)
         if old != new:
             changes.append(f"train.{name} was {_null(old)} and is {_null(new)}")
     if before["schedule"] != now.schedule.to_dict():

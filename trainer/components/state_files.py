@@ -50,17 +50,17 @@ def read_state_dicts(path: Path) -> dict[str, Tensors]:
 def _state_dicts(tree: Any, name: str, depth: int) -> Iterator[tuple[str, Tensors]]:
     if not isinstance(tree, Mapping) or depth == DEPTH:
         return
-    tensors = {
-        key: value
-        for key, value in tree.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
-    }
+    tensors = {}
+    for key, value in tree.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            tensors[key] = value
     # A single tensor among other values is a counter or a loss.
     if tensors and (len(tensors) > 1 or len(tensors) == len(tree)):
         yield name, tensors
         return
     for key, value in tree.items():
-        yield from _state_dicts(value, f"{name}.{key}".lstrip("."), depth + 1)
+        inner_name = f"{name}.{key}".lstrip(".")
+        yield from _state_dicts(value, inner_name, depth + 1)
 
 
 def _file_in(directory: Path) -> Path:

@@ -53,9 +53,8 @@ def _lay_over_bases(
     tree: Tree = {}
     notes = []
     for base in bases:
-        base_tree, base_notes = _lay_over_bases(
-            read_yaml_file(base), origins, [*above, path]
-        )
+        base_file = read_yaml_file(base)
+        base_tree, base_notes = _lay_over_bases(base_file, origins, [*above, path])
         # Laid over an earlier base, if there is one.
         tree, switches = lay_over(tree, Changes(base_tree, {}), "an earlier base")
         notes += [*base_notes, *switches]
@@ -64,12 +63,11 @@ def _lay_over_bases(
         names = ", ".join(map(str, bases))
         notes.insert(0, f"{path} builds on {names}")
     source = " and ".join(map(str, bases)) or "a base (there is none)"
-    # A section without a key says nothing, and must not put null in the place of the base's.
-    changes = {
-        name: value
-        for name, value in file.tree.items()
-        if value is not None or name not in tree
-    }
+    changes: Tree = {}
+    for name, value in file.tree.items():
+        # A section without a key says nothing, and must not put null in the place of the base's.
+        if value is not None or name not in tree:
+            changes[name] = value
     tree, switches = lay_over(tree, Changes(changes, unset), source)
     return tree, [*notes, *switches]
 

@@ -239,14 +239,14 @@ class Config:
 def _is_setting(path: tuple[Any, ...]) -> bool:
     """True for the path of a key that a section declares; False for what is within a component's arguments."""
     section, *rest = path
-    if rest and section == "data" and rest[0] in ("val", "test"):
-        inner = key_of_set(".".join(map(str, path))).partition(".")[0]
+    if not rest:
+        return False
+    key = rest[0]
+    if section == "data" and key in ("val", "test"):
+        in_set = key_of_set(".".join(map(str, path)))
+        inner, _, _ = in_set.partition(".")
         return inner in declared_keys(EvaluationSetConfig) and inner != "transforms"
-    return (
-        bool(rest)
-        and rest[0] in keys_of(section)
-        and not str(rest[0]).endswith("transforms")
-    )
+    return key in keys_of(section) and not str(key).endswith("transforms")
 
 
 def _describe(value: Any) -> str:

@@ -49,7 +49,8 @@ def _run_few(run: Run) -> None:
 
 def _run(run: Run, ids: Any) -> None:
     # One of its own: these samples are fewer than a micro-batch's, and the run's remembers what its own weigh.
-    forward = Forward(run.task, run.precision, run.ranks.device, run.config.run.seed)
+    seed = run.config.run.seed
+    forward = Forward(run.task, run.precision, run.ranks.device, seed)
     run.module.train()
     with without_trace(run), _eager(run):
         batch = run.train_loader.peek(ids)

@@ -101,9 +101,11 @@ def _of_training(run: Run) -> InFlight:
     start, end = step.micro_batches[0]
     fuse = run.config.batch.fuse
     first, last = step.ranks[run.ranks.rank]
-    count = 1 if fuse == "auto" else min(fuse, last - first)
-    all_of_rank = (last - first) * run.plan.total_steps
-    return _in_flight(run, run.train_loader, (end - start) * count, all_of_rank)
+    of_rank = last - first
+    count = 1 if fuse == "auto" else min(fuse, of_rank)
+    samples = (end - start) * count
+    batches = of_rank * run.plan.total_steps
+    return _in_flight(run, run.train_loader, samples, batches)
 
 
 def _of_evaluation(run: Run, loader: Loader) -> InFlight:

@@ -176,9 +176,11 @@ def _joined_column(values: list[Any]) -> Any:
     """One input of all batches; None if it cannot be joined."""
     if all(isinstance(value, list) for value in values):
         return list(chain.from_iterable(values))
-    if not all(isinstance(value, Tensor) and value.dim() for value in values):
-        return None
-    kinds = {(value.shape[1:], value.dtype) for value in values}
+    kinds = set()
+    for value in values:
+        if not isinstance(value, Tensor) or not value.dim():
+            return None
+        kinds.add((value.shape[1:], value.dtype))
     return torch.cat(values) if len(kinds) == 1 else None
 
 

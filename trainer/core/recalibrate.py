@@ -25,7 +25,9 @@ def recalibrate_statistics(run: Run, steps_done: int) -> bool:
     count = min(run.config.batch_norm.recalibrate, plan.steps_per_epoch)
     if not count:
         return False
-    first = max(0, steps_done - 1) // plan.steps_per_epoch * plan.steps_per_epoch
+    # Of the epoch that the last step was in.
+    epoch = max(0, steps_done - 1) // plan.steps_per_epoch
+    first = epoch * plan.steps_per_epoch
     steps = [plan.step(first + index) for index in range(count)]
     if run.quarantine is not None:
         steps = remaining_steps(

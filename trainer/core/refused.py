@@ -13,7 +13,7 @@ from trainer.errors import ConfigError
 from trainer.exact.determinism import deterministic_algorithms
 from trainer.exact.refused import RefusedOperations
 
-WATCHED_SAMPLES = 4
+WATCHED_SAMPLES = 4  # any number of them runs the same operations
 
 
 def refused_operations(run: Run) -> list[str]:
@@ -28,7 +28,8 @@ def refused_operations(run: Run) -> list[str]:
     run.module.train()
     watch = RefusedOperations(run.module)
     with without_trace(run), _warnings_in_place_of_errors():
-        batch = run.train_loader.peek(run.plan.sample_ids(step, 0)[:WATCHED_SAMPLES])
+        ids = run.plan.sample_ids(step, 0)[:WATCHED_SAMPLES]
+        batch = run.train_loader.peek(ids)
         with watch.watching():
             output, loss = run.forward(run.module, batch, step)
             loss.total.backward()  # type: ignore[no-untyped-call]

@@ -51,7 +51,8 @@ def _shortest_micro_batch(run: Run) -> tuple[Step, int]:
     """The first step that has a micro-batch as short as the run's shortest, and that micro-batch's index."""
     plan = run.plan
     first = plan.step(0)
-    last = plan.step(min(plan.steps_per_epoch, plan.total_steps) - 1)
+    steps = min(plan.steps_per_epoch, plan.total_steps)
+    last = plan.step(steps - 1)
     sizes = []
     for step in (first, last):
         for index, (start, end) in enumerate(step.micro_batches):

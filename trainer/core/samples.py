@@ -23,7 +23,8 @@ def rows_not_finite(values: Any, count: int) -> list[int]:
     for leaf in tree_leaves(values):
         is_batch = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == count
         if is_batch and leaf.is_floating_point():
-            is_bad |= ~leaf.cpu().isfinite().reshape(count, -1).all(1)
+            is_finite = leaf.cpu().isfinite().reshape(count, -1)
+            is_bad |= ~is_finite.all(1)
     return is_bad.nonzero().flatten().tolist()
 
 

@@ -197,10 +197,11 @@ def _join(parts: list[Arrays]) -> Arrays:
                 f"{' and '.join(map(str, sorted(shapes)[:2]))}, and one file holds one shape",
             )
         columns[name] = np.concatenate(arrays)
-    order = np.argsort(columns["ids"], kind="stable")
+    ids = columns["ids"]
+    order = np.argsort(ids, kind="stable")
     columns = {name: array[order] for name, array in columns.items()}
     # One that `data.bad_samples=quarantine` leaves out is missing.
-    is_unique = len(np.unique(columns["ids"])) == len(order)
+    is_unique = len(np.unique(ids)) == len(ids)
     assert is_unique or "boxes" in columns, "a sample is there twice"
     return columns
 

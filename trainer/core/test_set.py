@@ -30,7 +30,9 @@ def evaluate_test_set(run: Run, test: EvaluationSet, progress: Progress) -> Fina
         means = test.evaluator.evaluate()
     test.evaluator.close()
     row = {f"test/{name}": value for name, value in means.items()}
-    return FinalResult(row, progress.step if note else progress.best_step, note)
+    # The note says why there were no best weights.
+    step = progress.step if note else progress.best_step
+    return FinalResult(row, step, note)
 
 
 def _load_best(run: Run, progress: Progress) -> str:

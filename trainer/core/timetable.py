@@ -76,6 +76,8 @@ class Timetable:
             # Of a run that stops before its end, there must be something to go on from.
             return is_last and step.number < self.plan.total_steps
         every = self.section.checkpoint_every
-        is_due = every is not None and step.number % every == 0
-        is_epoch_due = (step.epoch + 1) % self.section.checkpoint_every_epochs == 0
-        return is_last or is_due or (step.last_in_epoch and is_epoch_due)
+        if is_last or (every is not None and step.number % every == 0):
+            return True
+        epochs_done = step.epoch + 1
+        is_epoch_due = epochs_done % self.section.checkpoint_every_epochs == 0
+        return step.last_in_epoch and is_epoch_due

@@ -88,7 +88,9 @@ class ImageArrays:
     def batch(self, ids: list[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images `(n, C, H, W)` and targets `(n,)` of several samples at once."""
         index = torch.as_tensor(ids, dtype=torch.int64)
-        return self.images.index_select(0, index), self.targets.index_select(0, index)
+        images = self.images.index_select(0, index)
+        targets = self.targets.index_select(0, index)
+        return images, targets
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,8 @@ def mnist(root: str, download: bool = False) -> Datasets:
     from torchvision.datasets import MNIST
 
     names = ", ".join(name for name, _ in MNIST.resources)
-    files = f"{names} from {MNIST.mirrors[0]} and unpack them in {Path(root, 'MNIST', 'raw')}"
+    folder = Path(root, "MNIST", "raw")
+    files = f"{names} from {MNIST.mirrors[0]} and unpack them in {folder}"
     train, val = _torchvision("mnist", MNIST, root, download, files)
     return Datasets(_in_memory(train), _in_memory(val), list("0123456789"), "mnist")
 

@@ -65,7 +65,7 @@ STARTS = {
 AVIF = (b"ftypavif", b"ftypavis")  # from byte 4 on
 # An extended WebP file says in byte 20 what it has besides pixels.
 WEBP_EXTENDED = b"VP8X"
-WEBP_HAS_EXIF = 0x08
+WEBP_HAS_EXIF = 0x08  # bits of that byte
 WEBP_IS_ANIMATED = 0x02
 # What turns a JPEG file upright, by EXIF's orientation: names of Pillow's `Image.Transpose`.
 TURNS = {

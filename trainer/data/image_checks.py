@@ -19,9 +19,9 @@ PNG_SIGNATURE = PNG_START + b"\r\n\x1a\n"
 # and refuse long texts and colour profiles; torchvision, whose pixels are the reference, does none of this.
 PNG_CHUNKS_OF_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
 PNG_CHUNKS_OF_GAMMA = (b"gAMA", b"sRGB", b"cHRM", b"iCCP")
-PNG_HEADER_END = 33
+PNG_HEADER_END = 33  # 8 bytes of signature, 25 of the first chunk
 PNG_COLOR_TYPE = 25  # the byte of the file that says what a pixel is
-PNG_PALETTE = 3
+PNG_PALETTE = 3  # pixels are indices into PLTE
 
 JPEG_START = b"\xff\xd8"
 # The markers that begin a frame: all from C0 to CF but tables (C4, CC) and an extension (C8).
@@ -41,7 +41,7 @@ JPEG_END = b"\xff\xd9"
 JPEG_APP1 = 0xE1  # holds EXIF data, or XMP
 JPEG_SCAN = 0xDA  # the pixels come next
 EXIF_HEADER = 6  # bytes before the data: "Exif" and two zeros
-TIFF_MARK = 42
+TIFF_MARK = 42  # in bytes 2 and 3 of every TIFF file
 TIFF_ENTRY = 12  # bytes
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
@@ -165,11 +165,12 @@ def _is_common_frame(frame: memoryview) -> bool:
     """Of the content of a frame's segment: precision, height, width, and three bytes for each channel."""
     if len(frame) != JPEG_FRAME_OF_THREE or frame[0] != 8 or frame[5] != 3:
         return False
-    names = (frame[6], frame[9], frame[12])
+    channels = frame[6:]
+    names = list(channels[0::3])
     # The factor across in the upper half of a byte, that of height in the lower.
-    luma, blue, red = frame[7], frame[10], frame[13]
+    luma, blue, red = channels[1::3]
     is_common_sampling = luma in JPEG_LUMA_SAMPLING and blue == red == 0x11
-    return names == (1, 2, 3) and is_common_sampling
+    return names == [1, 2, 3] and is_common_sampling
 
 
 def _exif_orientation(data: memoryview) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from trainer.errors import DataError
 
 ABOUT_FILE = "about.json"
-CHANNELS = 3
+CHANNELS = 3  # images are stored in colour, whatever their files hold
 
 
 def chunk_path(folder: Path, chunk: int, suffix: str) -> Path:

@@ -69,8 +69,10 @@ def read_settings(root: Path, labels: Any) -> LabelFile:
             )
         _check_setting(name, value)
     given = Path(settings["file"]).expanduser()
+    # Beside the images, or relative to where the run was started.
     is_elsewhere = given.is_file() and not (root / given).is_file()
-    file = LabelFile(**{**settings, "file": given if is_elsewhere else root / given})
+    path = given if is_elsewhere else root / given
+    file = LabelFile(**{**settings, "file": path})
     if file.train == file.val:
         raise ConfigError("data.labels.val", f'"{file.val}" is data.labels.train too')
     if file.kind == "class" and not isinstance(file.label, str):

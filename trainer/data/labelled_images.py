@@ -75,16 +75,18 @@ def labelled_images(
     def images(part: Sequence[Row]) -> LabelledImages:
         return _images(root, file, part, classes, reading)
 
-    used = {file.train, file.val if needs_val else None, None}
-    left_out = [
-        f'{len(rows):,} of "{split}"'
-        for split, rows in by_split.items()
-        if split not in used
-    ]
-    note = (
-        f"rows of {file.file.name} left out: {', '.join(left_out)}" if left_out else ""
-    )
-    return images(train), images(val) if needs_val else None, classes, note
+    used = {file.train, None}
+    if needs_val:
+        used.add(file.val)
+    left_out = []
+    for split, rows in by_split.items():
+        if split not in used:
+            left_out.append(f'{len(rows):,} of "{split}"')
+    note = ""
+    if left_out:
+        note = f"rows of {file.file.name} left out: {', '.join(left_out)}"
+    val_images = images(val) if needs_val else None
+    return images(train), val_images, classes, note
 
 
 def labelled_part(
@@ -204,8 +206,11 @@ def _class_order(names: Counter[str]) -> Callable[[str], Any]:
 
 def _names(file: LabelFile, row: Row) -> list[str]:
     """The class names of a row."""
-    names = [normal_form(name.strip()) for name in row.labels[0].split(BETWEEN_LABELS)]
-    names = [name for name in names if name]
+    names = []
+    for text in row.labels[0].split(BETWEEN_LABELS):
+        name = normal_form(text.strip())
+        if name:
+            names.append(name)
     if file.kind == "class" and len(names) != 1:
         problem = "no label" if not names else f"{len(names)} labels"
         raise DataError(

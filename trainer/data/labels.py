@@ -41,7 +41,8 @@ def find_labels(dataset: Any) -> Labels | None:
         labels = find_labels(dataset.dataset)
         if labels is None:
             return None
-        return np.asarray(dataset.new_ids)[labels]
+        new_ids: Labels = np.asarray(dataset.new_ids)
+        return new_ids[labels]
     if isinstance(dataset, Rows):
         column = _column(dataset.dataset, dataset.columns[1])
         return _as_labels(column, len(dataset))

@@ -194,6 +194,7 @@ class KeyedDataset(Dataset[Any]):
                 self.at_sample(sample_id)
             try:
                 image, target = self.dataset.read_only(sample_id)  # type: ignore[attr-defined]
+            # Anything: it comes again where the sample is made by itself, and is told of there.
             except Exception:
                 return None
             if not is_decoded_image(image) or not isinstance(target, int | float):

@@ -19,7 +19,7 @@ from trainer.errors import LockstepError
 from trainer.process.loader_start import explain_early_end
 from trainer.process.parent import signal_name
 
-NO_SAMPLE = -1
+NO_SAMPLE = -1  # ids begin with 0
 REASON_LENGTH = 300  # bytes
 SECONDS_TO_END = 1.0  # from the error that tells of a process's end to the end itself
 

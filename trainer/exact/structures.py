@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 # Objects whose attributes are not looked at: they are no results.
 OPAQUE = (type, nn.Module)
-MOST_SHOWN = 6
+MOST_SHOWN = 6  # tensors, in a message
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

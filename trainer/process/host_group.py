@@ -170,6 +170,7 @@ class HostGroup:
                 with self._heartbeat(partial(self._largest, BUSY)):
                     yield
             except Exception as error:
+                # Raised once the other ranks have heard of it.
                 failure = error
         self._await_first(failure)
         if not is_first:
@@ -221,6 +222,7 @@ class HostGroup:
                 try:
                     beat()
                 except Exception as error:
+                    # Raised by the thread whose body runs: nobody would see it here.
                     failures.append(error)
                     return
 

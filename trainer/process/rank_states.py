@@ -24,7 +24,7 @@ CLAIM_KEY = "lockstep/hang"  # the claim of the rank that makes the report
 REPORT_KEY = "lockstep/timeout"  # the report
 ENDED_KEY = "lockstep/ended"  # the ranks whose processes have ended
 SECONDS_BETWEEN_LOOKS = 0.2
-MAX_NAMED_RANKS = 16
+MAX_NAMED_RANKS = 16  # in a line of a report
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ LONGEST_TIMEOUT = (
 DEVICE_MARGIN = 60.0  # seconds
 # Of `main_first`, after rank 0's and that of each other machine's first rank.
 LAST_TURN = 2
-MAX_NAMED_RANKS = 8
+MAX_NAMED_RANKS = 8  # in a message
 
 T = TypeVar("T")
 

@@ -64,6 +64,7 @@ def _ask(question: Callable[[], Any]) -> tuple[Callable[[], Any], Thread]:
         try:
             answers.append(question())
         except Exception as error:
+            # Told by the thread that asked: nobody would see it here.
             failures.append(error)
 
     def answer() -> Any:

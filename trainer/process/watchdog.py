@@ -29,8 +29,8 @@ from trainer.process.signs_of_life import SignsOfLife
 from trainer.process.stacks import stacks_on_crash
 from trainer.process.terminal import is_terminal
 
-MAX_SECONDS_BETWEEN_LOOKS = 5.0
-SECONDS_BETWEEN_LOOKS_AT_A_STOP = 0.5
+MAX_SECONDS_BETWEEN_LOOKS = 5.0  # a tenth of the timeout, where that is shorter
+SECONDS_BETWEEN_LOOKS_AT_A_STOP = 0.5  # after a SIGTERM there is little time
 # After a SIGTERM, in which nothing is done. Slurm, Kubernetes and torchrun kill after 30 s, unless told otherwise.
 STOP_GRACE = 20.0
 # A long step, or a checkpoint that is being written, is worth more patience.

@@ -144,6 +144,7 @@ class _Build:
                     self._is_ended.wait(POLL)
         except _Ended:
             pass
+        # Also Ctrl-C: the other threads are to end, too.
         except BaseException:
             self._is_ended.set()
             raise

@@ -51,9 +51,13 @@ def compare(
         distances[name], size = _norms(first[name], second[name])
         sizes.append(size)
     total = math.hypot(*sizes)
-    relative = math.hypot(*distances.values()) / total if total else 0.0
+    distance = math.hypot(*distances.values())
+    relative = distance / total if total else 0.0
     if tolerance is None:
-        names = [name for name in first if not _is_same(first[name], second[name])]
+        names = []
+        for name, tensor in first.items():
+            if not _is_same(tensor, second[name]):
+                names.append(name)
         return Difference(names, relative) if names else None
     if not relative > tolerance:
         return None
@@ -81,8 +85,9 @@ def _norms(first: Tensor | None, second: Tensor | None) -> tuple[float, float]:
         return size, size
     if one.shape != other.shape:
         return math.inf, 1.0
+    distance = float((one - other).norm())
     larger = max(float(one.norm()), float(other.norm()))
-    return float((one - other).norm()), larger
+    return distance, larger
 
 
 def _as_floats(tensor: Tensor | None) -> Tensor | None:

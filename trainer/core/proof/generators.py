@@ -15,7 +15,7 @@ KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Ran
 OBJECTS = 20_000  # looked at, at most
 # A longer list holds samples rather than the parts of a pipeline.
 LONGEST_LIST = 256
-DEPTH = 12
+DEPTH = 12  # of objects within each other
 LEAVES = (str, bytes, int, float, complex, type, Tensor, np.ndarray, type(None))
 
 

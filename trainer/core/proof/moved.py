@@ -50,12 +50,12 @@ def check_moved(trial: Trial) -> list[Finding]:
         changed |= dict.fromkeys(f"{LOSS_PREFIX}{name}" for name in states[1].changes())
         parameters = dict(whole.named_parameters())
         buffers = dict(_buffers(whole))
-        attributes = [
-            name
-            for name in changed
-            if name not in parameters and name not in buffers
-            if not _is_of_lockstep(whole, name) and not _is_set_once(whole, name)
-        ]
+        attributes = []
+        for name in changed:
+            if name in parameters or name in buffers:
+                continue
+            if not _is_of_lockstep(whole, name) and not _is_set_once(whole, name):
+                attributes.append(name)
         read = attributes
         if attributes and not any(_is_counted(whole, name) for name in attributes):
             # Kept for somebody to look at, such as an attention map, unless the next forward shows it.
@@ -88,8 +88,9 @@ def _run(trial: Trial) -> dict[str, Tensor | None]:
         module.zero_grad()
     total, _ = trial.forward_and_backward(trial.own_index)
     results: dict[str, Tensor | None] = {"the loss": total.detach().clone()}
-    results |= gradients_of(run.module, run.task)
-    return {name: None if t is None else t.clone() for name, t in results.items()}
+    for name, gradient in gradients_of(run.module, run.task).items():
+        results[name] = None if gradient is None else gradient.clone()
+    return results
 
 
 def _is_same(

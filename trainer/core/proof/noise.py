@@ -54,8 +54,12 @@ def noisy_parameters(module: nn.Module) -> list[str]:
         for name, parameter in layer.named_parameters(recurse=False):
             if parameter.grad is not None:
                 sizes[name] = float(parameter.grad.abs().max())
+        if not sizes:
+            continue
+        dtype = next(layer.parameters()).dtype
+        bound = NOISE * torch.finfo(dtype).eps
+        largest = max(sizes.values())
         for name, size in sizes.items():
-            bound = NOISE * torch.finfo(next(layer.parameters()).dtype).eps
-            if 0 < size < bound * max(sizes.values()):
+            if 0 < size < bound * largest:
                 noisy.append(f"{prefix}.{name}" if prefix else name)
     return noisy

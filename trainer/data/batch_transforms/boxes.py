@@ -14,9 +14,9 @@ from torch import Tensor
 
 from trainer.exact.counter_draws import below
 
-STEPS = 4096
+STEPS = 4096  # areas, and ratios, in a table
 ATTEMPTS = 10  # as many as torchvision makes
-DRAWS = 2 * ATTEMPTS + 2
+DRAWS = 2 * ATTEMPTS + 2  # an area and a ratio for each attempt, then top and left
 ONE = 1 << 16  # a table's 1
 ROOT_BITS = 8  # fraction of the root of an image's area
 

@@ -23,7 +23,7 @@ from trainer.data.batch_transforms.resizing import require_bytes
 from trainer.exact.counter_draws import below, between, happens
 
 ONE = 1 << 16  # a factor of 1
-HALF = ONE >> 1
+HALF = ONE >> 1  # added before a shift, it rounds to the nearest
 # Red, green and blue in a pixel's brightness (ITU-R BT.601), of `ONE`.
 LUMA = (19595, 38470, 7471)
 LARGEST_FACTOR = 16.0  # beyond it a product would not fit into an int32

@@ -11,7 +11,7 @@ from torch import Tensor
 
 SIXTH = 1 << 16
 CIRCLE = 6 * SIXTH
-HALF = SIXTH >> 1
+HALF = SIXTH >> 1  # added before a shift, it rounds to the nearest
 # Of the circle: a turn by half of it is the same in both directions.
 LARGEST_SHARE = 0.5
 # Where on the circle each of red, green and blue begins to fall, in sixths.

@@ -35,7 +35,7 @@ from trainer.reporting.figures.style import (
     write,
 )
 
-MOST_PICTURES = 12
+MOST_PICTURES = 12  # whole rows, whether of three or of four
 MOST_POINTS = 500  # samples of a regression
 MOST_NUMBERS = 8  # of a sample, in a picture's title
 LEAST_SCORE = 0.5  # of a box, and of a label that holds

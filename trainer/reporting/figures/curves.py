@@ -31,7 +31,7 @@ Rows = Sequence[Mapping[str, float]]
 Points = Sequence[tuple[float, float]]  # steps and values
 
 PANEL_HEIGHT = 2.5  # inches
-RATE_PANEL_HEIGHT = 1.2
+RATE_PANEL_HEIGHT = 1.2  # one line without noise needs less
 LEAST_RATIO = 4  # of the largest loss to the least, for a logarithmic axis
 # Of Okabe and Ito's palette, as those of the rest.
 COLOURS_OF_SETS = (VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -28,7 +28,7 @@ from trainer.reporting.figures.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_IMAGES = 64
+MAX_IMAGES = 64  # of a batch: more are too small to be seen
 GAP = 0.12  # inches between cells
 HEADING = 0.36  # inches, the height of a heading
 

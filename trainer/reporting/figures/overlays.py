@@ -14,7 +14,7 @@ from trainer.reporting.figures.style import BLUE, VERMILION
 # Okabe and Ito's palette (2008), the two that stand for true and predicted left out.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#999999")
 LEAST_SIDE = 160  # pixels of a picture, so that lines are thin beside it
-OPACITY = 0.75
+OPACITY = 0.75  # of a class's colour, below which the image is to be seen
 TRUE, PREDICTED = BLUE, VERMILION
 
 

@@ -20,7 +20,7 @@ from trainer.reporting.trackers.base import (
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 # Of one request and of a parameter's value; MLflow refuses more.
 PARAMETERS_AT_ONCE = 100
-LONGEST_PARAMETER = 6000
+LONGEST_PARAMETER = 6000  # letters; MLflow refuses longer ones
 
 
 class MlflowTracker(Tracker):

@@ -99,6 +99,7 @@ class TrackerWorker:
                 try:
                     item()
                 except Exception as error:
+                    # Told by the thread that trains, when it next hands something over.
                     self._error = error
 
     def _wait(self, what: str) -> None:

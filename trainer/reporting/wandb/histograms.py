@@ -12,7 +12,7 @@ from trainer.reporting.wandb.run import WandbRun
 
 # Evenly spread over a model's parameters, so that the cost of a large model is bounded.
 MAX_TENSORS = 64
-BINS = 64
+BINS = 64  # as many as `wandb.Histogram` makes by default
 
 
 class HistogramObserver(Observer):
