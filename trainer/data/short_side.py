@@ -44,9 +44,10 @@ def shrink(image: Tensor, pixels: int | None) -> Tensor:
     height, width = image.shape[-2:]
     if pixels is None or min(height, width) <= pixels:
         return image
+    # Cut off, as torchvision does.
     long_side = int(pixels * max(height, width) / min(height, width))
-    is_wide = height <= width
-    return resize_uint8(image, [pixels, long_side] if is_wide else [long_side, pixels])
+    size = [pixels, long_side] if height <= width else [long_side, pixels]
+    return resize_uint8(image, size)
 
 
 def resize_uint8(image: Tensor, size: list[int], out: Tensor | None = None) -> Tensor:

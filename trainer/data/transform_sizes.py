@@ -114,7 +114,9 @@ def transform_lists(
     yield key, [*train, *_in("data.batch_transforms", section.batch_transforms)]
     key = "data.val_transforms"
     yield key, _in(key, section.val_transforms)
-    sets = {f"val.{name}": item for name, item in validation_sets(section.val).items()}
+    sets = {}
+    for name, item in validation_sets(section.val).items():
+        sets[f"val.{name}"] = item
     test = test_set(section.test)
     if test is not None:
         sets["test"] = test
@@ -148,5 +150,7 @@ def _size_argument(name: str) -> str:
 def _largest(size: Any) -> int | None:
     """The larger of one or several numbers; None for anything else, of which the transform itself will tell."""
     sizes = size if isinstance(size, list) else [size]
-    numbers = [number for number in sizes if type(number) is int and number > 0]
-    return max(numbers) if numbers and len(numbers) == len(sizes) else None
+    for number in sizes:
+        if type(number) is not int or number <= 0:
+            return None
+    return max(sizes, default=None)

@@ -173,7 +173,9 @@ def _values_named_in(code: CodeType, function: FunctionType) -> Iterator[Any]:
     """What the names in a function's code stand for: globals, enclosed variables, imports, attributes of modules."""
     names = list(code.co_names)
     known: list[Any] = [*_closure_values(function)]
-    known += [function.__globals__[n] for n in names if n in function.__globals__]
+    for name in names:
+        if name in function.__globals__:
+            known.append(function.__globals__[name])
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _values_named_in(constant, function)

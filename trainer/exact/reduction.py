@@ -69,9 +69,10 @@ class Reduction(ABC):
         self._build()
 
     def _build(self) -> None:
-        self._parameters = {
-            name: p for name, p in self._whole.named_parameters() if p.requires_grad
-        }
+        self._parameters: dict[str, nn.Parameter] = {}
+        for name, parameter in self._whole.named_parameters():
+            if parameter.requires_grad:
+                self._parameters[name] = parameter
         self._loss_parameters = self._whole.trained_loss_parameters()
         self._left_out: dict[str, nn.Parameter] = {}  # of the loss: see below
         self._moving = MovingBuffers(self._whole, self._ranks)
@@ -260,17 +261,18 @@ class Reduction(ABC):
     def _divide_by_weight(self, step: Step) -> None:
         """Turn the mean over the step's samples into that over its targets; without targets the gradient is 0."""
         dtype = sum_dtype(self._ranks.device)
-        weights = torch.zeros(
-            len(step.micro_batches), dtype=dtype, device=self._ranks.device
-        )
+        count = len(step.micro_batches)
+        weights = torch.zeros(count, dtype=dtype, device=self._ranks.device)
         for index, weight in self._weights.items():
             weights[index] = weight
         self._weights.clear()
         # Each weight is added to the zeros of all other ranks, so this sum is exact in any order.
         total = self._ranks.sum_(weights).sum()
-        factor = torch.where(total > 0, step.size / total, torch.zeros_like(total))
+        nothing = torch.zeros_like(total)
+        factor = torch.where(total > 0, step.size / total, nothing)
         gradients = self.gradients()
-        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype.to_real()))
+        dtype_of_gradients = gradients[0].dtype.to_real()
+        torch._foreach_mul_(gradients, factor.to(dtype_of_gradients))
 
     def _refuse_sparse_gradients(self) -> None:
         if self._ranks.count > 1:

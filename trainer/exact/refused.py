@@ -106,7 +106,7 @@ class RefusedOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name = str(function).removeprefix("aten.")  # such as median.dim
-        packet = name.partition(".")[0]
+        packet, _, _ = name.partition(".")
         if self._layers:
             layers = self._layers_of.setdefault(packet, [])
             if self._layers[-1] not in layers:

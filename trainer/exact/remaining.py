@@ -25,7 +25,8 @@ def remaining_step(plan: Plan, step: Step, bad: Collection[int]) -> Step:
     if not is_bad.any():
         return step
     # How many samples remain of those before each place in the step.
-    remaining_before = np.concatenate([[0], np.cumsum(~is_bad)]).tolist()
+    remaining_up_to = np.cumsum(~is_bad)
+    remaining_before = [0, *remaining_up_to.tolist()]
     micro_batches: list[IndexRange] = []
     ranks: list[IndexRange] = []
     for first, end in step.ranks:

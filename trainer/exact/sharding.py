@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -42,10 +43,11 @@ def blocks_of(module: nn.Module) -> list[str]:
 def _without_small(module: nn.Module, names: Sequence[str]) -> list[str]:
     """Those that are large, and small ones of which there are too many. Blocks of one size are treated alike."""
     sizes = {name: _bytes(module.get_submodule(name)) for name in names}
+    counts = Counter(sizes.values())
     with_model: set[int] = set()
     together = 0
-    for size in sorted(set(sizes.values())):
-        together += size * list(sizes.values()).count(size)
+    for size in sorted(counts):
+        together += size * counts[size]
         if size >= SMALL_BYTES or together > SMALL_BYTES_TOGETHER:
             break
         with_model.add(size)

@@ -149,8 +149,9 @@ def _example(shape: list[int], dtype: str) -> Tensor:
 
 def _signature(program: _Program, answer: Answer) -> dict[str, Any]:
     """What the program takes and gives, as `signature.json` beside it says it; the size of `batch` may vary."""
-    example = program.example
-    values = example if isinstance(example, dict) else {program.input_names[0]: example}
+    values = program.example
+    if not isinstance(values, dict):
+        values = {program.input_names[0]: values}
     is_batch = program.input_names != ["image"]
     inputs = {name: _describe(value, is_batch) for name, value in values.items()}
     output = _describe(answer.values, is_batch)

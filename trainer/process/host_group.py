@@ -109,8 +109,9 @@ class HostGroup:
     def _pad(self, value: Any) -> tuple[Tensor, list[int]]:
         """`value` as bytes, padded to those of the rank that has the most; and how many each rank has."""
         data = _to_bytes(value)
+        own_size = torch.tensor([len(data)])
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
-        self._run(partial(distributed.all_gather, sizes, torch.tensor([len(data)])))
+        self._run(partial(distributed.all_gather, sizes, own_size))
         lengths = [int(size) for size in sizes]
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(data)] = data

@@ -230,15 +230,14 @@ class Ranks:
         for distance in range(1, len(members)):
             to = (own + distance) % len(members)
             source = (own - distance) % len(members)
-            exchanges.append(
-                distributed.P2POp(distributed.isend, shard, members[to], group)
-            )
-            exchanges.append(
+            exchanges += [
+                distributed.P2POp(distributed.isend, shard, members[to], group),
                 distributed.P2POp(
                     distributed.irecv, whole[source], members[source], group
-                )
-            )
-        return partial(_wait_for, distributed.batch_isend_irecv(exchanges))
+                ),
+            ]
+        works = distributed.batch_isend_irecv(exchanges)
+        return partial(_wait_for, works)
 
     # ---------------------------------------------------------------- Python objects and decisions
 
@@ -305,10 +304,11 @@ class Ranks:
 
     def _with_ranks(self, error: LockstepError, failed: list[int]) -> LockstepError:
         """An error that names the ranks it happened on, and the first one's machine."""
-        names = ", ".join(map(str, failed[:MAX_NAMED_RANKS])) + (
-            ", …" if len(failed) > MAX_NAMED_RANKS else ""
-        )
-        ranks = f"(on rank {names} of {self.count}, machine {self.machines[failed[0]]}; the other ranks do not fail)"
+        names = ", ".join(map(str, failed[:MAX_NAMED_RANKS]))
+        if len(failed) > MAX_NAMED_RANKS:
+            names += ", …"
+        machine = self.machines[failed[0]]
+        ranks = f"(on rank {names} of {self.count}, machine {machine}; the other ranks do not fail)"
         if isinstance(error, ConfigError):
             return ConfigError(error.key, f"{error.message} {ranks}")
         return type(error)(f"{error} {ranks}")

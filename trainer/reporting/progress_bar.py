@@ -88,8 +88,10 @@ class RunProgress:
         eta = ABSENT
         if self._pace_start is not None and self._step > self._pace_start[1]:
             start, start_step = self._pace_start
-            seconds_per_step = (now - start) / (self._step - start_step)
-            eta = format_clock(seconds_per_step * (self._total_steps - self._step))
+            steps_done = self._step - start_step
+            steps_left = self._total_steps - self._step
+            seconds_per_step = (now - start) / steps_done
+            eta = format_clock(seconds_per_step * steps_left)
         elapsed = format_clock(now - self._session_start)
         return GAP.join([f"{percent:3d} %", elapsed, f"eta {eta}"])
 

@@ -264,11 +264,12 @@ def batch_arithmetic(plan: Plan, fuse: int = 1) -> str:
     """A full step in numbers: `64 = 8 × 8 on 3 processes: 3+3+2`; `, up to 2 at once` if one forward runs several."""
     step = plan.step(0)
     count = len(step.micro_batches)
-    sizes = sorted({stop - start for start, stop in step.micro_batches}, reverse=True)
-    if len(sizes) == 1:
-        cut = f"{step.size} = {count} × {sizes[0]}"
+    sizes = {stop - start for start, stop in step.micro_batches}
+    larger, smaller = max(sizes), min(sizes)  # at most one apart
+    if larger == smaller:
+        cut = f"{step.size} = {count} × {larger}"
     else:
-        cut = f"{step.size} in {count} of {sizes[0]} or {sizes[1]}"
+        cut = f"{step.size} in {count} of {larger} or {smaller}"
     return f"{cut} on {_describe_shares(plan)}{_describe_fuse(plan, fuse)}"
 
 
@@ -359,18 +360,20 @@ def closing(values: dict[str, Any], directory: Path) -> list[Fact]:
         steps = f"{values['steps']:,} of {values['planned_steps']:,} steps"
     minutes, seconds = divmod(values["seconds"], 60)
     elapsed = f"{minutes:.0f} min {seconds:.1f} s" if minutes else f"{seconds:.1f} s"
-    return [
+    samples = f"{values['samples_seen']:,} samples{_describe_bad(values)}"
+    facts = [
         ("best", best),
         *_describe_test(values),
         ("elapsed", elapsed),
-        (
-            "trained",
-            f"{steps} · {values['samples_seen']:,} samples{_describe_bad(values)}",
-        ),
-        *([("ended by", values["stopped_by"])] if "stopped_by" in values else []),
+        ("trained", f"{steps} · {samples}"),
+    ]
+    if "stopped_by" in values:
+        facts.append(("ended by", values["stopped_by"]))
+    facts += [
         ("weights", values["weights_sha256"][:16]),
         ("files", str(directory)),
     ]
+    return facts
 
 
 def _describe_test(values: dict[str, Any]) -> list[Fact]:

@@ -144,7 +144,8 @@ def is_complete(folder: Path, chunk: int, images: int) -> bool:
         table = json.loads(table_path.read_text())
         state = pixels.stat()
         sides = list(zip(table["heights"], table["widths"], strict=True))
-        size = sum(height * width for height, width in sides) * CHANNELS
+        pixels_of_all = sum(height * width for height, width in sides)
+        size = pixels_of_all * CHANNELS
         if len(sides) != images or not state.st_size == table["bytes"] == size:
             return False
         if state.st_mtime_ns == table["mtime_ns"]:

@@ -67,7 +67,8 @@ def fingerprint(dataset: MapDataset, block_size: int | None = None) -> Fingerpri
 def _count_classes(dataset: MapDataset) -> dict[str, int] | None:
     targets = getattr(dataset, "targets", None)
     if isinstance(targets, Tensor | np.ndarray):
-        targets = targets.tolist() if targets.ndim == 1 else None
+        is_column = targets.ndim == 1
+        targets = targets.tolist() if is_column else None
     if not isinstance(targets, list) or len(targets) != len(dataset):
         return None
     if not all(isinstance(target, int) for target in targets):

@@ -122,12 +122,15 @@ def _first_few(names: list[str]) -> str:
 def _count_channels(image: Any) -> int | None:
     """Channels of a tensor `(C, H, W)` or `(H, W)`, an array, a PIL image, or the only one in a dict; else None."""
     if isinstance(image, Mapping):
-        tensors = [input_as_tensor(value) for value in image.values()]
-        images = [t for t in tensors if isinstance(t, Tensor) and t.dim() == 3]
+        images = []
+        for value in image.values():
+            tensor = input_as_tensor(value)
+            if isinstance(tensor, Tensor) and tensor.dim() == 3:
+                images.append(tensor)
         return images[0].shape[0] if len(images) == 1 else None
     image = input_as_tensor(image)
-    if isinstance(image, Tensor) and image.dim() == 3:
+    if not isinstance(image, Tensor):
+        return None
+    if image.dim() == 3:
         return image.shape[0]
-    if isinstance(image, Tensor) and image.dim() == 2:
-        return 1
-    return None
+    return 1 if image.dim() == 2 else None

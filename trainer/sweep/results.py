@@ -62,10 +62,12 @@ def draw_pictures(sweep: Sweep, study: optuna.Study, directory: Path) -> list[Pa
     from optuna.visualization import matplotlib as plots
 
     # A picture of secrets would be their list.
-    names = [
-        name for name in list_varying(sweep) if redacted_value(name, "") != REDACTED
-    ]
-    values = {trial.value for trial in study.get_trials(states=[TrialState.COMPLETE])}
+    names = []
+    for name in list_varying(sweep):
+        if redacted_value(name, "") != REDACTED:
+            names.append(name)
+    complete = study.get_trials(states=[TrialState.COMPLETE])
+    values = {trial.value for trial in complete}
     width = max(6.4, 1.3 * (len(names) + 1))  # inches, for the parallel axes
     pictures: dict[str, Callable[..., object]] = {}
     if values:

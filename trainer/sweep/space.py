@@ -75,16 +75,14 @@ class Parameter:
         """The value of a trial: a function of the seed, the parameter's name and the trial's number alone."""
         generator = numpy_generator(seed, f"sweep/{self.name}", trial)
         if self.choices:
-            return self.choices[
-                int(generator.choice(len(self.choices), p=self.probabilities))
-            ]
+            index = generator.choice(len(self.choices), p=self.probabilities)
+            return self.choices[int(index)]
         first, second = self.bounds
         if self.law == "int_uniform":
             return int(generator.integers(int(first), int(second), endpoint=True))
         if self.law == "log_uniform":
-            return self.round(
-                math.exp(generator.uniform(math.log(first), math.log(second)))
-            )
+            logarithm = generator.uniform(math.log(first), math.log(second))
+            return self.round(math.exp(logarithm))
         if self.law == "normal":
             return self.round(generator.normal(first, second))
         if self.law == "log_normal":
@@ -216,11 +214,9 @@ def _read_numbers(
     low_name, high_name = DISTRIBUTIONS[distribution][:2]
     low = read_number(f"{key}.{low_name}", spec[low_name])
     high = read_number(f"{key}.{high_name}", spec[high_name])
-    q = (
-        read_number(f"{key}.q", spec.get("q", 1))
-        if distribution.startswith("q_")
-        else None
-    )
+    q = None
+    if distribution.startswith("q_"):
+        q = read_number(f"{key}.q", spec.get("q", 1))
     if low_name == "min" and low > high:
         raise ConfigError(f"{key}.min", f"{low} is more than max={high}")
     if high_name == "sigma" and high <= 0:
@@ -259,18 +255,14 @@ def _read_choices(name: str, key: str, spec: Mapping[str, Any]) -> Parameter:
         probabilities = [probabilities]
     shares = [read_number(f"{key}.probabilities", share) for share in probabilities]
     total = sum(shares)
-    if (
-        len(shares) != len(values)
-        or min(shares) < 0
-        or not math.isclose(total, 1, abs_tol=1e-6)
-    ):
+    is_one_for_each = len(shares) == len(values) and min(shares) >= 0
+    if not is_one_for_each or not math.isclose(total, 1, abs_tol=1e-6):
         raise ConfigError(
             f"{key}.probabilities", f"must be {len(values)} numbers that add up to 1"
         )
     # Divided by their sum, because NumPy allows less of an error than a YAML with six digits has.
-    return Parameter(
-        name, "categorical", choices, tuple(share / total for share in shares)
-    )
+    scaled = tuple(share / total for share in shares)
+    return Parameter(name, "categorical", choices, scaled)
 
 
 def read_number(key: str, value: Any) -> float:

@@ -47,10 +47,10 @@ class LiveTable:
 
     def show(self, trials: list[Trial]) -> None:
         if self._live is not None:
-            rows = [trial for trial in trials if trial.state == "running"]
-            rows += sort_trials(
-                self._sweep, [trial for trial in trials if trial.state != "running"]
-            )
+            running = [trial for trial in trials if trial.state == "running"]
+            others = [trial for trial in trials if trial.state != "running"]
+            # Those that run come first: the table may be cut off.
+            rows = [*running, *sort_trials(self._sweep, others)]
             height = min(MAX_ROWS, self._console.height - 6)
             self._live.update(build_table(self._sweep, rows[:height]), refresh=True)
             return

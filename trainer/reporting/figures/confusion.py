@@ -82,9 +82,8 @@ def class_table(
         other = confused_with[i]
         times = mistakes[i, other]
         rounded = np.round([precision[i], recall[i], f1[i]], 6)
-        table.writerow(
-            [names[i], *rounded, support[i], names[other] if times else "", times]
-        )
+        mistaken_for = names[other] if times else ""
+        table.writerow([names[i], *rounded, support[i], mistaken_for, times])
     return text.getvalue()
 
 
@@ -123,13 +122,15 @@ def draw_confusion_matrix(
     size = len(counts)
     side = min(max(2.6, CELL * size), 8.4)
     # Shares of a row, because classes may differ in size; a class without samples has a row of zeros.
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    row_totals = counts.sum(axis=1, keepdims=True)
+    shares = counts / np.maximum(row_totals, 1)
     figure = new_figure(side + 2.2, side + 1.4)
     axes = figure.subplots()
     # A square root makes rare mistakes visible beside a diagonal near 1; cells of a few pixels need a cube root.
-    norm = PowerNorm(1 / 2 if size <= MAX_NUMBERED_CLASSES else 1 / 3, 0, 1)
+    is_small = size <= MAX_NUMBERED_CLASSES
+    norm = PowerNorm(1 / 2 if is_small else 1 / 3, 0, 1)
     axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
-    if size <= MAX_NUMBERED_CLASSES:
+    if is_small:
         _write_counts(axes, counts, shares)
     _name_classes(axes, classes, room=fitting_characters(side / size))
     axes.spines[:].set_visible(False)
@@ -178,10 +179,10 @@ def _name_classes(axes: Axes, classes: Sequence[str], room: int) -> None:
         return
     names = [shorten(name, 24) for name in classes]
     longest = max(map(len, names))
-    axes.set_yticks(range(len(names)), names, parse_math=False)
-    axes.set_xticks(
-        range(len(names)), names, parse_math=False, rotation=90 if longest > room else 0
-    )
+    positions = range(len(names))
+    rotation = 90 if longest > room else 0
+    axes.set_yticks(positions, names, parse_math=False)
+    axes.set_xticks(positions, names, parse_math=False, rotation=rotation)
 
 
 def _add_colour_bar(figure: Figure, axes: Axes) -> None:

@@ -59,9 +59,10 @@ def draw_curves(
     names = _metric_names(rows, phases)
     heights = [PANEL_HEIGHT] * len(names) + [RATE_PANEL_HEIGHT]
     figure = new_figure(7.5, PANEL_HEIGHT * len(names) + 1.6)
-    *panels, rate_panel = figure.subplots(
+    grid = figure.subplots(
         len(heights), 1, sharex=True, squeeze=False, height_ratios=heights
-    )[:, 0]
+    )
+    *panels, rate_panel = grid[:, 0]
     for axes, name in zip(panels, names, strict=True):
         _draw_metric(axes, rows, name, phases)
     _draw_rates(rate_panel, rows, rates)
@@ -116,12 +117,19 @@ def _with_middles(rows: Rows) -> Rows:
     split: list[Mapping[str, float]] = []
     start = 0.0
     for row in rows:
-        means = {k: v for k, v in row.items() if k.startswith("train/epoch_")}
+        means = {}
+        others = {}
+        for name, value in row.items():
+            if name.startswith("train/epoch_"):
+                means[name] = value
+            else:
+                others[name] = value
         if not means:
             split.append(row)
             continue
-        split.append({"step": (start + row["step"]) / 2, **means})
-        split.append({k: v for k, v in row.items() if k not in means})
+        middle = (start + row["step"]) / 2
+        split.append({"step": middle, **means})
+        split.append(others)
         start = row["step"]
     return split
 

@@ -30,6 +30,7 @@ from trainer.reporting.figures.confusion import (
 )
 from trainer.reporting.figures.curves import draw_curves
 from trainer.reporting.figures.images import (
+    MAX_IMAGES,
     PredictionGroup,
     draw_batch_grid,
     draw_predictions,
@@ -147,7 +148,8 @@ def _draw_decisions(
 def draw_batch(run: Run, directory: Path) -> dict[str, Path]:
     """Draw the run's first samples as the model sees them, if they are images."""
     path = directory / "figures" / "batch.png"
-    ids = run.plan.permutation(0)[: min(64, run.plan.batch_size)]
+    count = min(MAX_IMAGES, run.plan.batch_size)
+    ids = run.plan.permutation(0)[:count]
     batch = run.train_loader.peek(ids, occurrences=count_occurrences(ids))
     images = images_in(run, batch.inputs)
     if images is None:

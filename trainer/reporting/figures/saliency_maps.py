@@ -53,9 +53,11 @@ def compute_saliency(task: Task, model: nn.Module, images: Tensor) -> Tensor | N
     maps = _scale(input_gradient.abs().amax(1), size)
     for activation, gradient in zip(last_features, feature_gradients, strict=True):
         channel_weights = gradient.mean((2, 3), keepdim=True)
-        cam = _scale((channel_weights * activation.detach()).sum(1).relu(), size)
+        weighted = channel_weights * activation.detach()
+        cam = _scale(weighted.sum(1).relu(), size)
         # A map of zeros says that no feature map speaks for the class.
-        maps = torch.where(cam.amax((1, 2), keepdim=True) > 0, cam, maps)
+        speaks = cam.amax((1, 2), keepdim=True) > 0
+        maps = torch.where(speaks, cam, maps)
     return maps
 
 

@@ -54,8 +54,12 @@ def _pick_parameters(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
         if parameter.grad is not None:
             trained.append((name, parameter, parameter.grad))
     count = min(len(trained), MAX_TENSORS)
-    # Evenly spread from the first layer to the last, and the same tensors every time.
-    return [trained[i * len(trained) // count] for i in range(count)]
+    chosen = []
+    for number in range(count):
+        # Evenly spread from the first layer to the last, and the same tensors every time.
+        index = number * len(trained) // count
+        chosen.append(trained[index])
+    return chosen
 
 
 def _count(tensor: Tensor) -> Histogram | None:
