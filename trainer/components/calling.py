@@ -60,7 +60,10 @@ def scores_of(output: Any) -> Any:
     Raises `ConfigError` for one with auxiliary scores, which would go into no loss.
     """
     values = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
-    scores = [values[name] for name in SCORES if isinstance(values.get(name), Tensor)]
+    scores = []
+    for name in SCORES:
+        if isinstance(values.get(name), Tensor):
+            scores.append(values[name])
     if len(scores) != 1:
         return output
     for name, value in values.items():

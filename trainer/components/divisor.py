@@ -41,7 +41,9 @@ def count_rows(output: Tensor) -> int:
 
 def count_positions(output: Tensor) -> int:
     """Samples, or pixels: what is left of `(N, C, …)` without the classes."""
-    return output.numel() // output.shape[1] if output.dim() > 1 else len(output)
+    if output.dim() < 2:
+        return len(output)
+    return output.numel() // output.shape[1]
 
 
 CANDIDATES: tuple[Divisor, ...] = (

@@ -116,7 +116,9 @@ class Freezing:
     def _matching_names(self, key: str, patterns: list[str]) -> set[str]:
         """The parameters, and modules with parameters or buffers, that match any of `patterns`."""
         names = {name for name, _ in self._model.named_parameters()}
-        names |= {name for name, module in self._modules.items() if _has_state(module)}
+        for name, module in self._modules.items():
+            if _has_state(module):
+                names.add(name)
         matches: set[str] = set()
         for pattern in patterns:
             of_pattern = {name for name in names if fnmatchcase(name, pattern)}

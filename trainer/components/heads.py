@@ -87,4 +87,8 @@ def head_outputs(model: nn.Module, head: str) -> int | None:
 def parent_names(name: str) -> list[str]:
     """The dotted names of the modules around a module or parameter, the innermost first; not the model's own, ""."""
     parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
+    parents = []
+    while len(parts) > 1:
+        parts.pop()
+        parents.append(".".join(parts))
+    return parents

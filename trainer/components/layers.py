@@ -72,7 +72,11 @@ def _layers_by_matcher(
         if number < 0 or group[-1] != WITH_PREVIOUS:
             number += 1
         numbers[group] = number
-    return {name: numbers[group] for name, group in groups.items() if group in numbers}
+    layers: dict[str, int] = {}
+    for name, group in groups.items():
+        if group in numbers:
+            layers[name] = numbers[group]
+    return layers
 
 
 def _group_finder(matcher: Any) -> Callable[[str], tuple[float, ...]]:

@@ -41,7 +41,11 @@ def as_metric_inputs(
 
 def _as_boxes(table: Tensor) -> dict[str, Tensor]:
     """A table `(K, 6)` of boxes, scores and class ids as `torchmetrics.detection` takes them."""
-    return {"boxes": table[:, :4], "scores": table[:, 4], "labels": table[:, 5].long()}
+    return {
+        "boxes": table[:, :4],
+        "scores": table[:, 4],
+        "labels": table[:, 5].long(),
+    }
 
 
 def _without_last_one(tensor: Tensor) -> Tensor:

@@ -215,7 +215,9 @@ def _arguments_for_weights(section: ModelConfig) -> dict[str, Any]:
 
 def input_channels(inputs: Any) -> int | None:
     """Channels of images `(N, C, H, W)`; None for anything else."""
-    return inputs.shape[1] if isinstance(inputs, Tensor) and inputs.dim() == 4 else None
+    if not isinstance(inputs, Tensor) or inputs.dim() != 4:
+        return None
+    return inputs.shape[1]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

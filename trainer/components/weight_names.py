@@ -81,8 +81,9 @@ def _readings(
         tensors = {key.replace(COMPILED, ""): value for key, value in tensors.items()}
         notes.append(f'names without "{COMPILED}"')
 
-    def reading(renamed: Tensors, key: str, *note: str) -> Match:
-        return Match(renamed, key, ", ".join([*notes, *note]), _count(renamed, own))
+    def reading(renamed: Tensors, key: str, *further_notes: str) -> Match:
+        note = ", ".join([*notes, *further_notes])
+        return Match(renamed, key, note, _count(renamed, own))
 
     plain = reading(tensors, name)
     readings = []

@@ -75,7 +75,9 @@ def _lay_over_bases(
 def _find_bases(file: YamlFile, above: list[Path]) -> list[Path]:
     """The files that `file` builds on, whose key it loses; `above` are those that build on it, and itself."""
     value = file.tree.pop(BASE, None)
-    names = value if isinstance(value, list) else [] if value is None else [value]
+    names = value if isinstance(value, list) else [value]
+    if value is None:
+        names = []
     bases = []
     for name in names:
         try:

@@ -86,4 +86,6 @@ def key_of_set(name: str) -> str:
     parts = name.split(".")
     if parts[:2] == ["data", "test"]:
         return ".".join(parts[2:])
-    return ".".join(parts[3:]) if parts[:2] == ["data", "val"] else ""
+    if parts[:2] == ["data", "val"]:
+        return ".".join(parts[3:])
+    return ""

@@ -44,7 +44,9 @@ def _has_no_batch_norm(run: Run) -> bool:
 
 
 def _has_frozen_batch_norm(run: Run) -> bool:
-    return not run.config.model.unfreeze and all(map(is_held, norm_layers(run.module)))
+    if run.config.model.unfreeze:
+        return False
+    return all(map(is_held, norm_layers(run.module)))
 
 
 def _is_head_unused(run: Run) -> bool:
@@ -78,7 +80,8 @@ def _has_no_rows(run: Run) -> bool:
 
 def has_image_files(run: Run) -> bool:
     """True if any of the run's samples is an image file that Lockstep itself decodes."""
-    return any(map(_has_files, (run.data.train, *run.data.evaluated().values())))
+    evaluated = run.data.evaluated().values()
+    return any(map(_has_files, [run.data.train, *evaluated]))
 
 
 def _has_files(dataset: Any) -> bool:

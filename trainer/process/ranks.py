@@ -340,7 +340,8 @@ class Ranks:
     def _turn(self) -> int:
         if self.is_main:
             return 0
-        is_first_of_machine = self.machines.index(self.machines[self.rank]) == self.rank
+        own_machine = self.machines[self.rank]
+        is_first_of_machine = self.machines.index(own_machine) == self.rank
         return 1 if is_first_of_machine else LAST_TURN
 
     def close(self) -> None:

@@ -124,7 +124,8 @@ class CacheSource:
         scale = 1.0
         if self.reading.short_side is not None:
             scale = min(1.0, self.reading.short_side / min(width, height))
-        return round(width * scale) * round(height * scale) * CHANNELS
+        pixels = round(width * scale) * round(height * scale)
+        return pixels * CHANNELS
 
 
 def decoder_versions() -> dict[str, str]:

@@ -71,13 +71,16 @@ class Sweep:
         """The command of a trial: `shared` overrides, the trial's values, and `final` overrides above all."""
         overrides = [*self.wandb, *shared, *format_overrides(values), *final]
         index = self.command.index(VALUES)
-        return [*self.command[:index], *overrides, *self.command[index + 1 :]]
+        before, after = self.command[:index], self.command[index + 1 :]
+        return [*before, *overrides, *after]
 
     def is_target_reached(self, value: float | None) -> bool:
         """True if a trial's value is as good as the target, after which no new trial starts."""
         if self.target is None or value is None:
             return False
-        return value >= self.target if self.goal == "maximize" else value <= self.target
+        if self.goal == "maximize":
+            return value >= self.target
+        return value <= self.target
 
 
 def format_overrides(values: Values) -> list[str]:

@@ -138,7 +138,10 @@ def _scale_by_factors(axes: Axes) -> None:
     """A logarithmic axis, if all values are above 0 and the largest is several times the least."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    values = np.array([value for line in axes.lines for value in _values_of(line)])
+    drawn: list[float] = []
+    for line in axes.lines:
+        drawn += _values_of(line)
+    values = np.array(drawn)
     values = values[np.isfinite(values)]
     if not len(values) or values.min() <= 0:
         return
@@ -176,7 +179,8 @@ def _plot(axes: Axes, rows: Rows, key: str, **style: Any) -> None:
         return
     # A line connects two finite neighbours, so a value without any would be invisible.
     padded = np.pad(finite, 1)
-    isolated = finite & ~padded[:-2] & ~padded[2:]
+    before, after = padded[:-2], padded[2:]
+    isolated = finite & ~before & ~after
     if isolated.any():
         style = {"marker": "o", "markevery": np.flatnonzero(isolated)} | style
     axes.plot(steps, np.where(finite, values, np.nan), markersize=3.5, **style)
