@@ -83,6 +83,7 @@ class SavedState:
         """What a checkpoint holds now; `states` are those of stateful objects. `refuse_not_finite` is to follow."""
         tensors, numbers = named_state(self._optimizer, self._whole)
         if self._run.is_sharded:
+            # Whole ones, and given away like the weights.
             tensors, self._optimizer_tensors = self._optimizer_tensors, {}
         further = self._further()
         if further:

@@ -34,7 +34,8 @@ def find_labels(dataset: Any) -> Labels | None:
         labels = find_labels(dataset.dataset)
         if labels is None:
             return None
-        return labels[np.asarray(dataset.indices)]
+        chosen: Labels = labels[np.asarray(dataset.indices)]
+        return chosen
     if isinstance(dataset, ConcatDataset):
         return _joined([find_labels(part) for part in dataset.datasets])
     if isinstance(dataset, Relabelled):

@@ -58,7 +58,7 @@ class DeviceSet:
             activity.go_on()
             self._keep(item)
         if self._tensors is None:
-            raise next(iter(self._bad.values())).error()
+            raise next(iter(self._bad.values())).error()  # not one sample can be read
 
     def _keep(self, item: MicroBatch | Loaded) -> None:
         batch: MicroBatch | None

@@ -183,6 +183,7 @@ class MovingBuffers:
             self._differences: list[Tensor] = []
             return
         self._marks = [buffer.mark for buffer in self._still]
+        # One micro-batch starts from what is there, and nothing has to be put back.
         if self.moving and end - first > 1:
             self._start = Copies(self.moving)
 
@@ -216,6 +217,7 @@ class MovingBuffers:
             return []
         names = sorted(set(self._ranks.gather(self.late)))
         self.late = []
+        # In the order of the model, which is the same on every rank: they are sent as one.
         late = [buffer for buffer in self._still if buffer.name in names]
         self._still = [buffer for buffer in self._still if buffer.name not in names]
         self.moving += late
@@ -239,6 +241,7 @@ class MovingBuffers:
         other_values = torch.stack(self._differences).any(0).tolist()
         moves = list(map(bool.__or__, self._has_moved, other_values))
         is_dropped = [buffer.is_dropped for buffer in self._candidates]
+        # Both in one question, for which all hosts wait.
         answers = self._ranks.any_rank_each(moves + is_dropped)
         count = len(self._candidates)
         for number, buffer in enumerate(self._candidates):

@@ -81,6 +81,7 @@ class NormLayer:
         """
         if not self.counts_calls:
             return moves
+        # At least one: the layer's version says that it was called.
         return max(1, int(self.counter - counter_before) // count)
 
 

@@ -65,6 +65,7 @@ def write(run: Path, snapshot: Snapshot, *, saved_best_step: int | None = None) 
             shutil.rmtree(best)
         else:
             shutil.rmtree(previous, ignore_errors=True)
+            # Until the new one is in its place, `directory` finds it there.
             best.rename(previous)
     following.rename(best)
 

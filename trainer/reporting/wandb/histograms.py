@@ -54,7 +54,7 @@ def _pick_parameters(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
         if parameter.grad is not None:
             trained.append((name, parameter, parameter.grad))
     count = min(len(trained), MAX_TENSORS)
-    chosen = []
+    chosen: list[tuple[str, Tensor, Tensor]] = []
     for number in range(count):
         # Evenly spread from the first layer to the last, and the same tensors every time.
         index = number * len(trained) // count
