@@ -69,8 +69,8 @@ class Features:
                 self._is_usable = False
                 return
             head_inputs, head_output = calls[0]
-            kinds = [isinstance(value, Tensor) for value in head_inputs]
-            if output is not head_output or kinds != [True]:
+            are_tensors = [isinstance(value, Tensor) for value in head_inputs]
+            if output is not head_output or are_tensors != [True]:
                 self._is_usable = False
 
         def record(batch: MicroBatch) -> None:
