@@ -74,7 +74,7 @@ def _tensors(path: str, module: nn.Module) -> dict[str, Tensor]:
     """A module's own parameters and buffers, by their names in the loss."""
     dot = "" if path == LOSS_PREFIX else "."
     tensors = {}
-    for key, tensor in (module._parameters | module._buffers).items():
+    for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is not None:
             tensors[f"{path}{dot}{key}"] = tensor
     return tensors

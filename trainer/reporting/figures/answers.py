@@ -72,7 +72,6 @@ def _pictures(
     """A picture of each image whose answer can be shown."""
     pictures = []
     by_sample = targets_by_sample(targets, len(images))
-    # Not strict: a task of other people's may answer for fewer samples than there are.
     for image, answer, target in zip(images, answers, by_sample, strict=False):
         picture = _picture(image, answer, target, run)
         if picture is not None:
@@ -139,7 +138,6 @@ def _labels(
     image: Tensor, probabilities: Tensor, target: Any, names: list[str] | None
 ) -> _Picture:
     predicted = _names_of(probabilities >= LEAST_SCORE, names)
-    # A target may be soft, by mixing or by label smoothing.
     true = _names_of(target.flatten().cpu() >= LEAST_SCORE, names)
     title = f"{_list_text(predicted)}\ntrue: {_list_text(true)}"
     colour = BLUE if predicted == true else VERMILION

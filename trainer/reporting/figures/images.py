@@ -48,7 +48,7 @@ def draw_batch_grid(images: Tensor, labels: Sequence[str], path: Path) -> None:
     """Draw up to 64 images, float `(N, C, H, W)` in [0, 1], in a near-square grid, each below its label."""
     images = images[:MAX_IMAGES]
     columns = math.ceil(math.sqrt(len(images)))
-    # A grid about six inches wide, whose cells are neither too small for a label nor larger than a few pixels deserve.
+    # Inches: the grid is about six wide, unless its cells would be too small or too large.
     cell = min(max(1.1, 6 / columns), 2.0)
     room = fitting_characters(cell)
     titles = [shorten(label, room) for label in labels[: len(images)]]
