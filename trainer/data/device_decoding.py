@@ -153,6 +153,7 @@ class DeviceDecoding:
                 image = self._upright(next(decoded), entry)
             if image is None:
                 try:
+                    # By the CPU's libraries, which also say what is wrong with a bad one.
                     image, _ = self._dataset.pair(int(source.ids[position]))
                 except DataError as error:
                     errors[position] = error
@@ -182,6 +183,7 @@ class DeviceDecoding:
     def _try_to_decode(self, files: list[Tensor]) -> list[Tensor] | None:
         try:
             return self.decoder.decode(files)
+        # RuntimeErrors, too, which are no fault of a file.
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (RuntimeError, ValueError):

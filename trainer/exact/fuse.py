@@ -56,6 +56,7 @@ class StatisticUpdates:
                 dtype=self.running.dtype,
                 device=self.running.device,
             )
+            # What was there before decays once, for all calls.
             self.running.addmv_(values.t(), weights, beta=decay if call == 0 else 1.0)
 
 
@@ -160,6 +161,7 @@ class Fused(TorchFunctionMode):
             self._generator.set_state(self._states[index])
             results.append(function(part))
             self._states[index] = self._generator.get_state()
+        # Where it was, by which `_check_draws` sees whether anything else draws.
         self._generator.set_state(self._initial_state)
         return results
 
@@ -295,6 +297,7 @@ def _normalize_one_by_one(
     """Each micro-batch by a call of its own: the least memory traffic."""
     results = []
     for index, part in enumerate(parts):
+        # With a momentum of 1, these are left with the micro-batch's own statistics.
         own_mean = None if mean is None else mean[index]
         own_var = None if var is None else var[index]
         results.append(

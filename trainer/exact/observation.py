@@ -59,6 +59,7 @@ class Observation:
             mean, var, counter = self._starts[layer.name]
             remainder = layer.decay() ** count
             for buffer, start in zip(layer.buffers, (mean, var), strict=True):
+                # What the rank's own updates have left of the start.
                 buffer.sub_(start, alpha=remainder)
             layer.counter.sub_(counter)
 
