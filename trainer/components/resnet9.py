@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 
 from trainer.components.small_models import conv_block
 
 LOGIT_SCALE = 0.125
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+PATCH = 3
+# Added to each coefficient's variance: the finest ones of a photograph are mostly noise, which it keeps small.
+WHITENING_EPS = 0.01
 
 
 class Residual(nn.Module):
     """Two convolutions of the same width, added to what they were given."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, activation: type[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            *conv_block(width, width), *conv_block(width, width)
+            *conv_block(width, width, activation=activation),
+            *conv_block(width, width, activation=activation),
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
         output: Tensor = inputs + self.layers(inputs)
+        return output
+
+
+class WhitenedPatches(nn.Module):
+    """Each pixel's 3 × 3 patch as uncorrelated numbers of variance 1, `(N, C, H, W)` → `(N, 9 C, H, W)`.
+
+    Recipes since Page (2019) take the principal components of patches of the training images. Those of photographs are
+    close to the cosine basis, over the pixels as over red, green and blue (Ahmed, Natarajan and Rao, 1974). The basis
+    is fixed, so that nothing is measured before training, and BatchNorm without weights makes each variance 1.
+    """
+
+    basis: Tensor
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        pixels = cosine_basis(PATCH)
+        filters = torch.einsum(
+            "ac,by,dx->abdcyx", cosine_basis(in_channels), pixels, pixels
+        )
+        self.register_buffer("basis", filters.flatten(0, 2).float())
+        self.norm = nn.BatchNorm2d(len(self.basis), eps=WHITENING_EPS, affine=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        coefficients = nn.functional.conv2d(images, self.basis, padding=PATCH // 2)
+        output: Tensor = self.norm(coefficients)
         return output
 
 
@@ -32,6 +65,9 @@ class ResNet9(nn.Module):
     Args:
         width: channels of the first layer; the last has eight times as many.
         flip_in_evaluation: answer in evaluation with the mean for an image and for its mirror image, at twice the time.
+        whiten: the first layer takes whitened 3 × 3 patches (`WhitenedPatches`) instead of pixels.
+        activation: `relu` or `gelu`.
+        identity_init: each convolution begins by handing on its inputs, as its first outputs (Jordan, 2024).
     """
 
     def __init__(
@@ -39,21 +75,31 @@ class ResNet9(nn.Module):
         num_classes: int,
         in_channels: int = 3,
         width: int = 64,
+        *,
         flip_in_evaluation: bool = False,
+        whiten: bool = False,
+        activation: str = "relu",
+        identity_init: bool = False,
     ) -> None:
         super().__init__()
         if width < 1:
             raise ValueError(f"width must be 1 or more, not {width}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be relu or gelu, not {activation}")
+        kind = ACTIVATIONS[activation]
         self.flip_in_evaluation = flip_in_evaluation
+        first_layer = _whitened_layer if whiten else _layer
         self.features = nn.Sequential(
-            *conv_block(in_channels, width),
-            *_halving(width, 2 * width),
-            Residual(2 * width),
-            *_halving(2 * width, 4 * width),
-            *_halving(4 * width, 8 * width),
-            Residual(8 * width),
+            *first_layer(in_channels, width, kind),
+            *_halving(width, 2 * width, kind),
+            Residual(2 * width, kind),
+            *_halving(2 * width, 4 * width, kind),
+            *_halving(4 * width, 8 * width, kind),
+            Residual(8 * width, kind),
         )
         self.head = nn.Linear(8 * width, num_classes, bias=False)
+        if identity_init:
+            _begin_with_identity(self)
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self._logits(images)
@@ -67,7 +113,36 @@ class ResNet9(nn.Module):
         return logits * LOGIT_SCALE
 
 
-def _halving(inputs: int, outputs: int) -> list[nn.Module]:
+def cosine_basis(size: int) -> Tensor:
+    """The orthonormal basis of the discrete cosine transform (DCT-II) in float64, `(size, size)`, a vector a row."""
+    position = (torch.arange(size, dtype=torch.float64) + 0.5) * (math.pi / size)
+    frequency = torch.arange(size, dtype=torch.float64)
+    basis = torch.cos(frequency[:, None] * position) * math.sqrt(2 / size)
+    basis[0] /= math.sqrt(2)
+    return basis
+
+
+def _layer(inputs: int, outputs: int, activation: type[nn.Module]) -> list[nn.Module]:
+    return conv_block(inputs, outputs, activation=activation)
+
+
+def _whitened_layer(
+    in_channels: int, width: int, activation: type[nn.Module]
+) -> list[nn.Module]:
+    # A convolution of one pixel is enough: each pixel's patch is among its channels already.
+    patches = WhitenedPatches(in_channels)
+    mix = nn.Conv2d(len(patches.basis), width, 1, bias=False)
+    return [patches, mix, activation()]
+
+
+def _halving(inputs: int, outputs: int, activation: type[nn.Module]) -> list[nn.Module]:
     """A convolution, and half the image's size. The maximum comes before BatchNorm: it is a quarter of its work."""
-    convolution, norm, activation = conv_block(inputs, outputs)
-    return [convolution, nn.MaxPool2d(2), norm, activation]
+    convolution, norm, active = conv_block(inputs, outputs, activation=activation)
+    return [convolution, nn.MaxPool2d(2), norm, active]
+
+
+def _begin_with_identity(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (PATCH, PATCH):
+            inputs = module.in_channels
+            nn.init.dirac_(module.weight[:inputs])

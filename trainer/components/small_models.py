@@ -8,9 +8,14 @@ from torch import Tensor, nn
 
 
 def conv_block(
-    inputs: int, outputs: int, *, stride: int = 1, dilation: int = 1
+    inputs: int,
+    outputs: int,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    activation: type[nn.Module] = nn.ReLU,
 ) -> list[nn.Module]:
-    """A 3 × 3 convolution that keeps the image's size (but for `stride`), BatchNorm and ReLU."""
+    """A 3 × 3 convolution that keeps the image's size (but for `stride`), BatchNorm and the activation."""
     convolution = nn.Conv2d(
         inputs,
         outputs,
@@ -20,7 +25,7 @@ def conv_block(
         dilation=dilation,
         bias=False,
     )
-    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+    return [convolution, nn.BatchNorm2d(outputs), activation()]
 
 
 def small_segmenter(
