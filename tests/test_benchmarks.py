@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.models import mobilenet_v3_small
 
 from benchmarks import fuse, loops, resnet, scale, step_time
+from benchmarks.gpu import recipe
 from benchmarks.gpu.check import Answer, Check, Setting, T, Unanswered
 from benchmarks.gpu.checks import CHECKS, check_named
 from benchmarks.gpu.isolation import Failure, run_isolated
@@ -335,6 +336,25 @@ def test_what_only_a_gpu_answers_is_put_in_words(
     assert answer.passed is passed
     assert text in answer.text
     json.dumps(answer.values)
+
+
+@pytest.mark.parametrize(
+    ("folders", "data"),
+    [
+        (["cifar-10-batches-py"], {}),
+        (["train", "test"], {"data.name": "folder", "data.val_folder": "test"}),
+    ],
+)
+def test_the_recipe_takes_cifar_10_as_it_lies_there(
+    folders: list[str], data: dict[str, str], tmp_path: Path
+) -> None:
+    images, own = tmp_path / "images", tmp_path / "own"
+    setting = Setting("cpu", False, own, images)
+    with pytest.raises(Unanswered, match="images has neither cifar-10-batches-py nor"):
+        recipe.cifar10_fast(setting)
+    for folder in folders:
+        (images / folder).mkdir(parents=True)
+    assert recipe.data_of(setting) == {"data.root": str(images), **data}
 
 
 def hang(pid_file: Path) -> None:

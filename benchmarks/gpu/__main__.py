@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"start no check after these, and let none run on (default: {MINUTES:g})",
     )
     parser.add_argument(
+        "--cifar10",
+        type=Path,
+        metavar="FOLDER",
+        help="CIFAR-10's images, as data.root names them, or a folder with train/ and test/ (default: made-up images)",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="FOLDER",

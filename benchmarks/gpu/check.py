@@ -16,12 +16,13 @@ T = TypeVar("T")
 class Setting:
     """Where a check runs: on a GPU, on a GPU with a quarter of the work (`quick`), or as a rehearsal on the CPU.
 
-    `directory` is empty, and the check's own.
+    `directory` is empty, and the check's own. `cifar10` is where CIFAR-10's images lie, for those who have them.
     """
 
     device_type: str
     quick: bool
     directory: Path
+    cifar10: Path | None = None
 
     @property
     def on_gpu(self) -> bool:

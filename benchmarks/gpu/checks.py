@@ -12,6 +12,7 @@ from benchmarks.gpu import (
     images,
     memory,
     profiling,
+    recipe,
     speed,
     waiting,
 )
@@ -263,6 +264,12 @@ CHECKS: list[Check] = [
         "Does a compiled model learn?",
         partial(equality.learns, train__compile=True),
         LONG,
+    ),
+    _figure(
+        "cifar10-fast",
+        "How long does configs/cifar10_fast.yaml take, and what does it learn?",
+        recipe.cifar10_fast,
+        COMPILED,
     ),
     *(
         _correctness(

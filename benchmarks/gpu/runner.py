@@ -65,7 +65,9 @@ def _result(check: Check, options: Namespace, directory: Path, deadline: float) 
     seconds_left = deadline - monotonic()
     if seconds_left <= 0:
         return Failure(f"not begun: the {options.minutes:g} minutes are over")
-    setting = Setting(options.device, options.quick, directory / check.name)
+    setting = Setting(
+        options.device, options.quick, directory / check.name, options.cifar10
+    )
     setting.directory.mkdir()
     return run_isolated(
         _answer,
