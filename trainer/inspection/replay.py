@@ -121,10 +121,10 @@ def _restore(trainer: Trainer, directory: Path, logged: Logged, *, before: int) 
     for path in (directory / "checkpoints").glob("step_*"):
         if path.name < f"step_{before:08d}":
             earlier_checkpoints.append(path)
-    progress = trainer.progress
     if earlier_checkpoints:
         newest = max(earlier_checkpoints)
         trainer.restore(checkpoint.load(newest))
+        progress = trainer.progress  # the checkpoint's
         # A run that was stopped at the end of an epoch evaluates when it goes on.
         if progress.epoch_end_is_due or progress.evaluation_is_due:
             _evaluate_as_logged(trainer, progress.step, logged)

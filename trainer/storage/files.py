@@ -45,7 +45,8 @@ def named_in_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        # An error that somebody raised with a text of their own would lose it.
+        if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
 
