@@ -37,7 +37,7 @@ SECONDS_TO_NOTICE = 1.0
 SECONDS_TO_TRACE = 0.5
 # gloo's thread needs this long to release the tensors of the last collective.
 SECONDS_FOR_GLOO = 0.2
-# what a shell shows where a reader of the output has ended
+# What a shell shows where a reader of the output has ended.
 CLOSED_PIPE_STATUS = 128 + signal.SIGPIPE
 # What a disk or its permissions refuse: a traceback would tell nothing that the path does not.
 REFUSED_BY_DISK = (
