@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from tests.noise_files import write_noise
 from trainer.config.data_section import DataConfig
 from trainer.data import fast_crop
 from trainer.data.batch_transforms.boxes import middle_part
@@ -37,15 +37,14 @@ CROP_AND_FLIP: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """PNG files of several sizes in one class, but for the last: one of 16 × 16."""
-    draws = np.random.default_rng(0)
-    root = tmp_path_factory.mktemp("images")
-    for part in ("train", "val"):
-        (root / part / "daisy").mkdir(parents=True)
-        for index in range(COUNT):
-            sides = draws.integers(17, 50, 2) if index < COUNT - 1 else (16, 16)
-            pixels = draws.integers(0, 256, (*sides, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / part / "daisy" / f"{index}.png")
-    return root
+
+    def sides(draws: np.random.Generator, index: int) -> tuple[int, int]:
+        if index == COUNT - 1:
+            return 16, 16
+        height, width = draws.integers(17, 50, 2)
+        return int(height), int(width)
+
+    return write_noise(tmp_path_factory.mktemp("images"), COUNT, sides)
 
 
 def folder(root: Path) -> ImageFolder:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
+from tests.noise_files import write_noise
 from trainer.config.data_section import DataConfig
 from trainer.data.batches import MicroBatch, Request
 from trainer.data.datasets import MapDataset, build_datasets
@@ -47,14 +48,8 @@ class Photos:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """PNG files whose short side is 24."""
-    draws = np.random.default_rng(0)
     root = tmp_path_factory.mktemp("images")
-    for part in ("train", "val"):
-        (root / part / "daisy").mkdir(parents=True)
-        for index in range(COUNT):
-            pixels = draws.integers(0, 256, (24 + 3 * index, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / part / "daisy" / f"{index}.png")
-    return root
+    return write_noise(root, COUNT, lambda _, index: (24 + 3 * index, 24))
 
 
 def files(root: Path) -> list[Path]:
