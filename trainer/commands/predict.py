@@ -18,6 +18,7 @@ from pathlib import Path
 from trainer.commands.arguments import CommandParser, one_of, whole_number
 from trainer.errors import ConfigError
 from trainer.process.exit import end_on_closed_pipe
+from trainer.process.terminal import is_terminal
 
 EXPORT_FORMATS = ("torch", "onnx")
 
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> None:
         path = options.run / f"best{ENDINGS[options.export]}"
         print(export(predictor, options.export, path), file=sys.stderr)
     if files:
-        as_json = options.json or not sys.stdout.isatty()
+        as_json = options.json or not is_terminal(sys.stdout)
         print_predictions(
             predictor, files, top=options.top, as_json=as_json, masks=options.masks
         )

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from trainer.config.fields import show
 from trainer.config.secrets import redacted_value
+from trainer.process.terminal import is_terminal
 from trainer.reporting.plain_text import plain_console
 from trainer.sweep.description import Sweep
 from trainer.sweep.study import State, Trial
@@ -32,7 +33,7 @@ class LiveTable:
         self._sweep = sweep
         self._console = plain_console()
         self._live: Live | None = None
-        if sys.stdout.isatty() and self._console.is_interactive:
+        if is_terminal(sys.stdout) and self._console.is_interactive:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._printed_states: dict[int, State] = {}
 
