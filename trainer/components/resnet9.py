@@ -88,9 +88,8 @@ class ResNet9(nn.Module):
             raise ValueError(f"activation must be relu or gelu, not {activation}")
         kind = ACTIVATIONS[activation]
         self.flip_in_evaluation = flip_in_evaluation
-        first_layer = _whitened_layer if whiten else _layer
         self.features = nn.Sequential(
-            *first_layer(in_channels, width, kind),
+            *_first_layer(in_channels, width, kind, whiten=whiten),
             *_halving(width, 2 * width, kind),
             Residual(2 * width, kind),
             *_halving(2 * width, 4 * width, kind),
@@ -122,13 +121,11 @@ def cosine_basis(size: int) -> Tensor:
     return basis
 
 
-def _layer(inputs: int, outputs: int, activation: type[nn.Module]) -> list[nn.Module]:
-    return conv_block(inputs, outputs, activation=activation)
-
-
-def _whitened_layer(
-    in_channels: int, width: int, activation: type[nn.Module]
+def _first_layer(
+    in_channels: int, width: int, activation: type[nn.Module], *, whiten: bool
 ) -> list[nn.Module]:
+    if not whiten:
+        return conv_block(in_channels, width, activation=activation)
     # A convolution of one pixel is enough: each pixel's patch is among its channels already.
     patches = WhitenedPatches(in_channels)
     mix = nn.Conv2d(len(patches.basis), width, 1, bias=False)

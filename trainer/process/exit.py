@@ -68,7 +68,7 @@ def _report(error: BaseException) -> int:
     if not _is_first_to_report(error):
         time.sleep(SECONDS_TO_REPORT)
         return status
-    is_message = isinstance(error, LockstepError) or _is_refused_by_disk(error)
+    is_message = isinstance(error, LockstepError) or bool(_refusal_of_disk(error))
     is_mistake = is_message and not isinstance(error, Stopped)
     prefix = "error: " if is_mistake else ""
     # The one place where errors are printed.
@@ -86,16 +86,19 @@ def describe_error(error: BaseException) -> str:
     """
     if isinstance(error, LockstepError):
         return redacted_output(str(error))
-    if _is_refused_by_disk(error):
-        assert isinstance(error, OSError)
-        return redacted_output(f"{error.filename}: {error.strerror}")
+    refusal = _refusal_of_disk(error)
+    if refusal:
+        return redacted_output(refusal)
     return redacted_output("".join(traceback.format_exception(error)).rstrip())
 
 
-def _is_refused_by_disk(error: BaseException) -> bool:
+def _refusal_of_disk(error: BaseException) -> str:
+    """The file that a disk or its permissions refuse, and why; "" for any other error."""
     if not isinstance(error, OSError) or error.filename is None:
-        return False
-    return error.errno in REFUSED_BY_DISK
+        return ""
+    if error.errno not in REFUSED_BY_DISK:
+        return ""
+    return f"{error.filename}: {error.strerror}"
 
 
 def report_interrupt(message: str = "interrupted") -> int:

@@ -87,9 +87,8 @@ def is_copyable(value: object) -> bool:
     try:
         ForkingPickler.dumps(value)
     except RuntimeError:
-        return (
-            True  # locks and their like, which go along only while a process is started
-        )
+        # Locks and their like, which go along only while a process is started.
+        return True
     except Exception:
         return False
     return True

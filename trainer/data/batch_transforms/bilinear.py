@@ -22,9 +22,8 @@ LARGE = 1 << 14  # values of a result
 LARGEST_OF_BATCH = 32  # rows or columns of a part for one of the result
 # Taps are taken so many at once that an operation takes longer than its call.
 AT_ONCE = 1 << 14  # values
-MOST_THREADS = (
-    4  # more of them share the values of a batch, and would find too few in an image
-)
+# More of them share the values of a batch, and would find too few in an image.
+MOST_THREADS = 4
 
 
 def resize(
