@@ -89,6 +89,12 @@ def listed(items: Sequence[str], most: int) -> str:
     return ", ".join(items[:most]) + others
 
 
+def first_few(items: Sequence[object], most: int) -> str:
+    """`a, b, …`: the first items, at most `most`, where the number of the others says nothing."""
+    shown = ", ".join(map(str, items[:most]))
+    return f"{shown}, …" if len(items) > most else shown
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`; did you mean "x"?` for the choice most like `word`; an empty string if none is like it."""
     matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)

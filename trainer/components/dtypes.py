@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import listed
+from trainer.exact.structures import dtype_name
 
 
 def cast(
@@ -46,18 +47,14 @@ def describe_converted(module: nn.Module, dtype: torch.dtype) -> str:
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         is_own = tensor.dtype not in (dtype, torch.float32)
         if is_own and tensor.is_floating_point():
-            names.setdefault(_name_of(tensor.dtype), []).append(f'"{name}"')
+            names.setdefault(dtype_name(tensor.dtype), []).append(f'"{name}"')
     if not names:
         return ""
     converted = [f"{listed(of, 3)} of {kind}" for kind, of in names.items()]
     return (
-        f"train.precision makes {_name_of(dtype)} of all floating parameters and buffers, also of "
+        f"train.precision makes {dtype_name(dtype)} of all floating parameters and buffers, also of "
         f"{' and '.join(converted)}"
     )
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 class _Owner(NamedTuple):

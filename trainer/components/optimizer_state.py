@@ -25,7 +25,7 @@ from trainer.components.state_tree import (
     UnsupportedValueError,
     describe_tensor,
 )
-from trainer.errors import LockstepError
+from trainer.errors import LockstepError, first_few
 from trainer.exact.model_and_loss import LOSS_PREFIX, ModelAndLoss
 from trainer.exact.shards import is_shard, part_like
 
@@ -358,10 +358,7 @@ def _check_parameters(saved: set[str], present: set[str]) -> None:
         present = {name for name in present if not name.startswith(LOSS_PREFIX)}
     for names, verb in ((present - saved, "lacks"), (saved - present, "has")):
         if names:
-            examples = ", ".join(sorted(names)[:3])
-            if len(names) > 3:
-                examples += ", …"
             raise LockstepError(
-                f"the saved optimizer state {verb} {examples}, unlike this run; train the parameters that were "
-                f"trained then"
+                f"the saved optimizer state {verb} {first_few(sorted(names), 3)}, unlike this run; train the "
+                f"parameters that were trained then"
             )

@@ -20,7 +20,7 @@ from trainer.components.heads import find_head, fit_head
 from trainer.components.state_files import FILE_TYPES, read_state_dicts
 from trainer.components.weight_names import match_names
 from trainer.config.model_sections import ModelConfig
-from trainer.errors import ConfigError, LockstepError, nearest
+from trainer.errors import ConfigError, LockstepError, first_few, nearest
 
 SERVER_TIMEOUT = 20.0  # seconds that a server may be silent during a download
 # Within it, one process goes before the others.
@@ -148,9 +148,9 @@ def load_weights(
     if match.note:
         notes.append(match.note)
     if new:
-        notes.append(f"new: {_first_three(sorted(new))}")
+        notes.append(f"new: {first_few(sorted(new), 3)}")
     if unused:
-        notes.append(f"{len(unused)} not used: {_first_three(unused)}")
+        notes.append(f"{len(unused)} not used: {first_few(unused, 3)}")
     return " · ".join(notes)
 
 
@@ -162,10 +162,10 @@ def _refuse(
     own: Mapping[str, Tensor],
 ) -> NoReturn:
     names = [f"{name} (another shape)" if name in source else name for name in misfits]
-    message = f"{path} lacks {len(names)} of the model's {len(own)} tensors: {_first_three(names)}"
+    message = f"{path} lacks {len(names)} of the model's {len(own)} tensors: {first_few(names, 3)}"
     if unused:
         message += (
-            f"; it has {len(unused)} that the model lacks: {_first_three(unused)}"
+            f"; it has {len(unused)} that the model lacks: {first_few(unused, 3)}"
         )
     fitting = sum(
         1 for name in own if name in source and source[name].shape == own[name].shape
@@ -178,10 +178,6 @@ def _refuse(
 
 def _is_file(name: str) -> bool:
     return name.endswith(FILE_TYPES) or "/" in name
-
-
-def _first_three(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 @contextmanager

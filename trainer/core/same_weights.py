@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trainer.core.preflight import compute_alike
 from trainer.core.run import Run
-from trainer.errors import LockstepError
+from trainer.errors import LockstepError, first_few
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.moving_buffers import NORM_BUFFERS, other_buffers
 from trainer.exact.shards import is_shard
@@ -31,10 +31,8 @@ def check_same_weights(run: Run, steps_done: int) -> None:
     own = {name: hexadecimal(digest({name: tensors[name]})) for name in tensors}
     of_ranks = ranks.gather([own])
     name, different = _first_difference(of_ranks)
-    parted = ", ".join(
-        f"rank {rank} on {ranks.machines[rank]}" for rank in different[:MAX_NAMED_RANKS]
-    )
-    more = ", …" if len(different) > MAX_NAMED_RANKS else ""
+    places = [f"rank {rank} on {ranks.machines[rank]}" for rank in different]
+    parted = first_few(places, MAX_NAMED_RANKS)
     advice = ""
     if name.rpartition(".")[2] in NORM_BUFFERS:
         advice = (
@@ -42,7 +40,7 @@ def check_same_weights(run: Run, steps_done: int) -> None:
             "`reads_statistics = True`"
         )
     raise LockstepError(
-        f"the ranks have parted: after step {steps_done}, {name} on {parted}{more} is not that of rank 0; the model, "
+        f"the ranks have parted: after step {steps_done}, {name} on {parted} is not that of rank 0; the model, "
         f"the loss or an observer changes it by what one rank alone sees{advice}. Nothing of this is saved. To see "
         f"at which step it begins, compare with a run on one process: `python -m trainer compare`"
     )

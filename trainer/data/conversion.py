@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import DataError
+from trainer.exact.structures import dtype_name
 
 # What rows with named columns call an image and its target, as Hugging Face's data sets do.
 IMAGE_KEYS = ("image", "img", "pixel_values")
@@ -138,7 +139,7 @@ def describe(value: Any) -> str:
     """What a value is, for a message: its type, with its shape, length or text."""
     kind = type(value).__name__
     if isinstance(value, Tensor | np.ndarray):
-        dtype = str(value.dtype).removeprefix("torch.")
+        dtype = dtype_name(value.dtype)
         return f"a {kind} {tuple(value.shape)} of {dtype}"
     if isinstance(value, str):
         return f'the text "{value[:40]}"'

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trainer.data.conversion import describe
 from trainer.errors import ConfigError, DataError
-from trainer.exact.structures import map_tensors
+from trainer.exact.structures import dtype_name, map_tensors
 
 LARGEST_UINT16 = 65535
 # Of a core's cache: what one pass leaves there, the next one need not fetch from memory.
@@ -70,7 +70,7 @@ class Normalize(nn.Module):
         elif images.dtype == torch.uint16:
             images = images.to(self._dtype) / LARGEST_UINT16
         elif images.dim() >= 4 and images.dtype in UNSCALED:
-            dtype = str(images.dtype).removeprefix("torch.")
+            dtype = dtype_name(images.dtype)
             raise DataError(
                 f"images are {dtype}, whose range is not that of brightness; return uint8, uint16 or float images, or "
                 f"ids as int64"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.errors import DataError
 from trainer.exact.plan import Ids
+from trainer.exact.structures import dtype_name
 
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -38,9 +39,9 @@ class OneRange:
             elif _range(value.dtype) != _range(self._dtype):
                 assert self._first_id is not None
                 raise DataError(
-                    f"{name(int(ids[position]))}: its input is {_text(value.dtype)}, and that of "
-                    f"{name(self._first_id)} {_text(self._dtype)}; bytes are scaled to [0, 1] and floats are not, so "
-                    f"give all one type"
+                    f"{name(int(ids[position]))}: its input is {dtype_name(value.dtype)}, and that of "
+                    f"{name(self._first_id)} {dtype_name(self._dtype)}; bytes are scaled to [0, 1] and floats are not, "
+                    f"so give all one type"
                 )
 
 
@@ -49,7 +50,3 @@ def _range(dtype: torch.dtype) -> object:
     if dtype.is_floating_point:
         return "floats"
     return "whole numbers" if dtype in SIGNED else dtype
-
-
-def _text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

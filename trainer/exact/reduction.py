@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.model_sections import BatchNormConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, first_few
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.moving_buffers import Buffer, MovingBuffers
 from trainer.exact.plan import IndexRange, Step
@@ -283,11 +283,10 @@ class Reduction(ABC):
         unused = self._unused_parameters()
         if not unused:
             return
-        names = ", ".join(unused[:NAMES_IN_A_MESSAGE])
-        more = ", …" if len(unused) > NAMES_IN_A_MESSAGE else ""
+        names = first_few(unused, NAMES_IN_A_MESSAGE)
         raise ConfigError(
             "train.find_unused_parameters",
-            f"{len(unused)} parameters got no gradient in the first step ({names}{more}); "
+            f"{len(unused)} parameters got no gradient in the first step ({names}); "
             f"freeze them (model.freeze), or set it to true if that is meant",
         )
 

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from trainer.errors import first_few
 
 # Objects whose attributes are not looked at: they are no results.
 OPAQUE = (type, nn.Module)
@@ -48,21 +51,22 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     yield from found
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` of `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def describe_tensors(value: Any) -> str:
     """The shape and dtype of a tensor, `(8, 3) float32`, or of those in a structure with the type of that."""
     if isinstance(value, Tensor):
-        dtype = str(value.dtype).removeprefix("torch.")
-        return f"{tuple(value.shape)} {dtype}"
+        return f"{tuple(value.shape)} {dtype_name(value.dtype)}"
     name = type(value).__name__
     parts = [describe_tensors(tensor) for tensor in tensors_in(value)]
     if not parts and isinstance(value, list | tuple):
         parts = sorted({type(item).__name__ for item in value})
     if not parts:
         return name
-    shown = ", ".join(parts[:MOST_SHOWN])
-    if len(parts) > MOST_SHOWN:
-        shown += ", …"
-    return f"{name} of {shown}"
+    return f"{name} of {first_few(parts, MOST_SHOWN)}"
 
 
 def _map(

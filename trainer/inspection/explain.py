@@ -20,6 +20,7 @@ from trainer.errors import DataError
 from trainer.exact.batch_norm import named_norm_layers
 from trainer.exact.model_and_loss import ModelAndLoss
 from trainer.exact.plan import Step
+from trainer.exact.structures import dtype_name
 from trainer.inspection.autograd_chain import chain
 from trainer.inspection.watch import StepWatch
 from trainer.trainer import Trainer
@@ -182,7 +183,7 @@ class Dissection:
             "size": step.size,
             "micro_batches": [len(part) for part in ids],
             "shape": list(inputs.shape) if is_tensor else None,
-            "dtype": str(inputs.dtype).removeprefix("torch.") if is_tensor else None,
+            "dtype": dtype_name(inputs.dtype) if is_tensor else None,
             "samples": samples,
         }
 

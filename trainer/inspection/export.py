@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trainer.components.answers import Answer
 from trainer.errors import ConfigError, LockstepError, first_line
+from trainer.exact.structures import dtype_name
 from trainer.inspection.predictor import Predictor, unknown_answer
 from trainer.storage.files import new_file
 
@@ -164,7 +165,7 @@ def _describe(value: Tensor, is_batch: bool) -> dict[str, Any]:
     shape: list[Any] = list(value.shape)
     if is_batch:
         shape[0] = BATCH
-    return {"shape": shape, "dtype": str(value.dtype).removeprefix("torch.")}
+    return {"shape": shape, "dtype": dtype_name(value.dtype)}
 
 
 @contextmanager

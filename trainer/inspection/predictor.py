@@ -30,6 +30,7 @@ from trainer.data.samples import KeyedDataset
 from trainer.data.transforms import build_transforms
 from trainer.data.workers import WorkerLoader, iterate
 from trainer.errors import ConfigError, DataError, LockstepError
+from trainer.exact.structures import dtype_name
 from trainer.process import launcher
 from trainer.process.ranks import Ranks
 from trainer.storage import best_model, checkpoint, signature
@@ -266,7 +267,7 @@ class Predictor:
         if isinstance(item, DataError):
             return item
         image: Tensor = item.inputs
-        dtype = str(image.dtype).removeprefix("torch.")
+        dtype = dtype_name(image.dtype)
         expected_dtype, expected = _image_of(self.signature)
         if dtype != (expected_dtype or dtype):
             return DataError(

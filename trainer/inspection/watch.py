@@ -19,6 +19,7 @@ from trainer.core.observers import Observer
 from trainer.data.batches import MicroBatch
 from trainer.exact.batch_norm import named_norm_layers
 from trainer.exact.plan import Step
+from trainer.exact.structures import dtype_name
 from trainer.process.device import check_fp64_analysis
 from trainer.trainer import Trainer
 
@@ -250,7 +251,7 @@ class StepWatch(Observer):
 def describe(tensor: Tensor) -> str:
     """A tensor of many numbers in one line: its shape, its least and its largest value."""
     shape = " × ".join(map(str, tensor.shape))
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = dtype_name(tensor.dtype)
     if not tensor.numel():
         return f"{dtype} {shape}"
     values = tensor.double()

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from trainer.errors import HangError
+from trainer.errors import HangError, first_few
 from trainer.process.parent import has_ended
 from trainer.process.store import StoreClient, value_of
 
@@ -206,11 +206,8 @@ def name_state(ranks: Sequence[int], state: RankState | None) -> str:
 
 def name_ranks(ranks: Sequence[int]) -> str:
     """`rank 3`, or `ranks 0, 1, 2`."""
-    names = ", ".join(map(str, ranks[:MAX_NAMED_RANKS]))
-    if len(ranks) == 1:
-        return f"rank {names}"
-    more = ", …" if len(ranks) > MAX_NAMED_RANKS else ""
-    return f"ranks {names}{more}"
+    names = first_few(ranks, MAX_NAMED_RANKS)
+    return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"
 
 
 def _as_silent(state: RankState) -> RankState:

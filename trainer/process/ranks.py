@@ -19,7 +19,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, distributed, nn
 
-from trainer.errors import ConfigError, LockstepError, OtherRankFailed
+from trainer.errors import ConfigError, LockstepError, OtherRankFailed, first_few
 from trainer.process import launcher
 from trainer.process.device import check_precision, check_process_count, chosen_kind
 from trainer.process.exit import delay_exit_for_gloo
@@ -304,9 +304,7 @@ class Ranks:
 
     def _with_ranks(self, error: LockstepError, failed: list[int]) -> LockstepError:
         """An error that names the ranks it happened on, and the first one's machine."""
-        names = ", ".join(map(str, failed[:MAX_NAMED_RANKS]))
-        if len(failed) > MAX_NAMED_RANKS:
-            names += ", …"
+        names = first_few(failed, MAX_NAMED_RANKS)
         machine = self.machines[failed[0]]
         ranks = f"(on rank {names} of {self.count}, machine {machine}; the other ranks do not fail)"
         if isinstance(error, ConfigError):

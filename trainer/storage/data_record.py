@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.config.run_sections import RunConfig
 from trainer.data.datasets import Datasets, MapDataset
-from trainer.errors import DataError, LockstepError, data_error
+from trainer.errors import DataError, LockstepError, data_error, first_few
 from trainer.storage.files import write_json
 from trainer.storage.fingerprint import Fingerprint, fingerprint
 
@@ -231,7 +231,7 @@ def _class_changes(before: list[str] | None, now: list[str] | None) -> str:
     for index, (was, name) in enumerate(zip(before, now, strict=True)):
         if was != name:
             changes.append(f'class {index} was "{was}" and is "{name}"')
-    return _first_few(changes)
+    return first_few(changes, MOST_CHANGES)
 
 
 def _count_changes(
@@ -247,7 +247,7 @@ def _count_changes(
         if count != count_before:
             name = _class_name(int(target), classes)
             changes.append(f"{name} {count_before:,} → {count:,}")
-    return f" ({_first_few(changes)})" if changes else ""
+    return f" ({first_few(changes, MOST_CHANGES)})" if changes else ""
 
 
 def _class_name(target: int, classes: Sequence[str] | None) -> str:
@@ -272,13 +272,6 @@ def _first_change(before: Fingerprint, now: Fingerprint, dataset: MapDataset) ->
     if last == first:
         return f", from sample {first}{name} on"
     return f", from between samples {first} and {last}{name} on"
-
-
-def _first_few(changes: list[str]) -> str:
-    text = ", ".join(changes[:MOST_CHANGES])
-    if len(changes) > MOST_CHANGES:
-        text += ", …"
-    return text
 
 
 def plain_values(record: DataRecord) -> dict[str, Any]:

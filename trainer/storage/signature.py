@@ -14,7 +14,8 @@ from torch import Tensor
 from trainer.data.conversion import input_as_tensor
 from trainer.data.loading import Loader
 from trainer.data.normalize import are_images
-from trainer.errors import LockstepError
+from trainer.errors import LockstepError, first_few
+from trainer.exact.structures import dtype_name
 
 FILE = "signature.json"
 
@@ -79,7 +80,7 @@ def signature_of_samples(
 
 def _of_rows(rows: Tensor) -> dict[str, Any]:
     """Shape and dtype of one row."""
-    dtype = str(rows.dtype).removeprefix("torch.")
+    dtype = dtype_name(rows.dtype)
     return {"shape": list(rows.shape[1:]), "dtype": dtype}
 
 
@@ -112,11 +113,7 @@ def describe_other_classes(weights: Path, classes: list[str] | None) -> str:
     trained_on = read(best).classes
     if not trained_on or len(trained_on) != len(classes) or trained_on == classes:
         return ""
-    return f" · its head is for {_first_few(trained_on)}, not for {_first_few(classes)}"
-
-
-def _first_few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return f" · its head is for {first_few(trained_on, 5)}, not for {first_few(classes, 5)}"
 
 
 def _count_channels(image: Any) -> int | None:

@@ -18,6 +18,7 @@ from trainer.data.batch_transforms.boxes import (
     root_of_area,
 )
 from trainer.data.batch_transforms.several_sizes import in_groups, numbers_on
+from trainer.exact.structures import dtype_name
 
 
 class RandomResizedCrop:
@@ -120,5 +121,5 @@ class Resize:
 def require_bytes(images: Tensor, name: str) -> None:
     """Raise `ValueError` for images that are not uint8."""
     if images.dtype != torch.uint8:
-        dtype = str(images.dtype).removeprefix("torch.")
+        dtype = dtype_name(images.dtype)
         raise ValueError(f"{name} is for uint8 images, not {dtype}")
